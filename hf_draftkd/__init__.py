@@ -1,0 +1,51 @@
+"""Distil draft models that agree with their target, and measure honestly what speculative decoding gains.
+
+The names below are imported on first use, so that `import hf_draftkd` costs nothing: neither torch nor transformers
+is loaded before one of them is touched.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_HOMES = {
+    "DraftDistillConfig": "hf_draftkd.training.config",
+    "DraftDistillTrainer": "hf_draftkd.training.trainer",
+    "build_draft": "hf_draftkd.models.building",
+    "align_vocabulary": "hf_draftkd.models.pairing",
+    "load_target": "hf_draftkd.models.loading",
+    "load_draft": "hf_draftkd.models.loading",
+    "generate_alignment_data": "hf_draftkd.data.generation",
+    "evaluate_draft": "hf_draftkd.evaluation.evaluate",
+    "count_acceptance": "hf_draftkd.evaluation.assisted",
+    "SpeculationReport": "hf_draftkd.evaluation.report",
+    "DraftModelCard": "hf_draftkd.hub.card",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the names are strings
+
+if TYPE_CHECKING:
+    from hf_draftkd.data.generation import generate_alignment_data
+    from hf_draftkd.evaluation.assisted import count_acceptance
+    from hf_draftkd.evaluation.evaluate import evaluate_draft
+    from hf_draftkd.evaluation.report import SpeculationReport
+    from hf_draftkd.hub.card import DraftModelCard
+    from hf_draftkd.models.building import build_draft
+    from hf_draftkd.models.loading import load_draft, load_target
+    from hf_draftkd.models.pairing import align_vocabulary
+    from hf_draftkd.training.config import DraftDistillConfig
+    from hf_draftkd.training.trainer import DraftDistillTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

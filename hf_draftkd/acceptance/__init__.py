@@ -1,0 +1,1 @@
+"""The arithmetic of speculative decoding: tensors in, numbers out."""

@@ -1,0 +1,1 @@
+"""The `draftkd` command: one small file a subcommand."""

@@ -1,0 +1,1 @@
+"""Share a draft, find a draft."""
