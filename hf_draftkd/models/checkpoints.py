@@ -115,7 +115,11 @@ def check_model(name_or_path: Any, *, revision: str | None = None, trust_remote_
     Raises:
         ValueError: No model there, weights only as pickle, or not a decoder-only language model.
     """
-    checkpoint = find_checkpoint(name_or_path, revision)
+    return check_checkpoint(find_checkpoint(name_or_path, revision), trust_remote_code=trust_remote_code)
+
+
+def check_checkpoint(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """`check_model` for a checkpoint that has been found."""
     _check_files(checkpoint)
     if checkpoint.is_adapter:
         base, base_revision = adapter_base(checkpoint)
@@ -124,7 +128,7 @@ def check_model(name_or_path: Any, *, revision: str | None = None, trust_remote_
         except ValueError as error:
             raise ValueError(
                 f"{checkpoint.name!r} is a PEFT adapter, and its base model cannot be used: {error} Correct "
-                f"`base_model_name_or_path` in its {ADAPTER_CONFIG_NAME}, or merge the adapter where the base is at hand."
+                f"`base_model_name_or_path` in its {ADAPTER_CONFIG_NAME}, or merge it where the base is at hand."
             ) from error
     try:
         config = AutoConfig.from_pretrained(
@@ -184,8 +188,8 @@ def adapter_base(checkpoint: Checkpoint) -> tuple[str, str | None]:
         )
     if not config.base_model_name_or_path:
         raise ValueError(
-            f"{checkpoint.name!r} is a PEFT adapter that does not name its base model. Add `base_model_name_or_path` to "
-            f"its {ADAPTER_CONFIG_NAME}, or merge it yourself and save the merged model."
+            f"{checkpoint.name!r} is a PEFT adapter that does not name its base model. Add `base_model_name_or_path` "
+            f"to its {ADAPTER_CONFIG_NAME}, or merge it yourself and save the merged model."
         )
     return config.base_model_name_or_path, config.revision
 
@@ -195,8 +199,8 @@ def _check_files(checkpoint: Checkpoint) -> None:
     if ADAPTER_CONFIG_NAME in files and checkpoint.has_weights:
         raise ValueError(
             f"{name!r} holds both a whole model and a PEFT adapter, and whether the adapter is already part of the "
-            f"weights cannot be told. Remove {ADAPTER_CONFIG_NAME} and the adapter's weights if it is, or {SAFE_WEIGHTS_NAME} "
-            "if the adapter is what you want."
+            f"weights cannot be told. Remove {ADAPTER_CONFIG_NAME} and the adapter's weights if it is, or "
+            f"{SAFE_WEIGHTS_NAME} if the adapter is what you want."
         )
     pickled = sorted(f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt")) and "model" in f)
     if checkpoint.is_adapter:
@@ -214,8 +218,8 @@ def _check_files(checkpoint: Checkpoint) -> None:
     if not checkpoint.has_weights:
         if pickled:
             raise ValueError(
-                f"{name!r} has its weights only as pickle ({pickled[0]}), which can run code when it is read, so it is not. "
-                "Convert it once, where you trust it: `AutoModelForCausalLM.from_pretrained(name).save_pretrained(new, "
+                f"{name!r} has its weights only as pickle ({pickled[0]}), which can run code when it is read, so it "
+                "is not. Convert it once, where you trust it: `AutoModelForCausalLM.from_pretrained(name).save_pretrained(new, "
                 "safe_serialization=True)`, or with the Space huggingface.co/spaces/safetensors/convert."
             )
         raise ValueError(
@@ -240,14 +244,15 @@ def _list_hub_files(repo_id: str, revision: str | None, path: Path) -> frozenset
         ) from error
     except RevisionNotFoundError as error:
         raise ValueError(
-            f"{repo_id!r} has no revision {revision!r}. See https://huggingface.co/{repo_id}/commits/main, or leave it out."
+            f"{repo_id!r} has no revision {revision!r}. Leave it out, or take one from "
+            f"https://huggingface.co/{repo_id}/commits/main."
         ) from error
     except (OSError, httpx.HTTPError) as error:  # no network, offline mode, a proxy's 403, the Hub's 5xx
         cached = frozenset(f for f in _FILES_OF_INTEREST if _is_cached(repo_id, f, revision))
         if not cached:
             raise ValueError(
-                f"{here}the Hub cannot be asked ({type(error).__name__}: {_first_line(error)}); the local cache does not "
-                "hold it. Check the spelling and the connection, or give a local directory."
+                f"{here}the Hub cannot be asked ({type(error).__name__}: {_first_line(error)}); the local cache "
+                "does not hold it. Check the spelling and the connection, or give a local directory."
             ) from error
         return cached
 

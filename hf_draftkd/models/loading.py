@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_bitsandbytes_available
 
-from hf_draftkd.models.checkpoints import TOKENIZER_FILES, Checkpoint, adapter_base, check_model, find_checkpoint
+from hf_draftkd.models.checkpoints import TOKENIZER_FILES, Checkpoint, adapter_base, check_checkpoint, find_checkpoint
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -114,8 +114,8 @@ def load_tokenizer(
 def _load(name_or_path: Any, *, revision: str | None, dtype: str | torch.dtype, **options: Any) -> PreTrainedModel:
     options["dtype"] = _check_dtype(dtype)
     _check_quantization(options["quantization_config"])
-    check_model(name_or_path, revision=revision, trust_remote_code=options["trust_remote_code"])
     checkpoint = find_checkpoint(name_or_path, revision)
+    check_checkpoint(checkpoint, trust_remote_code=options["trust_remote_code"])
     if checkpoint.is_adapter:
         return _load_merged(checkpoint, options)
     return _load_plain(checkpoint.name, checkpoint.revision, options)
@@ -135,8 +135,8 @@ def _load_plain(name: str, revision: str | None, options: dict[str, Any]) -> Pre
     missing = sorted(set(info["missing_keys"]) & {key for key, _ in model.named_parameters()})
     if missing:
         raise ValueError(
-            f"The weights of {name!r} are incomplete: {missing[0]} and {len(missing) - 1} more would be random numbers. "
-            "Give a model that was saved whole, with its language-modelling head."
+            f"The weights of {name!r} are incomplete and would be filled with random numbers: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''} missing. Give a model that was saved whole, with its language-modelling head."
         )
     return model
 
@@ -144,8 +144,8 @@ def _load_plain(name: str, revision: str | None, options: dict[str, Any]) -> Pre
 def _load_merged(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedModel:
     if options["quantization_config"] is not None:
         raise ValueError(
-            f"{checkpoint.name!r} is a PEFT adapter, and merging it into quantised weights would round it. Load it without "
-            "`quantization_config`, save the merged model, and load that one quantised."
+            f"{checkpoint.name!r} is a PEFT adapter, and merging it into quantised weights would round it. Load it "
+            "without `quantization_config`, save the merged model, and load that one quantised."
         )
     from peft import PeftModel
 
