@@ -21,7 +21,8 @@ from trl.models.utils import prepare_deepspeed
 
 from hf_draftkd.data.formatting import DraftDistillCollator, check_format, exact_features
 from hf_draftkd.losses import token_losses
-from hf_draftkd.models.forward import logits_at, predicting_positions
+from hf_draftkd.models.forward import logits_at, predicting_positions, unwrapped
+from hf_draftkd.models.pairing import shared_vocab_size
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.evaluation_sums import EvaluationSums, row_sums
 from hf_draftkd.training.preflight import check_dataset_fits, model_name, prepare_pair
@@ -156,9 +157,11 @@ class DraftDistillTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self.target_model = self._prepare_target(target)
-        vocab_sizes = [m.config.get_text_config().vocab_size for m in (draft, target) if m is not None]
-        self._shared_vocab = min(vocab_sizes)
-        check_dataset_fits(self._prepared_datasets(), [m for m in (draft, target) if m is not None], self.args)
+        plain_draft = unwrapped(draft)
+        models = [plain_draft] if target is None else [plain_draft, target]
+        # Both distributions are compared over rows that stand for tokens: never over padding.
+        self._shared_vocab = shared_vocab_size(models[0], models[-1], processing_class)
+        check_dataset_fits(self._prepared_datasets(), models, self.args)
 
     def _prepare_target(self, target: PreTrainedModel | None) -> torch.nn.Module | None:
         if target is None:
