@@ -4,10 +4,57 @@ Block efficiency holds only for text that the target wrote under the very settin
 recorded with every row and compared as a value.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
+
+# What `generate` may still take from the model's own generation config: how the model runs, and which ids are no
+# tokens at all (`align_vocabulary` records the padded rows of a draft in `suppress_tokens`). Never what it samples.
+_INHERITED = frozenset(
+    {"cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile", "prefill_chunk_size"}
+    | {"suppress_tokens"}
+)
+
+# The values under which a parameter changes nothing. A generation config with any other value of one of these cannot
+# be written as a `DecodingSetting`.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "min_p": (0.0,),
+    "top_h": (1.0,),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "no_repeat_ngram_size": (0,),
+    "bad_words_ids": ([],),
+    "sequence_bias": (),
+    "guidance_scale": (1.0,),
+    "watermarking_config": (),
+    "exponential_decay_length_penalty": (),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "min_new_tokens": (0,),
+    "min_length": (0,),
+}
+_SAMPLING_ONLY = frozenset({"min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"})
+
+
+class CompleteGenerationConfig(GenerationConfig):
+    """A generation config in which "unset" means "off", instead of "whatever the model's own config says".
+
+    `generate` fills every field of a passed config that is `None` from `model.generation_config`
+    (`GenerationMixin._prepare_generation_config`), and `None` is the only neutral value that `bad_words_ids`,
+    `sequence_bias` or `watermarking_config` have. So a target published with a repetition penalty, or with `min_p`,
+    would apply it to text that claims to be written without. This class declines that filling.
+    """
+
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> dict[str, Any]:
+        # The model's own values are the only update that comes with both flags.
+        if defaults_only and allow_custom_entries:
+            kwargs = {name: value for name, value in kwargs.items() if name in _INHERITED}
+        return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -35,8 +82,10 @@ class DecodingSetting:
             raise ValueError(f"`temperature` must be 0 (greedy) or a positive number, got {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` must lie in (0, 1], got {self.top_p}. Use 1.0 to keep every token.")
-        if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise ValueError(f"`top_k` must be a whole number, 0 or above, got {self.top_k}. Use 0 to keep every token.")
+        if not self.top_k >= 0 or self.top_k != int(self.top_k):
+            raise ValueError(
+                f"`top_k` must be a whole number, 0 or above, got {self.top_k}. Use 0 to keep every token."
+            )
         if not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"`repetition_penalty` must be positive, got {self.repetition_penalty}. Use 1.0 for none.")
         if self.is_greedy and (self.top_p < 1 or self.top_k > 0):
@@ -44,6 +93,50 @@ class DecodingSetting:
                 f"temperature 0 is greedy decoding, which `top_p` and `top_k` cannot change, got top_p={self.top_p} "
                 f"and top_k={self.top_k}. Leave them at 1.0 and 0, or sample with a temperature above 0."
             )
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "DecodingSetting":
+        """The setting recorded in a row of alignment data.
+
+        Raises:
+            ValueError: The row does not record a setting.
+        """
+        missing = [field.name for field in fields(cls) if row.get(field.name) is None]
+        if missing:
+            raise ValueError(
+                f"This row does not say how it was decoded: {', '.join(missing)} missing (columns: {', '.join(row)}). "
+                "Make the data with `draftkd generate`, which records the setting of every row."
+            )
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
+
+    @classmethod
+    def from_generation_config(cls, config: GenerationConfig) -> "DecodingSetting":
+        """What `generate` would do under `config`, transformers' own defaults included (`top_k` 50 when sampling).
+
+        Raises:
+            ValueError: The config holds something that a setting cannot express, such as beams or `min_p`.
+        """
+        sampled = config.do_sample is True
+        inexpressible = [
+            f"{name}={value!r}"
+            for name, neutral in _NEUTRAL.items()
+            if (value := getattr(config, name, None)) is not None and value not in neutral
+            if sampled or name not in _SAMPLING_ONLY
+        ]
+        if inexpressible:
+            raise ValueError(
+                f"The generation config decodes with {', '.join(inexpressible)}, which cannot be written as "
+                "temperature, top_p, top_k and repetition_penalty. Name the setting to use instead."
+            )
+        defaults = GenerationConfig._get_default_generation_params()
+
+        def of(name: str) -> Any:
+            value = getattr(config, name, None)
+            return defaults[name] if value is None else value
+
+        if not sampled:
+            return cls(repetition_penalty=of("repetition_penalty"))
+        return cls(**{field.name: of(field.name) for field in fields(cls)})
 
     @property
     def is_greedy(self) -> bool:
@@ -53,23 +146,36 @@ class DecodingSetting:
         return asdict(self)
 
     def generation_config(self, model: PreTrainedModel, max_new_tokens: int, **overrides: Any) -> GenerationConfig:
-        """A complete `GenerationConfig`: only the special ids come from the model, no sampling default leaks in.
+        """A complete `GenerationConfig` for `model.generate`.
 
-        `generate` fills what a passed config leaves unset from the model's own generation config, so every value
-        that steers sampling is set here.
+        From the model come only its special ids (`eos_token_id` may be a list, or None), its kind of cache and its
+        `suppress_tokens`; no penalty and no sampling default of its own. Pass `suppress_tokens=[]` to drop those too.
+
+        Args:
+            model: The model that will generate.
+            max_new_tokens: Longest completion, in tokens.
+            **overrides: Further fields of the generation config.
         """
         own = model.generation_config
         sampling: dict[str, Any] = {"do_sample": False}
         if not self.is_greedy:
             sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            repetition_penalty=self.repetition_penalty,
-            bos_token_id=own.bos_token_id,
-            eos_token_id=own.eos_token_id,
-            pad_token_id=own.pad_token_id,
-            num_beams=1,
+        values: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "repetition_penalty": self.repetition_penalty,
+            "bos_token_id": own.bos_token_id,
+            "eos_token_id": own.eos_token_id,
+            "pad_token_id": own.pad_token_id,
+            "num_beams": 1,
+            "use_cache": True,
             **sampling,
-        )
-        config.update(**overrides)
-        return config
+        }
+        return CompleteGenerationConfig(**(values | overrides))
+
+
+def end_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The ids that end a text of `model`: none, one or several."""
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        return frozenset()
+    return frozenset(ids if isinstance(ids, list | tuple | set) else [int(ids)])

@@ -1,0 +1,333 @@
+"""Prompts in: from the Hub, a file, a folder or memory, checked before anything runs, rendered to token ids once."""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+Prompt = str | list[dict[str, Any]]
+
+# File suffix -> the builder of `datasets` that reads it.
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+_SHOWN = 10  # row numbers listed in one message
+
+
+def load_prompts(
+    source: "str | Path | Dataset | DatasetDict | Sequence[Any]",
+    *,
+    column: str = "prompt",
+    split: str | None = None,
+    config: str | None = None,
+    limit: int | None = None,
+    drop_last_answer: bool = False,
+    skip_invalid: bool = False,
+) -> Dataset:
+    """Load prompts and check every one of them.
+
+    Args:
+        source: A dataset id on the Hub; a local JSONL, JSON, Parquet, CSV or text file (one prompt a line, blank lines
+            are no prompts); a folder that `load_dataset` reads; a `Dataset`; or a list of strings, of message lists,
+            or of rows.
+        column: The column that holds the prompts: strings, or lists of `{"role", "content"}` messages. It is
+            renamed to `prompt`; the other columns are kept.
+        split: Split to take where there are several. Defaults to `train`.
+        config: Configuration (subset) of a Hub dataset.
+        limit: Take only the first so many rows.
+        drop_last_answer: Take away assistant messages at the end of a conversation, so that the target answers anew.
+        skip_invalid: Leave out prompts that are empty or malformed, and say how many, instead of refusing them.
+
+    Returns:
+        A dataset with a `prompt` column.
+
+    Raises:
+        ValueError: Nothing there, no rows, no such column or split, a line that is not JSON, or malformed prompts
+            (with their row numbers, counted from 0).
+    """
+    dataset = _open(source, column, split, config)
+    if column not in dataset.column_names:
+        raise ValueError(_unknown("column", column, dataset.column_names))
+    if column != "prompt":
+        dataset = dataset.remove_columns([name for name in ["prompt"] if name in dataset.column_names])
+        dataset = dataset.rename_column(column, "prompt")
+    if limit is not None:
+        if limit < 1:
+            raise ValueError(f"`limit` must be at least 1, got {limit}.")
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    if len(dataset) == 0:
+        raise ValueError(f"{_name(source)} holds no rows, so there is nothing to answer.")
+    if drop_last_answer:
+        dataset = dataset.map(_without_last_answer)
+    return _check_prompts(dataset, _name(source), skip_invalid)
+
+
+def render_prompt(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, tools: Any = None, **template_options: Any
+) -> list[int]:
+    """The exact token ids that the target reads for one prompt. See `render_prompts`."""
+    if not isinstance(prompt, str):
+        return tokenizer.apply_chat_template(
+            [clean_message(message) for message in prompt],
+            tools=json.loads(tools) if isinstance(tools, str) else (tools or None),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **template_options,
+        )
+    ids = tokenizer(prompt)["input_ids"]
+    # A tokenizer that closes every text would close the prompt before the target could continue it.
+    if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
+        ids = ids[:-1]
+    # Text that was already rendered brings its own beginning-of-text token.
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos] and not prompt.startswith(str(tokenizer.bos_token) * 2):
+        ids = ids[1:]
+    return ids
+
+
+def render_prompts(
+    prompts: "Dataset | Sequence[Prompt]",
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    first_row: int = 0,
+    **template_options: Any,
+) -> list[list[int]]:
+    """Turn prompts into the token ids that the target reads, once and for all.
+
+    Messages go through the tokenizer's chat template with `add_generation_prompt=True` and receive no further special
+    tokens. Strings are encoded as plain text, with the special tokens the tokenizer puts in front of a text.
+
+    Args:
+        prompts: Strings and message lists; or a dataset with a `prompt` column and, if it likes, a `tools` column and
+            a `chat_template_kwargs` column (as in TRL).
+        tokenizer: The target's tokenizer.
+        first_row: Number of the first prompt, for messages.
+        **template_options: Further arguments of the chat template, such as `enable_thinking=False`.
+
+    Returns:
+        One list of token ids a prompt.
+
+    Raises:
+        ValueError: Messages are given and the tokenizer has no chat template, or the template refuses them.
+    """
+    rows: Iterable[Mapping[str, Any]]
+    rows = prompts if isinstance(prompts, Dataset) else ({"prompt": prompt} for prompt in prompts)
+    rendered = []
+    for number, row in enumerate(rows, start=first_row):
+        if not isinstance(row["prompt"], str):
+            require_chat_template(tokenizer)
+        options = {**template_options, **(row.get("chat_template_kwargs") or {})}
+        try:
+            rendered.append(render_prompt(row["prompt"], tokenizer, tools=row.get("tools"), **options))
+        except Exception as error:
+            # Templates raise whatever their author chose; all of it is about this row.
+            raise ValueError(f"The chat template cannot render prompt {number} (from 0): {error}") from error
+    return rendered
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `ValueError` if `tokenizer` cannot render messages."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"The prompts are chat messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template. Give "
+            "the prompts as plain strings, or use a chat-tuned target, or set `tokenizer.chat_template`."
+        )
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The longest text a model can read, in tokens; None where its config does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def fitting_rows(
+    lengths: Sequence[int], context: int | None, max_new_tokens: int, *, skip_too_long: bool = False
+) -> list[int]:
+    """The numbers of the prompts that leave room for `max_new_tokens`.
+
+    Args:
+        lengths: Tokens of each prompt.
+        context: The target's context length; None is no limit.
+        max_new_tokens: Room to leave, in tokens.
+        skip_too_long: Leave longer prompts out and warn, instead of refusing them.
+
+    Raises:
+        ValueError: Prompts are empty or too long; their row numbers are listed.
+    """
+    empty = [row for row, length in enumerate(lengths) if length == 0]
+    if empty:
+        raise ValueError(f"The tokenizer turns {_rows(empty)} into no tokens at all. Take them out.")
+    if context is None:
+        return list(range(len(lengths)))
+    room = context - max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"`max_new_tokens` is {max_new_tokens}, but the target reads at most {context} tokens, which leaves no "
+            f"room for a prompt. Use at most {context - 1}."
+        )
+    too_long = [row for row, length in enumerate(lengths) if length > room]
+    if not too_long:
+        return list(range(len(lengths)))
+    text = (
+        f"{_rows(too_long)} longer than {room} tokens (context {context} - max_new_tokens {max_new_tokens}; the "
+        f"longest has {max(lengths)})"
+    )
+    if not skip_too_long:
+        raise ValueError(
+            f"{text}. Shorten them, lower `max_new_tokens`, or pass `skip_too_long=True` to leave them out."
+        )
+    if len(too_long) == len(lengths):
+        raise ValueError(f"{text}: no prompt is left. Lower `max_new_tokens`.")
+    logger.warning(f"Left out {text}.")
+    return [row for row, length in enumerate(lengths) if length <= room]
+
+
+def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without the empty keys that Arrow adds where rows differ: a template may ask whether a key is there."""
+    return {key: value for key, value in message.items() if value is not None or key == "content"}
+
+
+def prompt_problem(prompt: Any) -> str | None:
+    """What is wrong with a prompt, or None."""
+    if isinstance(prompt, str):
+        return None if prompt.strip() else "is empty"
+    if not isinstance(prompt, list | tuple):
+        return f"is neither text nor a list of messages ({type(prompt).__name__})"
+    if not prompt:
+        return "is empty"
+    for message in prompt:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            return "holds a message without a role"
+        content = message.get("content")
+        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
+            return "holds a message whose content is not text"
+    if not any(message.get("content") for message in prompt):
+        return "is empty"
+    if prompt[-1]["role"] == "assistant":
+        return "ends with the assistant's answer (pass `drop_last_answer=True` to have the target answer anew)"
+    return None
+
+
+def _open(source: Any, column: str, split: str | None, config: str | None) -> Dataset:
+    if isinstance(source, Dataset):
+        return source
+    if isinstance(source, DatasetDict):
+        return _pick_split(source, split)
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        if path.is_file():
+            return _read_file(path, column)
+        return _pick_split(_load(str(path) if path.is_dir() else str(source), config, path.is_dir()), split)
+    if isinstance(source, Sequence):
+        if not source:
+            raise ValueError("The list of prompts is empty, so there is nothing to answer.")
+        if all(isinstance(item, Mapping) and "role" not in item for item in source):
+            return Dataset.from_list([dict(item) for item in source])
+        problems = [(row, problem) for row, item in enumerate(source) if (problem := prompt_problem(item))]
+        if problems:
+            raise ValueError(_listing(problems, "The list of prompts"))
+        if len({isinstance(item, str) for item in source}) > 1:
+            raise ValueError("The list mixes strings and message lists. Give one kind, or generate in two runs.")
+        return Dataset.from_dict({column: list(source)})
+    raise ValueError(
+        f"Prompts must be a Hub id, a path, a `datasets.Dataset` or a list, got {type(source).__name__}. An "
+        "`IterableDataset` has no row numbers to resume from: save it first, or load it without `streaming=True`."
+    )
+
+
+def _load(name: str, config: str | None, is_local: bool) -> DatasetDict:
+    looks_local = name.startswith((".", "/", "~")) or Path(name).suffix in _BUILDERS or name.count("/") > 1
+    if looks_local and not is_local:
+        raise ValueError(f"There is no file or folder {name!r} (looked from {Path.cwd()}).")
+    try:
+        loaded = load_dataset(name, config)
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, OSError) as error:
+        raise ValueError(
+            f"{name!r} is neither a local path nor a dataset that could be read from the Hub: {error}"
+        ) from error
+    return loaded
+
+
+def _read_file(path: Path, column: str) -> Dataset:
+    builder = _BUILDERS.get(path.suffix.lower())
+    if builder is None:
+        raise ValueError(f"Cannot read {path.name!r}: give one of {', '.join(_BUILDERS)}, or a folder or Hub dataset.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty, so there is nothing to answer.")
+    if path.suffix.lower() == ".jsonl":
+        _check_json_lines(path)
+    dataset = load_dataset(builder, data_files=str(path), split="train")
+    if builder == "text":
+        dataset = dataset.filter(lambda row: row["text"].strip() != "")
+        return dataset.rename_column("text", column)
+    return dataset
+
+
+def _check_json_lines(path: Path) -> None:
+    # `datasets` reports a broken line by its byte offset in a block, or not at all.
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} holds a {type(row).__name__} where a JSON object is needed.")
+
+
+def _pick_split(splits: DatasetDict, split: str | None) -> Dataset:
+    if split is None:
+        split = next(iter(splits)) if len(splits) == 1 else "train"
+    if split not in splits:
+        raise ValueError(_unknown("split", split, list(splits)))
+    return splits[split]
+
+
+def _check_prompts(dataset: Dataset, name: str, skip_invalid: bool) -> Dataset:
+    column = dataset.select_columns(["prompt"])
+    problems = [(row, problem) for row, item in enumerate(column) if (problem := prompt_problem(item["prompt"]))]
+    if not problems:
+        return dataset
+    if not skip_invalid or len(problems) == len(dataset):
+        raise ValueError(_listing(problems, name))
+    logger.warning(f"Left out {len(problems)} of {len(dataset)} prompts. {_listing(problems, name)}")
+    bad = {row for row, _ in problems}
+    return dataset.select([row for row in range(len(dataset)) if row not in bad])
+
+
+def _without_last_answer(row: dict[str, Any]) -> dict[str, Any]:
+    prompt = row["prompt"]
+    if isinstance(prompt, list):
+        while prompt and isinstance(prompt[-1], Mapping) and prompt[-1].get("role") == "assistant":
+            prompt = prompt[:-1]
+    return {"prompt": prompt}
+
+
+def _listing(problems: list[tuple[int, str]], name: str) -> str:
+    by_kind: dict[str, list[int]] = {}
+    for row, problem in problems:
+        by_kind.setdefault(problem, []).append(row)
+    return f"{name}: " + "; ".join(f"{_rows(rows)} {problem}" for problem, rows in by_kind.items()) + "."
+
+
+def _rows(rows: list[int]) -> str:
+    shown = ", ".join(map(str, rows[:_SHOWN])) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+    return f"{'row' if len(rows) == 1 else 'rows'} {shown} (counted from 0)"
+
+
+def _unknown(kind: str, given: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(given, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"There is no {kind} {given!r}; there are: {', '.join(known)}.{hint}"
+
+
+def _name(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else f"The given {type(source).__name__}"

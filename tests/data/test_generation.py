@@ -1,0 +1,200 @@
+import pytest
+import torch
+from datasets import Dataset
+from transformers import pipeline
+
+from hf_draftkd.data.backends import AlignmentPipeline, cut_completion
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.generation import alignment_features, cut_shards, decoding_settings, generate_alignment_data
+from hf_draftkd.data.prompts import render_prompts
+from tests.data.small import make_target, make_tokenizer
+
+COLUMNS = [
+    *("prompt", "completion", "prompt_ids", "completion_ids", "ids_source", "scenario", "target", "target_revision"),
+    *("temperature", "top_p", "top_k", "repetition_penalty", "seed", "finish_reason"),
+]
+TEXTS = ["the cat", "on", "sat on the mat, the cat", "a", "mat mat mat mat mat", "the"]
+
+
+def by_hand(model, ids, new_tokens, end=()):
+    """Greedy decoding straight from its definition: no cache, no batch, no `generate`."""
+    text = list(ids)
+    for _ in range(new_tokens):
+        with torch.no_grad():
+            text.append(model(torch.tensor([text])).logits[0, -1, : len(make_tokenizer())].argmax().item())
+        if text[-1] in end:
+            break
+    return text[len(ids) :]
+
+
+def test_greedy_rows_are_exact_in_batches_of_unequal_prompts(target, tokenizer):
+    """Left padding, length sorting and cutting must not change one token, nor the order of the rows."""
+    data = generate_alignment_data(target, tokenizer, TEXTS, max_new_tokens=8, batch_size=4)
+    assert data["prompt"] == TEXTS
+    for row in data:
+        assert row["prompt_ids"] == tokenizer(row["prompt"])["input_ids"]
+        assert row["completion_ids"] == by_hand(target, row["prompt_ids"], 8, end={1})
+        assert row["completion"] == tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("with_pad", [True, False])
+def test_the_end_token_is_kept_where_pad_equals_end(with_pad):
+    """Fault 3 of the field: pads are cut by their id, and with pad = end the end token goes with them."""
+    target, tokenizer = make_target(), make_tokenizer(with_pad=with_pad)
+    if with_pad:
+        tokenizer.pad_token = tokenizer.eos_token
+    ids = render_prompts(TEXTS, tokenizer)
+    end = by_hand(target, ids[0], 3)[-1]
+    target.generation_config.eos_token_id = [end, 1]
+    target.generation_config.pad_token_id = end if with_pad else None
+    data = generate_alignment_data(target, tokenizer, TEXTS, max_new_tokens=8, batch_size=6)
+    reasons = set()
+    for row in data:
+        expected = by_hand(target, row["prompt_ids"], 8, end={end, 1})
+        assert row["completion_ids"] == expected
+        assert row["finish_reason"] == ("stop" if expected[-1] in (end, 1) else "length")
+        reasons.add(row["finish_reason"])
+    assert reasons == {"stop", "length"}
+    assert tokenizer.pad_token == (tokenizer.eos_token if with_pad else None)
+    assert tokenizer.padding_side == "right"
+
+
+def test_an_end_token_on_the_last_allowed_place_is_a_stop():
+    assert cut_completion([5, 6, 1], frozenset({1})) == ([5, 6, 1], "stop")
+    assert cut_completion([5, 6, 7], frozenset({1})) == ([5, 6, 7], "length")
+    assert cut_completion([5, 1, 2, 2], frozenset({1})) == ([5, 1], "stop")
+
+
+def test_a_target_without_end_token(target, tokenizer):
+    target.generation_config.eos_token_id = None
+    data = generate_alignment_data(target, tokenizer, TEXTS, max_new_tokens=5)
+    assert set(data["finish_reason"]) == {"length"}
+    assert {len(ids) for ids in data["completion_ids"]} == {5}
+
+
+def test_the_row_format(target, tokenizer):
+    """The contract of design.md: names, types, messages answered with one assistant message, columns carried along."""
+    prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": text}], "domain": "mats"} for text in TEXTS])
+    data = generate_alignment_data(
+        target, tokenizer, prompts, max_new_tokens=4, temperatures=(0.0, 0.7), top_p=0.95, seed=3, scenario="curated"
+    )
+    assert data.column_names == [*COLUMNS, "domain"]
+    assert data.features == alignment_features(prompts.features)
+    row = data[1]
+    assert row["completion"] == [
+        {"role": "assistant", "content": tokenizer.decode(row["completion_ids"], skip_special_tokens=True)}
+    ]
+    assert row["prompt_ids"] == render_prompts([row["prompt"]], tokenizer)[0]
+    expected = {"ids_source": "generated", "scenario": "curated", "target": "tiny/target", "target_revision": None}
+    expected |= {"temperature": 0.7, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0, "seed": 3, "domain": "mats"}
+    assert {name: row[name] for name in expected} == expected
+    assert DecodingSetting.from_row(data[0]) == DecodingSetting()
+
+
+def test_settings_and_completions_are_counted_and_ordered(target, tokenizer):
+    data = generate_alignment_data(
+        target, tokenizer, TEXTS[:2], max_new_tokens=6, temperatures=(0, 1.0), num_completions=3
+    )
+    assert data["prompt"] == [TEXTS[0]] * 4 + [TEXTS[1]] * 4
+    assert data["temperature"] == [0, 1, 1, 1] * 2
+    sampled = [tuple(ids) for ids in data["completion_ids"]]
+    assert len(set(sampled)) == 8
+
+
+def test_rows_follow_from_the_arguments_alone(target, tokenizer):
+    """The caller's random state, its training mode and further temperatures must not change a row."""
+
+    def rows(**changes):
+        options = {"max_new_tokens": 6, "temperatures": (1.0,), "batch_size": 2, "seed": 1, **changes}
+        return generate_alignment_data(target, tokenizer, TEXTS, **options)
+
+    first = rows()
+    state = torch.get_rng_state()
+    torch.manual_seed(99)
+    target.train()
+    again = rows()
+    assert target.training
+    assert again["completion_ids"] == first["completion_ids"]
+    both = rows(temperatures=(0.0, 1.0))
+    assert both.filter(lambda row: row["temperature"] == 1)["completion_ids"] == first["completion_ids"]
+    assert rows(seed=2)["completion_ids"] != first["completion_ids"]
+    torch.set_rng_state(state)
+    rows()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_shards_draw_different_random_numbers(target, tokenizer):
+    """Shards seeded alike would give every shard the same draws."""
+    data = generate_alignment_data(
+        target, tokenizer, ["the cat"] * 4, max_new_tokens=8, temperatures=(1.0,), batch_size=2, shard_size=2
+    )
+    assert len({tuple(ids) for ids in data["completion_ids"]}) == 4
+
+
+def test_sampled_tokens_follow_the_targets_distribution(target, tokenizer):
+    """First tokens of 1,500 samples against p itself: a leaking top-k or temperature shows here."""
+    data = generate_alignment_data(
+        target, tokenizer, ["the cat"], max_new_tokens=1, temperatures=(1.0,), num_completions=1500, batch_size=100
+    )
+    with torch.no_grad():
+        p = target(torch.tensor([data[0]["prompt_ids"]])).logits[0, -1].double().softmax(-1)
+    counted = torch.bincount(torch.tensor([ids[0] for ids in data["completion_ids"]]), minlength=len(p)) / 1500
+    expected_distance = (p * (1 - p) / 1500).sqrt().sum() * (2 / torch.pi) ** 0.5 / 2  # of a true sample, on average
+    assert 0.5 * (counted - p).abs().sum() < 1.3 * expected_distance
+    assert (counted > 0).sum() > 50
+
+
+def test_ids_that_stand_for_no_token_are_never_written(tokenizer):
+    """A padded vocabulary: rows beyond the tokenizer decode to nothing and cannot be data."""
+    target = make_target(vocab_size=1000)
+    data = generate_alignment_data(target, tokenizer, TEXTS, max_new_tokens=8, temperatures=(0, 1.0))
+    assert max(max(ids) for ids in data["completion_ids"]) < len(tokenizer)
+    for row in data.filter(lambda row: row["temperature"] == 0):
+        assert row["completion_ids"] == by_hand(target, row["prompt_ids"], 8, end={1})
+
+
+def test_the_pipeline_class_works_with_the_stock_pipeline_function(target, tokenizer):
+    pipe = pipeline(
+        "text-generation", model=target, tokenizer=tokenizer, pipeline_class=AlignmentPipeline, device="cpu"
+    )
+    config = DecodingSetting().generation_config(target, 4)
+    ids = render_prompts(TEXTS[:3], tokenizer)
+    outputs = pipe(ids, generation_config=config, batch_size=2)
+    assert [output[0]["completion_ids"] for output in outputs] == [by_hand(target, each, 4, end={1}) for each in ids]
+    with pytest.raises(ValueError, match="generation_config"):
+        pipe(ids)
+
+
+def test_shards_cover_the_prompts_once_in_whole_batches():
+    for count in (1, 7, 100, 5000):
+        shards = cut_shards(count, batch_size=8)
+        assert [row for shard in shards for row in shard] == list(range(count))
+        assert all(len(shard) % 8 == 0 for shard in shards[:-1])
+    assert [len(shard) for shard in cut_shards(10, batch_size=2, shard_size=3)] == [4, 4, 2]
+
+
+def test_sampling_filters_leave_greedy_decoding_alone():
+    greedy, sampled = decoding_settings((0, 0.7), top_p=0.9, top_k=5)
+    assert (greedy.top_p, greedy.top_k, sampled.top_p, sampled.top_k) == (1.0, 0, 0.9, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperatures": ()}, "empty"),
+        ({"temperatures": (1.0, 1.0)}, "repeats"),
+        ({"temperatures": (-1.0,)}, "temperature"),
+        ({"top_p": 2.0}, "top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"num_completions": 0}, "num_completions"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"scenario": "query"}, "scenario"),
+        ({"shard_size": 0, "max_new_tokens": 9}, "shard_size"),
+        ({"max_new_tokens": 125}, "rows 0, 2, 4 .* longer than 3 tokens"),
+    ],
+)
+def test_bad_input_is_refused_before_the_target_runs(tokenizer, options, message):
+    target = make_target()
+    target.forward = None  # a single call would fail with another error
+    with pytest.raises(ValueError, match=message):
+        generate_alignment_data(target, tokenizer, TEXTS[:5], **options)

@@ -1,0 +1,191 @@
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
+from tests.data.small import make_target, make_tokenizer
+
+CHAT = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "on the mat?"}]]
+
+
+def as_file(folder, kind, rows):
+    path = folder / f"prompts.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "txt":
+        path.write_text("".join(row["prompt"] + "\n\n" for row in rows))
+    elif kind == "csv":
+        Dataset.from_list(rows).to_csv(path)
+    else:
+        Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "csv", "parquet"])
+def test_every_kind_of_file_gives_the_same_prompts(tmp_path, kind):
+    path = as_file(tmp_path, kind, [{"prompt": "the cat"}, {"prompt": "sat, on"}])
+    assert load_prompts(path)["prompt"] == ["the cat", "sat, on"]
+    assert load_prompts(str(path), limit=1)["prompt"] == ["the cat"]
+
+
+def test_messages_and_further_columns_come_through(tmp_path):
+    rows = [{"query": prompt, "domain": "a"} for prompt in CHAT]
+    for source in (as_file(tmp_path, "jsonl", rows), as_file(tmp_path, "parquet", rows), rows, Dataset.from_list(rows)):
+        loaded = load_prompts(source, column="query")
+        assert loaded["prompt"] == CHAT
+        assert loaded["domain"] == ["a", "a"]
+
+
+def test_lists_of_strings_and_of_messages():
+    assert load_prompts(["a", "b"])["prompt"] == ["a", "b"]
+    assert load_prompts(CHAT)["prompt"] == CHAT
+
+
+def test_folders_and_splits(tmp_path):
+    as_file(tmp_path, "jsonl", [{"prompt": "a"}])
+    assert load_prompts(tmp_path)["prompt"] == ["a"]
+    splits = DatasetDict({"train": Dataset.from_list([{"prompt": "a"}]), "test": Dataset.from_list([{"prompt": "b"}])})
+    assert load_prompts(splits)["prompt"] == ["a"]
+    assert load_prompts(splits, split="test")["prompt"] == ["b"]
+    with pytest.raises(ValueError, match=r"no split 'tset'.*Did you mean 'test'"):
+        load_prompts(splits, split="tset")
+
+
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub():
+    with pytest.raises(ValueError, match=r"no file or folder './nowhere.jsonl'"):
+        load_prompts("./nowhere.jsonl")
+
+
+@pytest.mark.parametrize("source", [[], Dataset.from_list([]), Dataset.from_dict({"prompt": []})])
+def test_nothing_to_answer(source):
+    with pytest.raises(ValueError, match=r"nothing to answer|no column"):
+        load_prompts(source)
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("")
+    with pytest.raises(ValueError, match="is empty"):
+        load_prompts(tmp_path / "prompts.jsonl")
+
+
+def test_an_unknown_column_names_the_nearest():
+    with pytest.raises(ValueError, match=r"no column 'promt'.*Did you mean 'prompt'"):
+        load_prompts([{"prompt": "a", "domain": "b"}], column="promt")
+
+
+def test_a_broken_line_is_named_by_its_number(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n\n{"prompt": "b"\n')
+    with pytest.raises(ValueError, match=r"line 3 is not valid JSON"):
+        load_prompts(path)
+    path.write_text('{"prompt": "a"}\n["b"]\n')
+    with pytest.raises(ValueError, match=r"line 2 holds a list"):
+        load_prompts(path)
+
+
+def test_unusable_prompts_are_listed_with_their_rows():
+    with pytest.raises(ValueError, match=r"rows 1, 2 \(counted from 0\) is empty"):
+        load_prompts(Dataset.from_dict({"prompt": ["a", "", "  \n"]}))
+    with pytest.raises(ValueError, match=r"row 0 .* is neither text nor a list of messages \(int\)"):
+        load_prompts(Dataset.from_dict({"prompt": [3]}))
+    with pytest.raises(ValueError, match=r"row 1 .* without a role"):
+        load_prompts([CHAT[0], [{"content": "x"}]])
+    with pytest.raises(ValueError, match=r"row 0 .* content is not text"):
+        load_prompts(Dataset.from_dict({"prompt": [[{"role": "user", "content": 3}]]}))
+    with pytest.raises(ValueError, match="mixes strings and message lists"):
+        load_prompts(["a", CHAT[0]])
+
+
+def test_unusable_prompts_are_skipped_only_if_asked():
+    data = Dataset.from_dict({"prompt": ["a", "", "b"]})
+    assert load_prompts(data, skip_invalid=True)["prompt"] == ["a", "b"]
+    with pytest.raises(ValueError, match="is empty"):
+        load_prompts(Dataset.from_dict({"prompt": ["", " "]}), skip_invalid=True)
+
+
+def test_a_conversation_that_is_already_answered():
+    """Logs end with the old answer; rendered as a prompt it would make the target speak twice in a row."""
+    log = [[*CHAT[0], {"role": "assistant", "content": "hello"}]]
+    with pytest.raises(ValueError, match="drop_last_answer"):
+        load_prompts(Dataset.from_dict({"prompt": log}))
+    assert load_prompts(Dataset.from_dict({"prompt": log}), drop_last_answer=True)["prompt"] == [CHAT[0]]
+
+
+def test_messages_are_rendered_once_with_the_generation_prompt():
+    tokenizer = make_tokenizer()
+    expected = tokenizer.convert_tokens_to_ids(["<s>", "<|user|>", "h", "i", "<|end|>", "<|assistant|>"])
+    assert render_prompts([CHAT[0]], tokenizer) == [expected]
+
+
+def test_no_beginning_of_text_token_stands_twice():
+    """Fault: a template that writes `<s>` and a tokenizer that adds it give the target a text it has never seen."""
+    tokenizer = make_tokenizer()
+    for prompt in (CHAT[0], "the cat", "<s>the cat"):
+        (ids,) = render_prompts([prompt], tokenizer)
+        assert ids.count(tokenizer.bos_token_id) == 1
+        assert ids[0] == tokenizer.bos_token_id
+
+
+def test_plain_text_is_encoded_as_the_tokenizer_would():
+    tokenizer = make_tokenizer()
+    assert render_prompts(["the cat"], tokenizer) == [tokenizer("the cat")["input_ids"]]
+
+
+def test_a_tokenizer_that_closes_every_text_does_not_close_the_prompt():
+    tokenizer = make_tokenizer()
+    from tokenizers import processors
+
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|end|>", special_tokens=[("<s>", 0), ("<|end|>", 1)]
+    )
+    (ids,) = render_prompts(["the cat"], tokenizer)
+    assert tokenizer.decode(ids) == "<s>the cat"
+    (closed,) = render_prompts(["the cat<|end|>"], tokenizer)
+    assert closed[-1] == tokenizer.eos_token_id
+
+
+def test_tools_reach_the_template_as_list_and_as_json():
+    tokenizer = make_tokenizer()
+    tools = [{"type": "function", "function": {"name": "cat", "parameters": {}}}]
+    for column in ([tools], [json.dumps(tools)]):
+        rows = Dataset.from_dict({"prompt": [CHAT[0]], "tools": column})
+        assert '"name": "cat"' in tokenizer.decode(render_prompts(rows, tokenizer)[0])
+
+
+def test_keys_that_arrow_adds_do_not_reach_the_template():
+    """Arrow gives every message the keys of all messages, and templates ask whether `tool_calls` is there at all."""
+    tokenizer = make_tokenizer()
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "cat"}]}
+    rows = Dataset.from_dict({"prompt": [[*CHAT[0], call, {"role": "tool", "content": "meow"}], CHAT[1]]})
+    assert rows[1]["prompt"][0]["tool_calls"] is None
+    assert "None" not in tokenizer.decode(render_prompts(rows, tokenizer)[1])
+    assert "null" not in tokenizer.decode(render_prompts(rows, tokenizer)[1])
+
+
+def test_messages_without_a_template_are_refused():
+    with pytest.raises(ValueError, match="no chat template"):
+        render_prompts(CHAT, make_tokenizer(template=None))
+
+
+def test_a_template_that_refuses_a_prompt_names_the_row():
+    tokenizer = make_tokenizer(template="{{ raise_exception('system only') }}")
+    with pytest.raises(ValueError, match=r"prompt 0 .*system only"):
+        render_prompts(CHAT, tokenizer)
+
+
+def test_prompts_longer_than_the_context_are_listed():
+    with pytest.raises(ValueError, match=r"rows 1, 3 .* longer than 96 tokens .*longest has 200"):
+        fitting_rows([96, 97, 1, 200], context=128, max_new_tokens=32)
+    assert fitting_rows([96, 97, 1, 200], context=128, max_new_tokens=32, skip_too_long=True) == [0, 2]
+    assert fitting_rows([96, 10**6], context=None, max_new_tokens=32) == [0, 1]
+    with pytest.raises(ValueError, match="no prompt is left"):
+        fitting_rows([97], context=128, max_new_tokens=32, skip_too_long=True)
+    with pytest.raises(ValueError, match=r"leaves no room"):
+        fitting_rows([1], context=128, max_new_tokens=128)
+    with pytest.raises(ValueError, match=r"row 1 .* no tokens at all"):
+        fitting_rows([1, 0], context=128, max_new_tokens=8)
+
+
+def test_the_context_is_that_of_the_model():
+    assert context_length(make_target(max_position_embeddings=77).config) == 77
