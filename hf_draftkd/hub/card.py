@@ -57,12 +57,13 @@ class DraftModelCard(ModelCard):
         """Write a card from what is known.
 
         Args:
-            report: A `SpeculationReport`, or the dictionary that its `to_json()` gives; None before any evaluation.
+            report: A `SpeculationReport`, or the dictionary that its JSON holds; None before any evaluation.
             training: How the draft was trained.
             pair: What decides which engines can run the pair; sizes and fingerprint.
             provenance: As stored in `provenance.json`; `training` and `pair` default to what it holds.
             name: Hub id under which the draft is, or will be, published; else its path.
-            license, language: Metadata; absent where not given.
+            license: Identifier of the licence for the metadata (`apache-2.0`).
+            language: Language code or codes for the metadata.
             tags: Further tags.
             plots: Caption to path within the repository.
             notes: Sentences that stand at the top of the card.
@@ -95,7 +96,7 @@ class DraftModelCard(ModelCard):
         """The whole card as text."""
         return str(self)
 
-    def save(self, filepath: str | os.PathLike) -> Path:  # type: ignore[override]
+    def save(self, filepath: str | os.PathLike) -> Path:
         """Write the card, whole or not at all.
 
         Args:
@@ -105,7 +106,7 @@ class DraftModelCard(ModelCard):
         return write_text(path / CARD_FILE if path.is_dir() else path, self.render())
 
     def updated_from(self, fresh: "DraftModelCard") -> Self:
-        """This card's prose and hand-set metadata with the figures of a new one.
+        """Keep the prose and hand-set metadata of this card, and take the figures of a new one.
 
         Sections between the marks are taken from `fresh`, text outside them is kept. Metadata: what `fresh` states is
         taken, except licence and language once they are set; tags are united; other keys are kept; old figures go.
@@ -139,10 +140,10 @@ def public_report(report: Any) -> dict[str, Any]:
     """
     if report is None:
         return {}
-    data = report.to_json() if hasattr(report, "to_json") else report
+    data = report.to_dict() if hasattr(report, "to_dict") else report
     if not isinstance(data, Mapping) or not isinstance(data.get("settings"), Sequence):
         raise ValueError(
-            f"A card is written from a SpeculationReport or its `to_json()` dictionary, got {type(report).__name__} "
+            f"A card is written from a SpeculationReport or the dictionary in its JSON, got {type(report).__name__} "
             "without `settings`. `draftkd evaluate` writes one."
         )
     known = dict(data)
@@ -171,7 +172,9 @@ def _context(
     notes: Sequence[str],
 ) -> dict[str, Any]:
     """Everything the template needs, as plain values and finished tables."""
-    target = report.get("target", {}).get("name") or (training and training.target and public_name(training.target))
+    target: str | None = report.get("target", {}).get("name")
+    if target is None and training and training.target:
+        target = public_name(training.target)
     revision = report.get("target", {}).get("revision") or (training.target_revision if training else None)
     shown = public_name(name) if name else report.get("draft", {}).get("name") or "path/to/draft"
     # What evaluation recommends wins over what a config still holds from before.

@@ -39,7 +39,8 @@ def commands(
     """The commands that are true for this pair.
 
     Args:
-        draft, target: Hub ids or paths, as the reader will type them.
+        draft: Hub id or path, as the reader will type it.
+        target: The same for the target.
         target_revision: Commit of the target that was measured; None where it is not known.
         pair: An engine whose condition is not known to hold is left out; transformers is left out only where its
             condition is known to fail.
@@ -72,7 +73,8 @@ def _length_lines(name: str, pair: PairFacts, length: int | None) -> str:
         return ""
     return (
         f"{name}.generation_config.update(\n"
-        f'    num_assistant_tokens={length}, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0\n'
+        f'    num_assistant_tokens={length}, num_assistant_tokens_schedule="constant",\n'
+        f"    assistant_confidence_threshold=0.0,\n"
         f")\n"
     )
 

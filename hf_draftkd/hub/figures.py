@@ -103,8 +103,8 @@ def acceptance_table(report: Json, settings: Sequence[Json], *, is_whole: bool) 
     ]
     rows = []
     for setting in settings:
-        old = next((other for other in stock if same_setting(setting, other)), {})
-        gain = next((other for other in differences if same_setting(setting, other)), {})
+        old: Json = next((other for other in stock if same_setting(setting, other)), {})
+        gain: Json = next((other for other in differences if same_setting(setting, other)), {})
         rows.append(
             [
                 decoding_name(setting),

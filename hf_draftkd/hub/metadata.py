@@ -38,6 +38,10 @@ def card_data(
         base_model: The model whose weights the draft started from. A draft that is not known to start from a model on
             the Hub names its target instead: it is distilled from it.
         datasets: Training data; names that are no Hub ids are left out.
+        license: Licence identifier.
+        language: Language code or codes.
+        tags: Further tags.
+        results: As `eval_results` gives them.
     """
     hub_target = target if is_hub_id(target) else None
     origin = base_model if is_hub_id(base_model) else hub_target
@@ -111,7 +115,7 @@ def _result(
         dataset_type=source if is_hub_id(source) else "prompts",
         dataset_name=one_line(name),
         dataset_config=one_line(domain) if domain else None,
-        dataset_args={key: prompts[key] for key in ("count", "sha256") if key in prompts} or None,
+        dataset_args=_clean({key: prompts[key] for key in ("count", "sha256") if key in prompts}) or None,
         metric_type=kind,
         metric_name=f"{label} ({decoding_name(setting)}, {one_line(setting.get('verification', 'rule not recorded'))})",
         metric_value=figure["value"] if isinstance(figure, Mapping) else figure,

@@ -8,7 +8,8 @@ import re
 SECTIONS = ("summary", "use", "figures", "training", "limits", "citation")
 _HINT = "written by hf_draftkd; put your own text outside these marks"
 _SECTION = re.compile(
-    r"^<!-- draftkd:begin (?P<name>[a-z]+)[^\n]*-->[ \t]*\r?\n(?P<content>.*?)^<!-- draftkd:end (?P=name) -->[ \t]*\r?$\n?",
+    r"^<!-- draftkd:begin (?P<name>[a-z]+)[^\n]*-->[ \t]*\r?\n(?P<content>.*?)"
+    r"^<!-- draftkd:end (?P=name) -->[ \t]*\r?$\n?",
     re.MULTILINE | re.DOTALL,
 )
 
