@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import PackageLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub import engines, figures, sections
 from hf_draftkd.hub.citations import bibtex, papers_used
 from hf_draftkd.hub.markdown import Markdown, code, dataset_link, fenced, is_hub_id, model_link, one_line, text
@@ -136,17 +137,17 @@ def public_report(report: Any) -> dict[str, Any]:
     """The report as a dictionary in which no name tells a path of this machine.
 
     Raises:
-        ValueError: It is neither a report nor a mapping with `settings`.
+        ValueError: It is no report; the message names the key.
     """
     if report is None:
         return {}
-    data = report.to_dict() if hasattr(report, "to_dict") else report
-    if not isinstance(data, Mapping) or not isinstance(data.get("settings"), Sequence):
+    if not isinstance(report, (SpeculationReport, Mapping)):
         raise ValueError(
-            f"A card is written from a SpeculationReport or the dictionary in its JSON, got {type(report).__name__} "
-            "without `settings`. `draftkd evaluate` writes one."
+            f"A card is written from a SpeculationReport or the dictionary in its JSON, got {type(report).__name__}. "
+            "`SpeculationReport.load(path)` reads a file."
         )
-    known = dict(data)
+    checked = report if isinstance(report, SpeculationReport) else SpeculationReport.from_dict(dict(report))
+    known = checked.to_dict()
     for key in ("target", "draft"):
         known[key] = _public_model(known.get(key))
     if "baseline" in known:
@@ -205,7 +206,7 @@ def _context(
         "has_stock": bool(report.get("baseline", {}).get("settings")),
         "stock": _model(report.get("baseline", {}).get("draft", {})),
         "speed": figures.speed_table(report.get("settings", ())),
-        "hardware": figures.described(report.get("hardware")),
+        "hardware": figures.hardware_text(report.get("hardware")),
         "relative_cost": figures.estimate_text(latency.get("relative_cost"), 3),
         "verdicts": figures.verdict_rows(report),
         "plots": [(caption, Markdown(quote(one_line(path)))) for caption, path in plots.items()],
@@ -323,7 +324,7 @@ def _number(value: Any) -> Markdown:
 
 
 def _made_with(provenance: Provenance) -> Markdown | None:
-    versions = figures.described(provenance.versions)
+    versions = ", ".join(f"{name} {version}" for name, version in (provenance.versions or {}).items())
     sentences = [
         f"Made with {text(versions)}." if versions else None,
         f"Code at commit {code(provenance.commit)}." if provenance.commit else None,

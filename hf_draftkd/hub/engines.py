@@ -64,58 +64,71 @@ def commands(
     return found
 
 
-def _revision(revision: str | None) -> str:
-    return f", revision={python_string(revision)}" if revision else ""
+def _call(function: str, *arguments: str) -> str:
+    """A call with one argument a line: how formatters leave it, however long the names are."""
+    return "\n".join([f"{function}(", *(f"    {argument}," for argument in arguments), ")"])
 
 
-def _length_lines(name: str, pair: PairFacts, length: int | None) -> str:
+def _load(name: str, *options: str) -> str:
+    return _call("AutoModelForCausalLM.from_pretrained", python_string(name), *options, *_PLACEMENT)
+
+
+_PLACEMENT = ('dtype="auto"', 'device_map="auto"')
+
+
+def _revision(revision: str | None) -> list[str]:
+    return [f"revision={python_string(revision)}"] if revision else []
+
+
+def _length_lines(name: str, pair: PairFacts, length: int | None) -> list[str]:
+    """Set the length by hand where the draft's generation config does not carry it."""
     if length is None or pair.num_assistant_tokens == length:
-        return ""
-    return (
-        f"{name}.generation_config.update(\n"
-        f'    num_assistant_tokens={length}, num_assistant_tokens_schedule="constant",\n'
-        f"    assistant_confidence_threshold=0.0,\n"
-        f")\n"
+        return []
+    options = (
+        f"num_assistant_tokens={length}",
+        'num_assistant_tokens_schedule="constant"',
+        "assistant_confidence_threshold=0.0",
     )
+    return [_call(f"{name}.generation_config.update", *options)]
 
 
 def _generate(draft: str, target: str, revision: str | None, pair: PairFacts, length: int | None) -> Command:
     if pair.has_chat_template:
-        inputs = (
-            'messages = [{"role": "user", "content": "Your question."}]\n'
-            "inputs = tokenizer.apply_chat_template(\n"
-            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
-            ").to(target.device)\n"
-        )
+        options = ("messages", "add_generation_prompt=True", "return_dict=True", 'return_tensors="pt"')
+        inputs = [
+            'messages = [{"role": "user", "content": "Your question."}]',
+            f"inputs = {_call('tokenizer.apply_chat_template', *options)}.to(target.device)",
+        ]
     else:
-        inputs = 'inputs = tokenizer("Your text.", return_tensors="pt").to(target.device)\n'
-    content = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({python_string(target)}{_revision(revision)})\n"
-        f"target = AutoModelForCausalLM.from_pretrained({python_string(target)}{_revision(revision)}, "
-        'dtype="auto", device_map="auto")\n'
-        f'draft = AutoModelForCausalLM.from_pretrained({python_string(draft)}, dtype="auto", device_map="auto")\n'
-        f"{_length_lines('draft', pair, length)}"
-        f"{inputs}"
-        "output = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)\n"
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n'
-    )
+        inputs = ['inputs = tokenizer("Your text.", return_tensors="pt").to(target.device)']
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"tokenizer = {_call('AutoTokenizer.from_pretrained', python_string(target), *_revision(revision))}",
+        f"target = {_load(target, *_revision(revision))}",
+        f"draft = {_load(draft)}",
+        *_length_lines("draft", pair, length),
+        *inputs,
+        "output = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
     remark = "Batch size 1 only: transformers refuses assisted generation for larger batches."
     if length is not None and pair.num_assistant_tokens == length:
         remark = f"The tuned draft length ({length}) is read from the draft's `generation_config.json`. {remark}"
-    return Command("transformers: `generate`", "python", content, remark)
+    return Command("transformers: `generate`", "python", "\n".join(lines), remark)
 
 
 def _pipeline(draft: str, target: str, revision: str | None, pair: PairFacts, length: int | None) -> Command:
     prompt = '[{"role": "user", "content": "Your question."}]' if pair.has_chat_template else '"Your text."'
-    content = (
-        "from transformers import pipeline\n\n"
-        f'generator = pipeline("text-generation", model={python_string(target)}{_revision(revision)}, '
-        f'assistant_model={python_string(draft)}, dtype="auto", device_map="auto")\n'
-        f"{_length_lines('generator.assistant_model', pair, length)}"
-        f'print(generator({prompt}, max_new_tokens=256)[0]["generated_text"])\n'
-    )
-    return Command("transformers: `pipeline`", "python", content)
+    models = (f"model={python_string(target)}", *_revision(revision), f"assistant_model={python_string(draft)}")
+    lines = [
+        "from transformers import pipeline",
+        "",
+        f"generator = {_call('pipeline', python_string('text-generation'), *models, *_PLACEMENT)}",
+        *_length_lines("generator.assistant_model", pair, length),
+        f'print(generator({prompt}, max_new_tokens=256)[0]["generated_text"])',
+    ]
+    return Command("transformers: `pipeline`", "python", "\n".join(lines))
 
 
 def _vllm(draft: str, target: str, revision: str | None, length: int) -> Command:

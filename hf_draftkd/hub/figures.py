@@ -11,7 +11,6 @@ from hf_draftkd.hub.markdown import Markdown, code, text
 
 Json = Mapping[str, Any]
 SETTING_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty", "verification")
-DEFAULT_LENGTH = 5
 
 
 def decoding_name(setting: Json) -> str:
@@ -58,9 +57,9 @@ def tuned_length(report: Json | None) -> int | None:
 
 
 def shown_length(report: Json, settings: Iterable[Json]) -> int | None:
-    """The draft length at which tables quote block efficiency: the recommended one, else 5, else the longest."""
+    """The draft length of the tables: the recommended one, else the one asked about, else the longest measured."""
     lengths = sorted({int(length) for setting in settings for length in setting.get("block_efficiency", {})})
-    for wanted in (tuned_length(report), DEFAULT_LENGTH):
+    for wanted in (tuned_length(report), report.get("num_assistant_tokens")):
         if wanted in lengths:
             return wanted
     return lengths[-1] if lengths else None
@@ -96,6 +95,7 @@ def acceptance_table(report: Json, settings: Sequence[Json], *, is_whole: bool) 
         "Texts",
         "Acceptance rate α",
         f"Tokens per target call τ (γ = {length})",
+        "τ in transformers' `generate`",
         "α of the stock draft",
         "τ of the stock draft",
         "Gain in α, paired",
@@ -112,6 +112,7 @@ def acceptance_table(report: Json, settings: Sequence[Json], *, is_whole: bool) 
                 setting.get("num_texts"),
                 estimate_text(setting.get("acceptance_rate"), 3),
                 estimate_text(setting.get("block_efficiency", {}).get(str(length)), 2),
+                estimate_text(setting.get("transformers_block_efficiency", {}).get(str(length)), 2),
                 estimate_text(old.get("acceptance_rate"), 3),
                 estimate_text(old.get("block_efficiency", {}).get(str(length)), 2),
                 estimate_text(gain.get("acceptance_rate"), 3, signed=True),
@@ -182,8 +183,12 @@ def verdict_rows(report: Json) -> list[tuple[Markdown, Json]]:
     ]
 
 
-def described(value: Any) -> str | None:
-    """Hardware or versions as one line, whether recorded as a text or as named values."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {content}" for name, content in value.items()) or None
-    return None if value in (None, "") else str(value)
+def hardware_text(hardware: Json | None) -> str | None:
+    """The machine of a report in words."""
+    if hardware is None:
+        return None
+    count = hardware.get("num_devices", 1)
+    details = [hardware["device"], hardware["dtype"]]
+    if hardware["device"] == "cpu":
+        details.append(f"{hardware['num_threads']} threads")
+    return f"{f'{count} × ' if count > 1 else ''}{hardware['name']} ({', '.join(map(str, details))})"

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from hf_draftkd.hub.figures import SETTING_KEYS, decoding_name, domains, shown_length
+from hf_draftkd.hub.figures import SETTING_KEYS, decoding_name, domains, hardware_text, shown_length
 from hf_draftkd.hub.markdown import is_hub_id, one_line
 
 Json = Mapping[str, Any]
@@ -91,7 +91,7 @@ def eval_results(report: Json) -> list[EvalResult]:
                 run = setting["assisted"]
                 extra = {key: run[key] for key in ("num_assistant_tokens",) if key in run}
                 if "hardware" in report:
-                    extra["hardware"] = report["hardware"]
+                    extra["hardware"] = hardware_text(report["hardware"])
                 measured.append(("speedup", "Measured speed-up", run.get("speedup"), extra))
             found += [
                 _result(report, domain, setting, kind, label, figure, common | extra)

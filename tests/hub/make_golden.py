@@ -6,5 +6,5 @@ from tests.hub.test_card import GOLDEN, full_card
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
-    full_card().save(GOLDEN / "full.md")
-    DraftModelCard.from_report(training=samples.training(), name="me/draft").save(GOLDEN / "training_only.md")
+    full_card().save(GOLDEN / "full.md.txt")
+    DraftModelCard.from_report(training=samples.training(), name="me/draft").save(GOLDEN / "training_only.md.txt")

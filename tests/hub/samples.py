@@ -28,12 +28,20 @@ def setting(temperature: float, verification: str, alpha: float, tau: float, **m
     }
 
 
+LATENCY = {
+    "context_length": 256,
+    "target_step_seconds": 0.03,
+    "draft_step_seconds": 0.003,
+    "verify_seconds": {"2": 0.031, "4": 0.031, "6": 0.032},
+    "relative_cost": 0.1,
+}
 _REPORT = {
     "schema_version": 1,
     "target": {"name": TARGET, "revision": REVISION, "num_parameters": 7_000_000_000},
     "draft": {"name": "org/draft", "revision": "f" * 40, "num_parameters": 115_000_000},
     "prompts": {"source": "org/prompts", "count": 64, "domain": "function calling", "sha256": "ab" * 32},
-    "hardware": "1 NVIDIA H100",
+    "hardware": {"device": "cuda", "name": "NVIDIA H100", "num_devices": 1, "num_threads": 16, "dtype": "bfloat16"},
+    "num_assistant_tokens": 5,
     "versions": {"transformers": "5.23.0", "torch": "2.13.0"},
     "settings": [
         setting(
@@ -43,7 +51,9 @@ _REPORT = {
             2.0,
             assisted={
                 "num_assistant_tokens": 5,
+                "num_prompts": 64,
                 "num_spec_steps": 900,
+                "acceptance_histogram": [300, 0, 0, 0, 0, 600],
                 "num_draft_tokens": 4500,
                 "num_accepted_draft_tokens": 3000,
                 "mean_acceptance_length": 2.48,
@@ -62,7 +72,7 @@ _REPORT = {
         ),
         setting(1.0, "rejection_sampling", 0.62, 1.7),
     ],
-    "latency": {"target_step_seconds": 0.03, "draft_step_seconds": 0.003, "relative_cost": 0.1},
+    "latency": LATENCY,
     "recommendation": {
         "worth_it": True,
         "num_assistant_tokens": 5,
@@ -73,7 +83,7 @@ _REPORT = {
     "baseline": {
         "draft": {"name": "org/stock-draft", "revision": "e" * 40, "num_parameters": 115_000_000},
         "settings": [setting(0.0, "greedy_draft", 0.5, 1.4), setting(1.0, "rejection_sampling", 0.45, 1.2)],
-        "latency": {"relative_cost": 0.1},
+        "latency": LATENCY,
     },
     "paired_difference": [
         {
