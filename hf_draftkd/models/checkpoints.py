@@ -219,8 +219,8 @@ def _check_files(checkpoint: Checkpoint) -> None:
         if pickled:
             raise ValueError(
                 f"{name!r} has its weights only as pickle ({pickled[0]}), which can run code when it is read, so it "
-                "is not. Convert it once, where you trust it: `AutoModelForCausalLM.from_pretrained(name).save_pretrained(new, "
-                "safe_serialization=True)`, or with the Space huggingface.co/spaces/safetensors/convert."
+                "is not. Convert it once, where you trust it: `from_pretrained(name).save_pretrained(directory)` of "
+                "transformers' AutoModelForCausalLM, or with the Space huggingface.co/spaces/safetensors/convert."
             )
         raise ValueError(
             f"{name!r} has a {CONFIG_NAME} but no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. "

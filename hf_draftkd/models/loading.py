@@ -136,7 +136,7 @@ def _load_plain(name: str, revision: str | None, options: dict[str, Any]) -> Pre
     if missing:
         raise ValueError(
             f"The weights of {name!r} are incomplete and would be filled with random numbers: {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''} missing. Give a model that was saved whole, with its language-modelling head."
+            f"{', ...' if len(missing) > 3 else ''} missing. Give a model that was saved whole, head included."
         )
     return model
 
