@@ -80,6 +80,7 @@ class DraftDistillConfig(SFTConfig):
     > - `max_length`: `2048`. A row is a prompt and an answer; 1024 would cut ordinary chat answers.
     > - `bf16`: stays off where no accelerator computes in bf16, so that no argument is needed on a CPU.
     > - `dataloader_pin_memory`: off without an accelerator, where it only makes torch warn.
+    > - `ddp_find_unused_parameters`: `False`. Every parameter of a causal LM is used in every step.
     > - `logging_nan_inf_filter`: `False`. A loss that is not finite stops the run instead of being hidden.
     >
     > Refused, since they would do nothing here: `loss_type`, `label_smoothing_factor`, `router_aux_loss_coef`,
@@ -144,6 +145,9 @@ class DraftDistillConfig(SFTConfig):
         if self.bf16 is None and not self.fp16:
             # TRL would turn bf16 on, and transformers then refuses to start without an accelerator.
             self.bf16 = bf16_is_usable()
+        if self.ddp_find_unused_parameters is None:
+            # Every parameter of a causal LM is used in every step; looking for others costs a pass over the graph.
+            self.ddp_find_unused_parameters = False
         if not torch.accelerator.is_available():
             # Pinned memory serves copies to an accelerator; without one torch only warns.
             self.dataloader_pin_memory = False

@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed
 
 from hf_draftkd.data.formatting import DraftDistillCollator, check_format, exact_features
-from hf_draftkd.losses import token_losses
+from hf_draftkd.losses import cross_entropy, get_divergence
 from hf_draftkd.models.forward import logits_at, predicting_positions, unwrapped
 from hf_draftkd.models.pairing import shared_vocab_size
 from hf_draftkd.training.config import DraftDistillConfig
@@ -225,15 +225,14 @@ class DraftDistillTrainer(SFTTrainer):
             [N] loss per token. It is summed over all completion tokens and divided by their number.
         """
         args: DraftDistillConfig = self.args
-        return token_losses(
-            draft_logits,
-            target_logits,
-            tokens,
-            divergence=args.divergence,
-            temperature=args.temperature,
-            cross_entropy_weight=args.cross_entropy_weight,
-            **args.divergence_options,
+        text = cross_entropy(draft_logits, tokens=tokens)
+        if target_logits is None or args.divergence == "cross_entropy":
+            return text
+        divergence = get_divergence(args.divergence)
+        losses = divergence(
+            draft_logits / args.temperature, target_logits / args.temperature, **args.divergence_options
         )
+        return (1 - args.cross_entropy_weight) * losses + args.cross_entropy_weight * text
 
     def _logits(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Both models' logits [N, V] at the N positions that predict a completion token, those tokens, and where."""

@@ -126,7 +126,7 @@ def test_two_processes_take_the_steps_of_one(files, tmp_path):
     one = draftkd("train", *options(files, tmp_path / "one", per_device_train_batch_size=4, **more))
     assert one.returncode == 0, one.stderr
     assert "1 process" in one.stdout
-    launcher = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     two = draftkd(
         "train", *options(files, tmp_path / "two", per_device_train_batch_size=2, use_cpu="true", **more), launcher=launcher
     )
