@@ -8,6 +8,7 @@ apart they are, and how that is summed.
 import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from trl import SFTTrainer
 from trl.models.utils import prepare_deepspeed
 
 from hf_draftkd.data.formatting import DraftDistillCollator, check_format, exact_features
+from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.hub.card import DraftModelCard
 from hf_draftkd.losses import cross_entropy, get_divergence
 from hf_draftkd.models.forward import logits_at, predicting_positions, unwrapped
 from hf_draftkd.models.pairing import shared_vocab_size
 from hf_draftkd.training.config import DraftDistillConfig
+from hf_draftkd.training.describe import data_facts, describe_run
 from hf_draftkd.training.evaluation_sums import EvaluationSums, row_sums
 from hf_draftkd.training.preflight import check_dataset_fits, model_name, prepare_pair
 from hf_draftkd.training.saving import merged
@@ -127,7 +131,9 @@ class DraftDistillTrainer(SFTTrainer):
         draft, target, processing_class = prepare_pair(
             model, target_model, args, tokenizer=processing_class, quantization_config=quantization_config
         )
+        self.draft_name = model_name(unwrapped(draft))
         self.target_name = None if target is None else model_name(target)
+        self.data_facts = data_facts(train_dataset, self.target_name)
         self._eval_sums: EvaluationSums | None = None
         self._saving_checkpoint = False
 
@@ -323,6 +329,37 @@ class DraftDistillTrainer(SFTTrainer):
                 super()._save(output_dir)
             finally:
                 self.model = trained
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        *,
+        report: SpeculationReport | None = None,
+        plots: dict[str, str] | None = None,
+    ) -> None:
+        """Write the draft's card and `provenance.json` into `args.output_dir`.
+
+        Args:
+            model_name: Name on the card; by default the Hub id, or the output directory's name.
+            dataset_name: Id of the training data on the Hub.
+            tags: Tags beside the usual ones.
+            report: Measured figures, as from [`evaluate_draft`]; without one the card names none.
+            plots: Caption -> path of a picture inside `args.output_dir`.
+        """
+        if not self.is_world_process_zero():
+            return
+        provenance = describe_run(self, dataset_name)
+        provenance.save(self.args.output_dir)
+        card = DraftModelCard.from_report(
+            report,
+            provenance=provenance,
+            name=self.hub_model_id or model_name or Path(self.args.output_dir).name,
+            tags=[tags] if isinstance(tags, str) else tags or (),
+            plots=plots,
+        )
+        card.save(self.args.output_dir)
 
 
 def _padding(collator: Any) -> Any:

@@ -1,6 +1,7 @@
 """The trainer, on tiny models: each test names the fault it would catch."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -382,6 +383,32 @@ def test_lora_checkpoints_hold_the_adapter_and_the_saved_draft_is_plain(tmp_path
     ids = torch.arange(20)[None]
     trainer.model.eval()
     torch.testing.assert_close(saved(ids).logits, trainer.model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_card_says_how_the_draft_was_trained(tmp_path, saved_pair, tokenizer, pair):
+    """TRL's own card would call it SFT, and name neither target nor divergence."""
+    draft_path, target_path = map(str, saved_pair)
+    rows = alignment_rows(pair[1], tokenizer, name=target_path)
+    trainer = DraftDistillTrainer(
+        model=draft_path,
+        target_model=target_path,
+        args=config(tmp_path, divergence="generalized_jsd", beta=0.25),
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.create_model_card()
+    card, provenance = (tmp_path / "README.md").read_text(), json.loads((tmp_path / "provenance.json").read_text())
+    training = provenance["training"]
+    assert training["signal"] == "white_box"
+    assert training["completions"] == "target"
+    assert training["divergence_options"] == {"beta": 0.25}
+    assert training["num_tokens"] == sum(map(len, rows["completion_ids"]))
+    assert training["metrics"]["eval_acceptance_rate"] == metrics["eval_acceptance_rate"]
+    assert training["hyperparameters"]["learning_rate"] == 0.01
+    assert "generalized_jsd" in card and "assistant_model=" in card
+    assert str(tmp_path) not in card
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint_alone(tmp_path, pair, tokenizer):
