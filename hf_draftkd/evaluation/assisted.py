@@ -218,7 +218,7 @@ def _synchronized_clock() -> float:
     return perf_counter()
 
 
-def _unwrap(model: nn.Module) -> Any:
+def _unwrap(model: Any) -> Any:
     """The model whose own `generate` runs, below the wrappers that only pass the call on."""
     while True:
         if hasattr(model, "get_base_model"):  # PEFT
