@@ -7,9 +7,9 @@ apart they are, and how that is summed.
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
@@ -37,8 +37,7 @@ _OWN_FEATURES = ("labels", "decoding")
 
 
 class DraftDistillTrainer(SFTTrainer):
-    """
-    Distils a target into a draft for speculative decoding.
+    """Distils a target into a draft for speculative decoding.
 
     The draft is trained on every completion token to say what the target says there. Afterwards it is an ordinary
     causal LM: `target.generate(**inputs, assistant_model=draft)`.
@@ -46,7 +45,6 @@ class DraftDistillTrainer(SFTTrainer):
     To try a loss of your own, override [`DraftDistillTrainer.token_loss`].
 
     Example:
-
     ```python
     from hf_draftkd import DraftDistillConfig, DraftDistillTrainer
 
@@ -88,7 +86,13 @@ class DraftDistillTrainer(SFTTrainer):
         FloatingPointError: While training, a loss is not finite. The last checkpoint is left as it was.
     """
 
-    _tag_names = ["hf_draftkd", "speculative-decoding", "draft-model", "assistant-model", "knowledge-distillation"]
+    _tag_names: ClassVar[list[str]] = [
+        "hf_draftkd",
+        "speculative-decoding",
+        "draft-model",
+        "assistant-model",
+        "knowledge-distillation",
+    ]
     _name = "DraftDistill"
     # `compute_loss` divides by the completion tokens of the whole accumulation window.
     loss_is_scaled_for_ga = True
@@ -202,7 +206,7 @@ class DraftDistillTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns += ["decoding"]
+            self._signature_columns = [*(self._signature_columns or []), "decoding"]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         # Figures are sums over texts, one a row, so evaluation batches are always padded.
@@ -304,7 +308,16 @@ class DraftDistillTrainer(SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             draft_logits, target_logits, tokens, keep = self._logits(model, inputs)
             losses = self.token_loss(draft_logits, target_logits, tokens)
-            sums = row_sums(losses, draft_logits, target_logits, inputs, keep, self.args.eval_num_assistant_tokens)
+            sums = row_sums(
+                losses,
+                draft_logits,
+                target_logits,
+                inputs,
+                keep,
+                num_assistant_tokens=self.args.eval_num_assistant_tokens,
+                target_model=None if self.target_model is None else unwrapped(self.target_model),
+            )
+        assert self._eval_sums is not None, "evaluation_loop makes it"
         # Gathered here, row by row, so that rows repeated to fill the last batch are dropped.
         self._eval_sums.add(self.accelerator.gather_for_metrics(sums))
         return losses.sum() / max(losses.numel(), 1), None, None
@@ -364,4 +377,6 @@ class DraftDistillTrainer(SFTTrainer):
 
 def _padding(collator: Any) -> Any:
     """The collator for whole texts, one a row; a user's own is taken as it is."""
-    return replace(collator, padding_free=False) if isinstance(collator, DraftDistillCollator) else collator
+    if not isinstance(collator, DraftDistillCollator):
+        return collator
+    return DraftDistillCollator(**asdict(collator) | {"padding_free": False})

@@ -189,7 +189,8 @@ def test_a_loss_of_ones_own(tmp_path, pair, tokenizer):
 
     class Squared(DraftDistillTrainer):
         def token_loss(self, draft_logits, target_logits, tokens):
-            assert draft_logits.shape == target_logits.shape and tokens.shape == draft_logits.shape[:1]
+            assert draft_logits.shape == target_logits.shape
+            assert tokens.shape == draft_logits.shape[:1]
             return (draft_logits.softmax(-1) - target_logits.softmax(-1)).pow(2).sum(-1)
 
     trainer = build(tmp_path, pair, tokenizer, trainer_class=Squared, max_steps=20)
@@ -307,7 +308,8 @@ def test_block_efficiency_equals_counting_assisted_generation(tmp_path, pair, to
 def test_figures_do_not_depend_on_the_evaluation_batch_size(tmp_path, pair, tokenizer):
     rows = alignment_rows(pair[1], tokenizer, count=7, temperature=0.7)
     figures = [
-        build(tmp_path, pair, tokenizer, eval_rows=rows, per_device_eval_batch_size=size).evaluate() for size in (1, 3, 7)
+        build(tmp_path, pair, tokenizer, eval_rows=rows, per_device_eval_batch_size=size).evaluate()
+        for size in (1, 3, 7)
     ]
     for name in ("eval_loss", "eval_acceptance_rate", "eval_block_efficiency"):
         assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-5)
@@ -407,7 +409,8 @@ def test_the_card_says_how_the_draft_was_trained(tmp_path, saved_pair, tokenizer
     assert training["num_tokens"] == sum(map(len, rows["completion_ids"]))
     assert training["metrics"]["eval_acceptance_rate"] == metrics["eval_acceptance_rate"]
     assert training["hyperparameters"]["learning_rate"] == 0.01
-    assert "generalized_jsd" in card and "assistant_model=" in card
+    assert "generalized_jsd" in card
+    assert "assistant_model=" in card
     assert str(tmp_path) not in card
 
 
@@ -468,9 +471,9 @@ def test_a_row_longer_than_the_context_is_refused(tmp_path, pair, tokenizer):
 
 def test_different_tokenizers_are_refused_before_the_models_are_read(tmp_path, saved_pair):
     draft_path, target_path = saved_pair
-    tiny_tokenizer(text=["Entirely other words make entirely other merges, so ids mean other things now." * 3]).save_pretrained(
-        draft_path
-    )
+    tiny_tokenizer(
+        text=["Entirely other words make entirely other merges, so ids mean other things now." * 3]
+    ).save_pretrained(draft_path)
     (target_path / "model.safetensors").write_bytes(b"never read")
     with pytest.raises(ValueError, match="token"):
         DraftDistillTrainer(
