@@ -12,9 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+# HTTPError is that of huggingface_hub's own HTTP client, which has changed its package before.
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -30,6 +37,7 @@ TOKENIZER_FILES = (
     "spiece.model",
     "tekken.json",
 )
+_HUB_TIMEOUT_SECONDS = 10
 # All that is asked about a repository that can only be seen through the local cache.
 _FILES_OF_INTEREST = (
     CONFIG_NAME,
@@ -231,7 +239,9 @@ def _check_files(checkpoint: Checkpoint) -> None:
 def _list_hub_files(repo_id: str, revision: str | None, path: Path) -> frozenset[str]:
     here = f"There is no directory {repo_id!r}{_similar_directory(path, ' (did you mean {!r}?)')}, and "
     try:
-        return frozenset(HfApi().list_repo_files(repo_id, revision=revision))
+        # Not `list_repo_files`, which tries five times over half a minute where there is no network.
+        siblings = HfApi().model_info(repo_id, revision=revision, timeout=_HUB_TIMEOUT_SECONDS).siblings
+        return frozenset(sibling.rfilename for sibling in siblings or [])
     except HFValidationError as error:
         raise ValueError(f"{here}it is not a Hub id either: {error}") from error
     except GatedRepoError as error:
@@ -247,7 +257,7 @@ def _list_hub_files(repo_id: str, revision: str | None, path: Path) -> frozenset
             f"{repo_id!r} has no revision {revision!r}. Leave it out, or take one from "
             f"https://huggingface.co/{repo_id}/commits/main."
         ) from error
-    except (OSError, httpx.HTTPError) as error:  # no network, offline mode, a proxy's 403, the Hub's 5xx
+    except (OSError, HTTPError) as error:  # no network, offline mode, a proxy's 403, the Hub's 5xx
         cached = frozenset(f for f in _FILES_OF_INTEREST if _is_cached(repo_id, f, revision))
         if not cached:
             raise ValueError(
