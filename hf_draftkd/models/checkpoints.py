@@ -93,6 +93,8 @@ def find_checkpoint(name_or_path: Any, revision: str | None = None) -> Checkpoin
             "already loaded needs no loading: pass it where the model itself is wanted."
         )
     name = os.fspath(name_or_path)
+    if not name.strip():  # which the operating system takes for the working directory
+        raise ValueError(f"A model needs a name, got {name!r}. Give a local directory or a Hub id.")
     path = Path(name).expanduser()
     if path.is_dir():
         # "main" is what launchers pass when the user said nothing.
@@ -104,7 +106,7 @@ def find_checkpoint(name_or_path: Any, revision: str | None = None) -> Checkpoin
         return Checkpoint(str(path), None, frozenset(os.listdir(path)), is_local=True)
     if path.is_file():
         raise ValueError(f"{name!r} is a file; a model is a directory with {CONFIG_NAME} and safetensors. Give that.")
-    if not name.strip() or isinstance(name_or_path, os.PathLike) or _looks_like_a_path(name):
+    if isinstance(name_or_path, os.PathLike) or _looks_like_a_path(name):
         raise ValueError(f"There is no directory {name!r}.{_similar_directory(path)}")
     return Checkpoint(name, revision, _list_hub_files(name, revision, path), is_local=False)
 
