@@ -10,7 +10,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import parse, required
-from hf_draftkd.data.sources import open_dataset
+from hf_draftkd.data.prompts import open_dataset
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.trainer import DraftDistillTrainer
 
@@ -48,6 +48,9 @@ def run(argv: list[str]) -> int:
     with usage_errors():
         checkpoint = _where_to_start(args, overwrite=options.overwrite_output_dir)
         trainer = build_trainer(options, args, model_config)
+    if trainer.is_world_process_zero():
+        processes = trainer.accelerator.num_processes
+        print(f"Training on {processes} process{'es' if processes > 1 else ''}.")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()

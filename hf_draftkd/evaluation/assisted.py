@@ -72,11 +72,7 @@ def count_acceptance(target_model: PreTrainedModel) -> Iterator[AcceptanceCounts
 
     def add(step: AssistedStep) -> None:
         with lock:
-            counts.add_step(
-                num_draft_tokens=step.num_draft_tokens,
-                num_accepted_draft_tokens=step.num_accepted_tokens,
-                num_tokens=step.num_new_tokens,
-            )
+            counts.record(step.num_draft_tokens, step.num_accepted_tokens, step.num_new_tokens)
 
     with observe_steps(target_model, add):
         yield counts

@@ -84,6 +84,7 @@ class AssistedResult:
     num_spec_steps: int = key("Target calls.")
     num_draft_tokens: int = key("Tokens proposed by the draft.")
     num_accepted_draft_tokens: int = key("Proposed tokens that stayed in the text.")
+    num_tokens: int = key("Tokens written, the target's own included.")
     mean_acceptance_length: float = key("Tokens written per target call: the counted block efficiency.")
     draft_acceptance_rate: float | None = key(
         "Accepted ÷ drafted tokens. Absent where nothing was drafted.", default=None

@@ -19,7 +19,7 @@ def key(help: str, **options: Any) -> Any:
 
 def key_help(cls: type) -> dict[str, str]:
     """The documentation of every key of a dataclass, in order."""
-    return {item.name: item.metadata["help"] for item in fields(cls)}
+    return {item.name: item.metadata.get("help", "") for item in fields(cls)}
 
 
 def to_plain(value: Any) -> Any:
@@ -91,7 +91,7 @@ def _read_dataclass(cls: Any, data: Any, where: str) -> Any:
             raise ValueError(f"`{where}` has an unknown key `{name}`.{hint}")
     missing = [name for name, item in known.items() if name not in data and _is_required(item)]
     if missing:
-        raise ValueError(f"`{where}` lacks the key `{missing[0]}`: {known[missing[0]].metadata['help']}")
+        raise ValueError(f"`{where}` lacks the key `{missing[0]}`. {known[missing[0]].metadata.get('help', '')}")
     hints = get_type_hints(cls)
     return cls(**{name: _read(hints[name], content, f"{where}.{name}") for name, content in data.items()})
 

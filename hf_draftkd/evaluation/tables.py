@@ -79,13 +79,19 @@ def _columns(report: SpeculationReport) -> list[tuple[str, list[SettingResult]]]
 def _interval(estimate: Estimate | None, digits: int = 3) -> str:
     if estimate is None:
         return ""
-    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+    return f"{estimate.value:.{digits}f}" + _bounds(estimate, f".{digits}f")
 
 
 def _signed(estimate: Estimate | None, digits: int = 3) -> str:
     if estimate is None:
         return ""
-    return f"{estimate.value:+.{digits}f} [{estimate.low:+.{digits}f}, {estimate.high:+.{digits}f}]"
+    return f"{estimate.value:+.{digits}f}" + _bounds(estimate, f"+.{digits}f")
+
+
+def _bounds(estimate: Estimate, form: str) -> str:
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f" [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
 def _number(value: float | None, unit: str) -> str:
@@ -101,5 +107,4 @@ def _measured(result: SettingResult) -> str:
     found = result.assisted
     if found is None or found.speedup is None:
         return ""
-    speedup = found.speedup
-    return f"γ = {found.num_assistant_tokens}, {speedup.value:.2f}x [{speedup.low:.2f}, {speedup.high:.2f}]"
+    return f"γ = {found.num_assistant_tokens}, {found.speedup.value:.2f}x" + _bounds(found.speedup, ".2f")

@@ -9,16 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from hf_draftkd.acceptance import accepted_given_output, expected_target_calls, token_acceptance_rate
+from hf_draftkd.acceptance import (
+    DRAFT_LENGTHS,
+    accepted_given_output,
+    expected_target_calls_by_length,
+    token_acceptance_rate,
+)
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.evaluation.processing import logits_processors, process_logits, transformers_draft_processors
 
-DRAFT_LENGTHS = tuple(range(1, 17))
 EXACT = "exact_match"  # how greedy text is verified, whatever the engine
 AS_TRANSFORMERS = "as_transformers"
 
@@ -53,16 +56,16 @@ class TextSums:
     """Sums per text of one draft, to be added up over texts and divided once.
 
     Attributes:
-        num_tokens: `[N]`: completion tokens.
-        acceptance: `[N]`: α summed over tokens.
-        target_calls: `[N, 16]`: expected target calls for γ = 1…16.
-        accepted: a_t of every token, one array per text.
+        num_tokens: `[N]`, float64: completion tokens.
+        acceptance: `[N]`, float64: α summed over tokens.
+        target_calls: `[N, 16]`, float64: expected target calls for γ = 1…16.
+        accepted: a_t of every token, one float64 tensor per text.
     """
 
-    num_tokens: np.ndarray
-    acceptance: np.ndarray
-    target_calls: np.ndarray
-    accepted: list[np.ndarray]
+    num_tokens: torch.Tensor
+    acceptance: torch.Tensor
+    target_calls: torch.Tensor
+    accepted: list[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class PassResult:
 
     drafts: list[dict[str, TextSums]]
     share_plausible: float
-    extra: list[dict[str, np.ndarray]] = field(default_factory=list)
+    extra: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
 def token_scores(
@@ -116,16 +119,21 @@ def sum_texts(scores: TokenScores, mask: torch.Tensor) -> TextSums:
 
     Args:
         scores: Two tensors `[B, T]`.
-        mask: `[B, T]`, true at completion tokens, which follow each other without a gap.
+        mask: `[B, T]`, true at completion tokens: one run from the left, padding behind it.
+
+    Returns:
+        Sums in float64 on the CPU.
+
+    Raises:
+        ValueError: The mask has gaps, or scores are no probabilities.
     """
-    mask = mask.bool()
-    accepted = scores.accepted.double()
-    calls = [expected_target_calls(accepted, length, mask=mask) for length in DRAFT_LENGTHS]
+    mask = mask.bool().cpu()
+    accepted = scores.accepted.double().cpu()
     return TextSums(
-        num_tokens=mask.sum(1).cpu().numpy(),
-        acceptance=(scores.acceptance.double() * mask).sum(1).cpu().numpy(),
-        target_calls=torch.stack(calls, 1).cpu().numpy(),
-        accepted=[row[keep].cpu().numpy() for row, keep in zip(accepted, mask, strict=True)],
+        num_tokens=mask.sum(1).double(),
+        acceptance=(scores.acceptance.double().cpu() * mask).sum(1),
+        target_calls=expected_target_calls_by_length(accepted, DRAFT_LENGTHS, mask),
+        accepted=[row[keep] for row, keep in zip(accepted, mask, strict=True)],
     )
 
 
@@ -166,7 +174,7 @@ def score_texts(
     scorer = _Scorer(target_model, setting, verification, vocab_size, per_token or {})
     num_drafts = len(draft_models)
     sums: list[dict[str, list[TextSums]]] = [{name: [] for name in scorer.names} for _ in range(num_drafts)]
-    extra: list[dict[str, list[np.ndarray]]] = [{name: [] for name in scorer.per_token} for _ in range(num_drafts)]
+    extra: list[dict[str, list[torch.Tensor]]] = [{name: [] for name in scorer.per_token} for _ in range(num_drafts)]
     plausible = total = 0
     for batch in batches:
         result, mask = _score_batch(target_model, draft_models, [texts[index] for index in batch], scorer)
@@ -175,15 +183,15 @@ def score_texts(
                 values = TokenScores(result[index, name, "acceptance"], result[index, name, "accepted"])
                 sums[index][name].append(sum_texts(values, mask))
             for name in scorer.per_token:
-                extra[index][name].append(result[index, name].double().sum(1).cpu().numpy())
+                extra[index][name].append(result[index, name].double().sum(1).cpu())
         plausible += int(result["plausible"].sum())
         total += int(mask.sum())
         on_texts(len(batch))
-    back = np.argsort(order)
+    back = sorted(range(len(order)), key=order.__getitem__)
     return PassResult(
         [{name: _in_order(parts, back) for name, parts in of_draft.items()} for of_draft in sums],
         plausible / max(total, 1),
-        [{name: np.concatenate(parts)[back] for name, parts in of_draft.items()} for of_draft in extra],
+        [{name: torch.cat(parts)[back] for name, parts in of_draft.items()} for of_draft in extra],
     )
 
 
@@ -306,11 +314,11 @@ def _logits_at_once(device: torch.device) -> int:
     return _LOGITS_AT_ONCE.get(device.type, _LOGITS_AT_ONCE_ACCELERATOR)
 
 
-def _in_order(parts: list[TextSums], back: np.ndarray) -> TextSums:
+def _in_order(parts: list[TextSums], back: list[int]) -> TextSums:
     accepted = [row for part in parts for row in part.accepted]
     return TextSums(
-        num_tokens=np.concatenate([part.num_tokens for part in parts])[back],
-        acceptance=np.concatenate([part.acceptance for part in parts])[back],
-        target_calls=np.concatenate([part.target_calls for part in parts])[back],
+        num_tokens=torch.cat([part.num_tokens for part in parts])[back],
+        acceptance=torch.cat([part.acceptance for part in parts])[back],
+        target_calls=torch.cat([part.target_calls for part in parts])[back],
         accepted=[accepted[index] for index in back],
     )

@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
-from hf_draftkd.acceptance import AcceptanceCounts
+from hf_draftkd.acceptance import DRAFT_LENGTHS, AcceptanceCounts
 from hf_draftkd.data.decoding import DecodingSetting, end_token_ids
 from hf_draftkd.evaluation.assisted import (
     AssistedStep,
@@ -164,7 +164,7 @@ def measure_latency(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    draft_lengths: Sequence[int] = range(1, 17),
+    draft_lengths: Sequence[int] = DRAFT_LENGTHS,
     suppress_tokens: list[int] | None = None,
     num_repeats: int = 7,
     seed: int = 0,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, PreTrainedConfig
@@ -247,7 +247,7 @@ def _list_hub_files(repo_id: str, revision: str | None, path: Path) -> frozenset
             f"{repo_id!r} has no revision {revision!r}. Leave it out, or take one from "
             f"https://huggingface.co/{repo_id}/commits/main."
         ) from error
-    except (OSError, httpx.HTTPError) as error:  # no network, offline mode, a proxy's 403, the Hub's 5xx
+    except (OSError, httpx2.HTTPError) as error:  # no network, offline mode, a proxy's 403, the Hub's 5xx
         cached = frozenset(f for f in _FILES_OF_INTEREST if _is_cached(repo_id, f, revision))
         if not cached:
             raise ValueError(

@@ -74,11 +74,12 @@ class DraftDistillConfig(SFTConfig):
 
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]:
-    > - `gradient_checkpointing`: `False`. A draft is small; recomputing its activations costs more than it saves.
+    > - `activation_checkpointing` (`gradient_checkpointing`): `False`. A draft is small; recomputing its activations costs more than it saves.
     > - `learning_rate`: `3e-4`, DistillSpec's (arXiv 2310.08461). A draft is 10 to 100 times smaller than the models
     >   the inherited 2e-5 is meant for.
     > - `max_length`: `2048`. A row is a prompt and an answer; 1024 would cut ordinary chat answers.
     > - `bf16`: stays off where no accelerator computes in bf16, so that no argument is needed on a CPU.
+    > - `dataloader_pin_memory`: off without an accelerator, where it only makes torch warn.
     > - `logging_nan_inf_filter`: `False`. A loss that is not finite stops the run instead of being hidden.
     >
     > Refused, since they would do nothing here: `loss_type`, `label_smoothing_factor`, `router_aux_loss_coef`,
@@ -88,9 +89,9 @@ class DraftDistillConfig(SFTConfig):
         ValueError: A value is out of range or of an unknown name, or a refused option is set.
     """
 
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={"help": "Trade compute for memory. Off by default: a draft is small."},
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Older name of `activation_checkpointing`. Off by default: a draft is small."},
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
     max_length: int | None = field(
@@ -143,6 +144,12 @@ class DraftDistillConfig(SFTConfig):
         if self.bf16 is None and not self.fp16:
             # TRL would turn bf16 on, and transformers then refuses to start without an accelerator.
             self.bf16 = bf16_is_usable()
+        if not torch.accelerator.is_available():
+            # Pinned memory serves copies to an accelerator; without one torch only warns.
+            self.dataloader_pin_memory = False
+        if self.gradient_checkpointing is None and self.activation_checkpointing is None:
+            # Only here: a default of False in the field of the older name would be taken for the user's wish.
+            self.activation_checkpointing = False
         super().__post_init__()
         for name, (default, reason) in _REFUSED.items():
             if getattr(self, name) != default:

@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hf_draftkd.acceptance import expected_target_calls, token_acceptance_rate
+from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.formatting import decoding_settings
-from hf_draftkd.evaluation.teacher_forced import accepted_probabilities
+from hf_draftkd.evaluation.processing import logits_processors, process_logits
+from hf_draftkd.evaluation.teacher_forced import token_scores
 
 # The columns of `row_sums`, in order.
 _COLUMNS = ("tokens", "loss", "acceptance", "own_tokens", "own_calls", "foreign_rows")
@@ -46,20 +49,42 @@ def row_sums(
     alpha = token_acceptance_rate(draft_logits, target_logits)
     sums[:, 2].index_add_(0, row_of_token, alpha.double())
 
-    own_rows: list[int] = []
+    sums[:, 5] = 1
+    positions = keep.nonzero()[:, 1]
     groups = decoding_settings(inputs["decoding"]) if "decoding" in inputs else {}
     for setting, rows in groups.items():
-        index = torch.tensor(rows, device=keep.device)
-        in_group = torch.isin(row_of_token, index)
-        accepted, valid = accepted_probabilities(
-            draft_logits[in_group], target_logits[in_group], inputs["input_ids"][index], keep[index], setting
+        chosen = torch.isin(row_of_token, torch.tensor(rows, device=keep.device))
+        accepted = _accepted(
+            draft_logits[chosen], target_logits[chosen], inputs["input_ids"], row_of_token[chosen], positions[chosen], setting
         )
-        sums[index, 3] = valid.sum(1).double()
-        sums[index, 4] = expected_target_calls(accepted, num_assistant_tokens, valid).to(sums)
-        own_rows += rows
-    sums[:, 5] = 1
-    sums[own_rows, 5] = 0
+        # Tokens are in row-major order, so each row's own stand together.
+        lengths = keep[rows].sum(1)
+        by_row = pad_sequence(accepted.double().split(lengths.tolist()), batch_first=True)
+        valid = torch.arange(by_row.shape[1], device=keep.device) < lengths[:, None]
+        sums[rows, 3] = lengths.double()
+        sums[rows, 4] = expected_target_calls(by_row, num_assistant_tokens, valid).to(sums)
+        sums[rows, 5] = 0
     return sums
+
+
+def _accepted(
+    draft_logits: Tensor,
+    target_logits: Tensor,
+    input_ids: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    setting: DecodingSetting,
+) -> Tensor:
+    """[n] a_t, the chance that each of n tokens, written under `setting`, had been an accepted draft token."""
+    processors = logits_processors(setting)
+    prefixes = input_ids[rows]
+    draft, target = (
+        process_logits(logits.float(), prefixes, positions + 1, processors) for logits in (draft_logits, target_logits)
+    )
+    tokens = prefixes.gather(1, positions[:, None] + 1).squeeze(1)
+    # Where the recorded setting could not have written the token, a_t is undefined (0 / 0); it counts as rejected.
+    scores = token_scores(draft, target, tokens, is_greedy=setting.is_greedy)
+    return scores.accepted.nan_to_num(0.0)
 
 
 class EvaluationSums:

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from hf_draftkd.data.formatting import longest_row
+from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
 from hf_draftkd.training.config import DraftDistillConfig
@@ -53,7 +54,7 @@ def prepare_pair(
         )
     if target is not None:
         target = target.eval().requires_grad_(False)
-        align_vocabulary(draft, target, tokenizer)
+        align_vocabulary(unwrapped(draft), target, tokenizer)
     return draft, target, tokenizer
 
 

@@ -8,10 +8,10 @@ apart they are, and how that is summed.
 import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -22,10 +22,11 @@ from trl.models.utils import prepare_deepspeed
 from hf_draftkd.data.formatting import DraftDistillCollator, check_format, exact_features
 from hf_draftkd.losses import token_losses
 from hf_draftkd.models.forward import logits_at, predicting_positions, unwrapped
+from hf_draftkd.models.pairing import shared_vocab_size
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.evaluation_sums import EvaluationSums, row_sums
 from hf_draftkd.training.preflight import check_dataset_fits, model_name, prepare_pair
-from hf_draftkd.training.saving import save_merged
+from hf_draftkd.training.saving import merged
 
 # Features that only this trainer reads; a model's forward takes none of them.
 _OWN_FEATURES = ("labels", "decoding")
@@ -128,7 +129,7 @@ class DraftDistillTrainer(SFTTrainer):
         )
         self.target_name = None if target is None else model_name(target)
         self._eval_sums: EvaluationSums | None = None
-        self._train_sums: dict[str, Tensor] = {}
+        self._saving_checkpoint = False
 
         # SFTTrainer would warn that it ignores them; they were used above.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
@@ -156,9 +157,11 @@ class DraftDistillTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self.target_model = self._prepare_target(target)
-        vocab_sizes = [m.config.get_text_config().vocab_size for m in (draft, target) if m is not None]
-        self._shared_vocab = min(vocab_sizes)
-        check_dataset_fits(self._prepared_datasets(), [m for m in (draft, target) if m is not None], self.args)
+        plain_draft = unwrapped(draft)
+        models = [plain_draft] if target is None else [plain_draft, target]
+        # Both distributions are compared over rows that stand for tokens: never over padding.
+        self._shared_vocab = shared_vocab_size(models[0], models[-1], processing_class)
+        check_dataset_fits(self._prepared_datasets(), models, self.args)
 
     def _prepare_target(self, target: PreTrainedModel | None) -> torch.nn.Module | None:
         if target is None:
@@ -184,7 +187,9 @@ class DraftDistillTrainer(SFTTrainer):
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        map_kwargs = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+        map_kwargs: dict[str, Any] = {}
+        if isinstance(dataset, Dataset):
+            map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Reading exact ids of {dataset_name} dataset"}
         dataset = exact_features(dataset, self.target_name, **map_kwargs)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
@@ -195,7 +200,7 @@ class DraftDistillTrainer(SFTTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         # Figures are sums over texts, one a row, so evaluation batches are always padded.
-        with self._collating_with(_unpacked(self.data_collator)):
+        with self._collating_with(_padding(self.data_collator)):
             return super().get_eval_dataloader(eval_dataset)
 
     @contextlib.contextmanager
@@ -319,3 +324,8 @@ class DraftDistillTrainer(SFTTrainer):
                 super()._save(output_dir)
             finally:
                 self.model = trained
+
+
+def _padding(collator: Any) -> Any:
+    """The collator for whole texts, one a row; a user's own is taken as it is."""
+    return replace(collator, padding_free=False) if isinstance(collator, DraftDistillCollator) else collator
