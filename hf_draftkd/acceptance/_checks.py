@@ -18,7 +18,9 @@ def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
         A `ValueError`, to be raised by the caller.
     """
     names = list(valid)
-    near = get_close_matches(str(name), names, n=1, cutoff=0.4)
+    # A short form ("jsd") is far from its name in letters, but part of it.
+    near = get_close_matches(str(name), names, n=1, cutoff=0.6) or [valid for valid in names if str(name) in valid]
+    near = near or get_close_matches(str(name), names, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ValueError(f"Unknown {kind} {name!r}.{hint} Choose one of: {', '.join(names)}.")
 

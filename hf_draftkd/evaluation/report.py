@@ -120,7 +120,7 @@ class GenerateOverhead:
 
 
 @dataclass(kw_only=True)
-class Latency:
+class LatencyResult:
     """Median wall-clock of single forward passes with a filled cache."""
 
     context_length: int = key("Tokens in the cache while measuring.")
@@ -175,7 +175,7 @@ class DraftResult:
 
     draft: ModelInfo = key("The draft.")
     settings: list[SettingResult] = key("As the report's.")
-    latency: Latency | None = key("As the report's.", default=None)
+    latency: LatencyResult | None = key("As the report's.", default=None)
     recommendation: Recommendation | None = key("As the report's.", default=None)
 
 
@@ -211,8 +211,9 @@ class SpeculationReport:
     hardware: HardwareInfo = key("The machine.")
     versions: dict[str, str] = key("Versions of Python and of the libraries involved.")
     num_assistant_tokens: int = key("Draft length γ the user asked about.")
+    max_new_tokens: int = key("Longest completion measured, in tokens.")
     settings: list[SettingResult] = key("One entry per decoding setting and verification rule.")
-    latency: Latency | None = key("Step times on this machine.", default=None)
+    latency: LatencyResult | None = key("Step times on this machine.", default=None)
     recommendation: Recommendation | None = key("Overall: the setting where the draft helps least decides.", default=None)
     baseline: DraftResult | None = key("The draft compared against, usually the stock one.", default=None)
     paired_difference: list[PairedDifference] | None = key("Draft minus baseline.", default=None)

@@ -26,7 +26,7 @@ from hf_draftkd.evaluation.assisted import (
     synchronize_accelerator,
 )
 from hf_draftkd.evaluation.processing import logits_processors, process_logits
-from hf_draftkd.evaluation.report import DecodingDifference, GenerateOverhead, Latency
+from hf_draftkd.evaluation.report import DecodingDifference, GenerateOverhead, LatencyResult
 
 # Draft lengths at which `generate` itself is timed: far enough apart to tell the cost of a token from that of a call.
 _CALIBRATION_LENGTHS = (1, 8)
@@ -168,7 +168,7 @@ def measure_latency(
     suppress_tokens: list[int] | None = None,
     num_repeats: int = 7,
     seed: int = 0,
-) -> Latency:
+) -> LatencyResult:
     """What one step of each model costs here: forward passes with a filled cache, and what `generate` adds to them.
 
     Args:
@@ -198,7 +198,7 @@ def measure_latency(
             verify[size].append(target.seconds(size))
     medians = {size: median(times) for size, times in verify.items()}
     target_step = medians.pop(1)
-    return Latency(
+    return LatencyResult(
         context_length=len(context),
         target_step_seconds=target_step,
         draft_step_seconds=median(draft_step),

@@ -16,11 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint, tokenizer_size, vocabulary_difference
 
-<<<<<<< HEAD
 __all__ = ["align_vocabulary", "check_tokenizers", "copy_special_ids", "shared_vocab_size", "tokenizer_fingerprint"]
 
-=======
->>>>>>> main
 logger = logging.getLogger(__name__)
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -39,13 +36,8 @@ def check_tokenizers(draft_tokenizer: PreTrainedTokenizerBase, target_tokenizer:
     difference = vocabulary_difference(draft_tokenizer, target_tokenizer)
     if difference is not None:
         raise ValueError(
-<<<<<<< HEAD
             f"The tokenizers of draft and target differ: {difference} Speculative decoding compares token ids, which "
             "must mean the same to both models. Choose a draft of the target's own family, or make one with "
-=======
-            f"The tokenizers of draft and target differ: {difference} Speculative decoding compares token ids, which must "
-            "mean the same to both models. Choose a draft of the target's own family, or make one with "
->>>>>>> main
             "`build_draft(target_model, ...)`."
         )
     for name in SPECIAL_IDS:
@@ -100,14 +92,6 @@ def align_vocabulary(
     Raises:
         ValueError: A difference is not padding: tokens would be lost or invented.
     """
-<<<<<<< HEAD
-=======
-    if getattr(draft_model, "peft_config", None):
-        raise ValueError(
-            "The draft carries a PEFT adapter, whose embeddings cannot be resized safely. Align the plain draft first and "
-            "add the adapter then, or merge it: `draft.merge_and_unload()`."
-        )
->>>>>>> main
     old_size, new_size = _vocab_size(draft_model), _vocab_size(target_model)
     _check_padding(draft_model, old_size, new_size, tokenizer)
     if old_size != new_size:
@@ -147,7 +131,6 @@ def _check_padding(
         size = tokenizer_size(tokenizer)
         if old_size < min(size, new_size):
             raise ValueError(
-<<<<<<< HEAD
                 f"The draft has {old_size} rows, but the tokenizer has {size} tokens and the target {new_size} rows: "
                 "the missing rows are tokens that the draft never learnt, not padding. Add them yourself with "
                 f"`draft_model.resize_token_embeddings({new_size})` and train them, or choose another draft."
@@ -156,16 +139,6 @@ def _check_padding(
             raise ValueError(
                 f"The target has {new_size} rows, but the tokenizer has {size} tokens and the draft {old_size} rows: "
                 "the rows to be cut from the draft are tokens, not padding. Check that this is the target's tokenizer."
-=======
-                f"The draft has {old_size} rows, but the tokenizer has {size} tokens and the target {new_size} rows: the "
-                "missing rows are tokens that the draft never learnt, not padding. Add them yourself with "
-                f"`draft_model.resize_token_embeddings({new_size})` and train them, or choose a draft with this tokenizer."
-            )
-        if new_size < min(size, old_size):
-            raise ValueError(
-                f"The target has {new_size} rows, but the tokenizer has {size} tokens and the draft {old_size} rows: the "
-                "rows to be cut from the draft are tokens, not padding. Check that this is the target's tokenizer."
->>>>>>> main
             )
     elif old_size > new_size:
         suppressed = set(draft_model.generation_config.suppress_tokens or ())
@@ -177,18 +150,12 @@ def _check_padding(
         ]
         if unknown:
             raise ValueError(
-<<<<<<< HEAD
                 f"The draft has {old_size} rows and the target {new_size}, and whether rows {unknown[0]} and up are "
                 "padding or tokens cannot be told from the models. Pass the tokenizer as third argument."
-=======
-                f"The draft has {old_size} rows and the target {new_size}, and whether rows {unknown[0]} and up are padding "
-                "or tokens cannot be told from the models. Pass the tokenizer: `align_vocabulary(draft, target, tokenizer)`."
->>>>>>> main
             )
 
 
 def _resize(model: PreTrainedModel, old_size: int, new_size: int) -> None:
-<<<<<<< HEAD
     needed = f"The draft's vocabulary must go from {old_size} to {new_size} rows, but"
     if getattr(model, "peft_config", None):
         raise ValueError(
@@ -200,13 +167,6 @@ def _resize(model: PreTrainedModel, old_size: int, new_size: int) -> None:
         raise ValueError(
             f"{needed} its embedding or head is quantised. Load the draft without `quantization_config`, align it, "
             "save it, and load that one quantised."
-=======
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    if not all(table.weight.is_floating_point() for table in tables):
-        raise ValueError(
-            f"The draft's vocabulary must go from {old_size} to {new_size} rows, but its embedding or head is quantised. "
-            "Load the draft without `quantization_config`, align it, save it, and load that one quantised."
->>>>>>> main
         )
     # transformers draws new rows at random before they are zeroed: the caller's random state must not notice.
     with torch.random.fork_rng(devices=[]):

@@ -92,12 +92,10 @@ def _token_difference(draft: dict[str, int], target: dict[str, int]) -> str | No
         for name, ids in (("draft", draft), ("target", target))
     ]
     sentence = f"token {first!r} is {places[0]} and {places[1]} ({len(differing)} tokens differ in all)."
-    poorer = {frozenset(draft.items()) <= frozenset(target.items()): "draft"}.get(True)
-    poorer = poorer or {frozenset(target.items()) <= frozenset(draft.items()): "target"}.get(True)
-    if poorer == "draft":
+    if draft.items() <= target.items():
         sentence += (
-            " Everything else agrees: to keep this draft, add the missing tokens to its tokenizer and rows for them with "
-            "`resize_token_embeddings`, and train it."
+            " The draft's are all among the target's: to keep this draft, give it the target's tokenizer and new rows "
+            "with `resize_token_embeddings`, and train it."
         )
     return sentence
 

@@ -1,0 +1,141 @@
+"""Alignment data on disk: numbered Parquet shards beside a manifest, so that a killed run goes on where it was.
+
+    OUT/manifest.json                          what was asked for, and of which target
+    OUT/data/train-00003-of-00016.parquet      a finished shard
+    OUT/data/.train-00004-of-00016.parquet.17  a shard that process 17 is writing, or was when it was killed
+
+A shard has its final name only when it is whole. `datasets` recognises these names as the split `train` and ignores
+the manifest and what begins with a dot, so `load_dataset("OUT")` works.
+"""
+
+import errno
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+MANIFEST = "manifest.json"
+_NOT_COMPARED = ("versions",)  # another version may still give the same rows: said, not refused
+
+
+def open_folder(folder: Path, manifest: dict[str, Any], *, write: bool = True) -> None:
+    """Begin a folder of shards, or make sure that an existing one was begun with the same settings.
+
+    Args:
+        folder: Where the shards go.
+        manifest: Everything that decides the rows, as JSON values.
+        write: False for processes other than the first: they wait for its manifest and compare.
+
+    Raises:
+        ValueError: The folder holds other files, or shards of other settings; the message says what differs.
+    """
+    path = folder / MANIFEST
+    if path.exists():
+        _compare(json.loads(path.read_text()), manifest, folder)
+    elif not write:
+        _wait_until(path.exists)
+        _compare(json.loads(path.read_text()), manifest, folder)
+    else:
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file. Name a folder for the shards.")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(
+                f"{folder} is not empty and holds no {MANIFEST}, so it was not begun by this command, which will not "
+                "write over it. Name another folder."
+            )
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        with _replacing(path) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def shard_path(folder: Path, number: int, count: int, split: str = "train") -> Path:
+    return folder / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet"
+
+
+def unfinished_shards(folder: Path, count: int) -> list[int]:
+    return [number for number in range(count) if not shard_path(folder, number, count).exists()]
+
+
+def write_shard(folder: Path, number: int, count: int, rows: Dataset) -> None:
+    """Write one shard under a temporary name, flush it to the disk, and give it its name."""
+    try:
+        with _replacing(shard_path(folder, number, count)) as temporary:
+            write_parquet(rows, temporary)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        done = count - len(unfinished_shards(folder, count))
+        raise RuntimeError(
+            f"The disk is full: shard {number} could not be written to {folder} ({error.strerror}). {done} of {count} "
+            "shards are finished and stay valid; make room and run the same command again to go on."
+        ) from error
+
+
+def write_parquet(rows: Dataset, path: Path) -> None:
+    with path.open("wb") as file:
+        rows.to_parquet(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_shards(folder: Path, count: int) -> Dataset:
+    """All finished shards in order, memory-mapped."""
+    files = [str(shard_path(folder, number, count)) for number in range(count)]
+    return load_dataset("parquet", data_files=files, split="train")
+
+
+def wait_for_shards(folder: Path, count: int) -> None:
+    """Wait for the shards of the other processes: by looking at the folder, since a barrier would time out."""
+    _wait_until(lambda: not unfinished_shards(folder, count))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Take away what a killed run left half written."""
+    for path in (folder / "data").glob(".*"):
+        path.unlink(missing_ok=True)
+
+
+def _compare(there: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    now = json.loads(json.dumps(now))  # tuples become lists, as they did in the file
+    differing = [
+        f"{name}: {_shown(there, name)} there, {_shown(now, name)} now"
+        for name in dict.fromkeys([*there, *now])
+        if name not in _NOT_COMPARED and (name in there, there.get(name)) != (name in now, now.get(name))
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} was begun with other settings, and rows of both must not mix ({'; '.join(differing)}). Go on "
+            "with the old settings, or name another folder."
+        )
+    if there.get("versions") != now.get("versions"):
+        logger.warning(
+            f"{folder} was begun with other package versions ({there.get('versions')}; now {now.get('versions')}), "
+            "which may change sampled text."
+        )
+
+
+def _shown(manifest: dict[str, Any], name: str) -> str:
+    return json.dumps(manifest[name], ensure_ascii=False) if name in manifest else "not set"
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float = 0.5) -> None:
+    while not condition():
+        time.sleep(seconds)

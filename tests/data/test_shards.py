@@ -1,0 +1,162 @@
+"""Shards on disk: killed, resumed, shared between processes, refused, and cut off by a full disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from datasets import load_dataset
+
+from hf_draftkd.data import shards
+from hf_draftkd.data.generation import generate_alignment_data
+from tests.data.small import make_target
+
+TEXTS = [f"{'the cat ' * (number % 4)}{number}" for number in range(20)]
+OPTIONS = {"max_new_tokens": 6, "temperatures": (0.0, 1.0), "batch_size": 2, "shard_size": 4, "seed": 3}
+
+# What a killed or a second process runs: the same call, slowed down so that there is a moment to kill it at.
+SCRIPT = """
+import sys, time
+from hf_draftkd.data import generation
+from tests.data.small import make_target, make_tokenizer
+from tests.data.test_shards import OPTIONS, TEXTS
+answer = generation.answer_shard
+def slow(*args, **kwargs):
+    time.sleep(float(sys.argv[2]))
+    return answer(*args, **kwargs)
+generation.answer_shard = slow
+generation.generate_alignment_data(make_target(), make_tokenizer(), TEXTS, output_dir=sys.argv[1], **OPTIONS)
+"""
+
+
+@contextmanager
+def running(*command, **environment):
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", **environment}
+    with subprocess.Popen([sys.executable, *command], env=env, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_rows(tmp_path, target, tokenizer):
+    """`kill -9`, twice, then a run to the end: equal row for row to one that nobody disturbed."""
+    undisturbed = generate_alignment_data(target, tokenizer, TEXTS, **OPTIONS)
+    folder = tmp_path / "out"
+    for shards_before in (1, 3):
+        with running("-c", SCRIPT, str(folder), "0.4", HF_DATASETS_CACHE=str(tmp_path / "cache")) as process:
+            deadline = time.monotonic() + 120
+            while len(list(folder.glob("data/train-*"))) < shards_before:
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(signal.SIGKILL)
+    # What a kill in the middle of a write leaves behind.
+    (folder / "data" / ".train-00004-of-00005.parquet.1").write_bytes(b"PAR1 half")
+    assert 3 <= len(list(folder.glob("data/train-*"))) < 5
+    resumed = generate_alignment_data(target, tokenizer, TEXTS, output_dir=folder, **OPTIONS)
+    assert resumed.to_list() == undisturbed.to_list()
+    assert not list(folder.glob("data/.*"))
+    loaded = load_dataset(str(folder), split="train")
+    assert loaded.to_list() == undisturbed.to_list()
+    assert loaded.features == undisturbed.features
+
+
+def test_two_processes_write_the_rows_of_one(tmp_path, target, tokenizer):
+    """Torchrun on CPU: each process takes whole shards, and both see all of them at the end."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    arguments = (str(script), str(tmp_path / "out"), "0")
+    with running(*launcher, *arguments, HF_DATASETS_CACHE=str(tmp_path / "cache")) as process:
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    together = load_dataset(str(tmp_path / "out"), split="train")
+    assert together.to_list() == generate_alignment_data(target, tokenizer, TEXTS, **OPTIONS).to_list()
+
+
+def test_a_finished_folder_is_not_answered_again(tmp_path, target, tokenizer):
+    first = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
+    target.generate = None
+    again = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
+    assert again.to_list() == first.to_list()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 4}, "seed: 3 there, 4 now"),
+        ({"temperatures": (0.0,)}, "settings: "),
+        ({"max_new_tokens": 7}, "max_new_tokens: 6 there, 7 now"),
+        ({"batch_size": 4}, "batch_size: 2 there, 4 now"),
+        ({"scenario": "curated"}, 'scenario: "queries" there, "curated" now'),
+        ({"prompts": [*TEXTS[:-1], "another"]}, "prompts: "),
+        ({"target": make_target(seed=1)}, "target_weights: "),
+        ({"template": "{{ messages }}"}, "chat_template: "),
+    ],
+)
+def test_other_settings_are_refused_with_the_difference(tmp_path, target, tokenizer, change, message):
+    """Fault 11 of the field: rows of two revisions, templates or settings of a target in one data set."""
+    generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
+    change = dict(change)
+    target, prompts = change.pop("target", target), change.pop("prompts", TEXTS)
+    tokenizer.chat_template = change.pop("template", tokenizer.chat_template)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="begun with other settings") as refusal:
+        generate_alignment_data(target, tokenizer, prompts, output_dir=tmp_path, **{**OPTIONS, **change})
+    assert message in str(refusal.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path, target, tokenizer):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"not empty"):
+        generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ValueError, match=r"is a file"):
+        generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path / "thesis.tex", **OPTIONS)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_leaves_the_finished_shards_valid(tmp_path, target, tokenizer, monkeypatch):
+    """The third shard meets a really full device; the two before it stay, and the run goes on later."""
+    write = shards.write_parquet
+
+    def onto_a_full_device(rows, path):
+        if "00002-of" not in path.name:
+            return write(rows, path)
+        path.symlink_to("/dev/full")
+        return write(rows, path)
+
+    monkeypatch.setattr(shards, "write_parquet", onto_a_full_device)
+    with pytest.raises(RuntimeError, match=r"disk is full.* 2 of 5 shards are finished"):
+        generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
+    assert len(list(tmp_path.glob("data/*"))) == 2
+    monkeypatch.undo()
+    resumed = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
+    assert resumed.to_list() == generate_alignment_data(target, tokenizer, TEXTS, **OPTIONS).to_list()
+
+
+def test_the_manifest_says_what_was_asked_for(tmp_path, target, tokenizer):
+    generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["target"] == "tiny/target"
+    assert manifest["prompts"]["count"] == 20
+    assert [setting["temperature"] for setting in manifest["settings"]] == [0.0, 1.0]
+    assert {"hf_draftkd", "torch", "transformers", "datasets"} <= set(manifest["versions"])
+
+
+def test_several_processes_without_a_folder_are_refused(target, tokenizer, monkeypatch):
+    """Each would return a part of the rows and call it all of them."""
+    from accelerate import PartialState
+
+    monkeypatch.setattr(PartialState, "num_processes", 2, raising=False)
+    state = PartialState()
+    monkeypatch.setitem(state.__dict__, "num_processes", 2)
+    with pytest.raises(ValueError, match="output_dir"):
+        generate_alignment_data(target, tokenizer, TEXTS, **OPTIONS)
