@@ -1,1 +1,63 @@
 """The arithmetic of speculative decoding: tensors in, numbers out."""
+
+from hf_draftkd.acceptance.blocks import (
+    DRAFT_LENGTHS,
+    PositionSums,
+    acceptance_by_position,
+    block_efficiency,
+    block_efficiency_by_length,
+    expected_target_calls,
+    expected_target_calls_by_length,
+)
+from hf_draftkd.acceptance.counts import (
+    AcceptanceCounts,
+    Estimate,
+    bootstrap_paired_ratio_difference,
+    bootstrap_paired_ratio_quotient,
+    bootstrap_ratio,
+)
+from hf_draftkd.acceptance.speedup import (
+    DraftLength,
+    Latency,
+    best_draft_length,
+    break_even_acceptance_rate,
+    expected_block_efficiency,
+    mbsu,
+    predicted_speedup,
+)
+from hf_draftkd.acceptance.token_rates import (
+    VERIFICATION_RULES,
+    accepted_given_output,
+    check_verification,
+    greedy_logits,
+    token_acceptance_rate,
+    token_logprob,
+)
+
+__all__ = [
+    "DRAFT_LENGTHS",
+    "VERIFICATION_RULES",
+    "AcceptanceCounts",
+    "DraftLength",
+    "Estimate",
+    "Latency",
+    "PositionSums",
+    "acceptance_by_position",
+    "accepted_given_output",
+    "best_draft_length",
+    "block_efficiency",
+    "block_efficiency_by_length",
+    "bootstrap_paired_ratio_difference",
+    "bootstrap_paired_ratio_quotient",
+    "bootstrap_ratio",
+    "break_even_acceptance_rate",
+    "check_verification",
+    "expected_block_efficiency",
+    "expected_target_calls",
+    "expected_target_calls_by_length",
+    "greedy_logits",
+    "mbsu",
+    "predicted_speedup",
+    "token_acceptance_rate",
+    "token_logprob",
+]

@@ -51,7 +51,7 @@ def load_prompts(
         ValueError: Nothing there, no rows, no such column or split, a line that is not JSON, or malformed prompts
             (with their row numbers, counted from 0).
     """
-    dataset = _open(source, column, split, config)
+    dataset = open_dataset(source, split=split, config=config, text_column=column)
     if column not in dataset.column_names:
         raise ValueError(_unknown("column", column, dataset.column_names))
     if column != "prompt":
@@ -214,7 +214,20 @@ def prompt_problem(prompt: Any) -> str | None:
     return None
 
 
-def _open(source: Any, column: str, split: str | None, config: str | None) -> Dataset:
+def open_dataset(
+    source: Any, *, split: str | None = None, config: str | None = None, text_column: str = "text"
+) -> Dataset:
+    """Rows of any kind: a Hub id, a JSONL, JSON, Parquet, CSV or text file, a folder, a `Dataset`, or a list.
+
+    Args:
+        source: See `load_prompts`.
+        split: Split to take where there are several; `train` by default.
+        config: Configuration (subset) of a Hub dataset.
+        text_column: The name that the lines of a text file, or a list's strings, get.
+
+    Raises:
+        ValueError: Nothing there, no such split, or a line that is not JSON.
+    """
     if isinstance(source, Dataset):
         return source
     if isinstance(source, DatasetDict):
@@ -222,7 +235,8 @@ def _open(source: Any, column: str, split: str | None, config: str | None) -> Da
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         if path.is_file():
-            return _read_file(path, column)
+            # A file has no splits but itself.
+            return _pick_split(DatasetDict(train=_read_file(path, text_column)), split)
         return _pick_split(_load(str(path) if path.is_dir() else str(source), config, path.is_dir()), split)
     if isinstance(source, Sequence):
         if not source:
@@ -234,7 +248,7 @@ def _open(source: Any, column: str, split: str | None, config: str | None) -> Da
             raise ValueError(_listing(problems, "The list of prompts"))
         if len({isinstance(item, str) for item in source}) > 1:
             raise ValueError("The list mixes strings and message lists. Give one kind, or generate in two runs.")
-        return Dataset.from_dict({column: list(source)})
+        return Dataset.from_dict({text_column: list(source)})
     raise ValueError(
         f"Prompts must be a Hub id, a path, a `datasets.Dataset` or a list, got {type(source).__name__}. An "
         "`IterableDataset` has no row numbers to resume from: save it first, or load it without `streaming=True`."

@@ -1,0 +1,197 @@
+"""Tokens per target call, exactly, for every draft length, from one pass over a text.
+
+The input is always a_t, the probability that the text's token t was an accepted draft token
+(`hf_draftkd.acceptance.accepted_given_output`). A block takes up to γ accepted tokens and ends with one token of the
+target's own: the correction of the first rejected token, or the bonus token after γ acceptances. A block that the end
+of the text cuts off ends there. The number of target calls is the number of blocks.
+
+Inside a block, let c_j(t) be the probability that position t stands at offset j: offsets 0 … γ−1 are drafted, offset γ
+is the bonus token. A drafted token is accepted with a_t (the next position stands at offset j + 1) or rejected (the
+next position starts a block), and a block always starts after the bonus. So S_t = c_0(t), the probability that a block
+starts at t, follows from one sweep over the text, and the expected number of target calls is Σ_t S_t.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from hf_draftkd.acceptance._checks import check_draft_length
+
+DRAFT_LENGTHS: tuple[int, ...] = tuple(range(1, 17))
+"""The draft lengths of a report, γ = 1 … 16."""
+
+
+class PositionSums(NamedTuple):
+    """Sums over a text's expected blocks, by the drafted token's place in its block; divide after adding up texts.
+
+    With `sums` added over texts, `accepted / blocks` is vLLM's acceptance per position (how often the k-th drafted
+    token is kept), `accepted / reached` the same given that the tokens before it were kept.
+    """
+
+    blocks: torch.Tensor
+    """`[B]`: expected blocks, that is target calls."""
+    reached: torch.Tensor
+    """`[B, γ]`: expected blocks that reach their k-th drafted token, all before it accepted."""
+    accepted: torch.Tensor
+    """`[B, γ]`: expected blocks whose k-th drafted token is accepted."""
+
+
+def expected_target_calls(
+    accepted: torch.Tensor, num_assistant_tokens: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return how many target calls speculative decoding needs for each text, in expectation.
+
+    Args:
+        accepted: a_t `[B, T]`, probabilities.
+        num_assistant_tokens: Draft length γ ≥ 1.
+        mask: Bool `[B, T]`, True on the text's tokens; padding may only follow them. None: all are tokens.
+
+    Returns:
+        Expected calls `[B]`, float64; 0 for a text without tokens.
+
+    Raises:
+        ValueError: If shapes do not fit, a_t is no probability, the mask has gaps, or γ < 1.
+    """
+    return expected_target_calls_by_length(accepted, (num_assistant_tokens,), mask)[:, 0]
+
+
+def expected_target_calls_by_length(
+    accepted: torch.Tensor, draft_lengths: Sequence[int] = DRAFT_LENGTHS, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the expected target calls of each text for several draft lengths, in one sweep.
+
+    Args:
+        accepted: a_t `[B, T]`, probabilities.
+        draft_lengths: G draft lengths, each ≥ 1.
+        mask: Bool `[B, T]`, True on the text's tokens; padding may only follow them. None: all are tokens.
+
+    Returns:
+        Expected calls `[B, G]`, float64, in the order of `draft_lengths`.
+
+    Raises:
+        ValueError: As in `expected_target_calls`.
+    """
+    accepted, mask = _check(accepted, draft_lengths, mask)
+    calls = accepted.new_zeros(accepted.shape[0], len(draft_lengths))
+    for t, offsets in enumerate(_sweep(accepted, draft_lengths)):
+        calls += offsets[..., 0] * mask[:, t, None]
+    return calls
+
+
+def block_efficiency(accepted: torch.Tensor, num_assistant_tokens: int, mask: torch.Tensor | None = None) -> float:
+    """Return τ, the expected tokens per target call over all texts, the target's own token included: 1 ≤ τ ≤ γ + 1.
+
+    A ratio of sums: tokens of all texts ÷ expected calls of all texts. To put an interval beside it, bootstrap over
+    texts with `bootstrap_ratio(num_tokens, expected_target_calls(...))`.
+
+    Args:
+        accepted: a_t `[B, T]`, probabilities.
+        num_assistant_tokens: Draft length γ ≥ 1.
+        mask: Bool `[B, T]`, True on the text's tokens; padding may only follow them. None: all are tokens.
+
+    Returns:
+        Block efficiency τ.
+
+    Raises:
+        ValueError: As in `expected_target_calls`, and if there is no token at all.
+    """
+    return block_efficiency_by_length(accepted, (num_assistant_tokens,), mask)[num_assistant_tokens]
+
+
+def block_efficiency_by_length(
+    accepted: torch.Tensor, draft_lengths: Sequence[int] = DRAFT_LENGTHS, mask: torch.Tensor | None = None
+) -> dict[int, float]:
+    """Return block efficiency τ for several draft lengths, in one sweep.
+
+    Args:
+        accepted: a_t `[B, T]`, probabilities.
+        draft_lengths: Draft lengths γ, each ≥ 1.
+        mask: Bool `[B, T]`, True on the text's tokens; padding may only follow them. None: all are tokens.
+
+    Returns:
+        τ by γ.
+
+    Raises:
+        ValueError: As in `block_efficiency`.
+    """
+    calls = expected_target_calls_by_length(accepted, draft_lengths, mask).sum(dim=0).tolist()
+    num_tokens = accepted.numel() if mask is None else int(mask.sum())
+    if num_tokens == 0:
+        raise ValueError("Block efficiency needs at least one token, but every text is empty.")
+    return {length: num_tokens / total for length, total in zip(draft_lengths, calls, strict=True)}
+
+
+def acceptance_by_position(
+    accepted: torch.Tensor, num_assistant_tokens: int, mask: torch.Tensor | None = None
+) -> PositionSums:
+    """Return, for each place in a block, how often a drafted token gets there and how often it is accepted.
+
+    Drafted tokens that would stand beyond the end of the text are not counted.
+
+    Args:
+        accepted: a_t `[B, T]`, probabilities.
+        num_assistant_tokens: Draft length γ ≥ 1.
+        mask: Bool `[B, T]`, True on the text's tokens; padding may only follow them. None: all are tokens.
+
+    Returns:
+        Sums per text, float64, to be added up over texts before dividing.
+
+    Raises:
+        ValueError: As in `expected_target_calls`.
+    """
+    lengths = (num_assistant_tokens,)
+    accepted, mask = _check(accepted, lengths, mask)
+    reached = accepted.new_zeros(accepted.shape[0], num_assistant_tokens)
+    kept = torch.zeros_like(reached)
+    for t, offsets in enumerate(_sweep(accepted, lengths)):
+        here = offsets[:, 0, :-1] * mask[:, t, None]
+        reached += here
+        kept += here * accepted[:, t, None]
+    return PositionSums(blocks=reached[:, 0].clone(), reached=reached, accepted=kept)
+
+
+def _sweep(accepted: torch.Tensor, draft_lengths: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Yield c(t) `[B, G, max γ + 1]` for t = 0 … T−1: where in its block position t stands."""
+    longest = max(draft_lengths)
+    is_drafted = torch.arange(longest, device=accepted.device) < torch.tensor(
+        draft_lengths, device=accepted.device
+    ).unsqueeze(1)
+    offsets = accepted.new_zeros(accepted.shape[0], len(draft_lengths), longest + 1)
+    offsets[..., 0] = 1.0
+    for t in range(accepted.shape[1]):
+        yield offsets
+        following = torch.zeros_like(offsets)
+        following[..., 1:] = offsets[..., :-1] * accepted[:, t, None, None] * is_drafted
+        # What is not continued starts a block: after a rejection or a bonus token.
+        following[..., 0] = 1.0 - following[..., 1:].sum(dim=-1)
+        offsets = following
+
+
+def _check(
+    accepted: torch.Tensor, draft_lengths: Sequence[int], mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not draft_lengths:
+        raise ValueError("draft_lengths is empty; name at least one draft length.")
+    for length in draft_lengths:
+        check_draft_length(length)
+    if accepted.ndim != 2:
+        raise ValueError(
+            f"accepted must have shape [texts, tokens], got {tuple(accepted.shape)}. A single text is one row: "
+            "accepted.unsqueeze(0)."
+        )
+    if mask is None:
+        mask = torch.ones_like(accepted, dtype=torch.bool)
+    elif mask.shape != accepted.shape:
+        raise ValueError(f"mask {tuple(mask.shape)} must have the shape of accepted {tuple(accepted.shape)}.")
+    mask = mask.bool()
+    gaps = (mask[:, 1:] & ~mask[:, :-1]).any(dim=-1)
+    if gaps.any():
+        raise ValueError(
+            f"Row {int(gaps.int().argmax())} of the mask has padding before or between tokens. A text must be one run "
+            "of tokens from the left, padded on the right: blocks run over neighbouring positions."
+        )
+    accepted = accepted.detach().double().masked_fill(~mask, 0.0)
+    if not ((accepted >= 0) & (accepted <= 1)).all():
+        raise ValueError("accepted must hold probabilities in [0, 1]; it holds NaN or values outside.")
+    return accepted, mask

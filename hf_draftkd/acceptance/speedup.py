@@ -1,0 +1,235 @@
+"""From tokens per target call to time: what a draft is worth on a given machine.
+
+τ is block efficiency (tokens per target call, bonus token included), γ the draft length, α the acceptance rate of one
+token. Times are seconds, measured on the machine in question.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from hf_draftkd.acceptance._checks import check_draft_length
+from hf_draftkd.acceptance.blocks import DRAFT_LENGTHS
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Measured step times of a target and a draft, in seconds.
+
+    Args:
+        target_step_seconds: One forward pass of the target over one new token.
+        draft_step_seconds: One forward pass of the draft over one new token.
+        verify_seconds: One forward pass of the target over n new tokens, by n. Verifying a draft of γ tokens reads
+            n = γ + 1. Between measured n it is interpolated linearly; outside them it is refused. Empty: a pass takes
+            `target_step_seconds` at any n, which is the memory-bound idealisation.
+
+    Raises:
+        ValueError: If a time is not a positive finite number.
+    """
+
+    target_step_seconds: float
+    draft_step_seconds: float
+    verify_seconds: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse times that cannot be."""
+        times = {"target_step_seconds": self.target_step_seconds, "draft_step_seconds": self.draft_step_seconds}
+        times |= {f"verify_seconds[{length}]": seconds for length, seconds in self.verify_seconds.items()}
+        for name, seconds in times.items():
+            if not 0 < seconds < float("inf"):
+                raise ValueError(f"{name} must be a positive number of seconds, got {seconds!r}.")
+
+    @property
+    def relative_cost(self) -> float:
+        """Draft step time ÷ target step time."""
+        return self.draft_step_seconds / self.target_step_seconds
+
+    def verify(self, num_tokens: int) -> float:
+        """Return the seconds of one target pass over `num_tokens` new tokens.
+
+        Args:
+            num_tokens: New tokens the target reads at once, γ + 1 for a draft of γ.
+
+        Returns:
+            Seconds, measured or interpolated between the two nearest measurements.
+
+        Raises:
+            ValueError: If it lies outside what was measured.
+        """
+        if not self.verify_seconds:
+            return self.target_step_seconds
+        if num_tokens in self.verify_seconds:
+            return self.verify_seconds[num_tokens]
+        lengths = sorted(self.verify_seconds)
+        if not lengths[0] < num_tokens < lengths[-1]:
+            raise ValueError(
+                f"Verification was timed for {lengths[0]} to {lengths[-1]} tokens, so nothing is known about "
+                f"{num_tokens}. Time that length too, or ask for draft lengths from {lengths[0] - 1} to "
+                f"{lengths[-1] - 1}."
+            )
+        right = bisect_left(lengths, num_tokens)
+        below, above = lengths[right - 1], lengths[right]
+        share = (num_tokens - below) / (above - below)
+        return (1 - share) * self.verify_seconds[below] + share * self.verify_seconds[above]
+
+    def block_seconds(self, num_assistant_tokens: int) -> float:
+        """Return the seconds of one block: γ draft steps and one verification of γ + 1 tokens.
+
+        Args:
+            num_assistant_tokens: Draft length γ ≥ 1.
+
+        Returns:
+            Seconds.
+        """
+        check_draft_length(num_assistant_tokens)
+        return num_assistant_tokens * self.draft_step_seconds + self.verify(num_assistant_tokens + 1)
+
+
+class DraftLength(NamedTuple):
+    """A draft length and the speed-up it is predicted to give."""
+
+    num_assistant_tokens: int
+    predicted_speedup: float
+
+
+def mbsu(block_efficiency: float, num_assistant_tokens: int, *, parameter_ratio: float) -> float:
+    """Return the memory-bound speed-up τ/(cγ + 1): the speed-up if time were proportional to parameters read.
+
+    Source: Direct Alignment of Draft Model for Speculative Decoding, https://arxiv.org/abs/2403.00858.
+
+    Args:
+        block_efficiency: τ at this draft length.
+        num_assistant_tokens: Draft length γ ≥ 1.
+        parameter_ratio: c, draft parameters ÷ target parameters.
+
+    Returns:
+        The speed-up over decoding with the target alone (1.0: none).
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    _check_efficiency(block_efficiency, num_assistant_tokens)
+    if not 0 < parameter_ratio < float("inf"):
+        raise ValueError(f"parameter_ratio (draft ÷ target parameters) must be positive, got {parameter_ratio!r}.")
+    return block_efficiency / (parameter_ratio * num_assistant_tokens + 1)
+
+
+def expected_block_efficiency(acceptance_rate: float, num_assistant_tokens: int) -> float:
+    """Return τ if every token were accepted independently with the same chance: (1 − α^(γ+1))/(1 − α).
+
+    Source: Fast Inference from Transformers via Speculative Decoding, equation 1, https://arxiv.org/abs/2211.17192.
+
+    Args:
+        acceptance_rate: α in [0, 1].
+        num_assistant_tokens: Draft length γ ≥ 1.
+
+    Returns:
+        τ in [1, γ + 1].
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    check_draft_length(num_assistant_tokens)
+    if not 0 <= acceptance_rate <= 1:
+        raise ValueError(f"acceptance_rate must lie in [0, 1], got {acceptance_rate!r}.")
+    # The sum rather than the quotient: exact at α = 1 and without cancellation near it.
+    return sum(acceptance_rate**accepted for accepted in range(num_assistant_tokens + 1))
+
+
+def predicted_speedup(block_efficiency: float, num_assistant_tokens: int, latency: Latency) -> float:
+    """Return the predicted speed-up τ·t_target ÷ (γ·t_draft + t_verify(γ + 1)).
+
+    Args:
+        block_efficiency: τ at this draft length.
+        num_assistant_tokens: Draft length γ ≥ 1.
+        latency: Measured times.
+
+    Returns:
+        Tokens per second with the draft ÷ without it.
+
+    Raises:
+        ValueError: If τ is impossible at γ, or verification of γ + 1 tokens was not timed.
+    """
+    _check_efficiency(block_efficiency, num_assistant_tokens)
+    return block_efficiency * latency.target_step_seconds / latency.block_seconds(num_assistant_tokens)
+
+
+def best_draft_length(block_efficiency: Mapping[int, float], latency: Latency) -> DraftLength:
+    """Return the draft length with the highest predicted speed-up.
+
+    Nothing is said about whether it pays: a best speed-up below 1 is returned as it is. Of equal ones the shortest
+    draft wins.
+
+    Args:
+        block_efficiency: τ by γ, as from `block_efficiency_by_length`.
+        latency: Measured times.
+
+    Returns:
+        The draft length and its predicted speed-up.
+
+    Raises:
+        ValueError: If no draft length is given, or as in `predicted_speedup`.
+    """
+    if not block_efficiency:
+        raise ValueError("block_efficiency is empty; give τ for at least one draft length.")
+    return max(
+        (DraftLength(length, predicted_speedup(block_efficiency[length], length, latency))
+         for length in sorted(block_efficiency)),
+        key=lambda choice: choice.predicted_speedup,
+    )  # fmt: skip
+
+
+def break_even_acceptance_rate(latency: Latency, draft_lengths: Iterable[int] = DRAFT_LENGTHS) -> float | None:
+    """Return the acceptance rate α at which the best draft length neither gains nor loses time.
+
+    τ is taken from `expected_block_efficiency`. A draft whose tokens are accepted more often than this is worth using
+    on this machine, one below it is not.
+
+    Args:
+        latency: Measured times.
+        draft_lengths: The draft lengths to choose from. Pass one to ask about that one alone.
+
+    Returns:
+        α in [0, 1]; 0.0 if a block costs no more than one plain step, None if no draft pays at any of these lengths,
+        not even one whose tokens are all accepted.
+
+    Raises:
+        ValueError: If no draft length is given, or verification was not timed that far.
+    """
+    lengths = list(draft_lengths)
+    if not lengths:
+        raise ValueError("draft_lengths is empty; name at least one draft length.")
+    rates = [
+        _solve_acceptance_rate(latency.block_seconds(length) / latency.target_step_seconds, length)
+        for length in lengths
+    ]
+    # τ rises with α at every length, so the first length to break even decides.
+    return min((rate for rate in rates if rate is not None), default=None)
+
+
+def _solve_acceptance_rate(block_efficiency: float, num_assistant_tokens: int) -> float | None:
+    """Return the α that gives this τ, by bisection; None where even α = 1 gives less."""
+    if block_efficiency > num_assistant_tokens + 1:
+        return None
+    if block_efficiency <= 1:
+        return 0.0
+    low, high = 0.0, 1.0
+    # Halving 60 times leaves nothing to halve in float64.
+    for _ in range(60):
+        middle = (low + high) / 2
+        if expected_block_efficiency(middle, num_assistant_tokens) < block_efficiency:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _check_efficiency(block_efficiency: float, num_assistant_tokens: int) -> None:
+    check_draft_length(num_assistant_tokens)
+    # Sums of probabilities carry rounding.
+    if not 1 - 1e-9 <= block_efficiency <= (num_assistant_tokens + 1) * (1 + 1e-9):
+        raise ValueError(
+            f"block_efficiency must lie in [1, {num_assistant_tokens + 1}] when {num_assistant_tokens} tokens are "
+            f"drafted, got {block_efficiency!r}. It counts the target's own token of each call."
+        )

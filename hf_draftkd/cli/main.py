@@ -1,0 +1,70 @@
+"""`draftkd COMMAND`: finds the command's module and turns what it raises into an exit code.
+
+Nothing heavy is imported before a command is known, so that `draftkd --help` answers at once.
+"""
+
+import sys
+from importlib import import_module
+
+from hf_draftkd import __version__
+from hf_draftkd.cli.errors import UsageError
+
+# Command -> what it does. Each lives in hf_draftkd/cli/COMMAND.py as `run(argv) -> exit code`.
+COMMANDS = {
+    "quickstart": "distil and measure a draft on the bundled demo pair, in a few minutes",
+    "init": "make a draft that fits a target: from its layers, from a config, or by repairing a stock draft",
+    "train": "distil a target into a draft",
+    "evaluate": "measure how good one or several drafts are for a target",
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: draftkd COMMAND [options]",
+            "",
+            "Distil draft models for speculative decoding, and measure honestly what they gain.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`draftkd COMMAND --help` lists a command's options; each takes `--config FILE.yaml` as well.",
+            "exit codes: 0 done, 1 failed, 2 bad usage",
+        ]
+    )
+
+
+def dispatch(argv: list[str]) -> int:
+    """Run `draftkd *argv` and return its exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"hf_draftkd {__version__}")
+        return 0
+    command, *options = argv
+    if command not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean `{close[0]}`?" if close else ""
+        print(f"draftkd: there is no command {command!r}.{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        return import_module(f"hf_draftkd.cli.{command}").run(options)
+    except UsageError as error:
+        print(f"draftkd {command}: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"draftkd {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"draftkd {command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(dispatch(sys.argv[1:]))

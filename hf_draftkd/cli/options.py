@@ -1,0 +1,54 @@
+"""Reading options: dataclasses, the command line and `--config FILE.yaml`, through `trl.TrlParser`."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trl import TrlParser
+
+from hf_draftkd.cli.errors import UsageError, usage_errors
+
+
+def parse(command: str, dataclass_types: Sequence[type], argv: list[str], description: str) -> tuple[Any, ...]:
+    """One instance of each dataclass, from `argv` and the YAML file it may name.
+
+    Raises:
+        UsageError: A value is refused by its dataclass, the file cannot be read, or an option does not exist (the
+            nearest one is named).
+    """
+    parser = TrlParser(dataclass_types, prog=f"draftkd {command}", description=description, allow_abbrev=False)
+    with usage_errors():
+        *instances, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    for option in unknown:
+        if option.startswith("--"):
+            name = option.split("=", 1)[0]
+            close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else f" See `draftkd {command} --help`."
+            raise UsageError(f"there is no option `{name}`.{hint}")
+    if unknown:
+        raise UsageError(f"these words belong to no option: {' '.join(unknown)}")
+    return tuple(instances)
+
+
+def required(**options: Any) -> None:
+    """Refuse options that were not given. They are not positional, so that `--config` may hold them."""
+    missing = [f"--{name}" for name, value in options.items() if value is None]
+    if missing:
+        raise UsageError(f"missing: {', '.join(missing)}")
+
+
+def new_directory(path: str, *, overwrite: bool = False) -> Path:
+    """A directory that results may be written to.
+
+    Raises:
+        UsageError: It is a file, or holds something and `overwrite` is off.
+    """
+    directory = Path(path)
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"`--output_dir {path}` is a file. Name a directory.")
+    if not overwrite and directory.is_dir() and any(directory.iterdir()):
+        raise UsageError(
+            f"`--output_dir {path}` is not empty. Name another directory, or pass `--overwrite_output_dir`."
+        )
+    return directory

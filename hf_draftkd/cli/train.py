@@ -1,0 +1,112 @@
+"""`draftkd train`: distil a target into a draft, from Hub ids or local paths."""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from hf_draftkd.cli.errors import UsageError, usage_errors
+from hf_draftkd.cli.options import parse, required
+from hf_draftkd.data.prompts import open_dataset
+from hf_draftkd.training.config import DraftDistillConfig
+from hf_draftkd.training.trainer import DraftDistillTrainer
+
+
+@dataclass
+class TrainOptions:
+    """What `draftkd train` adds to the training configuration."""
+
+    model: str | None = field(default=None, metadata={"help": "The draft: a Hub id or a local path."})
+    target_model: str | None = field(
+        default=None, metadata={"help": "The target. Not needed for `--divergence cross_entropy`."}
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "Training data: a Hub id, a file or a folder, such as `draftkd generate` writes."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the training data."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out data: a Hub id, a file or a folder; `SPLIT` of --dataset if it has one."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew in an output directory that is not empty."}
+    )
+
+
+def run(argv: list[str]) -> int:
+    """`draftkd train *argv`; returns the exit code."""
+    options, args, model_config = parse(
+        "train",
+        (TrainOptions, DraftDistillConfig, ModelConfig),
+        argv,
+        "Distil a target into a draft. Every field of DraftDistillConfig is an option.",
+    )
+    required(model=options.model, dataset=options.dataset)
+    with usage_errors():
+        checkpoint = _where_to_start(args, overwrite=options.overwrite_output_dir)
+        trainer = build_trainer(options, args, model_config)
+    if trainer.is_world_process_zero():
+        processes = trainer.accelerator.num_processes
+        print(f"Training on {processes} process{'es' if processes > 1 else ''}.")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.create_model_card()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        print(f"The draft is in {args.output_dir}: target.generate(**inputs, assistant_model=draft)")
+    return 0
+
+
+def build_trainer(options: TrainOptions, args: DraftDistillConfig, model_config: ModelConfig) -> DraftDistillTrainer:
+    """Load everything the options name."""
+    args.model_init_kwargs = {
+        "dtype": model_config.dtype,
+        "revision": model_config.model_revision,
+        "attn_implementation": model_config.attn_implementation,
+        **(args.model_init_kwargs or {}),
+    }
+    train = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
+    held_out = None if options.eval_dataset is None else open_dataset(options.eval_dataset)
+    return DraftDistillTrainer(
+        model=options.model,
+        target_model=options.target_model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        quantization_config=get_quantization_config(model_config),
+        peft_config=get_peft_config(model_config),
+    )
+
+
+def _where_to_start(args: DraftDistillConfig, *, overwrite: bool) -> Any:
+    """The checkpoint to go on from, None for a start; refuses to write over anything else."""
+    directory = Path(args.output_dir)
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"`--output_dir {directory}` is a file. Name a directory.")
+    if args.resume_from_checkpoint is not None:
+        return args.resume_from_checkpoint
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return None
+    if overwrite:
+        # Checkpoints of the earlier run would be taken for this run's own when it is resumed.
+        if args.process_index == 0:
+            for old in directory.glob("checkpoint-*"):
+                shutil.rmtree(old)
+        return None
+    last = get_last_checkpoint(str(directory))
+    if last is None:
+        raise UsageError(
+            f"`--output_dir {directory}` is not empty and holds no checkpoint to go on from. Name another directory, "
+            "or pass `--overwrite_output_dir`."
+        )
+    print(f"Going on from {last}. Pass `--overwrite_output_dir` to start anew.")
+    return last

@@ -1,0 +1,136 @@
+"""From dataset columns to token ids and labels, and from rows to batches.
+
+`SFTTrainer` prepares every format that it knows. What it does not know is done here, before it looks: alignment rows
+carry the exact tokens that the target read and wrote, and must never be tokenised a second time.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from hf_draftkd.data.decoding import DecodingSetting
+
+# The order in which a row's `decoding` feature holds its setting.
+_SETTING = ("temperature", "top_p", "top_k", "repetition_penalty")
+# What one of these sets of columns makes trainable. The first that is present is used.
+FORMATS: tuple[tuple[str, ...], ...] = (
+    ("prompt_ids", "completion_ids"),
+    ("input_ids",),
+    ("prompt", "completion"),
+    ("messages",),
+    ("conversations",),
+)
+UNKNOWN_SETTING = [math.nan] * len(_SETTING)
+
+
+def check_format(dataset: Dataset | IterableDataset, name: str, *, text_field: str = "text") -> None:
+    """Refuse a dataset that nothing can be learnt from, before anything else happens.
+
+    Raises:
+        ValueError: The dataset is empty, holds images, or has none of the column sets that are understood.
+    """
+    if next(iter(dataset), None) is None:
+        raise ValueError(f"The {name} dataset is empty. Give one with at least one row.")
+    columns = get_dataset_column_names(dataset)
+    if images := {"image", "images"} & set(columns):
+        raise ValueError(
+            f"The {name} dataset has the column {sorted(images)[0]!r}, but drafts are text-only causal LMs. "
+            "Remove the column if the answers do not depend on it."
+        )
+    formats = [*FORMATS, (text_field,)]
+    if not any(set(needed) <= set(columns) for needed in formats):
+        raise ValueError(
+            f"The {name} dataset has the columns {columns}, none of which can be trained on. Needed is one of: "
+            + ", ".join(" + ".join(f"`{column}`" for column in needed) for needed in formats)
+            + ". `draftkd generate` makes rows with `prompt_ids` and `completion_ids` from prompts."
+        )
+
+
+def exact_features(dataset: Dataset | IterableDataset, target_name: str | None, **map_kwargs: Any) -> Any:
+    """Turn rows that already hold token ids into `input_ids`, `labels` and `decoding`; leave all others alone.
+
+    Alignment rows (`prompt_ids`, `completion_ids`) become their concatenation with the prompt masked. A
+    `completion_mask` that comes with `input_ids` becomes `labels`, which `SFTTrainer` would ignore.
+
+    Args:
+        dataset: Rows in any format.
+        target_name: The target in use. Only rows that this target wrote keep their decoding setting: block
+            efficiency is exact for such text and for no other.
+        map_kwargs: Passed on to `datasets.map`.
+
+    Returns:
+        The dataset, with `decoding` = [temperature, top_p, top_k, repetition_penalty], nan where unknown.
+    """
+    columns = get_dataset_column_names(dataset)
+    if {"prompt_ids", "completion_ids"} <= set(columns):
+
+        def features(row: dict[str, Any]) -> dict[str, Any]:
+            prompt, completion = row["prompt_ids"], row["completion_ids"]
+            return {
+                "input_ids": prompt + completion,
+                "labels": [-100] * len(prompt) + completion,
+                "decoding": _recorded_setting(row, target_name),
+            }
+
+        return dataset.map(features, remove_columns=columns, **map_kwargs)
+    if {"input_ids", "completion_mask"} <= set(columns) and "labels" not in columns:
+
+        def masked(row: dict[str, Any]) -> dict[str, Any]:
+            pairs = zip(row["input_ids"], row["completion_mask"], strict=True)
+            return {"labels": [token if counts else -100 for token, counts in pairs]}
+
+        return dataset.map(masked, remove_columns=["completion_mask"], **map_kwargs)
+    return dataset
+
+
+def _recorded_setting(row: dict[str, Any], target_name: str | None) -> list[float]:
+    exact = row.get("ids_source") == "generated" and row.get("target") == target_name
+    values = [row.get(name) for name in _SETTING]
+    if not exact or any(value is None for value in values):
+        return UNKNOWN_SETTING
+    return [float(value) for value in values]
+
+
+def decoding_settings(decoding: torch.Tensor) -> dict[DecodingSetting, list[int]]:
+    """Which rows of a batch were written under which setting.
+
+    Args:
+        decoding: [B, 4] as made by `exact_features`.
+
+    Returns:
+        Setting -> row indices; rows without a known setting are in none.
+    """
+    groups: dict[DecodingSetting, list[int]] = {}
+    for index, (temperature, top_p, top_k, penalty) in enumerate(decoding.tolist()):
+        if not math.isnan(temperature):
+            groups.setdefault(DecodingSetting(temperature, top_p, int(top_k), penalty), []).append(index)
+    return groups
+
+
+@dataclass
+class DraftDistillCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, which also carries the decoding setting of each row as `decoding` [B, 4]."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        if not self.padding_free:
+            rows = [example.get("decoding") or UNKNOWN_SETTING for example in examples]
+            batch["decoding"] = torch.tensor(rows, dtype=torch.float64)
+        return batch
+
+
+def longest_row(dataset: Dataset | IterableDataset) -> int | None:
+    """Tokens of the longest prepared row; None for a stream, which is not read twice."""
+    if isinstance(dataset, IterableDataset):
+        return None
+    return max(map(len, _column(dataset, "input_ids")), default=0)
+
+
+def _column(dataset: Dataset, name: str) -> Iterable[Any]:
+    return (row for batch in dataset.select_columns([name]).iter(batch_size=1000) for row in batch[name])

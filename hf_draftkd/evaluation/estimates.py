@@ -1,0 +1,127 @@
+"""From sums per text to figures with intervals: counts added up, divided once, resampled over prompts."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from hf_draftkd.acceptance import (
+    DRAFT_LENGTHS,
+    Estimate,
+    acceptance_by_position,
+    bootstrap_paired_ratio_difference,
+    bootstrap_ratio,
+    mbsu,
+)
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.evaluation.report import PairedDifference, SettingResult
+from hf_draftkd.evaluation.teacher_forced import TextSums
+
+
+def setting_result(
+    setting: DecodingSetting,
+    verification: str,
+    sums: TextSums,
+    prompts: Sequence[int],
+    *,
+    num_assistant_tokens: int,
+    parameter_ratio: float,
+    as_transformers: TextSums | None = None,
+    has_blocks: bool = True,
+) -> SettingResult:
+    """The figures of one draft under one setting and rule.
+
+    Args:
+        setting: How the texts were decoded.
+        verification: The rule the sums were made with.
+        sums: Per text.
+        prompts: Which prompt each text answers: texts of one prompt are resampled together.
+        num_assistant_tokens: Draft length of the figures by position.
+        parameter_ratio: Draft ÷ target parameters.
+        as_transformers: Sums of the draft as transformers warps it, where that differs.
+        has_blocks: Whether the target wrote the texts under this very setting; without that only the acceptance rate
+            means anything.
+    """
+    rate = bootstrap_ratio(*_by_prompt(prompts, sums.acceptance, sums.num_tokens))
+    result = SettingResult(
+        **setting.to_dict(),
+        verification=verification,
+        num_texts=len(sums.num_tokens),
+        num_tokens=int(sums.num_tokens.sum()),
+        acceptance_rate=rate,
+    )
+    if not has_blocks:
+        return result
+    result.block_efficiency = _block_efficiency(sums, prompts)
+    result.acceptance_by_position = _by_position(sums, num_assistant_tokens)
+    result.mbsu = {
+        length: mbsu(estimate.value, length, parameter_ratio=parameter_ratio)
+        for length, estimate in result.block_efficiency.items()
+    }
+    if as_transformers is not None:
+        result.transformers_block_efficiency = _block_efficiency(as_transformers, prompts)
+    return result
+
+
+def paired_difference(
+    setting: DecodingSetting,
+    verification: str,
+    draft: TextSums,
+    baseline: TextSums,
+    prompts: Sequence[int],
+    *,
+    has_blocks: bool = True,
+) -> PairedDifference:
+    """Draft minus baseline on the same texts. Arguments as in `setting_result`."""
+    columns = (draft.acceptance, draft.num_tokens, baseline.acceptance, baseline.num_tokens)
+    difference = PairedDifference(
+        **setting.to_dict(),
+        verification=verification,
+        acceptance_rate=bootstrap_paired_ratio_difference(*_by_prompt(prompts, *columns)),
+    )
+    if has_blocks:
+        difference.block_efficiency = {
+            length: bootstrap_paired_ratio_difference(
+                *_by_prompt(
+                    prompts,
+                    draft.num_tokens,
+                    draft.target_calls[:, index],
+                    baseline.num_tokens,
+                    baseline.target_calls[:, index],
+                )
+            )
+            for index, length in enumerate(DRAFT_LENGTHS)
+        }
+    return difference
+
+
+def select_texts(sums: TextSums, indices: Sequence[int]) -> TextSums:
+    """The sums of some of the texts."""
+    chosen = torch.tensor(indices, dtype=torch.long)
+    return TextSums(
+        num_tokens=sums.num_tokens[chosen],
+        acceptance=sums.acceptance[chosen],
+        target_calls=sums.target_calls[chosen],
+        accepted=[sums.accepted[index] for index in indices],
+    )
+
+
+def _block_efficiency(sums: TextSums, prompts: Sequence[int]) -> dict[int, Estimate]:
+    return {
+        length: bootstrap_ratio(*_by_prompt(prompts, sums.num_tokens, sums.target_calls[:, index]))
+        for index, length in enumerate(DRAFT_LENGTHS)
+    }
+
+
+def _by_position(sums: TextSums, num_assistant_tokens: int) -> list[float]:
+    accepted = pad_sequence(sums.accepted, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in sums.accepted], batch_first=True)
+    positions = acceptance_by_position(accepted, num_assistant_tokens, mask)
+    return (positions.accepted.sum(0) / positions.blocks.sum()).tolist()
+
+
+def _by_prompt(prompts: Sequence[int], *columns: torch.Tensor) -> list[torch.Tensor]:
+    """Each column added up over the texts of a prompt: prompts, not texts, are what is independent."""
+    _, groups = torch.tensor(prompts).unique(return_inverse=True)
+    size = int(groups.max()) + 1
+    return [torch.zeros(size, dtype=torch.float64).index_add_(0, groups, column.double()) for column in columns]

@@ -1,0 +1,166 @@
+"""Is this draft worth using? One call: the target's own text, exact rates, measured times, a recommendation."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_draftkd.acceptance.token_rates import check_verification
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.generation import decoding_settings
+from hf_draftkd.evaluation.measurement import Measurement, own_penalty
+from hf_draftkd.evaluation.provenance import hardware_info, model_info, versions
+from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.models.pairing import align_vocabulary
+
+
+def evaluate_draft(
+    draft_model: PreTrainedModel,
+    target_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: "Dataset | str | Path | Sequence[Any] | None" = None,
+    *,
+    dataset: Dataset | None = None,
+    baseline: PreTrainedModel | None = None,
+    temperatures: Sequence[float] | None = None,
+    settings: Sequence[DecodingSetting] | None = None,
+    verification: Sequence[str] = ("rejection_sampling",),
+    max_new_tokens: int = 128,
+    num_assistant_tokens: int | None = None,
+    measure_speed: bool = True,
+    num_speed_prompts: int = 16,
+    batch_size: int = 8,
+    seed: int = 0,
+    source: str | None = None,
+    domain: str | None = None,
+) -> SpeculationReport:
+    """Measure how often a draft is right, how much faster it makes its target here, and whether it is worth using.
+
+    Give `prompts`, and the target answers them under every setting; or `dataset`, alignment data whose rows record the
+    setting the target wrote them under. One pass of each model over these texts gives the exact figures; then, with
+    `measure_speed`, step times are taken and real `generate(assistant_model=draft)` is timed against plain decoding.
+
+    Args:
+        draft_model: The draft. One whose vocabulary is only padded differently is aligned in place, as assisted
+            decoding needs (see `align_vocabulary`).
+        target_model: The target.
+        tokenizer: Their tokenizer.
+        prompts: Anything that `load_prompts` takes: a path, a Hub id, a `Dataset`, a list of strings or conversations.
+            A `domain` or `category` column gives figures by group.
+        dataset: Alignment data, instead of prompts.
+        baseline: Another draft to compare with on the same texts, usually the undistilled one.
+        temperatures: Sampling temperatures, 0 for greedy; by default 0 and 1, or whatever `dataset` holds. The
+            target's own repetition penalty is applied to both models, and stated.
+        settings: Whole decoding settings, instead of `temperatures`.
+        verification: Rules for sampled text, of `VERIFICATION_RULES`. Greedy text is always verified exactly.
+        max_new_tokens: Longest completion, in tokens.
+        num_assistant_tokens: Draft length γ to decode with and to report figures by position for. By default real
+            decoding uses the best one found, and positions are reported for 5.
+        measure_speed: Take step times, time real decoding, and recommend. Without it these parts are absent.
+        num_speed_prompts: Prompts decoded both ways for each setting.
+        batch_size: Texts a forward pass.
+        seed: Of the target's sampling.
+        source: Where the prompts come from, for the report.
+        domain: What they are about, for the report.
+
+    Returns:
+        The report: `print(report.to_json())`, `rich.print(report.table())`, `report.save("report.json")`.
+
+    Raises:
+        ValueError: The pair does not fit; prompts are missing, empty or too long; settings contradict themselves; a
+            rule does not exist; or the texts were not written by this target under the setting they record.
+    """
+    drafts = [draft_model] if baseline is None else [draft_model, baseline]
+    asked = _settings(target_model, temperatures, settings)
+    _check(drafts, target_model, tokenizer, prompts, dataset, verification, max_new_tokens, num_assistant_tokens)
+    with _evaluating(target_model, *drafts):
+        measured = Measurement(
+            target_model,
+            tokenizer,
+            verification=verification,
+            max_new_tokens=max_new_tokens,
+            num_assistant_tokens=num_assistant_tokens,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        info = measured.take_texts(drafts, prompts, dataset, asked, source)
+        info.domain = domain
+        results = measured.score(drafts)
+        if measure_speed:
+            for draft, result in zip(drafts, results, strict=True):
+                measured.time(draft, result, num_speed_prompts)
+    first = results[0]
+    return SpeculationReport(
+        target=model_info(target_model),
+        draft=first.draft,
+        prompts=info,
+        hardware=hardware_info(target_model),
+        versions=versions(),
+        num_assistant_tokens=measured.reported_length,
+        max_new_tokens=max_new_tokens,
+        settings=first.settings,
+        latency=first.latency,
+        recommendation=first.recommendation,
+        baseline=results[1] if baseline is not None else None,
+        paired_difference=measured.differences(0, 1) if baseline is not None else None,
+        warnings=measured.warnings,
+        groups=measured.groups(0, drafts[0]),
+    )
+
+
+def _settings(
+    target_model: PreTrainedModel, temperatures: Sequence[float] | None, settings: Sequence[DecodingSetting] | None
+) -> list[DecodingSetting] | None:
+    """The settings asked for; None where the data decides."""
+    if settings is not None:
+        if temperatures is not None:
+            raise ValueError("Give either `temperatures` or `settings`, not both: a setting has its own temperature.")
+        if len(set(settings)) < len(settings) or not settings:
+            raise ValueError("`settings` must name at least one decoding setting, and none twice.")
+        return list(settings)
+    if temperatures is None:
+        return None
+    return decoding_settings(temperatures, repetition_penalty=own_penalty(target_model))
+
+
+def _check(
+    drafts: Sequence[PreTrainedModel],
+    target_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Any,
+    dataset: Dataset | None,
+    verification: Sequence[str],
+    max_new_tokens: int,
+    num_assistant_tokens: int | None,
+) -> None:
+    """Everything that can be known to be wrong before any long work."""
+    if (prompts is None) == (dataset is None):
+        raise ValueError("Give `prompts` for the target to answer, or a `dataset` it wrote: one of them, not both.")
+    if not verification:
+        raise ValueError("`verification` is empty: name at least one rule, such as rejection_sampling.")
+    for rule in verification:
+        check_verification(rule)
+    if max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
+    if num_assistant_tokens is not None and not 1 <= num_assistant_tokens <= 16:
+        raise ValueError(f"`num_assistant_tokens` must lie between 1 and 16, got {num_assistant_tokens}.")
+    for draft in drafts:
+        if draft.config.is_encoder_decoder:
+            raise ValueError(f"{draft.name_or_path!r} is an encoder-decoder model; a draft must be a causal LM.")
+        align_vocabulary(draft, target_model, tokenizer)
+
+
+@contextmanager
+def _evaluating(*models: PreTrainedModel) -> Iterator[None]:
+    """Dropout off, and every model's mode put back afterwards."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)

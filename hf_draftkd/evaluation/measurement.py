@@ -1,0 +1,315 @@
+"""The steps of an evaluation, in order: take texts, score drafts on them, time decoding, judge."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hf_draftkd.acceptance import bootstrap_paired_ratio_quotient, predicted_speedup
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.generation import decoding_settings, ids_without_token
+from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
+from hf_draftkd.evaluation.estimates import paired_difference, select_texts, setting_result
+from hf_draftkd.evaluation.provenance import content_hash, model_info
+from hf_draftkd.evaluation.recommendation import (
+    expected_efficiency,
+    forward_latency,
+    generate_latency,
+    is_transformers_rule,
+    overall_draft_length,
+    recommend,
+    recommend_overall,
+)
+from hf_draftkd.evaluation.report import (
+    AssistedResult,
+    DraftResult,
+    LatencyResult,
+    PairedDifference,
+    PromptInfo,
+    SettingResult,
+)
+from hf_draftkd.evaluation.tables import setting_name
+from hf_draftkd.evaluation.teacher_forced import AS_TRANSFORMERS, EXACT, PassResult, score_texts
+from hf_draftkd.evaluation.texts import TextSet, generated_texts, recorded_texts
+from hf_draftkd.evaluation.timing import DecodingTimes, measure_latency, time_decoding
+from hf_draftkd.models.pairing import shared_vocab_size
+
+# Below this share of tokens that the target could have written, a text was written by something else: rounding in
+# low precision moves a few in a hundred at most.
+_PLAUSIBLE = 0.95
+_FEW_PROMPTS = 20
+_DEFAULT_TEMPERATURES = (0.0, 1.0)
+_DEFAULT_LENGTH = 5
+
+
+class Measurement:
+    """One evaluation under way: the texts, what every draft scored on them, and what a reader must be warned of."""
+
+    def __init__(
+        self,
+        target_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        verification: Sequence[str],
+        max_new_tokens: int,
+        num_assistant_tokens: int | None,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.target_model, self.tokenizer = target_model, tokenizer
+        self.verification, self.batch_size, self.seed = verification, batch_size, seed
+        self.max_new_tokens = max_new_tokens
+        self.asked_length = num_assistant_tokens
+        self.reported_length = num_assistant_tokens or _DEFAULT_LENGTH
+        self.suppressed = ids_without_token(target_model, tokenizer)
+        self.warnings: list[str] = []
+        self.text_sets: list[TextSet] = []
+        self.passes: list[PassResult] = []
+
+    def take_texts(
+        self,
+        drafts: Sequence[PreTrainedModel],
+        prompts: Any,
+        dataset: Dataset | None,
+        settings: list[DecodingSetting] | None,
+        source: str | None,
+    ) -> PromptInfo:
+        """Have the target answer the prompts, or take what it answered earlier."""
+        if dataset is not None:
+            self.text_sets = recorded_texts(dataset, settings)
+            self._check_author()
+            contents: Any = dataset["prompt_ids"]
+        else:
+            loaded = load_prompts(prompts)
+            lengths = list(map(len, render_prompts(loaded, self.tokenizer)))
+            for model in (self.target_model, *drafts):
+                fitting_rows(lengths, context_length(model.config), self.max_new_tokens)
+            if settings is None:
+                settings = decoding_settings(_DEFAULT_TEMPERATURES, repetition_penalty=own_penalty(self.target_model))
+            self.text_sets = generated_texts(
+                self.target_model,
+                self.tokenizer,
+                loaded,
+                settings,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+                seed=self.seed,
+            )
+            contents = loaded["prompt"]
+            source = source or (str(prompts) if isinstance(prompts, str | Path) else None)
+        self._state_inherited_settings()
+        count = max(len(set(texts.prompts)) for texts in self.text_sets)
+        if count < _FEW_PROMPTS:
+            self.warnings.append(
+                f"Only {count} prompt{'s' if count > 1 else ''}: intervals from fewer than {_FEW_PROMPTS} are too "
+                "narrow to be trusted."
+            )
+        return PromptInfo(source=source or "given", count=count, sha256=content_hash(contents))
+
+    def score(self, drafts: Sequence[PreTrainedModel]) -> list[DraftResult]:
+        """One pass of target and drafts over every text set."""
+        vocab_size = min(shared_vocab_size(draft, self.target_model, self.tokenizer) for draft in drafts)
+        total = sum(len(texts.texts) for texts in self.text_sets)
+        with logging.tqdm(total=total, desc="Scoring texts", unit="text") as bar:
+            for texts in self.text_sets:
+                self._check_ids(texts, vocab_size)
+                scored = score_texts(
+                    self.target_model,
+                    drafts,
+                    texts.texts,
+                    texts.setting,
+                    vocab_size=vocab_size,
+                    verification=self.verification,
+                    batch_size=self.batch_size,
+                    on_texts=bar.update,
+                )
+                self.passes.append(scored)
+                self._check_plausible(texts, scored.share_plausible)
+        return [
+            DraftResult(draft=model_info(draft), settings=self._settings(index, draft))
+            for index, draft in enumerate(drafts)
+        ]
+
+    def differences(self, index: int, baseline: int) -> list[PairedDifference]:
+        """One draft minus another on the same texts, an entry for each of their settings."""
+        return [
+            paired_difference(
+                texts.setting,
+                rule,
+                scored.drafts[index][rule],
+                scored.drafts[baseline][rule],
+                texts.prompts,
+                has_blocks=self._has_blocks(scored),
+            )
+            for texts, scored in zip(self.text_sets, self.passes, strict=True)
+            for rule in self._rules(texts)
+        ]
+
+    def groups(self, index: int, draft: PreTrainedModel) -> dict[str, list[SettingResult]] | None:
+        """One draft's figures by domain or category; None where the data has no such column."""
+        names = sorted({name for texts in self.text_sets for name in texts.groups or []})
+        if not names:
+            return None
+        return {name: self._settings(index, draft, group=name) for name in names}
+
+    def time(self, draft: PreTrainedModel, result: DraftResult, num_prompts: int) -> None:
+        """Time steps and real decoding of one draft, and judge it; fills in `result`."""
+        prompts = self._spread_prompts(num_prompts)
+        result.latency = measure_latency(
+            self.target_model,
+            draft,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            suppress_tokens=self.suppressed,
+            seed=self.seed,
+        )
+        length = self.asked_length or overall_draft_length(result.settings, result.latency) or _DEFAULT_LENGTH
+        with logging.tqdm(total=len(prompts) * len(self.text_sets), desc="Timing decoding", unit="prompt") as bar:
+            for texts in self.text_sets:
+                times = time_decoding(
+                    self.target_model,
+                    draft,
+                    prompts,
+                    texts.setting,
+                    max_new_tokens=self.max_new_tokens,
+                    num_assistant_tokens=length,
+                    suppress_tokens=self.suppressed,
+                    seed=self.seed,
+                    on_prompt=bar.update,
+                )
+                for setting in result.settings:
+                    if is_transformers_rule(setting) and _is_of(setting, texts.setting):
+                        setting.assisted = assisted_result(times, length, setting, result.latency)
+        for setting in result.settings:
+            setting.recommendation = recommend(setting, result.latency, setting_name(setting))
+        names = [setting_name(setting) for setting in result.settings]
+        result.recommendation = recommend_overall(result.settings, names, result.latency)
+
+    def _settings(self, index: int, draft: PreTrainedModel, group: str | None = None) -> list[SettingResult]:
+        ratio = draft.num_parameters() / self.target_model.num_parameters()
+        results = []
+        for texts, scored in zip(self.text_sets, self.passes, strict=True):
+            sums, prompts = scored.drafts[index], texts.prompts
+            if group is not None:
+                chosen = [text for text, name in enumerate(texts.groups or []) if name == group]
+                if not chosen:
+                    continue
+                sums = {rule: select_texts(of_rule, chosen) for rule, of_rule in sums.items()}
+                prompts = [prompts[text] for text in chosen]
+            results += [
+                setting_result(
+                    texts.setting,
+                    rule,
+                    sums[rule],
+                    prompts,
+                    num_assistant_tokens=self.reported_length,
+                    parameter_ratio=ratio,
+                    as_transformers=sums.get(AS_TRANSFORMERS) if rule == "rejection_sampling" else None,
+                    has_blocks=self._has_blocks(scored),
+                )
+                for rule in self._rules(texts)
+            ]
+        return results
+
+    def _rules(self, texts: TextSet) -> Sequence[str]:
+        return (EXACT,) if texts.setting.is_greedy else self.verification
+
+    def _has_blocks(self, scored: PassResult) -> bool:
+        return scored.share_plausible >= _PLAUSIBLE
+
+    def _spread_prompts(self, count: int) -> list[Sequence[int]]:
+        """Prompts at even distances, so that sorted data is not timed on one kind of prompt alone."""
+        unique = list({tuple(text.prompt_ids): text.prompt_ids for text in self.text_sets[0].texts}.values())
+        count = min(count, len(unique))
+        return [unique[place * len(unique) // count] for place in range(count)]
+
+    def _check_ids(self, texts: TextSet, vocab_size: int) -> None:
+        for number, text in enumerate(texts.texts):
+            if max(max(text.prompt_ids), max(text.completion_ids)) >= vocab_size:
+                raise ValueError(
+                    f"Text {number} holds token ids from {vocab_size} on, which the pair's shared vocabulary does not "
+                    "have. Was it written by another target?"
+                )
+
+    def _check_author(self) -> None:
+        name = self.target_model.name_or_path
+        others = {texts.written_by for texts in self.text_sets} - {name, None}
+        if others:
+            self.warnings.append(
+                f"The texts were written by {', '.join(sorted(map(str, others)))}, the target here is {name}. Figures "
+                "hold only if that is the same model."
+            )
+
+    def _check_plausible(self, texts: TextSet, share: float) -> None:
+        words = ", ".join(f"{name} {value:g}" for name, value in texts.setting.to_dict().items())
+        if share < _PLAUSIBLE:
+            self.warnings.append(
+                f"Only {share:.1%} of the tokens recorded under {words} could have been written by this target so: "
+                "they come from another model or setting. Acceptance rates are given, block efficiencies are not."
+            )
+        elif share < 1:
+            self.warnings.append(
+                f"{1 - share:.2%} of the tokens written under {words} are not what one forward pass of the target "
+                f"gives: near-ties that rounding in {self.target_model.dtype} decides."
+            )
+
+    def _state_inherited_settings(self) -> None:
+        """Say which entries of the target's generation config were applied, and which were not."""
+        own = self.target_model.generation_config
+        penalty = own_penalty(self.target_model)
+        if penalty != 1:
+            applied = {texts.setting.repetition_penalty for texts in self.text_sets}
+            how = "applied to draft and target alike" if applied == {penalty} else "not applied, as the settings say"
+            self.warnings.append(f"The target's generation config carries repetition_penalty {penalty:g}: {how}.")
+        used = {(texts.setting.top_p, texts.setting.top_k) for texts in self.text_sets if not texts.setting.is_greedy}
+        carried = [
+            f"{name} {value:g}"
+            for name, value, neutral in (("top_p", own.top_p, 1), ("top_k", own.top_k, 0), ("min_p", own.min_p, 0))
+            if value is not None and value != neutral
+        ]
+        if carried and used and used != {(own.top_p or 1.0, own.top_k or 0)}:
+            self.warnings.append(
+                f"The target's generation config carries {', '.join(carried)}, which the settings measured here "
+                "replace."
+            )
+
+
+def own_penalty(target_model: PreTrainedModel) -> float:
+    """The repetition penalty of a model's generation config, 1 where it has none."""
+    return target_model.generation_config.repetition_penalty or 1.0
+
+
+def assisted_result(
+    times: DecodingTimes, num_assistant_tokens: int, setting: SettingResult, latency: LatencyResult
+) -> AssistedResult:
+    """Counts and speed of real decoding, beside what was predicted for it."""
+    counts = times.counts
+    speedup = bootstrap_paired_ratio_quotient(
+        times.assisted_tokens, times.assisted_seconds, times.plain_tokens, times.plain_seconds
+    )
+    result = AssistedResult(
+        num_assistant_tokens=num_assistant_tokens,
+        num_prompts=len(times.plain_tokens),
+        **counts.to_dict(),
+        tokens_per_second=sum(times.assisted_tokens) / sum(times.assisted_seconds),
+        plain_tokens_per_second=sum(times.plain_tokens) / sum(times.plain_seconds),
+        speedup=speedup,
+        median_speedup=median(times.paired_speedups),
+        num_identical=times.num_identical,
+        differences=times.differences or None,
+    )
+    efficiency = expected_efficiency(setting)
+    if efficiency:
+        tokens_per_call = efficiency[num_assistant_tokens]
+        result.predicted_speedup = predicted_speedup(tokens_per_call, num_assistant_tokens, generate_latency(latency))
+        limit = predicted_speedup(tokens_per_call, num_assistant_tokens, forward_latency(latency))
+        result.share_of_limit = speedup.value / limit
+    return result
+
+
+def _is_of(result: SettingResult, setting: DecodingSetting) -> bool:
+    return all(getattr(result, name) == value for name, value in setting.to_dict().items())

@@ -1,0 +1,73 @@
+"""Where a figure comes from: models, machine, versions, prompts. A number without these cannot be compared."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_draftkd.evaluation.report import HardwareInfo, ModelInfo
+
+_PACKAGES = ("hf_draftkd", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
+
+
+def model_info(model: PreTrainedModel, name: str | None = None) -> ModelInfo:
+    """Name, revision and size of a loaded model.
+
+    Args:
+        model: The model.
+        name: What to call it where it was not loaded from anywhere.
+    """
+    return ModelInfo(
+        name=name or model.config.name_or_path or type(model).__name__,
+        revision=getattr(model.config, "_commit_hash", None),
+        num_parameters=model.num_parameters(),
+    )
+
+
+def hardware_info(model: PreTrainedModel) -> HardwareInfo:
+    """The machine as it matters to the speed of `model`."""
+    device = model.device
+    devices = {parameter.device for parameter in model.parameters()}
+    return HardwareInfo(
+        device=device.type,
+        name=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
+        num_devices=len(devices),
+        num_threads=torch.get_num_threads(),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries a figure depends on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def content_hash(items: Iterable[Any]) -> str:
+    """SHA-256 over JSON-ready items, in order."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps(item, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _processor_name() -> str:
+    """The CPU's own name; `platform.processor()` is empty on most Linux systems."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            label, _, name = line.partition(":")
+            if label.strip() in ("model name", "Model", "Hardware") and name.strip():
+                return name.strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,161 @@
+"""Is it worth it? From block efficiency and measured times to a draft length and a sentence a person understands."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hf_draftkd.acceptance import (
+    Estimate,
+    Latency,
+    best_draft_length,
+    break_even_acceptance_rate,
+    predicted_speedup,
+)
+from hf_draftkd.evaluation.report import LatencyResult, Recommendation, SettingResult
+
+
+def generate_latency(measured: LatencyResult) -> Latency:
+    """Step times as transformers' `generate` has them: forward passes and what it adds to each of them."""
+    overhead = measured.generate_overhead
+    if overhead is None:
+        return forward_latency(measured)
+    return Latency(
+        target_step_seconds=measured.target_step_seconds + overhead.plain_step_seconds,
+        draft_step_seconds=measured.draft_step_seconds + overhead.draft_step_seconds,
+        verify_seconds={size: seconds + overhead.block_seconds for size, seconds in measured.verify_seconds.items()},
+    )
+
+
+def forward_latency(measured: LatencyResult) -> Latency:
+    """Step times of the forward passes alone: what no implementation can beat."""
+    return Latency(measured.target_step_seconds, measured.draft_step_seconds, measured.verify_seconds)
+
+
+def expected_efficiency(setting: SettingResult) -> dict[int, float]:
+    """Block efficiency by draft length as transformers' `generate` will have it; empty where it is not known."""
+    estimates = setting.transformers_block_efficiency or setting.block_efficiency or {}
+    return {length: estimate.value for length, estimate in estimates.items()}
+
+
+def is_transformers_rule(setting: SettingResult) -> bool:
+    """Whether transformers' `generate` verifies drafts by this entry's rule."""
+    return setting.verification == ("exact_match" if setting.temperature == 0 else "rejection_sampling")
+
+
+def overall_draft_length(settings: Sequence[SettingResult], latency: LatencyResult) -> int | None:
+    """The one draft length under which the setting that gains least gains most; None without block efficiencies."""
+    curves = [expected_efficiency(setting) for setting in settings if is_transformers_rule(setting)]
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return None
+    times = generate_latency(latency)
+    return max(curves[0], key=lambda length: min(predicted_speedup(curve[length], length, times) for curve in curves))
+
+
+def recommend(setting: SettingResult, latency: LatencyResult, name: str) -> Recommendation | None:
+    """Judge one setting.
+
+    Where real decoding was timed, its speed-up decides; otherwise the predicted one does.
+
+    Args:
+        setting: With block efficiency, and `assisted` where it was measured.
+        latency: Measured on this machine.
+        name: The setting in words.
+    """
+    efficiency = expected_efficiency(setting)
+    if not efficiency:
+        return None
+    times = generate_latency(latency)
+    best = best_draft_length(efficiency, times)
+    break_even = break_even_acceptance_rate(times, efficiency)
+    measured = setting.assisted.speedup if setting.assisted is not None else None
+    worth_it = (best.predicted_speedup if measured is None else measured.value) > 1
+    length = best.num_assistant_tokens
+    cost = times.relative_cost
+    if worth_it:
+        reason = (
+            f"Worth it for {name}: {_tokens(length)} a step give{'s' if length == 1 else ''} {efficiency[length]:.2f} "
+            f"tokens per target call and {'is' if length == 1 else 'are'} predicted to decode "
+            f"{best.predicted_speedup:.2f} times as fast here; a draft step takes {cost:.0%} of a target step."
+        )
+    else:
+        need = (
+            "no acceptance rate would make up for that"
+            if break_even is None
+            else f"{break_even:.2f} would be needed to break even"
+        )
+        reason = (
+            f"Not worth it for {name}: even the best draft length ({length}) is predicted to reach "
+            f"{best.predicted_speedup:.2f} times the plain speed here. A draft step takes {cost:.0%} of a target step; "
+            f"of single drafted tokens {setting.acceptance_rate.value:.2f} are accepted, and {need}."
+        )
+    if measured is not None and setting.assisted is not None:
+        reason += f" Measured with {_tokens(setting.assisted.num_assistant_tokens)}: {_times(measured)}."
+    return Recommendation(
+        worth_it=worth_it,
+        num_assistant_tokens=length,
+        predicted_speedup=best.predicted_speedup,
+        break_even_acceptance_rate=break_even,
+        reason=reason,
+    )
+
+
+def recommend_overall(
+    settings: Sequence[SettingResult], names: Sequence[str], latency: LatencyResult
+) -> Recommendation | None:
+    """One verdict and one draft length over all settings: the setting that gains least decides.
+
+    Args:
+        settings: With their own recommendations.
+        names: The settings in words.
+        latency: Measured on this machine.
+    """
+    length = overall_draft_length(settings, latency)
+    if length is None:
+        return None
+    judged = [
+        (name, setting, setting.recommendation)
+        for name, setting in zip(names, settings, strict=True)
+        if setting.recommendation is not None and is_transformers_rule(setting)
+    ]
+    times = generate_latency(latency)
+    speedups = {
+        name: predicted_speedup(expected_efficiency(setting)[length], length, times) for name, setting, _ in judged
+    }
+    good = [name for name, _, found in judged if found.worth_it]
+    bad = [name for name, _, found in judged if not found.worth_it]
+    weakest = min(judged, key=lambda item: speedups[item[0]])
+    if len(judged) == 1:
+        return replace(weakest[2], num_assistant_tokens=length, predicted_speedup=speedups[weakest[0]])
+    if not bad:
+        verdict = "Worth it"
+    elif not good:
+        verdict = "Not worth it"
+    else:
+        verdict = f"Worth it for {' and '.join(good)}, not for {' and '.join(bad)}"
+    parts = [f"{name} {_speedup_words(setting, speedups[name], length)}" for name, setting, _ in judged]
+    return Recommendation(
+        worth_it=not bad,
+        num_assistant_tokens=length,
+        predicted_speedup=speedups[weakest[0]],
+        break_even_acceptance_rate=weakest[2].break_even_acceptance_rate,
+        reason=f"{verdict}. With {_tokens(length)} a step: {'; '.join(parts)}.",
+    )
+
+
+def _speedup_words(setting: SettingResult, predicted: float, length: int) -> str:
+    words = f"predicted {predicted:.2f} times the plain speed"
+    if setting.assisted is not None and setting.assisted.speedup is not None:
+        words += f", measured {_times(setting.assisted.speedup)}"
+        if setting.assisted.num_assistant_tokens != length:
+            words += f" with {_tokens(setting.assisted.num_assistant_tokens)}"
+    return words
+
+
+def _tokens(count: int) -> str:
+    return f"{count} draft token{'s' if count > 1 else ''}"
+
+
+def _times(speedup: Estimate) -> str:
+    if speedup.low is None or speedup.high is None:
+        return f"{speedup.value:.2f} times"
+    return f"{speedup.value:.2f} times ({speedup.low:.2f} to {speedup.high:.2f})"

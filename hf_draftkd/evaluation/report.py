@@ -1,0 +1,295 @@
+"""The report: every figure that says whether a draft is worth using, with every key documented where it is defined.
+
+`SpeculationReport` is what `evaluate_draft` returns, what `report.json` holds and what a model card is made from. A
+figure that was not measured is absent from the JSON, never null. Shares and rates lie in 0…1, times are seconds.
+"""
+
+# ruff: noqa: RUF009 - `key` returns a `dataclasses.field`
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_draftkd.acceptance import Estimate
+from hf_draftkd.evaluation.schema import from_plain, key, to_plain
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class ModelInfo:
+    """Which model was measured."""
+
+    name: str = key("Hub id or path the model was loaded from.")
+    revision: str | None = key("Commit on the Hub; absent for a local path.", default=None)
+    num_parameters: int = key("Parameters, tied weights counted once.")
+
+
+@dataclass(kw_only=True)
+class PromptInfo:
+    """Which prompts were answered."""
+
+    source: str = key("Dataset id, file, or `given` for prompts passed in Python.")
+    count: int = key("Number of prompts.")
+    domain: str | None = key("What the prompts are about, where the user said so.", default=None)
+    sha256: str = key("Hash of the prompts' contents, in order: equal hashes are the same prompts.")
+
+
+@dataclass(kw_only=True)
+class HardwareInfo:
+    """Where it was measured."""
+
+    device: str = key("`cpu`, `cuda`, `mps`, ...")
+    name: str = key("The processor's or accelerator's own name.")
+    num_devices: int = key("Devices the target is spread over.", default=1)
+    num_threads: int = key("Threads torch used on the CPU.")
+    dtype: str = key("Number format of the target's weights.")
+
+
+@dataclass(kw_only=True)
+class Recommendation:
+    """Use this draft or not, and with which draft length."""
+
+    worth_it: bool = key("Whether assisted decoding is expected to be faster than plain decoding.")
+    num_assistant_tokens: int = key("Draft length with the highest predicted speed-up on the measured machine.")
+    predicted_speedup: float = key("Predicted tokens/s at that length ÷ plain tokens/s.")
+    break_even_acceptance_rate: float | None = key(
+        "Acceptance rate at which the best draft length would just reach the speed of plain decoding. Absent where "
+        "no acceptance rate is enough.",
+        default=None,
+    )
+    reason: str = key("The same in one sentence.")
+
+
+@dataclass(kw_only=True)
+class DecodingDifference:
+    """Where greedy assisted decoding first wrote another token than plain decoding."""
+
+    prompt: int = key("Index of the prompt.")
+    position: int = key("Index in the completion of the first token that differs.")
+    plain_token: int = key("Token id that plain decoding wrote.")
+    assisted_token: int = key("Token id that assisted decoding wrote.")
+    logit_gap: float = key(
+        "Target logit of the plain token minus that of the assisted one, both processed, from one plain forward pass. "
+        "Near 0: a tie that rounding decides. Clearly positive: a fault."
+    )
+
+
+@dataclass(kw_only=True)
+class AssistedResult:
+    """Counts and wall-clock of real `generate(assistant_model=...)`; counters as in vLLM."""
+
+    num_assistant_tokens: int = key("Draft length γ, fixed.")
+    num_prompts: int = key("Prompts decoded both ways.")
+    num_spec_steps: int = key("Target calls.")
+    num_draft_tokens: int = key("Tokens proposed by the draft.")
+    num_accepted_draft_tokens: int = key("Proposed tokens that stayed in the text.")
+    num_tokens: int = key("Tokens written, the target's own included.")
+    mean_acceptance_length: float = key("Tokens written per target call: the counted block efficiency.")
+    draft_acceptance_rate: float | None = key(
+        "Accepted ÷ drafted tokens. Absent where nothing was drafted.", default=None
+    )
+    acceptance_histogram: list[int] = key("Target calls that accepted 0, 1, 2, ... drafted tokens.")
+    tokens_per_second: float | None = key("Assisted decoding, prompt reading included.", default=None)
+    plain_tokens_per_second: float | None = key("Plain decoding of the same prompts in the same run.", default=None)
+    speedup: Estimate | None = key(
+        "Measured tokens/s assisted ÷ tokens/s plain, sums over prompts; interval over prompts.", default=None
+    )
+    median_speedup: float | None = key("Median over prompts of the paired ratio.", default=None)
+    predicted_speedup: float | None = key(
+        "What block efficiency and measured step times predict for this draft length, `generate`'s own overhead "
+        "included.",
+        default=None,
+    )
+    share_of_limit: float | None = key(
+        "Measured speed-up ÷ the one that forward passes alone would allow at this draft length.", default=None
+    )
+    num_identical: int | None = key("Greedy only: prompts whose assisted text equals the plain one.", default=None)
+    differences: list[DecodingDifference] | None = key(
+        "Greedy only: the first difference of every prompt that has one; absent where all are equal.", default=None
+    )
+
+
+@dataclass(kw_only=True)
+class GenerateOverhead:
+    """Time `generate` spends outside the forward passes, measured beside them."""
+
+    plain_step_seconds: float = key("Per token of plain decoding.")
+    draft_step_seconds: float = key("Per drafted token.")
+    block_seconds: float = key("Per target call of assisted decoding.")
+
+
+@dataclass(kw_only=True)
+class LatencyResult:
+    """Wall-clock of single forward passes with a filled cache: the 20th percentile, as on an idle machine."""
+
+    context_length: int = key("Tokens in the cache while measuring.")
+    target_step_seconds: float = key("One token through the target.")
+    draft_step_seconds: float = key("One token through the draft.")
+    verify_seconds: dict[int, float] = key("n tokens at once through the target, by n = γ + 1.")
+    relative_cost: float = key("Draft step ÷ target step.")
+    generate_overhead: GenerateOverhead | None = key("What `generate` adds to the forward passes.", default=None)
+
+
+@dataclass(kw_only=True)
+class SettingResult:
+    """Figures under one decoding setting and one verification rule."""
+
+    temperature: float = key("Sampling temperature; 0 is greedy decoding.")
+    top_p: float = key("Nucleus mass kept; 1 keeps everything.")
+    top_k: int = key("Likeliest tokens kept; 0 keeps everything.")
+    repetition_penalty: float = key("1 is none. Applied to target and draft alike.")
+    verification: str = key(
+        "`rejection_sampling` (transformers when sampling), `greedy_draft` (vLLM's default draft), `exact_match` "
+        "(greedy decoding everywhere, llama.cpp)."
+    )
+    num_texts: int = key("Texts measured.")
+    num_tokens: int = key("Completion tokens measured.")
+    acceptance_rate: Estimate = key("Expected acceptance of one drafted token, averaged over tokens.")
+    block_efficiency: dict[int, Estimate] | None = key(
+        "Tokens per target call by draft length, bonus token included. Absent where the target did not write the "
+        "text under this very setting.",
+        default=None,
+    )
+    acceptance_by_position: list[float] | None = key(
+        "Chance that a step accepts its 1st, 2nd, ... drafted token (all before it included), at the report's "
+        "`num_assistant_tokens`.",
+        default=None,
+    )
+    mbsu: dict[int, float] | None = key(
+        "Memory-bound speed-up by draft length: block efficiency ÷ (cγ + 1), c = draft ÷ target parameters.",
+        default=None,
+    )
+    transformers_block_efficiency: dict[int, Estimate] | None = key(
+        "Block efficiency of transformers' own `generate`, where it differs: it warps the draft's distribution "
+        "twice (temperature, top-p), the target's once.",
+        default=None,
+    )
+    assisted: AssistedResult | None = key("Real decoding under this setting.", default=None)
+    recommendation: Recommendation | None = key("For this setting.", default=None)
+
+
+@dataclass(kw_only=True)
+class DraftResult:
+    """A draft's own part of a report: the baseline, or one of several."""
+
+    draft: ModelInfo = key("The draft.")
+    settings: list[SettingResult] = key("As the report's.")
+    latency: LatencyResult | None = key("As the report's.", default=None)
+    recommendation: Recommendation | None = key("As the report's.", default=None)
+
+
+@dataclass(kw_only=True)
+class PairedDifference:
+    """Draft minus baseline on the same texts, one entry per entry of `settings`."""
+
+    temperature: float = key("As in the setting.")
+    top_p: float = key("As in the setting.")
+    top_k: int = key("As in the setting.")
+    repetition_penalty: float = key("As in the setting.", default=1.0)
+    verification: str = key("As in the setting.")
+    acceptance_rate: Estimate = key("Difference of acceptance rates.")
+    block_efficiency: dict[int, Estimate] | None = key(
+        "Difference of block efficiencies by draft length.", default=None
+    )
+
+
+@dataclass(kw_only=True)
+class SelfCheck:
+    """Computed against counted block efficiency of greedy decoding, on a few prompts."""
+
+    prompts: int = key("Prompts checked.")
+    equal: bool = key("Whether they agreed to the last digit at every draft length checked.")
+
+
+@dataclass(kw_only=True)
+class SpeculationReport:
+    """Everything measured about a draft under a target."""
+
+    schema_version: int = key("Version of this format.", default=SCHEMA_VERSION)
+    target: ModelInfo = key("The target.")
+    draft: ModelInfo = key("The draft.")
+    prompts: PromptInfo = key("The prompts.")
+    hardware: HardwareInfo = key("The machine.")
+    versions: dict[str, str] = key("Versions of Python and of the libraries involved.")
+    num_assistant_tokens: int = key("Draft length γ the user asked about.")
+    max_new_tokens: int = key("Longest completion measured, in tokens.")
+    settings: list[SettingResult] = key("One entry per decoding setting and verification rule.")
+    latency: LatencyResult | None = key("Step times on this machine.", default=None)
+    recommendation: Recommendation | None = key(
+        "Overall: the setting where the draft helps least decides.", default=None
+    )
+    baseline: DraftResult | None = key("The draft compared against, usually the stock one.", default=None)
+    paired_difference: list[PairedDifference] | None = key("Draft minus baseline.", default=None)
+    warnings: list[str] = key("What a reader must know before trusting a figure.", default_factory=list)
+    groups: dict[str, list[SettingResult]] | None = key("The settings again, by domain or category.", default=None)
+    drafts: list[DraftResult] | None = key("Several drafts, the best first.", default=None)
+    lossy: list[dict[str, Any]] | None = key(
+        "Lossy decoding: acceptance against distance from the target.", default=None
+    )
+    self_check: SelfCheck | None = key("Computed figures against counted ones.", default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data as `report.json` holds it."""
+        return to_plain(self)
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the JSON; a reader never sees half a file."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".tmp")
+        unfinished.write_text(self.to_json(), encoding="utf-8")
+        unfinished.replace(path)
+        return path
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str = "report") -> "SpeculationReport":
+        """Read plain data, checking every key.
+
+        Raises:
+            ValueError: The data is of another schema version, or a key is missing, unknown or of the wrong type.
+        """
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            found = "no `schema_version`" if version is None else f"schema_version {version!r}"
+            raise ValueError(
+                f"`{where}` has {found}, this version of hf_draftkd reads {SCHEMA_VERSION}. Make the report again "
+                "with `draftkd evaluate`, or read it with the version of hf_draftkd named in its `versions`."
+            )
+        return from_plain(cls, data, where)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "report") -> "SpeculationReport":
+        """Read `to_json()`'s text.
+
+        Raises:
+            ValueError: Not JSON, or as `from_dict`.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{where}` is not JSON: {error}. Expected the contents of a `report.json`.") from None
+        return cls.from_dict(data, where)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "SpeculationReport":
+        """Read a `report.json`.
+
+        Raises:
+            ValueError: There is no such file, or as `from_json`.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"There is no report at {str(path)!r}. `draftkd evaluate` writes one to OUT/report.json.")
+        return cls.from_json(path.read_text(encoding="utf-8"), where=path.name)
+
+    def table(self) -> Any:
+        """The report for the console: a `rich` table, the baseline beside the draft. Print it with `rich.print`."""
+        from hf_draftkd.evaluation.tables import report_table  # rich is only needed here
+
+        return report_table(self)

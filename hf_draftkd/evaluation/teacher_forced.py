@@ -1,0 +1,324 @@
+"""Exact acceptance from one forward pass of each model over text the target wrote: no decoding, no sampling noise.
+
+Two halves. `token_scores` and `sum_texts` are pure functions on tensors, which the trainer's evaluation calls too.
+`score_texts` runs the models: several drafts beside one target, in batches, a slice of positions at a time, so that
+memory grows neither with vocabulary times text length nor with the number of texts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessorList, PreTrainedModel
+
+from hf_draftkd.acceptance import (
+    DRAFT_LENGTHS,
+    accepted_given_output,
+    expected_target_calls_by_length,
+    token_acceptance_rate,
+)
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.evaluation.processing import logits_processors, process_logits, transformers_draft_processors
+
+EXACT = "exact_match"  # how greedy text is verified, whatever the engine
+AS_TRANSFORMERS = "as_transformers"
+
+# Logits held at once by a model, in numbers: 64 MB in float32 on a CPU, 256 MB on an accelerator.
+_LOGITS_AT_ONCE = {"cpu": 2**24}
+_LOGITS_AT_ONCE_ACCELERATOR = 2**26
+
+PerToken = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (draft_logits, target_logits) [N, V] -> [N]
+
+
+class Text(NamedTuple):
+    """A prompt and what the target wrote after it, as token ids."""
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+
+
+class TokenScores(NamedTuple):
+    """What each position says about a draft.
+
+    Attributes:
+        acceptance: `[...]`: α, the expected acceptance of a token drafted here.
+        accepted: `[...]`: a_t, the probability that the token in the text had been an accepted draft token.
+    """
+
+    acceptance: torch.Tensor
+    accepted: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TextSums:
+    """Sums per text of one draft, to be added up over texts and divided once.
+
+    Attributes:
+        num_tokens: `[N]`, float64: completion tokens.
+        acceptance: `[N]`, float64: α summed over tokens.
+        target_calls: `[N, 16]`, float64: expected target calls for γ = 1…16.
+        accepted: a_t of every token, one float64 tensor per text.
+    """
+
+    num_tokens: torch.Tensor
+    acceptance: torch.Tensor
+    target_calls: torch.Tensor
+    accepted: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass over the texts of one setting says.
+
+    Attributes:
+        drafts: For each draft, in the order given: verification rule → sums. `as_transformers` stands beside the rules
+            where transformers' `generate` warps the draft's distribution differently (`transformers_draft_processors`).
+        extra: For each draft: name → `[N]`, the sum over tokens of each function in `per_token`.
+        share_plausible: Share of the tokens that this target could have written under the setting: its likeliest one
+            when greedy, any with a chance above 0 when sampling.
+    """
+
+    drafts: list[dict[str, TextSums]]
+    share_plausible: float
+    extra: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+
+def token_scores(
+    draft_logits: torch.Tensor,
+    target_logits: torch.Tensor,
+    tokens: torch.Tensor,
+    *,
+    is_greedy: bool,
+    verification: str = "rejection_sampling",
+) -> TokenScores:
+    """Score positions of texts that the target wrote.
+
+    Args:
+        draft_logits: `[..., V]`, over the shared vocabulary only, processed like the target's.
+        target_logits: `[..., V]`, processed. The logits of a position are those that chose its token.
+        tokens: `[...]`, below V: the tokens the target wrote.
+        is_greedy: Whether the texts were decoded greedily; drafts are then verified exactly, whatever the rule.
+        verification: How a sampled text is verified, one of `VERIFICATION_RULES`.
+
+    Returns:
+        Two tensors `[...]`.
+    """
+    if is_greedy:
+        proposed = draft_logits.argmax(-1)
+        return TokenScores((proposed == target_logits.argmax(-1)).float(), (proposed == tokens).float())
+    return TokenScores(
+        token_acceptance_rate(draft_logits, target_logits, verification=verification),
+        accepted_given_output(draft_logits, target_logits, tokens, verification=verification),
+    )
+
+
+def sum_texts(scores: TokenScores, mask: torch.Tensor) -> TextSums:
+    """Add up scores over the tokens of each text.
+
+    Args:
+        scores: Two tensors `[B, T]`.
+        mask: `[B, T]`, true at completion tokens: one run from the left, padding behind it.
+
+    Returns:
+        Sums in float64 on the CPU.
+
+    Raises:
+        ValueError: The mask has gaps, or scores are no probabilities.
+    """
+    mask = mask.bool().cpu()
+    accepted = scores.accepted.double().cpu()
+    return TextSums(
+        num_tokens=mask.sum(1).double(),
+        acceptance=(scores.acceptance.double().cpu() * mask).sum(1),
+        target_calls=expected_target_calls_by_length(accepted, DRAFT_LENGTHS, mask),
+        accepted=[row[keep] for row, keep in zip(accepted, mask, strict=True)],
+    )
+
+
+@torch.inference_mode()
+def score_texts(
+    target_model: PreTrainedModel,
+    draft_models: Sequence[PreTrainedModel],
+    texts: Sequence[Text],
+    setting: DecodingSetting,
+    *,
+    vocab_size: int,
+    verification: Sequence[str] = ("rejection_sampling",),
+    per_token: Mapping[str, PerToken] | None = None,
+    batch_size: int = 8,
+    on_texts: Callable[[int], Any] = lambda count: None,
+) -> PassResult:
+    """Run every model once over texts the target wrote under `setting`.
+
+    Args:
+        target_model: The target, in evaluation mode.
+        draft_models: Drafts with the target's token ids, in evaluation mode.
+        texts: The texts, of ids below `vocab_size`; their completion tokens are scored.
+        setting: How the target decoded them; applied to target and drafts alike.
+        vocab_size: Shared vocabulary: ids from here on are padding in one of the models and left out of both.
+        verification: Rules for sampled text. Greedy text is always verified exactly: the one rule `exact_match`.
+        per_token: Further functions of the processed logits to sum over the tokens of each text.
+        batch_size: Texts a forward pass.
+        on_texts: Called with the number of texts done, after every batch.
+
+    Returns:
+        Sums per text, in the order of `texts`.
+
+    Raises:
+        ValueError: A model returned NaN.
+    """
+    order = sorted(range(len(texts)), key=lambda index: sum(map(len, texts[index])))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    scorer = _Scorer(target_model, setting, verification, vocab_size, per_token or {})
+    num_drafts = len(draft_models)
+    sums: list[dict[str, list[TextSums]]] = [{name: [] for name in scorer.names} for _ in range(num_drafts)]
+    extra: list[dict[str, list[torch.Tensor]]] = [{name: [] for name in scorer.per_token} for _ in range(num_drafts)]
+    plausible = total = 0
+    for batch in batches:
+        result, mask = _score_batch(target_model, draft_models, [texts[index] for index in batch], scorer)
+        for index in range(num_drafts):
+            for name in scorer.names:
+                values = TokenScores(result[index, name, "acceptance"], result[index, name, "accepted"])
+                sums[index][name].append(sum_texts(values, mask))
+            for name in scorer.per_token:
+                extra[index][name].append(result[index, name].double().sum(1).cpu())
+        plausible += int(result["plausible"].sum())
+        total += int(mask.sum())
+        on_texts(len(batch))
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return PassResult(
+        [{name: _in_order(parts, back) for name, parts in of_draft.items()} for of_draft in sums],
+        plausible / max(total, 1),
+        [{name: torch.cat(parts)[back] for name, parts in of_draft.items()} for of_draft in extra],
+    )
+
+
+class _Scorer:
+    """What to compute from the logits of each position: the same for every batch of a setting."""
+
+    def __init__(
+        self,
+        target_model: PreTrainedModel,
+        setting: DecodingSetting,
+        verification: Sequence[str],
+        vocab_size: int,
+        per_token: Mapping[str, PerToken],
+    ) -> None:
+        self.setting, self.vocab_size, self.per_token = setting, vocab_size, per_token
+        self.rules = (EXACT,) if setting.is_greedy else tuple(verification)
+        self.processors = logits_processors(setting, target_model)
+        self.draft_processors: LogitsProcessorList | None = None
+        if "rejection_sampling" in self.rules:
+            self.draft_processors = transformers_draft_processors(setting, target_model)
+        self.names = (*self.rules, *((AS_TRANSFORMERS,) if self.draft_processors is not None else ()))
+
+    def score(
+        self, logits: list[torch.Tensor], tokens: torch.Tensor, prefixes: torch.Tensor, prefix_lengths: torch.Tensor
+    ) -> dict[Any, torch.Tensor]:
+        """Values of N positions; `logits` are those of the target, then of each draft, `[N, V]`."""
+        is_greedy = self.setting.is_greedy
+        target = process_logits(logits[0], prefixes, prefix_lengths, self.processors)
+        written = target.gather(-1, tokens[:, None]).squeeze(-1)
+        plausible = written == target.amax(-1) if is_greedy else written > float("-inf")
+        values: dict[Any, torch.Tensor] = {"plausible": plausible}
+        for index, raw in enumerate(logits[1:]):
+            draft = process_logits(raw, prefixes, prefix_lengths, self.processors)
+            for rule in self.rules:
+                scores = token_scores(draft, target, tokens, is_greedy=is_greedy, verification=rule)
+                values[index, rule, "acceptance"], values[index, rule, "accepted"] = scores
+            if self.draft_processors is not None:
+                warped = process_logits(raw, prefixes, prefix_lengths, self.draft_processors)
+                scores = token_scores(warped, target, tokens, is_greedy=False)
+                values[index, AS_TRANSFORMERS, "acceptance"], values[index, AS_TRANSFORMERS, "accepted"] = scores
+            for name, function in self.per_token.items():
+                values[index, name] = function(draft, target)
+        return values
+
+
+def _score_batch(
+    target_model: PreTrainedModel, draft_models: Sequence[PreTrainedModel], texts: Sequence[Text], scorer: _Scorer
+) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
+    """Every value of the scorer by completion token, `[B, T]` and 0 where a text has ended, and which have not."""
+    device = target_model.device
+    prompt_lengths, completion_lengths = (
+        torch.tensor([len(part) for part in parts], device=device) for parts in zip(*texts, strict=True)
+    )
+    tokens = _pad([[*prompt, *completion] for prompt, completion in texts]).to(device)
+    places = torch.arange(tokens.shape[1], device=device)
+    is_completion = (places >= prompt_lengths[:, None]) & (places < (prompt_lengths + completion_lengths)[:, None])
+    mask = torch.arange(int(completion_lengths.max()), device=device) < completion_lengths[:, None]
+
+    values: dict[Any, torch.Tensor] = {}
+    readers = [_Reader(model) for model in (target_model, *draft_models)]
+    # The token at t is chosen by the logits at t - 1; nothing before the shortest prompt's last token is needed.
+    start, stop = int(prompt_lengths.min()) - 1, tokens.shape[1] - 1
+    for reader in readers:
+        reader.skip(tokens[:, :start])
+    per_slice = max(1, _logits_at_once(device) // (tokens.shape[0] * scorer.vocab_size))
+    for begin in range(start, stop, per_slice):
+        end = min(begin + per_slice, stop)
+        rows, offsets = is_completion[:, begin + 1 : end + 1].nonzero(as_tuple=True)
+        logits = []
+        for reader, name in zip(readers, ["target", *["draft"] * len(draft_models)], strict=True):
+            chosen = reader.read(tokens[:, begin:end])[rows.to(reader.device), offsets.to(reader.device)]
+            logits.append(chosen[:, : scorer.vocab_size].to(device, torch.float32))
+            if not (logits[-1] < float("inf")).all():
+                raise ValueError(f"The {name}'s logits hold NaN or inf: its weights or its number format are broken.")
+        positions = begin + 1 + offsets
+        scored = scorer.score(logits, tokens[rows, positions], tokens[rows], positions)
+        for key, value in scored.items():
+            if key not in values:
+                values[key] = torch.zeros(mask.shape, dtype=torch.float32, device=device)
+            values[key][rows, positions - prompt_lengths[rows]] = value.float()
+    # A token the target could not have written has no defined a_t; `share_plausible` reports it.
+    return {key: value.nan_to_num(0.0) for key, value in values.items()}, mask
+
+
+class _Reader:
+    """A model that reads on where it stopped, keeping its own cache: logits of one slice of positions at a time."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.device = model, model.device
+        self.cache: Any = None
+        self.length = 0
+
+    def read(self, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        self.length += tokens.shape[1]
+        # Texts are padded on the right, where no completion token looks: every position may be attended to.
+        attention_mask = torch.ones((tokens.shape[0], self.length), dtype=torch.long, device=self.device)
+        output = self.model(
+            input_ids=tokens.to(self.device),
+            attention_mask=attention_mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            **options,
+        )
+        self.cache = output.past_key_values
+        return output.logits
+
+    def skip(self, tokens: torch.Tensor) -> None:
+        """Read without needing the logits."""
+        if tokens.shape[1]:
+            self.read(tokens, **({"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}))
+
+
+def _pad(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """`[B, L]`, filled up on the right with an id that no completion token ever looks at."""
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+
+
+def _logits_at_once(device: torch.device) -> int:
+    return _LOGITS_AT_ONCE.get(device.type, _LOGITS_AT_ONCE_ACCELERATOR)
+
+
+def _in_order(parts: list[TextSums], back: list[int]) -> TextSums:
+    accepted = [row for part in parts for row in part.accepted]
+    return TextSums(
+        num_tokens=torch.cat([part.num_tokens for part in parts])[back],
+        acceptance=torch.cat([part.acceptance for part in parts])[back],
+        target_calls=torch.cat([part.target_calls for part in parts])[back],
+        accepted=[accepted[index] for index in back],
+    )

@@ -1,0 +1,134 @@
+"""The texts to measure on: written by the target now, or recorded earlier together with how they were written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.generation import generate_alignment_data
+from hf_draftkd.evaluation.teacher_forced import Text
+
+_SETTING_COLUMNS = ("temperature", "top_p", "top_k", "repetition_penalty")
+_GROUP_COLUMNS = ("domain", "category")
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Texts the target wrote under one setting.
+
+    Attributes:
+        setting: How they were decoded.
+        texts: Prompts and completions.
+        prompts: For each text, which prompt it answers.
+        groups: For each text its domain or category, where the data has such a column.
+        written_by: The target that the rows name; None for texts generated now.
+    """
+
+    setting: DecodingSetting
+    texts: list[Text]
+    prompts: list[int]
+    groups: list[str] | None = None
+    written_by: str | None = None
+
+
+def generated_texts(
+    target_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    settings: Sequence[DecodingSetting],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+) -> list[TextSet]:
+    """Have the target answer every prompt once under each setting."""
+    return [
+        _text_set(
+            generate_alignment_data(
+                target_model,
+                tokenizer,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                temperatures=(setting.temperature,),
+                top_p=setting.top_p,
+                top_k=setting.top_k,
+                repetition_penalty=setting.repetition_penalty,
+                batch_size=batch_size,
+                seed=seed,
+            ),
+            setting,
+        )
+        for setting in settings
+    ]
+
+
+def recorded_texts(dataset: Dataset, settings: Sequence[DecodingSetting] | None = None) -> list[TextSet]:
+    """Texts of alignment data, by the setting each row records.
+
+    Args:
+        dataset: Alignment data: `prompt_ids`, `completion_ids`, `ids_source` and the setting's columns.
+        settings: Settings to take; by default every one found.
+
+    Raises:
+        ValueError: Columns are missing, a setting asked for is not there, or no row holds ids that the target wrote.
+    """
+    missing = [name for name in ("prompt_ids", "completion_ids", *_SETTING_COLUMNS) if name not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"The dataset lacks {', '.join(missing)} (columns: {', '.join(dataset.column_names)}). Evaluation needs "
+            "text the target wrote under a recorded setting: make it with `draftkd generate`, or give prompts."
+        )
+    if "ids_source" in dataset.column_names:
+        generated = [row for row, source in enumerate(dataset["ids_source"]) if source == "generated"]
+        if not generated:
+            raise ValueError(
+                "Every row's tokens come from encoding an endpoint's text again, so they may not be the ones the "
+                "target wrote. Give prompts instead: the target then answers them here."
+            )
+        dataset = dataset.select(generated)
+    columns = zip(*(dataset[name] for name in _SETTING_COLUMNS), strict=True)
+    rows: dict[DecodingSetting, list[int]] = {}
+    for row, values in enumerate(columns):
+        found = DecodingSetting(**dict(zip(_SETTING_COLUMNS, values, strict=True)))
+        rows.setdefault(found, []).append(row)
+    if settings is not None:
+        absent = [setting for setting in settings if setting not in rows]
+        if absent:
+            raise ValueError(
+                f"No row was written under {_describe(absent[0])}; the dataset has: "
+                f"{'; '.join(_describe(setting) for setting in rows)}. Block efficiency holds only for text written "
+                "under the very setting reported. Ask for one of these, or give prompts."
+            )
+        rows = {setting: rows[setting] for setting in settings}
+    return [_text_set(dataset.select(indices), setting) for setting, indices in rows.items()]
+
+
+def group_column(column_names: Sequence[str]) -> str | None:
+    """The column that groups prompts, if there is one."""
+    return next((name for name in _GROUP_COLUMNS if name in column_names), None)
+
+
+def _text_set(dataset: Dataset, setting: DecodingSetting) -> TextSet:
+    by_prompt: dict[tuple[int, ...], int] = {}
+    texts, prompts, kept = [], [], []
+    for row, (prompt, completion) in enumerate(zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)):
+        if completion:
+            texts.append(Text(prompt, completion))
+            prompts.append(by_prompt.setdefault(tuple(prompt), len(by_prompt)))
+            kept.append(row)
+    if not texts:
+        raise ValueError(f"Every completion written under {_describe(setting)} is empty: there is nothing to measure.")
+    group = group_column(dataset.column_names)
+    return TextSet(
+        setting=setting,
+        texts=texts,
+        prompts=prompts,
+        groups=None if group is None else [str(dataset[group][row]) for row in kept],
+        written_by=dataset["target"][0] if "target" in dataset.column_names else None,
+    )
+
+
+def _describe(setting: DecodingSetting) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in setting.to_dict().items())

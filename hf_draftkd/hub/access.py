@@ -1,0 +1,126 @@
+"""Talking to the Hub: who is asking, and what its refusals mean for the person at the keyboard.
+
+What the user can mend is a `ValueError`; what only time or a network can mend is a `ConnectionError`. Tokens never
+become part of a message.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import get_token
+from huggingface_hub.errors import (
+    BadRequestError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+_TOKEN = re.compile(r"\b(?:hf|api_org|hf_oauth|hf_jwt)_[A-Za-z0-9._-]{8,}")
+LOGIN = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write (huggingface.co/settings/tokens)."
+
+
+def redacted(message: object, token: str | None = None) -> str:
+    """A text without anything that is, or looks like, an access token."""
+    text = str(message)
+    if token:
+        text = text.replace(token, "hf_***")
+    return _TOKEN.sub("hf_***", text)
+
+
+def holds_token(text: str, token: str | None = None) -> bool:
+    """Whether a text contains the given token or something that looks like one."""
+    return redacted(text, token) != text
+
+
+def writing_token(token: str | None = None) -> str:
+    """The token to publish with.
+
+    Raises:
+        ValueError: There is none, or it cannot be sent in a header.
+    """
+    found = token or get_token()
+    if not found:
+        raise ValueError(f"Nobody is logged in to the Hugging Face Hub. {LOGIN}")
+    # An HTTP client that refuses a header quotes it: such a token must not get that far.
+    if not re.fullmatch(r"[\x21-\x7e]+", found):
+        raise ValueError(f"The token holds spaces, line breaks or other characters that no token has. {LOGIN}")
+    return found
+
+
+@contextmanager
+def hub_errors(doing: str, *, afterwards: str, token: str | None = None) -> Iterator[None]:
+    """Say what a failed request means.
+
+    Args:
+        doing: What was going on, to complete "The Hub ... while ...".
+        afterwards: What has and has not happened, and how to go on.
+        token: Kept out of every message.
+
+    Raises:
+        ValueError: The user has to change something (login, rights, name, metadata).
+        ConnectionError: The Hub or the network failed.
+    """
+    try:
+        yield
+    # No `from error`: the chained exception would print request and response, and a retry needs neither.
+    except OfflineModeIsEnabled:
+        raise ConnectionError(f"HF_HUB_OFFLINE is set, so nothing is sent while {doing}. {afterwards}") from None
+    except HfHubHTTPError as error:
+        raise _from_response(error, doing, afterwards, token) from None
+    except HFValidationError as error:
+        raise ValueError(
+            f"{redacted(error, token)} A repository is named `user/name` or `organisation/name`."
+        ) from None
+    except (HTTPError, ConnectionError, TimeoutError) as error:
+        raise ConnectionError(
+            f"The Hub cannot be reached while {doing} ({type(error).__name__}: {redacted(error, token)}). {afterwards}"
+        ) from None
+    except RuntimeError as error:
+        # huggingface_hub wraps what goes wrong in an upload thread.
+        cause = error.__cause__
+        if isinstance(cause, HfHubHTTPError):
+            raise _from_response(cause, doing, afterwards, token) from None
+        if isinstance(cause, (HTTPError, ConnectionError, TimeoutError)):
+            said = redacted(f"{error} {type(cause).__name__}: {cause}", token)
+            raise ConnectionError(f"The connection broke while {doing}: {said} {afterwards}") from None
+        raise
+
+
+def _from_response(error: HfHubHTTPError, doing: str, afterwards: str, token: str | None) -> Exception:
+    status = error.response.status_code
+    said = redacted(error.server_message or "", token)[:300]
+    said = f" It says: {said}" if said else ""
+    if isinstance(error, BadRequestError) or status == 400:
+        return ValueError(f"The Hub refused the request while {doing}.{said} {afterwards}")
+    if isinstance(error, GatedRepoError):
+        return ValueError(f"The repository is gated: ask for access on its page first. {afterwards}")
+    if isinstance(error, RevisionNotFoundError):
+        return ValueError(f"There is no such revision (while {doing}). {afterwards}")
+    if status == 401:
+        return ValueError(f"The Hub does not accept the token (401) while {doing}.{said} {LOGIN}")
+    if status in (402, 403):
+        return ValueError(
+            f"The token has no right to do this ({status}) while {doing}.{said} Check the name of the user or "
+            f"organisation. {LOGIN}"
+        )
+    if isinstance(error, RepositoryNotFoundError) or status == 404:
+        return ValueError(f"The Hub has no such repository, or it is private (while {doing}).{said} {afterwards}")
+    if status in (409, 412):
+        return ValueError(f"Somebody else changed the repository at the same time ({status}).{said} {afterwards}")
+    if status == 429:
+        wait = error.response.headers.get("Retry-After", "")
+        when = f"in {wait} seconds" if wait.isdecimal() else "later"
+        return ConnectionError(f"The Hub asks for patience (429) while {doing}: try again {when}. {afterwards}")
+    return ConnectionError(f"The Hub failed ({status}) while {doing}.{said} {afterwards}")
+
+
+def without_home(text: str) -> str:
+    """A command line in which the home directory is written as `~`."""
+    home = os.path.expanduser("~")
+    return text.replace(home, "~") if len(home) > 1 else text

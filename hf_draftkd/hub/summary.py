@@ -1,0 +1,200 @@
+# ruff: noqa: RUF009 - `key` builds a dataclass field
+"""What a card says beyond the report: how a draft was trained, how the pair fits, where the files come from.
+
+Plain data. Every field is optional and absent where it is not known: a card never guesses. `Provenance` is stored
+beside the weights as `provenance.json`, so that a draft can be published long after, and far from, its training.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+from hf_draftkd.evaluation.schema import from_plain, key, to_plain
+
+PROVENANCE_FILE = "provenance.json"
+# Far above any honest file; a limit on what is read into memory from a stranger's repository.
+MAX_JSON_BYTES = 10 * 2**20
+
+SIGNALS = {
+    "white_box": "the target's full next-token distributions",
+    "cached": "the target's cached next-token distributions",
+    "black_box": "the target's text only (cross-entropy)",
+}
+COMPLETIONS = {
+    "data": "the data set",
+    "target": "the target",
+    "draft": "the draft itself (on-policy)",
+    "mixed": "the target and the draft, mixed",
+}
+
+
+def _one_of(choices: Mapping[str, str], value: str | None, name: str) -> None:
+    if value is not None and value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.{hint}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSummary:
+    """How a draft came to be.
+
+    Raises:
+        ValueError: `signal` or `completions` is not a known one.
+    """
+
+    target: str | None = key("The model it was aligned with: Hub id or path.", default=None)
+    target_revision: str | None = key("The target's commit.", default=None)
+    draft: str | None = key("Where the draft's weights started: Hub id or path.", default=None)
+    draft_revision: str | None = key("Its commit.", default=None)
+    built_from: str | None = key("How a new draft was made, in words: `layers 0 and 7 of the target`.", default=None)
+    signal: str | None = key("What was learned from: `white_box`, `cached` or `black_box`.", default=None)
+    divergence: str | None = key("Name of the loss as in `hf_draftkd.losses`.", default=None)
+    divergence_options: dict[str, Any] | None = key("Its options: `beta`, `eta`, ...", default=None)
+    temperature: float | None = key("Loss temperature (not a sampling temperature).", default=None)
+    completions: str | None = key("Who wrote the completions: `data`, `target`, `draft` or `mixed`.", default=None)
+    lmbda: float | None = key("Fraction of batches whose completions the draft wrote.", default=None)
+    dataset: str | None = key("Training data: Hub id or path.", default=None)
+    dataset_revision: str | None = key("Its commit.", default=None)
+    scenarios: list[str] | None = key("`queries`, `curated`, `synthetic`.", default=None)
+    num_rows: int | None = key("Rows of training data.", default=None)
+    num_tokens: int | None = key("Completion tokens of training data.", default=None)
+    sampling: list[dict[str, Any]] | None = key("Decoding settings under which the data was written.", default=None)
+    peft: str | None = key("The adapter that was trained and merged, in words: `LoRA, rank 16`.", default=None)
+    num_steps: int | None = key("Optimiser steps.", default=None)
+    num_epochs: float | None = key("Passes over the data.", default=None)
+    seed: int | None = key("Random seed.", default=None)
+    hyperparameters: dict[str, Any] | None = key("Training arguments that differ from their defaults.", default=None)
+    metrics: dict[str, float] | None = key(
+        "The last `trainer.evaluate()`; shown as measured in training.", default=None
+    )
+    online: bool | None = key("Whether the draft learned from served traffic.", default=None)
+
+    def __post_init__(self) -> None:
+        _one_of(SIGNALS, self.signal, "signal")
+        _one_of(COMPLETIONS, self.completions, "completions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairFacts:
+    """What decides which engines can run a pair. Serving commands appear on a card only where these are known."""
+
+    draft_vocab_size: int | None = key("Rows of the draft's output layer, padding included.", default=None)
+    target_vocab_size: int | None = key("Rows of the target's.", default=None)
+    same_special_ids: bool | None = key("Whether bos, eos and pad ids agree in both configs.", default=None)
+    draft_parameters: int | None = key("Parameters of the draft.", default=None)
+    target_parameters: int | None = key("Parameters of the target.", default=None)
+    tokenizer_fingerprint: str | None = key("As `hf_draftkd.models.tokenizer_fingerprint` gives it.", default=None)
+    has_chat_template: bool | None = key("Whether the tokenizer carries a chat template.", default=None)
+    num_assistant_tokens: int | None = key("Draft length in the draft's generation config, if tuned.", default=None)
+
+    @classmethod
+    def from_configs(
+        cls,
+        draft_config: PreTrainedConfig,
+        target_config: PreTrainedConfig,
+        *,
+        draft_generation_config: GenerationConfig | None = None,
+        **facts: Any,
+    ) -> Self:
+        """Read the facts off two configs; further ones (sizes, fingerprint) are passed by name."""
+        draft, target = draft_config.get_text_config(), target_config.get_text_config()
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = draft_generation_config
+        tuned = None
+        # transformers takes the length from the draft's generation config, and leaves it as it is only with a
+        # constant schedule and no confidence threshold: anything else is not a tuned length.
+        if (
+            generation is not None
+            and generation.num_assistant_tokens_schedule == "constant"
+            and generation.assistant_confidence_threshold == 0
+        ):
+            tuned = generation.num_assistant_tokens
+        return cls(
+            draft_vocab_size=draft.vocab_size,
+            target_vocab_size=target.vocab_size,
+            same_special_ids=all(getattr(draft, name, None) == getattr(target, name, None) for name in special),
+            num_assistant_tokens=tuned,
+            **facts,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where the files of a draft come from; stored beside them as `provenance.json`."""
+
+    command: str | None = key("Command line or script that made the draft, without secrets.", default=None)
+    created: str | None = key("ISO date and time.", default=None)
+    versions: dict[str, str] | None = key("Package to version.", default=None)
+    commit: str | None = key("Commit of the code, when it ran from a git checkout.", default=None)
+    hardware: str | None = key("What it was trained on, in words.", default=None)
+    weights_sha256: str | None = key("`weights_checksum` of the folder: ties a report to the weights.", default=None)
+    training: TrainingSummary | None = key("How the draft was trained.", default=None)
+    pair: PairFacts | None = key("How the draft fits its target.", default=None)
+    notes: list[str] | None = key("Sentences that the card must carry.", default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data without absent fields."""
+        return to_plain(self)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = PROVENANCE_FILE) -> Self:
+        """Read plain data.
+
+        Raises:
+            ValueError: A key is unknown or a value has the wrong type.
+        """
+        return from_plain(cls, data, where)
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write `provenance.json` into a folder, whole or not at all."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        return write_text(Path(folder) / PROVENANCE_FILE, text)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> Self | None:
+        """Read `provenance.json` of a folder; None where there is none.
+
+        Raises:
+            ValueError: The file is too large, no JSON, or of another shape.
+        """
+        path = Path(folder) / PROVENANCE_FILE
+        return cls.from_dict(read_json(path)) if path.is_file() else None
+
+
+def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Parse a JSON file that may come from a stranger.
+
+    Raises:
+        ValueError: The file is larger than `max_bytes`, not UTF-8, not JSON, or nested beyond reason.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{path.name} has {size:,} bytes; more than {max_bytes:,} are not read. Is it the right file?")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not valid JSON: {error}.") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def write_text(path: Path, content: str) -> Path:
+    """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8", newline="")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

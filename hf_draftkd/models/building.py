@@ -1,0 +1,192 @@
+"""Make a new draft for a target: some of its own layers, or its architecture at a share of the size.
+
+    draft = build_draft(target, num_layers=2)       # first and last layer, embeddings, norm and head: copied
+    draft = build_draft(target, layers=[0, 7, 15])  # these layers instead
+    draft = build_draft(target, share=0.0164)       # 1.64% of the target's parameters, random weights
+    draft = build_draft(target, config=my_config)   # any architecture with the target's vocabulary, random weights
+
+Copied layers are a starting point that already speaks the target's language and need little training; a small random
+model must be pretrained first (https://arxiv.org/abs/2403.00858), and can be much narrower, hence faster.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_draftkd.models.checkpoints import check_config
+from hf_draftkd.models.pairing import align_vocabulary
+from hf_draftkd.models.sizing import cut_layers, evenly_spread, sized_config
+
+
+def build_draft(
+    target_model: PreTrainedModel,
+    *,
+    num_layers: int | None = None,
+    layers: list[int] | None = None,
+    config: PreTrainedConfig | None = None,
+    share: float | None = None,
+    tie_word_embeddings: bool | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Make a new draft with the target's vocabulary and special ids. The target is not changed.
+
+    Exactly one of `num_layers`, `layers`, `config` and `share` says how; `num_layers` may go with `share`.
+
+    Args:
+        target_model: The target, in plain (not quantised) weights where layers of it are copied.
+        num_layers: Copy this many of the target's layers, evenly spread, first and last included. With `share`: the
+            depth of the new model.
+        layers: Copy these layers, by ascending index; negative indices count from the end. Embeddings, final norm and
+            head are copied too, bit for bit.
+        config: Config of the new model, with the target's `vocab_size`.
+        share: Size of the new model as a fraction of the target's parameters, embeddings counted: the config of the
+            target's own architecture that comes closest, few layers preferred (see `sized_config`).
+        tie_word_embeddings: With `share`: one matrix for embedding and head. Default: as the target does.
+        tokenizer: With it, ids that the target pads are suppressed in the draft's generation config.
+        dtype: Of the draft's weights. Default: the target's.
+        seed: Decides the random weights; the global random state is left alone.
+
+    Returns:
+        The draft, in eval mode, on the target's device, every parameter trainable. Its generation config has the
+        target's bos, eos and pad ids and none of its sampling defaults.
+
+    Raises:
+        ValueError: No way or several were named, a value is out of range, or the target cannot be copied from.
+    """
+    _check_request(num_layers, layers, config, share, tie_word_embeddings)
+    depth = target_model.config.get_text_config().num_hidden_layers
+    if share is not None:
+        new_config = sized_config(target_model, share, num_layers=num_layers, tie_word_embeddings=tie_word_embeddings)
+    elif config is not None:
+        new_config = _given_config(config, target_model)
+    else:
+        _check_copyable(target_model)
+        chosen = evenly_spread(num_layers, depth) if num_layers is not None else _check_layers(layers or [], depth)
+        new_config = cut_layers(target_model.config, chosen)
+
+    draft = _new_model(new_config, target_model, dtype, seed)
+    if share is None and config is None:
+        _copy_weights(draft, target_model, chosen)
+    draft.generation_config = GenerationConfig()
+    return align_vocabulary(draft, target_model, tokenizer)
+
+
+def _new_model(
+    config: PreTrainedConfig, target_model: PreTrainedModel, dtype: torch.dtype | None, seed: int
+) -> PreTrainedModel:
+    dtype = target_model.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be a floating `torch.dtype` such as torch.bfloat16, got {dtype!r}.")
+    same_architecture = type(config) is type(target_model.config)
+    options = {"attn_implementation": target_model.config._attn_implementation} if same_architecture else {}
+    # Drawn on the CPU whatever the target's device, so that a seed means one model.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        draft = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    return draft.to(target_model.device).eval()
+
+
+def _copy_weights(draft: PreTrainedModel, target_model: PreTrainedModel, layers: list[int]) -> None:
+    """Copy the chosen layers and everything that is not a layer, bit for bit."""
+    stacks = _layer_stacks(target_model)
+    theirs = target_model.state_dict()
+    copied = {}
+    for name in draft.state_dict():
+        source = name
+        for stack in stacks:
+            if name.startswith(stack):
+                index, _, rest = name.removeprefix(stack).partition(".")
+                source = f"{stack}{layers[int(index)]}.{rest}"
+        copied[name] = theirs.get(source)
+    unlike = [name for name, own in draft.state_dict().items() if getattr(copied[name], "shape", None) != own.shape]
+    if unlike:
+        raise ValueError(
+            f"Layers {layers} of this {target_model.config.model_type!r} target cannot be put into a shorter model: "
+            f"{unlike[0]} has no counterpart, since what a layer contains depends on its position. Choose layers whose "
+            "kinds alternate as the first ones do, or use `share` or `config`."
+        )
+    draft.load_state_dict(copied)
+
+
+def _layer_stacks(model: PreTrainedModel) -> list[str]:
+    """Prefixes such as "model.layers." of the module lists that hold one module a layer."""
+    depth = model.config.get_text_config().num_hidden_layers
+    stacks = [
+        name + "."
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and name.count(".") == 1
+    ]
+    if not stacks:
+        raise ValueError(
+            f"No list of {depth} layers was found in this {model.config.model_type!r} target, so layers cannot be "
+            "copied. Use `share` or `config`."
+        )
+    return stacks
+
+
+def _check_request(num_layers: Any, layers: Any, config: Any, share: Any, tie_word_embeddings: Any) -> None:
+    ways = {"num_layers": num_layers, "layers": layers, "config": config, "share": share}
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) != 1 and set(given) != {"num_layers", "share"}:
+        raise ValueError(
+            "Say how the draft is to be made by exactly one of `num_layers`, `layers`, `config` and `share` "
+            f"(`num_layers` may go with `share`), got {' and '.join(given) or 'none of them'}."
+        )
+    if tie_word_embeddings is not None and share is None:
+        raise ValueError(
+            "`tie_word_embeddings` shapes a draft sized by `share`; copied weights are tied as the target's are, and a "
+            "`config` says it itself. Leave it out."
+        )
+
+
+def _check_layers(layers: list[int], depth: int) -> list[int]:
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not -depth <= layer < depth:
+            raise ValueError(
+                f"`layers` must be indices of the target's {depth} layers, {-depth} to {depth - 1}, got {layer!r}."
+            )
+    chosen = [layer % depth for layer in layers]
+    if not chosen or chosen != sorted(set(chosen)):
+        raise ValueError(
+            f"`layers` must name at least one layer, each once and in ascending order, got {layers}. For a few "
+            "layers evenly spread give `num_layers`."
+        )
+    return chosen
+
+
+def _given_config(config: PreTrainedConfig, target_model: PreTrainedModel) -> PreTrainedConfig:
+    check_config(config, "config")
+    given, wanted = (c.get_text_config().vocab_size for c in (config, target_model.config))
+    if given != wanted:
+        raise ValueError(
+            f"`config` has vocab_size={given} and the target {wanted}: a draft needs the target's tokenizer and so its "
+            f"vocabulary. Set `config.vocab_size = {wanted}`."
+        )
+    return copy.deepcopy(config)
+
+
+def _check_copyable(target_model: PreTrainedModel) -> None:
+    instead = "or make a draft of random weights with `share` or `config`."
+    if getattr(target_model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            "The target is quantised, and packed weights are no start for training. Load it without quantisation, "
+            + instead
+        )
+    if getattr(target_model, "peft_config", None):
+        raise ValueError(f"The target carries a PEFT adapter. Merge it first: `target.merge_and_unload()`, {instead}")
+    if any(p.is_meta for p in target_model.parameters()):
+        raise ValueError(
+            "Part of the target is offloaded, so its layers cannot be copied. Load it with `device_map='cpu'`, "
+            + instead
+        )

@@ -1,0 +1,17 @@
+"""Where the demo pair lies that ships with the package: a drifted target, its stock draft, and their prompts."""
+
+from pathlib import Path
+
+DEMO = Path(__file__).resolve().parent.parent / "assets" / "demo"
+
+
+def demo_path(name: str) -> str:
+    """Path of a part of the demo pair: `target`, `draft`, `train.jsonl`, `dev.jsonl` or `test.jsonl`.
+
+    Raises:
+        FileNotFoundError: The installation lacks the part.
+    """
+    path = DEMO / name
+    if not path.exists():
+        raise FileNotFoundError(f"The demo pair has no {name!r}: {DEMO} holds {sorted(p.name for p in DEMO.glob('*'))}.")
+    return str(path)

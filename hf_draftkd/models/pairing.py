@@ -1,0 +1,185 @@
+"""What makes two models a pair: the same tokenizer, and vocabularies that differ by padding at most.
+
+    check_tokenizers(draft_tokenizer, target_tokenizer)         # raises where the token ids mean different things
+    draft = align_vocabulary(draft, target, tokenizer)          # Qwen2.5 0.5B: 151936 rows, 7B: 152064
+    target.generate(**inputs, assistant_model=draft)            # now works, and on the fast same-tokenizer path
+
+Models of one family often share a tokenizer and differ in how far their embeddings were padded. transformers takes a
+pair with unequal `vocab_size` for a pair with unequal tokenizers; `align_vocabulary` repairs that once, in the draft.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_draftkd.models.tokenizers import tokenizer_fingerprint, tokenizer_size, vocabulary_difference
+
+__all__ = ["align_vocabulary", "check_tokenizers", "copy_special_ids", "shared_vocab_size", "tokenizer_fingerprint"]
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def check_tokenizers(draft_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that a token id means the same to both models.
+
+    Contents are compared, not sizes: every token with its id, the merges, and how text is cut up and put together
+    again. Different bos, eos and pad tokens are no obstacle (`align_vocabulary` repairs them in the models) and only
+    logged; chat templates do not matter.
+
+    Raises:
+        ValueError: The tokenizers differ; the message names the first difference and what to do.
+    """
+    difference = vocabulary_difference(draft_tokenizer, target_tokenizer)
+    if difference is not None:
+        raise ValueError(
+            f"The tokenizers of draft and target differ: {difference} Speculative decoding compares token ids, which "
+            "must mean the same to both models. Choose a draft of the target's own family, or make one with "
+            "`build_draft(target_model, ...)`."
+        )
+    for name in SPECIAL_IDS:
+        draft_id, target_id = getattr(draft_tokenizer, name), getattr(target_tokenizer, name)
+        if draft_id != target_id:
+            logger.info("%s is %s in the draft's tokenizer and %s in the target's.", name, draft_id, target_id)
+
+
+def shared_vocab_size(
+    draft_model: PreTrainedModel, target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> int:
+    """How many rows of both models' logits stand for tokens: the vocabulary that losses and analysis look at.
+
+    Args:
+        draft_model: The draft.
+        target_model: The target.
+        tokenizer: Their tokenizer. Without it the rows that both pad cannot be told from tokens, and are counted.
+
+    Returns:
+        The size V: ids 0 to V - 1 exist in both models and, with a tokenizer, are not padding.
+    """
+    sizes = [_vocab_size(draft_model), _vocab_size(target_model)]
+    if tokenizer is not None:
+        sizes.append(tokenizer_size(tokenizer))
+    return min(sizes)
+
+
+def align_vocabulary(
+    draft_model: PreTrainedModel, target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
+    """Make a draft fit a target that shares its tokenizer; changes the draft in place, never the target.
+
+    - The draft gets the target's `vocab_size`. New rows of embedding and head are zero; rows too many are cut off,
+      but only where they are padding.
+    - Padded ids go into the draft's `generation_config.suppress_tokens`, which assisted decoding honours: a zero row
+      has logit 0, which is likelier than many a token. (What a target does with its own padded rows is left as it
+      is: speculative decoding must not change the target's output.)
+    - bos, eos and pad ids are copied into the draft's config and generation config.
+
+    All of it is saved with the draft. Doing it twice changes nothing more. Do it before making an optimiser and
+    before adding adapters, since embedding and head may be replaced.
+
+    Args:
+        draft_model: The draft.
+        target_model: The target.
+        tokenizer: Their tokenizer: tells padding from tokens. Without it only rows that one model lacks, or that are
+            zero or suppressed already, are known to be padding.
+
+    Returns:
+        The draft.
+
+    Raises:
+        ValueError: A difference is not padding: tokens would be lost or invented.
+    """
+    old_size, new_size = _vocab_size(draft_model), _vocab_size(target_model)
+    _check_padding(draft_model, old_size, new_size, tokenizer)
+    if old_size != new_size:
+        _resize(draft_model, old_size, new_size)
+
+    first_padded = min(old_size, new_size) if tokenizer is None else tokenizer_size(tokenizer)
+    _suppress(draft_model, range(first_padded, new_size), new_size)
+    copy_special_ids(draft_model, target_model)
+    return draft_model
+
+
+def copy_special_ids(draft_model: PreTrainedModel, target_model: PreTrainedModel) -> None:
+    """Give the draft's config and generation config the target's bos, eos and pad ids.
+
+    Each from its own counterpart: a chat model's generation config often lists several end-of-sequence ids where its
+    config has one, and transformers' pipeline compares the configs.
+    """
+    for draft_part, target_part in (
+        (draft_model.config.get_text_config(), target_model.config.get_text_config()),
+        (draft_model.generation_config, target_model.generation_config),
+    ):
+        for name in SPECIAL_IDS:
+            value = getattr(target_part, name, None)
+            setattr(draft_part, name, list(value) if isinstance(value, list) else value)
+
+
+def _vocab_size(model: Any) -> int:
+    # The config, not the weights: under ZeRO-3 a weight's shape is 0.
+    return model.config.get_text_config().vocab_size
+
+
+def _check_padding(
+    draft_model: PreTrainedModel, old_size: int, new_size: int, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Raise unless every row that must be added to or cut from the draft is padding."""
+    if tokenizer is not None:
+        size = tokenizer_size(tokenizer)
+        if old_size < min(size, new_size):
+            raise ValueError(
+                f"The draft has {old_size} rows, but the tokenizer has {size} tokens and the target {new_size} rows: "
+                "the missing rows are tokens that the draft never learnt, not padding. Add them yourself with "
+                f"`draft_model.resize_token_embeddings({new_size})` and train them, or choose another draft."
+            )
+        if new_size < min(size, old_size):
+            raise ValueError(
+                f"The target has {new_size} rows, but the tokenizer has {size} tokens and the draft {old_size} rows: "
+                "the rows to be cut from the draft are tokens, not padding. Check that this is the target's tokenizer."
+            )
+    elif old_size > new_size:
+        suppressed = set(draft_model.generation_config.suppress_tokens or ())
+        tables = [draft_model.get_input_embeddings().weight, draft_model.get_output_embeddings().weight]
+        unknown = [
+            i
+            for i in range(new_size, old_size)
+            if i not in suppressed and any(bool(table[i].any()) for table in tables)
+        ]
+        if unknown:
+            raise ValueError(
+                f"The draft has {old_size} rows and the target {new_size}, and whether rows {unknown[0]} and up are "
+                "padding or tokens cannot be told from the models. Pass the tokenizer as third argument."
+            )
+
+
+def _resize(model: PreTrainedModel, old_size: int, new_size: int) -> None:
+    needed = f"The draft's vocabulary must go from {old_size} to {new_size} rows, but"
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{needed} it carries a PEFT adapter. Align the plain draft first and add the adapter then, or merge it: "
+            "`draft.merge_and_unload()`."
+        )
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    if not all(table.weight.is_floating_point() for table in tables):
+        raise ValueError(
+            f"{needed} its embedding or head is quantised. Load the draft without `quantization_config`, align it, "
+            "save it, and load that one quantised."
+        )
+    # transformers draws new rows at random before they are zeroed: the caller's random state must not notice.
+    with torch.random.fork_rng(devices=[]):
+        model.resize_token_embeddings(new_size, mean_resizing=False)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            table.weight[old_size:] = 0
+            if getattr(table, "bias", None) is not None:
+                table.bias[old_size:] = 0
+
+
+def _suppress(model: PreTrainedModel, padded: range, vocab_size: int) -> None:
+    config = model.generation_config
+    kept = {i for i in config.suppress_tokens or () if i < vocab_size}
+    # An empty list would be a processor that does nothing at every step.
+    config.suppress_tokens = sorted(kept | set(padded)) or None

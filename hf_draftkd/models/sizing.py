@@ -1,0 +1,215 @@
+"""Configs for a smaller model of the same architecture: fewer layers, or a share of the parameters.
+
+Sizes are counted by building each candidate without memory (on torch's meta device), so the count is right for every
+architecture, tied or not.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+# Depth costs a draft more time than width (https://arxiv.org/abs/2504.18583); 4 layers are the published shape.
+_DEPTHS = (4, 3, 2, 5, 6)
+_CLOSE_ENOUGH = 0.1
+_WIDTH_OF_MLP = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def evenly_spread(count: int, depth: int) -> list[int]:
+    """`count` layer indices out of `depth`, first and last included (the first alone where one is wanted).
+
+    Raises:
+        ValueError: `count` is not a whole number from 1 to `depth`.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= depth:
+        raise ValueError(f"`num_layers` must be a whole number from 1 to {depth}, the target's own, got {count!r}.")
+    if count == 1:
+        return [0]
+    # Rounded half up in whole numbers: distinct and ascending because the step is at least 1.
+    return [(2 * i * (depth - 1) + count - 1) // (2 * (count - 1)) for i in range(count)]
+
+
+def cut_layers(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConfig:
+    """The same config with only these layers; what it says layer by layer is cut with them.
+
+    Raises:
+        ValueError: The architecture describes its layers in a way that cannot be cut.
+    """
+    new = plain_copy(config)
+    text = new.get_text_config()
+    depth = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        # Ids are no layers, though there may be as many: [151645, 151643] in a model of two layers.
+        is_per_layer = isinstance(value, list | tuple) and len(value) == depth and not name.endswith(("_id", "_ids"))
+        if is_per_layer and name not in ("architectures", "mlp_only_layers", "keys_to_ignore_at_inference"):
+            setattr(text, name, type(value)(value[i] for i in layers))
+    # Numbers of leading layers of one kind, and indices of layers of one kind.
+    for name in ("max_window_layers", "first_k_dense_replace"):
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, sum(i < getattr(text, name) for i in layers))
+    if getattr(text, "mlp_only_layers", None):
+        text.mlp_only_layers = [new_i for new_i, i in enumerate(layers) if i in text.mlp_only_layers]
+    text.num_hidden_layers = len(layers)
+    _check_reloads(new, layers)
+    return new
+
+
+def sized_config(
+    target_model: PreTrainedModel,
+    share: float,
+    *,
+    num_layers: int | None = None,
+    tie_word_embeddings: bool | None = None,
+) -> PreTrainedConfig:
+    """The config of the target's architecture whose parameter count comes closest to a share of the target's.
+
+    Head size, the proportions of attention and MLP, and everything that is not a size stay as in the target. Four
+    layers are tried first, then fewer and more; the first depth that comes within a tenth of the size asked for is
+    taken, else the closest of all. 1.64% of Llama 2 7B gives 4 layers, hidden size 1024, MLP 2816, 8 heads: the shape
+    of the Llama 2 Chat Drafter (https://arxiv.org/abs/2403.00858).
+
+    Args:
+        target_model: The target; only its config and its size matter.
+        share: Fraction of the target's parameters, embeddings counted, between 0 and 1.
+        num_layers: Fixes the depth.
+        tie_word_embeddings: One matrix for embedding and head. Default: as the target does.
+
+    Raises:
+        ValueError: `share` is out of range, or the embeddings alone are larger.
+    """
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+        raise ValueError(f"`share` must lie between 0 and 1 (0.0164 is 1.64% of the target), got {share!r}.")
+    base = plain_copy(target_model.config)
+    text = base.get_text_config()
+    if any((getattr(text, name, None) or 0) > 1 for name in _EXPERTS):
+        raise ValueError(
+            f"The target ({base.model_type!r}) is a mixture of experts, whose draft should be a dense model. Pass "
+            f"the `config` of a dense model of the same family with vocab_size={text.vocab_size}."
+        )
+    depth = text.num_hidden_layers
+    if num_layers is not None:
+        evenly_spread(num_layers, depth)  # checks the number
+    if tie_word_embeddings is not None:
+        base.tie_word_embeddings = text.tie_word_embeddings = tie_word_embeddings
+
+    budget = share * target_model.num_parameters()
+    _check_embeddings_fit(text, budget, share)
+    best: tuple[float, PreTrainedConfig] | None = None
+    for layers, unit, head_dim in _searches(text, num_layers, depth):
+        candidate = cut_layers(base, evenly_spread(layers, depth))
+        error, config = _closest_width(candidate, budget, unit, head_dim)
+        if best is None or error < best[0]:
+            best = error, config
+        if best[0] <= _CLOSE_ENOUGH:
+            break
+    assert best is not None
+    return best[1]
+
+
+def plain_copy(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy that describes a new model: no quantisation, no origin, no dtype."""
+    new = copy.deepcopy(config)
+    if hasattr(new, "quantization_config"):
+        del new.quantization_config
+    new._name_or_path = ""
+    return new
+
+
+def count_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the causal LM this config describes, tied ones once; no memory is used."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def _searches(text: PreTrainedConfig, num_layers: int | None, depth: int) -> Iterator[tuple[int, int, int]]:
+    """(layers, step of the width, head size), the likeliest shapes first."""
+    depths = [num_layers] if num_layers is not None else [n for n in _DEPTHS if n <= depth] or [depth]
+    head_dim = _head_dim(text)
+    # Halved heads only where whole ones leave the width too coarse a choice.
+    for size in (head_dim, head_dim // 2, head_dim // 4):
+        if size >= 8 and size % 2 == 0:
+            for layers in depths:
+                yield layers, size, size
+    if head_dim < 8 or head_dim % 2:
+        yield from ((layers, head_dim, head_dim) for layers in depths)
+
+
+def _closest_width(config: PreTrainedConfig, budget: float, unit: int, head_dim: int) -> tuple[float, PreTrainedConfig]:
+    """The width, in steps of `unit`, whose model comes closest to `budget`; returns (relative error, config)."""
+    low, high = 1, max(1, config.get_text_config().hidden_size // unit)
+    # Size grows with width: find the first width at or above the budget, then look at it and the one below.
+    while low < high:
+        middle = (low + high) // 2
+        if count_parameters(_with_width(config, middle * unit, head_dim)) < budget:
+            low = middle + 1
+        else:
+            high = middle
+    configs = [_with_width(config, steps * unit, head_dim) for steps in (low, low - 1) if steps > 0]
+    errors = [abs(count_parameters(c) - budget) / budget for c in configs]
+    best = min(range(len(configs)), key=errors.__getitem__)
+    return errors[best], configs[best]
+
+
+def _with_width(config: PreTrainedConfig, width: int, head_dim: int) -> PreTrainedConfig:
+    new = copy.deepcopy(config)
+    text, old = new.get_text_config(), config.get_text_config()
+    # Attention as wide, measured against the model, as in the target: Qwen3 and Gemma make it wider or narrower.
+    attention_width = old.num_attention_heads * _head_dim(old) * width / old.hidden_size
+    heads = max(1, round(attention_width / head_dim))
+    values: dict[str, Any] = {"hidden_size": width, "num_attention_heads": heads}
+    if getattr(old, "num_key_value_heads", None):
+        values["num_key_value_heads"] = _key_value_heads(heads, old)
+    if vars(old).get("head_dim"):  # elsewhere it is computed from the other two
+        values["head_dim"] = head_dim
+    for name in _WIDTH_OF_MLP:
+        mlp = getattr(old, name, None)
+        if isinstance(mlp, int):
+            # Round numbers for the hardware: to 256 where the target does, or the power of two it keeps to.
+            step = min(256, mlp & -mlp)
+            values[name] = max(step, -(-mlp * width // (old.hidden_size * step)) * step)
+    if getattr(old, "word_embed_proj_dim", None) == old.hidden_size:  # OPT
+        values["word_embed_proj_dim"] = width
+    for name, value in values.items():
+        setattr(text, name, value)
+    return new
+
+
+def _head_dim(text: PreTrainedConfig) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _key_value_heads(heads: int, old: PreTrainedConfig) -> int:
+    wanted = max(1, round(heads * old.num_key_value_heads / old.num_attention_heads))
+    return max(n for n in range(1, wanted + 1) if heads % n == 0)
+
+
+def _check_embeddings_fit(text: PreTrainedConfig, budget: float, share: float) -> None:
+    """Refuse a budget that is spent on the vocabulary before the first layer."""
+    head_dim = _head_dim(text)
+    narrowest = min([size for size in (head_dim, head_dim // 2, head_dim // 4) if size >= 8] or [head_dim])
+    tied = getattr(text, "tie_word_embeddings", False)
+    embeddings = text.vocab_size * narrowest * (1 if tied else 2)
+    if embeddings > budget:
+        hint = "" if tied else " `tie_word_embeddings=True` halves that."
+        raise ValueError(
+            f"share={share} of the target is {budget:,.0f} parameters, and the embeddings of its {text.vocab_size:,} "
+            f"tokens alone take {embeddings:,} at the narrowest width ({narrowest}).{hint} Ask for a larger "
+            "share, or pass a `config`."
+        )
+
+
+def _check_reloads(config: PreTrainedConfig, layers: list[int]) -> None:
+    """A config that cannot be written and read back would only fail when the saved draft is loaded."""
+    try:
+        again = type(config).from_dict(config.to_dict())
+    except Exception as error:
+        raise ValueError(
+            f"Layers {layers} cannot be taken out of a {config.model_type!r} config: {error} Pass your own `config`."
+        ) from error
+    if again.get_text_config().num_hidden_layers != len(layers):
+        raise ValueError(
+            f"A {config.model_type!r} config does not keep its number of layers. Pass a `config` of your own."
+        )

@@ -1,0 +1,206 @@
+"""What a distillation run is made of: `SFTConfig` plus the few values that distilling adds."""
+
+import difflib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from hf_draftkd.losses import DIVERGENCES, get_divergence
+
+# Inherited options that would silently do nothing here, each with what to use instead. A value other than the default
+# is refused by name.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "loss_type": ("nll", "Choose the loss with `divergence`."),
+    "label_smoothing_factor": (0.0, "The target's own distribution already smooths the labels."),
+    "router_aux_loss_coef": (None, "The draft's load-balancing loss is not part of distillation."),
+    "use_liger_kernel": (False, "Liger replaces the forward pass that the distillation loss reads its logits from."),
+    "batch_eval_metrics": (False, "Figures are summed over all texts before dividing; see `trainer.evaluate()`."),
+    "truncation_mode": ("keep_start", "A completion without its prompt is not what the target was asked."),
+    "include_for_metrics": ([], "Read the figures from `trainer.evaluate()`."),
+}
+
+
+def bf16_is_usable() -> bool:
+    """Whether an accelerator that computes in bf16 is present. A CPU does not count: transformers refuses it there."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return hasattr(torch, "xpu") and torch.xpu.is_available()
+
+
+@dataclass
+class DraftDistillConfig(SFTConfig):
+    r"""
+    Configuration class for the [`DraftDistillTrainer`].
+
+    Every parameter of [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] works as there, except those listed
+    at the end.
+
+    Parameters:
+        > Parameters that control the models
+
+        target_model_revision (`str`, *optional*):
+            Revision of the target, when it is given as an id. A draft fits the revision it was distilled from.
+        target_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`load_target`], such as `dtype`, `device_map` or `quantization_config`, when the
+            target is given as an id. `dtype` defaults to `"auto"`: the target is only read.
+
+        > Parameters that control the loss
+
+        divergence (`str`, *optional*, defaults to `"forward_kl"`):
+            How the draft q is compared with the target p at each completion token: `forward_kl`, `reverse_kl`,
+            `generalized_jsd`, `total_variation`, `tvd_plus_plus`, `negative_log_acceptance`, `lk_hybrid`, or
+            `cross_entropy` on the completion's own tokens (black box: needs no target).
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature both distributions are softened with inside the loss. It has nothing to do with sampling.
+        beta (`float`, *optional*, defaults to `0.5`):
+            Mixture weight of `generalized_jsd`, m = beta * p + (1 - beta) * q, in [0, 1]. 0 is forward KL, 1 reverse.
+        eta (`float`, *optional*, defaults to `3.0`):
+            How fast `lk_hybrid` moves from KL to total variation as acceptance grows.
+        tvd_estimator (`str`, *optional*, defaults to `"sampled"`):
+            `tvd_plus_plus`: `"sampled"` draws one token per position from the draft, as the paper does; `"full"` takes
+            the expectation over the vocabulary.
+        tvd_statistics (`str`, *optional*, defaults to `"batch"`):
+            `tvd_plus_plus`: whether rewards are normalised over the `"batch"` or per `"token"`.
+        cross_entropy_weight (`float`, *optional*, defaults to `0.0`):
+            Share w of the loss that is cross-entropy on the completion: (1 - w) * divergence + w * cross-entropy.
+
+        > Parameters that control evaluation
+
+        eval_num_assistant_tokens (`int`, *optional*, defaults to `5`):
+            Draft length γ at which `eval_block_efficiency` is reported.
+
+    > [!NOTE]
+    > Defaults that differ from [`~trl.SFTConfig`]:
+    > - `activation_checkpointing` (`gradient_checkpointing`): `False`. A draft is small; recomputing its activations costs more than it saves.
+    > - `learning_rate`: `3e-4`, DistillSpec's (arXiv 2310.08461). A draft is 10 to 100 times smaller than the models
+    >   the inherited 2e-5 is meant for.
+    > - `max_length`: `2048`. A row is a prompt and an answer; 1024 would cut ordinary chat answers.
+    > - `bf16`: stays off where no accelerator computes in bf16, so that no argument is needed on a CPU.
+    > - `dataloader_pin_memory`: off without an accelerator, where it only makes torch warn.
+    > - `ddp_find_unused_parameters`: `False`. Every parameter of a causal LM is used in every step.
+    > - `logging_nan_inf_filter`: `False`. A loss that is not finite stops the run instead of being hidden.
+    >
+    > Refused, since they would do nothing here: `loss_type`, `label_smoothing_factor`, `router_aux_loss_coef`,
+    > `use_liger_kernel`, `batch_eval_metrics`, `include_for_metrics`, `truncation_mode="keep_end"`.
+
+    Raises:
+        ValueError: A value is out of range or of an unknown name, or a refused option is set.
+    """
+
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Older name of `activation_checkpointing`. Off by default: a draft is small."},
+    )
+    learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
+    max_length: int | None = field(
+        default=2048,
+        metadata={"help": "Longest prompt and completion together, in tokens; longer rows are cut at the end."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Leave off: a loss that is not finite stops the run instead of being hidden."},
+    )
+
+    target_model_revision: str | None = field(
+        default=None, metadata={"help": "Revision of the target, when it is given as an id."}
+    )
+    target_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for loading the target, as JSON: dtype, device_map, quantization_config."},
+    )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={"help": f"How draft and target are compared at each token: {', '.join(DIVERGENCES)}."},
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of both distributions inside the loss; unrelated to sampling."}
+    )
+    beta: float = field(
+        default=0.5, metadata={"help": "Mixture weight of generalized_jsd: 0 is forward KL, 1 is reverse KL."}
+    )
+    eta: float = field(
+        default=3.0, metadata={"help": "How fast lk_hybrid moves from KL to total variation as acceptance grows."}
+    )
+    tvd_estimator: str = field(
+        default="sampled", metadata={"help": "tvd_plus_plus: 'sampled' (one token per position) or 'full'."}
+    )
+    tvd_statistics: str = field(
+        default="batch", metadata={"help": "tvd_plus_plus: rewards are normalised over the 'batch' or per 'token'."}
+    )
+    cross_entropy_weight: float = field(
+        default=0.0, metadata={"help": "Share of the loss that is cross-entropy on the completion, in [0, 1]."}
+    )
+    eval_num_assistant_tokens: int = field(
+        default=5, metadata={"help": "Draft length at which eval_block_efficiency is reported."}
+    )
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "target_model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        # Checked first: a wrong value should be named before anything else is set up.
+        self._check_distillation_values()
+        if self.bf16 is None and not self.fp16:
+            # TRL would turn bf16 on, and transformers then refuses to start without an accelerator.
+            self.bf16 = bf16_is_usable()
+        if self.ddp_find_unused_parameters is None:
+            # Every parameter of a causal LM is used in every step; looking for others costs a pass over the graph.
+            self.ddp_find_unused_parameters = False
+        if not torch.accelerator.is_available():
+            # Pinned memory serves copies to an accelerator; without one torch only warns.
+            self.dataloader_pin_memory = False
+        if self.gradient_checkpointing is None and self.activation_checkpointing is None:
+            # Only here: a default of False in the field of the older name would be taken for the user's wish.
+            self.activation_checkpointing = False
+        super().__post_init__()
+        for name, (default, reason) in _REFUSED.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` has no meaning when distilling. {reason}")
+
+    def _check_distillation_values(self) -> None:
+        get_divergence(self.divergence)
+        for name, low, high, open_low in (
+            ("temperature", 0.0, math.inf, True),
+            ("beta", 0.0, 1.0, False),
+            ("eta", 0.0, math.inf, False),
+            ("cross_entropy_weight", 0.0, 1.0, False),
+        ):
+            _check_number(name, getattr(self, name), low, high, open_low=open_low)
+        if not isinstance(self.eval_num_assistant_tokens, int) or self.eval_num_assistant_tokens < 1:
+            raise ValueError(
+                "`eval_num_assistant_tokens` is a draft length: a whole number, 1 or above, "
+                f"got {self.eval_num_assistant_tokens!r}."
+            )
+        _check_choice("tvd_estimator", self.tvd_estimator, ("sampled", "full"))
+        _check_choice("tvd_statistics", self.tvd_statistics, ("batch", "token"))
+
+    @property
+    def divergence_options(self) -> dict[str, Any]:
+        """The keyword arguments that `divergence` takes, from the fields above."""
+        return {
+            "generalized_jsd": {"beta": self.beta},
+            "lk_hybrid": {"eta": self.eta},
+            "tvd_plus_plus": {"estimator": self.tvd_estimator, "statistics": self.tvd_statistics},
+        }.get(self.divergence, {})
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the loss reads the target's distributions (white box)."""
+        return self.divergence != "cross_entropy" and self.cross_entropy_weight < 1
+
+
+def _check_number(name: str, value: Any, low: float, high: float, *, open_low: bool) -> None:
+    # Values read from YAML may be strings ("1e-1"), booleans or nan: none of them is a number in range.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not (low < value if open_low else low <= value) or value > high:
+        interval = f"{'(' if open_low else '['}{low:g}, {'∞)' if math.isinf(high) else f'{high:g}]'}"
+        raise ValueError(f"`{name}` must be a number in {interval}, got {value!r}.")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.{hint}")

@@ -1,0 +1,59 @@
+"""The command itself: exit codes, help, and how little it loads."""
+
+import subprocess
+import sys
+
+import pytest
+
+from hf_draftkd.cli import main
+from tests.cli.run import ROOT
+
+
+def loaded_by(code: str) -> set[str]:
+    script = f"import sys; {code}; print(*sorted(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    return set(output.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import hf_draftkd; dir(hf_draftkd)",
+        "from hf_draftkd.cli.main import dispatch; assert dispatch(['--help']) == 0",
+        "from hf_draftkd.cli.main import dispatch; assert dispatch(['--version']) == 0",
+    ],
+)
+def test_neither_import_nor_help_loads_anything_heavy(code):
+    """`draftkd --help` that takes ten seconds because torch is imported first."""
+    assert not loaded_by(code) & {"torch", "transformers", "trl", "datasets", "numpy"}
+
+
+def test_every_command_has_a_module_and_a_public_name_a_home():
+    """A command in the help or a name in `dir(hf_draftkd)` that does not exist."""
+    import hf_draftkd
+
+    for command in main.COMMANDS:
+        assert (ROOT / "hf_draftkd" / "cli" / f"{command}.py").is_file()
+    for name in hf_draftkd.__all__:
+        assert getattr(hf_draftkd, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'DraftDistilTrainer'"):
+        hf_draftkd.DraftDistilTrainer  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        ([], 2, "usage: draftkd COMMAND"),
+        (["trian"], 2, "Did you mean `train`?"),
+        (["train"], 2, "missing: --model, --dataset"),
+        (["train", "--divergance", "forward_kl"], 2, "there is no option `--divergance`. Did you mean `--divergence`?"),
+        (["train", "--divergence", "forward_k"], 2, "forward_kl"),
+        (["train", "--config", "no_such_file.yaml"], 2, "no_such_file.yaml"),
+        (["init", "--target_model", "x", "--output_dir", "y"], 2, "give exactly one of --model, --num_layers"),
+    ],
+)
+def test_bad_usage_is_exit_code_2_and_one_message(capsys, argv, code, message):
+    assert main.dispatch(argv) == code
+    captured = capsys.readouterr().err
+    assert message in captured
+    assert "Traceback" not in captured

@@ -1,0 +1,140 @@
+"""`draftkd train` and `draftkd init`, from paths, as a user runs them."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_draftkd.cli.main import dispatch
+from tests.cli.run import draftkd
+from tests.training.rows import alignment_rows
+
+
+@pytest.fixture
+def files(tmp_path, saved_pair, pair, tokenizer):
+    """Draft, target and data on disk."""
+    draft, target = saved_pair
+    rows = alignment_rows(pair[1], tokenizer, count=8, name=str(target))
+    rows.to_json(tmp_path / "rows.jsonl")
+    return {"model": draft, "target_model": target, "dataset": tmp_path / "rows.jsonl"}
+
+
+def options(files, output, **more):
+    common = {"output_dir": output, "max_steps": 2, "report_to": "none", "learning_rate": 0.01, "save_strategy": "no"}
+    pairs = {**files, **common, **more}
+    return [str(word) for name, value in pairs.items() for word in (f"--{name}", value)]
+
+
+def test_train_writes_a_draft_that_assists_the_target(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert dispatch(["train", *options(files, out, eval_dataset=files["dataset"])]) == 0
+    draft = AutoModelForCausalLM.from_pretrained(out)
+    target = AutoModelForCausalLM.from_pretrained(files["target_model"])
+    ids = torch.tensor([[0, 9, 8, 7]])
+    plain = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8)
+    assert torch.equal(
+        plain, target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, assistant_model=draft)
+    )
+    metrics = json.loads((out / "eval_results.json").read_text())
+    assert 1 <= metrics["eval_block_efficiency"] <= 6
+    assert 0 <= metrics["eval_acceptance_rate"] <= 1
+    assert (out / "README.md").is_file() and (out / "tokenizer.json").is_file()
+
+
+def test_options_from_yaml(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    settings = {name: str(value) for name, value in files.items()}
+    settings |= {"output_dir": str(out), "max_steps": 1, "report_to": "none", "divergence": "total_variation"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert dispatch(["train", "--config", str(tmp_path / "run.yaml")]) == 0
+    assert (out / "model.safetensors").is_file()
+
+
+def test_lora_ends_in_a_plain_model(files, tmp_path, capsys):
+    """An adapter where a draft was promised."""
+    out = tmp_path / "out"
+    argv = options(files, out, lora_r=2, lora_target_modules="all-linear")
+    assert dispatch(["train", *argv, "--use_peft"]) == 0
+    assert "lm_head.weight" in load_file(out / "model.safetensors")
+    assert not (out / "adapter_config.json").exists()
+
+
+def test_output_directories_are_not_written_over(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert dispatch(["train", *options(files, out)]) == 2
+    assert "is not empty and holds no checkpoint" in capsys.readouterr().err
+    assert dispatch(["train", *options(files, out), "--overwrite_output_dir"]) == 0
+    assert (out / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(files, tmp_path, capsys):
+    """A second start that begins anew, or is refused, with a good checkpoint lying there."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    assert dispatch(["train", *options(files, whole, max_steps=4, **more)]) == 0
+    assert dispatch(["train", *options(files, parts, max_steps=2, **more)]) == 0
+    (parts / "model.safetensors").unlink()
+    assert dispatch(["train", *options(files, parts, max_steps=4, **more)]) == 0
+    assert "Going on from" in capsys.readouterr().out
+    first, second = (load_file(path / "model.safetensors") for path in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "no/such/path"}, "no/such/path"),
+        ({"target_model": "./nowhere"}, "nowhere"),
+        ({"dataset": "missing.jsonl"}, "missing.jsonl"),
+        ({"dataset_split": "tset"}, "tset"),
+        ({"temperature": 0}, "`temperature` must be a number"),
+        ({"max_length": 4}, "Nothing is left to learn from"),
+    ],
+)
+def test_bad_input_is_exit_code_2(files, tmp_path, capsys, change, message):
+    assert dispatch(["train", *options(files | change, tmp_path / "out")]) == 2
+    captured = capsys.readouterr().err
+    assert message in captured
+    assert "Traceback" not in captured
+
+
+@pytest.mark.parametrize("way", [["--num_layers", "1"], ["--layers", "1"], ["--share", "0.6"]])
+def test_init_makes_a_draft_of_the_target(files, tmp_path, capsys, way):
+    out = tmp_path / "new"
+    assert dispatch(["init", "--target_model", str(files["target_model"]), "--output_dir", str(out), *way]) == 0
+    draft = AutoModelForCausalLM.from_pretrained(out)
+    target = AutoModelForCausalLM.from_pretrained(files["target_model"])
+    assert draft.num_parameters() < target.num_parameters()
+    ids = torch.tensor([[0, 9, 8, 7]])
+    target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, assistant_model=draft)
+
+
+def test_init_refuses_a_directory_that_is_not_empty(files, tmp_path, capsys):
+    argv = ["init", "--target_model", str(files["target_model"]), "--num_layers", "1", "--output_dir", str(tmp_path)]
+    assert dispatch(argv) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_two_processes_take_the_steps_of_one(files, tmp_path):
+    """A loss that changes with the number of processes; a launcher that started only one would show as well."""
+    more = {"max_steps": 3, "optim": "sgd", "eval_dataset": files["dataset"]}
+    one = draftkd("train", *options(files, tmp_path / "one", per_device_train_batch_size=4, **more))
+    assert one.returncode == 0, one.stderr
+    assert "1 process" in one.stdout
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    two = draftkd(
+        "train", *options(files, tmp_path / "two", per_device_train_batch_size=2, use_cpu="true", **more), launcher=launcher
+    )
+    assert two.returncode == 0, two.stderr
+    assert "2 processes" in two.stdout
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=0)
+    figures = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two")]
+    for name in ("eval_loss", "eval_acceptance_rate", "eval_block_efficiency"):
+        assert figures[0][name] == pytest.approx(figures[1][name], rel=1e-5)

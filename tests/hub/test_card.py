@@ -1,0 +1,463 @@
+"""The card of a draft: it says what the data says, no more, and in a form that the Hub reads back."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from hf_draftkd.hub.card import DraftModelCard, public_name
+from hf_draftkd.hub.citations import papers_used
+from hf_draftkd.hub.metadata import eval_results
+from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
+from tests.hub import samples
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def full_card(**options) -> DraftModelCard:
+    known = {
+        "training": samples.training(),
+        "pair": samples.pair(),
+        "provenance": samples.provenance(),
+        "name": "me/draft-115m",
+        "license": "apache-2.0",
+        "language": "en",
+        "plots": {"Block efficiency by draft length": "plots/block_efficiency.png"},
+    }
+    return DraftModelCard.from_report(samples.report(), **(known | options))
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("full.md.txt", full_card),
+        ("training_only.md.txt", lambda: DraftModelCard.from_report(training=samples.training(), name="me/draft")),
+    ],
+)
+def test_the_whole_card_is_the_golden_file(name, card, request):
+    """Catches any change of wording, order or figures that nobody meant."""
+    path = GOLDEN / name
+    assert card().render() == path.read_text(encoding="utf-8"), f"see tests/hub/make_golden.py to rewrite {path.name}"
+
+
+def test_every_figure_of_the_report_is_on_the_card_with_its_interval():
+    """Catches a column that silently dropped out."""
+    text = full_card().render()
+    for expected in (
+        "0.710 \\[0.690, 0.730\\]",
+        "2.50 \\[2.40, 2.60\\]",
+        "0.500 \\[0.480, 0.520\\]",
+        "+0.60 \\[+0.55, +0.65\\]",
+        "1.85 \\[1.79, 1.91\\]",
+        "0.620 \\[0.600, 0.640\\]",
+        "`rejection_sampling`",
+        "NVIDIA H100 (cuda, bfloat16)",
+        samples.REVISION,
+    ):
+        assert expected in text
+
+
+def test_what_was_not_measured_does_not_appear():
+    """Catches `None`, zeros and empty headings where a figure is absent."""
+    bare = samples.report(baseline=None, paired_difference=None, latency=None, recommendation=None)
+    for setting in bare["settings"]:
+        setting.pop("assisted", None)
+        setting.pop("recommendation", None)
+    text = DraftModelCard.from_report(bare, name="me/draft").render()
+    body = text.split("---", 2)[2]
+    assert "None" not in body
+    assert "nan" not in body
+    for absent in ("Speed-up", "### Speed", "stock draft", "worth using", "## Training", "costs"):
+        assert absent not in body
+    assert "No speed-up was measured" in body
+    assert "not compared with another draft" in body
+
+
+def test_a_verdict_of_no_is_printed_as_no():
+    """Catches a card that only knows success."""
+    verdict = {
+        "worth_it": False,
+        "num_assistant_tokens": 1,
+        "predicted_speedup": 0.83,
+        "reason": "The draft is too slow.",
+    }
+    text = DraftModelCard.from_report(samples.report(recommendation=verdict), name="me/draft").render()
+    assert "**Is it worth using?** No: predicted speed-up 0.83. The draft is too slow." in text
+
+
+def test_metadata_round_trips_through_the_hubs_own_classes(tmp_path):
+    """Catches a model-index that the Hub's classes cannot read, or that loses settings on the way."""
+    card = full_card()
+    path = card.save(tmp_path / "README.md")
+    loaded = ModelCard.load(path)
+    assert loaded.data.eval_results == eval_results(samples.report())
+    assert loaded.data.to_dict() == card.data.to_dict()
+    assert loaded.data.base_model == "org/stock-draft"
+    assert loaded.data.license == "apache-2.0"
+    assert loaded.data.library_name == "transformers"
+    assert {
+        "speculative-decoding",
+        "draft-model",
+        "assistant-model",
+        "knowledge-distillation",
+        "draft-for:org/target-7b",
+    } == set(loaded.data.tags)
+    first = loaded.data.eval_results[0]
+    assert (first.metric_type, first.metric_value) == ("acceptance_rate", 0.71)
+    assert first.metric_args["verification"] == "greedy_draft"
+    assert first.metric_args["low"] == 0.69
+
+
+def test_two_settings_never_share_one_result():
+    """Catches a model-index keyed so that temperature 1 overwrites temperature 0."""
+    rates = [result for result in eval_results(samples.report()) if result.metric_type == "acceptance_rate"]
+    assert [(rate.metric_args["temperature"], rate.metric_value) for rate in rates] == [(0.0, 0.71), (1.0, 0.62)]
+
+
+def test_groups_become_domains():
+    """Catches per-domain figures that are lost, or mixed with the whole."""
+    groups = {"biology": [samples.setting(0.0, "greedy_draft", 0.33, 1.1)]}
+    card = DraftModelCard.from_report(samples.report(groups=groups), name="me/draft")
+    assert "### biology" in card.text
+    by_domain = {result.dataset_config: result.metric_value for result in card.data.eval_results}
+    assert by_domain["biology"] == 1.6
+    assert "It was tested on function calling, biology only." in card.text
+
+
+def test_a_card_needs_no_report():
+    """Catches a card that `trainer.create_model_card()` cannot write right after training."""
+    card = DraftModelCard.from_report(training=samples.training(metrics={"eval_acceptance_rate": 0.7}), name="draft")
+    assert card.data.to_dict().get("model-index") is None
+    assert "| `eval_acceptance_rate` | 0.7 |" in card.text
+    assert "Only the figures above were measured" in card.text
+    assert "`forward_kl`" in card.text
+    with pytest.raises(ValueError, match="needs something to say"):
+        DraftModelCard.from_report()
+
+
+def test_no_path_of_this_machine_is_published(tmp_path):
+    """Catches a home directory on a public page."""
+    (tmp_path / "secret-user" / "target").mkdir(parents=True)
+    local = str(tmp_path / "secret-user" / "target")
+    report = samples.report(
+        target={"name": local, "num_parameters": 2},
+        draft={"name": local + "/draft", "num_parameters": 1},
+        prompts={"source": local + ".jsonl", "count": 3, "sha256": "00"},
+    )
+    report["baseline"]["draft"] = {"name": local + "-stock", "num_parameters": 1}
+    card = DraftModelCard.from_report(
+        report, training=samples.training(target=local, draft=local, dataset=local), name=local
+    )
+    assert "secret-user" not in card.render()
+    assert not any(tag.startswith("draft-for:") for tag in card.data.tags)
+    assert card.data.to_dict().get("base_model") is None
+    assert 'from_pretrained(\n    "path/to/target",' in card.text
+
+
+def test_a_directory_that_looks_like_a_hub_id_is_a_directory(tmp_path, monkeypatch):
+    """Catches `quickstart/draft`, a path, being tagged as a repository on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    assert public_name("quickstart/draft") == "quickstart/draft"
+    (tmp_path / "quickstart" / "draft").mkdir(parents=True)
+    assert public_name("quickstart/draft") == "path/to/draft"
+
+
+HOSTILE = [
+    "x: [y",
+    "{{ 7*7 }}",
+    "{% for x in ().__class__.__base__.__subclasses__() %}{{ x }}{% endfor %}",
+    "<script>alert(1)</script>",
+    '<img src=x onerror="alert(1)">',
+    "a | b | c",
+    "`code` ``more`` ```fence```",
+    "](javascript:alert(1))",
+    "line\n---\nlicense: mit\n---\n# owned",
+    "\n<!-- draftkd:end summary -->\n",
+    "```\n# owned\n```",
+    "--> <h1>owned</h1>",
+    "- item\n# heading",
+    "\u202egnp.exe",
+    "!!python/object/apply:os.system ['true']",
+    "&lt;b&gt;",
+]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_names_from_others_stay_text(hostile):
+    """Catches a name that becomes YAML, HTML, a template, a link, a heading, a table cell or a mark of ours."""
+    benign = "PLAIN NAME"
+    cards = []
+    for name in (hostile, benign):
+        report = samples.report(
+            target={"name": name, "revision": name, "num_parameters": 7},
+            draft={"name": name, "num_parameters": 1},
+            prompts={"source": name, "count": 64, "domain": name, "sha256": name},
+            hardware=samples.report()["hardware"] | {"name": name},
+            warnings=[name],
+            groups={name: samples.report()["settings"]},
+        )
+        report["recommendation"]["reason"] = name
+        report["baseline"]["draft"] = {"name": name, "num_parameters": 1}
+        for setting in report["settings"]:
+            setting["verification"] = name
+        for gain in report["paired_difference"]:
+            gain["verification"] = name
+        training = samples.training(
+            target=name,
+            draft=name,
+            dataset=name,
+            divergence=name,
+            peft=name,
+            scenarios=[name],
+            hyperparameters={name: name},
+            divergence_options={name: name},
+        )
+        provenance = samples.provenance(command=f"train {name}", versions={name: name}, commit=name, notes=[name])
+        cards.append(
+            DraftModelCard.from_report(
+                report,
+                training=training,
+                pair=samples.pair(tokenizer_fingerprint=name),
+                provenance=provenance,
+                name=name,
+                license=name,
+                language=name,
+                tags=[name],
+                plots={name: name},
+                notes=[name],
+            )
+        )
+    bad, good = cards
+    text = bad.render()
+    assert text.count("49") == good.render().count("49")
+    # Parsed again, the metadata has the same shape, and the body the same skeleton, as with a harmless name.
+    metadata = yaml.safe_load(text.split("---\n", 2)[1])
+    assert set(metadata) <= {*good.data.to_dict(), "base_model", "datasets"}
+    assert metadata["library_name"] == "transformers"
+    assert metadata["license"] == " ".join(re.split(r"[\x00-\x1f\u202e]+", hostile)).strip() or "owned" in hostile
+    assert skeleton(bad.text) == skeleton(good.text)
+    assert ModelCard(text).data.to_dict() == bad.data.to_dict()
+
+
+def skeleton(body: str) -> list[str]:
+    """What Markdown makes of a body, without the words: headings, table rows by cell count, fences, marks, lists."""
+    marks = []
+    fence = None
+    for line in body.splitlines():
+        opening = re.match(r"(`{3,})(\w*)$", line)
+        if fence:
+            if line.startswith(fence) and not line.strip("`"):
+                fence = None
+                marks.append("fence closes")
+            continue
+        if opening:
+            fence = opening[1]
+            marks.append(f"fence {opening[2]}")
+        elif line.startswith("<!--"):
+            marks.append(line)
+        elif line.startswith("|"):
+            marks.append("row of {}".format(len(re.findall(r"(?<!\\)\|", line))))
+        elif re.match(r"#{1,6} ", line):
+            marks.append("heading " + line.split(" ")[0])
+        elif re.match(r"(- |> )", line):
+            marks.append("item")
+        # HTML is live outside of code spans only.
+        outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", line)
+        assert not re.search(r"<(?!!-- draftkd:)", outside), line
+        assert not re.search(r"(?<!\\)\]\(javascript", outside), line
+    assert fence is None
+    return marks
+
+
+def test_jinja_in_a_report_is_never_evaluated():
+    """Catches a second rendering of the finished card."""
+    report = samples.report()
+    report["recommendation"]["reason"] = "{{ 7*7 }} {{ cycler.__init__.__globals__ }}"
+    assert "{{ 7\\*7 }}" in DraftModelCard.from_report(report, name="me/draft").text
+
+
+def test_a_custom_template_runs_in_the_sandbox():
+    """Catches a template from others that reaches Python through an attribute."""
+    source = "{% extends 'draft_model_card.md' %}{% block title %}# Mine: {{ name }}\n{% endblock %}"
+    card = full_card(template=source)
+    assert "# Mine: me/draft-115m" in card.text
+    assert "## How much it helps" in card.text
+    from jinja2.exceptions import SecurityError
+
+    with pytest.raises(SecurityError):
+        full_card(template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
+
+
+class TestCommands:
+    """Engines appear only where their condition on the pair is known to hold."""
+
+    def titles(self, **facts) -> set[str]:
+        card = full_card(pair=samples.pair(**facts), provenance=None)
+        return set(re.findall(r"^### (transformers: `\w+`|vLLM|SGLang|llama\.cpp)$", card.text, re.MULTILINE))
+
+    def test_equal_vocabularies_run_everywhere(self):
+        assert self.titles() == {"transformers: `generate`", "transformers: `pipeline`", "vLLM", "SGLang", "llama.cpp"}
+
+    def test_sizes_128_apart_are_for_llama_cpp_alone(self):
+        """Qwen2.5 0.5B and 7B are 128 apart: exactly what llama.cpp still takes, and vLLM refuses."""
+        assert self.titles(draft_vocab_size=151936, target_vocab_size=152064) == {"llama.cpp"}
+        assert self.titles(draft_vocab_size=151935, target_vocab_size=152064) == set()
+
+    def test_other_special_ids_keep_pipeline_and_llama_cpp_out(self):
+        assert self.titles(same_special_ids=False) == {"transformers: `generate`", "vLLM", "SGLang"}
+
+    def test_unknown_sizes_promise_nothing_about_other_engines(self):
+        assert self.titles(draft_vocab_size=None, target_vocab_size=None) == {
+            "transformers: `generate`",
+            "transformers: `pipeline`",
+        }
+
+    def test_the_tuned_length_is_in_every_command(self):
+        report = samples.report()
+        report["recommendation"]["num_assistant_tokens"] = 3
+        text = DraftModelCard.from_report(report, pair=samples.pair(), name="me/draft").text
+        for expected in (
+            "num_assistant_tokens=3",
+            '"num_speculative_tokens": 3',
+            "--speculative-num-steps 3",
+            "--speculative-num-draft-tokens 4",
+            "--spec-draft-n-max 3",
+        ):
+            assert expected in text
+
+    def test_an_untuned_length_is_called_a_starting_value(self):
+        card = DraftModelCard.from_report(training=samples.training(), pair=samples.pair(num_assistant_tokens=None))
+        assert "No draft length was tuned for this draft; the 5 above is a starting value." in card.text
+
+
+def test_only_the_papers_of_the_methods_used_are_cited():
+    """Catches a fixed list of citations."""
+    plain = papers_used(samples.training(divergence="cross_entropy", signal="black_box"))
+    assert plain == ["leviathan2023", "chen2023", "hong2025"]
+    assert "goel2024" in papers_used(samples.training(divergence="tvd_plus_plus"))
+    assert "samarin2026" in papers_used(samples.training(divergence="lk_hybrid"))
+    assert "zhou2024" in papers_used(samples.training(completions="draft"))
+    assert "xu2024" in papers_used(samples.training(scenarios=["synthetic"]))
+
+
+def test_summary_and_provenance_survive_the_file(tmp_path):
+    """Catches fields that are written but not read back."""
+    stored = samples.provenance(training=samples.training(), pair=samples.pair(), notes=["A note."])
+    stored.save(tmp_path)
+    assert Provenance.load(tmp_path) == stored
+    assert Provenance.load(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ('{"commandd": "x"}', "Did you mean `command`"),
+        ('{"command": 3}', "must be a string"),
+        ('{"training": {"num_rows": "many"}}', "must be a whole number"),
+        ('{"training": {"signal": "whitebox"}}', "Did you mean 'white_box'"),
+        ('{"training": {"temperature": NaN}}', "not a JSON number"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_a_strangers_provenance_is_checked(tmp_path, content, message):
+    """Catches unchecked JSON from somebody else's repository."""
+    (tmp_path / "provenance.json").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Provenance.load(tmp_path)
+
+
+def test_a_huge_provenance_is_not_read(tmp_path):
+    """Catches a memory bomb."""
+    with open(tmp_path / "provenance.json", "wb") as file:
+        file.truncate(11 * 2**20)
+    with pytest.raises(ValueError, match="are not read"):
+        Provenance.load(tmp_path)
+
+
+def test_an_unknown_signal_is_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match="Did you mean 'black_box'"):
+        TrainingSummary(signal="blackbox")
+
+
+def test_pair_facts_read_the_tuned_length_only_where_it_takes_effect():
+    """Catches a length that transformers' adaptive schedule or confidence threshold would override."""
+    from transformers import GenerationConfig, LlamaConfig
+
+    config = LlamaConfig(vocab_size=64)
+    tuned = GenerationConfig(
+        num_assistant_tokens=4, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
+    )
+    assert PairFacts.from_configs(config, config, draft_generation_config=tuned).num_assistant_tokens == 4
+    adaptive = GenerationConfig(num_assistant_tokens=4)
+    assert PairFacts.from_configs(config, config, draft_generation_config=adaptive).num_assistant_tokens is None
+    other = LlamaConfig(vocab_size=72, eos_token_id=7)
+    facts = PairFacts.from_configs(config, other)
+    assert (facts.draft_vocab_size, facts.target_vocab_size, facts.same_special_ids) == (64, 72, False)
+
+
+class TestEditedByHand:
+    """A card that somebody wrote in: figures change, words stay."""
+
+    def test_prose_is_kept_and_figures_are_new(self):
+        old = full_card()
+        edited = DraftModelCard(
+            old.render()
+            .replace("It is not meant to be used by itself.", "My own words.")
+            .replace("## Limits", "## Limits\nscribble inside the marks")
+            + "\n## Thanks\n\nTo everybody.\n"
+        )
+        edited.data.license = "mit"
+        edited.data["extra_key"] = "kept"
+        edited.data.tags.append("my-tag")
+        better = samples.report()
+        better["settings"][0]["acceptance_rate"]["value"] = 0.8125
+        fresh = DraftModelCard.from_report(better, name="me/draft-115m", license="apache-2.0")
+        result = edited.updated_from(fresh)
+        text = result.render()
+        assert "My own words." in text
+        assert "## Thanks\n\nTo everybody." in text
+        assert "scribble" not in text
+        assert "0.812" in text
+        assert "0.710" not in text
+        assert result.data.license == "mit"
+        assert result.data["extra_key"] == "kept"
+        assert "my-tag" in result.data.tags
+        assert result.data.eval_results[0].metric_value == 0.8125
+        # The new card says nothing about training: the old training section described other weights.
+        assert "## Training" not in text
+
+    def test_a_card_without_marks_is_kept_whole_and_gets_the_sections(self):
+        written = DraftModelCard("---\nlicense: mit\n---\n# By hand\n\nAll mine.\n")
+        result = written.updated_from(full_card())
+        assert result.text.startswith("# By hand\n\nAll mine.")
+        assert "## How much it helps" in result.text
+        assert result.data.license == "mit"
+
+    def test_updating_twice_changes_nothing_more(self):
+        once = full_card().updated_from(full_card())
+        assert once.updated_from(full_card()).render() == once.render()
+
+    def test_an_old_target_tag_does_not_linger(self):
+        """Catches a draft that is still found for the target it was made for before."""
+        other = samples.report(target={"name": "org/other", "revision": samples.REVISION, "num_parameters": 7})
+        result = full_card().updated_from(DraftModelCard.from_report(other, name="me/draft-115m"))
+        assert [tag for tag in result.data.tags if tag.startswith("draft-for:")] == ["draft-for:org/other"]
+
+
+def test_saving_never_leaves_half_a_card(tmp_path, monkeypatch):
+    """Catches a card that is truncated when the disk is full."""
+    card = full_card()
+    card.save(tmp_path)
+    before = (tmp_path / "README.md").read_text()
+
+    def fails(self, *args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match="No space"):
+        full_card(name="me/other").save(tmp_path)
+    assert (tmp_path / "README.md").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]

@@ -1,0 +1,67 @@
+"""The configuration: sane on a machine without a GPU, and no value accepted that would do nothing or do harm."""
+
+import pytest
+import yaml
+
+from hf_draftkd import DraftDistillConfig
+from hf_draftkd.cli.options import parse
+
+
+def test_no_argument_is_needed_without_a_gpu(tmp_path):
+    """TRL turns bf16 on, and transformers then refuses to start on a CPU."""
+    config = DraftDistillConfig(output_dir=str(tmp_path))
+    assert config.bf16 is False
+    assert not config.activation_checkpointing
+
+
+def test_gradient_checkpointing_can_still_be_asked_for(tmp_path):
+    """A changed default that overrides what the user says."""
+    with pytest.warns(FutureWarning, match="activation_checkpointing"):
+        config = DraftDistillConfig(output_dir=str(tmp_path), gradient_checkpointing=True)
+    assert config.activation_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("divergence", "foward_kl", "forward_kl"),
+        ("divergence", "mse", "forward_kl"),
+        ("temperature", 0.0, r"`temperature` must be a number in \(0, ∞\), got 0.0"),
+        ("temperature", float("nan"), "`temperature` must be a number"),
+        ("temperature", "1.0", "`temperature` must be a number"),
+        ("beta", 1.5, r"`beta` must be a number in \[0, 1\], got 1.5"),
+        ("beta", -0.1, "`beta`"),
+        ("eta", -1.0, "`eta`"),
+        ("cross_entropy_weight", 2.0, "`cross_entropy_weight`"),
+        ("eval_num_assistant_tokens", 0, "draft length"),
+        ("eval_num_assistant_tokens", 2.5, "draft length"),
+        ("tvd_estimator", "ful", "Did you mean 'full'"),
+        ("tvd_statistics", "row", "'batch', 'token'"),
+        ("loss_type", "dft", "Choose the loss with `divergence`"),
+        ("label_smoothing_factor", 0.1, "has no meaning when distilling"),
+        ("router_aux_loss_coef", 0.1, "has no meaning when distilling"),
+    ],
+)
+def test_values_that_cannot_work_are_named(tmp_path, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        DraftDistillConfig(output_dir=str(tmp_path), **{name: value})
+
+
+def test_values_from_yaml_are_checked_as_well(tmp_path):
+    """YAML given by `--config` bypasses argparse's types and choices."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(tmp_path), "temperature": -1, "divergence": "reverse_kl"}))
+    with pytest.raises(Exception, match="`temperature` must be a number"):
+        parse("train", (DraftDistillConfig,), ["--config", str(path)], "")
+
+
+def test_every_option_can_be_given_as_text(tmp_path):
+    (config,) = parse(
+        "train",
+        (DraftDistillConfig,),
+        ["--output_dir", str(tmp_path), "--beta", "0.25", "--divergence", "generalized_jsd"]
+        + ["--target_model_init_kwargs", '{"dtype": "bfloat16"}'],
+        "",
+    )
+    assert config.divergence_options == {"beta": 0.25}
+    assert config.target_model_init_kwargs == {"dtype": "bfloat16"}

@@ -1,0 +1,491 @@
+"""The trainer, on tiny models: each test names the fault it would catch."""
+
+import copy
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_draftkd import DraftDistillConfig, DraftDistillTrainer
+from tests.tiny import tiny_llama, tiny_pair, tiny_tokenizer
+from tests.training.rows import alignment_rows, reference_forward_kl
+
+
+def config(path, **options) -> DraftDistillConfig:
+    defaults = {
+        "output_dir": str(path),
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_length": 128,
+        "logging_steps": 1,
+    }
+    return DraftDistillConfig(**defaults | options)
+
+
+def build(path, pair, tokenizer, rows=None, eval_rows=None, *, trainer_class=DraftDistillTrainer, peft=None, **options):
+    draft, target = pair
+    if rows is None and eval_rows is None:
+        rows = alignment_rows(target, tokenizer)
+    return trainer_class(
+        model=draft,
+        target_model=target,
+        args=config(path, **options),
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=peft,
+    )
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], atol: float = 0.0) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# The loss ------------------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_mean_over_completion_tokens_of_the_definition(tmp_path, pair, tokenizer):
+    """Prompt tokens counted, logits shifted by one, a mean over rows instead of tokens: all show here."""
+    rows = alignment_rows(pair[1], tokenizer, count=5)
+    expected = reference_forward_kl(*pair, rows)
+    trainer = build(tmp_path, pair, tokenizer, eval_rows=rows)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_first_logged_training_loss_is_the_same_figure(tmp_path, pair, tokenizer):
+    """A training loss divided by accumulation steps or batches instead of tokens."""
+    rows = alignment_rows(pair[1], tokenizer, count=8)
+    expected = reference_forward_kl(*pair, rows)
+    trainer = build(tmp_path, pair, tokenizer, rows, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "total_variation", "lk_hybrid", "cross_entropy"])
+def test_batch_times_accumulation_does_not_change_the_trajectory(tmp_path, tokenizer, divergence):
+    """A loss normalised per micro-batch (trl#6478): rows differ in length, so the two runs would part."""
+    rows = alignment_rows(tiny_pair("llama")[1], tokenizer, count=8)
+    runs = []
+    for batch, accumulation in ((8, 1), (2, 4), (1, 8)):
+        trainer = build(
+            tmp_path,
+            tiny_pair("llama"),
+            tokenizer,
+            rows,
+            divergence=divergence,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=3,
+            optim="sgd",
+            learning_rate=0.1,
+        )
+        trainer.train()
+        runs.append(weights(trainer.model))
+    assert_same(runs[0], runs[1], atol=2e-5)
+    assert_same(runs[0], runs[2], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        "forward_kl",
+        "reverse_kl",
+        "generalized_jsd",
+        "total_variation",
+        "tvd_plus_plus",
+        "negative_log_acceptance",
+        "lk_hybrid",
+        "cross_entropy",
+    ],
+)
+def test_every_divergence_raises_acceptance_and_moves_every_parameter(tmp_path, pair, tokenizer, divergence):
+    """A divergence that is wired with the wrong sign or options, or a parameter that gets no gradient."""
+    rows = alignment_rows(pair[1], tokenizer)
+    before = weights(pair[0])
+    trainer = build(
+        tmp_path, pair, tokenizer, rows, rows, divergence=divergence, max_steps=30, per_device_train_batch_size=8
+    )
+    # Cross-entropy sees nothing but the written tokens: what it raises is their acceptance in greedy decoding.
+    figure = "eval_block_efficiency" if divergence == "cross_entropy" else "eval_acceptance_rate"
+    stock = trainer.evaluate()[figure]
+    trainer.train()
+    assert trainer.evaluate()[figure] > stock
+    still = [name for name, value in weights(pair[0]).items() if torch.equal(value, before[name])]
+    assert not still
+
+
+def test_equal_models_have_no_loss_and_no_gradient(tmp_path, tokenizer):
+    """Forward KL that is really cross-entropy: it must vanish for equal models."""
+    target = tiny_llama()
+    trainer = build(tmp_path, (tiny_llama(), target), tokenizer, max_steps=1, optim="sgd", learning_rate=1.0)
+    before = weights(trainer.model)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0, abs=1e-6)
+    assert_same(before, weights(trainer.model), atol=1e-5)
+
+
+def test_temperature_reaches_the_loss(tmp_path, pair, tokenizer):
+    """A loss temperature that is accepted and never used (GKD's fault)."""
+    rows = alignment_rows(pair[1], tokenizer, count=4)
+    losses = [
+        build(tmp_path, pair, tokenizer, eval_rows=rows, temperature=t).evaluate()["eval_loss"] for t in (1.0, 3.0)
+    ]
+    assert losses[1] < 0.7 * losses[0]
+
+
+def test_target_is_bit_identical_after_training_and_gets_no_gradient(tmp_path, pair, tokenizer):
+    """The target updated by accident (trl#6769)."""
+    before = copy.deepcopy(pair[1].state_dict())
+    trainer = build(tmp_path, pair, tokenizer)
+    trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in pair[1].state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in pair[1].parameters())
+    assert not pair[1].training
+
+
+def test_padded_vocabularies_of_different_size_are_compared_on_the_shared_part(tmp_path, tokenizer):
+    """Rows that stand for no token given real probability, or a shape error between 304 and 320."""
+    padded = tiny_pair("qwen3", draft_vocab_size=304, target_vocab_size=320, real_vocab_size=300)
+    rows = alignment_rows(padded[1], tokenizer, count=4)
+    target_rows = padded[1].get_output_embeddings().weight
+    assert (target_rows[300:] == 0).all()
+    trainer = build(tmp_path, padded, tokenizer, rows, rows, max_steps=2)
+    expected = _reference_on_real_rows(*padded, rows, real=300)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    trainer.train()
+    assert trainer.model.config.vocab_size == 320
+
+
+def _reference_on_real_rows(draft, target, rows, real):
+    total = tokens = 0
+    for row in rows:
+        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+        with torch.no_grad():
+            q = torch.softmax(draft(ids).logits[0, :, :real].double(), -1)
+            p = torch.softmax(target(ids).logits[0, :, :real].double(), -1)
+        for t in range(len(row["prompt_ids"]), ids.shape[1]):
+            total += float((p[t - 1] * (p[t - 1] / q[t - 1]).log()).sum())
+            tokens += 1
+    return total / tokens
+
+
+def test_a_loss_of_ones_own(tmp_path, pair, tokenizer):
+    """`token_loss` is the one method to override, and what it returns is what is trained on."""
+
+    class Squared(DraftDistillTrainer):
+        def token_loss(self, draft_logits, target_logits, tokens):
+            assert draft_logits.shape == target_logits.shape and tokens.shape == draft_logits.shape[:1]
+            return (draft_logits.softmax(-1) - target_logits.softmax(-1)).pow(2).sum(-1)
+
+    trainer = build(tmp_path, pair, tokenizer, trainer_class=Squared, max_steps=20)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] < 2
+
+
+# The data ------------------------------------------------------------------------------------------------------------
+
+
+def test_exact_ids_are_trained_on_as_they_are(tmp_path, pair, tokenizer):
+    """An alignment row tokenised a second time: these ids are not what the tokenizer makes of their text."""
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "model"]
+    assert tokenizer("model")["input_ids"] != letters
+    row = alignment_rows(pair[1], tokenizer, count=1)[0] | {"completion_ids": [*letters, tokenizer.eos_token_id]}
+    trainer = build(tmp_path, pair, tokenizer, Dataset.from_list([row]))
+    prepared = trainer.train_dataset[0]
+    assert prepared["input_ids"] == row["prompt_ids"] + row["completion_ids"]
+    assert prepared["labels"] == [-100] * len(row["prompt_ids"]) + row["completion_ids"]
+
+
+def test_end_of_sequence_is_learnt_where_pad_equals_it(tmp_path, pair):
+    """The end masked by id because pad is the same token (trl#6357)."""
+    tokenizer = tiny_tokenizer(pad_is_eos=True)
+    rows = Dataset.from_list(
+        [{"prompt_ids": [0, 9, 8], "completion_ids": [7, 6, 1]}, {"prompt_ids": [0, 9], "completion_ids": [7, 1]}]
+    )
+    trainer = build(tmp_path, pair, tokenizer, rows)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert (batch["labels"] == 1).sum() == 2
+    assert (batch["labels"] != -100).sum() == 5
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": "The quick brown fox jumps."}],
+        [{"prompt": "The quick", "completion": " brown fox"}],
+        [{"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]}],
+        [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}],
+        [{"input_ids": [0, 5, 6, 7], "completion_mask": [0, 0, 1, 1]}],
+        [{"input_ids": [0, 5, 6, 7], "labels": [-100, -100, 6, 7]}],
+    ],
+    ids=["text", "prompt-completion", "conversational", "messages", "completion_mask", "labels"],
+)
+def test_every_format_sft_trainer_takes(tmp_path, pair, tokenizer, rows):
+    trainer = build(tmp_path, pair, tokenizer, Dataset.from_list(rows * 4), max_steps=1)
+    trainer.train()
+    assert torch.isfinite(torch.tensor(trainer.state.log_history[0]["loss"]))
+
+
+def test_a_completion_mask_beside_input_ids_is_honoured(tmp_path, pair, tokenizer):
+    """SFTTrainer ignores the mask that comes with `input_ids` and would train on the prompt."""
+    rows = Dataset.from_list([{"input_ids": [0, 5, 6, 7], "completion_mask": [0, 0, 1, 1]}])
+    trainer = build(tmp_path, pair, tokenizer, rows)
+    assert trainer.train_dataset[0]["labels"] == [-100, -100, 6, 7]
+
+
+@pytest.mark.parametrize("options", [{"packing": True, "max_length": 64}, {"padding_free": True, "max_length": None}])
+def test_packed_and_padding_free_batches_give_the_padded_loss(tmp_path, tokenizer, options):
+    """Texts that see each other in a packed row, or a first token predicted from the text before it."""
+    rows = alignment_rows(tiny_pair("llama")[1], tokenizer, count=4)
+    losses = []
+    for extra in ({}, options):
+        trainer = build(tmp_path, tiny_pair("llama"), tokenizer, rows, **extra)
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        assert batch["input_ids"].shape[0] == (4 if not extra else 1)
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def test_acceptance_rate_is_the_definition_at_temperature_one(tmp_path, pair, tokenizer):
+    """Rates averaged over batches, prompt tokens counted, or the loss temperature used."""
+    rows = alignment_rows(pair[1], tokenizer, count=5)
+    total = tokens = 0
+    for row in rows:
+        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+        q, p = (torch.softmax(model(ids).logits[0].double(), -1).detach() for model in pair)
+        for t in range(len(row["prompt_ids"]), ids.shape[1]):
+            total += float(torch.minimum(p[t - 1], q[t - 1]).sum())
+            tokens += 1
+    trainer = build(tmp_path, pair, tokenizer, eval_rows=rows, temperature=2.0)
+    assert trainer.evaluate()["eval_acceptance_rate"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [1, 3])
+def test_block_efficiency_equals_counting_assisted_generation(tmp_path, pair, tokenizer, gamma):
+    """The figure that picks the checkpoint must be the one decoding gives: tokens ÷ target calls."""
+    draft, target = pair
+    rows = alignment_rows(target, tokenizer, count=6, max_new_tokens=16)
+    draft.generation_config.num_assistant_tokens = gamma
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    calls = tokens = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    handle = target.register_forward_hook(count)
+    for row in rows:
+        ids = torch.tensor([row["prompt_ids"]])
+        out = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, assistant_model=draft)
+        assert out[0, ids.shape[1] :].tolist() == row["completion_ids"]
+        tokens += len(row["completion_ids"])
+    handle.remove()
+    trainer = build(tmp_path, pair, tokenizer, eval_rows=rows, eval_num_assistant_tokens=gamma)
+    assert trainer.evaluate()["eval_block_efficiency"] == tokens / calls
+
+
+def test_figures_do_not_depend_on_the_evaluation_batch_size(tmp_path, pair, tokenizer):
+    rows = alignment_rows(pair[1], tokenizer, count=7, temperature=0.7)
+    figures = [
+        build(tmp_path, pair, tokenizer, eval_rows=rows, per_device_eval_batch_size=size).evaluate() for size in (1, 3, 7)
+    ]
+    for name in ("eval_loss", "eval_acceptance_rate", "eval_block_efficiency"):
+        assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-5)
+        assert figures[2][name] == pytest.approx(figures[0][name], rel=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"target": "another/target"}, {"ids_source": "retokenized"}])
+def test_no_block_efficiency_for_text_the_target_did_not_write(tmp_path, pair, tokenizer, change):
+    """A figure that looks exact, from text it says nothing about: left out, with one warning."""
+    rows = Dataset.from_list([row | change for row in alignment_rows(pair[1], tokenizer, count=3)])
+    trainer = build(tmp_path, pair, tokenizer, eval_rows=rows)
+    with pytest.warns(UserWarning, match="eval_block_efficiency is left out: 3 evaluation rows"):
+        metrics = trainer.evaluate()
+    assert "eval_block_efficiency" not in metrics
+    assert 0 < metrics["eval_acceptance_rate"] < 1
+
+
+def test_a_draft_that_is_its_target_is_accepted_entirely(tmp_path, tokenizer):
+    rows = alignment_rows(tiny_llama(), tokenizer, count=4, max_new_tokens=12)
+    lengths = [len(row["completion_ids"]) for row in rows]
+    metrics = build(tmp_path, (tiny_llama(), tiny_llama()), tokenizer, eval_rows=rows).evaluate()
+    assert metrics["eval_acceptance_rate"] == 1.0
+    assert metrics["eval_block_efficiency"] == sum(lengths) / sum(-(-length // 6) for length in lengths)
+
+
+def test_best_checkpoint_by_block_efficiency(tmp_path, pair, tokenizer):
+    """The name has to reach transformers' own choice of the best checkpoint."""
+    rows = alignment_rows(pair[1], tokenizer)
+    trainer = build(
+        tmp_path,
+        pair,
+        tokenizer,
+        rows,
+        rows,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        metric_for_best_model="eval_block_efficiency",
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    best = max(entry["eval_block_efficiency"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert trainer.state.best_metric == best
+
+
+# Saving --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")])
+def test_resumed_training_gives_the_weights_of_an_uninterrupted_run(tmp_path, tokenizer, peft):
+    rows = alignment_rows(tiny_pair("llama")[1], tokenizer)
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "divergence": "tvd_plus_plus"}
+    whole = build(tmp_path / "whole", tiny_pair("llama"), tokenizer, rows, peft=copy.deepcopy(peft), **options)
+    whole.train()
+    resumed = build(tmp_path / "part", tiny_pair("llama"), tokenizer, rows, peft=copy.deepcopy(peft), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_same(weights(whole.model), weights(resumed.model))
+
+
+def test_lora_checkpoints_hold_the_adapter_and_the_saved_draft_is_plain(tmp_path, pair, tokenizer):
+    """A pushed adapter that `assistant_model=` cannot use, or a checkpoint that cannot resume."""
+    peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = build(tmp_path, pair, tokenizer, peft=peft, save_strategy="steps", save_steps=4)
+    trainer.train()
+    assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").is_file()
+    before = weights(trainer.model)
+    trainer.save_model(str(tmp_path / "final"))
+    assert_same(before, weights(trainer.model))
+    assert not (tmp_path / "final" / "adapter_model.safetensors").exists()
+    assert "lm_head.weight" in load_file(tmp_path / "final" / "model.safetensors")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    ids = torch.arange(20)[None]
+    trainer.model.eval()
+    torch.testing.assert_close(saved(ids).logits, trainer.model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_card_says_how_the_draft_was_trained(tmp_path, saved_pair, tokenizer, pair):
+    """TRL's own card would call it SFT, and name neither target nor divergence."""
+    draft_path, target_path = map(str, saved_pair)
+    rows = alignment_rows(pair[1], tokenizer, name=target_path)
+    trainer = DraftDistillTrainer(
+        model=draft_path,
+        target_model=target_path,
+        args=config(tmp_path, divergence="generalized_jsd", beta=0.25),
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.create_model_card()
+    card, provenance = (tmp_path / "README.md").read_text(), json.loads((tmp_path / "provenance.json").read_text())
+    training = provenance["training"]
+    assert training["signal"] == "white_box"
+    assert training["completions"] == "target"
+    assert training["divergence_options"] == {"beta": 0.25}
+    assert training["num_tokens"] == sum(map(len, rows["completion_ids"]))
+    assert training["metrics"]["eval_acceptance_rate"] == metrics["eval_acceptance_rate"]
+    assert training["hyperparameters"]["learning_rate"] == 0.01
+    assert "generalized_jsd" in card and "assistant_model=" in card
+    assert str(tmp_path) not in card
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint_alone(tmp_path, pair, tokenizer):
+    rows = alignment_rows(pair[1], tokenizer)
+    trainer = build(tmp_path, pair, tokenizer, rows, save_strategy="steps", save_steps=1, max_steps=1)
+    trainer.train()
+    kept = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    with torch.no_grad():
+        pair[1].get_output_embeddings().weight[5] = float("nan")
+    again = build(tmp_path, pair, tokenizer, rows, save_strategy="steps", save_steps=1, max_steps=3)
+    with pytest.raises(FloatingPointError, match=r"optimizer step 1.*rows begin with \['<s>"):
+        again.train()
+    now = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    assert all(torch.equal(kept[name], now[name]) for name in kept)
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+def test_white_box_without_a_target_is_refused(tmp_path, pair, tokenizer):
+    rows = alignment_rows(pair[1], tokenizer)
+    with pytest.raises(ValueError, match="`target_model` is None"):
+        build(tmp_path, (pair[0], None), tokenizer, rows)
+
+
+def test_black_box_needs_no_target(tmp_path, pair, tokenizer):
+    rows = alignment_rows(pair[1], tokenizer)
+    trainer = build(tmp_path, (pair[0], None), tokenizer, rows, rows, divergence="cross_entropy", max_steps=20)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert set(trainer.evaluate()) >= {"eval_loss"}
+    assert "eval_acceptance_rate" not in trainer.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "train dataset is empty"),
+        ([{"question": "a", "answer": "b"}], r"columns \['question', 'answer'\], none of which can be trained on"),
+        ([{"input_ids": [0, 1, 2], "labels": [-100, -100, -100]}], "Nothing is left to learn from in the train"),
+        ([{"prompt_ids": [0] * 300, "completion_ids": [5]}], "Nothing is left to learn from in the train"),
+    ],
+)
+def test_data_that_cannot_be_learnt_from(tmp_path, pair, tokenizer, rows, message):
+    columns = list(rows[0]) if rows else ["text"]
+    dataset = Dataset.from_list(rows) if rows else Dataset.from_dict({name: [] for name in columns})
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, pair, tokenizer, dataset)
+
+
+def test_a_row_longer_than_the_context_is_refused(tmp_path, pair, tokenizer):
+    rows = Dataset.from_list([{"prompt_ids": [0] * 200, "completion_ids": [5] * 100}])
+    with pytest.raises(ValueError, match="300 tokens, but the models read 256 at most"):
+        build(tmp_path, pair, tokenizer, rows, max_length=512)
+
+
+def test_different_tokenizers_are_refused_before_the_models_are_read(tmp_path, saved_pair):
+    draft_path, target_path = saved_pair
+    tiny_tokenizer(text=["Entirely other words make entirely other merges, so ids mean other things now." * 3]).save_pretrained(
+        draft_path
+    )
+    (target_path / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(ValueError, match="token"):
+        DraftDistillTrainer(
+            model=str(draft_path),
+            target_model=str(target_path),
+            args=config(tmp_path),
+            train_dataset=Dataset.from_list([{"text": "a"}]),
+        )
+
+
+def test_models_given_by_path(tmp_path, saved_pair, pair, tokenizer):
+    draft_path, target_path = map(str, saved_pair)
+    rows = alignment_rows(pair[1], tokenizer, name=target_path)
+    trainer = DraftDistillTrainer(
+        model=draft_path, target_model=target_path, args=config(tmp_path), train_dataset=rows, eval_dataset=rows
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_block_efficiency"] >= 1
