@@ -77,10 +77,12 @@ def run_shards(
 
 
 @contextmanager
-def completion_progress(total: int, disable: bool = False) -> Iterator[Callable[[Completion], None]]:
+def completion_progress(
+    total: int, disable: bool = False, desc: str = "Target answers", unit: str = "completion"
+) -> Iterator[Callable[[Completion], None]]:
     """A progress bar over completions that shows tokens per second and the time left."""
     tokens, start = 0, perf_counter()
-    with logging.tqdm(total=total, desc="Target answers", unit="completion", disable=disable) as bar:
+    with logging.tqdm(total=total, desc=desc, unit=unit, disable=disable) as bar:
 
         def on_finished(completion: Completion) -> None:
             nonlocal tokens
@@ -166,6 +168,20 @@ def remove_leftovers(folder: Path) -> None:
     """Take away what a killed run left half written."""
     for path in (folder / "data").glob(".*"):
         path.unlink(missing_ok=True)
+
+
+def write_round(folder: Path, number: int, queries: list[tuple[str, bool]]) -> None:
+    """Keep one round of synthetic queries: (text, whether it came to an end)."""
+    with _replacing(folder / "data" / f"round-{number:05d}.json") as temporary:
+        temporary.write_text(json.dumps(queries, ensure_ascii=False))
+
+
+def read_round(folder: Path, number: int, wait: bool = False) -> list[tuple[str, bool]] | None:
+    """A kept round, or None if there is none. `wait`: another process is writing it."""
+    path = folder / "data" / f"round-{number:05d}.json"
+    if wait:
+        _wait_until(path.exists)
+    return [(text, finished) for text, finished in json.loads(path.read_text())] if path.exists() else None
 
 
 def _compare(there: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
