@@ -1,6 +1,6 @@
 """A loss of your own: override one method. Here: squared Hellinger distance, H²(p, q) = 1 − Σ √(p·q).
 
-    python examples/custom_divergence.py [--max_steps 30]
+python examples/custom_divergence.py [--max_steps 30]
 """
 
 from trl import TrlParser
