@@ -168,6 +168,8 @@ class DraftDistillConfig(SFTConfig):
             ("cross_entropy_weight", 0.0, 1.0, False),
         ):
             _check_number(name, getattr(self, name), low, high, open_low=open_low)
+        if not self.needs_target and self.temperature != 1:
+            raise ValueError(f"Cross-entropy on text has no temperature, got `temperature={self.temperature}`.")
         if not isinstance(self.eval_num_assistant_tokens, int) or self.eval_num_assistant_tokens < 1:
             raise ValueError(
                 "`eval_num_assistant_tokens` is a draft length: a whole number, 1 or above, "

@@ -188,15 +188,26 @@ def test_a_loss_of_ones_own(tmp_path, pair, tokenizer):
     """`token_loss` is the one method to override, and what it returns is what is trained on."""
 
     class Squared(DraftDistillTrainer):
-        def token_loss(self, draft_logits, target_logits, tokens):
+        def token_loss(self, draft_logits, target_logits):
             assert draft_logits.shape == target_logits.shape
-            assert tokens.shape == draft_logits.shape[:1]
             return (draft_logits.softmax(-1) - target_logits.softmax(-1)).pow(2).sum(-1)
 
     trainer = build(tmp_path, pair, tokenizer, trainer_class=Squared, max_steps=20)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] < 2
+
+
+def test_acceptance_is_logged_while_training(tmp_path, pair, tokenizer):
+    """TVD++'s own value says nothing: without acceptance beside it nobody sees whether it learns."""
+    rows = alignment_rows(pair[1], tokenizer)
+    options = {"divergence": "tvd_plus_plus", "per_device_train_batch_size": 8, "max_steps": 3}
+    trainer = build(tmp_path, pair, tokenizer, rows, rows, **options)
+    stock = trainer.evaluate()["eval_acceptance_rate"]
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[0]["acceptance_rate"] == pytest.approx(stock, rel=1e-5)
+    assert logged[-1]["num_tokens"] == 3 * sum(len(row["prompt_ids"] + row["completion_ids"]) for row in rows)
 
 
 # The data ------------------------------------------------------------------------------------------------------------
