@@ -1,29 +1,33 @@
 """`draftkd quickstart`: the whole journey on the bundled demo pair, in about three minutes on two cores.
 
 A chat-tuned target has drifted away from its stock draft. The target answers training queries, the draft is distilled
-on the answers, both drafts are measured on test queries nobody trained on, and the better one is saved ready for
+on the answers, both drafts are measured on test queries nobody trained on, and the distilled one is saved ready for
 `generate(assistant_model=...)`.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from rich.console import Console
 
-from hf_draftkd.cli.errors import usage_errors
+from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import parse
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import load_prompts
-from hf_draftkd.evaluation.evaluate import evaluate_draft, store_draft_length
-from hf_draftkd.evaluation.plots import plot_block_efficiency
+from hf_draftkd.evaluation.evaluate import evaluate_draft
+from hf_draftkd.evaluation.plots import block_efficiency_figure, save_figure
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.hub.card import DraftModelCard
 from hf_draftkd.models.demo import demo_path
+from hf_draftkd.models.draft_length import store_draft_length
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.trainer import DraftDistillTrainer
+
+PLOT = "block_efficiency.png"
 
 
 @dataclass
@@ -33,27 +37,28 @@ class QuickstartOptions:
     output_dir: str = field(default="quickstart", metadata={"help": "Where everything is written."})
     num_train_prompts: int = field(default=600, metadata={"help": "Training queries the target answers."})
     num_test_prompts: int = field(default=120, metadata={"help": "Test queries both drafts are measured on."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the target's answers."})
+    num_train_epochs: float = field(default=4.0, metadata={"help": "Passes over the target's answers."})
     max_new_tokens: int = field(default=96, metadata={"help": "Longest answer, in tokens."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling and training."})
 
 
 def run(argv: list[str]) -> int:
     """`draftkd quickstart *argv`; returns the exit code."""
-    (options,) = parse(
-        "quickstart", (QuickstartOptions,), argv, "Distil and measure a draft on the bundled demo pair."
-    )
+    (options,) = parse("quickstart", (QuickstartOptions,), argv, "Distil and measure a draft on the bundled demo pair.")
+    console = Console()
+    out = Path(options.output_dir)
     with usage_errors():
-        out = Path(options.output_dir)
-        out.mkdir(parents=True, exist_ok=True)
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"`--output_dir {out}` is a file. Name a directory.")
         tokenizer = load_tokenizer(demo_path("target"))
-        # float32: the fastest format on most CPUs, and the one in which greedy texts have no ties.
+        # float32: the fastest format on most CPUs, and one in which greedy decoding has hardly any ties.
         target = load_target(demo_path("target"), dtype=torch.float32)
         stock = load_draft(demo_path("draft"), dtype=torch.float32)
         train_prompts = load_prompts(demo_path("train.jsonl"), limit=options.num_train_prompts)
         test_prompts = load_prompts(demo_path("test.jsonl"), limit=options.num_test_prompts)
 
-    print(f"\n1/3  The target ({target.num_parameters():,} parameters) answers {len(train_prompts)} training queries.")
+    console.rule("1/3  the target answers")
+    console.print(f"A target of {target.num_parameters():,} parameters answers {len(train_prompts)} training queries.")
     answers = generate_alignment_data(
         target,
         tokenizer,
@@ -63,18 +68,84 @@ def run(argv: list[str]) -> int:
         batch_size=32,
         seed=options.seed,
     )
-    print(f"\n2/3  The stock draft ({stock.num_parameters():,} parameters) learns from the target's distributions.")
+    console.rule("2/3  the draft learns")
+    console.print(f"A stock draft of {stock.num_parameters():,} parameters learns from the target's distributions.")
     trainer = distil(target, answers, tokenizer, options)
-    draft = trainer.model.eval()
-    print(f"\n3/3  Stock and distilled draft are measured on {len(test_prompts)} test queries.")
+
+    console.rule("3/3  both drafts are measured")
+    draft = load_draft(trainer.args.output_dir, dtype=torch.float32)
     report = evaluate_draft(
         draft,
         target,
         tokenizer,
-        prompts=test_prompts,
+        test_prompts,
         baseline=stock,
+        temperatures=(0.0, 1.0),
         max_new_tokens=options.max_new_tokens,
+        batch_size=16,
         seed=options.seed,
+        source="the demo pair's test queries",
+        domain="function calling",
     )
-    ...
+    write(report, trainer, draft, out)
+    console.print(report.table())
+    for warning in report.warnings:
+        console.print(f"[yellow]note:[/yellow] {warning}")
+    console.print(_ending(report, out))
     return 0
+
+
+def distil(target: Any, answers: Dataset, tokenizer: Any, options: QuickstartOptions) -> DraftDistillTrainer:
+    """Distil a fresh copy of the stock draft on the target's answers, and save it into `OUT/draft`."""
+    trainer = DraftDistillTrainer(
+        model=demo_path("draft"),
+        target_model=target,
+        args=DraftDistillConfig(
+            output_dir=str(Path(options.output_dir) / "draft"),
+            num_train_epochs=options.num_train_epochs,
+            per_device_train_batch_size=16,
+            learning_rate=2e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=10,
+            logging_steps=20,
+            save_strategy="no",
+            report_to="none",
+            seed=options.seed,
+        ),
+        train_dataset=answers,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def write(report: SpeculationReport, trainer: DraftDistillTrainer, draft: Any, out: Path) -> None:
+    """The report, the plot, and the draft with its tuned length and its card."""
+    report.save(out / "report.json")
+    folder = Path(trainer.args.output_dir)
+    if report.recommendation is not None:
+        store_draft_length(draft, report.recommendation.num_assistant_tokens)
+        store_draft_length(trainer.model, report.recommendation.num_assistant_tokens)
+        draft.generation_config.save_pretrained(folder)
+    report.save(folder / "report.json")
+    save_figure(block_efficiency_figure(report), folder / PLOT)
+    trainer.create_model_card(
+        model_name="draftkd-quickstart", report=report, plots={"Block efficiency by draft length": PLOT}
+    )
+
+
+def _ending(report: SpeculationReport, out: Path) -> str:
+    draft, target = os.path.relpath(out / "draft"), os.path.relpath(demo_path("target"))
+    reason = f"{report.recommendation.reason}\n" if report.recommendation is not None else ""
+    return f"""
+{reason}
+Written: {out / "report.json"}, {out / "draft"} (weights, tokenizer, README.md, {PLOT})
+
+Use the draft:
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer, target = AutoTokenizer.from_pretrained("{target}"), AutoModelForCausalLM.from_pretrained("{target}")
+    draft = AutoModelForCausalLM.from_pretrained("{draft}")
+    target.generate(**tokenizer("Hello", return_tensors="pt"), assistant_model=draft)
+"""

@@ -235,7 +235,8 @@ def open_dataset(
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         if path.is_file():
-            return _read_file(path, text_column)
+            # A file has no splits but itself.
+            return _pick_split(DatasetDict(train=_read_file(path, text_column)), split)
         return _pick_split(_load(str(path) if path.is_dir() else str(source), config, path.is_dir()), split)
     if isinstance(source, Sequence):
         if not source:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
 
 from hf_draftkd.acceptance import AcceptanceCounts
+from hf_draftkd.models.draft_length import draft_length_settings
 
 # The private method of `GenerationMixin` that returns the candidate generator of one `generate` call.
 _FACTORY = "_get_candidate_generator"
@@ -125,9 +126,6 @@ def observe_steps(
 def fixed_draft_length(draft_model: PreTrainedModel, num_assistant_tokens: int) -> Iterator[None]:
     """Make the draft propose exactly `num_assistant_tokens` tokens a step, and put its settings back afterwards.
 
-    transformers reads the draft length, its schedule and the confidence at which drafting stops early from the
-    *draft's* generation config; its defaults (20, "constant", 0.4) do not give a fixed length.
-
     Args:
         draft_model: The model passed as `assistant_model`.
         num_assistant_tokens: γ, at least 1.
@@ -135,13 +133,7 @@ def fixed_draft_length(draft_model: PreTrainedModel, num_assistant_tokens: int) 
     Raises:
         ValueError: γ is not a positive whole number.
     """
-    if num_assistant_tokens != int(num_assistant_tokens) or num_assistant_tokens < 1:
-        raise ValueError(f"`num_assistant_tokens` must be a whole number, 1 or above, got {num_assistant_tokens}.")
-    fixed = {
-        "num_assistant_tokens": int(num_assistant_tokens),
-        "num_assistant_tokens_schedule": "constant",
-        "assistant_confidence_threshold": 0.0,
-    }
+    fixed = draft_length_settings(num_assistant_tokens)
     config = _unwrap(draft_model).generation_config
     before = {name: getattr(config, name) for name in fixed}
     config.update(**fixed)
@@ -218,7 +210,7 @@ def _synchronized_clock() -> float:
     return perf_counter()
 
 
-def _unwrap(model: nn.Module) -> Any:
+def _unwrap(model: Any) -> Any:
     """The model whose own `generate` runs, below the wrappers that only pass the call on."""
     while True:
         if hasattr(model, "get_base_model"):  # PEFT

@@ -105,8 +105,8 @@ class Measurement:
         count = max(len(set(texts.prompts)) for texts in self.text_sets)
         if count < _FEW_PROMPTS:
             self.warnings.append(
-                f"Only {count} prompt{'s' if count > 1 else ''}: intervals from fewer than {_FEW_PROMPTS} are too narrow "
-                "to be trusted."
+                f"Only {count} prompt{'s' if count > 1 else ''}: intervals from fewer than {_FEW_PROMPTS} are too "
+                "narrow to be trusted."
             )
         return PromptInfo(source=source or "given", count=count, sha256=content_hash(contents))
 
@@ -248,13 +248,13 @@ class Measurement:
         words = ", ".join(f"{name} {value:g}" for name, value in texts.setting.to_dict().items())
         if share < _PLAUSIBLE:
             self.warnings.append(
-                f"Only {share:.1%} of the tokens recorded under {words} could have been written by this target so: they "
-                "come from another model or setting. Acceptance rates are given, block efficiencies are not."
+                f"Only {share:.1%} of the tokens recorded under {words} could have been written by this target so: "
+                "they come from another model or setting. Acceptance rates are given, block efficiencies are not."
             )
         elif share < 1:
             self.warnings.append(
-                f"{1 - share:.2%} of the tokens written under {words} are not what one forward pass of the target gives: "
-                f"near-ties that rounding in {self.target_model.dtype} decides."
+                f"{1 - share:.2%} of the tokens written under {words} are not what one forward pass of the target "
+                f"gives: near-ties that rounding in {self.target_model.dtype} decides."
             )
 
     def _state_inherited_settings(self) -> None:
@@ -273,7 +273,8 @@ class Measurement:
         ]
         if carried and used and used != {(own.top_p or 1.0, own.top_k or 0)}:
             self.warnings.append(
-                f"The target's generation config carries {', '.join(carried)}, which the settings measured here replace."
+                f"The target's generation config carries {', '.join(carried)}, which the settings measured here "
+                "replace."
             )
 
 
@@ -312,4 +313,3 @@ def assisted_result(
 
 def _is_of(result: SettingResult, setting: DecodingSetting) -> bool:
     return all(getattr(result, name) == value for name, value in setting.to_dict().items())
-

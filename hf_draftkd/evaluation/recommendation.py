@@ -1,4 +1,4 @@
-"""Is it worth it? From block efficiency and measured times to a draft length, and to a sentence a person understands."""
+"""Is it worth it? From block efficiency and measured times to a draft length and a sentence a person understands."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -73,9 +73,9 @@ def recommend(setting: SettingResult, latency: LatencyResult, name: str) -> Reco
     cost = times.relative_cost
     if worth_it:
         reason = (
-            f"Worth it for {name}: {_tokens(length)} a step give{'s' if length == 1 else ''} {efficiency[length]:.2f} tokens per target call and is "
-            f"predicted to decode {best.predicted_speedup:.2f} times as fast here; a draft step takes {cost:.0%} of a "
-            "target step."
+            f"Worth it for {name}: {_tokens(length)} a step give{'s' if length == 1 else ''} {efficiency[length]:.2f} "
+            f"tokens per target call and {'is' if length == 1 else 'are'} predicted to decode "
+            f"{best.predicted_speedup:.2f} times as fast here; a draft step takes {cost:.0%} of a target step."
         )
     else:
         need = (

@@ -4,6 +4,7 @@
 figure that was not measured is absent from the JSON, never null. Shares and rates lie in 0…1, times are seconds.
 """
 
+# ruff: noqa: RUF009 - `key` returns a `dataclasses.field`
 import json
 import os
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ class GenerateOverhead:
 
 @dataclass(kw_only=True)
 class LatencyResult:
-    """Median wall-clock of single forward passes with a filled cache."""
+    """Wall-clock of single forward passes with a filled cache: the 20th percentile, as on an idle machine."""
 
     context_length: int = key("Tokens in the cache while measuring.")
     target_step_seconds: float = key("One token through the target.")
@@ -189,7 +190,9 @@ class PairedDifference:
     repetition_penalty: float = key("As in the setting.", default=1.0)
     verification: str = key("As in the setting.")
     acceptance_rate: Estimate = key("Difference of acceptance rates.")
-    block_efficiency: dict[int, Estimate] | None = key("Difference of block efficiencies by draft length.", default=None)
+    block_efficiency: dict[int, Estimate] | None = key(
+        "Difference of block efficiencies by draft length.", default=None
+    )
 
 
 @dataclass(kw_only=True)
@@ -214,13 +217,17 @@ class SpeculationReport:
     max_new_tokens: int = key("Longest completion measured, in tokens.")
     settings: list[SettingResult] = key("One entry per decoding setting and verification rule.")
     latency: LatencyResult | None = key("Step times on this machine.", default=None)
-    recommendation: Recommendation | None = key("Overall: the setting where the draft helps least decides.", default=None)
+    recommendation: Recommendation | None = key(
+        "Overall: the setting where the draft helps least decides.", default=None
+    )
     baseline: DraftResult | None = key("The draft compared against, usually the stock one.", default=None)
     paired_difference: list[PairedDifference] | None = key("Draft minus baseline.", default=None)
     warnings: list[str] = key("What a reader must know before trusting a figure.", default_factory=list)
     groups: dict[str, list[SettingResult]] | None = key("The settings again, by domain or category.", default=None)
     drafts: list[DraftResult] | None = key("Several drafts, the best first.", default=None)
-    lossy: list[dict[str, Any]] | None = key("Lossy decoding: acceptance against distance from the target.", default=None)
+    lossy: list[dict[str, Any]] | None = key(
+        "Lossy decoding: acceptance against distance from the target.", default=None
+    )
     self_check: SelfCheck | None = key("Computed figures against counted ones.", default=None)
 
     def to_dict(self) -> dict[str, Any]:

@@ -70,7 +70,9 @@ def _read(expected: Any, data: Any, where: str) -> Any:
     if origin is dict:
         _check(isinstance(data, dict), "an object", data, where)
         key_type, value_type = get_args(expected)
-        return {_read_key(key_type, name, where): _read(value_type, item, f"{where}.{name}") for name, item in data.items()}
+        return {
+            _read_key(key_type, name, where): _read(value_type, item, f"{where}.{name}") for name, item in data.items()
+        }
     if expected is float:
         _check(isinstance(data, (int, float)) and not isinstance(data, bool), "a number", data, where)
         return float(data)

@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from hf_draftkd.acceptance import Estimate
-from hf_draftkd.evaluation.report import DraftResult, PairedDifference, SettingResult, SpeculationReport
+from hf_draftkd.evaluation.report import PairedDifference, SettingResult, SpeculationReport
 
 # The rules that are not transformers' own: those are what a bare temperature means.
 _RULES = {"greedy_draft": "greedy draft", "exact_match": "exact match"}
@@ -26,9 +26,18 @@ def setting_name(setting: SettingResult | PairedDifference) -> str:
     return ", ".join(parts)
 
 
+def named_settings(report: SpeculationReport) -> list[tuple[str, list[SettingResult]]]:
+    """Every draft of a report with its settings, under the name to show: baseline first, or the drafts as ranked."""
+    if report.drafts:
+        return [(result.draft.name, result.settings) for result in report.drafts]
+    if report.baseline is not None:
+        return [("baseline", report.baseline.settings), ("draft", report.settings)]
+    return [("draft", report.settings)]
+
+
 def report_table(report: SpeculationReport) -> Table:
     """One column for the baseline, one for the draft (or each of several), one for the paired difference."""
-    columns = _columns(report)
+    columns = named_settings(report)
     length = report.num_assistant_tokens
     table = Table(
         title=f"{report.draft.name} for {report.target.name}",
@@ -36,6 +45,7 @@ def report_table(report: SpeculationReport) -> Table:
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
+        pad_edge=False,
     )
     table.add_column("", no_wrap=True)
     for name, _ in columns:
@@ -51,7 +61,7 @@ def report_table(report: SpeculationReport) -> Table:
             cells = [show(settings[index]) for _, settings in columns]
             change = [_signed(changes[place]) if place < len(changes) else ""] if report.paired_difference else []
             if any(cells):
-                table.add_row(f"  {label}", *cells, *change)
+                table.add_row(f" {label}", *cells, *change)
     if report.recommendation is not None:
         table.caption = report.recommendation.reason
     return table
@@ -62,21 +72,12 @@ def _figures(length: int) -> list[tuple[str, Callable[[SettingResult], str]]]:
     return [
         ("acceptance rate", lambda result: _interval(result.acceptance_rate)),
         (f"tokens/call, γ={length}", lambda result: _interval((result.block_efficiency or {}).get(length))),
-        (f"memory-bound, γ={length}", lambda result: _times((result.mbsu or {}).get(length))),
-        ("predicted, best γ", _prediction),
-        ("measured with γ", _measured_length),
-        ("measured speed-up", _measured),
+        (f"MBSU, γ={length}", lambda result: _times((result.mbsu or {}).get(length))),
+        ("predicted, at γ", _prediction),
+        ("measured at γ", _measured_length),
+        ("measured", _measured),
         ("tokens/s", _rate),
     ]
-
-
-def _columns(report: SpeculationReport) -> list[tuple[str, list[SettingResult]]]:
-    if report.drafts:
-        return [(draft.draft.name, draft.settings) for draft in report.drafts]
-    columns = [("draft", report.settings)]
-    if isinstance(report.baseline, DraftResult):
-        columns.insert(0, ("baseline", report.baseline.settings))
-    return columns
 
 
 def _interval(estimate: Estimate | None) -> str:

@@ -84,8 +84,8 @@ def recorded_texts(dataset: Dataset, settings: Sequence[DecodingSetting] | None 
         generated = [row for row, source in enumerate(dataset["ids_source"]) if source == "generated"]
         if not generated:
             raise ValueError(
-                "Every row's tokens come from encoding an endpoint's text again, so they may not be the ones the target "
-                "wrote. Give prompts instead: the target then answers them here."
+                "Every row's tokens come from encoding an endpoint's text again, so they may not be the ones the "
+                "target wrote. Give prompts instead: the target then answers them here."
             )
         dataset = dataset.select(generated)
     columns = zip(*(dataset[name] for name in _SETTING_COLUMNS), strict=True)

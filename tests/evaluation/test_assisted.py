@@ -99,9 +99,9 @@ def test_an_exception_restores_the_target(pair):
     """A failing generate call that leaves the listener on the model for good."""
     draft, target = pair
     before = dict(target.__dict__)
+    prompts = tiny_prompts(tiny_tokenizer(), 1)[0].repeat(2, 1)
     with pytest.raises(ValueError, match="batch_size = 1"), count_acceptance(target) as counts:
-        prompt = tiny_prompts(tiny_tokenizer(), 1)[0]
-        target.generate(prompt.repeat(2, 1), assistant_model=draft, max_new_tokens=4)
+        target.generate(prompts, assistant_model=draft, max_new_tokens=4)
     assert target.__dict__ == before
     assert counts.num_spec_steps == 0
 
@@ -228,14 +228,15 @@ def test_prompt_lookup_is_counted(pair):
 def test_a_draft_with_another_tokenizer_is_counted(setting):
     """The other-tokenizer generators propose target ids after a detour through text."""
     # Vocabularies that overlap in part: transformers fails where the draft's is a mere subset.
-    target_tokenizer, draft_tokenizer = tiny_tokenizer(300), tiny_tokenizer(280, text=["any other words, and whatever else there is"] * 3)
+    target_tokenizer, draft_tokenizer = (
+        tiny_tokenizer(300),
+        tiny_tokenizer(280, text=["any other words, and whatever else there is"] * 3),
+    )
     draft, target = tiny_llama(3, 280), tiny_llama(0, 300)
     prompt = tiny_prompts(target_tokenizer, 1)[0]
     steps: list[AssistedStep] = []
     with fixed_draft_length(draft, 3), observe_steps(target, steps.append):
-        text = generate(
-            target, draft, prompt, setting, tokenizer=target_tokenizer, assistant_tokenizer=draft_tokenizer
-        )
+        text = generate(target, draft, prompt, setting, tokenizer=target_tokenizer, assistant_tokenizer=draft_tokenizer)
     assert sum(step.num_new_tokens for step in steps) == len(text)
     for step in steps:
         assert 0 <= step.num_accepted_tokens <= step.num_draft_tokens
@@ -259,11 +260,15 @@ def test_fixed_draft_length_puts_the_drafts_settings_back(pair):
     """A measurement that changes how the draft decodes afterwards, also when it fails."""
     draft, _ = pair
     before = draft.generation_config.to_dict()
-    with pytest.raises(RuntimeError, match="stop"), fixed_draft_length(draft, 3):
+
+    def fail():
         assert draft.generation_config.num_assistant_tokens == 3
         assert draft.generation_config.assistant_confidence_threshold == 0
         assert draft.generation_config.num_assistant_tokens_schedule == "constant"
         raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"), fixed_draft_length(draft, 3):
+        fail()
     assert draft.generation_config.to_dict() == before
 
 

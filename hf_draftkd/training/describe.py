@@ -1,0 +1,127 @@
+"""What a run was, in the words of the model card: taken from the run itself, so that a card cannot claim another."""
+
+import datetime
+from typing import Any
+
+from datasets import Dataset
+
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.evaluation.provenance import versions
+from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
+from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.models.tokenizers import tokenizer_fingerprint
+from hf_draftkd.training.config import DraftDistillConfig
+
+# Arguments that shape the weights. A list of what may be shown, since others hold tokens and paths.
+_SHOWN = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "bf16",
+    "fp16",
+    "max_length",
+    "packing",
+    "padding_free",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "cross_entropy_weight",
+    "neftune_noise_alpha",
+)
+
+
+def data_facts(dataset: Any, target_name: str | None) -> dict[str, Any]:
+    """What the training rows say about themselves; nothing for a stream, which is not read twice.
+
+    Args:
+        dataset: The rows as the user gave them.
+        target_name: The target in use.
+    """
+    if not isinstance(dataset, Dataset):
+        return {}
+    facts: dict[str, Any] = {"num_rows": len(dataset), "completions": "data"}
+    columns = set(dataset.column_names)
+    if {"completion_ids", "target"} <= columns and dataset.unique("target") == [target_name]:
+        facts["completions"] = "target"
+    if "scenario" in columns:
+        facts["scenarios"] = sorted(filter(None, dataset.unique("scenario")))
+    if "completion_ids" in columns:
+        rows = dataset.select_columns(["completion_ids"]).iter(batch_size=1000)
+        facts["num_tokens"] = sum(len(ids) for batch in rows for ids in batch["completion_ids"])
+    names = list(DecodingSetting().to_dict())
+    if set(names) <= columns:
+        batches = dataset.select_columns(names).iter(batch_size=1000)
+        settings = {values for batch in batches for values in zip(*(batch[name] for name in names), strict=True)}
+        facts["sampling"] = [dict(zip(names, values, strict=True)) for values in sorted(settings)]
+    return facts
+
+
+def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
+    """How the draft of a `DraftDistillTrainer` came to be.
+
+    Args:
+        trainer: The trainer, after or during training.
+        dataset_name: Id of the training data on the Hub, where the user gives it.
+    """
+    args: DraftDistillConfig = trainer.args
+    draft = unwrapped(trainer.model)
+    target = None if trainer.target_model is None else unwrapped(trainer.target_model)
+    figures = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    metrics = {name: value for name, value in (figures[-1] if figures else {}).items() if name in _METRICS}
+    training = TrainingSummary(
+        target=trainer.target_name or None,
+        target_revision=None if target is None else getattr(target.config, "_commit_hash", None),
+        draft=trainer.draft_name or None,
+        signal="black_box" if target is None or not args.needs_target else "white_box",
+        divergence=args.divergence,
+        divergence_options=args.divergence_options or None,
+        temperature=args.temperature,
+        dataset=dataset_name,
+        peft=_adapter(trainer.model),
+        num_steps=trainer.state.global_step,
+        num_epochs=trainer.state.epoch,
+        seed=args.seed,
+        hyperparameters=_changed(args),
+        metrics=metrics or None,
+        **trainer.data_facts,
+    )
+    pair = None
+    if target is not None:
+        pair = PairFacts.from_configs(
+            draft.config,
+            target.config,
+            draft_generation_config=draft.generation_config,
+            draft_parameters=draft.num_parameters(),
+            target_parameters=target.num_parameters(),
+            tokenizer_fingerprint=tokenizer_fingerprint(trainer.processing_class),
+            has_chat_template=bool(trainer.processing_class.chat_template),
+        )
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Provenance(created=created, versions=versions(), training=training, pair=pair)
+
+
+_METRICS = ("eval_loss", "eval_acceptance_rate", "eval_block_efficiency")
+
+
+def _changed(args: DraftDistillConfig) -> dict[str, Any]:
+    fields = DraftDistillConfig.__dataclass_fields__
+    shown = {name: getattr(args, name) for name in _SHOWN}
+    # Enumerations of transformers are strings underneath.
+    shown = {
+        name: str(getattr(value, "value", value)) if isinstance(value, str) else value for name, value in shown.items()
+    }
+    return {name: value for name, value in shown.items() if value is not None and value != fields[name].default}
+
+
+def _adapter(model: Any) -> str | None:
+    config = next(iter(getattr(model, "peft_config", {}).values()), None)
+    if config is None:
+        return None
+    rank = getattr(config, "r", None)
+    return f"{getattr(config.peft_type, 'value', config.peft_type)}" + (f", rank {rank}" if rank else "")
