@@ -49,7 +49,7 @@ def commands(
     found = []
     same_size = pair.draft_vocab_size == pair.target_vocab_size
     sizes_known = None not in (pair.draft_vocab_size, pair.target_vocab_size)
-    if same_size:
+    if same_size or not sizes_known:
         found.append(_generate(draft, target, target_revision, pair, num_assistant_tokens))
         if pair.same_special_ids is not False:
             found.append(_pipeline(draft, target, target_revision, pair, num_assistant_tokens))

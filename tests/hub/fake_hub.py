@@ -33,7 +33,7 @@ class User:
 
 @dataclass
 class Fault:
-    """What to do instead of answering: `status` (with headers), `cut` the connection, or answer `after` some seconds."""
+    """What to do instead of answering: a `status` with headers, a `cut` connection, an answer `after` some seconds."""
 
     method: str
     path: re.Pattern[str]

@@ -8,7 +8,7 @@ from hf_draftkd.cli import find as find_command
 from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.hub.card import DraftModelCard
 from hf_draftkd.hub.discovery import find_drafts
-from tests.hub import samples
+from tests.hub import fake_hub, samples
 from tests.hub.fake_hub import FakeHub
 
 TARGET = samples.TARGET
@@ -151,9 +151,6 @@ def test_metadata_of_another_shape_counts_as_no_figures(hub: FakeHub, target_sha
     """Catches one broken card that keeps everybody from finding drafts."""
     add_draft(hub, "a/good", about(target_sha, alpha=0.5, tau=2.0))
     add_draft(hub, "b/hostile", None)
-    original = FakeHub.__dict__  # noqa: F841 - the handler's method is what is wrapped
-    from tests.hub import fake_hub
-
     info_of = fake_hub._Handler.info_of
 
     def with_index(self, repo_id, revision="main"):

@@ -204,7 +204,7 @@ class TestCardOnTheHub:
         assert hub.repos[ID].files()["README.md"] == b"# edited meanwhile\n"
 
     def test_licence_is_inherited_or_asked_for(self, hub: FakeHub, draft_folder: Path):
-        with pytest.raises(ValueError, match="Which licence.*Pass `license`"):
+        with pytest.raises(ValueError, match=r"Which licence.*Pass `license`"):
             push(draft_folder, license=None)
         hub.add(samples.TARGET, {"README.md": "---\nlicense: gemma\n---\n"})
         push(draft_folder, license=None)
@@ -279,7 +279,7 @@ class TestFaults:
 
     def test_nobody_logged_in(self, hub: FakeHub, draft_folder: Path, monkeypatch):
         monkeypatch.delenv("HF_TOKEN")
-        with pytest.raises(ValueError, match="Nobody is logged in.*hf auth login"):
+        with pytest.raises(ValueError, match=r"Nobody is logged in.*hf auth login"):
             push(draft_folder)
         assert hub.requests == []
 
@@ -345,7 +345,8 @@ class TestBadInput:
         wrapped.save_pretrained(tmp_path / "adapter")
         with pytest.raises(ValueError, match="not merged"):
             push(tmp_path / "adapter")
-        save_file({key: value.contiguous() for key, value in wrapped.base_model.model.state_dict().items()}, draft_folder / "model.safetensors", {"format": "pt"})  # fmt: skip
+        tensors = {key: value.contiguous() for key, value in wrapped.base_model.model.state_dict().items()}
+        save_file(tensors, draft_folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match="not merged"):
             push(draft_folder)
 
