@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from hf_draftkd.hub.markdown import python_string
 from hf_draftkd.hub.summary import PairFacts
+from hf_draftkd.models.draft_length import draft_length_settings
 
 LLAMA_CPP_MAX_VOCAB_DIFFERENCE = 128
 # A starting point where no length was tuned; the card says that it is one.
@@ -84,11 +85,7 @@ def _length_lines(name: str, pair: PairFacts, length: int | None) -> list[str]:
     """Set the length by hand where the draft's generation config does not carry it."""
     if length is None or pair.num_assistant_tokens == length:
         return []
-    options = (
-        f"num_assistant_tokens={length}",
-        'num_assistant_tokens_schedule="constant"',
-        "assistant_confidence_threshold=0.0",
-    )
+    options = (f"{key}={json.dumps(value)}" for key, value in draft_length_settings(length).items())
     return [_call(f"{name}.generation_config.update", *options)]
 
 
