@@ -15,6 +15,8 @@ COMMANDS = {
     "init": "make a draft that fits a target: from its layers, from a config, or by repairing a stock draft",
     "train": "distil a target into a draft",
     "evaluate": "measure how good one or several drafts are for a target",
+    "push": "publish a draft on the Hugging Face Hub, with a card that says how good it is",
+    "find": "find drafts for a target on the Hugging Face Hub, best first",
 }
 
 

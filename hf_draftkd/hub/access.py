@@ -21,7 +21,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-_TOKEN = re.compile(r"\b(?:hf|api_org|hf_oauth|hf_jwt)_[A-Za-z0-9._-]{8,}")
+# The forms of access tokens; `hf_draftkd` and names like it are shorter, or hold dots.
+_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|\bhf_(?:oauth|jwt)_[A-Za-z0-9._-]{20,}")
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write (huggingface.co/settings/tokens)."
 
 
@@ -95,7 +96,7 @@ def hub_errors(doing: str, *, afterwards: str, token: str | None = None) -> Iter
 def _from_response(error: HfHubHTTPError, doing: str, afterwards: str, token: str | None) -> Exception:
     status = error.response.status_code
     said = redacted(error.server_message or "", token)[:300]
-    said = f" It says: {said}" if said else ""
+    said = f" It says: {said.rstrip('.')}." if said else ""
     if isinstance(error, BadRequestError) or status == 400:
         return ValueError(f"The Hub refused the request while {doing}.{said} {afterwards}")
     if isinstance(error, GatedRepoError):

@@ -188,6 +188,7 @@ def _context(
         num_assistant_tokens=length,
     )
     parts = _parts(report)
+    sizes = {pair.draft_vocab_size, pair.target_vocab_size}
     latency = report.get("latency", {})
     return {
         "name": shown,
@@ -198,6 +199,7 @@ def _context(
         "summary": _summary(report, training, pair, target, revision, length),
         "recommendation": report.get("recommendation"),
         "commands": commands,
+        "sizes_differ": None not in sizes and len(sizes) == 2,
         "has_engines": any(command.language == "bash" for command in commands),
         "draft_length": length,
         "untuned_length": engines.UNTUNED_LENGTH,
