@@ -51,6 +51,7 @@ def generate_alignment_data(
     endpoint: str | None = None,
     endpoint_options: dict[str, Any] | None = None,
     template_options: dict[str, Any] | None = None,
+    prompt_counts: dict[str, int] | None = None,
 ) -> Dataset:
     """Have the target answer every prompt.
 
@@ -83,6 +84,7 @@ def generate_alignment_data(
         endpoint: An OpenAI-compatible server (`http://localhost:8000/v1`) that runs the target.
         endpoint_options: Options of `endpoint_backend`: `api_key`, `concurrency`, `timeout`, `max_retries`.
         template_options: Further arguments of the chat template.
+        prompt_counts: How many prompts fell to which filter (from `synthesize_prompts`, `curate_prompts`): recorded.
 
     Returns:
         One row a completion, ordered by prompt, temperature and number: `prompt`, `completion`, `prompt_ids`,
@@ -130,6 +132,7 @@ def generate_alignment_data(
         "chat_template": template_hash(tokenizer),
         "template_options": template_options,
         "prompts": {"source": source, "count": len(prompts), "sha256": prompts_hash},
+        "prompt_counts": prompt_counts,
         "settings": [{**setting.to_dict(), "num_completions": count} for setting, count in requests.items()],
         "max_new_tokens": max_new_tokens,
         "cache": cache_distributions,

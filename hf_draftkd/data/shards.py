@@ -113,7 +113,7 @@ def open_folder(folder: Path, manifest: dict[str, Any], *, write: bool = True) -
     else:
         if folder.is_file():
             raise ValueError(f"{folder} is a file. Name a folder for the shards.")
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ValueError(
                 f"{folder} is not empty and holds no {MANIFEST}, so it was not begun by this command, which will not "
                 "write over it. Name another folder."
