@@ -1,6 +1,6 @@
 """Alignment data mixed with pretraining text, so that a draft does not forget what lies outside its data.
 
-The drafter of https://arxiv.org/abs/2403.00858 was fine-tuned on nine parts of alignment data and one of pretraining text.
+The drafter of https://arxiv.org/abs/2403.00858 was fine-tuned on nine parts of alignment data to one of such text.
 """
 
 import math
@@ -38,7 +38,7 @@ def mix_datasets(alignment: Dataset, pretraining: Dataset, *, mix: str = "9:1", 
     if not len(alignment) or not len(pretraining):
         raise ValueError(f"Cannot mix {len(alignment)} rows with {len(pretraining)}: one of the data sets is empty.")
     share = second / (first + second)
-    # Enough that the alignment data run out first: the count of the others has a standard deviation of sqrt(n s) / (1 - s).
+    # Enough that the alignment data run out first: the others number n s / (1 - s), give or take sqrt(n s) / (1 - s).
     expected = len(alignment) * share / (1 - share)
     needed = math.ceil(expected + 8 * math.sqrt(len(alignment) * share) / (1 - share) + 8)
     repeated = concatenate_datasets([pretraining] * -(-needed // len(pretraining)))
