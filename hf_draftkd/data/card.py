@@ -57,10 +57,11 @@ def alignment_card(rows: Dataset, manifest: dict[str, Any], repo_id: str | None 
     is_local = Path(target).exists()
     name = Path(target).name if is_local else target  # where it lies on one machine concerns nobody else
     source = manifest["prompts"]["source"]
+    # No `configs`: the names of the shards say which split they are, and `datasets` 5.2 takes local folders of one name
+    # whose card has `configs` for the same data set, and returns the first from its cache.
     data = DatasetCardData(
         task_categories=["text-generation"],
         tags=["hf_draftkd", "speculative-decoding", "knowledge-distillation", "synthetic"],
-        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
         size_categories=[_size(len(rows))],
     )
     return DatasetCard.from_template(

@@ -59,6 +59,7 @@ def generate_alignment_data(
     endpoint_options: dict[str, Any] | None = None,
     target_revision: str | None = None,
     template_options: dict[str, Any] | None = None,
+    source: str | None = None,
     prompt_counts: dict[str, int] | None = None,
 ) -> Dataset:
     """Have the target answer every prompt.
@@ -93,6 +94,7 @@ def generate_alignment_data(
         endpoint_options: Options of `endpoint_backend`: `api_key`, `concurrency`, `timeout`, `max_retries`.
         target_revision: The revision that the target was loaded at, if not the Hub's `main`: its commit is recorded.
         template_options: Further arguments of the chat template.
+        source: What to record as the source of the prompts; by default what `prompts` says.
         prompt_counts: How many prompts fell to which filter (from `synthesize_prompts`, `curate_prompts`): recorded.
 
     Returns:
@@ -103,7 +105,7 @@ def generate_alignment_data(
     Raises:
         ValueError: A value is out of range; prompts are unusable (see `load_prompts` and `render_prompts`); or
             `output_dir` holds something else; or an endpoint refuses the connection, the key or the model.
-        RuntimeError: The disk is full, or an endpoint stopped answering. Finished shards stay valid.
+        StoppedError: The disk is full, or an endpoint stopped answering. Finished shards stay valid.
     """
     settings = decoding_settings(temperatures, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
     _require_at_least_one(max_new_tokens=max_new_tokens, num_completions=num_completions, batch_size=batch_size)
@@ -114,7 +116,8 @@ def generate_alignment_data(
             f"`target_model` is a name ({target_model!r}). Load it with `load_target`, or give `endpoint`."
         )
     template_options = template_options or {}
-    source = str(prompts) if isinstance(prompts, str | Path) else type(prompts).__name__
+    if source is None:
+        source = str(prompts) if isinstance(prompts, str | Path) else type(prompts).__name__
     prompts, prompts_hash = check_prompts(
         load_prompts(prompts),
         tokenizer,

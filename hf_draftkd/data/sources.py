@@ -73,7 +73,7 @@ def _read_file(path: Path, column: str) -> Dataset:
     dataset = load_dataset(builder, data_files=str(path), split="train")
     if builder == "text":
         dataset = dataset.filter(lambda row: row["text"].strip() != "")
-        return dataset.rename_column("text", column)
+        return dataset if column == "text" else dataset.rename_column("text", column)
     return dataset
 
 

@@ -33,7 +33,7 @@ def test_the_card_says_where_the_data_come_from(folder):
     path, rows = folder
     write_card(path, rows, "me/mats")
     written = DatasetCard.load(path / "README.md")
-    assert written.data.configs[0]["data_files"][0]["path"] == "data/train-*.parquet"
+    assert "speculative-decoding" in written.data.tags
     text = written.text
     for part in (
         'load_dataset("me/mats", split="train")',
@@ -52,10 +52,15 @@ def test_the_card_says_where_the_data_come_from(folder):
     assert "| `target_logprobs` | their" in text
 
 
-def test_the_folder_still_loads_with_its_card(folder):
+def test_the_folder_still_loads_with_its_card(folder, tmp_path, target, tokenizer):
+    """Also after another folder of the same name: with `configs` in both cards, `datasets` returns the other's rows."""
     path, rows = folder
     write_card(path, rows)
     assert load_dataset(str(path), split="train").to_list() == rows.to_list()
+    other = tmp_path / "elsewhere" / "out"
+    others = generate_alignment_data(target, tokenizer, TEXTS[:2], max_new_tokens=3, output_dir=other)
+    write_card(other, others)
+    assert load_dataset(str(other), split="train").to_list() == others.to_list()
 
 
 def test_paths_of_this_machine_are_not_published(folder, monkeypatch):
