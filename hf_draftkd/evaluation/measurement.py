@@ -9,11 +9,12 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_draftkd.acceptance import bootstrap_paired_ratio_quotient, predicted_speedup
+from hf_draftkd.acceptance import bootstrap_paired_ratio_quotient, bootstrap_ratio, predicted_speedup
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import decoding_settings, ids_without_token
 from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
-from hf_draftkd.evaluation.estimates import paired_difference, select_texts, setting_result
+from hf_draftkd.evaluation.estimates import by_prompt, paired_difference, select_texts, setting_result
+from hf_draftkd.evaluation.lossy import FORMS, LENIENCE, lossy_values
 from hf_draftkd.evaluation.provenance import content_hash, model_info
 from hf_draftkd.evaluation.recommendation import (
     expected_efficiency,
@@ -28,10 +29,13 @@ from hf_draftkd.evaluation.report import (
     AssistedResult,
     DraftResult,
     LatencyResult,
+    LossyPoint,
     PairedDifference,
     PromptInfo,
+    SelfCheck,
     SettingResult,
 )
+from hf_draftkd.evaluation.self_check import CHECKED_LENGTHS, self_check
 from hf_draftkd.evaluation.tables import setting_name
 from hf_draftkd.evaluation.teacher_forced import AS_TRANSFORMERS, EXACT, PassResult, score_texts
 from hf_draftkd.evaluation.texts import TextSet, generated_texts, recorded_texts
@@ -110,8 +114,8 @@ class Measurement:
             )
         return PromptInfo(source=source or "given", count=count, sha256=content_hash(contents))
 
-    def score(self, drafts: Sequence[PreTrainedModel]) -> list[DraftResult]:
-        """One pass of target and drafts over every text set."""
+    def score(self, drafts: Sequence[PreTrainedModel], *, is_lossy: bool = False) -> list[DraftResult]:
+        """One pass of target and drafts over every text set; `is_lossy` adds what `lossy_curve` needs."""
         vocab_size = min(shared_vocab_size(draft, self.target_model, self.tokenizer) for draft in drafts)
         total = sum(len(texts.texts) for texts in self.text_sets)
         with logging.tqdm(total=total, desc="Scoring texts", unit="text") as bar:
@@ -124,6 +128,7 @@ class Measurement:
                     texts.setting,
                     vocab_size=vocab_size,
                     verification=self.verification,
+                    per_token=lossy_values if is_lossy and not texts.setting.is_greedy else None,
                     batch_size=self.batch_size,
                     on_texts=bar.update,
                 )
@@ -156,6 +161,86 @@ class Measurement:
             return None
         return {name: self._settings(index, draft, group=name) for name in names}
 
+    def check_itself(self, draft: PreTrainedModel, num_prompts: int) -> SelfCheck:
+        """Computed figures against counted ones, on a few of the prompts."""
+        prompts = self._spread_prompts(num_prompts)
+        settings = [texts.setting for texts in self.text_sets]
+        total = len(prompts) * len(settings) * len(CHECKED_LENGTHS)
+        with logging.tqdm(total=total, desc="Checking against real decoding", unit="text") as bar:
+            found = self_check(
+                self.target_model,
+                draft,
+                prompts,
+                settings,
+                vocab_size=shared_vocab_size(draft, self.target_model, self.tokenizer),
+                max_new_tokens=self.max_new_tokens,
+                suppress_tokens=self.suppressed,
+                seed=self.seed,
+                on_prompt=bar.update,
+            )
+        if not found.equal:
+            self.warnings.append(
+                "The self-check found computed figures that real decoding does not confirm (see `self_check`). In low "
+                "precision near-ties do this; in float32 it is a fault worth reporting."
+            )
+        return found
+
+    def lossy_curve(
+        self, index: int, draft: PreTrainedModel, result: DraftResult, num_prompts: int
+    ) -> list[LossyPoint]:
+        """What lossy verification would gain and cost, for every sampled setting.
+
+        Args:
+            index: Which of the scored drafts.
+            draft: The draft.
+            result: Its figures; where it was timed, so is real decoding with `assistant_ensemble_weight`.
+            num_prompts: Prompts for real decoding.
+        """
+        points = []
+        for texts, scored in zip(self.text_sets, self.passes, strict=True):
+            if texts.setting.is_greedy:
+                continue
+            tokens = next(iter(scored.drafts[index].values())).num_tokens
+            for form in FORMS:
+                for lenience in LENIENCE:
+                    acceptance, distance = (
+                        bootstrap_ratio(
+                            *by_prompt(texts.prompts, scored.extra[index][f"{name} {form} {lenience}"], tokens)
+                        )
+                        for name in ("acceptance", "distance")
+                    )
+                    point = LossyPoint(
+                        **texts.setting.to_dict(),
+                        form=form,
+                        lenience=lenience,
+                        acceptance_rate=acceptance,
+                        distance=distance,
+                    )
+                    if form == "ensemble" and lenience < 1 and result.latency is not None:
+                        point.assisted = self._time_ensemble(draft, texts, result, lenience, num_prompts)
+                    points.append(point)
+        return points
+
+    def _time_ensemble(
+        self, draft: PreTrainedModel, texts: TextSet, result: DraftResult, weight: float, num_prompts: int
+    ) -> AssistedResult:
+        length = _timed_length(result) or self.reported_length
+        prompts = self._spread_prompts(num_prompts)
+        with logging.tqdm(total=len(prompts), desc=f"Timing ensemble weight {weight}", unit="prompt") as bar:
+            times = time_decoding(
+                self.target_model,
+                draft,
+                prompts,
+                texts.setting,
+                max_new_tokens=self.max_new_tokens,
+                num_assistant_tokens=length,
+                suppress_tokens=self.suppressed,
+                seed=self.seed,
+                on_prompt=bar.update,
+                assistant_ensemble_weight=weight,
+            )
+        return assisted_result(times, length)
+
     def time(self, draft: PreTrainedModel, result: DraftResult, num_prompts: int) -> None:
         """Time steps and real decoding of one draft, and judge it; fills in `result`."""
         prompts = self._spread_prompts(num_prompts)
@@ -183,7 +268,8 @@ class Measurement:
                 )
                 for setting in result.settings:
                     if is_transformers_rule(setting) and _is_of(setting, texts.setting):
-                        setting.assisted = assisted_result(times, length, setting, result.latency)
+                        setting.assisted = assisted_result(times, length)
+                        compare_with_prediction(setting, result.latency)
         for setting in result.settings:
             setting.recommendation = recommend(setting, result.latency, setting_name(setting))
         names = [setting_name(setting) for setting in result.settings]
@@ -283,15 +369,13 @@ def own_penalty(target_model: PreTrainedModel) -> float:
     return target_model.generation_config.repetition_penalty or 1.0
 
 
-def assisted_result(
-    times: DecodingTimes, num_assistant_tokens: int, setting: SettingResult, latency: LatencyResult
-) -> AssistedResult:
-    """Counts and speed of real decoding, beside what was predicted for it."""
+def assisted_result(times: DecodingTimes, num_assistant_tokens: int) -> AssistedResult:
+    """Counts and speed of real decoding."""
     counts = times.counts
     speedup = bootstrap_paired_ratio_quotient(
         times.assisted_tokens, times.assisted_seconds, times.plain_tokens, times.plain_seconds
     )
-    result = AssistedResult(
+    return AssistedResult(
         num_assistant_tokens=num_assistant_tokens,
         num_prompts=len(times.plain_tokens),
         **counts.to_dict(),
@@ -302,13 +386,22 @@ def assisted_result(
         num_identical=times.num_identical,
         differences=times.differences or None,
     )
-    efficiency = expected_efficiency(setting)
-    if efficiency:
-        tokens_per_call = efficiency[num_assistant_tokens]
-        result.predicted_speedup = predicted_speedup(tokens_per_call, num_assistant_tokens, generate_latency(latency))
-        limit = predicted_speedup(tokens_per_call, num_assistant_tokens, forward_latency(latency))
-        result.share_of_limit = speedup.value / limit
-    return result
+
+
+def compare_with_prediction(setting: SettingResult, latency: LatencyResult) -> None:
+    """Put what was predicted, and what forward passes alone would allow, beside the measured speed-up."""
+    found, efficiency = setting.assisted, expected_efficiency(setting)
+    if found is None or found.speedup is None or not efficiency:
+        return
+    length = found.num_assistant_tokens
+    found.predicted_speedup = predicted_speedup(efficiency[length], length, generate_latency(latency))
+    found.share_of_limit = found.speedup.value / predicted_speedup(efficiency[length], length, forward_latency(latency))
+
+
+def _timed_length(result: DraftResult) -> int | None:
+    """The draft length real decoding was timed with, if it was."""
+    lengths = [setting.assisted.num_assistant_tokens for setting in result.settings if setting.assisted is not None]
+    return lengths[0] if lengths else None
 
 
 def _is_of(result: SettingResult, setting: DecodingSetting) -> bool:

@@ -83,6 +83,103 @@ def acceptance_by_position_figure(report: SpeculationReport) -> "Figure":
     return figure
 
 
+def speed_figure(report: SpeculationReport) -> "Figure":
+    """Predicted beside measured speed-up for every draft and setting that was timed; 1 is plain decoding.
+
+    Raises:
+        ValueError: The report holds no measured speed-up.
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _figure("", "times the plain speed")
+    timed = [
+        (name, setting, setting.assisted)
+        for name, settings in named_settings(report)
+        for setting in settings
+        if setting.assisted is not None and setting.assisted.speedup is not None
+    ]
+    _require(len(timed), "measured speed-up")
+    for place, (_, _, found) in enumerate(timed):
+        speedup = found.speedup
+        assert speedup is not None
+        bounds = [
+            [speedup.value - _or(speedup.low, speedup.value)],
+            [_or(speedup.high, speedup.value) - speedup.value],
+        ]
+        if found.predicted_speedup is not None:
+            axes.bar(place - 0.2, found.predicted_speedup, 0.38, color=_COLOURS[5], label="predicted")
+        axes.bar(place + 0.2, speedup.value, 0.38, yerr=bounds, capsize=3, color=_COLOURS[0], label="measured")
+    axes.axhline(1, color="black", linewidth=1)
+    names = [f"{name}\n{setting_name(setting)}\nγ={found.num_assistant_tokens}" for name, setting, found in timed]
+    axes.set_xticks(range(len(timed)), names)
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), frameon=False)
+    return figure
+
+
+def group_figure(report: SpeculationReport) -> "Figure":
+    """Tokens per target call by group, at the report's draft length, with 95% intervals.
+
+    Raises:
+        ValueError: The report holds no groups.
+        ImportError: matplotlib is not installed.
+    """
+    groups = report.groups or {}
+    figure, axes = _figure(f"tokens per target call, γ = {report.num_assistant_tokens}", "")
+    drawn = 0
+    for place, settings in enumerate(groups.values()):
+        for style, setting in enumerate(setting for setting in settings if setting.block_efficiency):
+            estimate = (setting.block_efficiency or {})[report.num_assistant_tokens]
+            bounds = [
+                [estimate.value - _or(estimate.low, estimate.value)],
+                [_or(estimate.high, estimate.value) - estimate.value],
+            ]
+            axes.errorbar(
+                estimate.value,
+                place + 0.15 * style,
+                xerr=bounds,
+                fmt="o",
+                capsize=3,
+                color=_COLOURS[style % len(_COLOURS)],
+                label=setting_name(setting) if place == 0 else None,
+            )
+            drawn += 1
+    _require(drawn, "block efficiency by group")
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.invert_yaxis()
+    axes.legend(frameon=False)
+    return figure
+
+
+def lossy_figure(report: SpeculationReport) -> "Figure":
+    """Acceptance of lossy decoding against how far its output moves from the target's.
+
+    Raises:
+        ValueError: The report holds no lossy curve.
+        ImportError: matplotlib is not installed.
+    """
+    points = report.lossy or []
+    _require(len(points), "lossy curve")
+    figure, axes = _figure("distance from the target (total variation a position)", "acceptance rate")
+    settings = {point.temperature: None for point in points}
+    for style, temperature in enumerate(settings):
+        for index, form in enumerate(dict.fromkeys(point.form for point in points)):
+            curve = [point for point in points if point.form == form and point.temperature == temperature]
+            axes.plot(
+                [point.distance.value for point in curve],
+                [point.acceptance_rate.value for point in curve],
+                _STYLES[style % len(_STYLES)],
+                # The curves lie close to each other: smaller marks on top keep all of them visible.
+                marker="o",
+                markersize=9 - 2 * index,
+                color=_COLOURS[index % len(_COLOURS)],
+                label=f"{form}, temperature {temperature:g}" if len(settings) > 1 else form,
+            )
+    axes.set_ylim(top=1)
+    axes.legend(frameon=False)
+    return figure
+
+
 def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> Path:
     """Write a figure in the format its name ends with; a reader never sees half a file."""
     path = Path(path)

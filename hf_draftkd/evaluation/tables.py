@@ -1,6 +1,7 @@
 """The report as a console table: one column a draft, one block of rows a decoding setting."""
 
 from collections.abc import Callable
+from pathlib import PurePath
 
 from rich import box
 from rich.table import Table
@@ -28,19 +29,24 @@ def setting_name(setting: SettingResult | PairedDifference) -> str:
 
 def named_settings(report: SpeculationReport) -> list[tuple[str, list[SettingResult]]]:
     """Every draft of a report with its settings, under the name to show: baseline first, or the drafts as ranked."""
+    named = [("draft", report.settings)]
     if report.drafts:
-        return [(result.draft.name, result.settings) for result in report.drafts]
+        named = [
+            (f"{place}. {PurePath(result.draft.name).name}", result.settings)
+            for place, result in enumerate(report.drafts, start=1)
+        ]
     if report.baseline is not None:
-        return [("baseline", report.baseline.settings), ("draft", report.settings)]
-    return [("draft", report.settings)]
+        named.insert(0, ("baseline", report.baseline.settings))
+    return named
 
 
 def report_table(report: SpeculationReport) -> Table:
     """One column for the baseline, one for the draft (or each of several), one for the paired difference."""
     columns = named_settings(report)
+    differences = report.paired_difference if not report.drafts else None
     length = report.num_assistant_tokens
     table = Table(
-        title=f"{report.draft.name} for {report.target.name}",
+        title=f"{PurePath(report.draft.name).name} for {PurePath(report.target.name).name}",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -50,16 +56,16 @@ def report_table(report: SpeculationReport) -> Table:
     table.add_column("", no_wrap=True)
     for name, _ in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    if report.paired_difference:
+    if differences:
         table.add_column("difference", justify="right", no_wrap=True)
     for index, setting in enumerate(report.settings):
-        difference = report.paired_difference[index] if report.paired_difference else None
+        difference = differences[index] if differences else None
         changes = (difference.acceptance_rate, (difference.block_efficiency or {}).get(length)) if difference else ()
         table.add_section()
         table.add_row(f"[bold]{setting_name(setting)}[/bold]", *[""] * (len(table.columns) - 1))
         for place, (label, show) in enumerate(_figures(length)):
             cells = [show(settings[index]) for _, settings in columns]
-            change = [_signed(changes[place]) if place < len(changes) else ""] if report.paired_difference else []
+            change = [_signed(changes[place]) if place < len(changes) else ""] if differences else []
             if any(cells):
                 table.add_row(f" {label}", *cells, *change)
     if report.recommendation is not None:
