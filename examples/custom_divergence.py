@@ -1,6 +1,6 @@
 """A loss of your own: override one method. Here: squared Hellinger distance, H²(p, q) = 1 − Σ √(p·q).
 
-    python examples/custom_divergence.py [--max_steps 30]
+python examples/custom_divergence.py [--max_steps 30]
 """
 
 from trl import TrlParser
@@ -12,8 +12,8 @@ from hf_draftkd.models.loading import load_tokenizer
 
 
 class HellingerTrainer(DraftDistillTrainer):
-    def token_loss(self, draft_logits, target_logits, tokens):
-        log_q, log_p = draft_logits.float().log_softmax(-1), target_logits.float().log_softmax(-1)
+    def token_loss(self, draft_logits, target_logits):
+        log_q, log_p = draft_logits.log_softmax(-1), target_logits.log_softmax(-1)
         return 1 - (0.5 * (log_p + log_q)).exp().sum(-1)
 
 

@@ -19,9 +19,12 @@ class InitOptions:
     target_model_revision: str | None = field(default=None, metadata={"help": "Revision of the target."})
     output_dir: str | None = field(default=None, metadata={"help": "Where the draft is written."})
     model: str | None = field(
-        default=None, metadata={"help": "A stock draft to repair: it gets the target's vocabulary size and special ids."}
+        default=None,
+        metadata={"help": "A stock draft to repair: it gets the target's vocabulary size and special ids."},
     )
-    num_layers: int | None = field(default=None, metadata={"help": "Copy so many of the target's layers, evenly spread."})
+    num_layers: int | None = field(
+        default=None, metadata={"help": "Copy so many of the target's layers, evenly spread."}
+    )
     layers: list[int] | None = field(default=None, metadata={"help": "Copy these layers of the target, from 0."})
     share: float | None = field(
         default=None, metadata={"help": "A new draft of this share of the target's parameters, such as 0.0164."}
@@ -54,7 +57,9 @@ def run(argv: list[str]) -> int:
         if options.model is not None:
             draft = align_vocabulary(load_draft(options.model, dtype=options.dtype, **trusted), target, tokenizer)
         else:
-            config = None if options.draft_config is None else AutoConfig.from_pretrained(options.draft_config, **trusted)
+            config = (
+                None if options.draft_config is None else AutoConfig.from_pretrained(options.draft_config, **trusted)
+            )
             draft = build_draft(
                 target,
                 num_layers=options.num_layers,

@@ -44,9 +44,7 @@ class QuickstartOptions:
 
 def run(argv: list[str]) -> int:
     """`draftkd quickstart *argv`; returns the exit code."""
-    (options,) = parse(
-        "quickstart", (QuickstartOptions,), argv, "Distil and measure a draft on the bundled demo pair."
-    )
+    (options,) = parse("quickstart", (QuickstartOptions,), argv, "Distil and measure a draft on the bundled demo pair.")
     console = Console()
     out = Path(options.output_dir)
     with usage_errors():

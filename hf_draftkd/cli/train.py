@@ -24,12 +24,14 @@ class TrainOptions:
         default=None, metadata={"help": "The target. Not needed for `--divergence cross_entropy`."}
     )
     dataset: str | None = field(
-        default=None, metadata={"help": "Training data: a Hub id, a file or a folder, such as `draftkd generate` writes."}
+        default=None,
+        metadata={"help": "Training data: a Hub id, a file or a folder, such as `draftkd generate` writes."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of the training data."})
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out data: a Hub id, a file or a folder; `SPLIT` of --dataset if it has one."}
+        default=None,
+        metadata={"help": "Held-out data: a Hub id, a file or a folder; `SPLIT` of --dataset if it has one."},
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output directory that is not empty."}

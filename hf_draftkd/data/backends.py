@@ -29,16 +29,14 @@ class Completion:
         finish_reason: `stop` where the target ended its text, `length` where `max_new_tokens` ended it.
         text: The text as an endpoint returned it; None where the ids are the source.
         ids_source: `generated`, or `retokenized` where an endpoint returned text only.
-        top_logprobs: Per token the likeliest ids and their log-probabilities, where an endpoint returned them.
-        logprobs: Per token its own log-probability, where an endpoint returned it.
+        distributions: The row's cache columns, where an endpoint returned log-probabilities.
     """
 
     token_ids: list[int]
     finish_reason: str
     text: str | None = None
     ids_source: str = "generated"
-    logprobs: list[float] | None = None
-    top_logprobs: list[dict[int, float]] | None = None
+    distributions: dict[str, Any] | None = None
 
 
 Backend = Callable[[list[list[int]], DecodingSetting, int, Callable[[Completion], None]], list[Completion]]

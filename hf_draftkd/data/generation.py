@@ -1,40 +1,36 @@
 """The target answers the prompts: alignment data, one row a completion, with the exact tokens it read and wrote."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from hf_draftkd.data.backends import Backend, Completion, continuous_backend, pipeline_backend
 from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.endpoint import endpoint_backend, endpoint_logprobs
 from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
 from hf_draftkd.data.provenance import package_versions, plain, template_hash, text_hash, weights_fingerprint
 from hf_draftkd.data.rows import alignment_rows
-from hf_draftkd.data.shards import (
-    load_shards,
-    open_folder,
-    remove_leftovers,
-    unfinished_shards,
-    wait_for_shards,
-    write_shard,
+from hf_draftkd.data.shards import cut_shards, run_shards
+from hf_draftkd.data.target_cache import (
+    CacheRows,
+    add_cache_columns,
+    cache_features,
+    check_cache_options,
+    distribution_cache,
+    real_vocab_size,
 )
 
-logger = logging.get_logger(__name__)
-
 SCENARIOS = ("queries", "curated", "synthetic")
-_LARGEST_SHARD = 256
 _CHUNK = 1000  # prompts rendered at a time while checking
 
 
 def generate_alignment_data(
-    target_model: PreTrainedModel,
+    target_model: "PreTrainedModel | str",
     tokenizer: PreTrainedTokenizerBase,
     prompts: "Dataset | str | Path | Sequence[Any]",
     *,
@@ -51,6 +47,9 @@ def generate_alignment_data(
     shard_size: int | None = None,
     skip_too_long: bool = False,
     continuous_batching: bool = False,
+    cache_distributions: dict[str, Any] | None = None,
+    endpoint: str | None = None,
+    endpoint_options: dict[str, Any] | None = None,
     template_options: dict[str, Any] | None = None,
 ) -> Dataset:
     """Have the target answer every prompt.
@@ -60,7 +59,7 @@ def generate_alignment_data(
     call goes on where a killed one was. Started by `accelerate launch` or `torchrun`, every process takes whole shards.
 
     Args:
-        target_model: The target, where it is to run.
+        target_model: The target, where it is to run; with `endpoint`, the name by which the server knows it.
         tokenizer: Its tokenizer.
         prompts: Anything that `load_prompts` takes. Further columns (such as `domain`) are carried along, unless the
             row format has a column of that name.
@@ -78,6 +77,11 @@ def generate_alignment_data(
         shard_size: Prompts a shard. By default a sixteenth of the prompts, at most 256.
         skip_too_long: Leave out prompts that do not fit into the context, and warn, instead of refusing them.
         continuous_batching: Use transformers' continuous batching; sampled rows can then not be repeated.
+        cache_distributions: Also keep the target's distributions, with these options of `cache_target_distributions`:
+            `{"top_k": 64}` or `{"sampled": 50}`, and `temperature` and `dtype`. With `endpoint`, `{"top_k": 5}` keeps
+            the top log-probabilities that the server returns.
+        endpoint: An OpenAI-compatible server (`http://localhost:8000/v1`) that runs the target.
+        endpoint_options: Options of `endpoint_backend`: `api_key`, `concurrency`, `timeout`, `max_retries`.
         template_options: Further arguments of the chat template.
 
     Returns:
@@ -87,99 +91,64 @@ def generate_alignment_data(
 
     Raises:
         ValueError: A value is out of range; prompts are unusable (see `load_prompts` and `render_prompts`); or
-            `output_dir` holds something else.
-        RuntimeError: The disk is full. Finished shards stay valid.
+            `output_dir` holds something else; or an endpoint refuses the connection, the key or the model.
+        RuntimeError: The disk is full, or an endpoint stopped answering. Finished shards stay valid.
     """
     settings = decoding_settings(temperatures, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
     _require_at_least_one(max_new_tokens=max_new_tokens, num_completions=num_completions, batch_size=batch_size)
     if scenario not in SCENARIOS:
         raise ValueError(f"`scenario` must be one of {', '.join(SCENARIOS)}, got {scenario!r}.")
+    if isinstance(target_model, str) and endpoint is None:
+        raise ValueError(
+            f"`target_model` is a name ({target_model!r}). Load it with `load_target`, or give `endpoint`."
+        )
     template_options = template_options or {}
     source = str(prompts) if isinstance(prompts, str | Path) else type(prompts).__name__
     prompts, prompts_hash = check_prompts(
         load_prompts(prompts),
         tokenizer,
-        context_length(target_model.config),
+        None if isinstance(target_model, str) else context_length(target_model.config),
         max_new_tokens,
         skip_too_long=skip_too_long,
         template_options=template_options,
     )
-    shards = cut_shards(len(prompts), batch_size, shard_size)
-    requests = {setting: 1 if setting.is_greedy else num_completions for setting in settings}
-    suppressed = ids_without_token(target_model, tokenizer)
-    backend: Backend
-    if continuous_batching:
-        backend = continuous_backend(target_model, max_new_tokens=max_new_tokens, suppress_tokens=suppressed)
-    else:
-        backend = pipeline_backend(
-            target_model, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, suppress_tokens=suppressed
+    if isinstance(target_model, str):
+        answering = _remote(
+            target_model, tokenizer, str(endpoint), max_new_tokens, cache_distributions, endpoint_options
         )
-    origin = {
-        "scenario": scenario,
-        "target": target_model.name_or_path,
-        "target_revision": getattr(target_model.config, "_commit_hash", None),
-        "seed": seed,
-    }
+    else:
+        cache = None if cache_distributions is None else {"seed": seed, **cache_distributions}
+        answering = _local(target_model, tokenizer, max_new_tokens, batch_size, continuous_batching, cache)
+
+    requests = {setting: 1 if setting.is_greedy else num_completions for setting in settings}
+    shards = cut_shards(len(prompts), batch_size, shard_size)
+    origin = {"scenario": scenario, "seed": seed}
     manifest = {
         "schema_version": 1,
         **origin,
-        "target_weights": weights_fingerprint(target_model),
-        "target_dtype": str(target_model.dtype),
+        **answering.identity,
         "chat_template": template_hash(tokenizer),
         "template_options": template_options,
         "prompts": {"source": source, "count": len(prompts), "sha256": prompts_hash},
         "settings": [{**setting.to_dict(), "num_completions": count} for setting, count in requests.items()],
         "max_new_tokens": max_new_tokens,
-        "suppressed_tokens": suppressed,
-        "backend": "continuous batching" if continuous_batching else "pipeline",
+        "cache": cache_distributions,
         "batch_size": batch_size,
         "shard_size": len(shards[0]),
         "num_shards": len(shards),
         "versions": package_versions(),
     }
+    origin |= {name: answering.identity[name] for name in ("target", "target_revision")}
 
     def make_shard(number: int, on_finished: Callable[[Completion], None]) -> Dataset:
         part = prompts.select(shards[number])
         ids = render_prompts(part, tokenizer, **template_options)
-        return answer_shard(part, ids, requests, backend, tokenizer, origin, shard=number, on_finished=on_finished)
+        answers = answer_shard(ids, requests, answering.backend, (seed, number), on_finished)
+        rows = alignment_rows(part, ids, answers, tokenizer, origin, answering.brought)
+        return rows if answering.cache is None else add_cache_columns(rows, *answering.cache, batch_size)
 
     sizes = [len(shard) * sum(requests.values()) for shard in shards]
     return run_shards(make_shard, sizes, manifest, None if output_dir is None else Path(output_dir))
-
-
-def run_shards(
-    make_shard: Callable[[int, Callable[[Completion], None]], Dataset],
-    sizes: Sequence[int],
-    manifest: dict[str, Any],
-    output_dir: Path | None,
-) -> Dataset:
-    """Make every shard that is not there yet, this process's share of them, and return all rows.
-
-    Args:
-        make_shard: (number of the shard, what to call after each completion) -> its rows.
-        sizes: Completions of each shard.
-        manifest: Everything that decides the rows.
-        output_dir: Where the shards go; None keeps them in memory.
-    """
-    count = len(sizes)
-    state = PartialState()
-    if output_dir is None:
-        if state.num_processes > 1:
-            raise ValueError("Several processes meet in a folder: give an `output_dir` that all of them can write to.")
-        with completion_progress(sum(sizes)) as on_finished:
-            return concatenate_datasets([make_shard(number, on_finished) for number in range(count)])
-    open_folder(output_dir, manifest, write=state.is_main_process)
-    unfinished = unfinished_shards(output_dir, count)
-    if len(unfinished) < count:
-        logger.warning(f"{output_dir} holds {count - len(unfinished)} of {count} shards; going on with the others.")
-    mine = [number for number in unfinished if number % state.num_processes == state.process_index]
-    with completion_progress(sum(sizes[number] for number in mine), not state.is_main_process) as on_finished:
-        for number in mine:
-            write_shard(output_dir, number, count, make_shard(number, on_finished))
-    wait_for_shards(output_dir, count)
-    if state.is_main_process:
-        remove_leftovers(output_dir)
-    return load_shards(output_dir, count)
 
 
 def check_prompts(
@@ -232,55 +201,96 @@ def ids_without_token(target_model: PreTrainedModel, tokenizer: PreTrainedTokeni
     return ids or None
 
 
-def cut_shards(num_prompts: int, batch_size: int, shard_size: int | None = None) -> list[range]:
-    """The prompts of each shard: a function of their number and the batch size, never of who does the work."""
-    if shard_size is None:
-        shard_size = min(-(-num_prompts // 16), _LARGEST_SHARD)
-    if shard_size < 1:
-        raise ValueError(f"`shard_size` must be at least 1, got {shard_size}.")
-    shard_size = -(-shard_size // batch_size) * batch_size  # whole batches
-    return [range(start, min(start + shard_size, num_prompts)) for start in range(0, num_prompts, shard_size)]
-
-
 def answer_shard(
-    prompts: Dataset,
     prompt_ids: list[list[int]],
     requests: Mapping[DecodingSetting, int],
     backend: Backend,
-    tokenizer: PreTrainedTokenizerBase,
-    origin: dict[str, Any],
-    *,
-    shard: int,
+    seed: tuple[int, ...],
     on_finished: Callable[[Completion], None],
-) -> Dataset:
-    """The rows of one shard: every prompt answered as often as each setting asks."""
+) -> dict[DecodingSetting, list[list[Completion]]]:
+    """Every prompt answered as often as each setting asks: per setting one list of completions a prompt."""
     answers = {}
     for setting, count in requests.items():
         repeated = [ids for ids in prompt_ids for _ in range(count)]
         # The setting and not its position is hashed, so that one more temperature leaves the others' rows alone.
-        completions = backend(repeated, setting, _seed(origin["seed"], shard, setting), on_finished)
+        completions = backend(repeated, setting, derived_seed(*seed, setting), on_finished)
         answers[setting] = [completions[start : start + count] for start in range(0, len(completions), count)]
-    return alignment_rows(prompts, prompt_ids, answers, tokenizer, origin)
+    return answers
 
 
-@contextmanager
-def completion_progress(total: int, disable: bool = False) -> Iterator[Callable[[Completion], None]]:
-    """A progress bar over completions that shows tokens per second and the time left."""
-    tokens, start = 0, perf_counter()
-    with logging.tqdm(total=total, desc="Target answers", unit="completion", disable=disable) as bar:
-
-        def on_finished(completion: Completion) -> None:
-            nonlocal tokens
-            tokens += len(completion.token_ids)
-            bar.update(1)
-            bar.set_postfix_str(f"{tokens / (perf_counter() - start):.0f} tokens/s", refresh=False)
-
-        yield on_finished
-
-
-def _seed(seed: int, shard: int, setting: DecodingSetting) -> int:
-    digest = hashlib.sha256(repr((seed, shard, setting)).encode()).digest()
+def derived_seed(*parts: Any) -> int:
+    """One seed for a part of the work, the same on every machine."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # below 2**63, as torch wants it
+
+
+@dataclass(frozen=True)
+class _Answering:
+    """Who answers: the backend, what the manifest says of it, and the columns that come on top of the answers."""
+
+    backend: Backend
+    identity: dict[str, Any]
+    brought: Features | None = None  # columns that the completions bring along
+    cache: tuple[CacheRows, Features] | None = None  # columns computed from the finished rows
+
+
+def _local(
+    target_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    batch_size: int,
+    continuous_batching: bool,
+    cache_options: dict[str, Any] | None,
+) -> _Answering:
+    suppressed = ids_without_token(target_model, tokenizer)
+    if continuous_batching:
+        backend = continuous_backend(target_model, max_new_tokens=max_new_tokens, suppress_tokens=suppressed)
+    else:
+        backend = pipeline_backend(
+            target_model, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, suppress_tokens=suppressed
+        )
+    identity = {
+        "target": target_model.name_or_path,
+        "target_revision": getattr(target_model.config, "_commit_hash", None),
+        "target_weights": weights_fingerprint(target_model),
+        "target_dtype": str(target_model.dtype),
+        "backend": "continuous batching" if continuous_batching else "pipeline",
+        "suppressed_tokens": suppressed,
+    }
+    cache = None if cache_options is None else _prepare_cache(target_model, tokenizer, cache_options)
+    return _Answering(backend, identity, cache=cache)
+
+
+def _remote(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    endpoint: str,
+    max_new_tokens: int,
+    cache_options: dict[str, Any] | None,
+    options: dict[str, Any] | None,
+) -> _Answering:
+    top_logprobs = endpoint_logprobs(cache_options)
+    backend = endpoint_backend(
+        endpoint, name, tokenizer, max_new_tokens=max_new_tokens, top_logprobs=top_logprobs, **(options or {})
+    )
+    brought = None if top_logprobs is None else cache_features(len(tokenizer), None, "float16")
+    return _Answering(backend, {"target": name, "target_revision": None, "backend": endpoint}, brought=brought)
+
+
+def _prepare_cache(
+    target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> tuple[CacheRows, Features]:
+    options = {"top_k": None, "sampled": None, "temperature": 1.0, "dtype": "float16", **options}
+    known = {"top_k", "sampled", "temperature", "dtype", "seed"}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"`cache_distributions` does not know {unknown[0]!r}; it takes {', '.join(sorted(known))}.")
+    vocab_size = real_vocab_size(target_model, tokenizer)
+    dtype = options.pop("dtype")
+    options["top_k"] = check_cache_options(
+        options["top_k"], options["sampled"], options["temperature"], dtype, vocab_size
+    )
+    features = cache_features(vocab_size, options["sampled"], dtype)
+    return distribution_cache(target_model, vocab_size=vocab_size, **options), features
 
 
 def _require_at_least_one(**values: int) -> None:

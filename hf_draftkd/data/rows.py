@@ -16,6 +16,7 @@ def alignment_rows(
     answers: Mapping[DecodingSetting, Sequence[Sequence[Completion]]],
     tokenizer: PreTrainedTokenizerBase,
     origin: dict[str, Any],
+    brought: Features | None = None,
 ) -> Dataset:
     """Assemble alignment data, one row a completion, in the order of prompts, then settings.
 
@@ -25,8 +26,9 @@ def alignment_rows(
         answers: Per decoding setting P lists of completions, one list a prompt.
         tokenizer: Decodes the completions, without special tokens.
         origin: `scenario`, `target`, `target_revision` and `seed` of every row.
+        brought: Columns that each completion brings along as its `distributions`.
     """
-    features = alignment_features(prompts.features)
+    features = Features({**alignment_features(prompts.features), **(brought or {})})
     columns: dict[str, list[Any]] = {name: [] for name in features}
     for number, (row, ids) in enumerate(zip(prompts, prompt_ids, strict=True)):
         for setting, completion in ((s, each) for s, lists in answers.items() for each in lists[number]):
@@ -44,6 +46,7 @@ def alignment_rows(
                 "completion_ids": completion.token_ids,
                 "ids_source": completion.ids_source,
                 "finish_reason": completion.finish_reason,
+                **(completion.distributions or dict.fromkeys(brought or {})),
             }
             for name, column in columns.items():
                 column.append(values[name])

@@ -12,18 +12,85 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers.utils import logging
+
+from hf_draftkd.data.backends import Completion
 
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
+_LARGEST_SHARD = 256
 _NOT_COMPARED = ("versions",)  # another version may still give the same rows: said, not refused
+
+
+def cut_shards(num_prompts: int, batch_size: int, shard_size: int | None = None) -> list[range]:
+    """The prompts of each shard: a function of their number and the batch size, never of who does the work."""
+    if shard_size is None:
+        shard_size = min(-(-num_prompts // 16), _LARGEST_SHARD)
+    if shard_size < 1:
+        raise ValueError(f"`shard_size` must be at least 1, got {shard_size}.")
+    shard_size = -(-shard_size // batch_size) * batch_size  # whole batches
+    return [range(start, min(start + shard_size, num_prompts)) for start in range(0, num_prompts, shard_size)]
+
+
+def run_shards(
+    make_shard: Callable[[int, Callable[[Completion], None]], Dataset],
+    sizes: Sequence[int],
+    manifest: dict[str, Any],
+    output_dir: Path | None,
+) -> Dataset:
+    """Make every shard that is not there yet, this process's share of them, and return all rows.
+
+    Args:
+        make_shard: (number of the shard, what to call after each completion) -> its rows.
+        sizes: Completions of each shard.
+        manifest: Everything that decides the rows.
+        output_dir: Where the shards go; None keeps them in memory.
+    """
+    count = len(sizes)
+    state = PartialState()
+    if output_dir is None:
+        if state.num_processes > 1:
+            raise ValueError("Several processes meet in a folder: give an `output_dir` that all of them can write to.")
+        with completion_progress(sum(sizes)) as on_finished:
+            return concatenate_datasets([make_shard(number, on_finished) for number in range(count)])
+    open_folder(output_dir, manifest, write=state.is_main_process)
+    unfinished = unfinished_shards(output_dir, count)
+    if len(unfinished) < count:
+        logger.warning(f"{output_dir} holds {count - len(unfinished)} of {count} shards; going on with the others.")
+    mine = [number for number in unfinished if number % state.num_processes == state.process_index]
+    with completion_progress(sum(sizes[number] for number in mine), not state.is_main_process) as on_finished:
+        for number in mine:
+            write_shard(output_dir, number, count, make_shard(number, on_finished))
+    wait_for_shards(output_dir, count)
+    if state.is_main_process:
+        remove_leftovers(output_dir)
+    return load_shards(output_dir, count)
+
+
+@contextmanager
+def completion_progress(
+    total: int, disable: bool = False, desc: str = "Target answers", unit: str = "completion"
+) -> Iterator[Callable[[Completion], None]]:
+    """A progress bar over completions that shows tokens per second and the time left."""
+    tokens, start = 0, perf_counter()
+    with logging.tqdm(total=total, desc=desc, unit=unit, disable=disable) as bar:
+
+        def on_finished(completion: Completion) -> None:
+            nonlocal tokens
+            tokens += len(completion.token_ids)
+            bar.update(1)
+            bar.set_postfix_str(f"{tokens / (perf_counter() - start):.0f} tokens/s", refresh=False)
+
+        yield on_finished
 
 
 def open_folder(folder: Path, manifest: dict[str, Any], *, write: bool = True) -> None:
@@ -101,6 +168,20 @@ def remove_leftovers(folder: Path) -> None:
     """Take away what a killed run left half written."""
     for path in (folder / "data").glob(".*"):
         path.unlink(missing_ok=True)
+
+
+def write_round(folder: Path, number: int, queries: list[tuple[str, bool]]) -> None:
+    """Keep one round of synthetic queries: (text, whether it came to an end)."""
+    with _replacing(folder / "data" / f"round-{number:05d}.json") as temporary:
+        temporary.write_text(json.dumps(queries, ensure_ascii=False))
+
+
+def read_round(folder: Path, number: int, wait: bool = False) -> list[tuple[str, bool]] | None:
+    """A kept round, or None if there is none. `wait`: another process is writing it."""
+    path = folder / "data" / f"round-{number:05d}.json"
+    if wait:
+        _wait_until(path.exists)
+    return [(text, finished) for text, finished in json.loads(path.read_text())] if path.exists() else None
 
 
 def _compare(there: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

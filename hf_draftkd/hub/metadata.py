@@ -98,11 +98,16 @@ def eval_results(report: Json) -> list[EvalResult]:
                 for kind, label, figure, extra in measured
                 if figure is not None
             ]
+    cost = report.get("latency", {}).get("relative_cost")
+    if cost is not None:
+        args = {"hardware": hardware_text(report.get("hardware"))}
+        label = "Draft step ÷ target step"
+        found.append(_result(report, report.get("prompts", {}).get("domain"), None, "relative_cost", label, cost, args))
     return found
 
 
 def _result(
-    report: Json, domain: str | None, setting: Json, kind: str, label: str, figure: Any, args: Json
+    report: Json, domain: str | None, setting: Json | None, kind: str, label: str, figure: Any, args: Json
 ) -> EvalResult:
     prompts = report.get("prompts", {})
     source = prompts.get("source")
@@ -117,7 +122,7 @@ def _result(
         dataset_config=one_line(domain) if domain else None,
         dataset_args=_clean({key: prompts[key] for key in ("count", "sha256") if key in prompts}) or None,
         metric_type=kind,
-        metric_name=f"{label} ({decoding_name(setting)}, {one_line(setting.get('verification', 'rule not recorded'))})",
+        metric_name=f"{label} ({decoding_name(setting)}, {one_line(setting['verification'])})" if setting else label,
         metric_value=figure["value"] if isinstance(figure, Mapping) else figure,
         metric_args=_clean(dict(args) | interval),
     )

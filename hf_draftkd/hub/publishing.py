@@ -14,22 +14,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.hub import contents, sections
-from hf_draftkd.hub.access import hub_errors, redacted, without_home, writing_token
-from hf_draftkd.hub.card import DraftModelCard, public_name, public_report
+from hf_draftkd.hub import contents, planning
+from hf_draftkd.hub.access import hub_errors, writing_token
+from hf_draftkd.hub.card import DraftModelCard, public_report
 from hf_draftkd.hub.contents import CARD_FILE, REPORT_FILE, PlannedFile, json_bytes
 from hf_draftkd.hub.figures import tuned_length
-from hf_draftkd.hub.markdown import is_hub_id
-from hf_draftkd.hub.summary import PROVENANCE_FILE, PairFacts, Provenance, TrainingSummary, read_json
-from hf_draftkd.hub.weights import WEIGHT_FILE, count_parameters, weights_checksum
-from hf_draftkd.models.tokenizers import tokenizer_fingerprint
+from hf_draftkd.hub.planning import DraftFolder
+from hf_draftkd.hub.summary import PROVENANCE_FILE
+from hf_draftkd.hub.weights import WEIGHT_FILE
 
-MAX_CARD_BYTES = 2**20
 _AGAIN = "Nothing was published, nothing on disk has changed: the same command tries again."
 
 
@@ -40,7 +37,7 @@ class Upload:
     Args:
         repo_id: The repository, with its owner.
         files: What goes in, in order.
-        deleted: Paths of stale weights in the repository that go out in the same commit.
+        deleted: Paths of an older version in the repository that go out in the same commit.
         card: The model card among `files`.
         remarks: What a person should know before (or after) it happens.
         private, revision, create_pr: As passed to `push_draft`.
@@ -67,7 +64,7 @@ class Upload:
             f"  {file.path:<{width}}  {file.size:>13,} bytes{f'  {file.remark}' if file.remark else ''}"
             for file in self.files
         ]
-        lines += [f"  {path:<{width}}  deleted: weights of an older version" for path in self.deleted]
+        lines += [f"  {path:<{width}}  deleted: belongs to an older version" for path in self.deleted]
         lines += [f"note: {remark}" for remark in self.remarks]
         return "\n".join(lines)
 
@@ -129,15 +126,13 @@ def push_draft(
     if prose not in (None, "hub", "local"):
         raise ValueError(f"`prose` must be 'hub' or 'local', got {prose!r}.")
     _check_repo_id(repo_id)
-    path = contents.check_folder(folder)
-    parameters = count_parameters(path)
-    provenance = Provenance.load(path) or Provenance()
-    found, report_folder = _find_report(path, report)
-    mismatches = _mismatches(path, parameters, found, provenance)
-    if mismatches and not allow_mismatch:
+    if create_pr and revision not in (None, "main"):
+        raise ValueError(f"A pull request is opened against main; leave out revision={revision!r} or `create_pr`.")
+    draft = planning.look_at_folder(folder, report)
+    if draft.contradictions and not allow_mismatch:
         raise ValueError(
-            "The report or the provenance belongs to something else: " + " ".join(mismatches) + " Evaluate this draft "
-            "again (`draftkd evaluate`), or pass `allow_mismatch` and the card will say so."
+            f"Report, provenance and weights do not belong together. {' '.join(draft.contradictions)} Evaluate this "
+            "draft again (`draftkd evaluate`), or pass `allow_mismatch` and the card will say so."
         )
     token = token or get_token() if dry_run else writing_token(token)
     api = HfApi(token=token)
@@ -148,10 +143,8 @@ def push_draft(
             f"{repo_id} exists and holds a model that is not a draft (its card lacks the tag `draft-model`). Name "
             "another repository, or pass `allow_mismatch` to overwrite it."
         )
-    plan = _plan(
-        path, repo_id, found, report_folder, provenance, parameters, remote, api,
-        license=license, language=language, tags=tags, prose=prose, mismatches=mismatches, token=token,
-    )  # fmt: skip
+    words = {"license": license, "language": language, "tags": tags}
+    plan = _plan(api, draft, repo_id, remote, words=words, prose=prose, token=token)
     plan = dataclasses.replace(
         plan, private=private, revision=revision, create_pr=create_pr, remarks=(*remarks, *plan.remarks)
     )
@@ -171,50 +164,6 @@ def _with_owner(api: HfApi, repo_id: str, *, dry_run: bool, token: str | None) -
         return repo_id
     with hub_errors("asking who is logged in", afterwards=_AGAIN, token=token):
         return f"{api.whoami()['name']}/{repo_id}"
-
-
-def _find_report(folder: Path, given: str | Path | SpeculationReport | None) -> tuple[SpeculationReport | None, Path]:
-    """The report and the folder that its plots may lie in."""
-    if isinstance(given, SpeculationReport):
-        return given, folder
-    if given is not None and not Path(given).is_file():
-        raise ValueError(f"There is no report at {str(given)!r}. `draftkd evaluate` writes `report.json`.")
-    candidates = [Path(given)] if given else [folder / REPORT_FILE, folder.resolve().parent / REPORT_FILE]
-    for path in candidates:
-        if path.is_file():
-            return SpeculationReport.from_dict(read_json(path), str(path)), path.resolve().parent
-    return None, folder
-
-
-def _mismatches(folder: Path, parameters: int, report: SpeculationReport | None, provenance: Provenance) -> list[str]:
-    """Where weights, report and provenance contradict each other, one sentence each."""
-    found = []
-    checksum = None
-    recorded = [("provenance.json", provenance.weights_sha256)]
-    if report is not None:
-        recorded.append(("the report", getattr(report.draft, "weights_sha256", None)))
-        # Padded rows and tied heads make small differences between what a model counts and what a file holds.
-        if abs(report.draft.num_parameters - parameters) > 0.01 * parameters:
-            found.append(
-                f"The report is about a draft of {report.draft.num_parameters:,} parameters, the folder holds "
-                f"{parameters:,}."
-            )
-    for name, expected in recorded:
-        if expected is not None:
-            checksum = checksum or weights_checksum(folder)
-            if expected != checksum:
-                found.append(
-                    f"The weights have changed since {name} was written (sha256 {expected[:12]}… is now {checksum[:12]}…)."
-                )
-    training = provenance.training
-    if report is not None and training is not None:
-        for what, trained, measured in (
-            ("target", training.target, report.target.name),
-            ("target revision", training.target_revision, report.target.revision),
-        ):
-            if trained and measured and trained != measured:
-                found.append(f"The draft was trained for the {what} {trained!r}, the report is about {measured!r}.")
-    return found
 
 
 def _look_at_hub(
@@ -243,9 +192,9 @@ def _remote(api: HfApi, repo_id: str, revision: str | None) -> _Remote:
     files = tuple(sibling.rfilename for sibling in info.siblings or ())
     text = None
     if CARD_FILE in files:
-        [entry] = api.get_paths_info(repo_id, CARD_FILE, revision=info.sha)
-        if entry.size > MAX_CARD_BYTES:
-            raise ValueError(f"The card of {repo_id} has {entry.size:,} bytes; that is no card. Look at it on the Hub.")
+        size = sum(getattr(entry, "size", 0) for entry in api.get_paths_info(repo_id, CARD_FILE, revision=info.sha))
+        if size > planning.MAX_CARD_BYTES:
+            raise ValueError(f"The card of {repo_id} has {size:,} bytes; that is no card. Look at it on the Hub.")
         text = Path(api.hf_hub_download(repo_id, CARD_FILE, revision=info.sha)).read_text(encoding="utf-8-sig")
     return _Remote(sha=info.sha, files=files, tags=tuple(info.tags or ()), card=text)
 
@@ -256,179 +205,54 @@ def _holds_another_model(remote: _Remote) -> bool:
 
 
 def _plan(
-    folder: Path,
-    repo_id: str,
-    report: SpeculationReport | None,
-    report_folder: Path,
-    provenance: Provenance,
-    parameters: int,
-    remote: _Remote,
     api: HfApi,
+    draft: DraftFolder,
+    repo_id: str,
+    remote: _Remote,
     *,
-    license: str | None,
-    language: str | Sequence[str] | None,
-    tags: Iterable[str],
+    words: dict[str, Any],
     prose: str | None,
-    mismatches: list[str],
     token: str | None,
 ) -> Upload:
-    remarks = []
-    known = public_report(report)
-    if report is None:
-        remarks.append("There is no report.json: the card says that nothing was measured.")
-    generation = contents.generation_config_file(folder, tuned_length(known))
-    pair = _pair_facts(folder, report, provenance, parameters, generation, token)
-    stored = _public_provenance(provenance, pair, mismatches, folder)
-    plots = contents.plot_files(folder, report_folder)
+    known = public_report(draft.report)
+    generation = contents.generation_config_file(draft.path, tuned_length(known))
+    pair = planning.pair_facts(draft, generation, token)
+    stored = planning.public_provenance(draft, pair)
+    plots = contents.plot_files(draft.path, draft.report_folder)
     old_card = DraftModelCard(remote.card, ignore_metadata_errors=True) if remote.card else None
-    local_card = _local_card(folder)
+    local_card = planning.local_card(draft.path)
     fresh = DraftModelCard.from_report(
-        report,
+        draft.report,
         provenance=stored,
         name=repo_id,
-        license=license,
-        language=language,
-        tags=tags,
+        **words,
         plots={Path(plot.path).stem.replace("_", " ").capitalize(): plot.path for plot in plots},
     )
-    card, card_remark = _merged_card(fresh, local_card, old_card, prose)
-    for key, value in (("license", license), ("language", language)):
-        if value is not None:
+    card, card_remark = planning.merged_card(fresh, local_card, old_card, prose)
+    for key in ("license", "language"):
+        if words[key] is not None:
             card.data[key] = fresh.data[key]
     if not card.data.get("license"):
-        card.data.license = _inherited_license(api, fresh.data.get("base_model"), token)
+        card.data["license"] = planning.inherited_license(api, fresh.data.get("base_model"), token)
     files = [PlannedFile(CARD_FILE, card.render().encode(), card_remark)]
     if known:
         files.append(PlannedFile(REPORT_FILE, json_bytes(known)))
     files.append(PlannedFile(PROVENANCE_FILE, json_bytes(stored.to_dict())))
-    files += [file for file in contents.model_files(folder)]
+    files += contents.model_files(draft.path)
     files += [generation] if generation else []
     files += plots
     new = {file.path for file in files}
-    # transformers prefers a single file over shards: weights of an older version must not stay beside the new ones.
-    stale = tuple(name for name in remote.files if WEIGHT_FILE.fullmatch(name) and name not in new)
+    stale = tuple(name for name in remote.files if _is_ours(name) and name not in new)
+    remarks = [] if known else ["There is no report.json: the card says that nothing was measured."]
     return Upload(repo_id, tuple(files), stale, card, tuple(remarks))
 
 
-def _local_card(folder: Path) -> DraftModelCard | None:
-    path = folder / CARD_FILE
-    if not path.is_file():
-        return None
-    if path.stat().st_size > MAX_CARD_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; that is no model card.")
-    return DraftModelCard(path.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True)
+def _is_ours(name: str) -> bool:
+    """Files of an older version that must not stay beside the new ones.
 
-
-def _merged_card(
-    fresh: DraftModelCard, local: DraftModelCard | None, remote: DraftModelCard | None, prose: str | None
-) -> tuple[DraftModelCard, str]:
-    """The fresh figures in the words that a person wrote, wherever those are."""
-    default = sections.prose_of(fresh.text)
-
-    def edited(card: DraftModelCard | None) -> bool:
-        return card is not None and _without_title(sections.prose_of(card.text)) != _without_title(default)
-
-    local_edited, remote_edited = edited(local), edited(remote)
-    if local_edited and remote_edited:
-        assert local is not None and remote is not None
-        if prose is None and sections.prose_of(local.text) != sections.prose_of(remote.text):
-            raise ValueError(
-                "The card was edited on the Hub, and README.md in the folder was edited too, differently. Say whose "
-                "words to keep with `prose='hub'` or `prose='local'` (`--prose` on the command line)."
-            )
-    if remote is not None and (prose == "hub" or (prose is None and remote_edited)):
-        return remote.updated_from(fresh), "figures updated, the words on the Hub kept"
-    if local is not None and (prose == "local" or local_edited):
-        return local.updated_from(fresh), "with the words of the README.md in the folder"
-    # Nobody wrote anything: metadata set by hand on the Hub is kept nevertheless.
-    base = remote or local
-    if base is None:
-        return fresh, ""
-    untouched = type(base)(fresh.render())
-    untouched.data = base.updated_from(fresh).data
-    return untouched, "figures updated" if remote else ""
-
-
-def _without_title(prose: str) -> str:
-    """A card is named after its folder before it is pushed, and after the repository then: no edit of a person's."""
-    return "\n".join(line for line in prose.splitlines() if not line.startswith("# "))
-
-
-def _inherited_license(api: HfApi, base_model: Any, token: str | None) -> str:
-    """Raises: ValueError: the base model's licence cannot be found out, so a person has to say one."""
-    reason = "the draft does not start from a model on the Hub that it could inherit one from"
-    if isinstance(base_model, str):
-        try:
-            data = api.model_info(base_model).card_data
-            if data is not None and isinstance(data.get("license"), str):
-                return data["license"]
-            reason = f"the card of {base_model} names none"
-        except (HTTPError, ConnectionError) as error:
-            reason = (
-                f"{base_model} could not be asked ({type(error).__name__}: {redacted(error, token).splitlines()[0]})"
-            )
-    raise ValueError(f"Which licence? {reason[0].upper()}{reason[1:]}. Pass `license`, for instance 'apache-2.0'.")
-
-
-def _pair_facts(
-    folder: Path,
-    report: SpeculationReport | None,
-    provenance: Provenance,
-    parameters: int,
-    generation: PlannedFile | None,
-    token: str | None,
-) -> PairFacts:
-    """What can be found out about the pair now, on top of what was stored when the draft was made."""
-    stored = provenance.pair or PairFacts()
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    facts = {
-        "draft_parameters": parameters,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "has_chat_template": tokenizer.chat_template is not None,
-    }
-    held = GenerationConfig.from_dict(_json(generation)) if generation else None
-    draft = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    training = provenance.training or TrainingSummary()
-    name = report.target.name if report else training.target
-    revision = report.target.revision if report else training.target_revision
-    target = None
-    if name is not None:
-        try:
-            target = AutoConfig.from_pretrained(
-                name, revision=revision if is_hub_id(name) else None, token=token, trust_remote_code=False
-            )
-        except (OSError, ValueError, HTTPError):
-            target = None  # Not reachable from here: what was stored about it stands.
-    now = PairFacts.from_configs(draft, target or draft, draft_generation_config=held, **facts)
-    if target is None:
-        now = dataclasses.replace(
-            now, target_vocab_size=stored.target_vocab_size, same_special_ids=stored.same_special_ids
-        )
-    size = report.target.num_parameters if report else stored.target_parameters
-    return dataclasses.replace(now, target_parameters=size)
-
-
-def _json(file: PlannedFile) -> dict[str, Any]:
-    import json
-
-    return json.loads(file.read())
-
-
-def _public_provenance(provenance: Provenance, pair: PairFacts, mismatches: list[str], folder: Path) -> Provenance:
-    """The provenance as strangers may read it: no paths of this machine, no tokens, and what does not fit is said."""
-    training = provenance.training
-    if training is not None:
-        names = {name: getattr(training, name) for name in ("target", "draft", "dataset")}
-        training = dataclasses.replace(training, **{name: public_name(value) for name, value in names.items() if value})
-    notes = [*(provenance.notes or ()), *(f"Published although: {sentence}" for sentence in mismatches)]
-    return dataclasses.replace(
-        provenance,
-        command=redacted(without_home(provenance.command)) if provenance.command else None,
-        weights_sha256=weights_checksum(folder),
-        training=training,
-        pair=pair,
-        notes=list(dict.fromkeys(notes)) or None,
-    )
+    transformers prefers a single weight file over shards, and figures of other weights would mislead.
+    """
+    return bool(WEIGHT_FILE.fullmatch(name)) or name == REPORT_FILE or name.startswith(f"{contents.PLOT_FOLDER}/")
 
 
 def _commit(api: HfApi, plan: Upload, remote: _Remote, message: str, token: str | None) -> Upload:

@@ -1,5 +1,6 @@
 """How far the draft's next-token distribution is from the target's: logits in, per-position values out."""
 
+from hf_draftkd.losses.chunked import LinearHead, Unprojected
 from hf_draftkd.losses.divergences import (
     DIVERGENCES,
     check_divergence,
@@ -13,17 +14,37 @@ from hf_draftkd.losses.divergences import (
     total_variation,
     tvd_plus_plus,
 )
+from hf_draftkd.losses.objective import DistillationLoss, distillation_loss, shift_labels
+from hf_draftkd.losses.sparse import (
+    SampledTarget,
+    SparseTarget,
+    acceptance_upper_bound,
+    sample_target,
+    sparse_divergence,
+    top_k_target,
+)
 
 __all__ = [
     "DIVERGENCES",
+    "DistillationLoss",
+    "LinearHead",
+    "SampledTarget",
+    "SparseTarget",
+    "Unprojected",
+    "acceptance_upper_bound",
     "check_divergence",
     "cross_entropy",
+    "distillation_loss",
     "forward_kl",
     "generalized_jsd",
     "get_divergence",
     "lk_hybrid",
     "negative_log_acceptance",
     "reverse_kl",
+    "sample_target",
+    "shift_labels",
+    "sparse_divergence",
+    "top_k_target",
     "total_variation",
     "tvd_plus_plus",
 ]

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
+
+# HTTPError is that of huggingface_hub's own HTTP client, which has changed its package before.
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -35,6 +37,7 @@ TOKENIZER_FILES = (
     "spiece.model",
     "tekken.json",
 )
+_HUB_TIMEOUT_SECONDS = 10
 # All that is asked about a repository that can only be seen through the local cache.
 _FILES_OF_INTEREST = (
     CONFIG_NAME,
@@ -90,6 +93,8 @@ def find_checkpoint(name_or_path: Any, revision: str | None = None) -> Checkpoin
             "already loaded needs no loading: pass it where the model itself is wanted."
         )
     name = os.fspath(name_or_path)
+    if not name.strip():  # which the operating system takes for the working directory
+        raise ValueError(f"A model needs a name, got {name!r}. Give a local directory or a Hub id.")
     path = Path(name).expanduser()
     if path.is_dir():
         # "main" is what launchers pass when the user said nothing.
@@ -101,7 +106,7 @@ def find_checkpoint(name_or_path: Any, revision: str | None = None) -> Checkpoin
         return Checkpoint(str(path), None, frozenset(os.listdir(path)), is_local=True)
     if path.is_file():
         raise ValueError(f"{name!r} is a file; a model is a directory with {CONFIG_NAME} and safetensors. Give that.")
-    if not name.strip() or isinstance(name_or_path, os.PathLike) or _looks_like_a_path(name):
+    if isinstance(name_or_path, os.PathLike) or _looks_like_a_path(name):
         raise ValueError(f"There is no directory {name!r}.{_similar_directory(path)}")
     return Checkpoint(name, revision, _list_hub_files(name, revision, path), is_local=False)
 
@@ -236,7 +241,9 @@ def _check_files(checkpoint: Checkpoint) -> None:
 def _list_hub_files(repo_id: str, revision: str | None, path: Path) -> frozenset[str]:
     here = f"There is no directory {repo_id!r}{_similar_directory(path, ' (did you mean {!r}?)')}, and "
     try:
-        return frozenset(HfApi().list_repo_files(repo_id, revision=revision))
+        # Not `list_repo_files`, which tries five times over half a minute where there is no network.
+        siblings = HfApi().model_info(repo_id, revision=revision, timeout=_HUB_TIMEOUT_SECONDS).siblings
+        return frozenset(sibling.rfilename for sibling in siblings or [])
     except HFValidationError as error:
         raise ValueError(f"{here}it is not a Hub id either: {error}") from error
     except GatedRepoError as error:

@@ -13,5 +13,7 @@ def demo_path(name: str) -> str:
     """
     path = DEMO / name
     if not path.exists():
-        raise FileNotFoundError(f"The demo pair has no {name!r}: {DEMO} holds {sorted(p.name for p in DEMO.glob('*'))}.")
+        raise FileNotFoundError(
+            f"The demo pair has no {name!r}: {DEMO} holds {sorted(p.name for p in DEMO.glob('*'))}."
+        )
     return str(path)

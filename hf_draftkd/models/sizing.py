@@ -6,6 +6,7 @@ architecture, tied or not.
 
 import copy
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -66,9 +67,10 @@ def sized_config(
 ) -> PreTrainedConfig:
     """The config of the target's architecture whose parameter count comes closest to a share of the target's.
 
-    Head size, the proportions of attention and MLP, and everything that is not a size stay as in the target. Four
-    layers are tried first, then fewer and more; the first depth that comes within a tenth of the size asked for is
-    taken, else the closest of all. 1.64% of Llama 2 7B gives 4 layers, hidden size 1024, MLP 2816, 8 heads: the shape
+    The proportions of attention and MLP and everything that is not a size stay as in the target, and so does the head
+    size where that leaves enough choice. Four layers are tried first, then fewer and more; the first depth that comes
+    within a tenth of the size asked for is taken, else the closest of all. 1.64% of Llama 2 7B gives 4 layers, hidden
+    size 1024, MLP 2816, 8 heads: the shape
     of the Llama 2 Chat Drafter (https://arxiv.org/abs/2403.00858).
 
     Args:
@@ -78,7 +80,7 @@ def sized_config(
         tie_word_embeddings: One matrix for embedding and head. Default: as the target does.
 
     Raises:
-        ValueError: `share` is out of range, or the embeddings alone are larger.
+        ValueError: `share` is out of range or beyond `num_layers`, or the embeddings alone are larger.
     """
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
         raise ValueError(f"`share` must lie between 0 and 1 (0.0164 is 1.64% of the target), got {share!r}.")
@@ -98,7 +100,7 @@ def sized_config(
     budget = share * target_model.num_parameters()
     _check_embeddings_fit(text, budget, share)
     best: tuple[float, PreTrainedConfig] | None = None
-    for layers, unit, head_dim in _searches(text, num_layers, depth):
+    for layers, unit, head_dim in _searches(text, _depths(base, num_layers, budget)):
         candidate = cut_layers(base, evenly_spread(layers, depth))
         error, config = _closest_width(candidate, budget, unit, head_dim)
         if best is None or error < best[0]:
@@ -124,17 +126,37 @@ def count_parameters(config: PreTrainedConfig) -> int:
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
-def _searches(text: PreTrainedConfig, num_layers: int | None, depth: int) -> Iterator[tuple[int, int, int]]:
+def _depths(base: PreTrainedConfig, num_layers: int | None, budget: float) -> list[int]:
+    """The depths to try, best first: few layers, unless the size asked for is beyond them."""
+    depth = base.get_text_config().num_hidden_layers
+    depths = [num_layers] if num_layers is not None else [n for n in _DEPTHS if n <= depth]
+    largest = count_parameters(cut_layers(base, evenly_spread(max(depths), depth)))
+    if largest >= (1 - _CLOSE_ENOUGH) * budget:
+        return depths
+    if num_layers is not None:
+        raise ValueError(
+            f"{num_layers} layers as wide as the target's are {largest:,} parameters, and `share` asks for "
+            f"{budget:,.0f}. Ask for more layers or a smaller share."
+        )
+    return list(range(max(depths), depth + 1))
+
+
+def _searches(text: PreTrainedConfig, depths: list[int]) -> Iterator[tuple[int, int, int]]:
     """(layers, step of the width, head size), the likeliest shapes first."""
-    depths = [num_layers] if num_layers is not None else [n for n in _DEPTHS if n <= depth] or [depth]
     head_dim = _head_dim(text)
-    # Halved heads only where whole ones leave the width too coarse a choice.
-    for size in (head_dim, head_dim // 2, head_dim // 4):
-        if size >= 8 and size % 2 == 0:
+    # Halved heads only where whole ones leave the width too coarse a choice; rotary positions need an even size.
+    sizes = [n for n in (head_dim, head_dim // 2, head_dim // 4) if n >= 8 and n % 2 == 0] or [head_dim]
+    for steps in sorted({_steps_for_whole_groups(text, head_dim), 1}, reverse=True):
+        for size in sizes:
             for layers in depths:
-                yield layers, size, size
-    if head_dim < 8 or head_dim % 2:
-        yield from ((layers, head_dim, head_dim) for layers in depths)
+                yield layers, steps * size, size
+
+
+def _steps_for_whole_groups(text: PreTrainedConfig, head_dim: int) -> int:
+    """How many head sizes the width must grow by so that a key-value head serves as many heads as in the target."""
+    heads_per_step = Fraction(text.num_attention_heads * head_dim, text.hidden_size)
+    group = Fraction(text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    return next((n for n in range(1, text.num_attention_heads + 1) if (n * heads_per_step / group).denominator == 1), 1)
 
 
 def _closest_width(config: PreTrainedConfig, budget: float, unit: int, head_dim: int) -> tuple[float, PreTrainedConfig]:
@@ -209,7 +231,5 @@ def _check_reloads(config: PreTrainedConfig, layers: list[int]) -> None:
         raise ValueError(
             f"Layers {layers} cannot be taken out of a {config.model_type!r} config: {error} Pass your own `config`."
         ) from error
-    if again.get_text_config().num_hidden_layers != len(layers):
-        raise ValueError(
-            f"A {config.model_type!r} config does not keep its number of layers. Pass a `config` of your own."
-        )
+    if again.to_dict() != config.to_dict():
+        raise ValueError(f"A {config.model_type!r} config changes when it is saved and loaded. Pass your own `config`.")

@@ -3,7 +3,7 @@
 import difflib
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from trl import SFTConfig
@@ -32,8 +32,7 @@ def bf16_is_usable() -> bool:
 
 @dataclass
 class DraftDistillConfig(SFTConfig):
-    r"""
-    Configuration class for the [`DraftDistillTrainer`].
+    r"""Configuration class for the [`DraftDistillTrainer`].
 
     Every parameter of [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] works as there, except those listed
     at the end.
@@ -74,7 +73,8 @@ class DraftDistillConfig(SFTConfig):
 
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]:
-    > - `activation_checkpointing` (`gradient_checkpointing`): `False`. A draft is small; recomputing its activations costs more than it saves.
+    > - `activation_checkpointing` (`gradient_checkpointing`): `False`. A draft is small; recomputing its activations
+    >   costs more than it saves.
     > - `learning_rate`: `3e-4`, DistillSpec's (arXiv 2310.08461). A draft is 10 to 100 times smaller than the models
     >   the inherited 2e-5 is meant for.
     > - `max_length`: `2048`. A row is a prompt and an answer; 1024 would cut ordinary chat answers.
@@ -137,7 +137,7 @@ class DraftDistillConfig(SFTConfig):
         default=5, metadata={"help": "Draft length at which eval_block_efficiency is reported."}
     )
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "target_model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "target_model_init_kwargs"]
 
     def __post_init__(self) -> None:
         # Checked first: a wrong value should be named before anything else is set up.
@@ -168,6 +168,8 @@ class DraftDistillConfig(SFTConfig):
             ("cross_entropy_weight", 0.0, 1.0, False),
         ):
             _check_number(name, getattr(self, name), low, high, open_low=open_low)
+        if not self.needs_target and self.temperature != 1:
+            raise ValueError(f"Cross-entropy on text has no temperature, got `temperature={self.temperature}`.")
         if not isinstance(self.eval_num_assistant_tokens, int) or self.eval_num_assistant_tokens < 1:
             raise ValueError(
                 "`eval_num_assistant_tokens` is a draft length: a whole number, 1 or above, "
@@ -179,11 +181,12 @@ class DraftDistillConfig(SFTConfig):
     @property
     def divergence_options(self) -> dict[str, Any]:
         """The keyword arguments that `divergence` takes, from the fields above."""
-        return {
+        options: dict[str, dict[str, Any]] = {
             "generalized_jsd": {"beta": self.beta},
             "lk_hybrid": {"eta": self.eta},
             "tvd_plus_plus": {"estimator": self.tvd_estimator, "statistics": self.tvd_statistics},
-        }.get(self.divergence, {})
+        }
+        return options.get(self.divergence, {})
 
     @property
     def needs_target(self) -> bool:

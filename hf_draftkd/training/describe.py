@@ -113,7 +113,9 @@ def _changed(args: DraftDistillConfig) -> dict[str, Any]:
     fields = DraftDistillConfig.__dataclass_fields__
     shown = {name: getattr(args, name) for name in _SHOWN}
     # Enumerations of transformers are strings underneath.
-    shown = {name: str(getattr(value, "value", value)) if isinstance(value, str) else value for name, value in shown.items()}
+    shown = {
+        name: str(getattr(value, "value", value)) if isinstance(value, str) else value for name, value in shown.items()
+    }
     return {name: value for name, value in shown.items() if value is not None and value != fields[name].default}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from hf_draftkd.acceptance import expected_target_calls, token_acceptance_rate
 from hf_draftkd.data.decoding import DecodingSetting
@@ -24,6 +25,7 @@ def row_sums(
     inputs: dict[str, Any],
     keep: Tensor,
     num_assistant_tokens: int,
+    target_model: PreTrainedModel | None = None,
 ) -> Tensor:
     """The summands of one batch, a row per text.
 
@@ -34,6 +36,7 @@ def row_sums(
         inputs: The batch: `input_ids` [B, L], and `decoding` [B, 4] where the collator gives it.
         keep: [B, L] bool, where the N tokens are predicted.
         num_assistant_tokens: Draft length γ.
+        target_model: Brings the tokens it never writes (`suppress_tokens` of its generation config).
 
     Returns:
         [B, 6] float64: completion tokens; their loss; their acceptance Σα at temperature 1; tokens and expected target
@@ -55,7 +58,13 @@ def row_sums(
     for setting, rows in groups.items():
         chosen = torch.isin(row_of_token, torch.tensor(rows, device=keep.device))
         accepted = _accepted(
-            draft_logits[chosen], target_logits[chosen], inputs["input_ids"], row_of_token[chosen], positions[chosen], setting
+            draft_logits[chosen],
+            target_logits[chosen],
+            inputs["input_ids"],
+            row_of_token[chosen],
+            positions[chosen],
+            setting,
+            target_model,
         )
         # Tokens are in row-major order, so each row's own stand together.
         lengths = keep[rows].sum(1)
@@ -74,14 +83,17 @@ def _accepted(
     rows: Tensor,
     positions: Tensor,
     setting: DecodingSetting,
+    target_model: PreTrainedModel | None,
 ) -> Tensor:
     """[n] a_t, the chance that each of n tokens, written under `setting`, had been an accepted draft token."""
-    processors = logits_processors(setting)
-    prefixes = input_ids[rows]
+    processors = logits_processors(setting, target_model)
+    # Only the penalty looks back; the prefixes of all tokens are large.
+    looks_back = setting.repetition_penalty != 1
+    prefixes = input_ids[rows] if looks_back else input_ids.new_zeros(len(rows), 0)
     draft, target = (
         process_logits(logits.float(), prefixes, positions + 1, processors) for logits in (draft_logits, target_logits)
     )
-    tokens = prefixes.gather(1, positions[:, None] + 1).squeeze(1)
+    tokens = input_ids[rows, positions + 1]
     # Where the recorded setting could not have written the token, a_t is undefined (0 / 0); it counts as rejected.
     scores = token_scores(draft, target, tokens, is_greedy=setting.is_greedy)
     return scores.accepted.nan_to_num(0.0)

@@ -1,5 +1,6 @@
 """Everything that is checked, loaded and repaired before a trainer is built."""
 
+import logging
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,6 +11,8 @@ from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
 from hf_draftkd.training.config import DraftDistillConfig
+
+logger = logging.getLogger(__name__)
 
 
 def model_name(model: Any) -> str:
@@ -34,7 +37,7 @@ def prepare_pair(
         ValueError: A model cannot be loaded, is no causal LM, or its tokenizer differs from the other's.
     """
     trusted = {"trust_remote_code": args.trust_remote_code}
-    draft_kwargs = {"dtype": "float32", **trusted, **(args.model_init_kwargs or {})}
+    draft_kwargs: dict[str, Any] = {"dtype": "float32", **trusted, **_as_dict(args.model_init_kwargs)}
     revision = draft_kwargs.get("revision")
     if quantization_config is not None:
         draft_kwargs["quantization_config"] = quantization_config
@@ -42,20 +45,37 @@ def prepare_pair(
         tokenizer = load_tokenizer(model_name(model), revision=revision, **trusted)
     # The target's tokenizer is looked at before either model's weights are read: a pair that does not fit is refused
     # in seconds.
-    target_name = model_name(target_model) if target_model is not None else ""
-    if target_name:
-        target_tokenizer = load_tokenizer(target_name, revision=args.target_model_revision, **trusted)
-        check_tokenizers(tokenizer, target_tokenizer)
+    if target_model is not None:
+        _check_target_tokenizer(tokenizer, target_model, args)
     draft = load_draft(model, **draft_kwargs) if isinstance(model, str) else model
-    target = target_model
     if isinstance(target_model, str):
-        target = load_target(
-            target_model, revision=args.target_model_revision, **{**trusted, **(args.target_model_init_kwargs or {})}
-        )
+        target_kwargs: dict[str, Any] = {**trusted, **_as_dict(args.target_model_init_kwargs)}
+        target_model = load_target(target_model, revision=args.target_model_revision, **target_kwargs)
+    target: PreTrainedModel | None = target_model
     if target is not None:
-        target = target.eval().requires_grad_(False)
+        target.eval().requires_grad_(False)
         align_vocabulary(unwrapped(draft), target, tokenizer)
     return draft, target, tokenizer
+
+
+def _check_target_tokenizer(tokenizer: Any, target_model: Any, args: DraftDistillConfig) -> None:
+    name = model_name(target_model)
+    if not name:
+        return
+    try:
+        theirs = load_tokenizer(name, revision=args.target_model_revision, trust_remote_code=args.trust_remote_code)
+    except ValueError as error:
+        if isinstance(target_model, str):
+            raise
+        # A model that is already in memory may come from where no tokenizer lies.
+        logger.warning("The target's tokenizer could not be compared with the draft's: %s", error)
+        return
+    check_tokenizers(tokenizer, theirs)
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    assert value is None or isinstance(value, dict), "SFTConfig has parsed it"
+    return value or {}
 
 
 def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftDistillConfig) -> None:

@@ -7,9 +7,9 @@ apart they are, and how that is summed.
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
@@ -23,7 +23,7 @@ from trl.models.utils import prepare_deepspeed
 from hf_draftkd.data.formatting import DraftDistillCollator, check_format, exact_features
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.card import DraftModelCard
-from hf_draftkd.losses import cross_entropy, get_divergence
+from hf_draftkd.losses import DistillationLoss, distillation_loss, get_divergence
 from hf_draftkd.models.forward import logits_at, predicting_positions, unwrapped
 from hf_draftkd.models.pairing import shared_vocab_size
 from hf_draftkd.training.config import DraftDistillConfig
@@ -37,8 +37,7 @@ _OWN_FEATURES = ("labels", "decoding")
 
 
 class DraftDistillTrainer(SFTTrainer):
-    """
-    Distils a target into a draft for speculative decoding.
+    """Distils a target into a draft for speculative decoding.
 
     The draft is trained on every completion token to say what the target says there. Afterwards it is an ordinary
     causal LM: `target.generate(**inputs, assistant_model=draft)`.
@@ -46,7 +45,6 @@ class DraftDistillTrainer(SFTTrainer):
     To try a loss of your own, override [`DraftDistillTrainer.token_loss`].
 
     Example:
-
     ```python
     from hf_draftkd import DraftDistillConfig, DraftDistillTrainer
 
@@ -88,7 +86,13 @@ class DraftDistillTrainer(SFTTrainer):
         FloatingPointError: While training, a loss is not finite. The last checkpoint is left as it was.
     """
 
-    _tag_names = ["hf_draftkd", "speculative-decoding", "draft-model", "assistant-model", "knowledge-distillation"]
+    _tag_names: ClassVar[list[str]] = [
+        "hf_draftkd",
+        "speculative-decoding",
+        "draft-model",
+        "assistant-model",
+        "knowledge-distillation",
+    ]
     _name = "DraftDistill"
     # `compute_loss` divides by the completion tokens of the whole accumulation window.
     loss_is_scaled_for_ga = True
@@ -136,6 +140,7 @@ class DraftDistillTrainer(SFTTrainer):
         self.data_facts = data_facts(train_dataset, self.target_name)
         self._eval_sums: EvaluationSums | None = None
         self._saving_checkpoint = False
+        self._window = torch.zeros(3, dtype=torch.float64)
 
         # SFTTrainer would warn that it ignores them; they were used above.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
@@ -202,7 +207,7 @@ class DraftDistillTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns += ["decoding"]
+            self._signature_columns = [*(self._signature_columns or []), "decoding"]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         # Figures are sums over texts, one a row, so evaluation batches are always padded.
@@ -219,26 +224,42 @@ class DraftDistillTrainer(SFTTrainer):
 
     # Loss ------------------------------------------------------------------------------------------------------------
 
-    def token_loss(self, draft_logits: Tensor, target_logits: Tensor | None, tokens: Tensor) -> Tensor:
-        """How wrong the draft is at each completion token. Override this to train with a loss of your own.
+    def token_loss(self, draft_logits: Tensor, target_logits: Tensor) -> Tensor:
+        """How far the draft is from the target at each token. Override this to train with a divergence of your own.
 
         Args:
-            draft_logits: [N, V] next-token logits of the draft over the shared vocabulary, with gradient.
-            target_logits: [N, V] of the target, without gradient; None in black-box training.
-            tokens: [N] the completion tokens that follow.
+            draft_logits: [n, V] next-token logits of the draft over the shared vocabulary, with gradient, divided by
+                `args.temperature`.
+            target_logits: [n, V] of the target, without gradient, divided by the same.
 
         Returns:
-            [N] loss per token. It is summed over all completion tokens and divided by their number.
+            [n] values. They are summed over all completion tokens and divided by their number. Positions come a chunk
+            at a time, so each value may depend on its own position only.
         """
+        return get_divergence(self.args.divergence)(draft_logits, target_logits, **self.args.divergence_options)
+
+    def _distillation_loss(
+        self, draft_logits: Tensor, target_logits: Tensor | None, tokens: Tensor, num_items: Tensor | int | None = None
+    ) -> DistillationLoss:
         args: DraftDistillConfig = self.args
-        text = cross_entropy(draft_logits, tokens=tokens)
-        if target_logits is None or args.divergence == "cross_entropy":
-            return text
-        divergence = get_divergence(args.divergence)
-        losses = divergence(
-            draft_logits / args.temperature, target_logits / args.temperature, **args.divergence_options
+        divergence: Any = args.divergence
+        options = args.divergence_options
+        if type(self).token_loss is not DraftDistillTrainer.token_loss:
+            # Named divergences have gradients written by hand; a method of one's own is differentiated by autograd.
+            divergence, options = self.token_loss, {}
+        elif not args.needs_target:
+            divergence, target_logits = "cross_entropy", None
+        return distillation_loss(
+            draft_logits,
+            target_logits,
+            tokens,
+            divergence=divergence,
+            options=options,
+            temperature=args.temperature,
+            cross_entropy_weight=args.cross_entropy_weight if target_logits is not None else 0.0,
+            num_items=num_items,
+            with_acceptance=target_logits is not None,
         )
-        return (1 - args.cross_entropy_weight) * losses + args.cross_entropy_weight * text
 
     def _logits(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Both models' logits [N, V] at the N positions that predict a completion token, those tokens, and where."""
@@ -262,14 +283,13 @@ class DraftDistillTrainer(SFTTrainer):
     ) -> Tensor:
         """Sum of the token losses ÷ completion tokens of the whole accumulation window on all processes."""
         draft_logits, target_logits, tokens, _ = self._logits(model, inputs)
-        losses = self.token_loss(draft_logits, target_logits, tokens)
-        num_tokens = tokens.numel() if num_items_in_batch is None else num_items_in_batch
-        # A batch without completion tokens gives a finite zero that keeps its gradient path.
-        loss = losses.sum() / max(int(num_tokens), 1) if losses.numel() else 0.0 * draft_logits.sum()
+        result = self._distillation_loss(draft_logits, target_logits, tokens, num_items_in_batch)
+        self._require_finite(result.loss, inputs)
+        self._count(inputs, result)
+        loss = result.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The tokens of every process were counted, and DDP averages gradients over processes.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        self._require_finite(loss, inputs)
         return loss
 
     def _require_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
@@ -303,11 +323,43 @@ class DraftDistillTrainer(SFTTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             draft_logits, target_logits, tokens, keep = self._logits(model, inputs)
-            losses = self.token_loss(draft_logits, target_logits, tokens)
-            sums = row_sums(losses, draft_logits, target_logits, inputs, keep, self.args.eval_num_assistant_tokens)
+            losses = self._distillation_loss(draft_logits, target_logits, tokens).token_losses
+            sums = row_sums(
+                losses,
+                draft_logits,
+                target_logits,
+                inputs,
+                keep,
+                num_assistant_tokens=self.args.eval_num_assistant_tokens,
+                target_model=None if self.target_model is None else unwrapped(self.target_model),
+            )
+        assert self._eval_sums is not None, "evaluation_loop makes it"
         # Gathered here, row by row, so that rows repeated to fill the last batch are dropped.
         self._eval_sums.add(self.accelerator.gather_for_metrics(sums))
         return losses.sum() / max(losses.numel(), 1), None, None
+
+    # Logging ---------------------------------------------------------------------------------------------------------
+
+    def _count(self, inputs: dict[str, Any], result: DistillationLoss) -> None:
+        """Add to the sums of the current logging window: tokens read, tokens learnt from, Σα."""
+        read = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        accepted = 0.0 if result.acceptance is None else result.acceptance.double().sum()
+        self._window += torch.tensor([read, result.num_tokens, accepted], dtype=torch.float64)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds `num_tokens` read so far and, with a target, the window's `acceptance_rate` at the loss temperature.
+
+        It is one minus total variation: what `tvd_plus_plus`, whose own value says nothing, has to be watched by.
+        """
+        if self.model.training:
+            read, learnt, accepted = self.accelerator.reduce(self._window.to(self.args.device)).tolist()
+            self._window.zero_()
+            self._total_train_tokens += int(read)
+            if learnt:
+                logs["num_tokens"] = self._total_train_tokens
+            if learnt and self.target_model is not None:
+                logs["acceptance_rate"] = accepted / learnt
+        super().log(logs, start_time)
 
     # Saving ----------------------------------------------------------------------------------------------------------
 
@@ -364,4 +416,6 @@ class DraftDistillTrainer(SFTTrainer):
 
 def _padding(collator: Any) -> Any:
     """The collator for whole texts, one a row; a user's own is taken as it is."""
-    return replace(collator, padding_free=False) if isinstance(collator, DraftDistillCollator) else collator
+    if not isinstance(collator, DraftDistillCollator):
+        return collator
+    return DraftDistillCollator(**asdict(collator) | {"padding_free": False})

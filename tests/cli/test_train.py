@@ -41,7 +41,8 @@ def test_train_writes_a_draft_that_assists_the_target(files, tmp_path, capsys):
     metrics = json.loads((out / "eval_results.json").read_text())
     assert 1 <= metrics["eval_block_efficiency"] <= 6
     assert 0 <= metrics["eval_acceptance_rate"] <= 1
-    assert (out / "README.md").is_file() and (out / "tokenizer.json").is_file()
+    assert (out / "README.md").is_file()
+    assert (out / "tokenizer.json").is_file()
 
 
 def test_options_from_yaml(files, tmp_path, capsys):
@@ -128,7 +129,9 @@ def test_two_processes_take_the_steps_of_one(files, tmp_path):
     assert "1 process" in one.stdout
     launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     two = draftkd(
-        "train", *options(files, tmp_path / "two", per_device_train_batch_size=2, use_cpu="true", **more), launcher=launcher
+        "train",
+        *options(files, tmp_path / "two", per_device_train_batch_size=2, use_cpu="true", **more),
+        launcher=launcher,
     )
     assert two.returncode == 0, two.stderr
     assert "2 processes" in two.stdout

@@ -42,6 +42,7 @@ _REPORT = {
     "prompts": {"source": "org/prompts", "count": 64, "domain": "function calling", "sha256": "ab" * 32},
     "hardware": {"device": "cuda", "name": "NVIDIA H100", "num_devices": 1, "num_threads": 16, "dtype": "bfloat16"},
     "num_assistant_tokens": 5,
+    "max_new_tokens": 64,
     "versions": {"transformers": "5.23.0", "torch": "2.13.0"},
     "settings": [
         setting(
@@ -52,6 +53,7 @@ _REPORT = {
             assisted={
                 "num_assistant_tokens": 5,
                 "num_prompts": 64,
+                "num_tokens": 2232,
                 "num_spec_steps": 900,
                 "acceptance_histogram": [300, 0, 0, 0, 0, 600],
                 "num_draft_tokens": 4500,

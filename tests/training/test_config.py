@@ -59,8 +59,10 @@ def test_every_option_can_be_given_as_text(tmp_path):
     (config,) = parse(
         "train",
         (DraftDistillConfig,),
-        ["--output_dir", str(tmp_path), "--beta", "0.25", "--divergence", "generalized_jsd"]
-        + ["--target_model_init_kwargs", '{"dtype": "bfloat16"}'],
+        [
+            *("--output_dir", str(tmp_path), "--beta", "0.25", "--divergence", "generalized_jsd"),
+            *("--target_model_init_kwargs", '{"dtype": "bfloat16"}'),
+        ],
         "",
     )
     assert config.divergence_options == {"beta": 0.25}

@@ -188,14 +188,26 @@ def test_a_loss_of_ones_own(tmp_path, pair, tokenizer):
     """`token_loss` is the one method to override, and what it returns is what is trained on."""
 
     class Squared(DraftDistillTrainer):
-        def token_loss(self, draft_logits, target_logits, tokens):
-            assert draft_logits.shape == target_logits.shape and tokens.shape == draft_logits.shape[:1]
+        def token_loss(self, draft_logits, target_logits):
+            assert draft_logits.shape == target_logits.shape
             return (draft_logits.softmax(-1) - target_logits.softmax(-1)).pow(2).sum(-1)
 
     trainer = build(tmp_path, pair, tokenizer, trainer_class=Squared, max_steps=20)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] < 2
+
+
+def test_acceptance_is_logged_while_training(tmp_path, pair, tokenizer):
+    """TVD++'s own value says nothing: without acceptance beside it nobody sees whether it learns."""
+    rows = alignment_rows(pair[1], tokenizer)
+    options = {"divergence": "tvd_plus_plus", "per_device_train_batch_size": 8, "max_steps": 3}
+    trainer = build(tmp_path, pair, tokenizer, rows, rows, **options)
+    stock = trainer.evaluate()["eval_acceptance_rate"]
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[0]["acceptance_rate"] == pytest.approx(stock, rel=1e-5)
+    assert logged[-1]["num_tokens"] == 3 * sum(len(row["prompt_ids"] + row["completion_ids"]) for row in rows)
 
 
 # The data ------------------------------------------------------------------------------------------------------------
@@ -307,7 +319,8 @@ def test_block_efficiency_equals_counting_assisted_generation(tmp_path, pair, to
 def test_figures_do_not_depend_on_the_evaluation_batch_size(tmp_path, pair, tokenizer):
     rows = alignment_rows(pair[1], tokenizer, count=7, temperature=0.7)
     figures = [
-        build(tmp_path, pair, tokenizer, eval_rows=rows, per_device_eval_batch_size=size).evaluate() for size in (1, 3, 7)
+        build(tmp_path, pair, tokenizer, eval_rows=rows, per_device_eval_batch_size=size).evaluate()
+        for size in (1, 3, 7)
     ]
     for name in ("eval_loss", "eval_acceptance_rate", "eval_block_efficiency"):
         assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-5)
@@ -407,7 +420,8 @@ def test_the_card_says_how_the_draft_was_trained(tmp_path, saved_pair, tokenizer
     assert training["num_tokens"] == sum(map(len, rows["completion_ids"]))
     assert training["metrics"]["eval_acceptance_rate"] == metrics["eval_acceptance_rate"]
     assert training["hyperparameters"]["learning_rate"] == 0.01
-    assert "generalized_jsd" in card and "assistant_model=" in card
+    assert "generalized_jsd" in card
+    assert "assistant_model=" in card
     assert str(tmp_path) not in card
 
 
@@ -468,9 +482,9 @@ def test_a_row_longer_than_the_context_is_refused(tmp_path, pair, tokenizer):
 
 def test_different_tokenizers_are_refused_before_the_models_are_read(tmp_path, saved_pair):
     draft_path, target_path = saved_pair
-    tiny_tokenizer(text=["Entirely other words make entirely other merges, so ids mean other things now." * 3]).save_pretrained(
-        draft_path
-    )
+    tiny_tokenizer(
+        text=["Entirely other words make entirely other merges, so ids mean other things now." * 3]
+    ).save_pretrained(draft_path)
     (target_path / "model.safetensors").write_bytes(b"never read")
     with pytest.raises(ValueError, match="token"):
         DraftDistillTrainer(

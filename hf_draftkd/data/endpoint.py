@@ -1,0 +1,237 @@
+"""A target behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, a hosted API.
+
+Prompts go rendered to `/v1/completions`, so that nothing a server's own chat parser adds gets in. What the protocol
+cannot set (a server's own penalties or `top_k`) stays the server's.
+"""
+
+import difflib
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.util import find_spec
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hf_draftkd.data.backends import LENGTH, STOP, Backend, Completion
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.target_cache import TEMPERATURE_COLUMN
+
+logger = logging.get_logger(__name__)
+
+
+def endpoint_backend(
+    url: str,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int,
+    top_logprobs: int | None = None,
+    api_key: str | None = None,
+    concurrency: int = 16,
+    timeout: float = 600.0,
+    max_retries: int = 8,
+    send_ids: bool = False,
+    extra_body: dict[str, Any] | None = None,
+) -> Backend:
+    """Answers from a server, many requests in flight. One token is asked for at once, to find out what is wrong early.
+
+    Args:
+        url: Base address, such as `http://localhost:8000/v1`.
+        model: The name by which the server knows the target.
+        tokenizer: The target's tokenizer.
+        max_new_tokens: Longest completion, in tokens.
+        top_logprobs: Keep this many log-probabilities a token, as the server returns them.
+        api_key: Key of the server; by default the environment's `OPENAI_API_KEY`, if any.
+        concurrency: Requests in flight.
+        timeout: Seconds to wait for one answer.
+        max_retries: Further attempts, with back-off, after 429, 5xx, a time-out or a lost connection.
+        send_ids: Send token ids instead of text. vLLM and OpenAI take them, `transformers serve` does not.
+        extra_body: Further fields of each request, such as vLLM's `{"return_tokens_as_token_ids": True}`.
+
+    Raises:
+        ValueError: The server refuses the connection, the key or the model, or returns no log-probabilities.
+    """
+    if find_spec("openai") is None:
+        raise ImportError("A target behind an endpoint needs the `openai` client: pip install 'hf_draftkd[endpoint]'")
+    import openai
+
+    # Servers of one's own want no key, but the client insists on one.
+    key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
+    client = openai.OpenAI(base_url=url, timeout=timeout, max_retries=max_retries, api_key=key)
+
+    def request(prompt: "str | list[int]", max_tokens: int, setting: DecodingSetting, seed: int | None) -> Any:
+        body = dict(extra_body or {})
+        if setting.top_k:
+            body["top_k"] = setting.top_k
+        if setting.repetition_penalty != 1:
+            body["repetition_penalty"] = setting.repetition_penalty
+        options: dict[str, Any] = {"extra_body": body} if body else {}
+        if not setting.is_greedy:
+            options |= {"top_p": setting.top_p, "seed": seed}
+        if top_logprobs is not None:
+            options["logprobs"] = top_logprobs
+        return client.completions.create(
+            model=model, prompt=prompt, max_tokens=max_tokens, temperature=setting.temperature, **options
+        )
+
+    _probe(openai, client, url, model, request, top_logprobs)
+    ids_of = _TokenTexts(tokenizer)
+
+    def answer(
+        prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, on_finished: Callable[[Completion], None]
+    ) -> list[Completion]:
+        sent: list[Any] = prompt_ids if send_ids else [prompt_text(ids, tokenizer) for ids in prompt_ids]
+        completions: dict[int, Completion] = {}
+        with ThreadPoolExecutor(concurrency) as pool:
+            jobs = {
+                pool.submit(request, prompt, max_new_tokens, setting, (seed + number) % 2**31): number
+                for number, prompt in enumerate(sent)
+            }
+            try:
+                for job in as_completed(jobs):
+                    completion = _completion(job.result(), tokenizer, ids_of, top_logprobs)
+                    completions[jobs[job]] = completion
+                    on_finished(completion)
+            except openai.APIError as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise RuntimeError(
+                    f"{url} stopped answering after {max_retries} retries: {_reason(error)}. Finished shards stay "
+                    "valid: run the same command again to go on."
+                ) from error
+        missing = sum(completion.distributions is None for completion in completions.values())
+        if top_logprobs is not None and missing:
+            logger.warning(
+                f"{missing} of {len(completions)} answers hold no usable log-probabilities: tokens came as text that "
+                "is not unique. vLLM names ids with extra_body={'return_tokens_as_token_ids': True}."
+            )
+        return [completions[number] for number in range(len(prompt_ids))]
+
+    return answer
+
+
+def endpoint_logprobs(cache_options: dict[str, Any] | None) -> int | None:
+    """How many log-probabilities to ask a server for, from the options of the cache."""
+    if cache_options is None:
+        return None
+    if set(cache_options) - {"top_k", "temperature"} or not cache_options.get("top_k"):
+        raise ValueError(
+            f"A server returns its likeliest tokens and nothing else: give `top_k` alone, got {cache_options}. "
+            "OpenAI's servers return 5 at most, vLLM 20 unless started with more."
+        )
+    if cache_options.get("temperature", 1.0) != 1.0:
+        raise ValueError("A server returns log-probabilities at temperature 1, and a tail cannot be re-tempered.")
+    return int(cache_options["top_k"])
+
+
+def prompt_text(prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that a server's tokenizer turns into exactly `prompt_ids`.
+
+    A server puts the beginning-of-text token in front of what it receives, as the tokenizer does; a rendered chat
+    template that brings one along must therefore be sent without it.
+    """
+    text = tokenizer.decode(prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    for candidate in (text, text.removeprefix(str(tokenizer.bos_token))):
+        if tokenizer(candidate)["input_ids"] == prompt_ids:
+            return candidate
+    raise ValueError(
+        f"The prompt {text[:60]!r}... cannot be sent as text: the server's tokenizer would turn it into other tokens. "
+        "Pass `send_ids=True` if the server takes token ids."
+    )
+
+
+class _TokenTexts:
+    """From a token as a server writes it to its id, or None where several ids are written alike."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.ids: dict[str, int | None] = {}
+        for number in range(len(tokenizer)):
+            for text in {tokenizer.decode([number]), str(tokenizer.convert_ids_to_tokens(number))}:
+                self.ids[text] = number if self.ids.get(text, number) == number else None
+
+    def __call__(self, token: str) -> int | None:
+        if token.startswith("token_id:"):
+            return int(token.removeprefix("token_id:"))
+        return self.ids.get(token)
+
+
+def _completion(
+    answer: Any, tokenizer: PreTrainedTokenizerBase, ids_of: _TokenTexts, top_logprobs: int | None
+) -> Completion:
+    choice = answer.choices[0]
+    reason = LENGTH if choice.finish_reason == "length" else STOP
+    if top_logprobs is not None and choice.logprobs is not None and choice.logprobs.top_logprobs:
+        written = [token for token in map(ids_of, choice.logprobs.tokens) if token is not None]
+        if len(written) == len(choice.logprobs.tokens):
+            distributions = _distributions(choice.logprobs, ids_of, top_logprobs)
+            return Completion(written, reason, choice.text, "generated", distributions)
+    ids = tokenizer(choice.text, add_special_tokens=False)["input_ids"]
+    if reason == STOP and tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]  # the server ended the text with it and does not show it
+    return Completion(ids, reason, choice.text, "retokenized")
+
+
+def _distributions(logprobs: Any, ids_of: _TokenTexts, top_logprobs: int) -> dict[str, Any]:
+    token_ids, values, tails = [], [], []
+    for likeliest in logprobs.top_logprobs:
+        pairs = sorted(((value, ids_of(text)) for text, value in likeliest.items()), key=lambda pair: -pair[0])
+        # A server adds the written token where it is not among the likeliest; unreadable ones fall to the tail.
+        pairs = [pair for pair in pairs[:top_logprobs] if pair[1] is not None]
+        token_ids.append([number for _, number in pairs])
+        values.append([value for value, _ in pairs])
+        rest = 1 - math.fsum(math.exp(value) for value, _ in pairs)
+        tails.append(math.log(rest) if rest > 1e-12 else -math.inf)
+    return {
+        "completion_logprobs": list(logprobs.token_logprobs),
+        "target_token_ids": token_ids,
+        "target_logprobs": values,
+        "target_tail_logprob": tails,
+        TEMPERATURE_COLUMN: 1.0,
+    }
+
+
+def _probe(
+    openai: Any, client: Any, url: str, model: str, request: Callable[..., Any], top_logprobs: int | None
+) -> None:
+    try:
+        answer = request("Hello", 1, DecodingSetting(), None)
+    except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+        raise ValueError(
+            f"{url} refuses the API key: {_reason(error)}. Set OPENAI_API_KEY or pass `api_key`."
+        ) from error
+    except openai.NotFoundError as error:
+        raise ValueError(
+            f"{url} knows no model {model!r}: {_reason(error)}.{_nearest_model(openai, client, model)}"
+        ) from error
+    except openai.APIConnectionError as error:
+        raise ValueError(
+            f"{url} does not answer: {_reason(error)}. Is the server running, and does the address end as it should "
+            "(usually in /v1)?"
+        ) from error
+    except openai.APIStatusError as error:
+        raise ValueError(f"{url} refuses a request for one token: {_reason(error)}.") from error
+    choices = getattr(answer, "choices", None)
+    if not choices:
+        raise ValueError(f"{url} does not answer like an OpenAI-compatible server; does the address end in /v1?")
+    # The answer counts and not the status: servers ignore what they do not know.
+    if top_logprobs is not None and not (choices[0].logprobs and choices[0].logprobs.top_logprobs):
+        raise ValueError(
+            f"Log-probabilities were asked for, but {url} returns none. Use a server that has them (vLLM does), or "
+            "train on the text alone without `cache_distributions`."
+        )
+
+
+def _nearest_model(openai: Any, client: Any, model: str) -> str:
+    try:
+        names = [each.id for each in client.models.list()]
+    except openai.APIError:
+        return ""
+    near = difflib.get_close_matches(model, names, n=1, cutoff=0.4)
+    return f" It serves: {', '.join(names)}." + (f" Did you mean {near[0]!r}?" if near else "")
+
+
+def _reason(error: Exception) -> str:
+    cause = error.__cause__
+    return f"{error}" if cause is None else f"{error} ({cause})"

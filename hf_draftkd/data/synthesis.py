@@ -1,0 +1,241 @@
+"""Prompts from nothing: the target writes the queries itself (Magpie, https://arxiv.org/abs/2406.08464).
+
+An aligned target is fed only the tokens that open a user's turn in its own chat template, and goes on with what users
+say there. A base model goes on from its beginning-of-text token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hf_draftkd.data.backends import STOP, Completion, pipeline_backend
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.filters import QueryFilter
+from hf_draftkd.data.generation import derived_seed, ids_without_token
+from hf_draftkd.data.provenance import package_versions, template_hash, weights_fingerprint
+from hf_draftkd.data.shards import completion_progress, open_folder, read_round, write_round
+
+logger = logging.get_logger(__name__)
+
+# Stand where the user's text would, to see what the template puts around it. They begin and end with different kinds
+# of characters, so that no token can swallow the border unnoticed in all of them.
+_PROBES = ("Alpha beta9", "42 zebrasQ", "?quiet!", "été Ж", "xyz")
+
+
+@dataclass(frozen=True)
+class OpenTurn:
+    """What a chat template puts around a user's text.
+
+    Attributes:
+        prefix_ids: Tokens up to where the user's text begins.
+        suffix_ids: Tokens that follow it.
+        suffix: The same as text.
+    """
+
+    prefix_ids: list[int]
+    suffix_ids: list[int]
+    suffix: str
+
+
+def open_user_turn(
+    tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, template_options: dict[str, Any] | None = None
+) -> OpenTurn:
+    """Open a user's turn in any chat template, by rendering it around different texts and keeping what stays.
+
+    Raises:
+        ValueError: The template refuses a single user message, or does not show the user's text as it is.
+    """
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    rendered, texts = [], []
+    for probe in _PROBES:
+        messages = [*opening, {"role": "user", "content": probe}]
+        options = {"add_generation_prompt": False, **(template_options or {})}
+        try:
+            texts.append(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+            rendered.append(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
+        except Exception as error:  # templates raise whatever their author chose
+            raise ValueError(f"The chat template cannot be opened for a user's turn: {error}") from error
+        if texts[-1].count(probe) != 1:
+            raise ValueError(
+                "The chat template cannot be opened for a user's turn: it does not show the user's text once and as "
+                f"it is (it makes {texts[-1][:80]!r} of {probe!r}). Give prompts of your own (scenario queries or "
+                "curated)."
+            )
+    prefix = rendered[0][: _common(rendered)]
+    backwards = [list(reversed(ids)) for ids in rendered]
+    suffix_ids = list(reversed(backwards[0][: _common(backwards)]))
+    if not prefix:
+        raise ValueError(
+            "The chat template cannot be opened for a user's turn: nothing stands in front of the user's text, so "
+            "there is nothing to start from. Give prompts of your own (scenario queries or curated)."
+        )
+    return OpenTurn(prefix, suffix_ids, texts[0].split(_PROBES[0])[1])
+
+
+def synthesize_prompts(
+    target_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_prompts: int,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 0.99,
+    batch_size: int = 8,
+    seed: int = 0,
+    system: str | None = None,
+    min_characters: int | None = None,
+    max_characters: int | None = None,
+    script: str | None = None,
+    keep: Callable[[str], bool] | None = None,
+    max_rounds: int | None = None,
+    output_dir: "str | Path | None" = None,
+    template_options: dict[str, Any] | None = None,
+) -> tuple[Dataset, dict[str, int]]:
+    """Have the target write the prompts.
+
+    Args:
+        target_model: The target, where it is to run.
+        tokenizer: Its tokenizer. With a chat template the prompts are messages, without one they are openings of text.
+        num_prompts: Prompts wanted.
+        max_new_tokens: Longest query, in tokens. An aligned target's query that does not end by then is left out; a
+            base model's is an opening of that length.
+        temperature: Sampling temperature of the queries.
+        top_p: Nucleus sampling of the queries.
+        batch_size: Queries written together.
+        seed: Seed of the queries.
+        system: A system message in front, for instance one that names the domain.
+        min_characters: Shortest query to keep.
+        max_characters: Longest query to keep.
+        script: Unicode script to keep, such as `latin`.
+        keep: Any further test on a query's text, such as a language detector.
+        max_rounds: Rounds of `8 * batch_size` queries after which to stop. By default ten times as many as needed.
+        output_dir: A folder in which each round is kept, so that a killed run goes on. Needed for several processes.
+        template_options: Further arguments of the chat template.
+
+    Returns:
+        The prompts (column `prompt`), and how many queries were `kept` and how many fell to each filter.
+
+    Raises:
+        ValueError: The template cannot be opened, or no query was kept.
+    """
+    if num_prompts < 1:
+        raise ValueError(f"`num_prompts` must be at least 1, got {num_prompts}.")
+    if temperature == 0:
+        raise ValueError("At temperature 0 every query would be the same. Sample them at a temperature above 0.")
+    setting = DecodingSetting(temperature=temperature, top_p=top_p)
+    turn = open_user_turn(tokenizer, system=system, template_options=template_options) if _is_chat(tokenizer) else None
+    start = [_first_token(tokenizer)] if turn is None else turn.prefix_ids
+    backend = pipeline_backend(
+        target_model,
+        tokenizer,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        suppress_tokens=ids_without_token(target_model, tokenizer),
+    )
+    size = 8 * batch_size
+    rounds = max_rounds if max_rounds is not None else 10 * -(-num_prompts // size)
+    folder = None if output_dir is None else Path(output_dir)
+    state = PartialState()
+    if folder is None and state.num_processes > 1:
+        raise ValueError("Several processes meet in a folder: give an `output_dir` that all of them can write to.")
+    if folder is not None:
+        manifest = {
+            "schema_version": 1,
+            "target": target_model.name_or_path,
+            "target_weights": weights_fingerprint(target_model),
+            "chat_template": template_hash(tokenizer),
+            "start_ids": start,
+            "settings": {**setting.to_dict(), "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed},
+            "versions": package_versions(),
+        }
+        open_folder(folder, manifest, write=state.is_main_process)
+
+    def sample(number: int, on_finished: Callable[[Completion], None]) -> list[tuple[str, bool]]:
+        completions = backend([start] * size, setting, derived_seed(seed, "queries", number), on_finished)
+        return [query_text(completion, tokenizer, turn) for completion in completions]
+
+    accept = QueryFilter(min_characters=min_characters, max_characters=max_characters, script=script, keep=keep)
+    kept: list[str] = []
+    with completion_progress(num_prompts, not state.is_main_process, desc="Target's queries", unit="query") as advance:
+        for number in range(rounds):
+            queries = None if folder is None else read_round(folder, number)
+            if queries is None and number % state.num_processes == state.process_index:
+                queries = sample(number, advance)
+                if folder is not None:
+                    write_round(folder, number, queries)
+            elif queries is None:
+                assert folder is not None
+                queries = read_round(folder, number, wait=True)
+            assert queries is not None
+            kept += [query for query, finished in queries if accept(query, finished)]
+            if len(kept) >= num_prompts:
+                break
+    counts = dict(accept.counts)
+    _report(kept, num_prompts, counts)
+    kept = kept[:num_prompts]
+    if turn is None:
+        return Dataset.from_dict({"prompt": kept}), counts
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return Dataset.from_dict({"prompt": [[*opening, {"role": "user", "content": query}] for query in kept]}), counts
+
+
+def query_text(completion: Completion, tokenizer: PreTrainedTokenizerBase, turn: OpenTurn | None) -> tuple[str, bool]:
+    """The query in what the target wrote, and whether it came to an end there."""
+    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if turn is None:
+        return text.strip(), True  # an opening of text may break off anywhere
+    ids = completion.token_ids
+    end = turn.suffix_ids[:1]
+    if end and end[0] in tokenizer.all_special_ids and end[0] in ids:
+        # The token that closes a user's turn need not be one at which generation stops.
+        ids = ids[: ids.index(end[0])]
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.strip(), True
+    closing = turn.suffix.strip()
+    if closing and closing in text:  # templates that close a turn in plain text, such as [/INST]
+        return text[: text.index(closing)].strip(), True
+    return text.strip(), completion.finish_reason == STOP
+
+
+def _report(kept: list[str], num_prompts: int, counts: dict[str, int]) -> None:
+    fallen = ", ".join(f"{count} {reason}" for reason, count in counts.items() if reason != "kept") or "none"
+    if not kept:
+        raise ValueError(
+            f"None of {sum(counts.values())} queries was kept (left out: {fallen}). Does the target answer chats at "
+            "all? Raise `max_new_tokens` if they are unfinished."
+        )
+    logger.info(f"Kept {counts['kept']} of {sum(counts.values())} queries; left out: {fallen}.")
+    if len(kept) < num_prompts:
+        logger.warning(
+            f"Only {len(kept)} of {num_prompts} prompts could be synthesized from {sum(counts.values())} queries (left "
+            f"out: {fallen}). Raise `max_rounds` or the temperature for more."
+        )
+
+
+def _is_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    # GPT-2's family begins and ends texts with one token and names it as both, or as the end only.
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise ValueError(
+        "The tokenizer has neither a chat template nor a beginning-of-text token, so the target has nothing to start "
+        "from. Give prompts of your own (scenario queries or curated)."
+    )
+
+
+def _common(lists: list[list[int]]) -> int:
+    """Length of the beginning that all lists share."""
+    length = 0
+    while all(len(each) > length for each in lists) and len({each[length] for each in lists}) == 1:
+        length += 1
+    return length

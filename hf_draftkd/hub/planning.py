@@ -1,0 +1,228 @@
+"""What goes into a draft's repository, worked out from its folder: which report, which facts, whose words.
+
+Pure of the Hub except for two questions, each with an answer for the case that it stays unanswered: what the target's
+config says, and under which licence the base model is.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.hub import sections
+from hf_draftkd.hub.access import redacted, without_home
+from hf_draftkd.hub.card import DraftModelCard, public_name
+from hf_draftkd.hub.contents import CARD_FILE, REPORT_FILE, PlannedFile, check_folder
+from hf_draftkd.hub.markdown import is_hub_id
+from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary, read_json
+from hf_draftkd.hub.weights import count_parameters, weights_checksum
+from hf_draftkd.models.tokenizers import tokenizer_fingerprint
+
+MAX_CARD_BYTES = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftFolder:
+    """A folder that was found fit to be published, and what is known about it.
+
+    Args:
+        path: The folder.
+        parameters: Parameters stored in it.
+        provenance: Its `provenance.json`, empty where there is none.
+        report: Its report, if any, and `report_folder`: where that lies, and its plots with it.
+        contradictions: Where these do not fit together, one sentence each.
+    """
+
+    path: Path
+    parameters: int
+    provenance: Provenance
+    report: SpeculationReport | None
+    report_folder: Path
+    contradictions: list[str]
+
+
+def look_at_folder(folder: str | Path, report: str | Path | SpeculationReport | None = None) -> DraftFolder:
+    """Check a draft's folder and read what describes it; nothing is loaded and nothing is asked of the Hub.
+
+    Args:
+        folder: The draft's folder.
+        report: The report or its file; None looks for `report.json`.
+
+    Raises:
+        ValueError: It holds no draft that could be published, or the report is none.
+    """
+    path = check_folder(folder)
+    parameters = count_parameters(path)
+    provenance = Provenance.load(path) or Provenance()
+    found, report_folder = find_report(path, report)
+    contradictions = mismatches(path, parameters, found, provenance)
+    return DraftFolder(path, parameters, provenance, found, report_folder, contradictions)
+
+
+def find_report(folder: Path, given: str | Path | SpeculationReport | None) -> tuple[SpeculationReport | None, Path]:
+    """The report and the folder that its plots may lie in.
+
+    Args:
+        folder: The draft's folder; `report.json` is looked for there and beside it (where the quickstart puts it).
+        given: The report, or its file, where the user named one.
+
+    Raises:
+        ValueError: The file named does not exist, or is no report.
+    """
+    if isinstance(given, SpeculationReport):
+        return given, folder
+    if given is not None and not Path(given).is_file():
+        raise ValueError(f"There is no report at {str(given)!r}. `draftkd evaluate` writes `report.json`.")
+    candidates = [Path(given)] if given else [folder / REPORT_FILE, folder.resolve().parent / REPORT_FILE]
+    for path in candidates:
+        if path.is_file():
+            return SpeculationReport.from_dict(read_json(path), str(path)), path.resolve().parent
+    return None, folder
+
+
+def mismatches(folder: Path, parameters: int, report: SpeculationReport | None, provenance: Provenance) -> list[str]:
+    """Where weights, report and provenance contradict each other, one sentence each."""
+    found = []
+    checksum = None
+    recorded = [("provenance.json", provenance.weights_sha256)]
+    if report is not None:
+        recorded.append(("the report", getattr(report.draft, "weights_sha256", None)))
+        # Padded rows and tied heads make small differences between what a model counts and what a file holds.
+        if abs(report.draft.num_parameters - parameters) > 0.01 * parameters:
+            found.append(
+                f"The report is about a draft of {report.draft.num_parameters:,} parameters, the folder holds "
+                f"{parameters:,}."
+            )
+    for name, expected in recorded:
+        if expected is not None:
+            checksum = checksum or weights_checksum(folder)
+            if expected != checksum:
+                found.append(
+                    f"The weights have changed since {name} was written: sha256 {expected[:12]}… then, "
+                    f"{checksum[:12]}… now."
+                )
+    training = provenance.training
+    if report is not None and training is not None:
+        for what, trained, measured in (
+            ("target", training.target, report.target.name),
+            ("target revision", training.target_revision, report.target.revision),
+        ):
+            if trained and measured and trained != measured:
+                found.append(f"The draft was trained for the {what} {trained!r}, the report is about {measured!r}.")
+    return found
+
+
+def pair_facts(draft: DraftFolder, generation: PlannedFile | None, token: str | None) -> PairFacts:
+    """What can be found out about the pair now, on top of what was stored when the draft was made."""
+    report, stored = draft.report, draft.provenance.pair or PairFacts()
+    tokenizer = AutoTokenizer.from_pretrained(draft.path, trust_remote_code=False)
+    facts = {
+        "draft_parameters": draft.parameters,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "has_chat_template": tokenizer.chat_template is not None,
+    }
+    held = GenerationConfig.from_dict(json.loads(generation.read())) if generation else None
+    config = AutoConfig.from_pretrained(draft.path, trust_remote_code=False)
+    training = draft.provenance.training or TrainingSummary()
+    name = report.target.name if report else training.target
+    revision = report.target.revision if report else training.target_revision
+    target = None
+    if name is not None:
+        try:
+            target = AutoConfig.from_pretrained(
+                name, revision=revision if is_hub_id(name) else None, token=token, trust_remote_code=False
+            )
+        except (OSError, ValueError, HTTPError):
+            target = None  # Not reachable from here: what was stored about it stands.
+    now = PairFacts.from_configs(config, target or config, draft_generation_config=held, **facts)
+    if target is None:
+        now = dataclasses.replace(
+            now, target_vocab_size=stored.target_vocab_size, same_special_ids=stored.same_special_ids
+        )
+    size = report.target.num_parameters if report else stored.target_parameters
+    return dataclasses.replace(now, target_parameters=size)
+
+
+def public_provenance(draft: DraftFolder, pair: PairFacts) -> Provenance:
+    """The provenance as strangers may read it: no paths of this machine, no tokens, and what does not fit is said."""
+    provenance = draft.provenance
+    training = provenance.training
+    if training is not None:
+        names: dict[str, Any] = {name: getattr(training, name) for name in ("target", "draft", "dataset")}
+        names = {name: public_name(value) for name, value in names.items() if value}
+        training = dataclasses.replace(training, **names)
+    notes = [*(provenance.notes or ()), *(f"Published although: {sentence}" for sentence in draft.contradictions)]
+    return dataclasses.replace(
+        provenance,
+        command=redacted(without_home(provenance.command)) if provenance.command else None,
+        weights_sha256=weights_checksum(draft.path),
+        training=training,
+        pair=pair,
+        notes=list(dict.fromkeys(notes)) or None,
+    )
+
+
+def local_card(folder: Path) -> DraftModelCard | None:
+    path = folder / CARD_FILE
+    if not path.is_file():
+        return None
+    if path.stat().st_size > MAX_CARD_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; that is no model card.")
+    return DraftModelCard(path.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True)
+
+
+def merged_card(
+    fresh: DraftModelCard, local: DraftModelCard | None, remote: DraftModelCard | None, prose: str | None
+) -> tuple[DraftModelCard, str]:
+    """The fresh figures in the words that a person wrote, wherever those are."""
+    default = sections.prose_of(fresh.text)
+
+    def edited(card: DraftModelCard | None) -> bool:
+        return card is not None and _without_title(sections.prose_of(card.text)) != _without_title(default)
+
+    local_edited, remote_edited = edited(local), edited(remote)
+    if local_edited and remote_edited:
+        assert local is not None
+        assert remote is not None
+        if prose is None and sections.prose_of(local.text) != sections.prose_of(remote.text):
+            raise ValueError(
+                "The card was edited on the Hub, and README.md in the folder was edited too, differently. Say whose "
+                "words to keep with `prose='hub'` or `prose='local'` (`--prose` on the command line)."
+            )
+    if remote is not None and (prose == "hub" or (prose is None and remote_edited)):
+        return remote.updated_from(fresh), "figures updated, the words on the Hub kept"
+    if local is not None and (prose == "local" or local_edited):
+        return local.updated_from(fresh), "with the words of the README.md in the folder"
+    # Nobody wrote anything: metadata set by hand on the Hub is kept nevertheless.
+    base = remote or local
+    if base is None:
+        return fresh, ""
+    untouched = type(base)(fresh.render())
+    untouched.data = base.updated_from(fresh).data
+    return untouched, "figures updated" if remote else ""
+
+
+def _without_title(prose: str) -> str:
+    """A card is named after its folder before it is pushed, and after the repository then: no edit of a person's."""
+    return "\n".join(line for line in prose.splitlines() if not line.startswith("# "))
+
+
+def inherited_license(api: HfApi, base_model: Any, token: str | None) -> str:
+    """Raises: ValueError: the base model's licence cannot be found out, so a person has to say one."""
+    reason = "the draft does not start from a model on the Hub that it could inherit one from"
+    if isinstance(base_model, str):
+        try:
+            data = api.model_info(base_model).card_data
+            if data is not None and isinstance(data.get("license"), str):
+                return data["license"]
+            reason = f"the card of {base_model} names none"
+        except (HTTPError, ConnectionError) as error:
+            reason = (
+                f"{base_model} could not be asked ({type(error).__name__}: {redacted(error, token).splitlines()[0]})"
+            )
+    raise ValueError(f"Which licence? {reason[0].upper()}{reason[1:]}. Pass `license`, for instance 'apache-2.0'.")

@@ -1,0 +1,267 @@
+"""Loss and gradient in chunks of positions, so that `[tokens, vocabulary]` is never held.
+
+The models hand over hidden states `[N, H]` and their heads instead of logits. Each chunk of positions is projected,
+scored, and its gradient carried straight back to hidden states and head weight, all in the forward pass: backward only
+multiplies by the incoming scalar. So each logit is computed once, and nothing of a chunk outlives it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from hf_draftkd.acceptance._checks import at_least_float32
+from hf_draftkd.losses.gradients import Twin
+
+# Logits of one chunk by default, in elements: 64 MiB of float32 on a CPU. A GPU wants larger matrix products.
+_CPU_CHUNK = 2**24
+_GPU_CHUNK = 2**26
+
+
+class LinearHead(NamedTuple):
+    """A language-model head as arithmetic: logits = softcap · tanh(scale · (h Wᵀ + b) / softcap)."""
+
+    weight: torch.Tensor
+    """`[V, H]`; the full tensor, gathered if it is sharded."""
+    bias: torch.Tensor | None = None
+    """`[V]`."""
+    scale: float = 1.0
+    """What the model multiplies its logits by (Cohere's `logit_scale`, one over Granite's `logits_scaling`)."""
+    softcap: float | None = None
+    """Gemma's `final_logit_softcapping`."""
+
+    def first(self, vocab_size: int) -> "LinearHead":
+        """Return the head over the first `vocab_size` tokens: the vocabulary a pair shares, without padded rows."""
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return self._replace(weight=self.weight[:vocab_size], bias=bias)
+
+
+class Unprojected(NamedTuple):
+    """Logits not yet computed: hidden states and the head that would project them."""
+
+    hidden: torch.Tensor
+    """`[..., H]`."""
+    head: LinearHead
+
+
+ChunkLoss = Callable[[slice, torch.Tensor, bool], Twin]
+"""`(rows, draft_logits [n, V] (may be overwritten), gradient wanted) -> Twin`."""
+
+
+class ChunkedLoss(NamedTuple):
+    """The result of a chunked pass."""
+
+    loss: torch.Tensor
+    """Scalar Σ weights · values, with gradient to the draft."""
+    values: torch.Tensor
+    """`[N]`, without gradient."""
+    acceptance: torch.Tensor | None
+    """`[N]`, without gradient; None unless the chunks computed it."""
+
+
+def chunked_loss(
+    draft: torch.Tensor | Unprojected, chunk_loss: ChunkLoss, weights: torch.Tensor, chunk_size: int | None = None
+) -> ChunkedLoss:
+    """Return Σ weights · values over all positions, a chunk of positions at a time.
+
+    Args:
+        draft: Logits `[N, V]`, or hidden states `[N, H]` with their head.
+        chunk_loss: Gives the values and the gradient of one chunk of positions.
+        weights: `[N]`, what each position's value is multiplied by; constant.
+        chunk_size: Positions at once. None: as many as keep a chunk's logits at 64 MiB (256 MiB on a GPU).
+
+    Returns:
+        Loss, and values per position. With no position at all the loss is a finite 0 that keeps its gradient path.
+    """
+    if isinstance(draft, Unprojected):
+        inputs, head = draft
+    else:
+        inputs, head = draft, None
+    weight, bias = (None, None) if head is None else (head.weight, head.bias)
+    vocab_size = inputs.shape[-1] if weight is None else weight.shape[0]
+    rows = chunk_rows(inputs.shape[0], vocab_size, inputs.device, chunk_size)
+    loss, values, acceptance = _ChunkedLossFunction.apply(
+        inputs, weight, bias, head, chunk_loss, weights, rows, torch.is_grad_enabled()
+    )
+    return ChunkedLoss(loss, values, acceptance)
+
+
+def chunk_rows(num_rows: int, vocab_size: int, device: torch.device, chunk_size: int | None = None) -> list[slice]:
+    """Return the slices of positions to work through.
+
+    Args:
+        num_rows: Positions in all.
+        vocab_size: Vocabulary size, which decides the default.
+        device: Where the logits live.
+        chunk_size: Positions at once; None for the default.
+
+    Returns:
+        Slices that cover `range(num_rows)` in order.
+
+    Raises:
+        ValueError: If `chunk_size` is less than 1.
+    """
+    if chunk_size is None:
+        chunk_size = max(16, (_CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK) // vocab_size)
+    elif chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size!r}.")
+    return [slice(start, min(start + chunk_size, num_rows)) for start in range(0, num_rows, chunk_size)]
+
+
+def prepared(source: torch.Tensor | Unprojected) -> torch.Tensor | Unprojected:
+    """Return the source detached and in the type it is projected in, so that this is done once and not per chunk.
+
+    Args:
+        source: Logits, or hidden states with their head.
+
+    Returns:
+        The same without gradient; under autocast, hidden states and head in autocast's type.
+    """
+    if not isinstance(source, Unprojected):
+        return source.detach()
+    dtype = _compute_dtype(source.hidden)
+    head = source.head._replace(weight=source.head.weight.detach().to(dtype))
+    return Unprojected(source.hidden.detach().to(dtype), head)
+
+
+def logits_of(source: torch.Tensor | Unprojected, rows: slice) -> torch.Tensor:
+    """Return the logits of some positions, in memory of their own.
+
+    Args:
+        source: Logits `[N, V]`, or hidden states `[N, H]` with their head; from `prepared`.
+        rows: Which positions.
+
+    Returns:
+        `[n, V]`, float32 or float64; may be overwritten.
+    """
+    if isinstance(source, Unprojected):
+        return _project(source.hidden[rows], source.head)
+    return source[rows].to(at_least_float32(source[:0]).dtype, copy=True)
+
+
+class _ChunkedLossFunction(torch.autograd.Function):
+    """Forward computes the gradients, too; backward hands them out.
+
+    They are scaled in place, so there is one backward pass per forward: keeping a second copy of a head's gradient for
+    a `retain_graph` that training never asks for would cost as much memory as the head.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        head: LinearHead | None,
+        chunk_loss: ChunkLoss,
+        weights: torch.Tensor,
+        rows: list[slice],
+        training: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        wanted = tuple(training and needed for needed in ctx.needs_input_grad[:3])
+        collect = _Gradients(inputs, weight, bias, wanted)
+        source = prepared(inputs if head is None else Unprojected(inputs, head))
+        values, acceptance = [], []
+        with torch.autocast(inputs.device.type, enabled=False):
+            for chunk in rows:
+                logits = logits_of(source, chunk)
+                capped = logits.clone() if head is not None and head.softcap is not None and any(wanted) else None
+                twin = chunk_loss(chunk, logits, any(wanted))
+                values.append(twin.values)
+                acceptance.append(twin.acceptance)
+                if twin.gradient is not None:
+                    collect.add(chunk, twin.gradient, source, weights[chunk], capped)
+        ctx.gradients = collect.finish()
+        joined = torch.cat(values) if values else at_least_float32(inputs).new_zeros(0)
+        known = [rate for rate in acceptance if rate is not None]
+        rates = torch.cat(known) if known else None
+        loss = (joined * weights).sum()
+        ctx.mark_non_differentiable(joined, *([] if rates is None else [rates]))
+        return loss, joined, rates
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("The chunked loss can be differentiated once; its gradients were already handed out.")
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [None if gradient is None else gradient.mul_(grad_loss.to(gradient.dtype)) for gradient in gradients]
+        return (*scaled, None, None, None, None, None)
+
+
+class _Gradients:
+    """Sums of the gradients of inputs, head weight and head bias over chunks."""
+
+    def __init__(
+        self,
+        inputs: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        wanted: tuple[bool, ...],
+    ) -> None:
+        self.like = (inputs, weight, bias)
+        self.inputs = torch.zeros_like(inputs) if wanted[0] else None
+        # Summed over chunks, so in float32 whatever the weights are held in.
+        self.weight, self.bias = (
+            None if tensor is None or not want else torch.zeros_like(tensor, dtype=at_least_float32(tensor[:0]).dtype)
+            for tensor, want in ((weight, wanted[1]), (bias, wanted[2]))
+        )
+
+    def add(
+        self,
+        chunk: slice,
+        gradient: torch.Tensor,
+        source: torch.Tensor | Unprojected,
+        weights: torch.Tensor,
+        capped: torch.Tensor | None,
+    ) -> None:
+        """Carry one chunk's gradient in the logits `[n, V]` back to what they were computed from."""
+        column = weights.to(gradient.dtype).unsqueeze(-1)
+        if not isinstance(source, Unprojected):
+            if self.inputs is not None:
+                self.inputs[chunk] = gradient.mul_(column).to(self.inputs.dtype)
+            return
+        hidden, head = source
+        if capped is not None and head.softcap is not None:
+            gradient.mul_(1 - capped.div_(head.softcap).square_())
+        # Weights multiply the narrow side, [n, H], instead of passing over [n, V] once more.
+        column = column * head.scale
+        narrow = gradient.to(hidden.dtype)
+        if self.inputs is not None:
+            self.inputs[chunk] = (narrow @ head.weight).mul_(column).to(self.inputs.dtype)
+        if self.weight is not None:
+            weighted = (hidden[chunk] * column).to(hidden.dtype)
+            if self.weight.dtype == narrow.dtype:
+                self.weight.addmm_(narrow.t(), weighted)
+            else:
+                self.weight.add_(narrow.t() @ weighted)
+        if self.bias is not None:
+            self.bias.add_(gradient.t() @ column.squeeze(-1))
+
+    def finish(self) -> list[torch.Tensor | None]:
+        """Return the gradients in the types of what they belong to."""
+        return [
+            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip((self.inputs, self.weight, self.bias), self.like, strict=True)
+        ]
+
+
+def _project(hidden: torch.Tensor, head: LinearHead) -> torch.Tensor:
+    """Return float32 (or float64) logits `[n, V]`; hidden and weight share one type."""
+    if hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16):
+        logits = torch.mm(hidden, head.weight.t(), out_dtype=torch.float32)
+    else:
+        logits = at_least_float32(hidden @ head.weight.t())
+    if head.bias is not None:
+        logits.add_(head.bias)
+    if head.scale != 1.0:
+        logits.mul_(head.scale)
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    return logits
+
+
+def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """Return the type to project in: autocast's where it is on, else that of the hidden states."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

@@ -1,0 +1,309 @@
+"""The divergences again, with gradients written by hand: the fast twins that the chunked pass calls.
+
+Autograd would walk over the vocabulary once for every operation of the plain form; written out, most gradients are one
+expression in p and q (for forward KL, q − p). `divergences.py` says what each divergence is; here stands only how it is
+computed quickly. Every twin is tested against its plain form by value and by gradient.
+
+All functions work on one chunk: `draft_logits` and `target_logits` `[n, V]`, float32 or float64, **both of which they
+may overwrite**. With z the draft's logits and y the target's, log q = z − log_z_q and log p = y − log_z_p.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from hf_draftkd.losses.divergences import (
+    DIVERGENCES,
+    LOG_FLOOR,
+    check_eta,
+    check_tvd_options,
+    check_unit_interval,
+    negative_log_acceptance,
+    reward_moments,
+    sample_tokens,
+)
+from hf_draftkd.losses.divergences import cross_entropy as plain_cross_entropy
+
+# Below this, Σ min(p, q) in float32 has lost the digits that the logarithm needs.
+_SMALLEST_ACCEPTANCE = 1e-30
+
+Divergence = str | Callable[..., torch.Tensor]
+
+
+class Twin(NamedTuple):
+    """One chunk's result, all without autograd history."""
+
+    values: torch.Tensor
+    """`[n]`: the divergence at each position."""
+    gradient: torch.Tensor | None
+    """`[n, V]`: d value / d draft logits; None if it was not asked for."""
+    acceptance: torch.Tensor | None
+    """`[n]`: α = 1 − ½ Σ |p − q|; None if it was not asked for."""
+
+
+class Rewards(NamedTuple):
+    """What TVD++ with batch statistics must know before its first chunk."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    tokens: torch.Tensor | None
+    """`[n]`: the tokens drawn from q; None for the full expectation."""
+
+
+@torch.no_grad()
+def value_and_gradient(
+    divergence: Divergence,
+    draft_logits: torch.Tensor,
+    target_logits: torch.Tensor,
+    *,
+    options: Mapping[str, Any] | None = None,
+    gradient: bool = True,
+    acceptance: bool = False,
+) -> Twin:
+    """Return a divergence and its gradient in the draft's logits, for one chunk.
+
+    Args:
+        divergence: A key of `DIVERGENCES` other than `cross_entropy`, or a function
+            `f(draft_logits [n, V], target_logits [n, V], **options) -> [n]`, whose gradient is then taken by autograd.
+        draft_logits: `[n, V]`, float32 or float64; overwritten.
+        target_logits: `[n, V]`, same type; overwritten.
+        options: The divergence's options. `tvd_plus_plus` also takes `rewards`, a `Rewards` of the whole batch.
+        gradient: Whether the gradient is wanted.
+        acceptance: Whether the acceptance rate is wanted as well.
+
+    Returns:
+        Values, gradient and acceptance rate.
+    """
+    options = dict(options or {})
+    twin = _TWINS.get(divergence) if isinstance(divergence, str) else None
+    if twin is not None:
+        return twin(draft_logits, target_logits, gradient, acceptance, **options)
+    function = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
+    rate = None
+    if acceptance:
+        rate = _acceptance(draft_logits.softmax(dim=-1).sub_(target_logits.softmax(dim=-1)))
+    values, slope = by_autograd(lambda z: function(z, target_logits, **options), draft_logits, gradient)
+    return Twin(values, slope, rate)
+
+
+def cross_entropy(draft_logits: torch.Tensor, tokens: torch.Tensor, gradient: bool) -> Twin:
+    """Return −log q(x) and its gradient q − 1{x}; the logits are left as they are.
+
+    Args:
+        draft_logits: `[n, V]`.
+        tokens: `[n]`.
+        gradient: Whether the gradient is wanted.
+
+    Returns:
+        Values and gradient.
+    """
+    if not gradient:
+        return Twin(plain_cross_entropy(draft_logits, tokens=tokens), None, None)
+    q, log_z_q = _softmax(draft_logits)
+    picked = tokens.unsqueeze(-1)
+    values = log_z_q - draft_logits.gather(-1, picked).squeeze(-1)
+    return Twin(values, q.scatter_add_(-1, picked, -torch.ones_like(picked, dtype=q.dtype)), None)
+
+
+def by_autograd(
+    function: Callable[[torch.Tensor], torch.Tensor], draft_logits: torch.Tensor, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return `function(draft_logits)` `[n]` and, if wanted, its gradient `[n, V]` by autograd."""
+    if not gradient:
+        return function(draft_logits), None
+    with torch.enable_grad():
+        leaf = draft_logits.detach().requires_grad_()
+        values = function(leaf)
+        (slope,) = torch.autograd.grad(values.sum(), leaf)
+    return values.detach(), slope
+
+
+def _forward_kl(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool) -> Twin:
+    p, log_z_p = _softmax(y)
+    q, log_z_q = (_softmax(z)) if gradient or acceptance else (None, z.logsumexp(dim=-1))
+    gap = y.sub_(z)
+    expected_gap = _dot(p, gap)
+    if not expected_gap.isfinite().all():
+        # A filtered token of the target is 0 · ∞. It is rare, so it is not looked for in advance.
+        expected_gap = _dot(p, gap.masked_fill_(p == 0, 0.0))
+    values = expected_gap - log_z_p + log_z_q
+    if q is None:
+        return Twin(values, None, None)
+    difference = q.sub_(p)
+    return Twin(values, difference if gradient else None, _acceptance(difference) if acceptance else None)
+
+
+def _reverse_kl(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool) -> Twin:
+    q, log_z_q = _softmax(z)
+    p, log_z_p = _softmax(y)
+    rate = _acceptance(p.sub_(q)) if acceptance else None
+    gap = z.sub_(torch.maximum(y, (log_z_p + LOG_FLOOR).unsqueeze(-1), out=y))
+    shift = log_z_p - log_z_q
+    values = _dot(q, gap) + shift
+    slope = gap.add_((shift - values).unsqueeze(-1)).mul_(q) if gradient else None
+    return Twin(values, slope, rate)
+
+
+def _generalized_jsd(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool, *, beta: float = 0.5) -> Twin:
+    check_unit_interval("beta", beta)
+    if beta == 0:
+        return _forward_kl(z, y, gradient, acceptance)
+    if beta == 1:
+        return _reverse_kl(z, y, gradient, acceptance)
+    q, log_z_q = _softmax(z)
+    p, log_z_p = _softmax(y)
+    log_q = z.sub_(log_z_q.unsqueeze(-1))
+    log_p = y.sub_(log_z_p.unsqueeze(-1)).clamp_(min=LOG_FLOOR)
+    shares = torch.tensor([beta, 1 - beta], dtype=torch.float64).log().tolist()
+    log_m = torch.logaddexp(log_p + shares[0], log_q + shares[1])
+    gap = log_q.sub_(log_m)
+    kl_draft = _dot(q, gap)
+    values = beta * _dot(p, log_p.sub_(log_m)) + (1 - beta) * kl_draft
+    slope = gap.sub_(kl_draft.unsqueeze(-1)).mul_(q).mul_(1 - beta) if gradient else None
+    return Twin(values, slope, _acceptance(p.sub_(q)) if acceptance else None)
+
+
+def _total_variation(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool) -> Twin:
+    q = z.softmax(dim=-1)
+    difference = q - y.softmax(dim=-1)
+    values = 0.5 * _norm(difference)
+    return Twin(values, _tv_gradient(q, difference) if gradient else None, _rate(values) if acceptance else None)
+
+
+def _negative_log_acceptance(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool) -> Twin:
+    q, p = z.softmax(dim=-1), y.softmax(dim=-1)
+    shared = torch.minimum(p, q).sum(dim=-1)
+    values = -shared.log()
+    difference = q.sub(p)
+    rate = _acceptance(difference) if acceptance else None
+    slope = _tv_gradient(q, difference).div_(shared.unsqueeze(-1)) if gradient else None
+    tiny = ~(shared > _SMALLEST_ACCEPTANCE)
+    if tiny.any():
+        values[tiny], exact = by_autograd(lambda row: negative_log_acceptance(row, y[tiny]), z[tiny], gradient)
+        if slope is not None and exact is not None:
+            slope[tiny] = exact
+    return Twin(values, slope, rate)
+
+
+def _lk_hybrid(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool, *, eta: float = 3.0) -> Twin:
+    check_eta(eta)
+    q = z.softmax(dim=-1)
+    kl, difference, _ = _forward_kl(z, y, True, False)
+    assert difference is not None
+    distance = 0.5 * _norm(difference)
+    kl_share = (-eta * (1 - distance)).exp()
+    slope = None
+    if gradient:
+        toward_tv = _tv_gradient(q, difference.clone()).mul_((1 - kl_share).unsqueeze(-1))
+        slope = difference.mul_(kl_share.unsqueeze(-1)).add_(toward_tv)
+    return Twin(kl_share * kl + (1 - kl_share) * distance, slope, _rate(distance) if acceptance else None)
+
+
+def _tvd_plus_plus(
+    z: torch.Tensor,
+    y: torch.Tensor,
+    gradient: bool,
+    acceptance: bool,
+    *,
+    estimator: str = "sampled",
+    statistics: str = "batch",
+    tokens: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    rewards: Rewards | None = None,
+) -> Twin:
+    check_tvd_options(estimator, statistics, tokens, eps)
+    q, p = z.softmax(dim=-1), y.softmax(dim=-1)
+    reward = (p > q).to(q.dtype)
+    rate = _acceptance(p.sub_(q)) if acceptance else None
+    if statistics == "token":
+        mean, std = reward_moments(_dot(q, reward).unsqueeze(-1), 1, eps)
+        drawn = sample_tokens(q) if tokens is None and estimator == "sampled" else tokens
+    else:
+        if rewards is None:
+            rewards = finish_rewards([collect_rewards(z, y, estimator, tokens)], eps)
+        mean, std, drawn = rewards
+    if drawn is None:
+        weighted = reward.sub_(mean).div_(std).mul_(q)
+        values = -weighted.sum(dim=-1)
+        return Twin(values, weighted.add_(q.mul_(values.unsqueeze(-1))).neg_() if gradient else None, rate)
+    picked = drawn.unsqueeze(-1)
+    advantage = (reward.gather(-1, picked) - mean) / std
+    log_q = z.gather(-1, picked).squeeze(-1) - z.logsumexp(dim=-1)
+    slope = q.mul_(advantage).scatter_add_(-1, picked, -advantage) if gradient else None
+    return Twin(-advantage.squeeze(-1) * log_q, slope, rate)
+
+
+def collect_rewards(
+    draft_logits: torch.Tensor, target_logits: torch.Tensor, estimator: str, tokens: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return one chunk's share of the batch statistics of TVD++: rewards `[n]`, and the tokens drawn `[n]`.
+
+    Args:
+        draft_logits: `[n, V]`, left as they are.
+        target_logits: `[n, V]`, left as they are.
+        estimator: `"full"`: the reward is its expectation under q. `"sampled"`: that of one token.
+        tokens: Tokens already drawn from q, `[n]`, for `"sampled"`. None: drawn here.
+
+    Returns:
+        Rewards in [0, 1], and the drawn tokens (None for `"full"`).
+    """
+    q = draft_logits.softmax(dim=-1)
+    reward = (target_logits.softmax(dim=-1) > q).to(q.dtype)
+    if estimator == "full":
+        return _dot(q, reward), None
+    drawn = sample_tokens(q) if tokens is None else tokens
+    return reward.gather(-1, drawn.unsqueeze(-1)).squeeze(-1), drawn
+
+
+def finish_rewards(chunks: list[tuple[torch.Tensor, torch.Tensor | None]], eps: float) -> Rewards:
+    """Return mean and standard deviation over all chunks of `collect_rewards`, and the drawn tokens joined."""
+    rewards = torch.cat([reward for reward, _ in chunks])
+    drawn = [tokens for _, tokens in chunks if tokens is not None]
+    mean, std = reward_moments(rewards.sum(), rewards.numel(), eps)
+    return Rewards(mean, std, torch.cat(drawn) if drawn else None)
+
+
+_TWINS: dict[str, Callable[..., Twin]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "generalized_jsd": _generalized_jsd,
+    "total_variation": _total_variation,
+    "negative_log_acceptance": _negative_log_acceptance,
+    "lk_hybrid": _lk_hybrid,
+    "tvd_plus_plus": _tvd_plus_plus,
+}
+
+
+def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the probabilities and the log-normaliser, with a single exponential per element."""
+    probs = logits.softmax(dim=-1)
+    # The largest probability is at least 1/V, so its logarithm is exact to the last digits.
+    return probs, logits.amax(dim=-1) - probs.amax(dim=-1).log()
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the row-wise inner product `[n]` without holding the product."""
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).reshape(-1)
+
+
+def _norm(difference: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(difference, ord=1, dim=-1)
+
+
+def _acceptance(difference: torch.Tensor) -> torch.Tensor:
+    return _rate(0.5 * _norm(difference))
+
+
+def _rate(distance: torch.Tensor) -> torch.Tensor:
+    return (1 - distance).clamp(min=0.0)
+
+
+def _tv_gradient(q: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+    """Return q (Σ q w − w) with w = 1 where q < p, ½ where equal, else 0; both arguments are overwritten.
+
+    With signs instead of w it reads ½ q (s − Σ q s), which loses all digits where q sits on one token: that is where
+    −log α divides it by an α near 0.
+    """
+    kept = difference.sign_().sub_(1).mul_(-0.5).mul_(q)
+    return q.mul_(kept.sum(dim=-1, keepdim=True)).sub_(kept)

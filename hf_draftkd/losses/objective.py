@@ -1,0 +1,293 @@
+"""The training objective: temperature, mixing, token weights, masking, normalising, a chunk of positions at a time.
+
+`distillation_loss` is what the trainer calls. It takes the draft as logits or as hidden states with their head, the
+target in whichever form it is at hand, and labels; it returns one scalar to call `backward()` on and per-token figures
+to log.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from hf_draftkd.losses.chunked import Unprojected, chunk_rows, chunked_loss, logits_of, prepared
+from hf_draftkd.losses.divergences import check_divergence, check_unit_interval
+from hf_draftkd.losses.gradients import (
+    Divergence,
+    Rewards,
+    Twin,
+    collect_rewards,
+    cross_entropy,
+    finish_rewards,
+    value_and_gradient,
+)
+from hf_draftkd.losses.sparse import (
+    SampledTarget,
+    SparseTarget,
+    check_sampled,
+    check_temperature,
+    merge_for_gradient,
+    sparse_value_and_gradient,
+    target_buckets,
+)
+
+IGNORED = -100
+"""The label of a position that is not learned from."""
+
+Target = torch.Tensor | Unprojected | SparseTarget | SampledTarget
+
+
+class DistillationLoss(NamedTuple):
+    """The objective's value, and what to log beside it: add the sums up over steps and processes, divide last."""
+
+    loss: torch.Tensor
+    """Scalar; call `backward()` on it."""
+    num_tokens: int
+    """Completion tokens of this batch on this process."""
+    token_losses: torch.Tensor
+    """`[N]`, without gradient: each completion token's mixed loss, before token weights."""
+    acceptance: torch.Tensor | None
+    """`[N]`, without gradient: α of each completion token at the loss temperature; from a sparse target an upper bound.
+    None if it was not asked for, or the target gives none."""
+    mask: torch.Tensor
+    """Bool, shape of the labels: the N completion tokens, in order."""
+
+
+def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Return, for each position, the token that its logits predict: the next one.
+
+    Args:
+        labels: Token ids `[B, T]`, -100 where nothing is learned.
+
+    Returns:
+        `[B, T]`, -100 at the last position: there is nothing after it. Logits and hidden states stay whole.
+    """
+    shifted = torch.full_like(labels, IGNORED)
+    shifted[..., :-1] = labels[..., 1:]
+    return shifted
+
+
+def distillation_loss(
+    draft: torch.Tensor | Unprojected,
+    target: Target | None,
+    labels: torch.Tensor,
+    *,
+    divergence: Divergence = "forward_kl",
+    options: Mapping[str, Any] | None = None,
+    temperature: float = 1.0,
+    cross_entropy_weight: float = 0.0,
+    token_weights: torch.Tensor | None = None,
+    num_items: torch.Tensor | int | None = None,
+    chunk_size: int | None = None,
+    with_acceptance: bool = False,
+) -> DistillationLoss:
+    """Return Σ weight · [(1 − w) · divergence + w · cross-entropy] ÷ number of completion tokens.
+
+    Draft and target are compared over one vocabulary: cut padded rows off first (`LinearHead.first`). No factor of
+    temperature² is applied. Positions are chosen by label alone, never by token id, so that an end-of-sequence token
+    that doubles as padding is learned where it ends a text.
+
+    Args:
+        draft: Logits `[..., V]`, or `Unprojected` hidden states `[..., H]` with their head: then only completion
+            positions are projected and no `[tokens, vocabulary]` tensor exists beyond a chunk.
+        target: The same for the target, or its `SparseTarget` or `SampledTarget`; `None` with
+            `divergence="cross_entropy"`. One entry per label, or one per completion token `[N, ...]`.
+        labels: `[...]`, the token that each position's logits predict (see `shift_labels`); -100: no completion token.
+        divergence: A key of `DIVERGENCES`, or a function `f(draft_logits [n, V], target_logits [n, V], **options) ->
+            [n]` without state across positions; its gradient is then taken by autograd, a chunk at a time.
+        options: The divergence's options, e.g. `{"beta": 0.5}`.
+        temperature: Divides both models' logits in the divergence. Cross-entropy always stands at temperature 1. A
+            sparse or sampled target must have been made at this temperature.
+        cross_entropy_weight: w in [0, 1].
+        token_weights: `[...]` like the labels, or `[N]`: each token's weight. They scale the sum, not the divisor.
+        num_items: Completion tokens of the whole accumulation window on all processes. None: those of this batch.
+        chunk_size: Positions at once; None for a size that keeps a chunk's logits within a fixed budget.
+        with_acceptance: Whether to return acceptance rates, which costs little more.
+
+    Returns:
+        The loss and figures to log. A batch without completion tokens gives a finite 0 with its gradient path.
+
+    Raises:
+        ValueError: If arguments are out of range, do not fit each other, or a target is missing.
+    """
+    options = dict(options or {})
+    _check_settings(divergence, options, temperature, cross_entropy_weight, target)
+    mask = labels != IGNORED
+    draft = _select(draft, mask, "draft")
+    tokens = labels[mask]
+    signal = None if target is None else _select(target, mask, "target")
+    weights = _position_weights(tokens, token_weights, mask, num_items, draft)
+    if isinstance(signal, torch.Tensor | Unprojected):
+        signal = prepared(signal)
+    drawn = options.pop("tokens", None)
+    if drawn is not None:
+        if isinstance(signal, SparseTarget):
+            raise ValueError("tokens cannot be given with a sparse target: most of them lie in its tail.")
+        drawn = drawn[mask] if drawn.shape == mask.shape else drawn
+    rewards = None
+    if divergence == "tvd_plus_plus" and options.get("statistics", "batch") == "batch":
+        assert signal is not None
+        rewards = _batch_rewards(draft, signal, drawn, temperature, options, chunk_size)
+
+    def one_chunk(rows: slice, logits: torch.Tensor, gradient: bool) -> Twin:
+        on_text = None
+        if signal is None or cross_entropy_weight > 0:
+            on_text = cross_entropy(logits, tokens[rows], gradient)
+            if signal is None:
+                return on_text
+        if temperature != 1:
+            logits.div_(temperature)
+        chunk_options = dict(options)
+        if rewards is not None:
+            picked = None if rewards.tokens is None else rewards.tokens[rows]
+            chunk_options["rewards"] = rewards._replace(tokens=picked)
+        elif drawn is not None:
+            chunk_options["tokens"] = drawn[rows]
+        distance = _against(signal, rows, logits, divergence, chunk_options, temperature, gradient, with_acceptance)
+        if temperature != 1 and distance.gradient is not None:
+            distance.gradient.div_(temperature)
+        return distance if on_text is None else _mix(distance, on_text, cross_entropy_weight)
+
+    result = chunked_loss(draft, one_chunk, weights, chunk_size)
+    return DistillationLoss(result.loss, tokens.numel(), result.values, result.acceptance, mask)
+
+
+def _check_settings(
+    divergence: Divergence, options: dict[str, Any], temperature: float, weight: float, target: Target | None
+) -> None:
+    check_temperature(temperature)
+    check_unit_interval("cross_entropy_weight", weight)
+    if not isinstance(divergence, str):
+        if target is None:
+            raise ValueError("A divergence compares two distributions, but target is None.")
+        return
+    check_divergence(divergence, {name: value for name, value in options.items() if name != "tokens"})
+    if divergence == "cross_entropy":
+        if target is not None:
+            raise ValueError(
+                "divergence='cross_entropy' learns from text alone, so its target must be None; to add cross-entropy "
+                "to another divergence, set cross_entropy_weight."
+            )
+        if temperature != 1:
+            raise ValueError(f"Cross-entropy always stands at temperature 1, got temperature={temperature!r}.")
+    elif target is None:
+        raise ValueError(
+            f"divergence={divergence!r} compares the draft with the target's distribution, but target is None. Give "
+            "the target's logits or its cached distribution, or choose divergence='cross_entropy'."
+        )
+    if isinstance(target, SampledTarget):
+        check_sampled(divergence)
+
+
+def _select(source: Any, mask: torch.Tensor, name: str) -> Any:
+    """Return the completion positions `[N, ...]` of logits, hidden states or a sparse target."""
+    if isinstance(source, Unprojected):
+        return source._replace(hidden=_select(source.hidden, mask, name))
+    parts = source.token_ids if isinstance(source, SparseTarget | SampledTarget) else source
+    leading = tuple(parts.shape[:-1])
+    if leading == tuple(mask.shape):
+        return source[mask]
+    if leading == (int(mask.sum()),):
+        return source
+    raise ValueError(
+        f"The {name} must have one entry per label {tuple(mask.shape)} or per completion token ({int(mask.sum())},), "
+        f"got {leading}."
+    )
+
+
+def _position_weights(
+    tokens: torch.Tensor,
+    token_weights: torch.Tensor | None,
+    mask: torch.Tensor,
+    num_items: torch.Tensor | int | None,
+    draft: torch.Tensor | Unprojected,
+) -> torch.Tensor:
+    """Return what each completion token's loss is multiplied by, `[N]`: its weight ÷ the number of tokens."""
+    like = draft.hidden if isinstance(draft, Unprojected) else draft
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if token_weights is None:
+        weights = torch.ones(tokens.shape, dtype=dtype, device=like.device)
+    else:
+        picked = token_weights[mask] if token_weights.shape == mask.shape else token_weights
+        if picked.shape != tokens.shape:
+            raise ValueError(
+                f"token_weights must have the shape of the labels {tuple(mask.shape)} or of the completion tokens "
+                f"{tuple(tokens.shape)}, got {tuple(token_weights.shape)}."
+            )
+        weights = picked.detach().to(like.device, dtype)
+    if num_items is None:
+        return weights / max(tokens.numel(), 1)
+    return weights / (num_items.to(like.device) if isinstance(num_items, torch.Tensor) else num_items)
+
+
+def _against(
+    signal: Target,
+    rows: slice,
+    logits: torch.Tensor,
+    divergence: Divergence,
+    options: dict[str, Any],
+    temperature: float,
+    gradient: bool,
+    acceptance: bool,
+) -> Twin:
+    """Return one chunk's divergence from the target, whatever form the target has."""
+    if isinstance(signal, SparseTarget | SampledTarget):
+        return sparse_value_and_gradient(
+            divergence, logits, signal[rows], options=options, gradient=gradient, acceptance=acceptance
+        )
+    target_logits = _target_logits(signal, rows, logits, temperature)
+    return value_and_gradient(
+        divergence, logits, target_logits, options=options, gradient=gradient, acceptance=acceptance
+    )
+
+
+def _target_logits(
+    signal: torch.Tensor | Unprojected, rows: slice, logits: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    target_logits = logits_of(signal, rows).to(logits)
+    if target_logits.shape != logits.shape:
+        raise ValueError(
+            f"Draft and target must be compared over one vocabulary, got {logits.shape[-1]} and "
+            f"{target_logits.shape[-1]} tokens. Cut padded rows off first: LinearHead.first(shared_vocab_size)."
+        )
+    return target_logits if temperature == 1 else target_logits.div_(temperature)
+
+
+def _batch_rewards(
+    draft: torch.Tensor | Unprojected,
+    signal: Target,
+    tokens: torch.Tensor | None,
+    temperature: float,
+    options: dict[str, Any],
+    chunk_size: int | None,
+) -> Rewards:
+    """Return the batch statistics of TVD++ in a pass of their own: they must be known before the first chunk."""
+    assert not isinstance(signal, SampledTarget)
+    hidden = draft.hidden if isinstance(draft, Unprojected) else draft
+    vocab_size = draft.head.weight.shape[0] if isinstance(draft, Unprojected) else draft.shape[-1]
+    estimator = options.get("estimator", "sampled")
+    chunks = []
+    source = prepared(draft)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for rows in chunk_rows(hidden.shape[0], vocab_size, hidden.device, chunk_size):
+            logits = logits_of(source, rows)
+            if temperature != 1:
+                logits.div_(temperature)
+            if isinstance(signal, SparseTarget):
+                logits, _ = merge_for_gradient(logits, signal.token_ids[rows])
+                target_logits = target_buckets(signal[rows], vocab_size).to(logits)
+            else:
+                target_logits = _target_logits(signal, rows, logits, temperature)
+            chunks.append(collect_rewards(logits, target_logits, estimator, None if tokens is None else tokens[rows]))
+        if not chunks:
+            chunks.append((hidden.new_zeros(0, dtype=torch.float32), None))
+        return finish_rewards(chunks, options.get("eps", 1e-6))
+
+
+def _mix(distance: Twin, on_text: Twin, weight: float) -> Twin:
+    """Return (1 − w) · divergence + w · cross-entropy."""
+    values = (1 - weight) * distance.values + weight * on_text.values
+    slope = distance.gradient
+    if slope is not None and on_text.gradient is not None:
+        slope.mul_(1 - weight).add_(on_text.gradient, alpha=weight)
+    return Twin(values, slope, distance.acceptance)

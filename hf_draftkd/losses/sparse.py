@@ -1,0 +1,295 @@
+"""Divergences from a target of which only a part was kept: its k likeliest tokens and the rest, or draws from it.
+
+**Top-k and tail** (`SparseTarget`). All tokens outside the k kept ones are one bucket, for the draft as for the
+target. Every divergence then compares k + 1 probabilities. Merging outcomes can only bring two distributions closer:
+the divergences are lower bounds of the true ones, and the acceptance rate is an **upper bound**. With k = V nothing is
+merged and everything equals the dense form.
+
+**Draws** (`SampledTarget`). The frequencies of tokens drawn from p with replacement are an unbiased estimate of p
+itself, so of whatever is linear in p: forward KL's gradient, and cross-entropy. Every other divergence bends p, and its
+estimate would be biased; it is refused (Sparse Logit Sampling, https://arxiv.org/abs/2503.16870).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_draftkd.acceptance import token_acceptance_rate
+from hf_draftkd.acceptance._checks import at_least_float32
+from hf_draftkd.losses.divergences import get_divergence
+from hf_draftkd.losses.gradients import Divergence, Twin, value_and_gradient
+
+
+@dataclass(frozen=True)
+class SparseTarget:
+    """The target's k likeliest tokens at each position, and the probability of all others together.
+
+    Args:
+        token_ids: `[..., k]`, distinct within a position.
+        logprobs: `[..., k]`, log p of these tokens, at the loss temperature.
+        tail_logprob: `[...]`, log of the remaining probability; `-inf` where k = V.
+    """
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    tail_logprob: torch.Tensor
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not belong together."""
+        shape = tuple(self.token_ids.shape)
+        if self.logprobs.shape != self.token_ids.shape or tuple(self.tail_logprob.shape) != shape[:-1]:
+            raise ValueError(
+                f"A sparse target needs token_ids and logprobs [..., k] and tail_logprob [...], got {shape}, "
+                f"{tuple(self.logprobs.shape)} and {tuple(self.tail_logprob.shape)}."
+            )
+
+    def __getitem__(self, index: Any) -> "SparseTarget":
+        """Select positions."""
+        return SparseTarget(self.token_ids[index], self.logprobs[index], self.tail_logprob[index])
+
+
+@dataclass(frozen=True)
+class SampledTarget:
+    """Tokens drawn from the target at each position, with replacement.
+
+    Args:
+        token_ids: `[..., m]`; a place that is not used holds any valid id and count 0.
+        counts: `[..., m]`, how often each was drawn.
+        logprobs: `[..., m]`, log p of these tokens, where known. It takes no part in the gradient: with it the value
+            of forward KL is unbiased, without it the frequencies stand in for p and the value is a little too high.
+    """
+
+    token_ids: torch.Tensor
+    counts: torch.Tensor
+    logprobs: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not belong together."""
+        shapes = {tuple(part.shape) for part in (self.token_ids, self.counts, self.logprobs) if part is not None}
+        if len(shapes) > 1:
+            raise ValueError(f"A sampled target's parts must all have shape [..., m], got {sorted(shapes)}.")
+
+    def __getitem__(self, index: Any) -> "SampledTarget":
+        """Select positions."""
+        logprobs = None if self.logprobs is None else self.logprobs[index]
+        return SampledTarget(self.token_ids[index], self.counts[index], logprobs)
+
+
+def top_k_target(logits: torch.Tensor, k: int, temperature: float = 1.0) -> SparseTarget:
+    """Keep the k likeliest tokens of the target and the probability of the rest.
+
+    Args:
+        logits: Target logits over the shared vocabulary, `[..., V]`.
+        k: Tokens to keep, from 1 to V.
+        temperature: Loss temperature; the tail cannot be re-tempered later.
+
+    Returns:
+        The sparse target, float32 or better.
+
+    Raises:
+        ValueError: If k or the temperature is out of range.
+    """
+    if not 1 <= k <= logits.shape[-1]:
+        raise ValueError(f"k must lie between 1 and the vocabulary size {logits.shape[-1]}, got {k!r}.")
+    check_temperature(temperature)
+    logprobs = (at_least_float32(logits) / temperature).log_softmax(dim=-1)
+    kept, token_ids = logprobs.topk(k, dim=-1)
+    # Summing what is left, not 1 − Σ kept: a tail of 1e-9 would drown in the rounding of the difference.
+    tail = logprobs.scatter(-1, token_ids, -torch.inf).logsumexp(dim=-1)
+    return SparseTarget(token_ids, kept, tail)
+
+
+def sample_target(
+    logits: torch.Tensor, num_draws: int, temperature: float = 1.0, generator: torch.Generator | None = None
+) -> SampledTarget:
+    """Draw tokens from the target at each position and count them.
+
+    Args:
+        logits: Target logits over the shared vocabulary, `[..., V]`.
+        num_draws: N draws per position, with replacement.
+        temperature: Loss temperature.
+        generator: Random generator; None for torch's global one.
+
+    Returns:
+        Distinct tokens with their counts and log-probabilities, as many places as the richest position needs.
+
+    Raises:
+        ValueError: If the number of draws or the temperature is out of range.
+    """
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws!r}.")
+    check_temperature(temperature)
+    logprobs = (at_least_float32(logits) / temperature).log_softmax(dim=-1)
+    rows = logprobs.exp().reshape(-1, logits.shape[-1])
+    drawn = rows.multinomial(num_draws, replacement=True, generator=generator).sort(dim=-1).values
+    first = torch.ones_like(drawn, dtype=torch.bool)
+    first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+    place = first.cumsum(dim=-1) - 1
+    width = int(place.max()) + 1 if place.numel() else 0
+    token_ids = drawn.new_zeros(drawn.shape[0], width).scatter_(-1, place, drawn)
+    counts = torch.zeros_like(token_ids).scatter_add_(-1, place, torch.ones_like(drawn))
+    shape = (*logits.shape[:-1], width)
+    token_ids, counts = token_ids.reshape(shape), counts.reshape(shape)
+    return SampledTarget(token_ids, counts, logprobs.gather(-1, token_ids))
+
+
+def sparse_divergence(
+    draft_logits: torch.Tensor,
+    target: SparseTarget | SampledTarget,
+    divergence: Divergence = "forward_kl",
+    **options: Any,
+) -> torch.Tensor:
+    """Return a divergence between the draft and a target of which a part was kept.
+
+    Args:
+        draft_logits: `[..., V]`, divided by the loss temperature already.
+        target: What was kept of the target at the same positions.
+        divergence: A key of `DIVERGENCES`, or a function like them.
+        **options: The divergence's options.
+
+    Returns:
+        Values `[...]`. For draws, forward KL's gradient is unbiased.
+
+    Raises:
+        ValueError: If the divergence cannot be estimated from draws.
+    """
+    if isinstance(target, SampledTarget):
+        check_sampled(divergence)
+        log_q = at_least_float32(draft_logits).log_softmax(dim=-1).gather(-1, target.token_ids)
+        return _expected_gap(target, log_q)
+    function = get_divergence(divergence) if isinstance(divergence, str) else divergence
+    return function(_merge(draft_logits, target.token_ids), target_buckets(target, draft_logits.shape[-1]), **options)
+
+
+def acceptance_upper_bound(draft_logits: torch.Tensor, target: SparseTarget) -> torch.Tensor:
+    """Return an upper bound of the acceptance rate α, from the target's top-k and tail.
+
+    Args:
+        draft_logits: `[..., V]`.
+        target: The target's top-k and tail.
+
+    Returns:
+        Σ min(p, q) over k + 1 buckets, `[...]`: at least α, and equal to it for k = V.
+    """
+    vocab_size = draft_logits.shape[-1]
+    return token_acceptance_rate(_merge(draft_logits, target.token_ids), target_buckets(target, vocab_size))
+
+
+def check_sampled(divergence: Divergence) -> None:
+    """Refuse a divergence that draws from the target do not estimate without bias.
+
+    Args:
+        divergence: Name or function.
+
+    Raises:
+        ValueError: For everything but `forward_kl` and `cross_entropy`.
+    """
+    if divergence not in ("forward_kl", "cross_entropy"):
+        name = divergence if isinstance(divergence, str) else getattr(divergence, "__name__", repr(divergence))
+        raise ValueError(
+            f"{name!r} cannot be learned from tokens drawn from the target: their frequencies are unbiased for what is "
+            "linear in p, that is forward_kl and cross_entropy, and biased for all else. Use one of these two, or "
+            "cache the target's top-k with its tail."
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a `ValueError` unless the temperature is a positive finite number."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
+
+
+@torch.no_grad()
+def sparse_value_and_gradient(
+    divergence: Divergence,
+    draft_logits: torch.Tensor,
+    target: SparseTarget | SampledTarget,
+    *,
+    gradient: bool = True,
+    acceptance: bool = False,
+    **kwargs: Any,
+) -> Twin:
+    """Return a divergence from a sparse target and its gradient, for one chunk: the fast twin of `sparse_divergence`.
+
+    Args:
+        divergence: A key of `DIVERGENCES`, or a function like them.
+        draft_logits: `[n, V]`, float32 or float64; overwritten.
+        target: What was kept of the target at these positions.
+        gradient: Whether the gradient is wanted.
+        acceptance: Whether the acceptance rate is wanted; it is an upper bound, and None for draws.
+        **kwargs: `options`, as in `gradients.value_and_gradient`.
+
+    Returns:
+        Values, gradient and acceptance rate.
+    """
+    if isinstance(target, SampledTarget):
+        check_sampled(divergence)
+        log_z = draft_logits.logsumexp(dim=-1, keepdim=True)
+        values = _expected_gap(target, draft_logits.gather(-1, target.token_ids) - log_z)
+        if not gradient:
+            return Twin(values, None, None)
+        slope = draft_logits.sub_(log_z).exp_()
+        return Twin(values, slope.scatter_add_(-1, target.token_ids, -_frequencies(target, slope.dtype)), None)
+    buckets, carry_back = merge_for_gradient(draft_logits, target.token_ids)
+    kept = target_buckets(target, draft_logits.shape[-1]).to(buckets.dtype)
+    twin = value_and_gradient(divergence, buckets, kept, gradient=gradient, acceptance=acceptance, **kwargs)
+    return twin._replace(gradient=None if twin.gradient is None else carry_back(twin.gradient))
+
+
+def merge_for_gradient(
+    draft_logits: torch.Tensor, token_ids: torch.Tensor
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """Merge all tokens but the kept ones into one logit, and say how to carry a gradient back.
+
+    Args:
+        draft_logits: `[n, V]`; overwritten.
+        token_ids: Kept tokens `[n, k]`.
+
+    Returns:
+        Bucket logits `[n, k + 1]` (`[n, V]` where k = V), and a function from a gradient in them to one in the draft
+        logits.
+    """
+    kept = draft_logits.gather(-1, token_ids)
+    if token_ids.shape[-1] == draft_logits.shape[-1]:
+        return kept, lambda slope: torch.empty_like(draft_logits).scatter_(-1, token_ids, slope)
+    rest = draft_logits.scatter_(-1, token_ids, -torch.inf)
+    share = rest.softmax(dim=-1)
+    # log Σ exp over the rest, from its largest member and that one's share of it.
+    tail = rest.amax(dim=-1, keepdim=True) - share.amax(dim=-1, keepdim=True).log()
+
+    def carry_back(slope: torch.Tensor) -> torch.Tensor:
+        return share.mul_(slope[..., -1:]).scatter_(-1, token_ids, slope[..., :-1])
+
+    return torch.cat([kept, tail], dim=-1), carry_back
+
+
+def target_buckets(target: SparseTarget, vocab_size: int) -> torch.Tensor:
+    """Return the target's k + 1 log-probabilities `[..., k + 1]`, the tail last (`[..., V]` where k = V)."""
+    logprobs = at_least_float32(target.logprobs)
+    if target.token_ids.shape[-1] == vocab_size:
+        return logprobs
+    return torch.cat([logprobs, target.tail_logprob.to(logprobs.dtype).unsqueeze(-1)], dim=-1)
+
+
+def _merge(draft_logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return the draft's bucket logits `[..., k + 1]` (`[..., V]` where k = V), by autograd's own means."""
+    logits = at_least_float32(draft_logits)
+    kept = logits.gather(-1, token_ids)
+    if token_ids.shape[-1] == logits.shape[-1]:
+        return kept
+    tail = logits.scatter(-1, token_ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    return torch.cat([kept, tail], dim=-1)
+
+
+def _frequencies(target: SampledTarget, dtype: torch.dtype) -> torch.Tensor:
+    counts = target.counts.to(dtype)
+    return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def _expected_gap(target: SampledTarget, log_q: torch.Tensor) -> torch.Tensor:
+    """Return Σ frequency · (log p − log q); where log p is not known the frequency stands in for p."""
+    share = _frequencies(target, log_q.dtype)
+    log_p = share.log() if target.logprobs is None else target.logprobs.to(log_q.dtype)
+    return (share * torch.where(share > 0, log_p - log_q, 0.0)).sum(dim=-1)

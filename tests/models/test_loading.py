@@ -1,0 +1,319 @@
+"""What a user can get wrong about a model's name must come out as one clear message, before any weight is read."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    LlamaForSequenceClassification,
+    LlavaConfig,
+    MambaConfig,
+    T5Config,
+    ViTConfig,
+    WhisperConfig,
+)
+
+from hf_draftkd.models import loading
+from hf_draftkd.models.checkpoints import check_model, find_checkpoint
+from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
+from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with a tiny Llama and its tokenizer."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def no_weights_read(monkeypatch):
+    """Any attempt to read weights fails the test."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were read before the fault was found")
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+def test_target_is_frozen_and_draft_is_trainable(saved):
+    target, draft = load_target(saved), load_draft(str(saved))
+    assert not target.training
+    assert not any(p.requires_grad for p in target.parameters())
+    assert all(p.requires_grad for p in draft.parameters())
+    for name, value in tiny_llama().state_dict().items():
+        assert torch.equal(target.state_dict()[name], value)
+        assert torch.equal(draft.state_dict()[name], value)
+    assert load_tokenizer(saved)("a b").input_ids == tiny_tokenizer()("a b").input_ids
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_dtype_is_as_saved_or_as_asked(saved, dtype):
+    assert load_target(saved, dtype=dtype).dtype == torch.bfloat16
+    load_target(saved, dtype=dtype).save_pretrained(saved)
+    assert load_target(saved).dtype == torch.bfloat16
+    assert load_draft(saved, dtype="float32").dtype == torch.float32
+
+
+def test_every_option_reaches_transformers(saved, monkeypatch):
+    """An option that is taken and dropped is worse than none."""
+    passed = {}
+    original = AutoModelForCausalLM.from_pretrained
+
+    def spy(name, **options):
+        passed.update(options)
+        options.pop("quantization_config")
+        return original(name, **options)
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", spy)
+    asked = {"device_map": {"": "cpu"}, "attn_implementation": "eager", "quantization_config": {"quant_method": "gptq"}}
+    target = load_target(saved, dtype="float64", **asked)
+    assert target.config._attn_implementation == "eager"
+    assert target.dtype == torch.float64
+    assert {name: passed[name] for name in asked} == asked
+    assert passed["use_safetensors"] is True
+    assert passed["trust_remote_code"] is False
+
+
+def test_what_find_drafts_returns_can_be_loaded(saved, monkeypatch):
+    found = SimpleNamespace(repo_id=str(saved), revision=None)
+    assert load_draft(found).config.hidden_size == 16
+    asked = {}
+
+    def model_info(self, repo_id, *, revision, timeout):
+        asked.update(repo_id=repo_id, revision=revision)
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename="config.json")])
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    assert find_checkpoint(SimpleNamespace(repo_id="org/draft", revision="abc")).files == {"config.json"}
+    assert asked == {"repo_id": "org/draft", "revision": "abc"}
+    find_checkpoint(SimpleNamespace(repo_id="org/draft", revision="abc"), revision="v2")
+    assert asked["revision"] == "v2"
+
+
+@pytest.mark.usefixtures("no_weights_read")
+class TestNothingThere:
+    @pytest.mark.parametrize("load", [load_target, load_draft, load_tokenizer])
+    def test_typing_error_in_a_path_names_the_near_one(self, saved, load):
+        with pytest.raises(ValueError, match=r"There is no directory .*modle.*Did you mean .*model"):
+            load(str(saved.parent / "modle"))
+        with pytest.raises(ValueError, match="There is no directory"):
+            load("./no/such/place")
+
+    def test_hub_id_without_a_network_says_so(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "drafts" / "good").mkdir(parents=True)
+        with pytest.raises(ValueError, match=r"Hub cannot be asked .*offline mode is enabled.*local cache does not"):
+            load_target("org/name")
+        with pytest.raises(ValueError, match="did you mean 'drafts/good'"):
+            load_target("drafts/god")
+
+    @pytest.mark.parametrize(
+        ("error", "message"),
+        [
+            (RepositoryNotFoundError, "no repository of that name, or it is private"),
+            (RevisionNotFoundError, "has no revision 'v9'"),
+            (HTTPError, "Hub cannot be asked"),
+        ],
+    )
+    def test_each_answer_of_the_hub_has_its_message(self, monkeypatch, error, message):
+        def model_info(self, repo_id, *, revision, timeout):
+            raise error.__new__(error, "403 Forbidden")
+
+        monkeypatch.setattr(HfApi, "model_info", model_info)
+        with pytest.raises(ValueError, match=message):
+            load_draft("org/name", revision="v9")
+
+    def test_a_name_that_is_none(self):
+        with pytest.raises(ValueError, match="not a Hub id either"):
+            load_target("what is this?")
+        with pytest.raises(ValueError, match="needs a name, got ''"):
+            load_target("")
+        with pytest.raises(ValueError, match=r"got LlamaForCausalLM.*already loaded"):
+            load_target(tiny_llama())
+
+    def test_a_file_and_a_revision_of_a_directory(self, saved):
+        with pytest.raises(ValueError, match="is a file"):
+            load_target(saved / "config.json")
+        with pytest.raises(ValueError, match="local directory and has no revisions"):
+            load_target(saved, revision="v1.0")
+
+
+@pytest.mark.usefixtures("no_weights_read")
+class TestNoModelThere:
+    def test_a_directory_of_something_else(self, tmp_path):
+        with pytest.raises(ValueError, match="it holds nothing"):
+            load_target(tmp_path)
+        (tmp_path / "notes.txt").touch()
+        with pytest.raises(ValueError, match=r"no config.json \(it holds notes.txt\)"):
+            load_target(tmp_path)
+        (tmp_path / "model.gguf").touch()
+        with pytest.raises(ValueError, match="GGUF"):
+            load_target(tmp_path)
+        with pytest.raises(ValueError, match="has no tokenizer"):
+            load_tokenizer(tmp_path)
+
+    def test_config_without_weights(self, saved):
+        (saved / "model.safetensors").unlink()
+        with pytest.raises(ValueError, match="no weights"):
+            load_target(saved)
+
+    def test_pickle_is_refused_unread(self, saved):
+        (saved / "model.safetensors").unlink()
+        (saved / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+        with pytest.raises(ValueError, match=r"only as pickle \(pytorch_model.bin\).*Convert it once"):
+            load_target(saved)
+
+    def test_a_broken_config(self, saved):
+        (saved / "config.json").write_text("{")
+        with pytest.raises(ValueError, match="not a valid JSON"):
+            load_target(saved)
+        (saved / "config.json").write_text('{"model_type": "llamma"}')
+        with pytest.raises(ValueError, match="llamma"):
+            load_target(saved)
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            (T5Config(), "encoder-decoder"),
+            (WhisperConfig(), "encoder-decoder"),
+            (ViTConfig(), "not a language model"),
+            (LlavaConfig(), "vision input"),
+            (MambaConfig(), "running state"),
+            (BertConfig(architectures=["BertForMaskedLM"]), "no language-modelling head"),
+        ],
+        ids=lambda value: getattr(value, "model_type", None),
+    )
+    @pytest.mark.parametrize("load", [load_target, load_draft])
+    def test_other_kinds_of_models(self, saved, load, config, message):
+        config.save_pretrained(saved)
+        with pytest.raises(ValueError, match=message):
+            load(saved)
+
+    def test_a_classifier_of_the_right_architecture(self, tmp_path):
+        """Loaded as a language model it would get a random head, and a log line."""
+        LlamaForSequenceClassification(tiny_llama().config).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="LlamaForSequenceClassification, which has no language-modelling head"):
+            load_target(tmp_path)
+
+    def test_code_that_comes_with_a_model_does_not_run_unasked(self, saved):
+        config = json.loads((saved / "config.json").read_text())
+        config |= {
+            "model_type": "mine",
+            "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"},
+        }
+        (saved / "config.json").write_text(json.dumps(config))
+        (saved / "mine.py").write_text("raise SystemExit('ran')")
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load_target(saved)
+
+    @pytest.mark.parametrize(
+        ("dtype", "message"),
+        [("bfloat61", "Did you mean 'bfloat16'"), ("int8", "got 'int8'"), (torch.int8, "torch.int8")],
+    )
+    def test_dtype(self, saved, dtype, message):
+        with pytest.raises(ValueError, match=message):
+            load_target(saved, dtype=dtype)
+
+    @pytest.mark.skipif(loading.is_bitsandbytes_available(), reason="bitsandbytes is installed")
+    def test_quantisation_without_its_package(self, saved):
+        for config in ({"load_in_4bit": True}, SimpleNamespace(quant_method="bitsandbytes")):
+            with pytest.raises(ImportError, match="pip install bitsandbytes"):
+                load_target(saved, quantization_config=config)
+
+
+def test_a_cached_hub_model_loads_without_the_network(saved, tmp_path, monkeypatch):
+    """The Hub is asked for the list of files; where it cannot answer, what was fetched before must still load."""
+    commit = "0" * 40
+    repository = tmp_path / "hub" / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(saved, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert load_target("org/name").config.hidden_size == 16
+    assert load_draft("org/name", revision=commit).config.hidden_size == 16
+    assert len(load_tokenizer("org/name")) == 300
+    with pytest.raises(ValueError, match="Hub cannot be asked"):
+        load_target("org/other")
+
+
+def test_missing_weights_are_never_random(saved):
+    """Loaded by transformers, a missing head is filled with random numbers and a log line."""
+    weights = load_file(saved / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lm_head\.weight missing"):
+        load_target(saved)
+
+
+def test_a_headless_model_with_tied_weights_is_complete(tmp_path):
+    model = tiny_gpt2()
+    model.transformer.save_pretrained(tmp_path)
+    loaded = load_target(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_truncated_weights(saved):
+    whole = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"weights of .* cannot be read"):
+        load_target(saved)
+
+
+# PEFT reads an attribute that transformers 5.23 has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+class TestAdapters:
+    @pytest.fixture
+    def adapter(self, saved):
+        """(adapter directory, logits of base plus adapter)."""
+        from peft import LoraConfig, get_peft_model
+
+        base = AutoModelForCausalLM.from_pretrained(saved)
+        torch.manual_seed(0)
+        config = LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+        adapted = get_peft_model(base, config).eval()
+        adapted.save_pretrained(saved.parent / "adapter")
+        with torch.no_grad():
+            return saved.parent / "adapter", adapted(torch.arange(8)[None]).logits
+
+    def test_an_adapter_comes_back_merged_plain_and_trainable(self, adapter, saved, tmp_path):
+        path, expected = adapter
+        draft = load_draft(path)
+        with torch.no_grad():
+            torch.testing.assert_close(draft(torch.arange(8)[None]).logits, expected)
+        assert all(p.requires_grad for p in draft.parameters())
+        assert not any("lora" in name for name, _ in draft.named_parameters())
+        assert not any(p.requires_grad for p in load_target(path).parameters())
+        draft.save_pretrained(tmp_path / "merged")
+        assert not (tmp_path / "merged" / "adapter_config.json").exists()
+        again = load_draft(tmp_path / "merged").state_dict()
+        assert all(torch.equal(value, again[name]) for name, value in draft.state_dict().items())
+
+    def test_without_its_base(self, adapter, saved, no_weights_read):
+        path, _ = adapter
+        shutil.rmtree(saved)
+        with pytest.raises(ValueError, match=r"PEFT adapter, and its base model cannot be used: There is no directory"):
+            load_draft(path)
+        config = json.loads((path / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+        (path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="does not name its base model"):
+            check_model(path)
+
+    def test_pickled_quantised_and_ambiguous(self, adapter, saved, no_weights_read):
+        path, _ = adapter
+        with pytest.raises(ValueError, match="would round it"):
+            load_target(path, quantization_config={"quant_method": "gptq"})
+        shutil.copy(path / "adapter_config.json", saved)
+        with pytest.raises(ValueError, match="both a whole model and a PEFT adapter"):
+            load_target(saved)
+        (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+        with pytest.raises(ValueError, match=r"only adapter_model\.bin, a pickle"):
+            load_draft(path)
