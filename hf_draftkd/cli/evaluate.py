@@ -36,8 +36,8 @@ class EvaluateOptions:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Prompts (a Hub id or a local file with a `prompt` column, or Spec-Bench questions), which the target "
-            "answers now; or alignment data, whose answers are taken as recorded."
+            "help": "Prompts (a Hub id or a local file with a `prompt` column, or Spec-Bench questions), which the "
+            "target answers now; or alignment data, whose answers are taken as recorded."
         },
     )
     output_dir: str | None = field(default=None, metadata={"help": "Where report.json (and report.html) is written."})
@@ -68,9 +68,7 @@ class EvaluateOptions:
     )
     measure_speed: bool = field(default=True, metadata={"help": "Time steps and real decoding, and recommend."})
     num_speed_prompts: int = field(default=16, metadata={"help": "Prompts decoded both ways for each setting."})
-    verify: int = field(
-        default=0, metadata={"help": "Check computed against counted figures on so many prompts."}
-    )
+    verify: int = field(default=0, metadata={"help": "Check computed against counted figures on so many prompts."})
     lossy: bool = field(default=False, metadata={"help": "Add the curve of lossy decoding at the sampled settings."})
     html: bool = field(default=False, metadata={"help": "Write report.html as well: one page with plots."})
     write: bool = field(

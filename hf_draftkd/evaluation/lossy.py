@@ -11,6 +11,10 @@ On a rejection the target's correction is drawn from the normalised max(0, p −
 drafted position puts out π = min(q, v) + (1 − Σ min(q, v))·norm(max(0, p − q)), and both Σ min(q, v) and TV(π, p)
 follow from one pass over text, without decoding. Block efficiency does not: after a lossy step the text is no longer
 one the target wrote. It is counted by real decoding instead, which transformers offers for `ensemble`.
+
+Every form with v ≥ min(p, q) pays the same price at a single position: the residual only shrinks, so the output moves
+by exactly what acceptance gains, TV(π, p) = Σ min(q, v) − Σ min(q, p). The forms differ in how lenience moves along
+that line.
 """
 
 from collections.abc import Callable

@@ -5,9 +5,7 @@ from typing import Any
 from datasets import Dataset
 
 # MT-Bench's own categories; the other five tasks carry their name.
-_MT_BENCH = frozenset(
-    {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
-)
+_MT_BENCH = frozenset({"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"})
 
 
 def is_spec_bench(dataset: Dataset) -> bool:
@@ -27,7 +25,9 @@ def spec_bench_prompts(dataset: Dataset) -> Dataset:
     def convert(row: dict[str, Any], number: int) -> dict[str, Any]:
         turns = row["turns"]
         if not turns or not isinstance(turns[0], str) or not turns[0].strip():
-            raise ValueError(f"Question {number} (counted from 0) has no first turn: `turns` must be a list of strings.")
+            raise ValueError(
+                f"Question {number} (counted from 0) has no first turn: `turns` must be a list of strings."
+            )
         task = "mt_bench" if row["category"] in _MT_BENCH else row["category"]
         return {"prompt": [{"role": "user", "content": turns[0]}], "category": task}
 

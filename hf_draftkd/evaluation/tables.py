@@ -7,13 +7,13 @@ from rich import box
 from rich.table import Table
 
 from hf_draftkd.acceptance import Estimate
-from hf_draftkd.evaluation.report import PairedDifference, SettingResult, SpeculationReport
+from hf_draftkd.evaluation.report import LossyPoint, PairedDifference, SettingResult, SpeculationReport
 
 # The rules that are not transformers' own: those are what a bare temperature means.
 _RULES = {"greedy_draft": "greedy draft", "exact_match": "exact match"}
 
 
-def setting_name(setting: SettingResult | PairedDifference) -> str:
+def setting_name(setting: SettingResult | PairedDifference | LossyPoint) -> str:
     """A setting in words: "temperature 1, top-p 0.9, greedy draft"."""
     parts = ["greedy" if setting.temperature == 0 else f"temperature {setting.temperature:g}"]
     if setting.top_p < 1:
@@ -22,8 +22,9 @@ def setting_name(setting: SettingResult | PairedDifference) -> str:
         parts.append(f"top-k {setting.top_k}")
     if setting.repetition_penalty != 1:
         parts.append(f"repetition penalty {setting.repetition_penalty:g}")
-    if setting.temperature > 0 and setting.verification != "rejection_sampling":
-        parts.append(_RULES.get(setting.verification, setting.verification))
+    rule = getattr(setting, "verification", "rejection_sampling")
+    if setting.temperature > 0 and rule != "rejection_sampling":
+        parts.append(_RULES.get(rule, rule))
     return ", ".join(parts)
 
 

@@ -269,7 +269,9 @@ def _score_batch(
             chosen = reader.read(tokens[:, begin:end])[rows.to(reader.device), offsets.to(reader.device)]
             logits.append(chosen[:, : scorer.vocab_size].to(device, torch.float32))
             if not (logits[-1] < float("inf")).all():
-                raise FloatingPointError(f"The {name}'s logits hold NaN or inf: its weights or its number format are broken.")
+                raise FloatingPointError(
+                    f"The {name}'s logits hold NaN or inf: its weights or its number format are broken."
+                )
         positions = begin + 1 + offsets
         scored = scorer.score(logits, tokens[rows, positions], tokens[rows], positions)
         for key, value in scored.items():
