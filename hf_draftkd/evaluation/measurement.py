@@ -38,7 +38,7 @@ from hf_draftkd.evaluation.report import (
 from hf_draftkd.evaluation.self_check import CHECKED_LENGTHS, self_check
 from hf_draftkd.evaluation.tables import setting_name
 from hf_draftkd.evaluation.teacher_forced import AS_TRANSFORMERS, EXACT, PassResult, score_texts
-from hf_draftkd.evaluation.texts import TextSet, generated_texts, recorded_texts
+from hf_draftkd.evaluation.texts import TextSet, generated_texts, is_recorded, other_texts, recorded_texts
 from hf_draftkd.evaluation.timing import DecodingTimes, measure_latency, time_decoding
 from hf_draftkd.models.pairing import shared_vocab_size
 
@@ -83,22 +83,28 @@ class Measurement:
         source: str | None,
     ) -> PromptInfo:
         """Have the target answer the prompts, or take what it answered earlier."""
-        if dataset is not None:
+        defaults = decoding_settings(_DEFAULT_TEMPERATURES, repetition_penalty=own_penalty(self.target_model))
+        if dataset is not None and is_recorded(dataset):
             self.text_sets = recorded_texts(dataset, settings)
             self._check_author()
             contents: Any = dataset["prompt_ids"]
+        elif dataset is not None:
+            self.text_sets = other_texts(dataset, self.tokenizer, settings or defaults)
+            self.warnings.append(
+                "The texts do not say under which setting the target wrote these very tokens, so only acceptance rates "
+                "are given. Give prompts for block efficiency."
+            )
+            contents = [text.prompt_ids for text in self.text_sets[0].texts]
         else:
             loaded = load_prompts(prompts)
             lengths = list(map(len, render_prompts(loaded, self.tokenizer)))
             for model in (self.target_model, *drafts):
                 fitting_rows(lengths, context_length(model.config), self.max_new_tokens)
-            if settings is None:
-                settings = decoding_settings(_DEFAULT_TEMPERATURES, repetition_penalty=own_penalty(self.target_model))
             self.text_sets = generated_texts(
                 self.target_model,
                 self.tokenizer,
                 loaded,
-                settings,
+                settings or defaults,
                 max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
                 seed=self.seed,
@@ -148,7 +154,7 @@ class Measurement:
                 scored.drafts[index][rule],
                 scored.drafts[baseline][rule],
                 texts.prompts,
-                has_blocks=self._has_blocks(scored),
+                has_blocks=_has_blocks(texts, scored),
             )
             for texts, scored in zip(self.text_sets, self.passes, strict=True)
             for rule in self._rules(texts)
@@ -295,7 +301,7 @@ class Measurement:
                     num_assistant_tokens=self.reported_length,
                     parameter_ratio=ratio,
                     as_transformers=sums.get(AS_TRANSFORMERS) if rule == "rejection_sampling" else None,
-                    has_blocks=self._has_blocks(scored),
+                    has_blocks=_has_blocks(texts, scored),
                 )
                 for rule in self._rules(texts)
             ]
@@ -303,9 +309,6 @@ class Measurement:
 
     def _rules(self, texts: TextSet) -> Sequence[str]:
         return (EXACT,) if texts.setting.is_greedy else self.verification
-
-    def _has_blocks(self, scored: PassResult) -> bool:
-        return scored.share_plausible >= _PLAUSIBLE
 
     def _spread_prompts(self, count: int) -> list[Sequence[int]]:
         """Prompts at even distances, so that sorted data is not timed on one kind of prompt alone."""
@@ -331,6 +334,8 @@ class Measurement:
             )
 
     def _check_plausible(self, texts: TextSet, share: float) -> None:
+        if not texts.is_exact:
+            return
         words = ", ".join(f"{name} {value:g}" for name, value in texts.setting.to_dict().items())
         if share < _PLAUSIBLE:
             self.warnings.append(
@@ -362,6 +367,11 @@ class Measurement:
                 f"The target's generation config carries {', '.join(carried)}, which the settings measured here "
                 "replace."
             )
+
+
+def _has_blocks(texts: TextSet, scored: PassResult) -> bool:
+    """Whether the target itself wrote these texts under the setting they are reported for."""
+    return texts.is_exact and scored.share_plausible >= _PLAUSIBLE
 
 
 def own_penalty(target_model: PreTrainedModel) -> float:

@@ -28,9 +28,8 @@ def load(config_name=None):
 def test_two_tokens_by_hand():
     """q/p is 1/2 and then above 1: blocks of one draft token start at 0, and at 1 if the first was rejected."""
     metric = load()
-    result = metric.compute(
-        predictions=[[math.log(0.25), math.log(0.9)]], references=[[math.log(0.5), math.log(0.3)]], num_assistant_tokens=1
-    )
+    draft, target = [math.log(0.25), math.log(0.9)], [math.log(0.5), math.log(0.3)]
+    result = metric.compute(predictions=[draft], references=[target], num_assistant_tokens=1)
     assert result["acceptance_rate"] == pytest.approx(0.75)
     # Accept at 0 (1/2): the bonus token ends the text after one call. Reject (1/2): a second call. 1.5 calls.
     assert result["block_efficiency"] == {"1": pytest.approx(2 / 1.5)}

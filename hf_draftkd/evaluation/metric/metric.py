@@ -82,8 +82,7 @@ def _from_logprobs(
             )
         if any(not value <= 1e-6 for value in (*of_draft, *of_target)):
             raise ValueError(f"Text {number} holds values above 0, or NaN: log-probabilities are expected.")
-    texts = [(torch.tensor(q, dtype=torch.float64), torch.tensor(p, dtype=torch.float64)) for q, p in zip(draft, target)]  # noqa: B905 - lengths were compared
-    accepted = [(q - p).clamp(max=0).exp().nan_to_num(0.0) for q, p in texts if len(q)]
+    accepted = [_accepted(*pair) for pair in zip(draft, target, strict=True) if len(pair[0])]
     if not accepted:
         raise ValueError("Every text is empty, so there is nothing to measure.")
     mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in accepted], batch_first=True)
@@ -93,6 +92,12 @@ def _from_logprobs(
         "acceptance_rate": float(torch.cat(accepted).mean()),
         "block_efficiency": {str(length): value for length, value in efficiency.items()},
     }
+
+
+def _accepted(draft: Sequence[float], target: Sequence[float]) -> torch.Tensor:
+    """The probability that each token was an accepted draft token: min(1, q/p), and 0 where q is."""
+    q, p = torch.tensor(draft, dtype=torch.float64), torch.tensor(target, dtype=torch.float64)
+    return torch.where(q == -torch.inf, 0.0, (q - p).clamp(max=0).exp())
 
 
 def _from_counts(accepted: Sequence[int], drafted: Sequence[int]) -> dict[str, Any]:
