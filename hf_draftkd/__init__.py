@@ -22,6 +22,8 @@ _HOMES = {
     "count_acceptance": "hf_draftkd.evaluation.assisted",
     "SpeculationReport": "hf_draftkd.evaluation.report",
     "DraftModelCard": "hf_draftkd.hub.card",
+    "push_draft": "hf_draftkd.hub.publishing",
+    "find_drafts": "hf_draftkd.hub.discovery",
 }
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the names are strings
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from hf_draftkd.evaluation.evaluate import evaluate_draft
     from hf_draftkd.evaluation.report import SpeculationReport
     from hf_draftkd.hub.card import DraftModelCard
+    from hf_draftkd.hub.discovery import find_drafts
+    from hf_draftkd.hub.publishing import push_draft
     from hf_draftkd.models.building import build_draft
     from hf_draftkd.models.loading import load_draft, load_target
     from hf_draftkd.models.pairing import align_vocabulary
