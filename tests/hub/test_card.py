@@ -137,6 +137,13 @@ def test_a_card_needs_no_report():
         DraftModelCard.from_report()
 
 
+def test_a_name_without_an_owner_is_no_hub_id():
+    """Catches `from_pretrained("my-draft")` on a card, for a draft that nobody published."""
+    card = DraftModelCard.from_report(samples.report(), name="my-draft")
+    assert card.text.startswith("\n# my-draft\n") or card.text.startswith("# my-draft\n")
+    assert '"path/to/my-draft",' in card.text
+
+
 def test_no_path_of_this_machine_is_published(tmp_path):
     """Catches a home directory on a public page."""
     (tmp_path / "secret-user" / "target").mkdir(parents=True)
