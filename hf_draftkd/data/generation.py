@@ -84,7 +84,7 @@ def generate_alignment_data(
         seed: Seed of the whole data set.
         scenario: Where the prompts come from: `queries`, `curated` or `synthetic`.
         output_dir: A folder for Parquet shards and their manifest. Without it the rows stay in memory.
-        shard_size: Prompts a shard. By default a sixteenth of the prompts, at most 256.
+        shard_size: Prompts a shard. By default a sixteenth of the prompts, at least four batches, at most 256.
         skip_too_long: Leave out prompts that do not fit into the context, and warn, instead of refusing them.
         continuous_batching: Use transformers' continuous batching; sampled rows can then not be repeated.
         cache_distributions: Also keep the target's distributions, with these options of `cache_target_distributions`:
