@@ -90,7 +90,9 @@ def report():
             setting(0.7, assisted=assisted(), recommendation=recommendation),
             setting(0.6, 1.0, assisted=assisted(1.3), recommendation=recommendation),
         ],
-        latency=latency(overhead=GenerateOverhead(plain_step_seconds=1e-4, draft_step_seconds=1e-4, block_seconds=1e-3)),
+        latency=latency(
+            overhead=GenerateOverhead(plain_step_seconds=1e-4, draft_step_seconds=1e-4, block_seconds=1e-3)
+        ),
         recommendation=recommendation,
         baseline=stock,
         paired_difference=[

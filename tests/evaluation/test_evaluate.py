@@ -161,7 +161,7 @@ def test_recorded_answers_give_what_fresh_ones_give(pair):
     assert one.settings == [recorded.settings[1]]
     fresh = evaluate_draft(draft, target, tokenizer, PROMPTS[:6], temperatures=[0.0], **QUICK)
     assert fresh.settings[0].block_efficiency == recorded.settings[0].block_efficiency
-    with pytest.raises(ValueError, match="No row was written under temperature 0.5"):
+    with pytest.raises(ValueError, match=r"No row was written under temperature 0\.5"):
         evaluate_draft(draft, target, tokenizer, dataset=rows, temperatures=[0.5], **QUICK)
 
 

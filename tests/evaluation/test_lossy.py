@@ -64,7 +64,7 @@ def test_more_lenience_is_more_acceptance_at_exactly_that_price(distributions, f
 
 
 def test_ensemble_in_closed_form(distributions):
-    """v = wp + (1 − w)q: acceptance is 1 − w·TV, the output is v itself."""
+    """With v = wp + (1 − w)q acceptance is 1 − w·TV, the output is v itself."""
     p, q = distributions
     variation = 0.5 * (p - q).abs().sum(-1)
     acceptance, distance = lossy_step(p, q, "ensemble", 0.3)

@@ -21,7 +21,7 @@ FIGURES = [
 
 @pytest.mark.parametrize("draw", FIGURES)
 def test_figures_are_drawn_without_global_effects(draw, tmp_path):
-    """pyplot keeps figures alive and picks a backend: neither may happen to a user who asked for a file."""
+    """A pyplot keeps figures alive and picks a backend: neither may happen to a user who asked for a file."""
     before = dict(mpl.rcParams)
     figure = draw(samples.report())
     path = plots.save_figure(figure, tmp_path / "figure.png")

@@ -10,9 +10,7 @@ from tests.evaluation.samples import LENGTHS, assisted, latency, setting
 def test_a_cheap_good_draft_is_worth_it():
     """With step times 10 and 1 ms and verification in 11 ms: best γ by trying all, the definition of the speed-up."""
     found = recommend(setting(0.7), latency(), "greedy")
-    speedups = {
-        length: sum(0.7**power for power in range(length + 1)) * 10 / (length * 1 + 11) for length in LENGTHS
-    }
+    speedups = {length: sum(0.7**power for power in range(length + 1)) * 10 / (length * 1 + 11) for length in LENGTHS}
     best = max(speedups, key=speedups.get)
     assert found.worth_it
     assert found.num_assistant_tokens == best
