@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from hf_draftkd.data.backends import LENGTH, STOP, Backend, Completion
 from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.shards import StoppedError
 from hf_draftkd.data.target_cache import TEMPERATURE_COLUMN
 
 logger = logging.get_logger(__name__)
@@ -97,7 +98,7 @@ def endpoint_backend(
                     on_finished(completion)
             except openai.APIError as error:
                 pool.shutdown(wait=False, cancel_futures=True)
-                raise RuntimeError(
+                raise StoppedError(
                     f"{url} stopped answering after {max_retries} retries: {_reason(error)}. Finished shards stay "
                     "valid: run the same command again to go on."
                 ) from error

@@ -13,7 +13,14 @@ from hf_draftkd.data.backends import Backend, Completion, continuous_backend, pi
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.endpoint import endpoint_backend, endpoint_logprobs
 from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
-from hf_draftkd.data.provenance import package_versions, plain, template_hash, text_hash, weights_fingerprint
+from hf_draftkd.data.provenance import (
+    package_versions,
+    plain,
+    resolved_revision,
+    template_hash,
+    text_hash,
+    weights_fingerprint,
+)
 from hf_draftkd.data.rows import alignment_rows
 from hf_draftkd.data.shards import cut_shards, run_shards
 from hf_draftkd.data.target_cache import (
@@ -50,7 +57,10 @@ def generate_alignment_data(
     cache_distributions: dict[str, Any] | None = None,
     endpoint: str | None = None,
     endpoint_options: dict[str, Any] | None = None,
+    target_revision: str | None = None,
     template_options: dict[str, Any] | None = None,
+    source: str | None = None,
+    prompt_counts: dict[str, int] | None = None,
 ) -> Dataset:
     """Have the target answer every prompt.
 
@@ -82,7 +92,10 @@ def generate_alignment_data(
             the top log-probabilities that the server returns.
         endpoint: An OpenAI-compatible server (`http://localhost:8000/v1`) that runs the target.
         endpoint_options: Options of `endpoint_backend`: `api_key`, `concurrency`, `timeout`, `max_retries`.
+        target_revision: The revision that the target was loaded at, if not the Hub's `main`: its commit is recorded.
         template_options: Further arguments of the chat template.
+        source: What to record as the source of the prompts; by default what `prompts` says.
+        prompt_counts: How many prompts fell to which filter (from `synthesize_prompts`, `curate_prompts`): recorded.
 
     Returns:
         One row a completion, ordered by prompt, temperature and number: `prompt`, `completion`, `prompt_ids`,
@@ -92,7 +105,7 @@ def generate_alignment_data(
     Raises:
         ValueError: A value is out of range; prompts are unusable (see `load_prompts` and `render_prompts`); or
             `output_dir` holds something else; or an endpoint refuses the connection, the key or the model.
-        RuntimeError: The disk is full, or an endpoint stopped answering. Finished shards stay valid.
+        StoppedError: The disk is full, or an endpoint stopped answering. Finished shards stay valid.
     """
     settings = decoding_settings(temperatures, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
     _require_at_least_one(max_new_tokens=max_new_tokens, num_completions=num_completions, batch_size=batch_size)
@@ -103,7 +116,8 @@ def generate_alignment_data(
             f"`target_model` is a name ({target_model!r}). Load it with `load_target`, or give `endpoint`."
         )
     template_options = template_options or {}
-    source = str(prompts) if isinstance(prompts, str | Path) else type(prompts).__name__
+    if source is None:
+        source = str(prompts) if isinstance(prompts, str | Path) else type(prompts).__name__
     prompts, prompts_hash = check_prompts(
         load_prompts(prompts),
         tokenizer,
@@ -118,7 +132,9 @@ def generate_alignment_data(
         )
     else:
         cache = None if cache_distributions is None else {"seed": seed, **cache_distributions}
-        answering = _local(target_model, tokenizer, max_new_tokens, batch_size, continuous_batching, cache)
+        answering = _local(
+            target_model, tokenizer, max_new_tokens, batch_size, continuous_batching, cache, target_revision
+        )
 
     requests = {setting: 1 if setting.is_greedy else num_completions for setting in settings}
     shards = cut_shards(len(prompts), batch_size, shard_size)
@@ -130,6 +146,7 @@ def generate_alignment_data(
         "chat_template": template_hash(tokenizer),
         "template_options": template_options,
         "prompts": {"source": source, "count": len(prompts), "sha256": prompts_hash},
+        "prompt_counts": prompt_counts,
         "settings": [{**setting.to_dict(), "num_completions": count} for setting, count in requests.items()],
         "max_new_tokens": max_new_tokens,
         "cache": cache_distributions,
@@ -241,6 +258,7 @@ def _local(
     batch_size: int,
     continuous_batching: bool,
     cache_options: dict[str, Any] | None,
+    revision: str | None,
 ) -> _Answering:
     suppressed = ids_without_token(target_model, tokenizer)
     if continuous_batching:
@@ -251,7 +269,7 @@ def _local(
         )
     identity = {
         "target": target_model.name_or_path,
-        "target_revision": getattr(target_model.config, "_commit_hash", None),
+        "target_revision": resolved_revision(target_model.name_or_path, revision),
         "target_weights": weights_fingerprint(target_model),
         "target_dtype": str(target_model.dtype),
         "backend": "continuous batching" if continuous_batching else "pipeline",

@@ -4,9 +4,12 @@ import hashlib
 import json
 from collections.abc import Iterable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd import __version__
@@ -30,6 +33,21 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
         # Bytes rather than floats: quantised weights are integers, and rounding must not hide a difference.
         digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def resolved_revision(name_or_path: str, revision: str | None = None) -> str | None:
+    """The commit of a model that was loaded from the Hub, as the local cache knows it; None for a local directory.
+
+    transformers keeps no commit on a loaded model (any more), so the name and the asked-for revision have to do.
+    """
+    if not name_or_path or Path(name_or_path).exists():
+        return None
+    try:
+        path = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
+    except HFValidationError:  # a name that cannot be a repository
+        return None
+    # .../models--org--name/snapshots/COMMIT/config.json
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -31,6 +31,10 @@ _LARGEST_SHARD = 256
 _NOT_COMPARED = ("versions",)  # another version may still give the same rows: said, not refused
 
 
+class StoppedError(RuntimeError):
+    """The work cannot go on for now: the disk is full, or a server stopped answering. Finished shards stay valid."""
+
+
 def cut_shards(num_prompts: int, batch_size: int, shard_size: int | None = None) -> list[range]:
     """The prompts of each shard: a function of their number and the batch size, never of who does the work."""
     if shard_size is None:
@@ -113,7 +117,7 @@ def open_folder(folder: Path, manifest: dict[str, Any], *, write: bool = True) -
     else:
         if folder.is_file():
             raise ValueError(f"{folder} is a file. Name a folder for the shards.")
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ValueError(
                 f"{folder} is not empty and holds no {MANIFEST}, so it was not begun by this command, which will not "
                 "write over it. Name another folder."
@@ -140,7 +144,7 @@ def write_shard(folder: Path, number: int, count: int, rows: Dataset) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         done = count - len(unfinished_shards(folder, count))
-        raise RuntimeError(
+        raise StoppedError(
             f"The disk is full: shard {number} could not be written to {folder} ({error.strerror}). {done} of {count} "
             "shards are finished and stay valid; make room and run the same command again to go on."
         ) from error

@@ -207,7 +207,7 @@ def _keep(
     """What is kept of `logits` [T, V] at `written` [T] tokens."""
     log_p = torch.log_softmax(logits / temperature, dim=-1)
     if not torch.isfinite(log_p.amax(-1)).all():
-        raise ValueError("The target's logits hold NaN or infinite values; check its weights and dtype.")
+        raise FloatingPointError("The target's logits hold NaN or infinite values; check its weights and dtype.")
     kept = {"completion_logprobs": log_p.gather(-1, written[:, None]).squeeze(-1).tolist()}
     if sampled is None:
         assert top_k is not None

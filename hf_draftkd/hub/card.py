@@ -178,6 +178,9 @@ def _context(
         target = public_name(training.target)
     revision = report.get("target", {}).get("revision") or (training.target_revision if training else None)
     shown = public_name(name) if name else report.get("draft", {}).get("name") or "path/to/draft"
+    if "/" not in shown:
+        # A draft that was given a name but no owner is not on the Hub: nobody could load it by that name.
+        shown = f"path/to/{shown}"
     # What evaluation recommends wins over what a config still holds from before.
     length = figures.tuned_length(report) or pair.num_assistant_tokens
     commands = engines.commands(
@@ -188,6 +191,7 @@ def _context(
         num_assistant_tokens=length,
     )
     parts = _parts(report)
+    sizes = {pair.draft_vocab_size, pair.target_vocab_size}
     latency = report.get("latency", {})
     return {
         "name": shown,
@@ -198,6 +202,7 @@ def _context(
         "summary": _summary(report, training, pair, target, revision, length),
         "recommendation": report.get("recommendation"),
         "commands": commands,
+        "sizes_differ": None not in sizes and len(sizes) == 2,
         "has_engines": any(command.language == "bash" for command in commands),
         "draft_length": length,
         "untuned_length": engines.UNTUNED_LENGTH,

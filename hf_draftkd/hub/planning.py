@@ -106,6 +106,8 @@ def mismatches(folder: Path, parameters: int, report: SpeculationReport | None, 
                     f"The weights have changed since {name} was written: sha256 {expected[:12]}… then, "
                     f"{checksum[:12]}… now."
                 )
+    if report is not None and _is_about_another_folder(report.draft.name, folder):
+        found.append(f"The report is about the draft in {report.draft.name!r}, whose weights are others.")
     training = provenance.training
     if report is not None and training is not None:
         for what, trained, measured in (
@@ -115,6 +117,17 @@ def mismatches(folder: Path, parameters: int, report: SpeculationReport | None, 
             if trained and measured and trained != measured:
                 found.append(f"The draft was trained for the {what} {trained!r}, the report is about {measured!r}.")
     return found
+
+
+def _is_about_another_folder(name: str, folder: Path) -> bool:
+    """Whether a report names a folder on this machine that holds other weights; a copy of the same ones is fine."""
+    other = Path(name).expanduser()
+    if not other.is_dir() or other.samefile(folder):
+        return False
+    try:
+        return weights_checksum(other) != weights_checksum(folder)
+    except ValueError:
+        return True  # No weights there any more: not the draft that was measured.
 
 
 def pair_facts(draft: DraftFolder, generation: PlannedFile | None, token: str | None) -> PairFacts:

@@ -224,7 +224,7 @@ def test_rules_differ_as_they_should():
 
 
 def test_text_of_another_setting_is_noticed():
-    """Greedy text is hardly what a top-k of 1 with a penalty writes; the share says so."""
+    """Random text is neither the likeliest nor within a top-k; only unfiltered sampling could have written it."""
     target = tiny_llama()
     random_text = [Text([0, 30], torch.randint(6, VOCAB_SIZE, (40,)).tolist())]
     assert score_texts(target, [target], random_text, SETTINGS[0], vocab_size=VOCAB_SIZE).share_plausible < 0.3

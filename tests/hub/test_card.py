@@ -137,6 +137,13 @@ def test_a_card_needs_no_report():
         DraftModelCard.from_report()
 
 
+def test_a_name_without_an_owner_is_no_hub_id():
+    """Catches `from_pretrained("my-draft")` on a card, for a draft that nobody published."""
+    card = DraftModelCard.from_report(samples.report(), name="my-draft")
+    assert card.text.startswith("\n# my-draft\n") or card.text.startswith("# my-draft\n")
+    assert '"path/to/my-draft",' in card.text
+
+
 def test_no_path_of_this_machine_is_published(tmp_path):
     """Catches a home directory on a public page."""
     (tmp_path / "secret-user" / "target").mkdir(parents=True)
@@ -304,15 +311,17 @@ class TestCommands:
         """Qwen2.5 0.5B and 7B are 128 apart: exactly what llama.cpp still takes, and vLLM refuses."""
         assert self.titles(draft_vocab_size=151936, target_vocab_size=152064) == {"llama.cpp"}
         assert self.titles(draft_vocab_size=151935, target_vocab_size=152064) == set()
+        card = full_card(pair=samples.pair(draft_vocab_size=151936, target_vocab_size=152064))
+        assert "align_vocabulary(draft, target)" in card.text
 
     def test_other_special_ids_keep_pipeline_and_llama_cpp_out(self):
         assert self.titles(same_special_ids=False) == {"transformers: `generate`", "vLLM", "SGLang"}
 
     def test_unknown_sizes_promise_nothing_about_other_engines(self):
-        assert self.titles(draft_vocab_size=None, target_vocab_size=None) == {
-            "transformers: `generate`",
-            "transformers: `pipeline`",
-        }
+        transformers = {"transformers: `generate`", "transformers: `pipeline`"}
+        assert self.titles(draft_vocab_size=None, target_vocab_size=None) == transformers
+        # The draft's size is always known; a target that cannot be looked at must not hide every command.
+        assert self.titles(target_vocab_size=None) == transformers
 
     def test_the_tuned_length_is_in_every_command(self):
         report = samples.report()

@@ -1,0 +1,108 @@
+"""Prompts from domain text that holds no queries: questions where a column has them, else openings of documents."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hf_draftkd.data.prompts import require_chat_template
+from hf_draftkd.data.sources import open_dataset, unknown
+
+logger = logging.get_logger(__name__)
+
+
+def curate_prompts(
+    source: "str | Path | Dataset | list[Any]",
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text_column: str = "text",
+    question_column: str | None = None,
+    opening_tokens: int = 64,
+    min_tokens: int = 8,
+    instruction: str | None = None,
+    split: str | None = None,
+    config: str | None = None,
+    limit: int | None = None,
+) -> tuple[Dataset, dict[str, int]]:
+    """Cut domain text into prompts, for the target to answer or to go on with.
+
+    Args:
+        source: As in `load_prompts`.
+        tokenizer: The target's tokenizer.
+        text_column: The column with documents.
+        question_column: A column with questions: each becomes a prompt of its own, and the documents are not cut. With
+            a chat template the question is the user's message.
+        opening_tokens: Tokens of a document's opening.
+        min_tokens: Documents shorter than this are left out.
+        instruction: Text of a user's message around the opening, with `{text}` where it goes; for a chat-tuned target.
+            By default the opening itself is the prompt, as plain text.
+        split: Split to take.
+        config: Configuration of a Hub dataset.
+        limit: Take only the first so many rows.
+
+    Returns:
+        The prompts (column `prompt`) with the other columns, and how many rows were `kept`, `empty`, `too_short`, or
+        `repeated`.
+
+    Raises:
+        ValueError: No such column, nothing left, or an instruction without `{text}` or without a chat template.
+    """
+    column = question_column or text_column
+    if opening_tokens < 1:
+        raise ValueError(f"`opening_tokens` must be at least 1, got {opening_tokens}.")
+    if instruction is not None and "{text}" not in instruction:
+        raise ValueError(f"`instruction` must say where the text goes with {{text}}, got {instruction!r}.")
+    if instruction is not None:
+        require_chat_template(tokenizer)
+    data = open_dataset(source, split=split, config=config, text_column=column)
+    if column not in data.column_names:
+        raise ValueError(unknown("column", column, data.column_names))
+    if limit is not None:
+        data = data.select(range(min(limit, len(data))))
+    as_chat = instruction is not None or (question_column is not None and bool(tokenizer.chat_template))
+    counts: Counter[str] = Counter()
+    seen: set[str] = set()
+    rows, prompts = [], []
+    for number, text in enumerate(data[column]):
+        if not isinstance(text, str):
+            raise ValueError(f"Row {number} (counted from 0) of column {column!r} is no text ({type(text).__name__}).")
+        prompt = text.strip() if question_column else opening(text, tokenizer, opening_tokens)
+        if not prompt:
+            reason = "empty"
+        elif not question_column and len(tokenizer(text, add_special_tokens=False)["input_ids"]) < min_tokens:
+            reason = "too_short"
+        elif prompt in seen:
+            reason = "repeated"
+        else:
+            reason = "kept"
+            rows.append(number)
+            content = prompt if instruction is None else instruction.replace("{text}", prompt)
+            prompts.append([{"role": "user", "content": content}] if as_chat else content)
+        seen.add(prompt)
+        counts[reason] += 1
+    if not rows:
+        raise ValueError(f"No prompt could be cut from {len(data)} rows ({dict(counts)}). Lower `min_tokens`?")
+    logger.info(f"Cut {counts['kept']} prompts from {len(data)} rows: {dict(counts)}.")
+    cut = Dataset.from_dict({"prompt": prompts})
+    others = [name for name in data.column_names if name not in (column, "prompt")]
+    if others:
+        cut = concatenate_datasets([cut, data.select_columns(others).select(rows).flatten_indices()], axis=1)
+    return cut, dict(counts)
+
+
+def opening(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
+    """The first tokens of a document as text, cut back to the end of a word where the script has spaces."""
+    text = text.strip()
+    # A few characters a token are enough; a whole book need not be tokenised for its first sentence.
+    start = text[: tokens * 16]
+    ids = tokenizer(start, add_special_tokens=False)["input_ids"]
+    if len(ids) <= tokens and len(start) == len(text):
+        return text
+    cut = tokenizer.decode(ids[:tokens], clean_up_tokenization_spaces=False).rstrip("\ufffd")
+    if cut and start.startswith(cut) and start[len(cut) : len(cut) + 1].isspace():
+        return cut.rstrip()
+    words, _, last = cut.rpartition(" ")
+    return words.rstrip() if words and len(last) <= 20 else cut.rstrip()
