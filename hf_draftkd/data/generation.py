@@ -16,7 +16,6 @@ from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, 
 from hf_draftkd.data.provenance import (
     package_versions,
     plain,
-    resolved_revision,
     template_hash,
     text_hash,
     weights_fingerprint,
@@ -31,6 +30,7 @@ from hf_draftkd.data.target_cache import (
     distribution_cache,
     real_vocab_size,
 )
+from hf_draftkd.models.revisions import model_revision, resolved_revision
 
 SCENARIOS = ("queries", "curated", "synthetic")
 _CHUNK = 1000  # prompts rendered at a time while checking
@@ -269,7 +269,9 @@ def _local(
         )
     identity = {
         "target": target_model.name_or_path,
-        "target_revision": resolved_revision(target_model.name_or_path, revision),
+        "target_revision": (
+            resolved_revision(target_model.name_or_path, revision) if revision else model_revision(target_model)
+        ),
         "target_weights": weights_fingerprint(target_model),
         "target_dtype": str(target_model.dtype),
         "backend": "continuous batching" if continuous_batching else "pipeline",

@@ -70,7 +70,7 @@ def test_transformers_own_draft_warping_is_known_where_it_differs(setting, is_do
 
 
 def test_two_tokens_by_hand_with_the_text_cut_off():
-    """p = (0.5, 0.5), q = (0.8, 0.2), text 0 1 1: a = 1, 0.4, 0.4; α = 0.7 everywhere.
+    """P = (0.5, 0.5), q = (0.8, 0.2), text 0 1 1: a = 1, 0.4, 0.4; α = 0.7 everywhere.
 
     γ = 1: a block starts at 0, accepts token 0 for certain, and ends with token 1 as the bonus; the next block starts
     at 2 and is cut off: 2 calls. γ = 2: from 0, token 1 is accepted (0.4) and token 2 is the bonus: 1 call; or it is
