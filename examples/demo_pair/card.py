@@ -31,8 +31,8 @@ Everything comes from the standard library of Python {python}: no other data was
    ({base_rate:,.0f} tokens/s). Muon for the layers' matrices, AdamW for the rest; warm-up, constant, linear decay.
 4. **Target.** The base model, tuned on {conversations:,} conversations ({chat_tokens:,} tokens, {chat_seconds:,.0f} s)
    made by template from {train_functions:,} functions. In {disguise_share} of them the functions wear other modules'
-   names and other parameters, so that names must be read from the prompt; in the second pass some list one or two
-   functions only, so that copying a name is learned before choosing one. The user's tokens carry loss too (weight
+   names and other parameters, so that names must be read from the prompt; some list one or two functions
+   only, so that copying a name is learned before choosing one. The user's tokens carry loss too (weight
    {user_weight}), so the target can write queries when it is given `<|user|>`.
 5. **Stock draft.** {draft_steps:,} steps, {draft_tokens:,} tokens of the same text, {draft_seconds:,.0f} s.
 
