@@ -88,7 +88,6 @@ def run(argv: list[str]) -> int:
         num_speed_prompts=options.num_speed_prompts,
         seed=options.seed,
         source="the demo pair's test queries",
-        domain="function calling",
     )
     write(report, trainer, draft, out)
     console.print(report.table())
@@ -132,16 +131,19 @@ def write(report: SpeculationReport, trainer: DraftDistillTrainer, draft: Any, o
         store_draft_length(trainer.model, report.recommendation.num_assistant_tokens)
         draft.generation_config.save_pretrained(folder)
     report.save(folder / "report.json")
-    save_figure(block_efficiency_figure(report), folder / PLOT)
-    trainer.create_model_card(
-        model_name="draftkd-quickstart", report=report, plots={"Block efficiency by draft length": PLOT}
-    )
+    plots = {}
+    try:
+        save_figure(block_efficiency_figure(report), folder / PLOT)
+        plots["Block efficiency by draft length"] = PLOT
+    except ImportError as error:
+        print(f"No plot: {error}")
+    trainer.create_model_card(model_name="draftkd-quickstart", report=report, plots=plots)
 
 
 def _ending(out: Path) -> str:
     draft, target = os.path.relpath(out / "draft"), os.path.relpath(demo_path("target"))
     return f"""
-Written: {out / "report.json"} and {out / "draft"} (weights, tokenizer, README.md, {PLOT})
+Written: {out / "report.json"} and {out / "draft"} (weights, tokenizer, card and plot).
 
 Use the draft:
 
