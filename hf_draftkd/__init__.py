@@ -18,25 +18,34 @@ _HOMES = {
     "load_target": "hf_draftkd.models.loading",
     "load_draft": "hf_draftkd.models.loading",
     "generate_alignment_data": "hf_draftkd.data.generation",
+    "synthesize_prompts": "hf_draftkd.data.synthesis",
+    "cache_target_distributions": "hf_draftkd.data.target_cache",
     "evaluate_draft": "hf_draftkd.evaluation.evaluate",
     "count_acceptance": "hf_draftkd.evaluation.assisted",
     "SpeculationReport": "hf_draftkd.evaluation.report",
     "DraftModelCard": "hf_draftkd.hub.card",
+    "push_draft": "hf_draftkd.hub.publishing",
+    "find_drafts": "hf_draftkd.hub.discovery",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the names are strings
+__all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from hf_draftkd.data.generation import generate_alignment_data
-    from hf_draftkd.evaluation.assisted import count_acceptance
-    from hf_draftkd.evaluation.evaluate import evaluate_draft
-    from hf_draftkd.evaluation.report import SpeculationReport
-    from hf_draftkd.hub.card import DraftModelCard
-    from hf_draftkd.models.building import build_draft
-    from hf_draftkd.models.loading import load_draft, load_target
-    from hf_draftkd.models.pairing import align_vocabulary
-    from hf_draftkd.training.config import DraftDistillConfig
-    from hf_draftkd.training.trainer import DraftDistillTrainer
+    from hf_draftkd.data.generation import generate_alignment_data as generate_alignment_data
+    from hf_draftkd.data.synthesis import synthesize_prompts as synthesize_prompts
+    from hf_draftkd.data.target_cache import cache_target_distributions as cache_target_distributions
+    from hf_draftkd.evaluation.assisted import count_acceptance as count_acceptance
+    from hf_draftkd.evaluation.evaluate import evaluate_draft as evaluate_draft
+    from hf_draftkd.evaluation.report import SpeculationReport as SpeculationReport
+    from hf_draftkd.hub.card import DraftModelCard as DraftModelCard
+    from hf_draftkd.hub.discovery import find_drafts as find_drafts
+    from hf_draftkd.hub.publishing import push_draft as push_draft
+    from hf_draftkd.models.building import build_draft as build_draft
+    from hf_draftkd.models.loading import load_draft as load_draft
+    from hf_draftkd.models.loading import load_target as load_target
+    from hf_draftkd.models.pairing import align_vocabulary as align_vocabulary
+    from hf_draftkd.training.config import DraftDistillConfig as DraftDistillConfig
+    from hf_draftkd.training.trainer import DraftDistillTrainer as DraftDistillTrainer
 
 
 def __getattr__(name: str) -> Any:

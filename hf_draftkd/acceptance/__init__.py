@@ -16,6 +16,7 @@ from hf_draftkd.acceptance.counts import (
     bootstrap_paired_ratio_quotient,
     bootstrap_ratio,
 )
+from hf_draftkd.acceptance.lenience import LENIENCE_FUNCTIONS, LenientRates, lenient_rates
 from hf_draftkd.acceptance.speedup import (
     DraftLength,
     Latency,
@@ -36,11 +37,13 @@ from hf_draftkd.acceptance.token_rates import (
 
 __all__ = [
     "DRAFT_LENGTHS",
+    "LENIENCE_FUNCTIONS",
     "VERIFICATION_RULES",
     "AcceptanceCounts",
     "DraftLength",
     "Estimate",
     "Latency",
+    "LenientRates",
     "PositionSums",
     "acceptance_by_position",
     "accepted_given_output",
@@ -56,6 +59,7 @@ __all__ = [
     "expected_target_calls",
     "expected_target_calls_by_length",
     "greedy_logits",
+    "lenient_rates",
     "mbsu",
     "predicted_speedup",
     "token_acceptance_rate",

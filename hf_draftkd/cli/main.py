@@ -16,6 +16,8 @@ COMMANDS = {
     "generate": "have the target answer prompts: the data that a draft learns from",
     "train": "distil a target into a draft",
     "evaluate": "measure how good one or several drafts are for a target",
+    "push": "publish a draft on the Hugging Face Hub, with a card that says how good it is",
+    "find": "find drafts for a target on the Hugging Face Hub, best first",
 }
 
 

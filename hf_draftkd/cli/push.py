@@ -21,10 +21,13 @@ class PushOptions:
     license: str | None = field(default=None, metadata={"help": "Licence. Default: that of the base model."})
     language: list[str] | None = field(default=None, metadata={"help": "Language codes for the card's metadata."})
     tags: list[str] = field(default_factory=list, metadata={"help": "Further tags."})
-    private: bool | None = field(default=None, metadata={"help": "Make a new repository private."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
     revision: str | None = field(default=None, metadata={"help": "Branch to commit to."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
     commit_message: str = field(default="Upload draft model", metadata={"help": "First line of the commit."})
+    benchmark_task: str | None = field(
+        default=None, metadata={"help": "Also write a leaderboard result for this task of the report's benchmark."}
+    )
     prose: Literal["hub", "local"] | None = field(
         default=None, metadata={"help": "Whose words to keep where the card was edited on the Hub and in the folder."}
     )
@@ -40,6 +43,8 @@ def run(argv: list[str]) -> int:
     required(model=options.model, repo_id=options.repo_id)
     given = vars(options)
     folder, repo_id = given.pop("model"), given.pop("repo_id")
+    # Without the option the organisation's default decides.
+    given["private"] = options.private or None
     try:
         upload = push_draft(folder, repo_id, **given)
     except ConnectionError as error:

@@ -8,7 +8,7 @@ from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTo
 
 from hf_draftkd.data.backends import Backend, continuous_backend, pipeline_backend
 from hf_draftkd.data.endpoint import endpoint_backend, endpoint_logprobs
-from hf_draftkd.data.provenance import resolved_revision, weights_fingerprint
+from hf_draftkd.data.provenance import weights_fingerprint
 from hf_draftkd.data.target_cache import (
     CacheRows,
     cache_features,
@@ -16,6 +16,7 @@ from hf_draftkd.data.target_cache import (
     distribution_cache,
     real_vocab_size,
 )
+from hf_draftkd.models.revisions import model_revision, resolved_revision
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ def local_target(
         )
     identity = {
         "target": target_model.name_or_path,
-        "target_revision": resolved_revision(target_model.name_or_path, revision),
+        "target_revision": (
+            resolved_revision(target_model.name_or_path, revision) if revision else model_revision(target_model)
+        ),
         "target_weights": weights_fingerprint(target_model),
         "target_dtype": str(target_model.dtype),
         "backend": "continuous batching" if continuous_batching else "pipeline",

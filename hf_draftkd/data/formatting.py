@@ -91,10 +91,8 @@ def exact_features(dataset: Dataset | IterableDataset, target_name: str | None, 
 
 def _recorded_setting(row: dict[str, Any], target_name: str | None) -> list[float]:
     exact = row.get("ids_source") == "generated" and row.get("target") == target_name
-    values = [row.get(name) for name in _SETTING]
-    if not exact or any(value is None for value in values):
-        return UNKNOWN_SETTING
-    return [float(value) for value in values]
+    values = [float(value) for name in _SETTING if (value := row.get(name)) is not None]
+    return values if exact and len(values) == len(_SETTING) else UNKNOWN_SETTING
 
 
 def decoding_settings(decoding: torch.Tensor) -> dict[DecodingSetting, list[int]]:

@@ -42,7 +42,7 @@ def setting_result(
         has_blocks: Whether the target wrote the texts under this very setting; without that only the acceptance rate
             means anything.
     """
-    rate = bootstrap_ratio(*_by_prompt(prompts, sums.acceptance, sums.num_tokens))
+    rate = bootstrap_ratio(*by_prompt(prompts, sums.acceptance, sums.num_tokens))
     result = SettingResult(
         **setting.to_dict(),
         verification=verification,
@@ -77,12 +77,12 @@ def paired_difference(
     difference = PairedDifference(
         **setting.to_dict(),
         verification=verification,
-        acceptance_rate=bootstrap_paired_ratio_difference(*_by_prompt(prompts, *columns)),
+        acceptance_rate=bootstrap_paired_ratio_difference(*by_prompt(prompts, *columns)),
     )
     if has_blocks:
         difference.block_efficiency = {
             length: bootstrap_paired_ratio_difference(
-                *_by_prompt(
+                *by_prompt(
                     prompts,
                     draft.num_tokens,
                     draft.target_calls[:, index],
@@ -108,7 +108,7 @@ def select_texts(sums: TextSums, indices: Sequence[int]) -> TextSums:
 
 def _block_efficiency(sums: TextSums, prompts: Sequence[int]) -> dict[int, Estimate]:
     return {
-        length: bootstrap_ratio(*_by_prompt(prompts, sums.num_tokens, sums.target_calls[:, index]))
+        length: bootstrap_ratio(*by_prompt(prompts, sums.num_tokens, sums.target_calls[:, index]))
         for index, length in enumerate(DRAFT_LENGTHS)
     }
 
@@ -120,7 +120,7 @@ def _by_position(sums: TextSums, num_assistant_tokens: int) -> list[float]:
     return (positions.accepted.sum(0) / positions.blocks.sum()).tolist()
 
 
-def _by_prompt(prompts: Sequence[int], *columns: torch.Tensor) -> list[torch.Tensor]:
+def by_prompt(prompts: Sequence[int], *columns: torch.Tensor) -> list[torch.Tensor]:
     """Each column added up over the texts of a prompt: prompts, not texts, are what is independent."""
     _, groups = torch.tensor(prompts).unique(return_inverse=True)
     size = int(groups.max()) + 1

@@ -11,14 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_draftkd.acceptance.token_rates import check_verification
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import decoding_settings
+from hf_draftkd.data.provenance import package_versions
 from hf_draftkd.evaluation.measurement import Measurement, own_penalty
-from hf_draftkd.evaluation.provenance import hardware_info, model_info, versions
-from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.evaluation.provenance import hardware_info, model_info
+from hf_draftkd.evaluation.report import DraftResult, SpeculationReport
 from hf_draftkd.models.pairing import align_vocabulary
 
 
 def evaluate_draft(
-    draft_model: PreTrainedModel,
+    draft_model: PreTrainedModel | Sequence[PreTrainedModel],
     target_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: "Dataset | str | Path | Sequence[Any] | None" = None,
@@ -32,6 +33,8 @@ def evaluate_draft(
     num_assistant_tokens: int | None = None,
     measure_speed: bool = True,
     num_speed_prompts: int = 16,
+    verify: int = 0,
+    lossy: bool = False,
     batch_size: int = 8,
     seed: int = 0,
     source: str | None = None,
@@ -44,13 +47,14 @@ def evaluate_draft(
     `measure_speed`, step times are taken and real `generate(assistant_model=draft)` is timed against plain decoding.
 
     Args:
-        draft_model: The draft. One whose vocabulary is only padded differently is aligned in place, as assisted
-            decoding needs (see `align_vocabulary`).
+        draft_model: The draft, or several: they are ranked, each with its difference to the best, and the report's
+            own figures are those of the best. A draft whose vocabulary is only padded differently is aligned in place,
+            as assisted decoding needs (see `align_vocabulary`).
         target_model: The target.
         tokenizer: Their tokenizer.
         prompts: Anything that `load_prompts` takes: a path, a Hub id, a `Dataset`, a list of strings or conversations.
             A `domain` or `category` column gives figures by group.
-        dataset: Alignment data, instead of prompts.
+        dataset: Alignment data, instead of prompts. Rows that do not record a setting give acceptance rates alone.
         baseline: Another draft to compare with on the same texts, usually the undistilled one.
         temperatures: Sampling temperatures, 0 for greedy; by default 0 and 1, or whatever `dataset` holds. The
             target's own repetition penalty is applied to both models, and stated.
@@ -61,6 +65,8 @@ def evaluate_draft(
             decoding uses the best one found, and positions are reported for 5.
         measure_speed: Take step times, time real decoding, and recommend. Without it these parts are absent.
         num_speed_prompts: Prompts decoded both ways for each setting.
+        verify: On how many prompts to check the computed figures against counted ones; 0 for none.
+        lossy: Add the curve of lossy decoding at the sampled settings: acceptance against distance from the target.
         batch_size: Texts a forward pass.
         seed: Of the target's sampling.
         source: Where the prompts come from, for the report.
@@ -71,9 +77,10 @@ def evaluate_draft(
 
     Raises:
         ValueError: The pair does not fit; prompts are missing, empty or too long; settings contradict themselves; a
-            rule does not exist; or the texts were not written by this target under the setting they record.
+            rule does not exist; or the texts do not belong to the pair's vocabulary.
     """
-    drafts = [draft_model] if baseline is None else [draft_model, baseline]
+    candidates = list(draft_model) if isinstance(draft_model, Sequence) else [draft_model]
+    drafts = [*candidates, *([] if baseline is None else [baseline])]
     asked = _settings(target_model, temperatures, settings)
     _check(drafts, target_model, tokenizer, prompts, dataset, verification, max_new_tokens, num_assistant_tokens)
     with _evaluating(target_model, *drafts):
@@ -88,27 +95,49 @@ def evaluate_draft(
         )
         info = measured.take_texts(drafts, prompts, dataset, asked, source)
         info.domain = domain
-        results = measured.score(drafts)
+        results = measured.score(drafts, is_lossy=lossy)
         if measure_speed:
             for draft, result in zip(drafts, results, strict=True):
                 measured.time(draft, result, num_speed_prompts)
-    first = results[0]
-    return SpeculationReport(
-        target=model_info(target_model),
-        draft=first.draft,
-        prompts=info,
-        hardware=hardware_info(target_model),
-        versions=versions(),
-        num_assistant_tokens=measured.reported_length,
-        max_new_tokens=max_new_tokens,
-        settings=first.settings,
-        latency=first.latency,
-        recommendation=first.recommendation,
-        baseline=results[1] if baseline is not None else None,
-        paired_difference=measured.differences(0, 1) if baseline is not None else None,
-        warnings=measured.warnings,
-        groups=measured.groups(0, drafts[0]),
-    )
+        ranking = _ranking(results[: len(candidates)], measured.reported_length)
+        best = ranking[0]
+        first = results[best]
+        for index in ranking[1:]:
+            results[index].paired_difference = measured.differences(index, best)
+        return SpeculationReport(
+            target=model_info(target_model),
+            draft=first.draft,
+            prompts=info,
+            hardware=hardware_info(target_model),
+            versions=package_versions(),
+            num_assistant_tokens=measured.reported_length,
+            max_new_tokens=max_new_tokens,
+            settings=first.settings,
+            latency=first.latency,
+            recommendation=first.recommendation,
+            baseline=results[-1] if baseline is not None else None,
+            paired_difference=measured.differences(best, len(drafts) - 1) if baseline is not None else None,
+            groups=measured.groups(best, drafts[best]),
+            drafts=[results[index] for index in ranking] if len(candidates) > 1 else None,
+            self_check=measured.check_itself(drafts[best], verify) if verify else None,
+            lossy=measured.lossy_curve(best, drafts[best], first, num_speed_prompts) if lossy else None,
+            warnings=measured.warnings,
+        )
+
+
+def _ranking(results: Sequence[DraftResult], length: int) -> list[int]:
+    """Indices from the best draft on: by predicted speed-up, or without times by tokens per target call."""
+
+    def worth(index: int) -> tuple[float, float]:
+        found = results[index]
+        speedup = 0.0 if found.recommendation is None else found.recommendation.predicted_speedup
+        rates = [
+            setting.acceptance_rate.value if not setting.block_efficiency else setting.block_efficiency[length].value
+            for setting in found.settings
+        ]
+        return speedup, sum(rates) / len(rates)
+
+    return sorted(range(len(results)), key=worth, reverse=True)
 
 
 def _settings(
@@ -139,6 +168,8 @@ def _check(
     """Everything that can be known to be wrong before any long work."""
     if (prompts is None) == (dataset is None):
         raise ValueError("Give `prompts` for the target to answer, or a `dataset` it wrote: one of them, not both.")
+    if not drafts:
+        raise ValueError("`draft_model` is an empty list: give at least one draft.")
     if not verification:
         raise ValueError("`verification` is empty: name at least one rule, such as rejection_sampling.")
     for rule in verification:

@@ -9,11 +9,12 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_draftkd.acceptance import bootstrap_paired_ratio_quotient, predicted_speedup
+from hf_draftkd.acceptance import bootstrap_paired_ratio_quotient, bootstrap_ratio, predicted_speedup
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import decoding_settings, ids_without_token
 from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
-from hf_draftkd.evaluation.estimates import paired_difference, select_texts, setting_result
+from hf_draftkd.evaluation.estimates import by_prompt, paired_difference, select_texts, setting_result
+from hf_draftkd.evaluation.lossy import FORMS, LENIENCE, lossy_values
 from hf_draftkd.evaluation.provenance import content_hash, model_info
 from hf_draftkd.evaluation.recommendation import (
     expected_efficiency,
@@ -28,13 +29,16 @@ from hf_draftkd.evaluation.report import (
     AssistedResult,
     DraftResult,
     LatencyResult,
+    LossyPoint,
     PairedDifference,
     PromptInfo,
+    SelfCheck,
     SettingResult,
 )
+from hf_draftkd.evaluation.self_check import CHECKED_LENGTHS, self_check
 from hf_draftkd.evaluation.tables import setting_name
 from hf_draftkd.evaluation.teacher_forced import AS_TRANSFORMERS, EXACT, PassResult, score_texts
-from hf_draftkd.evaluation.texts import TextSet, generated_texts, recorded_texts
+from hf_draftkd.evaluation.texts import TextSet, generated_texts, is_recorded, other_texts, recorded_texts
 from hf_draftkd.evaluation.timing import DecodingTimes, measure_latency, time_decoding
 from hf_draftkd.models.pairing import shared_vocab_size
 
@@ -79,22 +83,28 @@ class Measurement:
         source: str | None,
     ) -> PromptInfo:
         """Have the target answer the prompts, or take what it answered earlier."""
-        if dataset is not None:
+        defaults = decoding_settings(_DEFAULT_TEMPERATURES, repetition_penalty=own_penalty(self.target_model))
+        if dataset is not None and is_recorded(dataset):
             self.text_sets = recorded_texts(dataset, settings)
             self._check_author()
             contents: Any = dataset["prompt_ids"]
+        elif dataset is not None:
+            self.text_sets = other_texts(dataset, self.tokenizer, settings or defaults)
+            self.warnings.append(
+                "The texts do not say under which setting the target wrote these very tokens, so only acceptance rates "
+                "are given. Give prompts for block efficiency."
+            )
+            contents = [text.prompt_ids for text in self.text_sets[0].texts]
         else:
             loaded = load_prompts(prompts)
             lengths = list(map(len, render_prompts(loaded, self.tokenizer)))
             for model in (self.target_model, *drafts):
                 fitting_rows(lengths, context_length(model.config), self.max_new_tokens)
-            if settings is None:
-                settings = decoding_settings(_DEFAULT_TEMPERATURES, repetition_penalty=own_penalty(self.target_model))
             self.text_sets = generated_texts(
                 self.target_model,
                 self.tokenizer,
                 loaded,
-                settings,
+                settings or defaults,
                 max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
                 seed=self.seed,
@@ -110,8 +120,8 @@ class Measurement:
             )
         return PromptInfo(source=source or "given", count=count, sha256=content_hash(contents))
 
-    def score(self, drafts: Sequence[PreTrainedModel]) -> list[DraftResult]:
-        """One pass of target and drafts over every text set."""
+    def score(self, drafts: Sequence[PreTrainedModel], *, is_lossy: bool = False) -> list[DraftResult]:
+        """One pass of target and drafts over every text set; `is_lossy` adds what `lossy_curve` needs."""
         vocab_size = min(shared_vocab_size(draft, self.target_model, self.tokenizer) for draft in drafts)
         total = sum(len(texts.texts) for texts in self.text_sets)
         with logging.tqdm(total=total, desc="Scoring texts", unit="text") as bar:
@@ -124,6 +134,7 @@ class Measurement:
                     texts.setting,
                     vocab_size=vocab_size,
                     verification=self.verification,
+                    per_token=lossy_values if is_lossy and not texts.setting.is_greedy else None,
                     batch_size=self.batch_size,
                     on_texts=bar.update,
                 )
@@ -143,7 +154,7 @@ class Measurement:
                 scored.drafts[index][rule],
                 scored.drafts[baseline][rule],
                 texts.prompts,
-                has_blocks=self._has_blocks(scored),
+                has_blocks=_has_blocks(texts, scored),
             )
             for texts, scored in zip(self.text_sets, self.passes, strict=True)
             for rule in self._rules(texts)
@@ -155,6 +166,86 @@ class Measurement:
         if not names:
             return None
         return {name: self._settings(index, draft, group=name) for name in names}
+
+    def check_itself(self, draft: PreTrainedModel, num_prompts: int) -> SelfCheck:
+        """Computed figures against counted ones, on a few of the prompts."""
+        prompts = self._spread_prompts(num_prompts)
+        settings = [texts.setting for texts in self.text_sets]
+        total = len(prompts) * len(settings) * len(CHECKED_LENGTHS)
+        with logging.tqdm(total=total, desc="Checking against real decoding", unit="text") as bar:
+            found = self_check(
+                self.target_model,
+                draft,
+                prompts,
+                settings,
+                vocab_size=shared_vocab_size(draft, self.target_model, self.tokenizer),
+                max_new_tokens=self.max_new_tokens,
+                suppress_tokens=self.suppressed,
+                seed=self.seed,
+                on_prompt=bar.update,
+            )
+        if not found.equal:
+            self.warnings.append(
+                "The self-check found computed figures that real decoding does not confirm (see `self_check`). In low "
+                "precision near-ties do this; in float32 it is a fault worth reporting."
+            )
+        return found
+
+    def lossy_curve(
+        self, index: int, draft: PreTrainedModel, result: DraftResult, num_prompts: int
+    ) -> list[LossyPoint]:
+        """What lossy verification would gain and cost, for every sampled setting.
+
+        Args:
+            index: Which of the scored drafts.
+            draft: The draft.
+            result: Its figures; where it was timed, so is real decoding with `assistant_ensemble_weight`.
+            num_prompts: Prompts for real decoding.
+        """
+        points = []
+        for texts, scored in zip(self.text_sets, self.passes, strict=True):
+            if texts.setting.is_greedy:
+                continue
+            tokens = next(iter(scored.drafts[index].values())).num_tokens
+            for form in FORMS:
+                for lenience in LENIENCE:
+                    acceptance, distance = (
+                        bootstrap_ratio(
+                            *by_prompt(texts.prompts, scored.extra[index][f"{name} {form} {lenience}"], tokens)
+                        )
+                        for name in ("acceptance", "distance")
+                    )
+                    point = LossyPoint(
+                        **texts.setting.to_dict(),
+                        form=form,
+                        lenience=lenience,
+                        acceptance_rate=acceptance,
+                        distance=distance,
+                    )
+                    if form == "ensemble" and lenience < 1 and result.latency is not None:
+                        point.assisted = self._time_ensemble(draft, texts, result, lenience, num_prompts)
+                    points.append(point)
+        return points
+
+    def _time_ensemble(
+        self, draft: PreTrainedModel, texts: TextSet, result: DraftResult, weight: float, num_prompts: int
+    ) -> AssistedResult:
+        length = _timed_length(result) or self.reported_length
+        prompts = self._spread_prompts(num_prompts)
+        with logging.tqdm(total=len(prompts), desc=f"Timing ensemble weight {weight}", unit="prompt") as bar:
+            times = time_decoding(
+                self.target_model,
+                draft,
+                prompts,
+                texts.setting,
+                max_new_tokens=self.max_new_tokens,
+                num_assistant_tokens=length,
+                suppress_tokens=self.suppressed,
+                seed=self.seed,
+                on_prompt=bar.update,
+                assistant_ensemble_weight=weight,
+            )
+        return assisted_result(times, length)
 
     def time(self, draft: PreTrainedModel, result: DraftResult, num_prompts: int) -> None:
         """Time steps and real decoding of one draft, and judge it; fills in `result`."""
@@ -183,7 +274,8 @@ class Measurement:
                 )
                 for setting in result.settings:
                     if is_transformers_rule(setting) and _is_of(setting, texts.setting):
-                        setting.assisted = assisted_result(times, length, setting, result.latency)
+                        setting.assisted = assisted_result(times, length)
+                        compare_with_prediction(setting, result.latency)
         for setting in result.settings:
             setting.recommendation = recommend(setting, result.latency, setting_name(setting))
         names = [setting_name(setting) for setting in result.settings]
@@ -209,7 +301,7 @@ class Measurement:
                     num_assistant_tokens=self.reported_length,
                     parameter_ratio=ratio,
                     as_transformers=sums.get(AS_TRANSFORMERS) if rule == "rejection_sampling" else None,
-                    has_blocks=self._has_blocks(scored),
+                    has_blocks=_has_blocks(texts, scored),
                 )
                 for rule in self._rules(texts)
             ]
@@ -217,9 +309,6 @@ class Measurement:
 
     def _rules(self, texts: TextSet) -> Sequence[str]:
         return (EXACT,) if texts.setting.is_greedy else self.verification
-
-    def _has_blocks(self, scored: PassResult) -> bool:
-        return scored.share_plausible >= _PLAUSIBLE
 
     def _spread_prompts(self, count: int) -> list[Sequence[int]]:
         """Prompts at even distances, so that sorted data is not timed on one kind of prompt alone."""
@@ -245,6 +334,8 @@ class Measurement:
             )
 
     def _check_plausible(self, texts: TextSet, share: float) -> None:
+        if not texts.is_exact:
+            return
         words = ", ".join(f"{name} {value:g}" for name, value in texts.setting.to_dict().items())
         if share < _PLAUSIBLE:
             self.warnings.append(
@@ -278,20 +369,23 @@ class Measurement:
             )
 
 
+def _has_blocks(texts: TextSet, scored: PassResult) -> bool:
+    """Whether the target itself wrote these texts under the setting they are reported for."""
+    return texts.is_exact and scored.share_plausible >= _PLAUSIBLE
+
+
 def own_penalty(target_model: PreTrainedModel) -> float:
     """The repetition penalty of a model's generation config, 1 where it has none."""
     return target_model.generation_config.repetition_penalty or 1.0
 
 
-def assisted_result(
-    times: DecodingTimes, num_assistant_tokens: int, setting: SettingResult, latency: LatencyResult
-) -> AssistedResult:
-    """Counts and speed of real decoding, beside what was predicted for it."""
+def assisted_result(times: DecodingTimes, num_assistant_tokens: int) -> AssistedResult:
+    """Counts and speed of real decoding."""
     counts = times.counts
     speedup = bootstrap_paired_ratio_quotient(
         times.assisted_tokens, times.assisted_seconds, times.plain_tokens, times.plain_seconds
     )
-    result = AssistedResult(
+    return AssistedResult(
         num_assistant_tokens=num_assistant_tokens,
         num_prompts=len(times.plain_tokens),
         **counts.to_dict(),
@@ -302,13 +396,22 @@ def assisted_result(
         num_identical=times.num_identical,
         differences=times.differences or None,
     )
-    efficiency = expected_efficiency(setting)
-    if efficiency:
-        tokens_per_call = efficiency[num_assistant_tokens]
-        result.predicted_speedup = predicted_speedup(tokens_per_call, num_assistant_tokens, generate_latency(latency))
-        limit = predicted_speedup(tokens_per_call, num_assistant_tokens, forward_latency(latency))
-        result.share_of_limit = speedup.value / limit
-    return result
+
+
+def compare_with_prediction(setting: SettingResult, latency: LatencyResult) -> None:
+    """Put what was predicted, and what forward passes alone would allow, beside the measured speed-up."""
+    found, efficiency = setting.assisted, expected_efficiency(setting)
+    if found is None or found.speedup is None or not efficiency:
+        return
+    length = found.num_assistant_tokens
+    found.predicted_speedup = predicted_speedup(efficiency[length], length, generate_latency(latency))
+    found.share_of_limit = found.speedup.value / predicted_speedup(efficiency[length], length, forward_latency(latency))
+
+
+def _timed_length(result: DraftResult) -> int | None:
+    """The draft length real decoding was timed with, if it was."""
+    lengths = [setting.assisted.num_assistant_tokens for setting in result.settings if setting.assisted is not None]
+    return lengths[0] if lengths else None
 
 
 def _is_of(result: SettingResult, setting: DecodingSetting) -> bool:

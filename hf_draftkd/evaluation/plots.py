@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.acceptance import Estimate
+from hf_draftkd.evaluation.report import SettingResult, SpeculationReport
 from hf_draftkd.evaluation.tables import named_settings, setting_name
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def block_efficiency_figure(report: SpeculationReport) -> "Figure":
                 [curve[length].value for length in lengths],
                 _STYLES[style % len(_STYLES)],
                 color=colour,
-                label=f"{name}, {setting_name(setting)}",
+                label=_label(report, name, setting),
             )
             low = [_or(curve[length].low, curve[length].value) for length in lengths]
             high = [_or(curve[length].high, curve[length].value) for length in lengths]
@@ -50,7 +51,7 @@ def block_efficiency_figure(report: SpeculationReport) -> "Figure":
     _require(drawn, "block efficiency")
     axes.set_xticks([1, *range(2, 17, 2)])
     axes.set_ylim(bottom=1)
-    axes.legend(frameon=False)
+    _legend(figure, axes)
     return figure
 
 
@@ -73,13 +74,104 @@ def acceptance_by_position_figure(report: SpeculationReport) -> "Figure":
                 marker="o",
                 markersize=4,
                 color=_COLOURS[index % len(_COLOURS)],
-                label=f"{name}, {setting_name(setting)}",
+                label=_label(report, name, setting),
             )
             drawn += 1
     _require(drawn, "acceptance by position")
     axes.set_xticks(range(1, report.num_assistant_tokens + 1))
     axes.set_ylim(0, 1)
-    axes.legend(frameon=False)
+    _legend(figure, axes)
+    return figure
+
+
+def speed_figure(report: SpeculationReport) -> "Figure":
+    """Predicted beside measured speed-up for every draft and setting that was timed; 1 is plain decoding.
+
+    Raises:
+        ValueError: The report holds no measured speed-up.
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _figure("times the plain speed", "")
+    names: list[str] = []
+    for name, settings in named_settings(report):
+        for setting in settings:
+            found = setting.assisted
+            if found is None or found.speedup is None:
+                continue
+            place, speedup = len(names), found.speedup
+            if found.predicted_speedup is not None:
+                axes.barh(place - 0.2, found.predicted_speedup, 0.38, color=_COLOURS[5], label="predicted")
+            axes.barh(
+                place + 0.2, speedup.value, 0.38, xerr=_bounds(speedup), capsize=3, color=_COLOURS[0], label="measured"
+            )
+            names.append(f"{_label(report, name, setting)}\nγ = {found.num_assistant_tokens}")
+    _require(len(names), "measured speed-up")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    _legend(figure, axes)
+    return figure
+
+
+def group_figure(report: SpeculationReport) -> "Figure":
+    """Tokens per target call by group, at the report's draft length, with 95% intervals.
+
+    Raises:
+        ValueError: The report holds no groups.
+        ImportError: matplotlib is not installed.
+    """
+    groups = report.groups or {}
+    figure, axes = _figure(f"tokens per target call, γ = {report.num_assistant_tokens}", "")
+    drawn = 0
+    for place, settings in enumerate(groups.values()):
+        for style, setting in enumerate(setting for setting in settings if setting.block_efficiency):
+            estimate = (setting.block_efficiency or {})[report.num_assistant_tokens]
+            axes.errorbar(
+                estimate.value,
+                place + 0.15 * style,
+                xerr=_bounds(estimate),
+                fmt="o",
+                capsize=3,
+                color=_COLOURS[style % len(_COLOURS)],
+                label=setting_name(setting) if place == 0 else None,
+            )
+            drawn += 1
+    _require(drawn, "block efficiency by group")
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.invert_yaxis()
+    _legend(figure, axes)
+    return figure
+
+
+def lossy_figure(report: SpeculationReport) -> "Figure":
+    """Acceptance of lossy decoding, against how far its output moves from the target's and against lenience.
+
+    Raises:
+        ValueError: The report holds no lossy curve.
+        ImportError: matplotlib is not installed.
+    """
+    points = report.lossy or []
+    _require(len(points), "lossy curve")
+    figure, axes = _figure("distance from the target (total variation a position)", "acceptance rate", rows=2)
+    by_distance, by_lenience = axes
+    settings = dict.fromkeys(setting_name(point) for point in points)
+    for style, name in enumerate(settings):
+        for index, form in enumerate(dict.fromkeys(point.form for point in points)):
+            curve = [point for point in points if point.form == form and setting_name(point) == name]
+            rates = [point.acceptance_rate.value for point in curve]
+            # Every form lies on one line (see `hf_draftkd.evaluation.lossy`): smaller marks on top keep all visible.
+            looks = {
+                "linestyle": _STYLES[style % len(_STYLES)],
+                "marker": "o",
+                "markersize": 9 - 2 * index,
+                "color": _COLOURS[index % len(_COLOURS)],
+                "label": f"{form}, {name}" if len(settings) > 1 else form,
+            }
+            by_distance.plot([point.distance.value for point in curve], rates, **looks)
+            by_lenience.plot([point.lenience for point in curve], rates, **looks)
+    by_lenience.set_xlabel("lenience ε, or ensemble weight w; 1 is lossless")
+    by_lenience.invert_xaxis()
+    _legend(figure, by_distance)
     return figure
 
 
@@ -93,18 +185,38 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _figure(x_label: str, y_label: str) -> tuple["Figure", Any]:
+def _figure(x_label: str, y_label: str, rows: int = 1) -> tuple["Figure", Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('Plots need matplotlib: pip install "hf_draftkd[plots]".') from error
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure, axes
+    figure = Figure(figsize=(6.4, 1.2 + 3.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, squeeze=False)[:, 0]
+    for axes in panels:
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return figure, panels if rows > 1 else panels[0]
+
+
+def _legend(figure: "Figure", axes: Any) -> None:
+    """Above the plot, where it hides no curve; each name once."""
+    handles, labels = axes.get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    if len(named) > 1:
+        columns = 1 if max(map(len, named)) > 36 else 2
+        figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=columns, frameon=False)
+
+
+def _label(report: SpeculationReport, name: str, setting: SettingResult) -> str:
+    return f"{name}, {setting_name(setting)}" if len(named_settings(report)) > 1 else setting_name(setting)
+
+
+def _bounds(estimate: Estimate) -> list[list[float]]:
+    """The interval as distances from the value, as matplotlib's error bars want it."""
+    low, high = _or(estimate.low, estimate.value), _or(estimate.high, estimate.value)
+    return [[estimate.value - low], [high - estimate.value]]
 
 
 def _or(value: float | None, otherwise: float) -> float:
@@ -113,4 +225,4 @@ def _or(value: float | None, otherwise: float) -> float:
 
 def _require(drawn: int, what: str) -> None:
     if not drawn:
-        raise ValueError(f"The report holds no {what} to draw: its texts were not written under a recorded setting.")
+        raise ValueError(f"The report holds no {what} to draw.")

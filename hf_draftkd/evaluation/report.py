@@ -4,7 +4,6 @@
 figure that was not measured is absent from the JSON, never null. Shares and rates lie in 0…1, times are seconds.
 """
 
-# ruff: noqa: RUF009 - `key` returns a `dataclasses.field`
 import json
 import os
 from dataclasses import dataclass
@@ -171,16 +170,6 @@ class SettingResult:
 
 
 @dataclass(kw_only=True)
-class DraftResult:
-    """A draft's own part of a report: the baseline, or one of several."""
-
-    draft: ModelInfo = key("The draft.")
-    settings: list[SettingResult] = key("As the report's.")
-    latency: LatencyResult | None = key("As the report's.", default=None)
-    recommendation: Recommendation | None = key("As the report's.", default=None)
-
-
-@dataclass(kw_only=True)
 class PairedDifference:
     """Draft minus baseline on the same texts, one entry per entry of `settings`."""
 
@@ -196,11 +185,60 @@ class PairedDifference:
 
 
 @dataclass(kw_only=True)
+class DraftResult:
+    """A draft's own part of a report: the baseline, or one of several."""
+
+    draft: ModelInfo = key("The draft.")
+    settings: list[SettingResult] = key("As the report's.")
+    latency: LatencyResult | None = key("As the report's.", default=None)
+    recommendation: Recommendation | None = key("As the report's.", default=None)
+    paired_difference: list[PairedDifference] | None = key(
+        "Of several drafts: this one minus the first of the ranking.", default=None
+    )
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """One computed figure beside the counted one."""
+
+    temperature: float = key("As in the setting.")
+    top_p: float = key("As in the setting.")
+    top_k: int = key("As in the setting.")
+    repetition_penalty: float = key("As in the setting.")
+    num_assistant_tokens: int = key("Draft length γ.")
+    computed: Estimate = key("Block efficiency from one pass over the text plain decoding wrote.")
+    counted: Estimate = key("Tokens per target call of real assisted decoding.")
+    agree: bool = key("Greedy: equal to the last digit. Sampled: the two intervals (99% here) overlap.")
+
+
+@dataclass(kw_only=True)
 class SelfCheck:
-    """Computed against counted block efficiency of greedy decoding, on a few prompts."""
+    """Computed block efficiency against real decoding, on a few prompts."""
 
     prompts: int = key("Prompts checked.")
-    equal: bool = key("Whether they agreed to the last digit at every draft length checked.")
+    equal: bool = key("Whether every comparison agrees.")
+    comparisons: list[Comparison] = key("One entry per setting and draft length.", default_factory=list)
+
+
+@dataclass(kw_only=True)
+class LossyPoint:
+    """Lossy decoding at one lenience: what is gained and what it costs. See `hf_draftkd.evaluation.lossy`."""
+
+    temperature: float = key("As in the setting.")
+    top_p: float = key("As in the setting.")
+    top_k: int = key("As in the setting.")
+    repetition_penalty: float = key("As in the setting.")
+    form: str = key("`linear`, `square`, `exponential` (DistillSpec's lenience), or `ensemble` (transformers').")
+    lenience: float = key("ε, or the ensemble's weight w; 1 is lossless.")
+    acceptance_rate: Estimate = key("Expected acceptance of one drafted token.")
+    distance: Estimate = key(
+        "Expected total variation between what one drafted position puts out and the target's distribution there; 0 is "
+        "the target itself."
+    )
+    assisted: AssistedResult | None = key(
+        "Real decoding with `assistant_ensemble_weight`, counted and timed. Its output is *not* the target's.",
+        default=None,
+    )
 
 
 @dataclass(kw_only=True)
@@ -225,9 +263,7 @@ class SpeculationReport:
     warnings: list[str] = key("What a reader must know before trusting a figure.", default_factory=list)
     groups: dict[str, list[SettingResult]] | None = key("The settings again, by domain or category.", default=None)
     drafts: list[DraftResult] | None = key("Several drafts, the best first.", default=None)
-    lossy: list[dict[str, Any]] | None = key(
-        "Lossy decoding: acceptance against distance from the target.", default=None
-    )
+    lossy: list[LossyPoint] | None = key("Lossy decoding: acceptance against distance from the target.", default=None)
     self_check: SelfCheck | None = key("Computed figures against counted ones.", default=None)
 
     def to_dict(self) -> dict[str, Any]:

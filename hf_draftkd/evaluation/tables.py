@@ -1,18 +1,19 @@
 """The report as a console table: one column a draft, one block of rows a decoding setting."""
 
 from collections.abc import Callable
+from pathlib import PurePath
 
 from rich import box
 from rich.table import Table
 
 from hf_draftkd.acceptance import Estimate
-from hf_draftkd.evaluation.report import PairedDifference, SettingResult, SpeculationReport
+from hf_draftkd.evaluation.report import LossyPoint, PairedDifference, SettingResult, SpeculationReport
 
 # The rules that are not transformers' own: those are what a bare temperature means.
 _RULES = {"greedy_draft": "greedy draft", "exact_match": "exact match"}
 
 
-def setting_name(setting: SettingResult | PairedDifference) -> str:
+def setting_name(setting: SettingResult | PairedDifference | LossyPoint) -> str:
     """A setting in words: "temperature 1, top-p 0.9, greedy draft"."""
     parts = ["greedy" if setting.temperature == 0 else f"temperature {setting.temperature:g}"]
     if setting.top_p < 1:
@@ -21,26 +22,32 @@ def setting_name(setting: SettingResult | PairedDifference) -> str:
         parts.append(f"top-k {setting.top_k}")
     if setting.repetition_penalty != 1:
         parts.append(f"repetition penalty {setting.repetition_penalty:g}")
-    if setting.temperature > 0 and setting.verification != "rejection_sampling":
-        parts.append(_RULES.get(setting.verification, setting.verification))
+    rule = getattr(setting, "verification", "rejection_sampling")
+    if setting.temperature > 0 and rule != "rejection_sampling":
+        parts.append(_RULES.get(rule, rule))
     return ", ".join(parts)
 
 
 def named_settings(report: SpeculationReport) -> list[tuple[str, list[SettingResult]]]:
     """Every draft of a report with its settings, under the name to show: baseline first, or the drafts as ranked."""
+    named = [("draft", report.settings)]
     if report.drafts:
-        return [(result.draft.name, result.settings) for result in report.drafts]
+        named = [
+            (f"{place}. {PurePath(result.draft.name).name}", result.settings)
+            for place, result in enumerate(report.drafts, start=1)
+        ]
     if report.baseline is not None:
-        return [("baseline", report.baseline.settings), ("draft", report.settings)]
-    return [("draft", report.settings)]
+        named.insert(0, ("baseline", report.baseline.settings))
+    return named
 
 
 def report_table(report: SpeculationReport) -> Table:
     """One column for the baseline, one for the draft (or each of several), one for the paired difference."""
     columns = named_settings(report)
+    differences = report.paired_difference if not report.drafts else None
     length = report.num_assistant_tokens
     table = Table(
-        title=f"{report.draft.name} for {report.target.name}",
+        title=f"{PurePath(report.draft.name).name} for {PurePath(report.target.name).name}",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -50,16 +57,16 @@ def report_table(report: SpeculationReport) -> Table:
     table.add_column("", no_wrap=True)
     for name, _ in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    if report.paired_difference:
+    if differences:
         table.add_column("difference", justify="right", no_wrap=True)
     for index, setting in enumerate(report.settings):
-        difference = report.paired_difference[index] if report.paired_difference else None
+        difference = differences[index] if differences else None
         changes = (difference.acceptance_rate, (difference.block_efficiency or {}).get(length)) if difference else ()
         table.add_section()
         table.add_row(f"[bold]{setting_name(setting)}[/bold]", *[""] * (len(table.columns) - 1))
         for place, (label, show) in enumerate(_figures(length)):
             cells = [show(settings[index]) for _, settings in columns]
-            change = [_signed(changes[place]) if place < len(changes) else ""] if report.paired_difference else []
+            change = [_signed(changes[place]) if place < len(changes) else ""] if differences else []
             if any(cells):
                 table.add_row(f" {label}", *cells, *change)
     if report.recommendation is not None:

@@ -5,7 +5,7 @@ Two halves. `token_scores` and `sum_texts` are pure functions on tensors, which 
 memory grows neither with vocabulary times text length nor with the number of texts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,12 +24,14 @@ from hf_draftkd.evaluation.processing import logits_processors, process_logits, 
 
 EXACT = "exact_match"  # how greedy text is verified, whatever the engine
 AS_TRANSFORMERS = "as_transformers"
+_EXTRA = "extra"
 
 # Logits held at once by a model, in numbers: 64 MB in float32 on a CPU, 256 MB on an accelerator.
 _LOGITS_AT_ONCE = {"cpu": 2**24}
 _LOGITS_AT_ONCE_ACCELERATOR = 2**26
 
-PerToken = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (draft_logits, target_logits) [N, V] -> [N]
+# (draft_logits, target_logits), both [N, V] -> name: [N]
+PerToken = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
 
 class Text(NamedTuple):
@@ -75,7 +77,7 @@ class PassResult:
     Attributes:
         drafts: For each draft, in the order given: verification rule → sums. `as_transformers` stands beside the rules
             where transformers' `generate` warps the draft's distribution differently (`transformers_draft_processors`).
-        extra: For each draft: name → `[N]`, the sum over tokens of each function in `per_token`.
+        extra: For each draft: name → `[N]`, the sum over tokens of each value of `per_token`.
         share_plausible: Share of the tokens that this target could have written under the setting: its likeliest one
             when greedy, any with a chance above 0 when sampling.
     """
@@ -146,7 +148,7 @@ def score_texts(
     *,
     vocab_size: int,
     verification: Sequence[str] = ("rejection_sampling",),
-    per_token: Mapping[str, PerToken] | None = None,
+    per_token: PerToken | None = None,
     batch_size: int = 8,
     on_texts: Callable[[int], Any] = lambda count: None,
 ) -> PassResult:
@@ -159,7 +161,7 @@ def score_texts(
         setting: How the target decoded them; applied to target and drafts alike.
         vocab_size: Shared vocabulary: ids from here on are padding in one of the models and left out of both.
         verification: Rules for sampled text. Greedy text is always verified exactly: the one rule `exact_match`.
-        per_token: Further functions of the processed logits to sum over the tokens of each text.
+        per_token: Gives further values of the processed logits, which are summed over the tokens of each text.
         batch_size: Texts a forward pass.
         on_texts: Called with the number of texts done, after every batch.
 
@@ -167,14 +169,14 @@ def score_texts(
         Sums per text, in the order of `texts`.
 
     Raises:
-        ValueError: A model returned NaN.
+        FloatingPointError: A model returned NaN or inf.
     """
     order = sorted(range(len(texts)), key=lambda index: sum(map(len, texts[index])))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    scorer = _Scorer(target_model, setting, verification, vocab_size, per_token or {})
+    scorer = _Scorer(target_model, setting, verification, vocab_size, per_token)
     num_drafts = len(draft_models)
     sums: list[dict[str, list[TextSums]]] = [{name: [] for name in scorer.names} for _ in range(num_drafts)]
-    extra: list[dict[str, list[torch.Tensor]]] = [{name: [] for name in scorer.per_token} for _ in range(num_drafts)]
+    extra: list[dict[str, list[torch.Tensor]]] = [{} for _ in range(num_drafts)]
     plausible = total = 0
     for batch in batches:
         result, mask = _score_batch(target_model, draft_models, [texts[index] for index in batch], scorer)
@@ -182,9 +184,10 @@ def score_texts(
             for name in scorer.names:
                 values = TokenScores(result[index, name, "acceptance"], result[index, name, "accepted"])
                 sums[index][name].append(sum_texts(values, mask))
-            for name in scorer.per_token:
-                extra[index][name].append(result[index, name].double().sum(1).cpu())
-        plausible += int(result["plausible"].sum())
+            for key, value in result.items():
+                if key[:2] == (index, _EXTRA):
+                    extra[index].setdefault(key[2], []).append(value.double().sum(1).cpu())
+        plausible += int(result["plausible",].sum())
         total += int(mask.sum())
         on_texts(len(batch))
     back = sorted(range(len(order)), key=order.__getitem__)
@@ -204,7 +207,7 @@ class _Scorer:
         setting: DecodingSetting,
         verification: Sequence[str],
         vocab_size: int,
-        per_token: Mapping[str, PerToken],
+        per_token: PerToken | None,
     ) -> None:
         self.setting, self.vocab_size, self.per_token = setting, vocab_size, per_token
         self.rules = (EXACT,) if setting.is_greedy else tuple(verification)
@@ -222,7 +225,7 @@ class _Scorer:
         target = process_logits(logits[0], prefixes, prefix_lengths, self.processors)
         written = target.gather(-1, tokens[:, None]).squeeze(-1)
         plausible = written == target.amax(-1) if is_greedy else written > float("-inf")
-        values: dict[Any, torch.Tensor] = {"plausible": plausible}
+        values: dict[Any, torch.Tensor] = {("plausible",): plausible}
         for index, raw in enumerate(logits[1:]):
             draft = process_logits(raw, prefixes, prefix_lengths, self.processors)
             for rule in self.rules:
@@ -232,8 +235,9 @@ class _Scorer:
                 warped = process_logits(raw, prefixes, prefix_lengths, self.draft_processors)
                 scores = token_scores(warped, target, tokens, is_greedy=False)
                 values[index, AS_TRANSFORMERS, "acceptance"], values[index, AS_TRANSFORMERS, "accepted"] = scores
-            for name, function in self.per_token.items():
-                values[index, name] = function(draft, target)
+            if self.per_token is not None:
+                for name, value in self.per_token(draft, target).items():
+                    values[index, _EXTRA, name] = value
         return values
 
 
@@ -265,7 +269,9 @@ def _score_batch(
             chosen = reader.read(tokens[:, begin:end])[rows.to(reader.device), offsets.to(reader.device)]
             logits.append(chosen[:, : scorer.vocab_size].to(device, torch.float32))
             if not (logits[-1] < float("inf")).all():
-                raise ValueError(f"The {name}'s logits hold NaN or inf: its weights or its number format are broken.")
+                raise FloatingPointError(
+                    f"The {name}'s logits hold NaN or inf: its weights or its number format are broken."
+                )
         positions = begin + 1 + offsets
         scored = scorer.score(logits, tokens[rows, positions], tokens[rows], positions)
         for key, value in scored.items():

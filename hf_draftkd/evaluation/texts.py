@@ -1,13 +1,15 @@
 """The texts to measure on: written by the target now, or recorded earlier together with how they were written."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import generate_alignment_data
+from hf_draftkd.data.prompts import render_prompts
 from hf_draftkd.evaluation.teacher_forced import Text
 
 _SETTING_COLUMNS = ("temperature", "top_p", "top_k", "repetition_penalty")
@@ -23,7 +25,8 @@ class TextSet:
         texts: Prompts and completions.
         prompts: For each text, which prompt it answers.
         groups: For each text its domain or category, where the data has such a column.
-        written_by: The target that the rows name; None for texts generated now.
+        written_by: The target that the rows name; None where they name none.
+        is_exact: Whether the texts are the target's own under this setting. Otherwise block efficiency means nothing.
     """
 
     setting: DecodingSetting
@@ -31,6 +34,7 @@ class TextSet:
     prompts: list[int]
     groups: list[str] | None = None
     written_by: str | None = None
+    is_exact: bool = True
 
 
 def generated_texts(
@@ -68,26 +72,14 @@ def recorded_texts(dataset: Dataset, settings: Sequence[DecodingSetting] | None 
     """Texts of alignment data, by the setting each row records.
 
     Args:
-        dataset: Alignment data: `prompt_ids`, `completion_ids`, `ids_source` and the setting's columns.
+        dataset: Alignment data whose rows `is_recorded`; those whose ids were made from text again are left out.
         settings: Settings to take; by default every one found.
 
     Raises:
-        ValueError: Columns are missing, a setting asked for is not there, or no row holds ids that the target wrote.
+        ValueError: A setting asked for is not there.
     """
-    missing = [name for name in ("prompt_ids", "completion_ids", *_SETTING_COLUMNS) if name not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"The dataset lacks {', '.join(missing)} (columns: {', '.join(dataset.column_names)}). Evaluation needs "
-            "text the target wrote under a recorded setting: make it with `draftkd generate`, or give prompts."
-        )
     if "ids_source" in dataset.column_names:
-        generated = [row for row, source in enumerate(dataset["ids_source"]) if source == "generated"]
-        if not generated:
-            raise ValueError(
-                "Every row's tokens come from encoding an endpoint's text again, so they may not be the ones the "
-                "target wrote. Give prompts instead: the target then answers them here."
-            )
-        dataset = dataset.select(generated)
+        dataset = dataset.select([row for row, source in enumerate(dataset["ids_source"]) if source == "generated"])
     columns = zip(*(dataset[name] for name in _SETTING_COLUMNS), strict=True)
     rows: dict[DecodingSetting, list[int]] = {}
     for row, values in enumerate(columns):
@@ -103,6 +95,47 @@ def recorded_texts(dataset: Dataset, settings: Sequence[DecodingSetting] | None 
             )
         rows = {setting: rows[setting] for setting in settings}
     return [_text_set(dataset.select(indices), setting) for setting, indices in rows.items()]
+
+
+def other_texts(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Sequence[DecodingSetting]
+) -> list[TextSet]:
+    """Texts that do not record how they were written: they give acceptance rates, and nothing else.
+
+    Args:
+        dataset: Rows with `prompt` and `completion`, or with `prompt_ids` and `completion_ids`.
+        tokenizer: Encodes the former.
+        settings: Settings to report acceptance under.
+
+    Raises:
+        ValueError: The columns are missing, or a chat template renders a conversation so that it does not begin with
+            its own prompt.
+    """
+    names = set(dataset.column_names)
+    if not {"prompt_ids", "completion_ids"} <= names:
+        if not {"prompt", "completion"} <= names:
+            raise ValueError(
+                f"The dataset has neither `prompt` and `completion` nor `prompt_ids` and `completion_ids` (columns: "
+                f"{', '.join(dataset.column_names)}). Give texts with their prompts, or `prompts` for the target to "
+                "answer here."
+            )
+        prompt_ids = render_prompts(dataset, tokenizer)
+        completion_ids = [
+            _completion_ids(row["prompt"], ids, row["completion"], tokenizer, number)
+            for number, (row, ids) in enumerate(zip(dataset, prompt_ids, strict=True))
+        ]
+        kept = [name for name in _GROUP_COLUMNS if name in names]
+        dataset = Dataset.from_dict(
+            {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **{name: dataset[name] for name in kept}}
+        )
+    return [replace(_text_set(dataset, setting), is_exact=False) for setting in settings]
+
+
+def is_recorded(dataset: Dataset) -> bool:
+    """Whether (some) rows hold the ids a target wrote, and the setting it wrote them under."""
+    if not {"prompt_ids", "completion_ids", *_SETTING_COLUMNS} <= set(dataset.column_names):
+        return False
+    return "ids_source" not in dataset.column_names or "generated" in dataset["ids_source"]
 
 
 def group_column(column_names: Sequence[str]) -> str | None:
@@ -128,6 +161,20 @@ def _text_set(dataset: Dataset, setting: DecodingSetting) -> TextSet:
         groups=None if group is None else [str(dataset[group][row]) for row in kept],
         written_by=dataset["target"][0] if "target" in dataset.column_names else None,
     )
+
+
+def _completion_ids(
+    prompt: Any, prompt_ids: list[int], completion: Any, tokenizer: PreTrainedTokenizerBase, number: int
+) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(completion, add_special_tokens=False)["input_ids"]
+    whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=True, return_dict=False)
+    if whole[: len(prompt_ids)] != prompt_ids:
+        raise ValueError(
+            f"Row {number}: the chat template renders the conversation so that it does not begin with its prompt. Give "
+            "`prompt_ids` and `completion_ids`, or prompts for the target to answer here."
+        )
+    return whole[len(prompt_ids) :]
 
 
 def _describe(setting: DecodingSetting) -> str:

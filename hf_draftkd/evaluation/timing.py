@@ -105,9 +105,11 @@ def time_decoding(
     assisted: list[tuple[list[int], float]] = []
 
     def decode(number: int, with_draft: bool) -> tuple[list[int], float]:
-        options = {"assistant_model": draft_model} if with_draft else {}
-        with _seeded(seed + number, target_model.device):
-            return _generate(target_model, prompts[number], assisted_config if with_draft else config, **options)
+        if not with_draft:
+            return generate_text(target_model, prompts[number], config, seed=seed + number)
+        return generate_text(
+            target_model, prompts[number], assisted_config, seed=seed + number, assistant_model=draft_model
+        )
 
     with fixed_draft_length(draft_model, num_assistant_tokens):
         for number in range(min(num_warmup, len(prompts))):
@@ -238,16 +240,14 @@ def _generate_overhead(
     ticks = _TickStreamer()
     steps: list[AssistedStep] = []
     for number, prompt in enumerate(prompts):
-        with _seeded(seed + number, target_model.device):
-            _generate(target_model, prompt, config, streamer=ticks)
+        generate_text(target_model, prompt, config, seed=seed + number, streamer=ticks)
         for length in _CALIBRATION_LENGTHS:
             with (
                 fixed_draft_length(draft_model, length),
                 observe_steps(target_model, steps.append, synchronize=True),
-                _seeded(seed + number, target_model.device),
             ):
-                _generate(target_model, prompt, config, assistant_model=draft_model)
-    later = [step for step in steps if not step.is_first and step.num_draft_tokens > 0]
+                generate_text(target_model, prompt, config, seed=seed + number, assistant_model=draft_model)
+    later = [step for step in steps if not step.is_first and step.num_draft_tokens + 1 in verify]
     by_length = {
         length: [step for step in later if step.num_draft_tokens == length]
         for length in {step.num_draft_tokens for step in later}
@@ -318,14 +318,29 @@ class _TickStreamer(BaseStreamer):
         self._puts = 0
 
 
-def _generate(model: PreTrainedModel, prompt: Sequence[int], config: Any, **options: Any) -> tuple[list[int], float]:
-    """The completion's tokens and the wall-clock of one call."""
+def generate_text(
+    model: PreTrainedModel, prompt: Sequence[int], config: GenerationConfig, *, seed: int = 0, **options: Any
+) -> tuple[list[int], float]:
+    """One `generate` call for one prompt.
+
+    Args:
+        model: The target.
+        prompt: Token ids.
+        config: As `single_text_config` makes it.
+        seed: Of sampling; the global random state is left alone.
+        **options: Passed to `generate`, such as `assistant_model`.
+
+    Returns:
+        The completion's tokens, and the wall-clock of the call in seconds.
+    """
     ids = torch.tensor([list(prompt)], device=model.device)
-    synchronize_accelerator()
-    started = perf_counter()
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **options)
-    synchronize_accelerator()
-    return output[0, ids.shape[1] :].tolist(), perf_counter() - started
+    with _seeded(seed, model.device):
+        synchronize_accelerator()
+        started = perf_counter()
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **options)
+        synchronize_accelerator()
+        elapsed = perf_counter() - started
+    return output[0, ids.shape[1] :].tolist(), elapsed
 
 
 def _first_difference(

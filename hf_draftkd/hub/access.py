@@ -21,7 +21,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-_TOKEN = re.compile(r"\b(?:hf|api_org|hf_oauth|hf_jwt)_[A-Za-z0-9._-]{8,}")
+# The forms of access tokens; `hf_draftkd` and names like it are shorter, or hold dots.
+_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|\bhf_(?:oauth|jwt)_[A-Za-z0-9._-]{20,}")
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write (huggingface.co/settings/tokens)."
 
 
@@ -82,20 +83,19 @@ def hub_errors(doing: str, *, afterwards: str, token: str | None = None) -> Iter
             f"The Hub cannot be reached while {doing} ({type(error).__name__}: {redacted(error, token)}). {afterwards}"
         ) from None
     except RuntimeError as error:
-        # huggingface_hub wraps what goes wrong in an upload thread.
+        # huggingface_hub wraps what goes wrong in an upload thread, and its Xet client has errors of its own.
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):
             raise _from_response(cause, doing, afterwards, token) from None
-        if isinstance(cause, (HTTPError, ConnectionError, TimeoutError)):
-            said = redacted(f"{error} {type(cause).__name__}: {cause}", token)
-            raise ConnectionError(f"The connection broke while {doing}: {said} {afterwards}") from None
-        raise
+        reason = f" ({type(cause).__name__}: {cause})" if cause else ""
+        said = redacted(f"{error}{reason}", token)
+        raise ConnectionError(f"The connection broke while {doing}: {said} {afterwards}") from None
 
 
 def _from_response(error: HfHubHTTPError, doing: str, afterwards: str, token: str | None) -> Exception:
     status = error.response.status_code
     said = redacted(error.server_message or "", token)[:300]
-    said = f" It says: {said}" if said else ""
+    said = f" It says: {said.rstrip('.')}." if said else ""
     if isinstance(error, BadRequestError) or status == 400:
         return ValueError(f"The Hub refused the request while {doing}.{said} {afterwards}")
     if isinstance(error, GatedRepoError):

@@ -17,6 +17,7 @@ from hf_draftkd.hub.access import holds_token
 from hf_draftkd.hub.summary import read_json
 from hf_draftkd.hub.weights import weight_files
 from hf_draftkd.models.checkpoints import TOKENIZER_FILES, check_model
+from hf_draftkd.models.draft_length import draft_length_settings
 
 REPORT_FILE = "report.json"
 CARD_FILE = "README.md"
@@ -122,11 +123,7 @@ def generation_config_file(folder: Path, num_assistant_tokens: int | None) -> Pl
     )
     if num_assistant_tokens is None or is_tuned:
         return PlannedFile(path.name, path) if path.is_file() else None
-    tuned = {
-        "num_assistant_tokens": num_assistant_tokens,
-        "num_assistant_tokens_schedule": "constant",
-        "assistant_confidence_threshold": 0.0,
-    }
+    tuned = draft_length_settings(num_assistant_tokens)
     # Made into a GenerationConfig once, so that a value transformers would refuse is refused here.
     GenerationConfig.from_dict(held | tuned).validate()
     return PlannedFile(path.name, json_bytes(held | tuned), f"with the report's draft length {num_assistant_tokens}")

@@ -32,7 +32,6 @@ _MAX_GENERATIONS = 3
 _EXPAND: list[ExpandModelProperty_T] = [
     "cardData",
     "downloads",
-    "lastModified",
     "likes",
     "model-index",
     "private",

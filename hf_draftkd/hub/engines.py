@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from hf_draftkd.hub.markdown import python_string
 from hf_draftkd.hub.summary import PairFacts
+from hf_draftkd.models.draft_length import draft_length_settings
 
 LLAMA_CPP_MAX_VOCAB_DIFFERENCE = 128
 # A starting point where no length was tuned; the card says that it is one.
@@ -49,7 +50,7 @@ def commands(
     found = []
     same_size = pair.draft_vocab_size == pair.target_vocab_size
     sizes_known = None not in (pair.draft_vocab_size, pair.target_vocab_size)
-    if same_size:
+    if same_size or not sizes_known:
         found.append(_generate(draft, target, target_revision, pair, num_assistant_tokens))
         if pair.same_special_ids is not False:
             found.append(_pipeline(draft, target, target_revision, pair, num_assistant_tokens))
@@ -84,11 +85,7 @@ def _length_lines(name: str, pair: PairFacts, length: int | None) -> list[str]:
     """Set the length by hand where the draft's generation config does not carry it."""
     if length is None or pair.num_assistant_tokens == length:
         return []
-    options = (
-        f"num_assistant_tokens={length}",
-        'num_assistant_tokens_schedule="constant"',
-        "assistant_confidence_threshold=0.0",
-    )
+    options = (f"{key}={json.dumps(value)}" for key, value in draft_length_settings(length).items())
     return [_call(f"{name}.generation_config.update", *options)]
 
 

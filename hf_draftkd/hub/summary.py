@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009 - `key` builds a dataclass field
 """What a card says beyond the report: how a draft was trained, how the pair fits, where the files come from.
 
 Plain data. Every field is optional and absent where it is not known: a card never guesses. `Provenance` is stored

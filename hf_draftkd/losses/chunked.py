@@ -13,9 +13,13 @@ import torch
 from hf_draftkd.acceptance._checks import at_least_float32
 from hf_draftkd.losses.gradients import Twin
 
-# Logits of one chunk by default, in elements: 64 MiB of float32 on a CPU. A GPU wants larger matrix products.
-_CPU_CHUNK = 2**24
+# Logits of one chunk by default, in elements: 128 MiB of float32 on a CPU, 256 MiB on a GPU. Fewer make the matrix
+# products slow, more only take memory.
+_CPU_CHUNK = 2**25
 _GPU_CHUNK = 2**26
+# Logits worked on at once within a chunk on a CPU: bounds temporaries to 16 MiB each. Smaller blocks lose more time in
+# starting threads than they gain in cache.
+_CPU_BLOCK = 2**22
 
 
 class LinearHead(NamedTuple):
@@ -68,7 +72,7 @@ def chunked_loss(
         draft: Logits `[N, V]`, or hidden states `[N, H]` with their head.
         chunk_loss: Gives the values and the gradient of one chunk of positions.
         weights: `[N]`, what each position's value is multiplied by; constant.
-        chunk_size: Positions at once. None: as many as keep a chunk's logits at 64 MiB (256 MiB on a GPU).
+        chunk_size: Positions at once. None: as many as keep a chunk's logits at 128 MiB (256 MiB on a GPU).
 
     Returns:
         Loss, and values per position. With no position at all the loss is a finite 0 that keeps its gradient path.
@@ -108,6 +112,37 @@ def chunk_rows(num_rows: int, vocab_size: int, device: torch.device, chunk_size:
     return [slice(start, min(start + chunk_size, num_rows)) for start in range(0, num_rows, chunk_size)]
 
 
+def blocks_within(logits: torch.Tensor) -> list[slice]:
+    """Return the slices of a chunk's rows to work on one after the other.
+
+    Args:
+        logits: One chunk, `[n, V]`.
+
+    Returns:
+        Slices that cover `range(n)`; a single one on a GPU.
+    """
+    rows, vocab_size = logits.shape
+    size = max(1, _CPU_BLOCK // vocab_size) if logits.device.type == "cpu" else max(rows, 1)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+class Reused:
+    """Memory for `[n, V]` logits, kept from chunk to chunk.
+
+    On a CPU fresh memory of this size comes page by page, which takes longer than the softmax written into it.
+    """
+
+    def __init__(self) -> None:
+        """Start without memory; the first chunk is the largest."""
+        self._memory: torch.Tensor | None = None
+
+    def take(self, rows: int, vocab_size: int, like: torch.Tensor) -> torch.Tensor:
+        """Return an uninitialised `[rows, vocab_size]` of the type and device of `like`."""
+        if self._memory is None or self._memory.shape[0] < rows:
+            self._memory = like.new_empty(rows, vocab_size)
+        return self._memory[:rows]
+
+
 def prepared(source: torch.Tensor | Unprojected) -> torch.Tensor | Unprojected:
     """Return the source detached and in the type it is projected in, so that this is done once and not per chunk.
 
@@ -124,18 +159,19 @@ def prepared(source: torch.Tensor | Unprojected) -> torch.Tensor | Unprojected:
     return Unprojected(source.hidden.detach().to(dtype), head)
 
 
-def logits_of(source: torch.Tensor | Unprojected, rows: slice) -> torch.Tensor:
+def logits_of(source: torch.Tensor | Unprojected, rows: slice, memory: Reused | None = None) -> torch.Tensor:
     """Return the logits of some positions, in memory of their own.
 
     Args:
         source: Logits `[N, V]`, or hidden states `[N, H]` with their head; from `prepared`.
         rows: Which positions.
+        memory: Where to write them; overwrites what was returned with it before.
 
     Returns:
         `[n, V]`, float32 or float64; may be overwritten.
     """
     if isinstance(source, Unprojected):
-        return _project(source.hidden[rows], source.head)
+        return _project(source.hidden[rows], source.head, memory)
     return source[rows].to(at_least_float32(source[:0]).dtype, copy=True)
 
 
@@ -162,9 +198,10 @@ class _ChunkedLossFunction(torch.autograd.Function):
         collect = _Gradients(inputs, weight, bias, wanted)
         source = prepared(inputs if head is None else Unprojected(inputs, head))
         values, acceptance = [], []
+        memory = Reused()
         with torch.autocast(inputs.device.type, enabled=False):
             for chunk in rows:
-                logits = logits_of(source, chunk)
+                logits = logits_of(source, chunk, memory)
                 capped = logits.clone() if head is not None and head.softcap is not None and any(wanted) else None
                 twin = chunk_loss(chunk, logits, any(wanted))
                 values.append(twin.values)
@@ -246,10 +283,13 @@ class _Gradients:
         ]
 
 
-def _project(hidden: torch.Tensor, head: LinearHead) -> torch.Tensor:
+def _project(hidden: torch.Tensor, head: LinearHead, memory: Reused | None = None) -> torch.Tensor:
     """Return float32 (or float64) logits `[n, V]`; hidden and weight share one type."""
     if hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16):
         logits = torch.mm(hidden, head.weight.t(), out_dtype=torch.float32)
+    elif memory is not None and hidden.device.type == "cpu" and hidden.dtype in (torch.float32, torch.float64):
+        out = memory.take(hidden.shape[0], head.weight.shape[0], hidden)
+        logits = torch.mm(hidden, head.weight.t(), out=out)
     else:
         logits = at_least_float32(hidden @ head.weight.t())
     if head.bias is not None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_draftkd.losses.chunked import Unprojected, chunk_rows, chunked_loss, logits_of, prepared
+from hf_draftkd.losses.chunked import Reused, Unprojected, blocks_within, chunk_rows, chunked_loss, logits_of, prepared
 from hf_draftkd.losses.divergences import check_divergence, check_unit_interval
 from hf_draftkd.losses.gradients import (
     Divergence,
@@ -129,7 +129,25 @@ def distillation_loss(
         assert signal is not None
         rewards = _batch_rewards(draft, signal, drawn, temperature, options, chunk_size)
 
+    memory = Reused()
+
     def one_chunk(rows: slice, logits: torch.Tensor, gradient: bool) -> Twin:
+        against = None
+        if isinstance(signal, torch.Tensor | Unprojected):
+            against = _target_logits(signal, rows, logits, temperature, memory)
+        done = []
+        for block in blocks_within(logits):
+            here = slice(rows.start + block.start, rows.start + block.stop)
+            twin = one_block(here, logits[block], None if against is None else against[block], gradient)
+            if twin.gradient is not None:
+                # The block's logits have served: their place takes the gradient.
+                logits[block].copy_(twin.gradient)
+            done.append(twin)
+        values = torch.cat([twin.values for twin in done])
+        rates = [twin.acceptance for twin in done if twin.acceptance is not None]
+        return Twin(values, logits if gradient else None, torch.cat(rates) if rates else None)
+
+    def one_block(rows: slice, logits: torch.Tensor, against: torch.Tensor | None, gradient: bool) -> Twin:
         on_text = None
         if signal is None or cross_entropy_weight > 0:
             on_text = cross_entropy(logits, tokens[rows], gradient)
@@ -137,13 +155,20 @@ def distillation_loss(
                 return on_text
         if temperature != 1:
             logits.div_(temperature)
-        chunk_options = dict(options)
+        extra = dict(options)
         if rewards is not None:
-            picked = None if rewards.tokens is None else rewards.tokens[rows]
-            chunk_options["rewards"] = rewards._replace(tokens=picked)
+            extra["rewards"] = rewards._replace(tokens=None if rewards.tokens is None else rewards.tokens[rows])
         elif drawn is not None:
-            chunk_options["tokens"] = drawn[rows]
-        distance = _against(signal, rows, logits, divergence, chunk_options, temperature, gradient, with_acceptance)
+            extra["tokens"] = drawn[rows]
+        if isinstance(signal, SparseTarget | SampledTarget):
+            distance = sparse_value_and_gradient(
+                divergence, logits, signal[rows], options=extra, gradient=gradient, acceptance=with_acceptance
+            )
+        else:
+            assert against is not None
+            distance = value_and_gradient(
+                divergence, logits, against, options=extra, gradient=gradient, acceptance=with_acceptance
+            )
         if temperature != 1 and distance.gradient is not None:
             distance.gradient.div_(temperature)
         return distance if on_text is None else _mix(distance, on_text, cross_entropy_weight)
@@ -220,31 +245,14 @@ def _position_weights(
     return weights / (num_items.to(like.device) if isinstance(num_items, torch.Tensor) else num_items)
 
 
-def _against(
-    signal: Target,
+def _target_logits(
+    signal: torch.Tensor | Unprojected,
     rows: slice,
     logits: torch.Tensor,
-    divergence: Divergence,
-    options: dict[str, Any],
     temperature: float,
-    gradient: bool,
-    acceptance: bool,
-) -> Twin:
-    """Return one chunk's divergence from the target, whatever form the target has."""
-    if isinstance(signal, SparseTarget | SampledTarget):
-        return sparse_value_and_gradient(
-            divergence, logits, signal[rows], options=options, gradient=gradient, acceptance=acceptance
-        )
-    target_logits = _target_logits(signal, rows, logits, temperature)
-    return value_and_gradient(
-        divergence, logits, target_logits, options=options, gradient=gradient, acceptance=acceptance
-    )
-
-
-def _target_logits(
-    signal: torch.Tensor | Unprojected, rows: slice, logits: torch.Tensor, temperature: float
+    memory: Reused | None = None,
 ) -> torch.Tensor:
-    target_logits = logits_of(signal, rows).to(logits)
+    target_logits = logits_of(signal, rows, memory).to(logits)
     if target_logits.shape != logits.shape:
         raise ValueError(
             f"Draft and target must be compared over one vocabulary, got {logits.shape[-1]} and "

@@ -1,4 +1,4 @@
-"""A fixed draft length, as transformers has to be told of it: in the *draft's* generation config, with two companions."""
+"""A fixed draft length, as transformers has to be told: in the *draft's* generation config, with two companions."""
 
 from typing import Any
 

@@ -33,7 +33,7 @@ class User:
 
 @dataclass
 class Fault:
-    """What to do instead of answering: `status` (with headers), `cut` the connection, or answer `after` some seconds."""
+    """What to do instead of answering: a `status` with headers, a `cut` connection, an answer `after` some seconds."""
 
     method: str
     path: re.Pattern[str]
@@ -260,7 +260,8 @@ class _Handler(BaseHTTPRequestHandler):
         assert user is not None
         repo_id = f"{wanted.get('organization') or user.name}/{wanted['name']}"
         if repo_id in self.hub.repos:
-            raise _Answer(409, "You already created this model repo")
+            self.send(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo_id}"})
+            return
         repo = self.hub.repos[repo_id] = Repo(private=wanted.get("visibility") == "private")
         repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
         self.send(200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id})
@@ -297,7 +298,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def metadata(self, repo: Repo, revision: str) -> dict[str, Any]:
         card = repo.files(revision).get("README.md", b"").decode()
-        return (yaml.safe_load(card.split("---\n")[1]) or {}) if card.startswith("---\n") else {}
+        try:
+            return (yaml.safe_load(card.split("---\n")[1]) or {}) if card.startswith("---\n") else {}
+        except yaml.YAMLError:
+            return {}
 
     def info_of(self, repo_id: str, revision: str = "main") -> dict[str, Any]:
         repo = self.hub.repos[repo_id]
@@ -344,7 +348,9 @@ class _Handler(BaseHTTPRequestHandler):
         page = found[start : start + self.hub.page_size]
         headers = {}
         if start + self.hub.page_size < len(found):
-            others = "&".join(f"{key}={quote(item)}" for key, items in self.query.items() if key != "cursor" for item in items)
+            others = "&".join(
+                f"{key}={quote(item)}" for key, items in self.query.items() if key != "cursor" for item in items
+            )
             headers["Link"] = f'<{self.hub.url}/api/models?{others}&cursor={start + self.hub.page_size}>; rel="next"'
         self.send(200, page, headers)
 
@@ -431,7 +437,9 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.repo(repo_id)
         self.commit_id(repo, revision)
         prefix = (folder or "").strip("/")
-        held = {path: body for path, body in repo.files(revision).items() if path.startswith(f"{prefix}/" if prefix else "")}
+        held = {
+            path: body for path, body in repo.files(revision).items() if path.startswith(f"{prefix}/" if prefix else "")
+        }
         if prefix and not held:
             raise _Answer(404, f"{prefix} does not exist", "EntryNotFound")
         self.send(200, [_entry(path, body) for path, body in sorted(held.items())])
@@ -458,7 +466,9 @@ def safetensors_info(files: list[bytes]) -> dict[str, Any]:
     counts: dict[str, int] = {}
     for body in files:
         size = int.from_bytes(body[:8], "little")
-        for name, tensor in json.loads(body[8 : 8 + size]).items():
+        # Tests also keep words where weights would be.
+        header = json.loads(body[8 : 8 + size]) if size < len(body) else {}
+        for name, tensor in header.items():
             if name != "__metadata__":
                 count = 1
                 for length in tensor["shape"]:

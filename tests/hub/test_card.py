@@ -137,6 +137,13 @@ def test_a_card_needs_no_report():
         DraftModelCard.from_report()
 
 
+def test_a_name_without_an_owner_is_no_hub_id():
+    """Catches `from_pretrained("my-draft")` on a card, for a draft that nobody published."""
+    card = DraftModelCard.from_report(samples.report(), name="my-draft")
+    assert card.text.startswith("\n# my-draft\n") or card.text.startswith("# my-draft\n")
+    assert '"path/to/my-draft",' in card.text
+
+
 def test_no_path_of_this_machine_is_published(tmp_path):
     """Catches a home directory on a public page."""
     (tmp_path / "secret-user" / "target").mkdir(parents=True)
@@ -154,6 +161,18 @@ def test_no_path_of_this_machine_is_published(tmp_path):
     assert not any(tag.startswith("draft-for:") for tag in card.data.tags)
     assert card.data.to_dict().get("base_model") is None
     assert 'from_pretrained(\n    "path/to/target",' in card.text
+
+
+def test_prompts_described_in_words_keep_them():
+    """Catches `path/to/the demo's queries`."""
+    for source, expected in (
+        ("the demo pair's test queries", "3 prompts of the demo pair's test queries (sha256"),
+        ("given", "3 prompts (sha256"),
+        ("/home/me/prompts.jsonl", "3 prompts of `path/to/prompts.jsonl` (sha256"),
+        ("org/prompts", "3 prompts of [org/prompts](https://huggingface.co/datasets/org/prompts) (sha256"),
+    ):
+        report = samples.report(prompts={"source": source, "count": 3, "sha256": "00"})
+        assert expected in DraftModelCard.from_report(report, name="me/draft").text
 
 
 def test_a_directory_that_looks_like_a_hub_id_is_a_directory(tmp_path, monkeypatch):
@@ -304,15 +323,17 @@ class TestCommands:
         """Qwen2.5 0.5B and 7B are 128 apart: exactly what llama.cpp still takes, and vLLM refuses."""
         assert self.titles(draft_vocab_size=151936, target_vocab_size=152064) == {"llama.cpp"}
         assert self.titles(draft_vocab_size=151935, target_vocab_size=152064) == set()
+        card = full_card(pair=samples.pair(draft_vocab_size=151936, target_vocab_size=152064))
+        assert "align_vocabulary(draft, target)" in card.text
 
     def test_other_special_ids_keep_pipeline_and_llama_cpp_out(self):
         assert self.titles(same_special_ids=False) == {"transformers: `generate`", "vLLM", "SGLang"}
 
     def test_unknown_sizes_promise_nothing_about_other_engines(self):
-        assert self.titles(draft_vocab_size=None, target_vocab_size=None) == {
-            "transformers: `generate`",
-            "transformers: `pipeline`",
-        }
+        transformers = {"transformers: `generate`", "transformers: `pipeline`"}
+        assert self.titles(draft_vocab_size=None, target_vocab_size=None) == transformers
+        # The draft's size is always known; a target that cannot be looked at must not hide every command.
+        assert self.titles(target_vocab_size=None) == transformers
 
     def test_the_tuned_length_is_in_every_command(self):
         report = samples.report()

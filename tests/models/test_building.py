@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_draftkd.models.building import build_draft
-from hf_draftkd.models.sizing import count_parameters, evenly_spread, sized_config
+from hf_draftkd.models.sizing import count_parameters, cut_layers, evenly_spread, sized_config
 from tests.tiny import ARCHITECTURES, tiny_gpt2, tiny_llama, tiny_prompts, tiny_qwen3, tiny_tokenizer
 
 PROMPT = tiny_prompts(tiny_tokenizer(), 2)[1]
@@ -95,6 +95,7 @@ def test_per_layer_lists_are_cut_with_the_layers(tmp_path):
     )
     # As many ends of sequence as layers: ids are no layers.
     target.generation_config.eos_token_id = target.config.eos_token_id = [1, 4, 5, 6]
+    assert cut_layers(target.config, [1, 3]).eos_token_id == [1, 4, 5, 6]
     draft = build_draft(target, layers=[1, 3])
     assert draft.config.layer_types == ["full_attention", "sliding_attention"]
     assert draft.config.max_window_layers == 1

@@ -37,6 +37,10 @@ def test_fingerprint_survives_saving_use_and_what_does_not_matter(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(dict(reversed(parts.items())), indent=7))
     assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path)) == before
 
+    # Whether `skip_special_tokens` drops a token changes no id.
+    not_special = _edited(lambda parts: parts["added_tokens"][4].update(special=False))
+    assert tokenizer_fingerprint(not_special) == before
+
     plain(["a", "longer text than that"], padding=True, truncation=True, max_length=3)
     plain.chat_template = "{{ messages }}"
     plain.pad_token = plain.eos_token

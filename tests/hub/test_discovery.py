@@ -1,0 +1,231 @@
+"""Finding drafts: the right ones, in the right order, and nothing believed that a stranger made up."""
+
+import json
+
+import pytest
+
+from hf_draftkd.cli import find as find_command
+from hf_draftkd.cli.errors import UsageError
+from hf_draftkd.hub.card import DraftModelCard
+from hf_draftkd.hub.discovery import find_drafts
+from tests.hub import fake_hub, samples
+from tests.hub.fake_hub import FakeHub
+
+TARGET = samples.TARGET
+
+
+def add_draft(hub: FakeHub, repo_id: str, report: dict | None, *, target: str = TARGET, parameters: int = 4, **options):
+    """A draft's repository: its card, its report, and weights of so many parameters."""
+    training = samples.training(target=target, target_revision=None)
+    card = DraftModelCard.from_report(report, training=training, name=repo_id, license="mit")
+    header = json.dumps({"w": {"dtype": "F32", "shape": [parameters], "data_offsets": [0, 4 * parameters]}}).encode()
+    weights = len(header).to_bytes(8, "little") + header + b"\0" * 4 * parameters
+    files: dict = {"README.md": card.render(), "model.safetensors": weights}
+    if report is not None:
+        files["report.json"] = json.dumps(report)
+    return hub.add(repo_id, files, **options)
+
+
+@pytest.fixture
+def target_sha(hub: FakeHub) -> str:
+    """The target is on the Hub, is based on `org/base`, and this is its latest commit."""
+    hub.add("org/base", {"README.md": "---\nlicense: mit\n---\n"})
+    header = b'{"w":{"dtype":"F32","shape":[100],"data_offsets":[0,400]}}'
+    weights = len(header).to_bytes(8, "little") + header + b"\0" * 400
+    repo = hub.add(TARGET, {"README.md": "---\nbase_model: org/base\n---\n", "model.safetensors": weights})
+    return repo.refs["main"]
+
+
+def about(sha: str, *, alpha: float, tau: float, target: str = TARGET) -> dict:
+    settings = [samples.setting(0.0, "greedy_draft", alpha, tau - 0.5)]
+    info = {"name": target, "revision": sha, "num_parameters": 100}
+    return samples.report(target=info, settings=settings, baseline=None, paired_difference=None)
+
+
+def test_best_first_with_everything_recorded(hub: FakeHub, target_sha: str):
+    """Catches an order by download count, and figures lost on the way."""
+    add_draft(hub, "a/popular", about(target_sha, alpha=0.4, tau=1.6), downloads=9000)
+    add_draft(hub, "b/good", about(target_sha, alpha=0.7, tau=2.5), downloads=3)
+    # More tokens per call, but half the size of the target: in the end slower.
+    add_draft(hub, "c/large", about(target_sha, alpha=0.8, tau=3.0), parameters=50)
+    found = find_drafts(TARGET)
+    assert [draft.repo_id for draft in found] == ["b/good", "a/popular", "c/large"]
+    best = found[0]
+    assert best.acceptance_rate == 0.7
+    assert best.block_efficiency == 2.5
+    assert best.num_parameters == 4
+    assert best.relative_cost == 0.1
+    assert best.license == "mit"
+    assert best.downloads == 3
+    assert best.revision == hub.repos["b/good"].refs["main"]
+    assert best.remarks == ()
+    assert best.figures[0].num_assistant_tokens == 5
+
+
+def test_only_drafts_of_this_target(hub: FakeHub, target_sha: str):
+    add_draft(hub, "a/mine", about(target_sha, alpha=0.4, tau=1.6))
+    add_draft(hub, "b/others", about("0" * 40, alpha=0.9, tau=3.0, target="org/other"), target="org/other")
+    hub.add("c/no-draft", {"README.md": f"---\ntags: ['draft-for:{TARGET}']\n---\n"})
+    assert [draft.repo_id for draft in find_drafts(TARGET)] == ["a/mine"]
+
+
+def test_every_page_is_read(hub: FakeHub, target_sha: str):
+    """Catches a listing that stops after the first page."""
+    for index in range(7):
+        add_draft(hub, f"a/draft-{index}", about(target_sha, alpha=0.1 * index, tau=1.0 + index))
+    assert [draft.repo_id for draft in find_drafts(TARGET)] == [f"a/draft-{index}" for index in reversed(range(7))]
+    assert len(find_drafts(TARGET, limit=3)) == 3
+
+
+def test_missing_figures_and_other_revisions_are_said(hub: FakeHub, target_sha: str):
+    add_draft(hub, "a/current", about(target_sha, alpha=0.3, tau=1.2))
+    add_draft(hub, "b/older", about("0" * 40, alpha=0.9, tau=3.0))
+    add_draft(hub, "c/silent", None)
+    found = find_drafts(TARGET)
+    assert [(draft.repo_id, draft.remarks) for draft in found] == [
+        ("a/current", ()),
+        ("b/older", ("figures were measured on another revision of the target",)),
+        ("c/silent", ("no figures recorded",)),
+    ]
+    assert found[2].acceptance_rate is None
+    # Asked about that older revision, the other draft is the one that fits.
+    assert find_drafts(TARGET, revision="0" * 40)[0].repo_id == "b/older"
+
+
+def test_drafts_of_the_base_model_come_last_and_say_so(hub: FakeHub, target_sha: str):
+    base_sha = hub.repos["org/base"].refs["main"]
+    add_draft(hub, "a/for-base", about(base_sha, alpha=0.95, tau=4.0, target="org/base"), target="org/base")
+    add_draft(hub, "b/for-target", about(target_sha, alpha=0.2, tau=1.1))
+    found = find_drafts(TARGET)
+    assert [draft.repo_id for draft in found] == ["b/for-target", "a/for-base"]
+    assert found[1].remarks == (f"made for org/base, which {TARGET} derives from",)
+    assert [draft.repo_id for draft in find_drafts(TARGET, include_base_models=False)] == ["b/for-target"]
+
+
+def test_a_circle_of_base_models_ends(hub: FakeHub):
+    hub.add("a/x", {"README.md": "---\nbase_model: a/y\n---\n"})
+    hub.add("a/y", {"README.md": "---\nbase_model: a/x\n---\n"})
+    assert find_drafts("a/x") == []
+
+
+def test_a_target_that_is_not_on_the_hub_can_have_drafts(hub: FakeHub):
+    add_draft(hub, "a/draft", about("0" * 40, alpha=0.5, tau=2.0))
+    [draft] = find_drafts(TARGET)
+    assert draft.acceptance_rate == 0.5
+
+
+def test_private_drafts_are_seen_by_their_owner_only(hub: FakeHub, target_sha: str, monkeypatch):
+    add_draft(hub, "me/secret", about(target_sha, alpha=0.5, tau=2.0), private=True)
+    assert [draft.private for draft in find_drafts(TARGET)] == [True]
+    monkeypatch.delenv("HF_TOKEN")
+    assert find_drafts(TARGET) == []
+
+
+HOSTILE_INDEX = [
+    "nonsense",
+    [],
+    [{}],
+    [{"name": 3, "results": "x"}],
+    [{"name": "x", "results": [{"task": {"type": "t"}, "dataset": {"type": "d", "name": "n"}, "metrics": 7}]}],
+    [
+        {
+            "name": "x",
+            "results": [
+                {
+                    "task": {"type": "t"},
+                    "dataset": {"type": "d", "name": "n"},
+                    "metrics": [
+                        {"type": "acceptance_rate", "value": "<script>", "args": {"temperature": [1]}},
+                        {"type": "acceptance_rate", "value": True, "args": "x"},
+                        {"type": "acceptance_rate", "value": float("inf")},
+                    ],
+                }
+            ],
+        }
+    ],
+]
+
+
+@pytest.mark.parametrize("index", HOSTILE_INDEX)
+def test_metadata_of_another_shape_counts_as_no_figures(hub: FakeHub, target_sha: str, monkeypatch, index):
+    """Catches one broken card that keeps everybody from finding drafts."""
+    add_draft(hub, "a/good", about(target_sha, alpha=0.5, tau=2.0))
+    add_draft(hub, "b/hostile", None)
+    info_of = fake_hub._Handler.info_of
+
+    def with_index(self, repo_id, revision="main"):
+        info = info_of(self, repo_id, revision)
+        return info | {"model-index": index} if repo_id == "b/hostile" else info
+
+    monkeypatch.setattr(fake_hub._Handler, "info_of", with_index)
+    found = find_drafts(TARGET)
+    assert [draft.repo_id for draft in found] == ["a/good", "b/hostile"]
+    assert found[1].remarks == ("no figures recorded",)
+
+
+def test_reports_are_checked_before_they_are_used(hub: FakeHub, target_sha: str):
+    """Catches a report that is too large, no JSON, or of another shape."""
+    report = about(target_sha, alpha=0.5, tau=2.0)
+    repo = add_draft(hub, "a/draft", report)
+    [draft] = find_drafts(TARGET)
+    assert draft.load_report().to_dict()["settings"][0]["acceptance_rate"]["value"] == 0.5
+    for body, message in (
+        (b"{", "not valid JSON"),
+        (b'{"schema_version": 1, "surprise": 1}', "unknown key"),
+        (b" " * (10 * 2**20 + 1), "that is no report"),
+    ):
+        repo.commit(repo.files() | {"report.json": body}, "change")
+        [draft] = find_drafts(TARGET)
+        with pytest.raises(ValueError, match=message):
+            draft.load_report()
+    repo.commit({"README.md": repo.files()["README.md"]}, "no report")
+    [draft] = find_drafts(TARGET)
+    with pytest.raises(ValueError, match=r"has no report\.json"):
+        draft.load_report()
+
+
+def test_the_hub_fails(hub: FakeHub):
+    hub.fail("GET", "/api/models", times=20, status=500)
+    with pytest.raises(ConnectionError, match="failed \\(500\\)"):
+        find_drafts(TARGET)
+
+
+def test_the_network_fails(hub: FakeHub):
+    hub.fail("GET", "/api/models", times=20, cut=True)
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        find_drafts(TARGET)
+
+
+@pytest.mark.parametrize("target", ["/home/me/target", "./target", "a/b/c", "", "x: [y"])
+def test_a_path_is_no_target_to_ask_the_hub_about(target):
+    with pytest.raises(ValueError, match="Hub id"):
+        find_drafts(target)
+
+
+class TestCommand:
+    def test_table_and_json(self, hub: FakeHub, target_sha: str, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")
+        add_draft(hub, "a/draft", about(target_sha, alpha=0.625, tau=2.25))
+        add_draft(hub, "b/silent", None)
+        assert find_command.run([TARGET]) == 0
+        text = capsys.readouterr().out
+        for expected in ("a/draft", "0.625", "2.25", "greedy", "mit", "no figures recorded"):
+            assert expected in text
+        assert find_command.run([TARGET, "--json"]) == 0
+        plain = json.loads(capsys.readouterr().out)
+        assert [draft["repo_id"] for draft in plain] == ["a/draft", "b/silent"]
+        assert plain[0]["figures"][0]["acceptance_rate"] == 0.625
+        assert "relative_cost" not in plain[1]
+
+    def test_none_found_is_not_an_error(self, hub: FakeHub, target_sha: str, capsys):
+        assert find_command.run([TARGET]) == 0
+        assert "No draft on the Hub is tagged" in capsys.readouterr().out
+
+    def test_exit_codes(self, hub: FakeHub, capsys):
+        with pytest.raises(UsageError, match="Hub id"):
+            find_command.run(["./here"])
+        with pytest.raises(UsageError, match="missing: --target_model"):
+            find_command.run([])
+        hub.fail("GET", "/api/models", times=20, status=500)
+        assert find_command.run([TARGET]) == 1
+        assert "failed (500)" in capsys.readouterr().err

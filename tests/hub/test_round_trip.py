@@ -1,0 +1,135 @@
+"""Push, find, load, generate: the whole way, through the real client in its own process, as users go it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.hub import samples
+from tests.hub.conftest import WRITER, snapshot
+from tests.hub.fake_hub import FakeHub
+
+# huggingface_hub 2.4 sends LFS parts as `data=`, which its own HTTP client deprecates; users upload through Xet.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+
+
+def run(hub: FakeHub, cache: Path, *arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    """A child process that knows the Hub only by HF_ENDPOINT."""
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(cache),
+        "HF_TOKEN": WRITER,
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+    }
+    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "hf_draftkd", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def published_target(hub: FakeHub, tmp_path: Path, pair, tokenizer) -> str:
+    """The draft's target, on the Hub; returns its commit."""
+    folder = tmp_path / "target"
+    pair[1].save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    files = snapshot(folder) | {"README.md": b"---\nlicense: mit\n---\n"}
+    return hub.add(samples.TARGET, files).refs["main"]
+
+
+def test_push_find_load_generate(
+    hub: FakeHub, draft_folder: Path, published_target: str, pair, tokenizer, tmp_path: Path
+):
+    """Catches a link of the chain that only holds inside one process, or with patched constants."""
+    report = (draft_folder / "report.json").read_text().replace(samples.REVISION, published_target)
+    (draft_folder / "report.json").write_text(report)
+    provenance = (draft_folder / "provenance.json").read_text().replace(samples.REVISION, published_target)
+    (draft_folder / "provenance.json").write_text(provenance)
+    cache = tmp_path / "cache"
+
+    pushed = run(hub, cache, "push", "--model", str(draft_folder), "--repo_id", "draft")
+    assert pushed.returncode == 0, pushed.stderr
+    assert f"published: {hub.url}/me/draft/commit/" in pushed.stdout
+    assert "license: mit" in hub.repos["me/draft"].files()["README.md"].decode()
+
+    found = run(hub, cache, "find", samples.TARGET)
+    assert found.returncode == 0, found.stderr
+    assert "me/draft" in found.stdout
+    assert "0.620" in found.stdout
+    assert "another revision" not in found.stdout
+
+    code = f"""
+import torch
+from hf_draftkd.hub.discovery import find_drafts
+from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
+[found] = find_drafts({samples.TARGET!r})
+draft, target, tokenizer = load_draft(found), load_target({samples.TARGET!r}), load_tokenizer(found)
+inputs = tokenizer("The quick brown", return_tensors="pt")
+plain = target.generate(**inputs, max_new_tokens=24, do_sample=False)
+assisted = target.generate(**inputs, assistant_model=draft, max_new_tokens=24, do_sample=False)
+assert torch.equal(plain, assisted)
+assert draft.generation_config.num_assistant_tokens == 5
+print(assisted.tolist())
+"""
+    generated = run(hub, cache, code=code)
+    assert generated.returncode == 0, generated.stderr
+    inputs = tokenizer("The quick brown", return_tensors="pt")
+    expected = pair[1].generate(**inputs, max_new_tokens=24, do_sample=False)
+    assert generated.stdout.strip() == str(expected.tolist())
+
+
+@pytest.fixture
+def card_commands(hub: FakeHub, draft_folder: Path, published_target: str, tmp_path: Path) -> list[str]:
+    """The Python blocks of a published card, made to name the folders that a reader would have downloaded."""
+    from hf_draftkd.hub.publishing import push_draft
+
+    upload = push_draft(draft_folder, "me/draft", license="mit")
+    blocks = re.findall(r"```python\n(.*?)```", upload.card.text, re.DOTALL)
+    assert len(blocks) == 2
+    blocks = [re.sub(r"    revision=.*\n", "", block).replace(", revision=", ", #") for block in blocks]
+    return [
+        block.replace(samples.TARGET, str(tmp_path / "target")).replace("me/draft", str(draft_folder))
+        for block in blocks
+    ]
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["generate", "pipeline"])
+def test_the_commands_on_the_card_run(card_commands: list[str], capsys, index: int):
+    """Catches a card whose first line of advice does not work."""
+    torch.manual_seed(0)
+    exec(compile(card_commands[index], f"card block {index}", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_first_command_is_assisted(card_commands: list[str], monkeypatch):
+    """Catches a block that runs, but decodes without the draft."""
+    used = []
+    from transformers.generation import AssistedCandidateGenerator
+
+    original = AssistedCandidateGenerator.get_candidates
+
+    def counted(self, *args, **kwargs):
+        used.append(self.assistant_model)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(AssistedCandidateGenerator, "get_candidates", counted)
+    exec(compile(card_commands[0], "card block", "exec"), {})
+    assert used
+
+
+def test_a_downloaded_draft_is_the_one_that_was_pushed(hub: FakeHub, draft_folder: Path, pair, tmp_path: Path):
+    """Catches weights or tokenizer that change on the way."""
+    from hf_draftkd.hub.publishing import push_draft
+
+    push_draft(draft_folder, "me/draft", license="mit")
+    draft = AutoModelForCausalLM.from_pretrained("me/draft", use_safetensors=True)
+    for name, tensor in pair[0].state_dict().items():
+        assert torch.equal(draft.state_dict()[name], tensor), name
+    tokenizer = AutoTokenizer.from_pretrained("me/draft")
+    assert tokenizer.chat_template is not None
