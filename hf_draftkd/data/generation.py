@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.data.backends import Backend, Completion, continuous_backend, pipeline_backend
 from hf_draftkd.data.decoding import DecodingSetting
@@ -16,7 +16,6 @@ from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, 
 from hf_draftkd.data.provenance import (
     package_versions,
     plain,
-    resolved_revision,
     template_hash,
     text_hash,
     weights_fingerprint,
@@ -31,6 +30,7 @@ from hf_draftkd.data.target_cache import (
     distribution_cache,
     real_vocab_size,
 )
+from hf_draftkd.models.revisions import model_revision, resolved_revision
 
 SCENARIOS = ("queries", "curated", "synthetic")
 _CHUNK = 1000  # prompts rendered at a time while checking
@@ -53,7 +53,7 @@ def generate_alignment_data(
     output_dir: "str | Path | None" = None,
     shard_size: int | None = None,
     skip_too_long: bool = False,
-    continuous_batching: bool = False,
+    continuous_batching: "bool | ContinuousBatchingConfig" = False,
     cache_distributions: dict[str, Any] | None = None,
     endpoint: str | None = None,
     endpoint_options: dict[str, Any] | None = None,
@@ -84,9 +84,10 @@ def generate_alignment_data(
         seed: Seed of the whole data set.
         scenario: Where the prompts come from: `queries`, `curated` or `synthetic`.
         output_dir: A folder for Parquet shards and their manifest. Without it the rows stay in memory.
-        shard_size: Prompts a shard. By default a sixteenth of the prompts, at most 256.
+        shard_size: Prompts a shard. By default a sixteenth of the prompts, at least four batches, at most 256.
         skip_too_long: Leave out prompts that do not fit into the context, and warn, instead of refusing them.
-        continuous_batching: Use transformers' continuous batching; sampled rows can then not be repeated.
+        continuous_batching: Use transformers' continuous batching, with a config if one is given. Its ids are exact;
+            sampled rows can not be repeated, and its cache takes most of the free memory unless the config says less.
         cache_distributions: Also keep the target's distributions, with these options of `cache_target_distributions`:
             `{"top_k": 64}` or `{"sampled": 50}`, and `temperature` and `dtype`. With `endpoint`, `{"top_k": 5}` keeps
             the top log-probabilities that the server returns.
@@ -256,20 +257,27 @@ def _local(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     batch_size: int,
-    continuous_batching: bool,
+    continuous_batching: "bool | ContinuousBatchingConfig",
     cache_options: dict[str, Any] | None,
     revision: str | None,
 ) -> _Answering:
     suppressed = ids_without_token(target_model, tokenizer)
     if continuous_batching:
-        backend = continuous_backend(target_model, max_new_tokens=max_new_tokens, suppress_tokens=suppressed)
+        backend = continuous_backend(
+            target_model,
+            max_new_tokens=max_new_tokens,
+            suppress_tokens=suppressed,
+            config=None if continuous_batching is True else continuous_batching,
+        )
     else:
         backend = pipeline_backend(
             target_model, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, suppress_tokens=suppressed
         )
     identity = {
         "target": target_model.name_or_path,
-        "target_revision": resolved_revision(target_model.name_or_path, revision),
+        "target_revision": (
+            resolved_revision(target_model.name_or_path, revision) if revision else model_revision(target_model)
+        ),
         "target_weights": weights_fingerprint(target_model),
         "target_dtype": str(target_model.dtype),
         "backend": "continuous batching" if continuous_batching else "pipeline",

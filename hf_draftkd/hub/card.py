@@ -154,7 +154,9 @@ def public_report(report: Any) -> dict[str, Any]:
         known["baseline"] = dict(known["baseline"]) | {"draft": _public_model(known["baseline"].get("draft"))}
     if "source" in known.get("prompts", {}):
         source = known["prompts"]["source"]
-        known["prompts"] = dict(known["prompts"]) | {"source": public_name(source)}
+        # The source may also be words ("given", "the demo's test queries"); only a path could tell something.
+        shown = public_name(source) if any(mark in source for mark in "/\\") else source
+        known["prompts"] = dict(known["prompts"]) | {"source": shown}
     return known
 
 
@@ -277,7 +279,9 @@ def _summary(
 
 def _prompts(prompts: Json) -> Markdown:
     count = f"{prompts['count']} prompts" if "count" in prompts else "prompts"
-    source = f" of {dataset_link(prompts['source'])}" if "source" in prompts else ""
+    source = ""
+    if "source" in prompts and prompts["source"] != "given":
+        source = f" of {dataset_link(prompts['source']) if '/' in prompts['source'] else text(prompts['source'])}"
     digest = f" (sha256 {code(prompts['sha256'])})" if "sha256" in prompts else ""
     return Markdown(f"{text(count)}{source}{digest}")
 

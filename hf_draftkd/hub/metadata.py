@@ -147,7 +147,7 @@ def _result(
         task_type=TASK[0],
         task_name=TASK[1],
         # The index wants a data set's id; a local file has none and must not leak its path.
-        dataset_type=source if is_hub_id(source) else "prompts",
+        dataset_type=source if isinstance(source, str) and "/" in source and is_hub_id(source) else "prompts",
         dataset_name=one_line(name),
         dataset_config=one_line(domain) if domain else None,
         dataset_args=_clean({key: prompts[key] for key in ("count", "sha256") if key in prompts}) or None,

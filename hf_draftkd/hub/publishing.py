@@ -231,7 +231,7 @@ def _plan(
     pair = planning.pair_facts(draft, generation, token)
     stored = planning.public_provenance(draft, pair)
     plots = contents.plot_files(draft.path, draft.report_folder)
-    old_card = DraftModelCard(remote.card, ignore_metadata_errors=True) if remote.card else None
+    old_card = planning.read_card(remote.card, f"the card of {repo_id}") if remote.card else None
     local_card = planning.local_card(draft.path)
     fresh = DraftModelCard.from_report(
         draft.report,
@@ -244,6 +244,8 @@ def _plan(
     for key in ("license", "language"):
         if words[key] is not None:
             card.data[key] = fresh.data[key]
+    if not card.data.get("license") and local_card is not None and local_card.data.get("license"):
+        card.data["license"] = local_card.data["license"]
     if not card.data.get("license"):
         card.data["license"] = planning.inherited_license(api, fresh.data.get("base_model"), token)
     files = [PlannedFile(CARD_FILE, card.render().encode(), card_remark)]

@@ -6,9 +6,10 @@ from typing import Any
 from datasets import Dataset
 
 from hf_draftkd.data.decoding import DecodingSetting
-from hf_draftkd.evaluation.provenance import versions
+from hf_draftkd.data.provenance import package_versions
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.models.revisions import model_revision
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
 from hf_draftkd.training.config import DraftDistillConfig
 
@@ -76,8 +77,9 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
     metrics = {name: value for name, value in (figures[-1] if figures else {}).items() if name in _METRICS}
     training = TrainingSummary(
         target=trainer.target_name or None,
-        target_revision=None if target is None else getattr(target.config, "_commit_hash", None),
+        target_revision=None if target is None else model_revision(target),
         draft=trainer.draft_name or None,
+        draft_revision=model_revision(draft),
         signal="black_box" if target is None or not args.needs_target else "white_box",
         divergence=args.divergence,
         divergence_options=args.divergence_options or None,
@@ -103,7 +105,7 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
             has_chat_template=bool(trainer.processing_class.chat_template),
         )
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Provenance(created=created, versions=versions(), training=training, pair=pair)
+    return Provenance(created=created, versions=package_versions(), training=training, pair=pair)
 
 
 _METRICS = ("eval_loss", "eval_acceptance_rate", "eval_block_efficiency")

@@ -163,6 +163,18 @@ def test_no_path_of_this_machine_is_published(tmp_path):
     assert 'from_pretrained(\n    "path/to/target",' in card.text
 
 
+def test_prompts_described_in_words_keep_them():
+    """Catches `path/to/the demo's queries`."""
+    for source, expected in (
+        ("the demo pair's test queries", "3 prompts of the demo pair's test queries (sha256"),
+        ("given", "3 prompts (sha256"),
+        ("/home/me/prompts.jsonl", "3 prompts of `path/to/prompts.jsonl` (sha256"),
+        ("org/prompts", "3 prompts of [org/prompts](https://huggingface.co/datasets/org/prompts) (sha256"),
+    ):
+        report = samples.report(prompts={"source": source, "count": 3, "sha256": "00"})
+        assert expected in DraftModelCard.from_report(report, name="me/draft").text
+
+
 def test_a_directory_that_looks_like_a_hub_id_is_a_directory(tmp_path, monkeypatch):
     """Catches `quickstart/draft`, a path, being tagged as a repository on the Hub."""
     monkeypatch.chdir(tmp_path)

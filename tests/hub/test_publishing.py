@@ -202,6 +202,21 @@ class TestCardOnTheHub:
         push(draft_folder, prose="local")
         assert "LOCAL" in hub.repos[ID].files()["README.md"].decode()
 
+    def test_a_title_chosen_on_the_hub_is_kept(self, hub: FakeHub, draft_folder: Path):
+        push(draft_folder)
+        text = hub.repos[ID].files()["README.md"].decode().replace(f"# {ID}\n", "# A fast one\n")
+        hub.repos[ID].commit(hub.repos[ID].files() | {"README.md": text.encode()}, "rename")
+        push(draft_folder, tags=["new"])
+        assert "# A fast one" in hub.repos[ID].files()["README.md"].decode()
+
+    def test_a_broken_card_is_not_replaced(self, hub: FakeHub, draft_folder: Path):
+        """Catches words that are lost because the metadata above them does not parse."""
+        card = b"---\ntags: [draft-model\n---\n# mine\n"
+        hub.add(ID, {"README.md": card})
+        with pytest.raises(ValueError, match=r"metadata of the card of me/draft cannot be read"):
+            push(draft_folder)
+        assert hub.repos[ID].files()["README.md"] == card
+
     def test_an_edit_in_between_is_not_lost(self, hub: FakeHub, draft_folder: Path, monkeypatch):
         """Catches a push that overwrites what somebody wrote after the card was read."""
         push(draft_folder)
@@ -376,7 +391,7 @@ class TestBadInput:
 
     def test_an_index_that_leads_out_of_the_folder(self, draft_folder: Path):
         """Catches `../../.ssh/id_rsa` in a weight map."""
-        (draft_folder / "model.safetensors").unlink()
+        (draft_folder / "model.safetensors").rename(draft_folder.parent / "secret.safetensors")
         (draft_folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../secret.safetensors"}}')
         with pytest.raises(ValueError, match="not a weight file"):
             push(draft_folder)
