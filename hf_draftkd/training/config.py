@@ -150,7 +150,7 @@ class DraftDistillConfig(SFTConfig):
         self._check_distillation_values()
         if self.bf16 is None and not self.fp16:
             # TRL would turn bf16 on, and transformers then refuses to start without an accelerator.
-            self.bf16 = bf16_is_usable()
+            self.bf16 = bf16_is_usable() and not self.use_cpu
         if self.ddp_find_unused_parameters is None:
             # Every parameter of a causal LM is used in every step; looking for others costs a pass over the graph.
             self.ddp_find_unused_parameters = False
@@ -176,7 +176,7 @@ class DraftDistillConfig(SFTConfig):
             _check_number(name, getattr(self, name), low, high, open_low=open_low)
         if not self.needs_target and self.temperature != 1:
             raise ValueError(f"Cross-entropy on text has no temperature, got `temperature={self.temperature}`.")
-        if not isinstance(self.eval_num_assistant_tokens, int) or self.eval_num_assistant_tokens < 1:
+        if type(self.eval_num_assistant_tokens) is not int or self.eval_num_assistant_tokens < 1:
             raise ValueError(
                 "`eval_num_assistant_tokens` is a draft length: a whole number, 1 or above, "
                 f"got {self.eval_num_assistant_tokens!r}."

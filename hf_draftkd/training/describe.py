@@ -1,6 +1,7 @@
 """What a run was, in the words of the model card: taken from the run itself, so that a card cannot claim another."""
 
 import datetime
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -8,6 +9,7 @@ from datasets import Dataset
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.provenance import package_versions
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
+from hf_draftkd.hub.weights import weights_checksum
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.revisions import model_revision
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
@@ -99,13 +101,17 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
             draft.config,
             target.config,
             draft_generation_config=draft.generation_config,
-            draft_parameters=draft.num_parameters(),
+            draft_parameters=_merged_size(draft),
             target_parameters=target.num_parameters(),
             tokenizer_fingerprint=tokenizer_fingerprint(trainer.processing_class),
             has_chat_template=bool(trainer.processing_class.chat_template),
         )
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Provenance(created=created, versions=package_versions(), training=training, pair=pair)
+    folder = Path(args.output_dir)
+    checksum = weights_checksum(folder) if any(folder.glob("*.safetensors")) else None
+    return Provenance(
+        created=created, versions=package_versions(), training=training, pair=pair, weights_sha256=checksum
+    )
 
 
 _METRICS = ("eval_loss", "eval_acceptance_rate", "eval_block_efficiency")
@@ -119,6 +125,11 @@ def _changed(args: DraftDistillConfig) -> dict[str, Any]:
         name: str(getattr(value, "value", value)) if isinstance(value, str) else value for name, value in shown.items()
     }
     return {name: value for name, value in shown.items() if value is not None and value != fields[name].default}
+
+
+def _merged_size(draft: Any) -> int:
+    """Parameters of the draft once its adapter is merged."""
+    return draft.num_parameters() - sum(p.numel() for name, p in draft.named_parameters() if "lora_" in name)
 
 
 def _adapter(model: Any) -> str | None:
