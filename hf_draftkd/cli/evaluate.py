@@ -14,8 +14,8 @@ from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import decoding_settings
 from hf_draftkd.data.prompts import load_prompts, open_dataset
+from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.evaluate import evaluate_draft
-from hf_draftkd.evaluation.measurement import own_penalty
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
 from hf_draftkd.models.draft_length import draft_length_settings

@@ -165,6 +165,21 @@ def test_recorded_answers_give_what_fresh_ones_give(pair):
         evaluate_draft(draft, target, tokenizer, dataset=rows, temperatures=[0.5], **QUICK)
 
 
+def test_recorded_answers_that_do_not_fit_are_refused_or_left_out_of_timing(pair):
+    """Positions beyond a model's context, met in the middle of the work or silently wrapped."""
+    _, target = pair
+    rows = generate_alignment_data(target, tiny_tokenizer(), PROMPTS[:3], max_new_tokens=16, temperatures=(0.0,))
+    longest = max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows)
+    short = tiny_llama(max_position_embeddings=longest - 1)
+    with pytest.raises(ValueError, match=f"longest text has {longest} tokens"):
+        evaluate_draft(short, target, tiny_tokenizer(), dataset=rows, **QUICK)
+    just = tiny_llama(max_position_embeddings=longest)
+    report = evaluate_draft(just, target, tiny_tokenizer(), dataset=rows, num_speed_prompts=3)
+    assert report.max_new_tokens == max(map(len, rows["completion_ids"]))
+    fitting = [row for row in rows if len(row["prompt_ids"]) + report.max_new_tokens <= longest]
+    assert report.settings[0].assisted.num_prompts == len(fitting)
+
+
 def test_text_recorded_under_a_wrong_setting_gives_no_block_efficiency(pair):
     """Sampled text that claims to be greedy: τ computed from it would be a figure about nothing."""
     draft, target = pair
