@@ -14,6 +14,7 @@ from datasets import Dataset, IterableDataset
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from hf_draftkd.data.cache_lookup import CachedDistributions, addresses
 from hf_draftkd.data.decoding import DecodingSetting
 
 # The order in which a row's `decoding` feature holds its setting.
@@ -26,6 +27,8 @@ FORMATS: tuple[tuple[str, ...], ...] = (
     ("messages",),
     ("conversations",),
 )
+# What a row of alignment data is read for.
+_READ = {"prompt_ids", "completion_ids", "ids_source", "target", *_SETTING}
 UNKNOWN_SETTING = [math.nan] * len(_SETTING)
 
 
@@ -52,7 +55,9 @@ def check_format(dataset: Dataset | IterableDataset, name: str, *, text_field: s
         )
 
 
-def exact_features(dataset: Dataset | IterableDataset, target_name: str | None, **map_kwargs: Any) -> Any:
+def exact_features(
+    dataset: Dataset | IterableDataset, target_name: str | None, *, first_row: int | None = None, **map_kwargs: Any
+) -> Any:
     """Turn rows that already hold token ids into `input_ids`, `labels` and `decoding`; leave all others alone.
 
     Alignment rows (`prompt_ids`, `completion_ids`) become their concatenation with the prompt masked. A
@@ -62,23 +67,31 @@ def exact_features(dataset: Dataset | IterableDataset, target_name: str | None, 
         dataset: Rows in any format.
         target_name: The target in use. Only rows that this target wrote keep their decoding setting: block
             efficiency is exact for such text and for no other.
+        first_row: Number of the first row in the `CachedDistributions` in use, if any.
         map_kwargs: Passed on to `datasets.map`.
 
     Returns:
-        The dataset, with `decoding` = [temperature, top_p, top_k, repetition_penalty], nan where unknown.
+        The dataset, with `decoding` = [temperature, top_p, top_k, repetition_penalty], nan where unknown, and with
+        `cache_index`, aligned with `input_ids`, where a cache is in use.
     """
     columns = get_dataset_column_names(dataset)
     if {"prompt_ids", "completion_ids"} <= set(columns):
+        # Cached distributions are heavy: not even read here.
+        light = [name for name in columns if name in _READ]
 
-        def features(row: dict[str, Any]) -> dict[str, Any]:
+        def features(row: dict[str, Any], index: int) -> dict[str, Any]:
             prompt, completion = row["prompt_ids"], row["completion_ids"]
-            return {
+            made = {
                 "input_ids": prompt + completion,
                 "labels": [-100] * len(prompt) + completion,
                 "decoding": _recorded_setting(row, target_name),
             }
+            if first_row is not None:
+                made["cache_index"] = addresses(first_row + index, len(prompt), len(completion))
+            return made
 
-        return dataset.map(features, remove_columns=columns, **map_kwargs)
+        rows = dataset.select_columns(light)
+        return rows.map(features, with_indices=True, remove_columns=light, **map_kwargs)
     if {"input_ids", "completion_mask"} <= set(columns) and "labels" not in columns:
 
         def masked(row: dict[str, Any]) -> dict[str, Any]:
@@ -113,13 +126,29 @@ def decoding_settings(decoding: torch.Tensor) -> dict[DecodingSetting, list[int]
 
 @dataclass
 class DraftDistillCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, which also carries the decoding setting of each row as `decoding` [B, 4]."""
+    """TRL's collator, which also gives the target's cached distributions and each row's decoding setting.
+
+    Args:
+        cache: Where the distributions lie. The batch then holds them for its N completion tokens, in row-major order
+            of the positions that predict one: see `CachedDistributions.lookup`.
+    """
+
+    cache: CachedDistributions | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch: `input_ids`, `labels` [B, L], ..., `decoding` [B, 4] unless it is padding-free, cache columns."""
         batch = super().torch_call(examples)
         if not self.padding_free:
             rows = [example.get("decoding") or UNKNOWN_SETTING for example in examples]
             batch["decoding"] = torch.tensor(rows, dtype=torch.float64)
+        if self.cache is not None:
+            # SFTTrainer truncates `input_ids` and `labels` only; what it cut off is at the end.
+            kept = [torch.tensor(row["cache_index"][: len(row["input_ids"])]) for row in examples]
+            labels = batch["labels"]
+            index = torch.full_like(labels, -1)
+            for row, places in zip(index, [torch.cat(kept)] if self.padding_free else kept, strict=True):
+                row[: len(places)] = places
+            batch |= self.cache.lookup(index[:, 1:][labels[:, 1:] != -100])
         return batch
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
-from hf_draftkd.data.formatting import longest_row
+from hf_draftkd.data.formatting import check_format, longest_row
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
@@ -18,6 +18,33 @@ logger = logging.getLogger(__name__)
 def model_name(model: Any) -> str:
     """The id or path a model came from; empty for one built in code."""
     return model if isinstance(model, str) else get_config_model_id(model.config) or ""
+
+
+def check_datasets(
+    train_dataset: Any, eval_dataset: Any, args: DraftDistillConfig, *, format_known: bool
+) -> dict[str, Any]:
+    """The data sets by name, once it is clear that they can be read.
+
+    Args:
+        train_dataset: Rows or None.
+        eval_dataset: Rows, several of them by name, or None.
+        args: The configuration.
+        format_known: Whether the rows must be in a format that is understood; False with a `formatting_func`.
+
+    Raises:
+        ValueError: There is no data, or nothing can be learnt from it.
+    """
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    datasets = {name: data for name, data in {"train": train_dataset, **evals}.items() if data is not None}
+    if not datasets:
+        raise ValueError("Neither `train_dataset` nor `eval_dataset` was given. Give at least one.")
+    if format_known:
+        for name, dataset in datasets.items():
+            check_format(dataset, name, text_field=args.dataset_text_field)
+    if args.eval_packing:
+        raise ValueError("`eval_packing=True` would cut texts apart, but figures are sums over whole texts.")
+    args.eval_packing = False
+    return datasets
 
 
 def prepare_pair(

@@ -6,37 +6,39 @@ apart they are, and how that is summed.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTTrainer
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from trl import SFTTrainer, pack_dataset
 from trl.models.utils import prepare_deepspeed
+from trl.trainer.utils import global_then_local_main_first
 
-from hf_draftkd.data.formatting import DraftDistillCollator, check_format, exact_features
+from hf_draftkd.data.cache_lookup import CachedDistributions
+from hf_draftkd.data.formatting import DraftDistillCollator, exact_features
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.card import DraftModelCard
 from hf_draftkd.losses import DistillationLoss, distillation_loss, get_divergence
 from hf_draftkd.models.forward import logits_at, predicting_positions, unwrapped
 from hf_draftkd.models.pairing import shared_vocab_size
+from hf_draftkd.training.callbacks import AcceptanceCallback
+from hf_draftkd.training.checkpoints import WholeCheckpoints
 from hf_draftkd.training.config import DraftDistillConfig
-from hf_draftkd.training.describe import data_facts, describe_run
+from hf_draftkd.training.describe import author, data_facts, describe_run
 from hf_draftkd.training.evaluation_sums import EvaluationSums, row_sums
-from hf_draftkd.training.preflight import check_dataset_fits, model_name, prepare_pair
-from hf_draftkd.training.saving import merged
-
-# Features that only this trainer reads; a model's forward takes none of them.
-_OWN_FEATURES = ("labels", "decoding")
+from hf_draftkd.training.preflight import check_dataset_fits, check_datasets, model_name, prepare_pair
+from hf_draftkd.training.saving import PlainDrafts
+from hf_draftkd.training.signal import CachedTarget, Distributions, LiveTarget, Text, check_cached, model_inputs
 
 
-class DraftDistillTrainer(SFTTrainer):
+class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
     """Distils a target into a draft for speculative decoding.
 
     The draft is trained on every completion token to say what the target says there. Afterwards it is an ordinary
@@ -64,8 +66,8 @@ class DraftDistillTrainer(SFTTrainer):
             The draft: an id, a path or a model. Given by name it is loaded in float32 unless
             `args.model_init_kwargs` says otherwise: small updates are lost in bf16 weights.
         target_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            The target, frozen and never updated. `None` is for black-box training: `divergence="cross_entropy"` on
-            text the target wrote.
+            The target, frozen and never updated. `None` learns from the distributions that the data holds (see
+            [`cache_target_distributions`]), or, black box, from text alone: `divergence="cross_entropy"`.
         args ([`DraftDistillConfig`], *optional*):
             Configuration. Defaults to `output_dir` `"{draft}-DraftDistill"`.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
@@ -82,7 +84,7 @@ class DraftDistillTrainer(SFTTrainer):
 
     Raises:
         ValueError: The pair does not fit, the data cannot be trained on, or a loss that compares distributions is
-            asked for without a target.
+            asked for with neither a target nor cached distributions that serve it.
         FloatingPointError: While training, a loss is not finite. The last checkpoint is left as it was.
     """
 
@@ -115,32 +117,25 @@ class DraftDistillTrainer(SFTTrainer):
     ) -> None:
         if args is None:
             args = DraftDistillConfig(f"{model_name(model).split('/')[-1] or 'draft'}-DraftDistill")
-        eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        datasets = {"train": train_dataset, **eval_datasets}
-        datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
-        if not datasets:
-            raise ValueError("Neither `train_dataset` nor `eval_dataset` was given. Give at least one.")
-        if formatting_func is None:
-            for name, dataset in datasets.items():
-                check_format(dataset, name, text_field=args.dataset_text_field)
-        if args.eval_packing:
-            raise ValueError("`eval_packing=True` would cut texts apart, but figures are sums over whole texts.")
-        args.eval_packing = False
-        if target_model is None and args.needs_target:
-            raise ValueError(
-                f"`divergence={args.divergence!r}` compares the draft with its target, but `target_model` is None. "
-                'Give the target, or train on its text alone with `divergence="cross_entropy"`.'
-            )
+        datasets = check_datasets(train_dataset, eval_dataset, args, format_known=formatting_func is None)
+        own_loss = type(self).token_loss is not DraftDistillTrainer.token_loss
+        # Whether the loss reads the target's distributions, or only its text.
+        self.learns_from_target = args.needs_target or own_loss
+        facts = []
+        if target_model is None and self.learns_from_target:
+            facts = check_cached(datasets, args, own_loss=own_loss, own_collator=data_collator is not None)
+        self._cache = CachedDistributions() if facts else None
+        callbacks, self._draft_lengths = _with_acceptance(callbacks, args, evaluates=eval_dataset is not None)
 
         draft, target, processing_class = prepare_pair(
             model, target_model, args, tokenizer=processing_class, quantization_config=quantization_config
         )
         self.draft_name = model_name(unwrapped(draft))
-        self.target_name = None if target is None else model_name(target)
+        # Where the target is not at hand, its name is what the data says.
+        self.target_name = author(datasets.values()) if target is None else model_name(target)
         self.data_facts = data_facts(train_dataset, self.target_name)
         self._eval_sums: EvaluationSums | None = None
-        self._saving_checkpoint = False
-        self._window = torch.zeros(3, dtype=torch.float64)
+        self._window = torch.zeros(4, dtype=torch.float64)
 
         # SFTTrainer would warn that it ignores them; they were used above.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
@@ -162,7 +157,7 @@ class DraftDistillTrainer(SFTTrainer):
         if train_dataset is None:
             self.train_dataset = None
         if data_collator is None:
-            self.data_collator = DraftDistillCollator(**asdict(self.data_collator))
+            self.data_collator = DraftDistillCollator(**asdict(self.data_collator), cache=self._cache)
 
         # The loss normalises itself, whatever the draft's own forward accepts.
         self.model_accepts_loss_kwargs = True
@@ -172,6 +167,11 @@ class DraftDistillTrainer(SFTTrainer):
         models = [plain_draft] if target is None else [plain_draft, target]
         # Both distributions are compared over rows that stand for tokens: never over padding.
         self._shared_vocab = shared_vocab_size(models[0], models[-1], processing_class)
+        if self._cache is not None:
+            self._cache.vocab_size = self._shared_vocab
+            self.signal: Text = CachedTarget(facts, self._shared_vocab)
+        else:
+            self.signal = Text() if target is None else LiveTarget(self.target_model, self._shared_vocab)
         check_dataset_fits(self._prepared_datasets(), models, self.args)
 
     def _prepare_target(self, target: PreTrainedModel | None) -> torch.nn.Module | None:
@@ -201,13 +201,28 @@ class DraftDistillTrainer(SFTTrainer):
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Reading exact ids of {dataset_name} dataset"}
-        dataset = exact_features(dataset, self.target_name, **map_kwargs)
-        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        first_row = None
+        if self._cache is not None:
+            # Again, since `evaluate` takes data of its own.
+            check_cached({dataset_name: dataset}, args, own_loss=False, own_collator=False)
+            first_row = self._cache.add(dataset)
+        with global_then_local_main_first():
+            dataset = exact_features(dataset, self.target_name, first_row=first_row, **map_kwargs)
+        if not (packing and self._cache):
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        # SFTTrainer packs `input_ids` and `labels` and drops the rest, so the packing is done here.
+        whole = copy.copy(args)
+        whole.max_length = None
+        dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        dataset = dataset.select_columns(["input_ids", "labels", "cache_index"])
+        map_kwargs["desc"] = f"Packing {dataset_name} dataset"
+        with global_then_local_main_first():
+            return pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns = [*(self._signature_columns or []), "decoding"]
+            self._signature_columns = [*(self._signature_columns or []), "decoding", "cache_index"]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         # Figures are sums over texts, one a row, so evaluation batches are always padded.
@@ -229,8 +244,9 @@ class DraftDistillTrainer(SFTTrainer):
 
         Args:
             draft_logits: [n, V] next-token logits of the draft over the shared vocabulary, with gradient, divided by
-                `args.temperature`.
-            target_logits: [n, V] of the target, without gradient, divided by the same.
+                `args.temperature`. From a cache of the k likeliest tokens: [n, k + 1], the last one standing for all
+                other tokens.
+            target_logits: The same of the target, without gradient.
 
         Returns:
             [n] values. They are summed over all completion tokens and divided by their number. Positions come a chunk
@@ -239,7 +255,11 @@ class DraftDistillTrainer(SFTTrainer):
         return get_divergence(self.args.divergence)(draft_logits, target_logits, **self.args.divergence_options)
 
     def _distillation_loss(
-        self, draft_logits: Tensor, target_logits: Tensor | None, tokens: Tensor, num_items: Tensor | int | None = None
+        self,
+        draft_logits: Tensor,
+        target: Distributions | None,
+        batch: dict[str, Any],
+        num_items: Tensor | int | None = None,
     ) -> DistillationLoss:
         args: DraftDistillConfig = self.args
         divergence: Any = args.divergence
@@ -247,32 +267,25 @@ class DraftDistillTrainer(SFTTrainer):
         if type(self).token_loss is not DraftDistillTrainer.token_loss:
             # Named divergences have gradients written by hand; a method of one's own is differentiated by autograd.
             divergence, options = self.token_loss, {}
-        elif not args.needs_target:
-            divergence, target_logits = "cross_entropy", None
+        elif not self.learns_from_target:
+            divergence, options, target = "cross_entropy", {}, None
+        labels = batch["labels"]
         return distillation_loss(
             draft_logits,
-            target_logits,
-            tokens,
+            target,
+            labels[:, 1:][labels[:, 1:] != -100],
             divergence=divergence,
             options=options,
             temperature=args.temperature,
-            cross_entropy_weight=args.cross_entropy_weight if target_logits is not None else 0.0,
+            cross_entropy_weight=args.cross_entropy_weight if target is not None else 0.0,
             num_items=num_items,
-            with_acceptance=target_logits is not None,
+            with_acceptance=target is not None,
         )
 
-    def _logits(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Both models' logits [N, V] at the N positions that predict a completion token, those tokens, and where."""
-        labels = inputs["labels"]
-        keep = predicting_positions(labels)
-        tokens = labels[:, 1:][keep[:, :-1]]
-        forward_inputs = {name: value for name, value in inputs.items() if name not in _OWN_FEATURES}
-        draft_logits = logits_at(model, forward_inputs, keep)[:, : self._shared_vocab]
-        if self.target_model is None:
-            return draft_logits, None, tokens, keep
-        with torch.no_grad():
-            target_logits = logits_at(self.target_model, forward_inputs, keep)[:, : self._shared_vocab]
-        return draft_logits, target_logits.to(draft_logits.device), tokens, keep
+    def _draft_logits(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The draft's logits [N, V] at the N positions that predict a completion token, and these positions [B, L]."""
+        keep = predicting_positions(batch["labels"])
+        return logits_at(model, model_inputs(batch), keep)[:, : self._shared_vocab], keep
 
     def compute_loss(
         self,
@@ -282,8 +295,9 @@ class DraftDistillTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Sum of the token losses ÷ completion tokens of the whole accumulation window on all processes."""
-        draft_logits, target_logits, tokens, _ = self._logits(model, inputs)
-        result = self._distillation_loss(draft_logits, target_logits, tokens, num_items_in_batch)
+        draft_logits, keep = self._draft_logits(model, inputs)
+        target = self.signal.distributions(inputs, keep) if self.learns_from_target else None
+        result = self._distillation_loss(draft_logits, target, inputs, num_items_in_batch)
         self._require_finite(result.loss, inputs)
         self._count(inputs, result)
         loss = result.loss
@@ -305,8 +319,8 @@ class DraftDistillTrainer(SFTTrainer):
     # Evaluation ------------------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Adds the figures that come from sums over all texts: see [`DraftDistillTrainer.evaluate`]."""
-        self._eval_sums = EvaluationSums(self.args.eval_num_assistant_tokens)
+        """Adds the figures that come from sums over all texts: see [`EvaluationSums`]."""
+        self._eval_sums = EvaluationSums(self.args.eval_num_assistant_tokens, self._draft_lengths, self.signal)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         figures = self._eval_sums.figures()
         self._eval_sums = None
@@ -320,20 +334,13 @@ class DraftDistillTrainer(SFTTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
+        assert self._eval_sums is not None, "evaluation_loop makes it"
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            draft_logits, target_logits, tokens, keep = self._logits(model, inputs)
-            losses = self._distillation_loss(draft_logits, target_logits, tokens).token_losses
-            sums = row_sums(
-                losses,
-                draft_logits,
-                target_logits,
-                inputs,
-                keep,
-                num_assistant_tokens=self.args.eval_num_assistant_tokens,
-                target_model=None if self.target_model is None else unwrapped(self.target_model),
-            )
-        assert self._eval_sums is not None, "evaluation_loop makes it"
+            draft_logits, keep = self._draft_logits(model, inputs)
+            target = self.signal.distributions(inputs, keep)
+            losses = self._distillation_loss(draft_logits, target, inputs).token_losses
+            sums = row_sums(losses, draft_logits, target, inputs, keep, self._eval_sums.draft_lengths, self.signal)
         # Gathered here, row by row, so that rows repeated to fill the last batch are dropped.
         self._eval_sums.add(self.accelerator.gather_for_metrics(sums))
         return losses.sum() / max(losses.numel(), 1), None, None
@@ -341,46 +348,29 @@ class DraftDistillTrainer(SFTTrainer):
     # Logging ---------------------------------------------------------------------------------------------------------
 
     def _count(self, inputs: dict[str, Any], result: DistillationLoss) -> None:
-        """Add to the sums of the current logging window: tokens read, tokens learnt from, Σα."""
+        """Add to the sums of the current logging window: tokens read, learnt from, rated, and Σα of the rated."""
         read = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        accepted = 0.0 if result.acceptance is None else result.acceptance.double().sum()
-        self._window += torch.tensor([read, result.num_tokens, accepted], dtype=torch.float64)
+        alpha = result.acceptance
+        rated, accepted = (0, 0.0) if alpha is None else (alpha.numel(), alpha.double().sum())
+        self._window += torch.tensor([read, result.num_tokens, rated, accepted], dtype=torch.float64)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `num_tokens` read so far and, with a target, the window's `acceptance_rate` at the loss temperature.
+        """Adds `num_tokens` read so far and, where it can be told, the window's `acceptance_rate`.
 
-        It is one minus total variation: what `tvd_plus_plus`, whose own value says nothing, has to be watched by.
+        It stands at the loss temperature and is one minus total variation: what `tvd_plus_plus`, whose own value says
+        nothing, has to be watched by. From a cache without the whole tail it is named `acceptance_rate_upper_bound`.
         """
         if self.model.training:
-            read, learnt, accepted = self.accelerator.reduce(self._window.to(self.args.device)).tolist()
+            read, learnt, rated, accepted = self.accelerator.reduce(self._window.to(self.args.device)).tolist()
             self._window.zero_()
             self._total_train_tokens += int(read)
             if learnt:
                 logs["num_tokens"] = self._total_train_tokens
-            if learnt and self.target_model is not None:
-                logs["acceptance_rate"] = accepted / learnt
+            if rated:
+                logs[self.signal.acceptance_name] = accepted / rated
         super().log(logs, start_time)
 
-    # Saving ----------------------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self._saving_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving_checkpoint = False
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Checkpoints hold the adapter, so that they resume; anything else is the merged, plain draft."""
-        if self._saving_checkpoint or not is_peft_model(self.model):
-            super()._save(output_dir, state_dict)
-            return
-        if self.args.should_save:
-            trained, self.model = self.model, merged(self.model)
-            try:
-                super()._save(output_dir)
-            finally:
-                self.model = trained
+    # Card ------------------------------------------------------------------------------------------------------------
 
     def create_model_card(
         self,
@@ -416,6 +406,20 @@ class DraftDistillTrainer(SFTTrainer):
 
 def _padding(collator: Any) -> Any:
     """The collator for whole texts, one a row; a user's own is taken as it is."""
-    if not isinstance(collator, DraftDistillCollator):
-        return collator
-    return DraftDistillCollator(**asdict(collator) | {"padding_free": False})
+    return replace(collator, padding_free=False) if isinstance(collator, DraftDistillCollator) else collator
+
+
+def _with_acceptance(
+    callbacks: list[TrainerCallback] | None, args: DraftDistillConfig, *, evaluates: bool
+) -> tuple[list[TrainerCallback] | None, tuple[int, ...]]:
+    """The callbacks, with one for acceptance where there is data to measure it on; and its draft lengths."""
+    if not evaluates:
+        return callbacks, ()
+    given = [callback for callback in callbacks or () if isinstance(callback, AcceptanceCallback)]
+    if not given:
+        given = [AcceptanceCallback()]
+        callbacks = [*(callbacks or ()), *given]
+    if args.eval_strategy == IntervalStrategy.NO:
+        args.eval_strategy = IntervalStrategy.EPOCH
+    lengths = {length for callback in given for length in callback.num_assistant_tokens}
+    return callbacks, tuple(sorted(lengths - {args.eval_num_assistant_tokens}))
