@@ -4,6 +4,7 @@
 carry the exact tokens that the target read and wrote, and must never be tokenised a second time.
 """
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from trl import pack_dataset
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -102,6 +104,13 @@ def exact_features(
     return dataset
 
 
+def packed(dataset: Dataset, length: int | None, map_kwargs: dict[str, Any]) -> Dataset:
+    """Whole texts in rows of at most `length` tokens, as SFTTrainer packs them; each token keeps its cache index."""
+    if length is None:
+        raise ValueError("Packing needs `max_length`: the length of a packed row.")
+    return pack_dataset(dataset.select_columns(["input_ids", "labels", "cache_index"]), length, "bfd", map_kwargs)
+
+
 def _recorded_setting(row: dict[str, Any], target_name: str | None) -> list[float]:
     exact = row.get("ids_source") == "generated" and row.get("target") == target_name
     values = [float(value) for name in _SETTING if (value := row.get(name)) is not None]
@@ -150,6 +159,12 @@ class DraftDistillCollator(DataCollatorForLanguageModeling):
                 row[: len(places)] = places
             batch |= self.cache.lookup(index[:, 1:][labels[:, 1:] != -100])
         return batch
+
+    def padded(self) -> "DraftDistillCollator":
+        """The same for one text a row."""
+        made = copy.copy(self)
+        made.padding_free = False
+        return made
 
 
 def longest_row(dataset: Dataset | IterableDataset) -> int | None:

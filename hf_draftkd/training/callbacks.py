@@ -6,10 +6,27 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 logger = logging.getLogger(__name__)
 
 PLOT = "training.png"
+
+
+def with_acceptance(
+    callbacks: list[TrainerCallback] | None, args: Any, *, evaluates: bool
+) -> tuple[list[TrainerCallback] | None, tuple[int, ...]]:
+    """The callbacks, with one for acceptance where there is data to measure it on; and its draft lengths."""
+    if not evaluates:
+        return callbacks, ()
+    given = [callback for callback in callbacks or () if isinstance(callback, AcceptanceCallback)]
+    if not given:
+        given = [AcceptanceCallback()]
+        callbacks = [*(callbacks or ()), *given]
+    if args.eval_strategy == IntervalStrategy.NO:
+        args.eval_strategy = IntervalStrategy.EPOCH
+    lengths = {length for callback in given for length in callback.num_assistant_tokens}
+    return callbacks, tuple(sorted(lengths - {args.eval_num_assistant_tokens}))
 
 
 class AcceptanceCallback(TrainerCallback):

@@ -3,7 +3,9 @@
 import logging
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
 from hf_draftkd.data.formatting import check_format, longest_row
@@ -20,6 +22,12 @@ def model_name(model: Any) -> str:
     return model if isinstance(model, str) else get_config_model_id(model.config) or ""
 
 
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """The data sets that were given, by name; `eval_dataset` may be several."""
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    return {name: data for name, data in {"train": train_dataset, **evals}.items() if data is not None}
+
+
 def check_datasets(
     train_dataset: Any, eval_dataset: Any, args: DraftDistillConfig, *, format_known: bool
 ) -> dict[str, Any]:
@@ -34,8 +42,7 @@ def check_datasets(
     Raises:
         ValueError: There is no data, or nothing can be learnt from it.
     """
-    evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-    datasets = {name: data for name, data in {"train": train_dataset, **evals}.items() if data is not None}
+    datasets = named_datasets(train_dataset, eval_dataset)
     if not datasets:
         raise ValueError("Neither `train_dataset` nor `eval_dataset` was given. Give at least one.")
     if format_known:
@@ -103,6 +110,16 @@ def _check_target_tokenizer(tokenizer: Any, target_model: Any, args: DraftDistil
 def _as_dict(value: Any) -> dict[str, Any]:
     assert value is None or isinstance(value, dict), "SFTConfig has parsed it"
     return value or {}
+
+
+def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Module | None:
+    """The target where the trainer runs it: on its device, sharded as the draft is, in evaluation mode."""
+    if target is None:
+        return None
+    if trainer.is_deepspeed_enabled:
+        return prepare_deepspeed(target, trainer.accelerator)
+    placed = getattr(target, "hf_device_map", None) is not None
+    return trainer.accelerator.prepare_model(target, device_placement=not placed, evaluation_mode=True)
 
 
 def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftDistillConfig) -> None:

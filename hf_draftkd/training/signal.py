@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_draftkd.acceptance import token_acceptance_rate
-from hf_draftkd.data.cache_lookup import CacheFacts, cache_facts, missing_cache_columns
+from hf_draftkd.data.cache_lookup import CachedDistributions, CacheFacts, cache_facts, missing_cache_columns
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.evaluation.processing import logits_processors, process_logits
 from hf_draftkd.evaluation.teacher_forced import token_scores
@@ -173,6 +173,25 @@ class LiveTarget(Text):
         # Where the recorded setting could not have written the token, a_t is undefined (0 / 0): counted as rejected.
         scores = token_scores(draft, p, _written(batch, keep)[chosen], is_greedy=setting.is_greedy)
         return scores.accepted.nan_to_num(0.0)
+
+
+def make_signal(
+    target_model: torch.nn.Module | None, cache: CachedDistributions | None, facts: list[CacheFacts], vocab_size: int
+) -> Text:
+    """The target if it is there, else its cache, else its text.
+
+    Args:
+        target_model: The prepared target, wrapped or not.
+        cache: Where cached distributions lie; told here which tokens exist.
+        facts: What they say of themselves.
+        vocab_size: Tokens that draft and target share.
+    """
+    if target_model is not None:
+        return LiveTarget(target_model, vocab_size)
+    if cache is None:
+        return Text()
+    cache.vocab_size = vocab_size
+    return CachedTarget(facts, vocab_size)
 
 
 def check_cached(

@@ -5,37 +5,40 @@ checkpoints, logging) is SFTTrainer's. This file only wires: which positions cou
 apart they are, and how that is summed.
 """
 
-import contextlib
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
-from trl import SFTTrainer, pack_dataset
-from trl.models.utils import prepare_deepspeed
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
 from hf_draftkd.data.cache_lookup import CachedDistributions
-from hf_draftkd.data.formatting import DraftDistillCollator, exact_features
-from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.hub.card import DraftModelCard
+from hf_draftkd.data.formatting import DraftDistillCollator, exact_features, packed
 from hf_draftkd.losses import DistillationLoss, distillation_loss, get_divergence
 from hf_draftkd.models.forward import logits_at, predicting_positions, unwrapped
 from hf_draftkd.models.pairing import shared_vocab_size
-from hf_draftkd.training.callbacks import AcceptanceCallback
+from hf_draftkd.training.callbacks import with_acceptance
 from hf_draftkd.training.checkpoints import WholeCheckpoints
 from hf_draftkd.training.config import DraftDistillConfig
-from hf_draftkd.training.describe import author, data_facts, describe_run
+from hf_draftkd.training.describe import author, data_facts
 from hf_draftkd.training.evaluation_sums import EvaluationSums, row_sums
-from hf_draftkd.training.preflight import check_dataset_fits, check_datasets, model_name, prepare_pair
+from hf_draftkd.training.preflight import (
+    check_dataset_fits,
+    check_datasets,
+    model_name,
+    named_datasets,
+    place_target,
+    prepare_pair,
+)
 from hf_draftkd.training.saving import PlainDrafts
-from hf_draftkd.training.signal import CachedTarget, Distributions, LiveTarget, Text, check_cached, model_inputs
+from hf_draftkd.training.signal import Distributions, check_cached, make_signal, model_inputs
+from hf_draftkd.training.watching import LoggingWindow, require_finite
 
 
 class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
@@ -125,7 +128,7 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
         if target_model is None and self.learns_from_target:
             facts = check_cached(datasets, args, own_loss=own_loss, own_collator=data_collator is not None)
         self._cache = CachedDistributions() if facts else None
-        callbacks, self._draft_lengths = _with_acceptance(callbacks, args, evaluates=eval_dataset is not None)
+        callbacks, self._draft_lengths = with_acceptance(callbacks, args, evaluates=eval_dataset is not None)
 
         draft, target, processing_class = prepare_pair(
             model, target_model, args, tokenizer=processing_class, quantization_config=quantization_config
@@ -135,7 +138,7 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
         self.target_name = author(datasets.values()) if target is None else model_name(target)
         self.data_facts = data_facts(train_dataset, self.target_name)
         self._eval_sums: EvaluationSums | None = None
-        self._window = torch.zeros(4, dtype=torch.float64)
+        self._window = LoggingWindow()
 
         # SFTTrainer would warn that it ignores them; they were used above.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
@@ -162,30 +165,13 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
         # The loss normalises itself, whatever the draft's own forward accepts.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self.target_model = self._prepare_target(target)
+        self.target_model = place_target(target, self)
         plain_draft = unwrapped(draft)
         models = [plain_draft] if target is None else [plain_draft, target]
         # Both distributions are compared over rows that stand for tokens: never over padding.
         self._shared_vocab = shared_vocab_size(models[0], models[-1], processing_class)
-        if self._cache is not None:
-            self._cache.vocab_size = self._shared_vocab
-            self.signal: Text = CachedTarget(facts, self._shared_vocab)
-        else:
-            self.signal = Text() if target is None else LiveTarget(self.target_model, self._shared_vocab)
-        check_dataset_fits(self._prepared_datasets(), models, self.args)
-
-    def _prepare_target(self, target: PreTrainedModel | None) -> torch.nn.Module | None:
-        if target is None:
-            return None
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(target, self.accelerator)
-        placed = getattr(target, "hf_device_map", None) is not None
-        return self.accelerator.prepare_model(target, device_placement=not placed, evaluation_mode=True)
-
-    def _prepared_datasets(self) -> dict[str, Any]:
-        evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        named = {"train": self.train_dataset, **evals}
-        return {name: dataset for name, dataset in named.items() if dataset is not None}
+        self.signal = make_signal(self.target_model, self._cache, facts, self._shared_vocab)
+        check_dataset_fits(named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -214,10 +200,8 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
         whole = copy.copy(args)
         whole.max_length = None
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
-        dataset = dataset.select_columns(["input_ids", "labels", "cache_index"])
-        map_kwargs["desc"] = f"Packing {dataset_name} dataset"
         with global_then_local_main_first():
-            return pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
+            return packed(dataset, args.max_length, {**map_kwargs, "desc": f"Packing {dataset_name} dataset"})
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -225,15 +209,12 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
             self._signature_columns = [*(self._signature_columns or []), "decoding", "cache_index"]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        # Figures are sums over texts, one a row, so evaluation batches are always padded.
-        with self._collating_with(_padding(self.data_collator)):
-            return super().get_eval_dataloader(eval_dataset)
-
-    @contextlib.contextmanager
-    def _collating_with(self, collator: Any) -> Any:
-        usual, self.data_collator = self.data_collator, collator
+        usual = self.data_collator
+        if isinstance(usual, DraftDistillCollator):
+            # Figures are sums over texts, one a row, so evaluation batches are always padded.
+            self.data_collator = usual.padded()
         try:
-            yield
+            return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = usual
 
@@ -298,23 +279,13 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
         draft_logits, keep = self._draft_logits(model, inputs)
         target = self.signal.distributions(inputs, keep) if self.learns_from_target else None
         result = self._distillation_loss(draft_logits, target, inputs, num_items_in_batch)
-        self._require_finite(result.loss, inputs)
-        self._count(inputs, result)
+        require_finite(result.loss, inputs, self)
+        self._window.add(inputs, result)
         loss = result.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The tokens of every process were counted, and DDP averages gradients over processes.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return loss
-
-    def _require_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
-        if not torch.isfinite(loss):
-            starts = self.processing_class.batch_decode(inputs["input_ids"][:, :16])
-            raise FloatingPointError(
-                f"The loss is {loss.item()} in optimizer step {self.state.global_step + 1}, process "
-                f"{self.accelerator.process_index}, in the batch whose rows begin with {starts}. The weights were not "
-                f"updated, and the last checkpoint in {self.args.output_dir!r} is untouched. Look for logits that are "
-                "not finite there, lower `learning_rate`, or train in float32."
-            )
 
     # Evaluation ------------------------------------------------------------------------------------------------------
 
@@ -347,13 +318,6 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
 
     # Logging ---------------------------------------------------------------------------------------------------------
 
-    def _count(self, inputs: dict[str, Any], result: DistillationLoss) -> None:
-        """Add to the sums of the current logging window: tokens read, learnt from, rated, and Σα of the rated."""
-        read = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        alpha = result.acceptance
-        rated, accepted = (0, 0.0) if alpha is None else (alpha.numel(), alpha.double().sum())
-        self._window += torch.tensor([read, result.num_tokens, rated, accepted], dtype=torch.float64)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds `num_tokens` read so far and, where it can be told, the window's `acceptance_rate`.
 
@@ -361,65 +325,10 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
         nothing, has to be watched by. From a cache without the whole tail it is named `acceptance_rate_upper_bound`.
         """
         if self.model.training:
-            read, learnt, rated, accepted = self.accelerator.reduce(self._window.to(self.args.device)).tolist()
-            self._window.zero_()
-            self._total_train_tokens += int(read)
-            if learnt:
+            read, acceptance = self._window.close(self.accelerator)
+            self._total_train_tokens += read
+            if read:
                 logs["num_tokens"] = self._total_train_tokens
-            if rated:
-                logs[self.signal.acceptance_name] = accepted / rated
+            if acceptance is not None:
+                logs[self.signal.acceptance_name] = acceptance
         super().log(logs, start_time)
-
-    # Card ------------------------------------------------------------------------------------------------------------
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        *,
-        report: SpeculationReport | None = None,
-        plots: dict[str, str] | None = None,
-    ) -> None:
-        """Write the draft's card and `provenance.json` into `args.output_dir`.
-
-        Args:
-            model_name: Name on the card; by default the Hub id, or the output directory's name.
-            dataset_name: Id of the training data on the Hub.
-            tags: Tags beside the usual ones.
-            report: Measured figures, as from [`evaluate_draft`]; without one the card names none.
-            plots: Caption -> path of a picture inside `args.output_dir`.
-        """
-        if not self.is_world_process_zero():
-            return
-        provenance = describe_run(self, dataset_name)
-        provenance.save(self.args.output_dir)
-        card = DraftModelCard.from_report(
-            report,
-            provenance=provenance,
-            name=self.hub_model_id or model_name or Path(self.args.output_dir).name,
-            tags=[tags] if isinstance(tags, str) else tags or (),
-            plots=plots,
-        )
-        card.save(self.args.output_dir)
-
-
-def _padding(collator: Any) -> Any:
-    """The collator for whole texts, one a row; a user's own is taken as it is."""
-    return replace(collator, padding_free=False) if isinstance(collator, DraftDistillCollator) else collator
-
-
-def _with_acceptance(
-    callbacks: list[TrainerCallback] | None, args: DraftDistillConfig, *, evaluates: bool
-) -> tuple[list[TrainerCallback] | None, tuple[int, ...]]:
-    """The callbacks, with one for acceptance where there is data to measure it on; and its draft lengths."""
-    if not evaluates:
-        return callbacks, ()
-    given = [callback for callback in callbacks or () if isinstance(callback, AcceptanceCallback)]
-    if not given:
-        given = [AcceptanceCallback()]
-        callbacks = [*(callbacks or ()), *given]
-    if args.eval_strategy == IntervalStrategy.NO:
-        args.eval_strategy = IntervalStrategy.EPOCH
-    lengths = {length for callback in given for length in callback.num_assistant_tokens}
-    return callbacks, tuple(sorted(lengths - {args.eval_num_assistant_tokens}))
