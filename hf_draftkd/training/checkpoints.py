@@ -146,6 +146,6 @@ def _fault(checkpoint: Path) -> str | None:
                 pass
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         return f"unreadable weights: {error}"
-    # Sharded states of FSDP and DeepSpeed are folders.
-    states = [path for path in checkpoint.iterdir() if path.is_dir() or path.suffix == ".bin"]
-    return None if weights or states else "no weights"
+    # Folders of FSDP and DeepSpeed.
+    sharded = [*checkpoint.glob("pytorch_model*"), *checkpoint.glob("global_step*")]
+    return None if weights or sharded else "no weights"

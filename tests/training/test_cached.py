@@ -270,7 +270,7 @@ def test_rows_without_distributions_are_refused(refused):
     refused("holds no cached distributions .*target_tail_logprob", {"top_k": 4}, _without("target_tail_logprob"))
     bare = Dataset.from_list([{"prompt_ids": [0, 9], "completion_ids": [7, 1]}])
     refused("Row 4 of the train dataset has 2 .* no dist", {"top_k": 4}, lambda r: concatenate_datasets([r, bare]))
-    refused("Row 0 of the train dataset has 1 completion tokens, but 12", {"top_k": 4}, _edited)
+    refused("Row 0 of the train dataset has 1 completion tokens, but 1[12]", {"top_k": 4}, _edited)
 
 
 def _without(column):

@@ -99,7 +99,7 @@ def test_the_best_checkpoint_is_kept_and_found(tmp_path, pair, tokenizer):
         **SAVING,
         eval_strategy="steps",
         eval_steps=2,
-        save_total_limit=1,
+        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=True,
