@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "DraftDistillConfig": "hf_draftkd.training.config",
     "DraftDistillTrainer": "hf_draftkd.training.trainer",
+    "AcceptanceCallback": "hf_draftkd.training.callbacks",
     "build_draft": "hf_draftkd.models.building",
     "align_vocabulary": "hf_draftkd.models.pairing",
     "load_target": "hf_draftkd.models.loading",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from hf_draftkd.models.loading import load_draft as load_draft
     from hf_draftkd.models.loading import load_target as load_target
     from hf_draftkd.models.pairing import align_vocabulary as align_vocabulary
+    from hf_draftkd.training.callbacks import AcceptanceCallback as AcceptanceCallback
     from hf_draftkd.training.config import DraftDistillConfig as DraftDistillConfig
     from hf_draftkd.training.trainer import DraftDistillTrainer as DraftDistillTrainer
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import parse, required
 from hf_draftkd.data.prompts import open_dataset
+from hf_draftkd.training.checkpoints import UNFINISHED, last_complete_checkpoint
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.trainer import DraftDistillTrainer
 
@@ -21,7 +21,8 @@ class TrainOptions:
 
     model: str | None = field(default=None, metadata={"help": "The draft: a Hub id or a local path."})
     target_model: str | None = field(
-        default=None, metadata={"help": "The target. Not needed for `--divergence cross_entropy`."}
+        default=None,
+        metadata={"help": "The target. Not needed where the data holds its distributions, or for cross_entropy."},
     )
     dataset: str | None = field(
         default=None,
@@ -56,8 +57,8 @@ def run(argv: list[str]) -> int:
     if options.overwrite_output_dir and trainer.is_world_process_zero():
         # Checkpoints of an earlier run would be taken for this run's own when it is resumed. They go only now, when
         # nothing more can be refused.
-        for old in Path(args.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(old)
+        for old in [*Path(args.output_dir).glob("checkpoint-*"), Path(args.output_dir) / UNFINISHED]:
+            shutil.rmtree(old, ignore_errors=True)
     if trainer.is_world_process_zero():
         processes = trainer.accelerator.num_processes
         print(f"Training on {processes} process{'es' if processes > 1 else ''}.")
@@ -115,11 +116,14 @@ def _where_to_start(args: DraftDistillConfig, *, overwrite: bool) -> Any:
         return None
     if overwrite:
         return None
-    last = get_last_checkpoint(str(directory))
+    last, skipped = last_complete_checkpoint(directory)
     if last is None:
+        useless = f" ({'; '.join(skipped)})" if skipped else ""
         raise UsageError(
-            f"`--output_dir {directory}` is not empty and holds no checkpoint to go on from. Name another directory, "
-            "or pass `--overwrite_output_dir`."
+            f"`--output_dir {directory}` is not empty and holds no checkpoint to go on from{useless}. Name another "
+            "directory, or pass `--overwrite_output_dir`."
         )
+    for reason in skipped:
+        print(f"Not gone on from: {reason}")
     print(f"Going on from {last}. Pass `--overwrite_output_dir` to start anew.")
     return last

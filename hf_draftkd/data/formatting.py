@@ -4,6 +4,7 @@
 carry the exact tokens that the target read and wrote, and must never be tokenised a second time.
 """
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from trl import pack_dataset
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from hf_draftkd.data.cache_lookup import CachedDistributions, addresses
 from hf_draftkd.data.decoding import DecodingSetting
 
 # The order in which a row's `decoding` feature holds its setting.
@@ -26,6 +29,8 @@ FORMATS: tuple[tuple[str, ...], ...] = (
     ("messages",),
     ("conversations",),
 )
+# What a row of alignment data is read for.
+_READ = {"prompt_ids", "completion_ids", "ids_source", "target", *_SETTING}
 UNKNOWN_SETTING = [math.nan] * len(_SETTING)
 
 
@@ -52,7 +57,9 @@ def check_format(dataset: Dataset | IterableDataset, name: str, *, text_field: s
         )
 
 
-def exact_features(dataset: Dataset | IterableDataset, target_name: str | None, **map_kwargs: Any) -> Any:
+def exact_features(
+    dataset: Dataset | IterableDataset, target_name: str | None, *, first_row: int | None = None, **map_kwargs: Any
+) -> Any:
     """Turn rows that already hold token ids into `input_ids`, `labels` and `decoding`; leave all others alone.
 
     Alignment rows (`prompt_ids`, `completion_ids`) become their concatenation with the prompt masked. A
@@ -62,23 +69,31 @@ def exact_features(dataset: Dataset | IterableDataset, target_name: str | None, 
         dataset: Rows in any format.
         target_name: The target in use. Only rows that this target wrote keep their decoding setting: block
             efficiency is exact for such text and for no other.
+        first_row: Number of the first row in the `CachedDistributions` in use, if any.
         map_kwargs: Passed on to `datasets.map`.
 
     Returns:
-        The dataset, with `decoding` = [temperature, top_p, top_k, repetition_penalty], nan where unknown.
+        The dataset, with `decoding` = [temperature, top_p, top_k, repetition_penalty], nan where unknown, and with
+        `cache_index`, aligned with `input_ids`, where a cache is in use.
     """
     columns = get_dataset_column_names(dataset)
     if {"prompt_ids", "completion_ids"} <= set(columns):
+        # Cached distributions are heavy: not even read here.
+        light = [name for name in columns if name in _READ]
 
-        def features(row: dict[str, Any]) -> dict[str, Any]:
+        def features(row: dict[str, Any], index: int) -> dict[str, Any]:
             prompt, completion = row["prompt_ids"], row["completion_ids"]
-            return {
+            made = {
                 "input_ids": prompt + completion,
                 "labels": [-100] * len(prompt) + completion,
                 "decoding": _recorded_setting(row, target_name),
             }
+            if first_row is not None:
+                made["cache_index"] = addresses(first_row + index, len(prompt), len(completion))
+            return made
 
-        return dataset.map(features, remove_columns=columns, **map_kwargs)
+        rows = dataset.select_columns(light)
+        return rows.map(features, with_indices=True, remove_columns=light, **map_kwargs)
     if {"input_ids", "completion_mask"} <= set(columns) and "labels" not in columns:
 
         def masked(row: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +102,13 @@ def exact_features(dataset: Dataset | IterableDataset, target_name: str | None, 
 
         return dataset.map(masked, remove_columns=["completion_mask"], **map_kwargs)
     return dataset
+
+
+def packed(dataset: Dataset, length: int | None, map_kwargs: dict[str, Any]) -> Dataset:
+    """Whole texts in rows of at most `length` tokens, as SFTTrainer packs them; each token keeps its cache index."""
+    if length is None:
+        raise ValueError("Packing needs `max_length`: the length of a packed row.")
+    return pack_dataset(dataset.select_columns(["input_ids", "labels", "cache_index"]), length, "bfd", map_kwargs)
 
 
 def _recorded_setting(row: dict[str, Any], target_name: str | None) -> list[float]:
@@ -113,20 +135,47 @@ def decoding_settings(decoding: torch.Tensor) -> dict[DecodingSetting, list[int]
 
 @dataclass
 class DraftDistillCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, which also carries the decoding setting of each row as `decoding` [B, 4]."""
+    """TRL's collator, which also gives the target's cached distributions and each row's decoding setting.
+
+    Args:
+        cache: Where the distributions lie. The batch then holds them for its N completion tokens, in row-major order
+            of the positions that predict one: see `CachedDistributions.lookup`.
+    """
+
+    cache: CachedDistributions | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch: `input_ids`, `labels` [B, L], ..., `decoding` [B, 4] unless it is padding-free, cache columns."""
         batch = super().torch_call(examples)
         if not self.padding_free:
             rows = [example.get("decoding") or UNKNOWN_SETTING for example in examples]
             batch["decoding"] = torch.tensor(rows, dtype=torch.float64)
+        if self.cache is not None:
+            # SFTTrainer truncates `input_ids` and `labels` only; what it cut off is at the end.
+            kept = [torch.tensor(row["cache_index"][: len(row["input_ids"])]) for row in examples]
+            labels = batch["labels"]
+            index = torch.full_like(labels, -1)
+            for row, places in zip(index, [torch.cat(kept)] if self.padding_free else kept, strict=True):
+                row[: len(places)] = places
+            batch |= self.cache.lookup(index[:, 1:][labels[:, 1:] != -100])
         return batch
 
+    def padded(self) -> "DraftDistillCollator":
+        """The same for one text a row."""
+        made = copy.copy(self)
+        made.padding_free = False
+        return made
 
-def longest_row(dataset: Dataset | IterableDataset) -> int | None:
-    """Tokens of the longest prepared row; None for a stream, which is not read twice."""
-    if isinstance(dataset, IterableDataset):
-        return None
+
+def has_labels(dataset: Dataset) -> bool:
+    """Whether any token of prepared rows is learnt from. The first of a row is predicted by nothing."""
+    return any(label != -100 for labels in _column(dataset, "labels") for label in labels[1:])
+
+
+def longest_text(dataset: Dataset) -> int:
+    """Tokens of the longest text in prepared rows; packed rows hold several."""
+    if "seq_lengths" in dataset.column_names:
+        return max((max(lengths) for lengths in _column(dataset, "seq_lengths") if lengths), default=0)
     return max(map(len, _column(dataset, "input_ids")), default=0)
 
 

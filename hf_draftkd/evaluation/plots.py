@@ -6,6 +6,8 @@ Needs matplotlib: `pip install "hf_draftkd[plots]"`.
 """
 
 import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +185,53 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> Path:
     figure.savefig(unfinished, dpi=150)
     unfinished.replace(path)
     return path
+
+
+def training_figure(log_history: Sequence[Mapping[str, Any]]) -> "Figure | None":
+    """Loss, acceptance and block efficiency over the steps of a training run, each in a panel of its own.
+
+    Args:
+        log_history: What a trainer logged (`trainer.state.log_history`): figures of evaluations begin with `eval_`.
+
+    Returns:
+        The figure; None if nothing was logged. With several evaluation datasets each has its own line.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for entry in log_history:
+        for key, value in entry.items():
+            name = next(
+                (panel for panel in _TRAINING_PANELS if re.search(rf"(^|_){panel}($|_upper_bound$)", key)), None
+            )
+            if name is not None and "step" in entry:
+                panels.setdefault(name, {}).setdefault(key, []).append((entry["step"], value))
+    if not panels:
+        return None
+    figure, axes = _figure("step", "", rows=len(panels))
+    named = sorted(panels.items(), key=lambda item: list(_TRAINING_PANELS).index(item[0]))
+    for panel, (name, curves) in zip(axes if len(panels) > 1 else [axes], named, strict=True):
+        panel.set_ylabel(_TRAINING_PANELS[name])
+        for index, (key, points) in enumerate(sorted(curves.items())):
+            held_out = key.startswith("eval_")
+            label = key.removeprefix("eval_").removesuffix("_upper_bound").removesuffix(name).strip("_")
+            panel.plot(
+                *zip(*points, strict=True),
+                marker="o" if held_out else None,
+                markersize=4,
+                color=_COLOURS[index % len(_COLOURS)],
+                label=" ".join(["held-out" if held_out else "training", label]).strip(),
+            )
+        panel.legend(frameon=False)
+    return figure
+
+
+_TRAINING_PANELS = {
+    "loss": "loss a token",
+    "acceptance_rate": "acceptance rate",
+    "block_efficiency": "tokens per target call",
+}
 
 
 def _figure(x_label: str, y_label: str, rows: int = 1) -> tuple["Figure", Any]:

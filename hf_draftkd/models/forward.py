@@ -49,8 +49,10 @@ def logits_at(model: nn.Module, inputs: Mapping[str, Any], keep: Tensor) -> Tens
     Returns:
         [N, V] logits in row-major order of `keep`, in the model's own dtype.
     """
+    device = unwrapped(model).get_input_embeddings().weight.device
+    placed = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     with _project_only(model, keep):
-        return model(**inputs, use_cache=False).logits
+        return model(**placed, use_cache=False).logits
 
 
 def unwrapped(model: nn.Module) -> Any:

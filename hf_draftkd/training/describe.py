@@ -1,6 +1,7 @@
 """What a run was, in the words of the model card: taken from the run itself, so that a card cannot claim another."""
 
 import datetime
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ _SHOWN = (
 )
 
 
+def author(datasets: Iterable[Any]) -> str | None:
+    """The one target that wrote all alignment rows; None if they name none, or several."""
+    rows = [data for data in datasets if isinstance(data, Dataset) and "target" in data.column_names]
+    names = {name for data in rows for name in data.unique("target")}
+    return names.pop() if len(names) == 1 else None
+
+
 def data_facts(dataset: Any, target_name: str | None) -> dict[str, Any]:
     """What the training rows say about themselves; nothing for a stream, which is not read twice.
 
@@ -52,6 +60,9 @@ def data_facts(dataset: Any, target_name: str | None) -> dict[str, Any]:
     columns = set(dataset.column_names)
     if {"completion_ids", "target"} <= columns and dataset.unique("target") == [target_name]:
         facts["completions"] = "target"
+        revisions = dataset.unique("target_revision") if "target_revision" in columns else []
+        if len(revisions) == 1 and revisions[0]:
+            facts["target_revision"] = revisions[0]
     if "scenario" in columns:
         facts["scenarios"] = sorted(filter(None, dataset.unique("scenario")))
     if "completion_ids" in columns:
@@ -75,14 +86,16 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
     args: DraftDistillConfig = trainer.args
     draft = unwrapped(trainer.model)
     target = None if trainer.target_model is None else unwrapped(trainer.target_model)
+    facts = dict(trainer.data_facts)
+    if target is not None:
+        facts["target_revision"] = model_revision(target)
     figures = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     metrics = {name: value for name, value in (figures[-1] if figures else {}).items() if name in _METRICS}
     training = TrainingSummary(
         target=trainer.target_name or None,
-        target_revision=None if target is None else model_revision(target),
         draft=trainer.draft_name or None,
         draft_revision=model_revision(draft),
-        signal="black_box" if target is None or not args.needs_target else "white_box",
+        signal=trainer.signal.name if trainer.learns_from_target else "black_box",
         divergence=args.divergence,
         divergence_options=args.divergence_options or None,
         temperature=args.temperature,
@@ -93,7 +106,7 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
         seed=args.seed,
         hyperparameters=_changed(args),
         metrics=metrics or None,
-        **trainer.data_facts,
+        **facts,
     )
     pair = None
     if target is not None:
@@ -114,7 +127,7 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
     )
 
 
-_METRICS = ("eval_loss", "eval_acceptance_rate", "eval_block_efficiency")
+_METRICS = ("eval_loss", "eval_acceptance_rate", "eval_acceptance_rate_upper_bound", "eval_block_efficiency")
 
 
 def _changed(args: DraftDistillConfig) -> dict[str, Any]:

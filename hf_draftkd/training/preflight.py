@@ -2,20 +2,58 @@
 
 from typing import Any
 
+import torch
+from datasets import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
-from hf_draftkd.data.formatting import longest_row
+from hf_draftkd.data.formatting import check_format, has_labels, longest_text
 from hf_draftkd.models.checkpoints import check_config, check_model
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
 from hf_draftkd.training.config import DraftDistillConfig
 
+# What `model_init_kwargs` and `target_model_init_kwargs` may hold.
+_LOADING = ("dtype", "revision", "device_map", "quantization_config", "attn_implementation", "trust_remote_code")
+
 
 def model_name(model: Any) -> str:
     """The id or path a model came from; empty for one built in code."""
     return model if isinstance(model, str) else get_config_model_id(model.config) or ""
+
+
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """The data sets that were given, by name; `eval_dataset` may be several."""
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    return {name: data for name, data in {"train": train_dataset, **evals}.items() if data is not None}
+
+
+def check_datasets(
+    train_dataset: Any, eval_dataset: Any, args: DraftDistillConfig, *, format_known: bool
+) -> dict[str, Any]:
+    """The data sets by name, once it is clear that they can be read.
+
+    Args:
+        train_dataset: Rows or None.
+        eval_dataset: Rows, several of them by name, or None.
+        args: The configuration.
+        format_known: Whether the rows must be in a format that is understood; False with a `formatting_func`.
+
+    Raises:
+        ValueError: There is no data, or nothing can be learnt from it.
+    """
+    datasets = named_datasets(train_dataset, eval_dataset)
+    if not datasets:
+        raise ValueError("Neither `train_dataset` nor `eval_dataset` was given. Give at least one.")
+    if format_known:
+        for name, dataset in datasets.items():
+            check_format(dataset, name, text_field=args.dataset_text_field)
+    if args.eval_packing:
+        raise ValueError("`eval_packing=True` would cut texts apart, but figures are sums over whole texts.")
+    args.eval_packing = False
+    return datasets
 
 
 def prepare_pair(
@@ -52,6 +90,9 @@ def prepare_pair(
     check_own_tokenizer(model, tokenizer, revision=revision, **trusted)
     if target_model is not None:
         check_own_tokenizer(target_model, tokenizer, revision=args.target_model_revision, **trusted)
+    for option in (*draft_kwargs, *_as_dict(args.target_model_init_kwargs)):
+        if option not in _LOADING:
+            raise ValueError(f"Models are loaded with {', '.join(_LOADING)}; there is no {option!r}.")
     draft = load_draft(model, **draft_kwargs) if isinstance(model, str) else model
     if isinstance(target_model, str):
         target_kwargs: dict[str, Any] = {**trusted, **_as_dict(args.target_model_init_kwargs)}
@@ -68,6 +109,19 @@ def _as_dict(value: Any) -> dict[str, Any]:
     return value or {}
 
 
+def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Module | None:
+    """The target where the trainer runs it: on its device, sharded as the draft is, in evaluation mode."""
+    if target is None:
+        return None
+    if trainer.is_deepspeed_enabled:
+        return prepare_deepspeed(target, trainer.accelerator)
+    if trainer.is_fsdp_enabled:
+        return trainer.accelerator.prepare_model(target, evaluation_mode=True)
+    # Moved, and nothing else: prepare_model would leave the user's own model under autocast for good.
+    placed = getattr(target, "hf_device_map", None) is not None
+    return target if placed else target.to(trainer.accelerator.device)
+
+
 def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftDistillConfig) -> None:
     """Refuse prepared data that leaves nothing to learn, or that is longer than a model can read.
 
@@ -76,13 +130,15 @@ def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftD
     """
     context = min((_context_length(model) for model in models), default=None)
     for name, dataset in datasets.items():
-        longest = longest_row(dataset)
-        if longest == 0:
+        if isinstance(dataset, IterableDataset):
+            continue
+        if not has_labels(dataset):
             raise ValueError(
                 f"Nothing is left to learn from in the {name} dataset: every token is masked, or the prompts alone "
                 f"fill `max_length={args.max_length}`. Check the masks, or raise `max_length`."
             )
-        if longest is not None and context is not None and longest > context:
+        longest = longest_text(dataset)
+        if context is not None and longest > context:
             raise ValueError(
                 f"The longest row of the {name} dataset has {longest} tokens, but the models read {context} at most. "
                 f"Set `max_length={context}` or less."

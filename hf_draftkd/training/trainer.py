@@ -5,39 +5,43 @@ checkpoints, logging) is SFTTrainer's. This file only wires: which positions cou
 apart they are, and how that is summed.
 """
 
-import contextlib
+import copy
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
-from trl.models.utils import prepare_deepspeed
+from trl.trainer.utils import global_then_local_main_first
 
-from hf_draftkd.data.formatting import DraftDistillCollator, check_format, exact_features
-from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.hub.card import DraftModelCard
-from hf_draftkd.hub.publishing import push_draft
+from hf_draftkd.data.cache_lookup import CachedDistributions
+from hf_draftkd.data.formatting import DraftDistillCollator, exact_features, packed
 from hf_draftkd.losses import DistillationLoss, distillation_loss, get_divergence
 from hf_draftkd.models.forward import logits_at, predicting_positions, unwrapped
-from hf_draftkd.models.pairing import shared_vocab_size
+from hf_draftkd.models.pairing import copy_special_ids, shared_vocab_size
+from hf_draftkd.training.callbacks import with_acceptance
+from hf_draftkd.training.checkpoints import WholeCheckpoints
 from hf_draftkd.training.config import DraftDistillConfig
-from hf_draftkd.training.describe import data_facts, describe_run
+from hf_draftkd.training.describe import author, data_facts
 from hf_draftkd.training.evaluation_sums import EvaluationSums, row_sums
-from hf_draftkd.training.preflight import check_dataset_fits, model_name, prepare_pair
-from hf_draftkd.training.saving import merged
+from hf_draftkd.training.preflight import (
+    check_dataset_fits,
+    check_datasets,
+    model_name,
+    named_datasets,
+    place_target,
+    prepare_pair,
+)
+from hf_draftkd.training.saving import PlainDrafts
+from hf_draftkd.training.signal import Distributions, check_cached, make_signal, model_inputs
+from hf_draftkd.training.watching import LoggingWindow, require_finite
 
-# Features that only this trainer reads; a model's forward takes none of them.
-_OWN_FEATURES = ("labels", "decoding")
 
-
-class DraftDistillTrainer(SFTTrainer):
+class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
     """Distils a target into a draft for speculative decoding.
 
     The draft is trained on every completion token to say what the target says there. Afterwards it is an ordinary
@@ -65,8 +69,8 @@ class DraftDistillTrainer(SFTTrainer):
             The draft: an id, a path or a model. Given by name it is loaded in float32 unless
             `args.model_init_kwargs` says otherwise: small updates are lost in bf16 weights.
         target_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            The target, frozen and never updated. `None` is for black-box training: `divergence="cross_entropy"` on
-            text the target wrote.
+            The target, frozen and never updated. `None` learns from the distributions that the data holds (see
+            [`cache_target_distributions`]), or, black box, from text alone: `divergence="cross_entropy"`.
         args ([`DraftDistillConfig`], *optional*):
             Configuration. Defaults to `output_dir` `"{draft}-DraftDistill"`.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
@@ -83,7 +87,7 @@ class DraftDistillTrainer(SFTTrainer):
 
     Raises:
         ValueError: The pair does not fit, the data cannot be trained on, or a loss that compares distributions is
-            asked for without a target.
+            asked for with neither a target nor cached distributions that serve it.
         FloatingPointError: While training, a loss is not finite. The last checkpoint is left as it was.
     """
 
@@ -116,32 +120,25 @@ class DraftDistillTrainer(SFTTrainer):
     ) -> None:
         if args is None:
             args = DraftDistillConfig(f"{model_name(model).split('/')[-1] or 'draft'}-DraftDistill")
-        eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        datasets = {"train": train_dataset, **eval_datasets}
-        datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
-        if not datasets:
-            raise ValueError("Neither `train_dataset` nor `eval_dataset` was given. Give at least one.")
-        if formatting_func is None:
-            for name, dataset in datasets.items():
-                check_format(dataset, name, text_field=args.dataset_text_field)
-        if args.eval_packing:
-            raise ValueError("`eval_packing=True` would cut texts apart, but figures are sums over whole texts.")
-        args.eval_packing = False
-        if target_model is None and args.needs_target:
-            raise ValueError(
-                f"`divergence={args.divergence!r}` compares the draft with its target, but `target_model` is None. "
-                'Give the target, or train on its text alone with `divergence="cross_entropy"`.'
-            )
+        datasets = check_datasets(train_dataset, eval_dataset, args, format_known=formatting_func is None)
+        own_loss = type(self).token_loss is not DraftDistillTrainer.token_loss
+        # Whether the loss reads the target's distributions, or only its text.
+        self.learns_from_target = args.needs_target or own_loss
+        facts = []
+        if target_model is None and self.learns_from_target:
+            facts = check_cached(datasets, args, own_loss=own_loss, own_collator=data_collator is not None)
+        self._cache = CachedDistributions() if facts else None
+        callbacks, self._draft_lengths = with_acceptance(callbacks, args, evaluates=eval_dataset is not None)
 
         draft, target, processing_class = prepare_pair(
             model, target_model, args, tokenizer=processing_class, quantization_config=quantization_config
         )
         self.draft_name = model_name(unwrapped(draft))
-        self.target_name = None if target is None else model_name(target)
+        # Where the target is not at hand, its name is what the data says.
+        self.target_name = author(datasets.values()) if target is None else model_name(target)
         self.data_facts = data_facts(train_dataset, self.target_name)
         self._eval_sums: EvaluationSums | None = None
-        self._saving_checkpoint = False
-        self._window = torch.zeros(3, dtype=torch.float64)
+        self._window = LoggingWindow()
 
         # SFTTrainer would warn that it ignores them; they were used above.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
@@ -163,30 +160,21 @@ class DraftDistillTrainer(SFTTrainer):
         if train_dataset is None:
             self.train_dataset = None
         if data_collator is None:
-            self.data_collator = DraftDistillCollator(**asdict(self.data_collator))
+            self.data_collator = DraftDistillCollator(**asdict(self.data_collator), cache=self._cache)
 
+        if target is not None:
+            # SFTTrainer gave the draft the tokenizer's pad and eos; assisted decoding compares them with the target's.
+            copy_special_ids(unwrapped(self.model), target)
         # The loss normalises itself, whatever the draft's own forward accepts.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self.target_model = self._prepare_target(target)
+        self.target_model = place_target(target, self)
         plain_draft = unwrapped(draft)
         models = [plain_draft] if target is None else [plain_draft, target]
         # Both distributions are compared over rows that stand for tokens: never over padding.
         self._shared_vocab = shared_vocab_size(models[0], models[-1], processing_class)
-        check_dataset_fits(self._prepared_datasets(), models, self.args)
-
-    def _prepare_target(self, target: PreTrainedModel | None) -> torch.nn.Module | None:
-        if target is None:
-            return None
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(target, self.accelerator)
-        placed = getattr(target, "hf_device_map", None) is not None
-        return self.accelerator.prepare_model(target, device_placement=not placed, evaluation_mode=True)
-
-    def _prepared_datasets(self) -> dict[str, Any]:
-        evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        named = {"train": self.train_dataset, **evals}
-        return {name: dataset for name, dataset in named.items() if dataset is not None}
+        self.signal = make_signal(self.target_model, self._cache, facts, self._shared_vocab)
+        check_dataset_fits(named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -202,24 +190,34 @@ class DraftDistillTrainer(SFTTrainer):
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Reading exact ids of {dataset_name} dataset"}
-        dataset = exact_features(dataset, self.target_name, **map_kwargs)
-        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        first_row = None
+        if self._cache is not None:
+            # Again, since `evaluate` takes data of its own.
+            check_cached({dataset_name: dataset}, args, own_loss=False, own_collator=False)
+            first_row = self._cache.add(dataset)
+        with global_then_local_main_first():
+            dataset = exact_features(dataset, self.target_name, first_row=first_row, **map_kwargs)
+        if not (packing and self._cache):
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        # SFTTrainer packs `input_ids` and `labels` and drops the rest, so the packing is done here.
+        whole = copy.copy(args)
+        whole.max_length = None
+        dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        with global_then_local_main_first():
+            return packed(dataset, args.max_length, {**map_kwargs, "desc": f"Packing {dataset_name} dataset"})
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns = [*(self._signature_columns or []), "decoding"]
+            self._signature_columns = [*(self._signature_columns or []), "decoding", "cache_index"]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        # Figures are sums over texts, one a row, so evaluation batches are always padded.
-        with self._collating_with(_padding(self.data_collator)):
-            return super().get_eval_dataloader(eval_dataset)
-
-    @contextlib.contextmanager
-    def _collating_with(self, collator: Any) -> Any:
-        usual, self.data_collator = self.data_collator, collator
+        usual = self.data_collator
+        if isinstance(usual, DraftDistillCollator):
+            # Figures are sums over texts, one a row, so evaluation batches are always padded.
+            self.data_collator = usual.padded()
         try:
-            yield
+            return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = usual
 
@@ -230,8 +228,9 @@ class DraftDistillTrainer(SFTTrainer):
 
         Args:
             draft_logits: [n, V] next-token logits of the draft over the shared vocabulary, with gradient, divided by
-                `args.temperature`.
-            target_logits: [n, V] of the target, without gradient, divided by the same.
+                `args.temperature`. From a cache of the k likeliest tokens: [n, k + 1], the last one standing for all
+                other tokens.
+            target_logits: The same of the target, without gradient.
 
         Returns:
             [n] values. They are summed over all completion tokens and divided by their number. Positions come a chunk
@@ -240,7 +239,11 @@ class DraftDistillTrainer(SFTTrainer):
         return get_divergence(self.args.divergence)(draft_logits, target_logits, **self.args.divergence_options)
 
     def _distillation_loss(
-        self, draft_logits: Tensor, target_logits: Tensor | None, tokens: Tensor, num_items: Tensor | int | None = None
+        self,
+        draft_logits: Tensor,
+        target: Distributions | None,
+        batch: dict[str, Any],
+        num_items: Tensor | int | None = None,
     ) -> DistillationLoss:
         args: DraftDistillConfig = self.args
         divergence: Any = args.divergence
@@ -248,32 +251,25 @@ class DraftDistillTrainer(SFTTrainer):
         if type(self).token_loss is not DraftDistillTrainer.token_loss:
             # Named divergences have gradients written by hand; a method of one's own is differentiated by autograd.
             divergence, options = self.token_loss, {}
-        elif not args.needs_target:
-            divergence, target_logits = "cross_entropy", None
+        elif not self.learns_from_target:
+            divergence, options, target = "cross_entropy", {}, None
+        labels = batch["labels"]
         return distillation_loss(
             draft_logits,
-            target_logits,
-            tokens,
+            target,
+            labels[:, 1:][labels[:, 1:] != -100],
             divergence=divergence,
             options=options,
             temperature=args.temperature,
-            cross_entropy_weight=args.cross_entropy_weight if target_logits is not None else 0.0,
+            cross_entropy_weight=args.cross_entropy_weight if target is not None else 0.0,
             num_items=num_items,
-            with_acceptance=target_logits is not None,
+            with_acceptance=target is not None,
         )
 
-    def _logits(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Both models' logits [N, V] at the N positions that predict a completion token, those tokens, and where."""
-        labels = inputs["labels"]
-        keep = predicting_positions(labels)
-        tokens = labels[:, 1:][keep[:, :-1]]
-        forward_inputs = {name: value for name, value in inputs.items() if name not in _OWN_FEATURES}
-        draft_logits = logits_at(model, forward_inputs, keep)[:, : self._shared_vocab]
-        if self.target_model is None:
-            return draft_logits, None, tokens, keep
-        with torch.no_grad():
-            target_logits = logits_at(self.target_model, forward_inputs, keep)[:, : self._shared_vocab]
-        return draft_logits, target_logits.to(draft_logits.device), tokens, keep
+    def _draft_logits(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The draft's logits [N, V] at the N positions that predict a completion token, and these positions [B, L]."""
+        keep = predicting_positions(batch["labels"])
+        return logits_at(model, model_inputs(batch), keep)[:, : self._shared_vocab], keep
 
     def compute_loss(
         self,
@@ -283,31 +279,22 @@ class DraftDistillTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Sum of the token losses ÷ completion tokens of the whole accumulation window on all processes."""
-        draft_logits, target_logits, tokens, _ = self._logits(model, inputs)
-        result = self._distillation_loss(draft_logits, target_logits, tokens, num_items_in_batch)
-        self._require_finite(result.loss, inputs)
-        self._count(inputs, result)
+        draft_logits, keep = self._draft_logits(model, inputs)
+        target = self.signal.distributions(inputs, keep) if self.learns_from_target else None
+        result = self._distillation_loss(draft_logits, target, inputs, num_items_in_batch)
+        require_finite(result.loss, inputs, self)
+        self._window.add(inputs, result)
         loss = result.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The tokens of every process were counted, and DDP averages gradients over processes.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return loss
 
-    def _require_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
-        if not torch.isfinite(loss):
-            starts = self.processing_class.batch_decode(inputs["input_ids"][:, :16])
-            raise FloatingPointError(
-                f"The loss is {loss.item()} in optimizer step {self.state.global_step + 1}, process "
-                f"{self.accelerator.process_index}, in the batch whose rows begin with {starts}. The weights were not "
-                f"updated, and the last checkpoint in {self.args.output_dir!r} is untouched. Look for logits that are "
-                "not finite there, lower `learning_rate`, or train in float32."
-            )
-
     # Evaluation ------------------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Adds the figures that come from sums over all texts: see [`DraftDistillTrainer.evaluate`]."""
-        self._eval_sums = EvaluationSums(self.args.eval_num_assistant_tokens)
+        """Adds the figures that come from sums over all texts: see [`EvaluationSums`]."""
+        self._eval_sums = EvaluationSums(self.args.eval_num_assistant_tokens, self._draft_lengths, self.signal)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         figures = self._eval_sums.figures()
         self._eval_sums = None
@@ -321,143 +308,31 @@ class DraftDistillTrainer(SFTTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
+        assert self._eval_sums is not None, "evaluation_loop makes it"
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            draft_logits, target_logits, tokens, keep = self._logits(model, inputs)
-            losses = self._distillation_loss(draft_logits, target_logits, tokens).token_losses
-            sums = row_sums(
-                losses,
-                draft_logits,
-                target_logits,
-                inputs,
-                keep,
-                num_assistant_tokens=self.args.eval_num_assistant_tokens,
-                target_model=None if self.target_model is None else unwrapped(self.target_model),
-            )
-        assert self._eval_sums is not None, "evaluation_loop makes it"
+            draft_logits, keep = self._draft_logits(model, inputs)
+            target = self.signal.distributions(inputs, keep)
+            losses = self._distillation_loss(draft_logits, target, inputs).token_losses
+            require_finite(losses.sum(), inputs, self)
+            sums = row_sums(losses, draft_logits, target, inputs, keep, self._eval_sums.draft_lengths, self.signal)
         # Gathered here, row by row, so that rows repeated to fill the last batch are dropped.
         self._eval_sums.add(self.accelerator.gather_for_metrics(sums))
         return losses.sum() / max(losses.numel(), 1), None, None
 
     # Logging ---------------------------------------------------------------------------------------------------------
 
-    def _count(self, inputs: dict[str, Any], result: DistillationLoss) -> None:
-        """Add to the sums of the current logging window: tokens read, tokens learnt from, Σα."""
-        read = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        accepted = 0.0 if result.acceptance is None else result.acceptance.double().sum()
-        self._window += torch.tensor([read, result.num_tokens, accepted], dtype=torch.float64)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `num_tokens` read so far and, with a target, the window's `acceptance_rate` at the loss temperature.
+        """Adds `num_tokens` read so far and, where it can be told, the window's `acceptance_rate`.
 
-        It is one minus total variation: what `tvd_plus_plus`, whose own value says nothing, has to be watched by.
+        It stands at the loss temperature and is one minus total variation: what `tvd_plus_plus`, whose own value says
+        nothing, has to be watched by. From a cache without the whole tail it is named `acceptance_rate_upper_bound`.
         """
         if self.model.training:
-            read, learnt, accepted = self.accelerator.reduce(self._window.to(self.args.device)).tolist()
-            self._window.zero_()
-            self._total_train_tokens += int(read)
-            if learnt:
+            read, acceptance = self._window.close(self.accelerator)
+            self._total_train_tokens += read
+            if read:
                 logs["num_tokens"] = self._total_train_tokens
-            if learnt and self.target_model is not None:
-                logs["acceptance_rate"] = accepted / learnt
+            if acceptance is not None:
+                logs[self.signal.acceptance_name] = acceptance
         super().log(logs, start_time)
-
-    # Saving ----------------------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self._saving_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving_checkpoint = False
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Checkpoints hold the adapter, so that they resume; anything else is the merged, plain draft."""
-        if self._saving_checkpoint or not is_peft_model(self.model):
-            super()._save(output_dir, state_dict)
-            return
-        if self.args.should_save:
-            trained, self.model = self.model, merged(self.model)
-            try:
-                super()._save(output_dir)
-            finally:
-                self.model = trained
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        *,
-        report: SpeculationReport | None = None,
-        plots: dict[str, str] | None = None,
-    ) -> None:
-        """Write the draft's card and `provenance.json` into `args.output_dir`.
-
-        Args:
-            model_name: Name on the card; by default the Hub id, or the output directory's name.
-            dataset_name: Id of the training data on the Hub.
-            tags: Tags beside the usual ones.
-            report: Measured figures, as from [`evaluate_draft`]; without one the card names none.
-            plots: Caption -> path of a picture inside `args.output_dir`.
-        """
-        if not self.is_world_process_zero():
-            return
-        provenance = describe_run(self, dataset_name)
-        provenance.save(self.args.output_dir)
-        card = DraftModelCard.from_report(
-            report,
-            provenance=provenance,
-            name=self.hub_model_id or model_name or Path(self.args.output_dir).name,
-            tags=[tags] if isinstance(tags, str) else tags or (),
-            plots=plots,
-        )
-        card.save(self.args.output_dir)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        license: str | None = None,
-        language: str | list[str] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Save the merged, plain draft and publish it in one commit: see [`push_draft`] for what is uploaded.
-
-        Args:
-            commit_message: First line of the commit.
-            blocking: Kept for the signature of [`~transformers.Trainer`]; the call always waits for the commit.
-            token: Overrides `args.hub_token`.
-            revision: Branch; by default `args.hub_revision`.
-            private: Whether a new repository is private; by default `args.hub_private_repo`.
-            license: Identifier, needed where the draft started from no model on the Hub to inherit one from.
-            language: Language code or codes for the metadata.
-            **kwargs: For [`DraftDistillTrainer.create_model_card`].
-
-        Returns:
-            What was published; None on processes other than the first.
-        """
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**kwargs)
-        return push_draft(
-            self.args.output_dir,
-            self.args.hub_model_id or Path(self.args.output_dir).name,
-            commit_message=commit_message or "End of training",
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            private=self.args.hub_private_repo if private is None else private,
-            license=license,
-            language=language,
-        )
-
-
-def _padding(collator: Any) -> Any:
-    """The collator for whole texts, one a row; a user's own is taken as it is."""
-    if not isinstance(collator, DraftDistillCollator):
-        return collator
-    return DraftDistillCollator(**asdict(collator) | {"padding_free": False})

@@ -1,6 +1,7 @@
 """`draftkd train` and `draftkd init`, from paths, as a user runs them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_draftkd.cli.main import dispatch
+from hf_draftkd.data.target_cache import cache_target_distributions
+from hf_draftkd.training.checkpoints import last_complete_checkpoint
 from tests.cli.run import draftkd
 from tests.training.rows import alignment_rows
 
@@ -86,6 +89,34 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(files, tmp_path, capsys)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_half_a_checkpoint_is_not_gone_on_from(files, tmp_path, capsys):
+    """The highest number is taken, and the run dies reading it."""
+    more = {"save_strategy": "steps", "save_steps": 1}
+    assert dispatch(["train", *options(files, tmp_path / "out", **more)]) == 0
+    (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").unlink()
+    assert dispatch(["train", *options(files, tmp_path / "out", **more)]) == 0
+    printed = capsys.readouterr().out
+    assert "checkpoint-2 (no readable trainer_state.json)" in printed
+    assert f"Going on from {tmp_path / 'out' / 'checkpoint-1'}" in printed
+
+
+def test_cached_distributions_need_no_target(files, tmp_path, pair, tokenizer, capsys):
+    """A target asked for, or loaded, although the data holds all that it would say."""
+    rows = cache_target_distributions(alignment_rows(pair[1], tokenizer, name="org/target"), pair[1], top_k=8)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    target = files.pop("target_model")
+    shutil.rmtree(target)
+    files["dataset"] = files["eval_dataset"] = tmp_path / "rows.parquet"
+    out = tmp_path / "out"
+    assert dispatch(["train", *options(files, out)]) == 0
+    metrics = json.loads((out / "eval_results.json").read_text())
+    assert 0 < metrics["eval_acceptance_rate_upper_bound"] < 1
+    assert metrics["eval_block_efficiency"] > 1
+    assert json.loads((out / "provenance.json").read_text())["training"]["signal"] == "cached"
+    assert dispatch(["train", *options(files, tmp_path / "no", divergence="forward_kl", temperature=2)]) == 2
+    assert "cached at temperature 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -123,7 +154,7 @@ def test_init_refuses_a_directory_that_is_not_empty(files, tmp_path, capsys):
 
 def test_two_processes_take_the_steps_of_one(files, tmp_path):
     """A loss that changes with the number of processes; a launcher that started only one would show as well."""
-    more = {"max_steps": 3, "optim": "sgd", "eval_dataset": files["dataset"]}
+    more = {"max_steps": 3, "optim": "sgd", "eval_dataset": files["dataset"], "save_strategy": "steps", "save_steps": 2}
     one = draftkd("train", *options(files, tmp_path / "one", per_device_train_batch_size=4, **more))
     assert one.returncode == 0, one.stderr
     assert "1 process" in one.stdout
@@ -135,6 +166,9 @@ def test_two_processes_take_the_steps_of_one(files, tmp_path):
     )
     assert two.returncode == 0, two.stderr
     assert "2 processes" in two.stdout
+    # A checkpoint that takes its name while another process still writes into it.
+    assert last_complete_checkpoint(tmp_path / "two") == (str(tmp_path / "two" / "checkpoint-3"), [])
+    assert all((tmp_path / "two" / "checkpoint-2" / f"rng_state_{rank}.pth").is_file() for rank in range(2))
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=0)

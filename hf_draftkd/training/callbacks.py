@@ -1,0 +1,78 @@
+"""Acceptance while training: figures at several draft lengths, and a plot at the end."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+logger = logging.getLogger(__name__)
+
+PLOT = "training.png"
+
+
+def with_acceptance(
+    callbacks: list[TrainerCallback] | None, args: Any, *, evaluates: bool
+) -> tuple[list[TrainerCallback] | None, tuple[int, ...]]:
+    """The callbacks, with one for acceptance where there is data to measure it on; and its draft lengths."""
+    if not evaluates:
+        return callbacks, ()
+    given = [callback for callback in callbacks or () if isinstance(callback, AcceptanceCallback)]
+    if not given:
+        given = [AcceptanceCallback()]
+        callbacks = [*(callbacks or ()), *given]
+    if args.eval_strategy == IntervalStrategy.NO:
+        args.eval_strategy = IntervalStrategy.EPOCH
+    lengths = {length for callback in given for length in callback.num_assistant_tokens}
+    return callbacks, tuple(sorted(lengths - {args.eval_num_assistant_tokens}))
+
+
+class AcceptanceCallback(TrainerCallback):
+    """Says while a draft is trained how often its target would accept it.
+
+    [`DraftDistillTrainer`] adds one by itself when an `eval_dataset` is given; pass your own to choose the draft
+    lengths, or remove it with `trainer.remove_callback(AcceptanceCallback)`.
+
+    - `trainer.evaluate()` also reports `eval_block_efficiency_at_γ` (tokens per target call) at each of its draft
+      lengths. Like all figures they go wherever `report_to` says, and `metric_for_best_model` takes them.
+    - `eval_strategy="no"`, which would leave the held-out data unused, becomes `"epoch"`.
+    - At the end of training `training.png` in `args.output_dir` shows loss, acceptance and block efficiency over
+      steps. Needs matplotlib (`pip install "hf_draftkd[plots]"`); without it there is no plot.
+
+    Args:
+        num_assistant_tokens (`Sequence[int]`, *optional*, defaults to `(1, 3, 8)`):
+            Draft lengths γ, beside `args.eval_num_assistant_tokens`.
+        plot (`bool`, *optional*, defaults to `True`):
+            Whether to save the plot.
+
+    Raises:
+        ValueError: A draft length is not a whole number of 1 or above.
+    """
+
+    def __init__(self, num_assistant_tokens: Sequence[int] = (1, 3, 8), *, plot: bool = True) -> None:
+        wrong = [length for length in num_assistant_tokens if not isinstance(length, int) or length < 1]
+        if wrong:
+            raise ValueError(f"`num_assistant_tokens` are draft lengths: whole numbers, 1 or above, got {wrong[0]!r}.")
+        self.num_assistant_tokens = tuple(num_assistant_tokens)
+        self.plot = plot
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not (self.plot and state.is_world_process_zero and args.output_dir):
+            return
+        from hf_draftkd.evaluation.plots import training_figure
+
+        try:
+            figure = training_figure(state.log_history)
+        except ImportError as error:
+            logger.info("No plot of the training was made. %s", error)
+            return
+        if figure is None:
+            return
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        unfinished = Path(args.output_dir, f".{PLOT}")
+        figure.savefig(unfinished, format="png")
+        unfinished.replace(unfinished.with_name(PLOT))

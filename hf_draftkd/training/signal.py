@@ -1,0 +1,262 @@
+"""What the draft learns from: a live target, its cached distributions, or nothing but its text.
+
+The three answer the same questions, so that the trainer does not care which it has: what did the target say at the
+completion tokens of this batch (`distributions`), how often would it accept the draft there (`acceptance`), and had
+the tokens that were written been accepted draft tokens (`accepted`)?
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_draftkd.acceptance import token_acceptance_rate
+from hf_draftkd.data.cache_lookup import CachedDistributions, CacheFacts, cache_facts, missing_cache_columns
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.evaluation.processing import logits_processors, process_logits
+from hf_draftkd.evaluation.teacher_forced import token_scores
+from hf_draftkd.losses import SampledTarget, SparseTarget, acceptance_upper_bound
+from hf_draftkd.losses.sparse import check_sampled
+from hf_draftkd.models.forward import logits_at, unwrapped
+from hf_draftkd.training.config import DraftDistillConfig
+
+Distributions = Tensor | SparseTarget | SampledTarget
+
+# Features of a batch that no model's forward takes.
+_OWN_FEATURES = frozenset(
+    {"labels", "decoding", "completion_logprobs", "target_token_ids", "target_logprobs", "target_tail_logprob"}
+    | {"target_counts"}
+)
+_UNFILTERED = DecodingSetting(temperature=1.0)
+
+
+def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What a model's forward takes of a batch."""
+    return {name: value for name, value in batch.items() if name not in _OWN_FEATURES}
+
+
+class Text:
+    """Black box: the target's text and nothing else.
+
+    Attributes:
+        name: As the model card calls it.
+        acceptance_name: What `acceptance` is called in logs.
+        exact_text: Which text block efficiency is exact for.
+    """
+
+    name: ClassVar[str] = "black_box"
+    acceptance_name: str = "acceptance_rate"
+    exact_text: ClassVar[str] = "were written by one target, greedily"
+
+    def distributions(self, batch: dict[str, Any], keep: Tensor) -> Distributions | None:
+        """The target at the N positions [B, L] `keep` that predict a completion token; None if it is not known."""
+        return None
+
+    def acceptance(self, draft_logits: Tensor, target: Distributions | None) -> Tensor | None:
+        """[N] α at temperature 1, from raw draft logits [N, V]; None if it cannot be told."""
+        return None
+
+    def accepted(
+        self,
+        draft_logits: Tensor,
+        target: Distributions | None,
+        batch: dict[str, Any],
+        keep: Tensor,
+        chosen: Tensor,
+        setting: DecodingSetting,
+    ) -> Tensor | None:
+        """Whether tokens had been accepted draft tokens.
+
+        Args:
+            draft_logits: [N, V], raw.
+            target: From `distributions`.
+            batch: The batch.
+            keep: [B, L] bool, where the N tokens are predicted.
+            chosen: [N] bool, those n of them that the target wrote under `setting`.
+            setting: How.
+
+        Returns:
+            [n] a_t, or None if it cannot be told for this setting.
+        """
+        if not setting.is_greedy:
+            return None
+        # Greedy text needs no target: it wrote its likeliest token, and accepts what equals it.
+        proposed = _processed(draft_logits, batch, keep, chosen, setting).argmax(-1)
+        return (proposed == _written(batch, keep)[chosen]).float()
+
+
+class CachedTarget(Text):
+    """The target's distributions as `cache_target_distributions` left them beside the text.
+
+    Args:
+        facts: What each data set's cache says of itself.
+        vocab_size: Tokens that draft and target share.
+    """
+
+    name = "cached"
+    exact_text = "were written by one target, either greedily or at temperature 1 without top-p, top-k and penalties"
+
+    def __init__(self, facts: list[CacheFacts], vocab_size: int) -> None:
+        self._whole = all(fact.top_k == vocab_size for fact in facts)
+        self.acceptance_name = "acceptance_rate" if self._whole else "acceptance_rate_upper_bound"
+        self._temperature = facts[0].temperature
+
+    def distributions(self, batch: dict[str, Any], keep: Tensor) -> SparseTarget | SampledTarget:
+        ids = batch["target_token_ids"]
+        if "target_counts" in batch:
+            return SampledTarget(ids, batch["target_counts"])
+        return SparseTarget(ids, batch["target_logprobs"], batch["target_tail_logprob"])
+
+    def acceptance(self, draft_logits: Tensor, target: Distributions | None) -> Tensor | None:
+        if not isinstance(target, SparseTarget) or self._temperature != 1:
+            return None
+        if self._whole and target.token_ids.shape[-1] < draft_logits.shape[-1]:
+            # Data given to `evaluate` later on: a bound may not go by the name of the rate.
+            return None
+        return acceptance_upper_bound(draft_logits, target)
+
+    def accepted(
+        self,
+        draft_logits: Tensor,
+        target: Distributions | None,
+        batch: dict[str, Any],
+        keep: Tensor,
+        chosen: Tensor,
+        setting: DecodingSetting,
+    ) -> Tensor | None:
+        if setting != _UNFILTERED or self._temperature != 1:
+            return super().accepted(draft_logits, target, batch, keep, chosen, setting)
+        # min(1, q / p) needs p of the written token alone, and that is always kept.
+        tokens = _written(batch, keep)[chosen]
+        log_q = draft_logits[chosen].float().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+        return (log_q - batch["completion_logprobs"][chosen].float()).clamp(max=0).exp()
+
+
+class LiveTarget(Text):
+    """The target itself, run beside the draft.
+
+    Args:
+        model: The prepared target, wrapped or not.
+        vocab_size: Tokens that draft and target share.
+    """
+
+    name = "white_box"
+    exact_text = "were written by this target, under a setting they record"
+
+    def __init__(self, model: torch.nn.Module, vocab_size: int) -> None:
+        self._model = model
+        self._vocab_size = vocab_size
+
+    def distributions(self, batch: dict[str, Any], keep: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits = logits_at(self._model, model_inputs(batch), keep)[:, : self._vocab_size]
+        return logits.to(keep.device)
+
+    def acceptance(self, draft_logits: Tensor, target: Distributions | None) -> Tensor:
+        assert isinstance(target, Tensor)
+        return token_acceptance_rate(draft_logits, target)
+
+    def accepted(
+        self,
+        draft_logits: Tensor,
+        target: Distributions | None,
+        batch: dict[str, Any],
+        keep: Tensor,
+        chosen: Tensor,
+        setting: DecodingSetting,
+    ) -> Tensor:
+        assert isinstance(target, Tensor)
+        model = unwrapped(self._model)
+        draft, p = (_processed(logits, batch, keep, chosen, setting, model) for logits in (draft_logits, target))
+        # Where the recorded setting could not have written the token, a_t is undefined (0 / 0): counted as rejected.
+        scores = token_scores(draft, p, _written(batch, keep)[chosen], is_greedy=setting.is_greedy)
+        return scores.accepted
+
+
+def make_signal(
+    target_model: torch.nn.Module | None, cache: CachedDistributions | None, facts: list[CacheFacts], vocab_size: int
+) -> Text:
+    """The target if it is there, else its cache, else its text.
+
+    Args:
+        target_model: The prepared target, wrapped or not.
+        cache: Where cached distributions lie; told here which tokens exist.
+        facts: What they say of themselves.
+        vocab_size: Tokens that draft and target share.
+    """
+    if target_model is not None:
+        return LiveTarget(target_model, vocab_size)
+    if cache is None:
+        return Text()
+    cache.vocab_size = vocab_size
+    return CachedTarget(facts, vocab_size)
+
+
+def check_cached(
+    datasets: dict[str, Dataset | IterableDataset], args: DraftDistillConfig, *, own_loss: bool, own_collator: bool
+) -> list[CacheFacts]:
+    """Make sure, before anything is loaded, that the loss asked for can be computed from cached distributions.
+
+    Args:
+        datasets: Name -> rows.
+        args: The configuration.
+        own_loss: Whether `token_loss` is overridden.
+        own_collator: Whether the user gave a collator.
+
+    Returns:
+        What the caches say of themselves, one entry a data set.
+
+    Raises:
+        ValueError: There are none, or they were made for another loss.
+    """
+    for name, dataset in datasets.items():
+        if missing := missing_cache_columns(dataset):
+            raise ValueError(
+                f"`divergence={args.divergence!r}` compares the draft with its target, but `target_model` is None and "
+                f"the {name} dataset holds no cached distributions (no {', '.join(f'`{name}`' for name in missing)}). "
+                "Give the target, cache it with `cache_target_distributions`, or train on its text alone with "
+                '`divergence="cross_entropy"`.'
+            )
+    for given, what, why in (
+        (own_collator, "data_collator", "distributions are looked up by the trainer's own"),
+        ((args.dataset_kwargs or {}).get("skip_prepare_dataset"), "skip_prepare_dataset", "rows are linked to them"),
+        (args.packing and args.packing_strategy != "bfd", "packing_strategy", "others cut texts apart"),
+    ):
+        if given:
+            raise ValueError(
+                f"`{what}` cannot be changed where the target's distributions come from the data: {why}. Leave it out."
+            )
+    facts = {name: cache_facts(dataset, name) for name, dataset in datasets.items()}
+    for name, fact in facts.items():
+        if fact.temperature != args.temperature:
+            raise ValueError(
+                f"The distributions of the {name} dataset were cached at temperature {fact.temperature:g}, but "
+                f"`temperature={args.temperature:g}` was asked for. What was left out of the cache cannot be "
+                f"re-tempered: set `temperature={fact.temperature:g}`, or cache again."
+            )
+        if fact.top_k is None:
+            check_sampled("a `token_loss` of your own" if own_loss else args.divergence)
+    return list(facts.values())
+
+
+def _processed(
+    logits: Tensor,
+    batch: dict[str, Any],
+    keep: Tensor,
+    chosen: Tensor,
+    setting: DecodingSetting,
+    target_model: PreTrainedModel | None = None,
+) -> Tensor:
+    """[n, V] of the chosen tokens, as decoding under `setting` would have seen them."""
+    rows, positions = (place[chosen] for place in keep.nonzero(as_tuple=True))
+    ids = batch["input_ids"]
+    # Only the penalty looks back; the prefixes of all tokens are large.
+    prefixes = ids[rows] if setting.repetition_penalty != 1 else ids.new_zeros(len(rows), 0)
+    return process_logits(logits[chosen].float(), prefixes, positions + 1, logits_processors(setting, target_model))
+
+
+def _written(batch: dict[str, Any], keep: Tensor) -> Tensor:
+    """[N] the tokens that the kept positions predict."""
+    return batch["input_ids"][:, 1:][keep[:, :-1]]

@@ -1,0 +1,55 @@
+"""Acceptance while training."""
+
+import pytest
+
+from hf_draftkd import AcceptanceCallback
+from tests.training.rows import alignment_rows
+from tests.training.test_trainer import build
+
+
+def test_held_out_figures_are_logged_without_being_asked_for(tmp_path, pair, tokenizer):
+    """A held-out set that is given and never looked at; a plot that is promised and not there."""
+    rows = alignment_rows(pair[1], tokenizer)
+    trainer = build(tmp_path, pair, tokenizer, rows, rows, max_steps=-1, num_train_epochs=2)
+    stock = trainer.evaluate()
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_acceptance_rate" in entry]
+    assert [entry["epoch"] for entry in logged] == [1, 2]
+    assert logged[-1]["eval_acceptance_rate"] > stock["eval_acceptance_rate"]
+    assert 1 <= logged[0]["eval_block_efficiency_at_1"] <= 2
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_at_each_draft_length_are_those_of_that_length(tmp_path, pair, tokenizer):
+    """Columns that change places, or lengths that share one figure."""
+    rows = alignment_rows(pair[1], tokenizer, count=5, temperature=0.8)
+    draft, target = pair
+    alone = {
+        length: build(tmp_path, pair, tokenizer, eval_rows=rows, eval_num_assistant_tokens=length).evaluate()
+        for length in (2, 4, 7)
+    }
+    trainer = build(tmp_path, (draft, target), tokenizer, eval_rows=rows, eval_num_assistant_tokens=4)
+    trainer = type(trainer)(
+        model=draft,
+        target_model=target,
+        args=trainer.args,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=[AcceptanceCallback([7, 2, 4])],
+    )
+    found = trainer.evaluate()
+    assert found["eval_block_efficiency"] == alone[4]["eval_block_efficiency"]
+    for length in (2, 7):
+        assert found[f"eval_block_efficiency_at_{length}"] == alone[length]["eval_block_efficiency"]
+    assert not any(name in found for name in ("eval_block_efficiency_at_1", "eval_block_efficiency_at_4"))
+
+
+def test_no_callback_without_held_out_data(tmp_path, pair, tokenizer):
+    trainer = build(tmp_path, pair, tokenizer)
+    assert not [each for each in trainer.callback_handler.callbacks if isinstance(each, AcceptanceCallback)]
+
+
+@pytest.mark.parametrize("length", [0, 2.5, "3"])
+def test_draft_lengths_are_whole_numbers(length):
+    with pytest.raises(ValueError, match="draft lengths: whole numbers"):
+        AcceptanceCallback([1, length])
