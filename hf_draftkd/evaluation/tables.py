@@ -53,6 +53,7 @@ def report_table(report: SpeculationReport) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
         pad_edge=False,
+        min_width=76,  # or a narrow table squeezes the caption below it
     )
     table.add_column("", no_wrap=True)
     for name, _ in columns:
