@@ -21,7 +21,7 @@ quickstart: install
 	$(BIN)/draftkd quickstart
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

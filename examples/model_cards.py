@@ -80,7 +80,8 @@ def train_and_measure(name: str, options: Options) -> None:
     )
     recipe = {"learning_rate": 2e-3} | RECIPES[name]
     peft_config = recipe.pop("peft", None)
-    with tempfile.TemporaryDirectory() as output_dir:
+    with tempfile.TemporaryDirectory() as parent:
+        output_dir = str(Path(parent) / f"demo-draft-{name.replace('_', '-')}")
         trainer = DraftDistillTrainer(
             model=demo_path("draft"),
             target_model=target,

@@ -23,7 +23,7 @@ import torch
 import transformers
 from demo_pair import corpus, evaluation
 from demo_pair.card import render_card
-from demo_pair.chat_tuning import TuningSchedule, chat_tune
+from demo_pair.chat_tuning import TuningPass, chat_tune
 from demo_pair.functions import functions_by_split
 from demo_pair.pretraining import Schedule, base_config, pretrain
 from demo_pair.queries import make_queries, usable
@@ -43,9 +43,8 @@ class Plan:
 
     base: Schedule
     draft: Schedule
-    tuning: TuningSchedule
+    tuning: tuple[TuningPass, ...]
     queries: tuple[tuple[str, int], ...]
-    disguise_share: float = 0.4
     documents: int | None = None
     vocabulary: int = VOCABULARY_SIZE
     smoke: bool = False
@@ -53,8 +52,8 @@ class Plan:
 
 FULL = Plan(
     base=Schedule(steps=600),
-    draft=Schedule(steps=1000),
-    tuning=TuningSchedule(),
+    draft=Schedule(steps=600),
+    tuning=(TuningPass(9600, distractor_counts=(0, 1, 2, 2, 3), disguise_share=0.5),),
     queries=(("train", 2400), ("dev", 200), ("test", 200)),
 )
 _TOY = Schedule(
@@ -68,7 +67,7 @@ _TOY = Schedule(
 SMOKE = Plan(
     base=_TOY,
     draft=_TOY,
-    tuning=TuningSchedule(conversations=64, batch_size=16, warmup_steps=2),
+    tuning=(TuningPass(64, distractor_counts=(1, 2), disguise_share=0.5, warmup_steps=2, batch_size=16),),
     documents=24,
     vocabulary=512,
     queries=(("train", 24), ("dev", 8), ("test", 8)),
@@ -143,15 +142,22 @@ class Workshop:
         tokenizer = self._tokenizer()
         self._noted("base")
         model = load(self.work / "base" / "model")
-        queries = make_queries(
-            functions_by_split()["train"],
-            self.plan.tuning.conversations,
-            SEEDS["chat_queries"],
-            disguise_share=self.plan.disguise_share,
-        )
-        figures = chat_tune(model, tokenizer, queries, self.plan.tuning, self.work / "target", seed=SEEDS["target"])
+        functions, passes = functions_by_split()["train"], []
+        for place, schedule in enumerate(self.plan.tuning):
+            queries = make_queries(
+                functions,
+                schedule.conversations,
+                SEEDS["chat_queries"] + 10 * place,
+                disguise_share=schedule.disguise_share,
+                distractor_counts=schedule.distractor_counts,
+            )
+            seed = SEEDS["target"]
+            passes.append(
+                chat_tune(model, tokenizer, queries, schedule, self.work / "target", seed=seed, batch_seed=seed + place)
+            )
         model.save_pretrained(self.work / "target" / "model")
-        self._note("target", {**figures, "disguise_share": self.plan.disguise_share})
+        totals = {key: sum(figures[key] for figures in passes) for key in ("seconds", "conversations", "tokens")}
+        self._note("target", {**totals, "passes": [figures["schedule"] for figures in passes]})
 
     def evaluate(self) -> None:
         """Write the assets, then measure exactly what was written."""

@@ -28,9 +28,9 @@ from hf_draftkd.models.pairing import align_vocabulary, shared_vocab_size
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target_model", default=demo_path("target"))
-    parser.add_argument("--model", default=demo_path("draft"))
-    parser.add_argument("--dataset", default=demo_path("test.jsonl"))
+    parser.add_argument("--target_model", help="the demo pair's by default")
+    parser.add_argument("--model", help="the demo pair's stock draft by default")
+    parser.add_argument("--dataset", help="prompts; the demo pair's test queries by default")
     parser.add_argument("--num_texts", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--num_assistant_tokens", type=int, default=5)
@@ -39,11 +39,13 @@ def main() -> None:
     parser.add_argument("--max_seconds", type=float, default=300.0)
     options = parser.parse_args()
 
-    tokenizer = load_tokenizer(options.target_model)
-    target = load_target(options.target_model, dtype=torch.float32)
-    draft = align_vocabulary(load_draft(options.model, dtype=torch.float32).eval(), target, tokenizer)
+    target_path = options.target_model or demo_path("target")
+    tokenizer = load_tokenizer(target_path)
+    target = load_target(target_path, dtype=torch.float32)
+    draft = load_draft(options.model or demo_path("draft"), dtype=torch.float32)
+    align_vocabulary(draft, target, tokenizer)
     setting = DecodingSetting(options.temperature)
-    prompts = load_prompts(options.dataset, limit=options.num_texts)
+    prompts = load_prompts(options.dataset or demo_path("test.jsonl"), limit=options.num_texts)
     rows = generate_alignment_data(
         target,
         tokenizer,

@@ -30,9 +30,10 @@ Everything comes from the standard library of Python {python}: no other data was
 3. **Base model.** Llama architecture, {base_steps:,} steps, {base_tokens:,} tokens, {base_seconds:,.0f} s
    ({base_rate:,.0f} tokens/s). Muon for the layers' matrices, AdamW for the rest; warm-up, constant, linear decay.
 4. **Target.** The base model, tuned on {conversations:,} conversations ({chat_tokens:,} tokens, {chat_seconds:,.0f} s)
-   made by template from {train_functions:,} functions. In {disguise_share:.0%} of them the functions wear other
-   modules' names and other parameters, so that names must be read from the prompt. The user's tokens carry loss too
-   (weight {user_weight}), so the target can write queries when it is given `<|user|>`.
+   made by template from {train_functions:,} functions. In {disguise_share} of them the functions wear other modules'
+   names and other parameters, so that names must be read from the prompt; some list one or two functions
+   only, so that copying a name is learned before choosing one. The user's tokens carry loss too (weight
+   {user_weight}), so the target can write queries when it is given `<|user|>`.
 5. **Stock draft.** {draft_steps:,} steps, {draft_tokens:,} tokens of the same text, {draft_seconds:,.0f} s.
 
 Hardware: {hardware}. Seeds, versions, settings and the weights' sha256 are in `provenance.json`. The run is
@@ -124,8 +125,8 @@ def render_card(provenance: dict[str, Any]) -> str:
         conversations=stages["target"]["conversations"],
         chat_tokens=stages["target"]["tokens"],
         chat_seconds=stages["target"]["seconds"],
-        user_weight=stages["target"]["schedule"]["user_weight"],
-        disguise_share=stages["target"]["disguise_share"],
+        user_weight=stages["target"]["passes"][0]["user_weight"],
+        disguise_share=" and ".join(f"{one['disguise_share']:.0%}" for one in stages["target"]["passes"]),
         train_functions=stages["corpus"]["functions"]["train"],
         draft_steps=stages["draft"]["schedule"]["steps"],
         draft_tokens=stages["draft"]["tokens"],

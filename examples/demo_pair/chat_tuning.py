@@ -21,23 +21,25 @@ Encoded = tuple[list[int], list[int]]  # token ids, and 1 where the assistant wr
 
 
 @dataclass(frozen=True)
-class TuningSchedule:
-    """One pass over the conversations: warm-up, then a linear decay to zero.
+class TuningPass:
+    """One pass over conversations made for it: warm-up, then a linear decay to zero.
 
     The loss on the user's tokens is what lets the target write queries itself when given `<|user|>` alone. It weighs
     less than that on the answers, which are what the target is for.
     """
 
-    conversations: int = 16000
-    batch_size: int = 32
+    conversations: int
+    distractor_counts: tuple[int, ...]
+    disguise_share: float
     warmup_steps: int = 20
+    batch_size: int = 24
     user_weight: float = 0.2
     matrix_learning_rate: float = 0.01
     other_learning_rate: float = 0.002
 
     @property
     def steps(self) -> int:
-        """Updates in one pass."""
+        """Updates in the pass."""
         return self.conversations // self.batch_size
 
     def scale(self, step: int) -> float:
@@ -93,19 +95,21 @@ def chat_tune(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     queries: Sequence[Query],
-    schedule: TuningSchedule,
+    schedule: TuningPass,
     directory: Path,
     *,
     seed: int,
+    batch_seed: int,
 ) -> dict[str, Any]:
     """Tune `model` in place on conversations made of `queries`; return seconds and token counts."""
     directory.mkdir(parents=True, exist_ok=True)
     encoded = encode(tokenizer, conversations(queries, schedule.conversations, seed))
     pair = optimizers(model, weight_decay=0.01)
     model.train()
-    began, running, answer_running = time.perf_counter(), math.nan, math.nan
-    for step, rows in enumerate(batches(encoded, schedule.batch_size, seed)):
+    tokens, began, running, answer_running = 0, time.perf_counter(), math.nan, math.nan
+    for step, rows in enumerate(batches(encoded, schedule.batch_size, batch_seed)):
         ids, weights = collate(rows, schedule.user_weight)
+        tokens += sum(len(row) for row, _ in rows)
         with autocast():
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
@@ -134,6 +138,6 @@ def chat_tune(
     return {
         "seconds": round(time.perf_counter() - began, 1),
         "conversations": schedule.steps * schedule.batch_size,
-        "tokens": sum(len(ids) for ids, _ in encoded),
+        "tokens": tokens,
         "schedule": asdict(schedule),
     }

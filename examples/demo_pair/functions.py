@@ -39,9 +39,13 @@ class Function:
 
     @property
     def signature(self) -> str:
-        """The call as a query lists it: required parameters, then optional ones with their defaults."""
+        """The call as a query lists it.
+
+        Without spaces, since a word after a space is another token than the same word in the answer's JSON: a small
+        model copies tokens, it does not spell.
+        """
         parts = (p.name if p.default is None else f"{p.name}={p.default}" for p in self.parameters)
-        return f"{self.name}({', '.join(parts)})"
+        return f"{self.name}({','.join(parts)})"
 
 
 def first_sentence(docstring: str) -> str | None:

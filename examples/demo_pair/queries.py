@@ -54,7 +54,14 @@ STATEMENT_FRAMES = (
     "With {arguments}, do this: {sentence}.",
     "I need this: {sentence}. Take {arguments}.",
 )
-ARGUMENT_FRAMES = ("{name} {value}", "{name}={value}", "{name} set to {value}", "{name} as {value}", "{name}: {value}")
+# The quotes keep a parameter's name the same tokens here, in the signature and in the answer.
+ARGUMENT_FRAMES = (
+    "`{name}` {value}",
+    "`{name}`={value}",
+    "`{name}` set to {value}",
+    "`{name}` as {value}",
+    "`{name}`: {value}",
+)
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ def make_query(function: Function, distractors: list[Function], rng: random.Rand
         text = rng.choice(REQUEST_FRAMES).format(request=request, arguments=listed)
     else:
         text = rng.choice(STATEMENT_FRAMES).format(sentence=request, arguments=listed)
-    lines = [rng.choice(HEADERS), *(f"- {candidate.signature}" for candidate in candidates)]
+    lines = [rng.choice(HEADERS), *(candidate.signature for candidate in candidates)]
     prompt = "\n".join([*lines, text[0].upper() + text[1:]])
     return Query(prompt, function.name, render_call(function.name, arguments))
 
@@ -149,11 +156,13 @@ def usable(functions: list[Function]) -> list[Function]:
     return [f for f in functions if sum(p.default is None for p in f.parameters) <= MAX_ARGUMENTS]
 
 
-def _distractors(function: Function, pool: list[Function], rng: random.Random) -> list[Function]:
-    """Two or three other functions, one of the same module where there is one."""
+def _distractors(
+    function: Function, pool: list[Function], counts: tuple[int, ...], rng: random.Random
+) -> list[Function]:
+    """Other functions, as many as one of `counts` says, one of the same module where there is one."""
     siblings = [f for f in rng.sample(pool, min(40, len(pool))) if f.module == function.module]
     picked = [f for f in (*siblings[:1], *rng.sample(pool, min(12, len(pool)))) if f.name != function.name]
-    return list(dict.fromkeys(picked))[: rng.choice((2, 2, 3))]
+    return list(dict.fromkeys(picked))[: rng.choice(counts)]
 
 
 def _disguised(functions: list[Function], pool: list[Function], rng: random.Random) -> list[Function]:
@@ -168,8 +177,18 @@ def _disguised(functions: list[Function], pool: list[Function], rng: random.Rand
     return disguised
 
 
-def make_queries(functions: list[Function], count: int, seed: int, *, disguise_share: float = 0.0) -> list[Query]:
-    """`count` different queries, the functions taking turns. `disguise_share` is for training the target only."""
+def make_queries(
+    functions: list[Function],
+    count: int,
+    seed: int,
+    *,
+    disguise_share: float = 0.0,
+    distractor_counts: tuple[int, ...] = (2, 2, 3),
+) -> list[Query]:
+    """`count` different queries, the functions taking turns.
+
+    The keywords are for tuning the target. With no or one distractor it learns to copy a name before it can choose one.
+    """
     rng = random.Random(seed)
     pool = usable(functions)
     queries: dict[str, Query] = {}
@@ -177,7 +196,7 @@ def make_queries(functions: list[Function], count: int, seed: int, *, disguise_s
     while len(queries) < count:
         order = order or rng.sample(pool, len(pool))
         chosen = order.pop()
-        candidates = [chosen, *_distractors(chosen, pool, rng)]
+        candidates = [chosen, *_distractors(chosen, pool, distractor_counts, rng)]
         if rng.random() < disguise_share:
             candidates = _disguised(candidates, pool, rng)
         query = make_query(candidates[0], candidates[1:], rng)

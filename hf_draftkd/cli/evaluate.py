@@ -14,8 +14,8 @@ from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import decoding_settings
 from hf_draftkd.data.prompts import load_prompts, open_dataset
+from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.evaluate import evaluate_draft
-from hf_draftkd.evaluation.measurement import own_penalty
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
 from hf_draftkd.models.draft_length import draft_length_settings
@@ -177,9 +177,13 @@ def _check_write(options: EvaluateOptions) -> None:
         return
     if not options.measure_speed:
         raise UsageError("`--write` stores the best draft length, which needs `--measure_speed`.")
-    elsewhere = [path for path in options.model or [] if not Path(path).is_dir()]
+    # An adapter's directory has no generation config of its own: the base model's would be changed.
+    elsewhere = [path for path in options.model or [] if not (Path(path) / "config.json").is_file()]
     if elsewhere:
-        raise UsageError(f"`--write` changes the draft's own files, so {elsewhere[0]!r} must be a local directory.")
+        raise UsageError(
+            f"`--write` changes the draft's own generation config, so {elsewhere[0]!r} must be a local directory "
+            "with a whole model (merge an adapter first)."
+        )
 
 
 def _device_map() -> dict[str, Any] | None:

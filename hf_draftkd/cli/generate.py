@@ -73,7 +73,7 @@ class GenerateOptions:
     repetition_penalty: float = _option(1.0, "As in transformers; 1 is none.")
     num_completions: int = _option(1, "Completions a prompt at each temperature above 0.")
     batch_size: int = _option(8, "Prompts decoded together.")
-    shard_size: int | None = _option(None, "Prompts a shard; by default a sixteenth of them, at most 256.")
+    shard_size: int | None = _option(None, "Prompts a shard; by default a sixteenth of them, 4 batches to 256.")
     seed: int = _option(0, "Seed of the whole data set.")
     continuous_batching: bool = _option(False, "transformers' continuous batching; sampled rows cannot be repeated.")
     cache_distributions: str | None = _option(None, "Keep the target's distributions: top_k=64 or sampled=50.")

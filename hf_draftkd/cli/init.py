@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import AutoConfig
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.models.building import build_draft
+from hf_draftkd.models.checkpoints import check_model
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
 
@@ -30,7 +32,10 @@ class InitOptions:
         default=None, metadata={"help": "A new draft of this share of the target's parameters, such as 0.0164."}
     )
     draft_config: str | None = field(default=None, metadata={"help": "A new draft from this config: an id or a path."})
-    dtype: str = field(default="float32", metadata={"help": "dtype the draft is written in."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "dtype the draft is written in.", "choices": ["float32", "bfloat16", "float16"]},
+    )
     seed: int = field(default=42, metadata={"help": "Seed of new weights."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model repository brings."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into a directory that is not empty."})
@@ -48,12 +53,11 @@ def run(argv: list[str]) -> int:
     trusted = {"trust_remote_code": options.trust_remote_code}
     with usage_errors():
         directory = new_directory(options.output_dir, overwrite=options.overwrite_output_dir)
+        check_model(options.target_model, revision=options.target_model_revision, **trusted)
         tokenizer = load_tokenizer(options.target_model, revision=options.target_model_revision, **trusted)
         if options.model is not None:
             check_tokenizers(load_tokenizer(options.model, **trusted), tokenizer)
-        target = load_target(
-            options.target_model, revision=options.target_model_revision, dtype=options.dtype, **trusted
-        )
+        target = load_target(options.target_model, revision=options.target_model_revision, **trusted)
         if options.model is not None:
             draft = align_vocabulary(load_draft(options.model, dtype=options.dtype, **trusted), target, tokenizer)
         else:
@@ -66,6 +70,8 @@ def run(argv: list[str]) -> int:
                 layers=options.layers,
                 share=options.share,
                 config=config,
+                tokenizer=tokenizer,
+                dtype=getattr(torch, options.dtype),
                 seed=options.seed,
             )
     draft.save_pretrained(directory)

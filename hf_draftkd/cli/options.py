@@ -1,11 +1,13 @@
 """Reading options: dataclasses, the command line and `--config FILE.yaml`, through `trl.TrlParser`."""
 
+import dataclasses
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from trl import TrlParser
+from yaml import YAMLError
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 
@@ -19,7 +21,13 @@ def parse(command: str, dataclass_types: Sequence[type], argv: list[str], descri
     """
     parser = TrlParser(dataclass_types, prog=f"draftkd {command}", description=description, allow_abbrev=False)
     with usage_errors():
-        *instances, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+        try:
+            *instances, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+        except (YAMLError, TypeError) as error:
+            # YAML knows more types than options have: `divergence: [forward_kl]`.
+            raise UsageError(f"the options cannot be read: {error}") from error
+    for instance in instances:
+        _one_is_a_list_of_one(instance)
     for option in unknown:
         if option.startswith("--"):
             name = option.split("=", 1)[0]
@@ -29,6 +37,19 @@ def parse(command: str, dataclass_types: Sequence[type], argv: list[str], descri
     if unknown:
         raise UsageError(f"these words belong to no option: {' '.join(unknown)}")
     return tuple(instances)
+
+
+def _one_is_a_list_of_one(options: Any) -> None:
+    """`temperatures: 0.5` in a YAML file means what `--temperatures 0.5` means."""
+    hints = get_type_hints(type(options))
+    for item in dataclasses.fields(options):
+        value = getattr(options, item.name)
+        takes_list = any(get_origin(choice) is list for choice in (hints[item.name], *get_args(hints[item.name])))
+        takes_scalar = any(
+            isinstance(choice, type) and isinstance(value, choice) for choice in get_args(hints[item.name])
+        )
+        if takes_list and not takes_scalar and value is not None and not isinstance(value, list):
+            setattr(options, item.name, [value])
 
 
 def required(**options: Any) -> None:

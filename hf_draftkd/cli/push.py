@@ -25,6 +25,9 @@ class PushOptions:
     revision: str | None = field(default=None, metadata={"help": "Branch to commit to."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
     commit_message: str = field(default="Upload draft model", metadata={"help": "First line of the commit."})
+    benchmark_task: str | None = field(
+        default=None, metadata={"help": "Also write a leaderboard result for this task of the report's benchmark."}
+    )
     prose: Literal["hub", "local"] | None = field(
         default=None, metadata={"help": "Whose words to keep where the card was edited on the Hub and in the folder."}
     )

@@ -35,8 +35,9 @@ class QuickstartOptions:
     """The defaults are what the README's figures were made with."""
 
     output_dir: str = field(default="quickstart", metadata={"help": "Where everything is written."})
-    num_train_prompts: int = field(default=600, metadata={"help": "Training queries the target answers."})
-    num_test_prompts: int = field(default=120, metadata={"help": "Test queries both drafts are measured on."})
+    num_train_prompts: int = field(default=480, metadata={"help": "Training queries the target answers."})
+    num_test_prompts: int = field(default=100, metadata={"help": "Test queries both drafts are measured on."})
+    num_speed_prompts: int = field(default=12, metadata={"help": "Test queries decoded both ways against the clock."})
     num_train_epochs: float = field(default=4.0, metadata={"help": "Passes over the target's answers."})
     max_new_tokens: int = field(default=96, metadata={"help": "Longest answer, in tokens."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling and training."})
@@ -45,7 +46,8 @@ class QuickstartOptions:
 def run(argv: list[str]) -> int:
     """`draftkd quickstart *argv`; returns the exit code."""
     (options,) = parse("quickstart", (QuickstartOptions,), argv, "Distil and measure a draft on the bundled demo pair.")
-    console = Console()
+    # The table needs the room, also where the output goes to a file.
+    console = Console(width=max(Console().width, 110))
     out = Path(options.output_dir)
     with usage_errors():
         if out.exists() and not out.is_dir():
@@ -83,15 +85,15 @@ def run(argv: list[str]) -> int:
         temperatures=(0.0, 1.0),
         max_new_tokens=options.max_new_tokens,
         batch_size=16,
+        num_speed_prompts=options.num_speed_prompts,
         seed=options.seed,
         source="the demo pair's test queries",
-        domain="function calling",
     )
     write(report, trainer, draft, out)
     console.print(report.table())
     for warning in report.warnings:
-        console.print(f"[yellow]note:[/yellow] {warning}")
-    console.print(_ending(report, out))
+        console.print(f"Note: {warning}", markup=False)
+    print(_ending(out))
     return 0
 
 
@@ -129,23 +131,24 @@ def write(report: SpeculationReport, trainer: DraftDistillTrainer, draft: Any, o
         store_draft_length(trainer.model, report.recommendation.num_assistant_tokens)
         draft.generation_config.save_pretrained(folder)
     report.save(folder / "report.json")
-    save_figure(block_efficiency_figure(report), folder / PLOT)
-    trainer.create_model_card(
-        model_name="draftkd-quickstart", report=report, plots={"Block efficiency by draft length": PLOT}
-    )
+    plots = {}
+    try:
+        save_figure(block_efficiency_figure(report), folder / PLOT)
+        plots["Block efficiency by draft length"] = PLOT
+    except ImportError as error:
+        print(f"No plot: {error}")
+    trainer.create_model_card(model_name="draftkd-quickstart", report=report, plots=plots)
 
 
-def _ending(report: SpeculationReport, out: Path) -> str:
+def _ending(out: Path) -> str:
     draft, target = os.path.relpath(out / "draft"), os.path.relpath(demo_path("target"))
-    reason = f"{report.recommendation.reason}\n" if report.recommendation is not None else ""
     return f"""
-{reason}
-Written: {out / "report.json"}, {out / "draft"} (weights, tokenizer, README.md, {PLOT})
+Written: {out / "report.json"} and {out / "draft"} (weights, tokenizer, card and plot).
 
 Use the draft:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    tokenizer, target = AutoTokenizer.from_pretrained("{target}"), AutoModelForCausalLM.from_pretrained("{target}")
-    draft = AutoModelForCausalLM.from_pretrained("{draft}")
-    target.generate(**tokenizer("Hello", return_tensors="pt"), assistant_model=draft)
+    target, draft = (AutoModelForCausalLM.from_pretrained(p, dtype="float32") for p in ("{target}", "{draft}"))
+    inputs = AutoTokenizer.from_pretrained("{target}")("def add(", return_tensors="pt")
+    target.generate(**inputs, assistant_model=draft, max_new_tokens=40)
 """

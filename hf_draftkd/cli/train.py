@@ -32,8 +32,9 @@ class TrainOptions:
     dataset_split: str = field(default="train", metadata={"help": "Split of the training data."})
     eval_dataset: str | None = field(
         default=None,
-        metadata={"help": "Held-out data: a Hub id, a file or a folder; `SPLIT` of --dataset if it has one."},
+        metadata={"help": "Held-out data: a Hub id, a file or a folder."},
     )
+    eval_dataset_split: str = field(default="train", metadata={"help": "Split of the held-out data."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output directory that is not empty."}
     )
@@ -48,14 +49,22 @@ def run(argv: list[str]) -> int:
         "Distil a target into a draft. Every field of DraftDistillConfig is an option.",
     )
     required(model=options.model, dataset=options.dataset)
+    if model_config.model_name_or_path is not None:
+        raise UsageError("name the draft with `--model`; `--model_name_or_path` is not used")
     with usage_errors():
         checkpoint = _where_to_start(args, overwrite=options.overwrite_output_dir)
         trainer = build_trainer(options, args, model_config)
+    if options.overwrite_output_dir and trainer.is_world_process_zero():
+        # Checkpoints of an earlier run would be taken for this run's own when it is resumed. They go only now, when
+        # nothing more can be refused.
+        for old in [*Path(args.output_dir).glob("checkpoint-*"), Path(args.output_dir, UNFINISHED)]:
+            shutil.rmtree(old, ignore_errors=True)
     if trainer.is_world_process_zero():
         processes = trainer.accelerator.num_processes
         print(f"Training on {processes} process{'es' if processes > 1 else ''}.")
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    # Not as a user's call: with `--push_to_hub` that would publish the draft before it is measured.
+    trainer.save_model(_internal_call=True)
     trainer.save_state()
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
@@ -78,7 +87,11 @@ def build_trainer(options: TrainOptions, args: DraftDistillConfig, model_config:
         **(args.model_init_kwargs or {}),
     }
     train = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
-    held_out = None if options.eval_dataset is None else open_dataset(options.eval_dataset)
+    held_out = (
+        None
+        if options.eval_dataset is None
+        else open_dataset(options.eval_dataset, split=options.eval_dataset_split, config=options.dataset_config)
+    )
     return DraftDistillTrainer(
         model=options.model,
         target_model=options.target_model,
@@ -95,15 +108,13 @@ def _where_to_start(args: DraftDistillConfig, *, overwrite: bool) -> Any:
     directory = Path(args.output_dir)
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"`--output_dir {directory}` is a file. Name a directory.")
-    if args.resume_from_checkpoint is not None:
-        return args.resume_from_checkpoint
+    if (wanted := args.resume_from_checkpoint) is not None:
+        if not Path(wanted).is_dir():
+            raise UsageError(f"`--resume_from_checkpoint {wanted}` is not a directory.")
+        return wanted
     if not directory.is_dir() or not any(directory.iterdir()):
         return None
     if overwrite:
-        # Checkpoints of the earlier run would be taken for this run's own when it is resumed.
-        if args.process_index == 0:
-            for old in [*directory.glob("checkpoint-*"), directory / UNFINISHED]:
-                shutil.rmtree(old, ignore_errors=True)
         return None
     last, skipped = last_complete_checkpoint(directory)
     if last is None:

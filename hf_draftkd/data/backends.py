@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextGenerationPipeline
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextGenerationPipeline,
+)
 from transformers.pipelines.pt_utils import KeyDataset
 
 from hf_draftkd.data.decoding import DecodingSetting, end_token_ids
@@ -148,12 +154,22 @@ def pipeline_backend(
 
 
 def continuous_backend(
-    target_model: PreTrainedModel, *, max_new_tokens: int, suppress_tokens: list[int] | None = None
+    target_model: PreTrainedModel,
+    *,
+    max_new_tokens: int,
+    suppress_tokens: list[int] | None = None,
+    config: ContinuousBatchingConfig | None = None,
 ) -> Backend:
     """Answers through transformers' continuous batching: new prompts join as others finish.
 
     The ids are exact. Which random numbers a prompt gets depends on the order of arrival, so a sampled run cannot be
     repeated row for row.
+
+    Args:
+        target_model: The target, where it is to run.
+        max_new_tokens: Longest completion, in tokens.
+        suppress_tokens: Ids that must not be written.
+        config: Size of the paged cache and the like. By default transformers takes most of the free memory.
     """
     end_ids = end_token_ids(target_model)
     overrides = {} if suppress_tokens is None else {"suppress_tokens": suppress_tokens}
@@ -161,15 +177,19 @@ def continuous_backend(
     def answer(
         prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, on_finished: Callable[[Completion], None]
     ) -> list[Completion]:
-        config = setting.generation_config(target_model, max_new_tokens, **overrides)
         with _seeded(seed, target_model), _evaluating(target_model):
-            outputs = target_model.generate_batch(inputs=prompt_ids, generation_config=config, progress_bar=False)
+            outputs = target_model.generate_batch(
+                inputs=prompt_ids,
+                generation_config=setting.generation_config(target_model, max_new_tokens, **overrides),
+                continuous_batching_config=config,
+            )
+        # In the order of the prompts; a request that failed is missing or carries its error, and only a log says so.
+        failed = [output.error for output in outputs.values() if output.error]
+        if failed or len(outputs) < len(prompt_ids):
+            reason = failed[0] if failed else f"{len(prompt_ids) - len(outputs)} prompts got no answer"
+            raise RuntimeError(f"Continuous batching failed: {reason}. Leave it off, or give it a smaller cache.")
         completions = []
-        for number in range(len(prompt_ids)):  # requests are numbered in the order of the prompts
-            output = outputs.get(f"req_{number}")
-            if output is None or output.error:
-                reason = "no answer" if output is None else output.error
-                raise RuntimeError(f"Continuous batching failed on prompt {number} of the shard: {reason}")
+        for output in outputs.values():
             completions.append(Completion(*cut_completion(list(output.generated_tokens), end_ids)))
             on_finished(completions[-1])
         return completions

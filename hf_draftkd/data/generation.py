@@ -2,35 +2,21 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from datasets import Dataset
+from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_draftkd.data.backends import Backend, Completion, continuous_backend, pipeline_backend
+from hf_draftkd.data.answering import ids_without_token as ids_without_token  # evaluation leaves out the same ids
+from hf_draftkd.data.answering import local_target, remote_target
+from hf_draftkd.data.backends import Backend, Completion
 from hf_draftkd.data.decoding import DecodingSetting
-from hf_draftkd.data.endpoint import endpoint_backend, endpoint_logprobs
 from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
-from hf_draftkd.data.provenance import (
-    package_versions,
-    plain,
-    resolved_revision,
-    template_hash,
-    text_hash,
-    weights_fingerprint,
-)
+from hf_draftkd.data.provenance import package_versions, plain, template_hash, text_hash
 from hf_draftkd.data.rows import alignment_rows
 from hf_draftkd.data.shards import cut_shards, run_shards
-from hf_draftkd.data.target_cache import (
-    CacheRows,
-    add_cache_columns,
-    cache_features,
-    check_cache_options,
-    distribution_cache,
-    real_vocab_size,
-)
+from hf_draftkd.data.target_cache import add_cache_columns
 
 SCENARIOS = ("queries", "curated", "synthetic")
 _CHUNK = 1000  # prompts rendered at a time while checking
@@ -53,7 +39,7 @@ def generate_alignment_data(
     output_dir: "str | Path | None" = None,
     shard_size: int | None = None,
     skip_too_long: bool = False,
-    continuous_batching: bool = False,
+    continuous_batching: "bool | ContinuousBatchingConfig" = False,
     cache_distributions: dict[str, Any] | None = None,
     endpoint: str | None = None,
     endpoint_options: dict[str, Any] | None = None,
@@ -84,9 +70,10 @@ def generate_alignment_data(
         seed: Seed of the whole data set.
         scenario: Where the prompts come from: `queries`, `curated` or `synthetic`.
         output_dir: A folder for Parquet shards and their manifest. Without it the rows stay in memory.
-        shard_size: Prompts a shard. By default a sixteenth of the prompts, at most 256.
+        shard_size: Prompts a shard. By default a sixteenth of the prompts, at least four batches, at most 256.
         skip_too_long: Leave out prompts that do not fit into the context, and warn, instead of refusing them.
-        continuous_batching: Use transformers' continuous batching; sampled rows can then not be repeated.
+        continuous_batching: Use transformers' continuous batching, with a config if one is given. Its ids are exact;
+            sampled rows can not be repeated, and its cache takes most of the free memory unless the config says less.
         cache_distributions: Also keep the target's distributions, with these options of `cache_target_distributions`:
             `{"top_k": 64}` or `{"sampled": 50}`, and `temperature` and `dtype`. With `endpoint`, `{"top_k": 5}` keeps
             the top log-probabilities that the server returns.
@@ -127,12 +114,12 @@ def generate_alignment_data(
         template_options=template_options,
     )
     if isinstance(target_model, str):
-        answering = _remote(
+        answering = remote_target(
             target_model, tokenizer, str(endpoint), max_new_tokens, cache_distributions, endpoint_options
         )
     else:
         cache = None if cache_distributions is None else {"seed": seed, **cache_distributions}
-        answering = _local(
+        answering = local_target(
             target_model, tokenizer, max_new_tokens, batch_size, continuous_batching, cache, target_revision
         )
 
@@ -210,14 +197,6 @@ def decoding_settings(
     ]
 
 
-def ids_without_token(target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Rows of a padded vocabulary that stand for no token, and what the target suppresses itself; None if none."""
-    vocab_size = target_model.get_output_embeddings().weight.shape[0]
-    own = target_model.generation_config.suppress_tokens or []
-    ids = sorted({*own, *range(len(tokenizer), vocab_size)})
-    return ids or None
-
-
 def answer_shard(
     prompt_ids: list[list[int]],
     requests: Mapping[DecodingSetting, int],
@@ -239,76 +218,6 @@ def derived_seed(*parts: Any) -> int:
     """One seed for a part of the work, the same on every machine."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # below 2**63, as torch wants it
-
-
-@dataclass(frozen=True)
-class _Answering:
-    """Who answers: the backend, what the manifest says of it, and the columns that come on top of the answers."""
-
-    backend: Backend
-    identity: dict[str, Any]
-    brought: Features | None = None  # columns that the completions bring along
-    cache: tuple[CacheRows, Features] | None = None  # columns computed from the finished rows
-
-
-def _local(
-    target_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    batch_size: int,
-    continuous_batching: bool,
-    cache_options: dict[str, Any] | None,
-    revision: str | None,
-) -> _Answering:
-    suppressed = ids_without_token(target_model, tokenizer)
-    if continuous_batching:
-        backend = continuous_backend(target_model, max_new_tokens=max_new_tokens, suppress_tokens=suppressed)
-    else:
-        backend = pipeline_backend(
-            target_model, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, suppress_tokens=suppressed
-        )
-    identity = {
-        "target": target_model.name_or_path,
-        "target_revision": resolved_revision(target_model.name_or_path, revision),
-        "target_weights": weights_fingerprint(target_model),
-        "target_dtype": str(target_model.dtype),
-        "backend": "continuous batching" if continuous_batching else "pipeline",
-        "suppressed_tokens": suppressed,
-    }
-    cache = None if cache_options is None else _prepare_cache(target_model, tokenizer, cache_options)
-    return _Answering(backend, identity, cache=cache)
-
-
-def _remote(
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    endpoint: str,
-    max_new_tokens: int,
-    cache_options: dict[str, Any] | None,
-    options: dict[str, Any] | None,
-) -> _Answering:
-    top_logprobs = endpoint_logprobs(cache_options)
-    backend = endpoint_backend(
-        endpoint, name, tokenizer, max_new_tokens=max_new_tokens, top_logprobs=top_logprobs, **(options or {})
-    )
-    brought = None if top_logprobs is None else cache_features(len(tokenizer), None, "float16")
-    return _Answering(backend, {"target": name, "target_revision": None, "backend": endpoint}, brought=brought)
-
-
-def _prepare_cache(
-    target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
-) -> tuple[CacheRows, Features]:
-    options = {"top_k": None, "sampled": None, "temperature": 1.0, "dtype": "float16", **options}
-    known = {"top_k", "sampled", "temperature", "dtype", "seed"}
-    if unknown := sorted(set(options) - known):
-        raise ValueError(f"`cache_distributions` does not know {unknown[0]!r}; it takes {', '.join(sorted(known))}.")
-    vocab_size = real_vocab_size(target_model, tokenizer)
-    dtype = options.pop("dtype")
-    options["top_k"] = check_cache_options(
-        options["top_k"], options["sampled"], options["temperature"], dtype, vocab_size
-    )
-    features = cache_features(vocab_size, options["sampled"], dtype)
-    return distribution_cache(target_model, vocab_size=vocab_size, **options), features
 
 
 def _require_at_least_one(**values: int) -> None:

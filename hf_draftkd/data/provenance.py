@@ -2,19 +2,17 @@
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd import __version__
 
-PACKAGES = ("torch", "transformers", "datasets", "tokenizers")
+_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 _SAMPLED = 64  # numbers looked at in each weight
 
 
@@ -35,21 +33,6 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def resolved_revision(name_or_path: str, revision: str | None = None) -> str | None:
-    """The commit of a model that was loaded from the Hub, as the local cache knows it; None for a local directory.
-
-    transformers keeps no commit on a loaded model (any more), so the name and the asked-for revision have to do.
-    """
-    if not name_or_path or Path(name_or_path).exists():
-        return None
-    try:
-        path = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
-    except HFValidationError:  # a name that cannot be a repository
-        return None
-    # .../models--org--name/snapshots/COMMIT/config.json
-    return Path(path).parent.name if isinstance(path, str) else None
-
-
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A hash of the chat template; None where there is none."""
     template = getattr(tokenizer, "chat_template", None)
@@ -65,7 +48,12 @@ def text_hash(texts: Iterable[str]) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    return {"hf_draftkd": __version__, **{name: version(name) for name in PACKAGES}}
+    """Versions of Python and of the packages that a result depends on."""
+    return {
+        "python": platform.python_version(),
+        "hf_draftkd": __version__,
+        **{name: version(name) for name in _PACKAGES},
+    }
 
 
 def plain(value: Any) -> str:

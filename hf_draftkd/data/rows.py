@@ -6,8 +6,10 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from hf_draftkd.data.backends import Completion
+from hf_draftkd.data.backends import Completion, cut_completion
 from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.prompts import clean_message, render_prompt
+from hf_draftkd.data.sources import unknown
 
 
 def alignment_rows(
@@ -74,3 +76,50 @@ def alignment_features(prompt_features: Features) -> Features:
         "finish_reason": text,
     }
     return Features({**own, **{name: kind for name, kind in prompt_features.items() if name not in own}})
+
+
+def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **template_options: Any) -> Dataset:
+    """Give text that exists the token columns of alignment data, encoded once (`ids_source` "retokenized").
+
+    The tokens are those the tokenizer makes of the text, which need not be those that its writer read and wrote: such
+    rows serve training and caches, not block efficiency.
+
+    Args:
+        dataset: Rows with `prompt` and `completion`, strings or lists of messages.
+        tokenizer: The target's tokenizer.
+        **template_options: Further arguments of the chat template.
+
+    Returns:
+        The dataset with `prompt_ids`, `completion_ids` (with the end token) and `ids_source`.
+
+    Raises:
+        ValueError: A column is missing, or the chat template does not continue the prompt with the completion.
+    """
+    for name in ("prompt", "completion"):
+        if name not in dataset.column_names:
+            raise ValueError(unknown("column", name, dataset.column_names))
+    features = Features(
+        {**dataset.features, **{name: List(Value("int32")) for name in ("prompt_ids", "completion_ids")}}
+        | {"ids_source": Value("string")}
+    )
+
+    def encode(row: dict[str, Any], number: int) -> dict[str, Any]:
+        options = {"tools": row.get("tools"), **template_options}
+        prompt_ids = render_prompt(row["prompt"], tokenizer, **options)
+        if isinstance(row["prompt"], str):
+            ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+            ids = ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+        else:
+            messages = [clean_message(message) for message in [*row["prompt"], *row["completion"]]]
+            whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+            if whole[: len(prompt_ids)] != prompt_ids:
+                raise ValueError(
+                    f"Row {number} (counted from 0): the chat template does not continue the rendered prompt when the "
+                    "completion is added, so there are no completion tokens. Generate the data with the target instead."
+                )
+            # Templates put a line break behind the end token, which no target writes.
+            ends = frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
+            ids, _ = cut_completion(whole[len(prompt_ids) :], ends)
+        return {**row, "prompt_ids": prompt_ids, "completion_ids": ids, "ids_source": "retokenized"}
+
+    return dataset.map(encode, with_indices=True, features=features, desc="Encoding text")

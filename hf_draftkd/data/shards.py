@@ -19,7 +19,8 @@ from time import perf_counter
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets, disable_progress_bars, enable_progress_bars, load_dataset
+from datasets.utils import are_progress_bars_disabled
 from transformers.utils import logging
 
 from hf_draftkd.data.backends import Completion
@@ -38,7 +39,8 @@ class StoppedError(RuntimeError):
 def cut_shards(num_prompts: int, batch_size: int, shard_size: int | None = None) -> list[range]:
     """The prompts of each shard: a function of their number and the batch size, never of who does the work."""
     if shard_size is None:
-        shard_size = min(-(-num_prompts // 16), _LARGEST_SHARD)
+        # Small enough that several processes share the work, large enough that batches of like length can be made.
+        shard_size = min(max(-(-num_prompts // 16), 4 * batch_size), max(_LARGEST_SHARD, batch_size))
     if shard_size < 1:
         raise ValueError(f"`shard_size` must be at least 1, got {shard_size}.")
     shard_size = -(-shard_size // batch_size) * batch_size  # whole batches
@@ -151,7 +153,7 @@ def write_shard(folder: Path, number: int, count: int, rows: Dataset) -> None:
 
 
 def write_parquet(rows: Dataset, path: Path) -> None:
-    with path.open("wb") as file:
+    with path.open("wb") as file, _no_bar_of_its_own():
         rows.to_parquet(file)
         file.flush()
         os.fsync(file.fileno())
@@ -219,6 +221,18 @@ def _replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _no_bar_of_its_own() -> Iterator[None]:
+    # One bar a shard, each of one batch, would tear the bar over completions apart.
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float = 0.5) -> None:

@@ -14,10 +14,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hf_draftkd.data.answering import ids_without_token
 from hf_draftkd.data.backends import STOP, Completion, pipeline_backend
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.filters import QueryFilter
-from hf_draftkd.data.generation import derived_seed, ids_without_token
+from hf_draftkd.data.generation import derived_seed
 from hf_draftkd.data.provenance import package_versions, template_hash, weights_fingerprint
 from hf_draftkd.data.shards import completion_progress, open_folder, read_round, write_round
 

@@ -1,6 +1,7 @@
 """From sums per text to figures with intervals: counts added up, divided once, resampled over prompts."""
 
 from collections.abc import Sequence
+from statistics import median
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -10,12 +11,16 @@ from hf_draftkd.acceptance import (
     Estimate,
     acceptance_by_position,
     bootstrap_paired_ratio_difference,
+    bootstrap_paired_ratio_quotient,
     bootstrap_ratio,
     mbsu,
+    predicted_speedup,
 )
 from hf_draftkd.data.decoding import DecodingSetting
-from hf_draftkd.evaluation.report import PairedDifference, SettingResult
+from hf_draftkd.evaluation.recommendation import expected_efficiency, forward_latency, generate_latency
+from hf_draftkd.evaluation.report import AssistedResult, LatencyResult, PairedDifference, SettingResult
 from hf_draftkd.evaluation.teacher_forced import TextSums
+from hf_draftkd.evaluation.timing import DecodingTimes
 
 
 def setting_result(
@@ -118,6 +123,35 @@ def _by_position(sums: TextSums, num_assistant_tokens: int) -> list[float]:
     mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in sums.accepted], batch_first=True)
     positions = acceptance_by_position(accepted, num_assistant_tokens, mask)
     return (positions.accepted.sum(0) / positions.blocks.sum()).tolist()
+
+
+def assisted_result(times: DecodingTimes, num_assistant_tokens: int) -> AssistedResult:
+    """Counts and speed of real decoding."""
+    counts = times.counts
+    speedup = bootstrap_paired_ratio_quotient(
+        times.assisted_tokens, times.assisted_seconds, times.plain_tokens, times.plain_seconds
+    )
+    return AssistedResult(
+        num_assistant_tokens=num_assistant_tokens,
+        num_prompts=len(times.plain_tokens),
+        **counts.to_dict(),
+        tokens_per_second=sum(times.assisted_tokens) / sum(times.assisted_seconds),
+        plain_tokens_per_second=sum(times.plain_tokens) / sum(times.plain_seconds),
+        speedup=speedup,
+        median_speedup=median(times.paired_speedups),
+        num_identical=times.num_identical,
+        differences=times.differences or None,
+    )
+
+
+def compare_with_prediction(setting: SettingResult, latency: LatencyResult) -> None:
+    """Put what was predicted, and what forward passes alone would allow, beside the measured speed-up."""
+    found, efficiency = setting.assisted, expected_efficiency(setting)
+    if found is None or found.speedup is None or not efficiency:
+        return
+    length = found.num_assistant_tokens
+    found.predicted_speedup = predicted_speedup(efficiency[length], length, generate_latency(latency))
+    found.share_of_limit = found.speedup.value / predicted_speedup(efficiency[length], length, forward_latency(latency))
 
 
 def by_prompt(prompts: Sequence[int], *columns: torch.Tensor) -> list[torch.Tensor]:

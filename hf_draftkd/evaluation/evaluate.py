@@ -11,8 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_draftkd.acceptance.token_rates import check_verification
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import decoding_settings
-from hf_draftkd.evaluation.measurement import Measurement, own_penalty
-from hf_draftkd.evaluation.provenance import hardware_info, model_info, versions
+from hf_draftkd.data.provenance import package_versions
+from hf_draftkd.evaluation.checks import own_penalty
+from hf_draftkd.evaluation.measurement import Measurement
+from hf_draftkd.evaluation.provenance import hardware_info, model_info
 from hf_draftkd.evaluation.report import DraftResult, SpeculationReport
 from hf_draftkd.models.pairing import align_vocabulary
 
@@ -108,9 +110,9 @@ def evaluate_draft(
             draft=first.draft,
             prompts=info,
             hardware=hardware_info(target_model),
-            versions=versions(),
+            versions=package_versions(),
             num_assistant_tokens=measured.reported_length,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=measured.max_new_tokens,
             settings=first.settings,
             latency=first.latency,
             recommendation=first.recommendation,

@@ -93,7 +93,7 @@ def _inline_svg(figure: "Figure", title: str, salt: str) -> Markup:
     head, body = svg.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     # Every drawing names its parts figure_1, axes_1, ...: once on a page is enough.
-    body = re.sub(r'<g id="[a-z]+[a-z0-9_.]*_\d+">', "<g>", body)
+    body = re.sub(r'<g id="[A-Za-z][\w.]*_\d+">', "<g>", body)
     return Markup(f'{head} role="img" aria-label="{Markup.escape(title)}">{body}')
 
 

@@ -1,25 +1,38 @@
 """The steps of an evaluation, in order: take texts, score drafts on them, time decoding, judge."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_draftkd.acceptance import bootstrap_paired_ratio_quotient, bootstrap_ratio, predicted_speedup
+from hf_draftkd.acceptance import bootstrap_ratio
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import decoding_settings, ids_without_token
 from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
-from hf_draftkd.evaluation.estimates import by_prompt, paired_difference, select_texts, setting_result
+from hf_draftkd.evaluation.checks import (
+    PLAUSIBLE,
+    author_warnings,
+    check_ids,
+    check_lengths,
+    inherited_setting_warnings,
+    own_penalty,
+    plausibility_warnings,
+)
+from hf_draftkd.evaluation.estimates import (
+    assisted_result,
+    by_prompt,
+    compare_with_prediction,
+    paired_difference,
+    select_texts,
+    setting_result,
+)
 from hf_draftkd.evaluation.lossy import FORMS, LENIENCE, lossy_values
 from hf_draftkd.evaluation.provenance import content_hash, model_info
 from hf_draftkd.evaluation.recommendation import (
-    expected_efficiency,
-    forward_latency,
-    generate_latency,
     is_transformers_rule,
     overall_draft_length,
     recommend,
@@ -28,7 +41,6 @@ from hf_draftkd.evaluation.recommendation import (
 from hf_draftkd.evaluation.report import (
     AssistedResult,
     DraftResult,
-    LatencyResult,
     LossyPoint,
     PairedDifference,
     PromptInfo,
@@ -39,12 +51,9 @@ from hf_draftkd.evaluation.self_check import CHECKED_LENGTHS, self_check
 from hf_draftkd.evaluation.tables import setting_name
 from hf_draftkd.evaluation.teacher_forced import AS_TRANSFORMERS, EXACT, PassResult, score_texts
 from hf_draftkd.evaluation.texts import TextSet, generated_texts, is_recorded, other_texts, recorded_texts
-from hf_draftkd.evaluation.timing import DecodingTimes, measure_latency, time_decoding
+from hf_draftkd.evaluation.timing import measure_latency, time_decoding
 from hf_draftkd.models.pairing import shared_vocab_size
 
-# Below this share of tokens that the target could have written, a text was written by something else: rounding in
-# low precision moves a few in a hundred at most.
-_PLAUSIBLE = 0.95
 _FEW_PROMPTS = 20
 _DEFAULT_TEMPERATURES = (0.0, 1.0)
 _DEFAULT_LENGTH = 5
@@ -70,6 +79,7 @@ class Measurement:
         self.asked_length = num_assistant_tokens
         self.reported_length = num_assistant_tokens or _DEFAULT_LENGTH
         self.suppressed = ids_without_token(target_model, tokenizer)
+        self.context = sys.maxsize
         self.warnings: list[str] = []
         self.text_sets: list[TextSet] = []
         self.passes: list[PassResult] = []
@@ -86,7 +96,8 @@ class Measurement:
         defaults = decoding_settings(_DEFAULT_TEMPERATURES, repetition_penalty=own_penalty(self.target_model))
         if dataset is not None and is_recorded(dataset):
             self.text_sets = recorded_texts(dataset, settings)
-            self._check_author()
+            self.warnings += author_warnings(self.target_model, self.text_sets)
+            self.max_new_tokens = max(len(text.completion_ids) for texts in self.text_sets for text in texts.texts)
             contents: Any = dataset["prompt_ids"]
         elif dataset is not None:
             self.text_sets = other_texts(dataset, self.tokenizer, settings or defaults)
@@ -111,7 +122,11 @@ class Measurement:
             )
             contents = loaded["prompt"]
             source = source or (str(prompts) if isinstance(prompts, str | Path) else None)
-        self._state_inherited_settings()
+        for model in (self.target_model, *drafts):
+            check_lengths(model, self.text_sets)
+        contexts = [context_length(model.config) for model in (self.target_model, *drafts)]
+        self.context = min((length for length in contexts if length is not None), default=sys.maxsize)
+        self.warnings += inherited_setting_warnings(self.target_model, self.text_sets)
         count = max(len(set(texts.prompts)) for texts in self.text_sets)
         if count < _FEW_PROMPTS:
             self.warnings.append(
@@ -126,7 +141,7 @@ class Measurement:
         total = sum(len(texts.texts) for texts in self.text_sets)
         with logging.tqdm(total=total, desc="Scoring texts", unit="text") as bar:
             for texts in self.text_sets:
-                self._check_ids(texts, vocab_size)
+                check_ids(texts, vocab_size)
                 scored = score_texts(
                     self.target_model,
                     drafts,
@@ -139,7 +154,7 @@ class Measurement:
                     on_texts=bar.update,
                 )
                 self.passes.append(scored)
-                self._check_plausible(texts, scored.share_plausible)
+                self.warnings += plausibility_warnings(self.target_model, texts, scored.share_plausible)
         return [
             DraftResult(draft=model_info(draft), settings=self._settings(index, draft))
             for index, draft in enumerate(drafts)
@@ -312,100 +327,21 @@ class Measurement:
 
     def _spread_prompts(self, count: int) -> list[Sequence[int]]:
         """Prompts at even distances, so that sorted data is not timed on one kind of prompt alone."""
-        unique = list({tuple(text.prompt_ids): text.prompt_ids for text in self.text_sets[0].texts}.values())
+        found = {tuple(text.prompt_ids): text.prompt_ids for text in self.text_sets[0].texts}
+        # Recorded prompts need not leave room for the longest recorded completion.
+        unique = [prompt for prompt in found.values() if len(prompt) + self.max_new_tokens <= self.context]
+        if not unique:
+            raise ValueError(
+                f"No prompt leaves room for {self.max_new_tokens} new tokens in a context of {self.context}, so "
+                "decoding cannot be timed. Turn `measure_speed` and `verify` off."
+            )
         count = min(count, len(unique))
         return [unique[place * len(unique) // count] for place in range(count)]
-
-    def _check_ids(self, texts: TextSet, vocab_size: int) -> None:
-        for number, text in enumerate(texts.texts):
-            if max(max(text.prompt_ids), max(text.completion_ids)) >= vocab_size:
-                raise ValueError(
-                    f"Text {number} holds token ids from {vocab_size} on, which the pair's shared vocabulary does not "
-                    "have. Was it written by another target?"
-                )
-
-    def _check_author(self) -> None:
-        name = self.target_model.name_or_path
-        others = {texts.written_by for texts in self.text_sets} - {name, None}
-        if others:
-            self.warnings.append(
-                f"The texts were written by {', '.join(sorted(map(str, others)))}, the target here is {name}. Figures "
-                "hold only if that is the same model."
-            )
-
-    def _check_plausible(self, texts: TextSet, share: float) -> None:
-        if not texts.is_exact:
-            return
-        words = ", ".join(f"{name} {value:g}" for name, value in texts.setting.to_dict().items())
-        if share < _PLAUSIBLE:
-            self.warnings.append(
-                f"Only {share:.1%} of the tokens recorded under {words} could have been written by this target so: "
-                "they come from another model or setting. Acceptance rates are given, block efficiencies are not."
-            )
-        elif share < 1:
-            self.warnings.append(
-                f"{1 - share:.2%} of the tokens written under {words} are not what one forward pass of the target "
-                f"gives: near-ties that rounding in {self.target_model.dtype} decides."
-            )
-
-    def _state_inherited_settings(self) -> None:
-        """Say which entries of the target's generation config were applied, and which were not."""
-        own = self.target_model.generation_config
-        penalty = own_penalty(self.target_model)
-        if penalty != 1:
-            applied = {texts.setting.repetition_penalty for texts in self.text_sets}
-            how = "applied to draft and target alike" if applied == {penalty} else "not applied, as the settings say"
-            self.warnings.append(f"The target's generation config carries repetition_penalty {penalty:g}: {how}.")
-        used = {(texts.setting.top_p, texts.setting.top_k) for texts in self.text_sets if not texts.setting.is_greedy}
-        carried = [
-            f"{name} {value:g}"
-            for name, value, neutral in (("top_p", own.top_p, 1), ("top_k", own.top_k, 0), ("min_p", own.min_p, 0))
-            if value is not None and value != neutral
-        ]
-        if carried and used and used != {(own.top_p or 1.0, own.top_k or 0)}:
-            self.warnings.append(
-                f"The target's generation config carries {', '.join(carried)}, which the settings measured here "
-                "replace."
-            )
 
 
 def _has_blocks(texts: TextSet, scored: PassResult) -> bool:
     """Whether the target itself wrote these texts under the setting they are reported for."""
-    return texts.is_exact and scored.share_plausible >= _PLAUSIBLE
-
-
-def own_penalty(target_model: PreTrainedModel) -> float:
-    """The repetition penalty of a model's generation config, 1 where it has none."""
-    return target_model.generation_config.repetition_penalty or 1.0
-
-
-def assisted_result(times: DecodingTimes, num_assistant_tokens: int) -> AssistedResult:
-    """Counts and speed of real decoding."""
-    counts = times.counts
-    speedup = bootstrap_paired_ratio_quotient(
-        times.assisted_tokens, times.assisted_seconds, times.plain_tokens, times.plain_seconds
-    )
-    return AssistedResult(
-        num_assistant_tokens=num_assistant_tokens,
-        num_prompts=len(times.plain_tokens),
-        **counts.to_dict(),
-        tokens_per_second=sum(times.assisted_tokens) / sum(times.assisted_seconds),
-        plain_tokens_per_second=sum(times.plain_tokens) / sum(times.plain_seconds),
-        speedup=speedup,
-        median_speedup=median(times.paired_speedups),
-        num_identical=times.num_identical,
-        differences=times.differences or None,
-    )
-
-
-def compare_with_prediction(setting: SettingResult, latency: LatencyResult) -> None:
-    """Put what was predicted, and what forward passes alone would allow, beside the measured speed-up."""
-    found, efficiency = setting.assisted, expected_efficiency(setting)
-    if found is None or found.speedup is None or not efficiency:
-        return
-    length = found.num_assistant_tokens
-    found.predicted_speedup = predicted_speedup(efficiency[length], length, generate_latency(latency))
-    found.share_of_limit = found.speedup.value / predicted_speedup(efficiency[length], length, forward_latency(latency))
+    return texts.is_exact and scored.share_plausible >= PLAUSIBLE
 
 
 def _timed_length(result: DraftResult) -> int | None:

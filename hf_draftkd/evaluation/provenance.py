@@ -4,7 +4,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_draftkd.evaluation.report import HardwareInfo, ModelInfo
-
-_PACKAGES = ("hf_draftkd", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
+from hf_draftkd.models.revisions import model_revision
 
 
 def model_info(model: PreTrainedModel, name: str | None = None) -> ModelInfo:
@@ -25,7 +23,7 @@ def model_info(model: PreTrainedModel, name: str | None = None) -> ModelInfo:
     """
     return ModelInfo(
         name=name or model.config.name_or_path or type(model).__name__,
-        revision=getattr(model.config, "_commit_hash", None),
+        revision=model_revision(model),
         num_parameters=model.num_parameters(),
     )
 
@@ -41,17 +39,6 @@ def hardware_info(model: PreTrainedModel) -> HardwareInfo:
         num_threads=torch.get_num_threads(),
         dtype=str(model.dtype).removeprefix("torch."),
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries a figure depends on."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def content_hash(items: Iterable[Any]) -> str:

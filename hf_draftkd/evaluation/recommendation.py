@@ -68,7 +68,8 @@ def recommend(setting: SettingResult, latency: LatencyResult, name: str) -> Reco
     best = best_draft_length(efficiency, times)
     break_even = break_even_acceptance_rate(times, efficiency)
     measured = setting.assisted.speedup if setting.assisted is not None else None
-    worth_it = (best.predicted_speedup if measured is None else measured.value) > 1
+    # To the two digits that are shown: 1.00 times the plain speed is worth nobody's while.
+    worth_it = round(best.predicted_speedup if measured is None else measured.value, 2) > 1
     length = best.num_assistant_tokens
     cost = times.relative_cost
     if worth_it:

@@ -247,7 +247,7 @@ def _generate_overhead(
                 observe_steps(target_model, steps.append, synchronize=True),
             ):
                 generate_text(target_model, prompt, config, seed=seed + number, assistant_model=draft_model)
-    later = [step for step in steps if not step.is_first and step.num_draft_tokens > 0]
+    later = [step for step in steps if not step.is_first and step.num_draft_tokens + 1 in verify]
     by_length = {
         length: [step for step in later if step.num_draft_tokens == length]
         for length in {step.num_draft_tokens for step in later}

@@ -1,6 +1,12 @@
 """Share a draft, find a draft.
 
-card.py        the model card, from data alone; summary.py, figures.py, metadata.py, engines.py, citations.py feed it
-sections.py    which parts of a card are rewritten, and which belong to its owner
-markdown.py    names and texts from others, made harmless
+card.py         the model card, from data alone
+  summary.py      what a card says beyond the report: training, pair, provenance
+  figures.py      from a report to tables; metadata.py to the YAML block; engines.py to commands; citations.py
+  sections.py     which parts of a card are rewritten, and which belong to its owner
+  markdown.py     names and texts from others, made harmless
+publishing.py   push: plan, then one commit
+  planning.py     what goes in: report, facts, whose words; contents.py the list of files; weights.py their checksum
+discovery.py    find: which drafts there are for a target, best first
+access.py       tokens, and what the Hub's refusals mean
 """

@@ -83,14 +83,13 @@ def hub_errors(doing: str, *, afterwards: str, token: str | None = None) -> Iter
             f"The Hub cannot be reached while {doing} ({type(error).__name__}: {redacted(error, token)}). {afterwards}"
         ) from None
     except RuntimeError as error:
-        # huggingface_hub wraps what goes wrong in an upload thread.
+        # huggingface_hub wraps what goes wrong in an upload thread, and its Xet client has errors of its own.
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):
             raise _from_response(cause, doing, afterwards, token) from None
-        if isinstance(cause, (HTTPError, ConnectionError, TimeoutError)):
-            said = redacted(f"{error} {type(cause).__name__}: {cause}", token)
-            raise ConnectionError(f"The connection broke while {doing}: {said} {afterwards}") from None
-        raise
+        reason = f" ({type(cause).__name__}: {cause})" if cause else ""
+        said = redacted(f"{error}{reason}", token)
+        raise ConnectionError(f"The connection broke while {doing}: {said} {afterwards}") from None
 
 
 def _from_response(error: HfHubHTTPError, doing: str, afterwards: str, token: str | None) -> Exception:

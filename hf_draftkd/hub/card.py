@@ -154,7 +154,9 @@ def public_report(report: Any) -> dict[str, Any]:
         known["baseline"] = dict(known["baseline"]) | {"draft": _public_model(known["baseline"].get("draft"))}
     if "source" in known.get("prompts", {}):
         source = known["prompts"]["source"]
-        known["prompts"] = dict(known["prompts"]) | {"source": public_name(source)}
+        # The source may also be words ("given", "the demo's test queries"); only a path could tell something.
+        shown = public_name(source) if any(mark in source for mark in "/\\") else source
+        known["prompts"] = dict(known["prompts"]) | {"source": shown}
     return known
 
 
@@ -178,6 +180,9 @@ def _context(
         target = public_name(training.target)
     revision = report.get("target", {}).get("revision") or (training.target_revision if training else None)
     shown = public_name(name) if name else report.get("draft", {}).get("name") or "path/to/draft"
+    if "/" not in shown:
+        # A draft that was given a name but no owner is not on the Hub: nobody could load it by that name.
+        shown = f"path/to/{shown}"
     # What evaluation recommends wins over what a config still holds from before.
     length = figures.tuned_length(report) or pair.num_assistant_tokens
     commands = engines.commands(
@@ -274,7 +279,9 @@ def _summary(
 
 def _prompts(prompts: Json) -> Markdown:
     count = f"{prompts['count']} prompts" if "count" in prompts else "prompts"
-    source = f" of {dataset_link(prompts['source'])}" if "source" in prompts else ""
+    source = ""
+    if "source" in prompts and prompts["source"] != "given":
+        source = f" of {dataset_link(prompts['source']) if '/' in prompts['source'] else text(prompts['source'])}"
     digest = f" (sha256 {code(prompts['sha256'])})" if "sha256" in prompts else ""
     return Markdown(f"{text(count)}{source}{digest}")
 

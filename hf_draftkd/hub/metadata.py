@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
 from hf_draftkd.hub.figures import SETTING_KEYS, decoding_name, domains, hardware_text, shown_length
 from hf_draftkd.hub.markdown import is_hub_id, one_line
@@ -106,6 +106,36 @@ def eval_results(report: Json) -> list[EvalResult]:
     return found
 
 
+def benchmark_entries(report: Json, task_id: str) -> list[EvalResultEntry]:
+    """The report's tokens per target call for a benchmark's leaderboard (`.eval_results/*.yaml`).
+
+    These files belong to data sets on the Hub that define tasks, and hold one value a task; they apply where the
+    prompts are such a benchmark's, which only the person who measured knows.
+
+    Args:
+        report: The report as plain data.
+        task_id: The task, as the benchmark's repository calls it.
+
+    Raises:
+        ValueError: The prompts are not from a data set on the Hub, or no block efficiency was measured.
+    """
+    source = report.get("prompts", {}).get("source")
+    if not (isinstance(source, str) and "/" in source and is_hub_id(source)):
+        raise ValueError(
+            f"Leaderboard results need prompts from a benchmark on the Hub, and the report's are from {source!r}. "
+            "Evaluate on the benchmark's data set by its id, or leave the task out."
+        )
+    settings = [setting for setting in report.get("settings", ()) if "block_efficiency" in setting]
+    if not settings:
+        raise ValueError("The report holds no block efficiency, which is what a leaderboard result says.")
+    # Greedy decoding is what benchmarks of speculative decoding compare; other settings are in the model index.
+    setting = min(settings, key=lambda setting: setting["temperature"])
+    length = shown_length(report, [setting])
+    notes = f"tokens per target call, {decoding_name(setting)}, {setting['verification']}, draft length {length}"
+    value = setting["block_efficiency"][str(length)]["value"]
+    return [EvalResultEntry(dataset_id=source, task_id=task_id, value=value, notes=one_line(notes))]
+
+
 def _result(
     report: Json, domain: str | None, setting: Json | None, kind: str, label: str, figure: Any, args: Json
 ) -> EvalResult:
@@ -117,7 +147,7 @@ def _result(
         task_type=TASK[0],
         task_name=TASK[1],
         # The index wants a data set's id; a local file has none and must not leak its path.
-        dataset_type=source if is_hub_id(source) else "prompts",
+        dataset_type=source if isinstance(source, str) and "/" in source and is_hub_id(source) else "prompts",
         dataset_name=one_line(name),
         dataset_config=one_line(domain) if domain else None,
         dataset_args=_clean({key: prompts[key] for key in ("count", "sha256") if key in prompts}) or None,

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -106,6 +107,8 @@ def mismatches(folder: Path, parameters: int, report: SpeculationReport | None, 
                     f"The weights have changed since {name} was written: sha256 {expected[:12]}… then, "
                     f"{checksum[:12]}… now."
                 )
+    if report is not None and _is_about_another_folder(report.draft.name, folder):
+        found.append(f"The report is about the draft in {report.draft.name!r}, whose weights are others.")
     training = provenance.training
     if report is not None and training is not None:
         for what, trained, measured in (
@@ -115,6 +118,17 @@ def mismatches(folder: Path, parameters: int, report: SpeculationReport | None, 
             if trained and measured and trained != measured:
                 found.append(f"The draft was trained for the {what} {trained!r}, the report is about {measured!r}.")
     return found
+
+
+def _is_about_another_folder(name: str, folder: Path) -> bool:
+    """Whether a report names a folder on this machine that holds other weights; a copy of the same ones is fine."""
+    other = Path(name).expanduser()
+    if not other.is_dir() or other.samefile(folder):
+        return False
+    try:
+        return weights_checksum(other) != weights_checksum(folder)
+    except ValueError:
+        return True  # No weights there any more: not the draft that was measured.
 
 
 def pair_facts(draft: DraftFolder, generation: PlannedFile | None, token: str | None) -> PairFacts:
@@ -173,19 +187,33 @@ def local_card(folder: Path) -> DraftModelCard | None:
         return None
     if path.stat().st_size > MAX_CARD_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes; that is no model card.")
-    return DraftModelCard(path.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True)
+    return read_card(path.read_text(encoding="utf-8-sig"), str(path))
+
+
+def read_card(text: str, where: str) -> DraftModelCard:
+    """A card that somebody may have edited; figures in its metadata that are no figures are dropped.
+
+    Raises:
+        ValueError: Its metadata is no YAML, or no mapping.
+    """
+    try:
+        return DraftModelCard(text, ignore_metadata_errors=True)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"The metadata of {where} cannot be read ({problem}). Correct it first.") from None
 
 
 def merged_card(
     fresh: DraftModelCard, local: DraftModelCard | None, remote: DraftModelCard | None, prose: str | None
 ) -> tuple[DraftModelCard, str]:
-    """The fresh figures in the words that a person wrote, wherever those are."""
+    """The fresh figures in the words that a person wrote, wherever those are.
+
+    On the Hub a card's title is the repository's name, so another one was chosen by a person. In the folder it is the
+    folder's name or the run's, and says nothing.
+    """
     default = sections.prose_of(fresh.text)
-
-    def edited(card: DraftModelCard | None) -> bool:
-        return card is not None and _without_title(sections.prose_of(card.text)) != _without_title(default)
-
-    local_edited, remote_edited = edited(local), edited(remote)
+    remote_edited = remote is not None and sections.prose_of(remote.text) != default
+    local_edited = local is not None and _without_title(sections.prose_of(local.text)) != _without_title(default)
     if local_edited and remote_edited:
         assert local is not None
         assert remote is not None
@@ -208,7 +236,6 @@ def merged_card(
 
 
 def _without_title(prose: str) -> str:
-    """A card is named after its folder before it is pushed, and after the repository then: no edit of a person's."""
     return "\n".join(line for line in prose.splitlines() if not line.startswith("# "))
 
 

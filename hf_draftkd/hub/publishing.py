@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+import yaml
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    eval_result_entries_to_yaml,
+    get_token,
+)
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -23,6 +30,7 @@ from hf_draftkd.hub.access import hub_errors, writing_token
 from hf_draftkd.hub.card import DraftModelCard, public_report
 from hf_draftkd.hub.contents import CARD_FILE, REPORT_FILE, PlannedFile, json_bytes
 from hf_draftkd.hub.figures import tuned_length
+from hf_draftkd.hub.metadata import benchmark_entries
 from hf_draftkd.hub.planning import DraftFolder
 from hf_draftkd.hub.summary import PROVENANCE_FILE
 from hf_draftkd.hub.weights import WEIGHT_FILE
@@ -91,6 +99,7 @@ def push_draft(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Upload draft model",
+    benchmark_task: str | None = None,
     prose: Literal["hub", "local"] | None = None,
     allow_mismatch: bool = False,
     dry_run: bool = False,
@@ -111,6 +120,8 @@ def push_draft(
         revision: Branch to commit to; made where it does not exist.
         create_pr: Open a pull request instead of committing.
         commit_message: First line of the commit.
+        benchmark_task: Also write a leaderboard result (`.eval_results/`) for this task of the benchmark that the
+            report's prompts come from.
         prose: Whose words win where card and folder were both edited: "hub" or "local".
         allow_mismatch: Publish although report, provenance and weights do not fit together; the card says so.
         dry_run: Return the plan and write nothing. Works without a login.
@@ -144,7 +155,7 @@ def push_draft(
             "another repository, or pass `allow_mismatch` to overwrite it."
         )
     words = {"license": license, "language": language, "tags": tags}
-    plan = _plan(api, draft, repo_id, remote, words=words, prose=prose, token=token)
+    plan = _plan(api, draft, repo_id, remote, words=words, task=benchmark_task, prose=prose, token=token)
     plan = dataclasses.replace(
         plan, private=private, revision=revision, create_pr=create_pr, remarks=(*remarks, *plan.remarks)
     )
@@ -211,6 +222,7 @@ def _plan(
     remote: _Remote,
     *,
     words: dict[str, Any],
+    task: str | None,
     prose: str | None,
     token: str | None,
 ) -> Upload:
@@ -219,7 +231,7 @@ def _plan(
     pair = planning.pair_facts(draft, generation, token)
     stored = planning.public_provenance(draft, pair)
     plots = contents.plot_files(draft.path, draft.report_folder)
-    old_card = DraftModelCard(remote.card, ignore_metadata_errors=True) if remote.card else None
+    old_card = planning.read_card(remote.card, f"the card of {repo_id}") if remote.card else None
     local_card = planning.local_card(draft.path)
     fresh = DraftModelCard.from_report(
         draft.report,
@@ -232,6 +244,8 @@ def _plan(
     for key in ("license", "language"):
         if words[key] is not None:
             card.data[key] = fresh.data[key]
+    if not card.data.get("license") and local_card is not None and local_card.data.get("license"):
+        card.data["license"] = local_card.data["license"]
     if not card.data.get("license"):
         card.data["license"] = planning.inherited_license(api, fresh.data.get("base_model"), token)
     files = [PlannedFile(CARD_FILE, card.render().encode(), card_remark)]
@@ -241,6 +255,9 @@ def _plan(
     files += contents.model_files(draft.path)
     files += [generation] if generation else []
     files += plots
+    if task is not None:
+        entries = eval_result_entries_to_yaml(benchmark_entries(known, task))
+        files.append(PlannedFile(".eval_results/draftkd.yaml", yaml.safe_dump(entries, sort_keys=False).encode()))
     new = {file.path for file in files}
     stale = tuple(name for name in remote.files if _is_ours(name) and name not in new)
     remarks = [] if known else ["There is no report.json: the card says that nothing was measured."]

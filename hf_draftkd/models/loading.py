@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import is_bitsandbytes_available
 
 from hf_draftkd.models.checkpoints import TOKENIZER_FILES, Checkpoint, adapter_base, check_checkpoint, find_checkpoint
+from hf_draftkd.models.revisions import remember_revision
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -118,7 +119,9 @@ def _load(name_or_path: Any, *, revision: str | None, dtype: str | torch.dtype, 
     check_checkpoint(checkpoint, trust_remote_code=options["trust_remote_code"])
     if checkpoint.is_adapter:
         return _load_merged(checkpoint, options)
-    return _load_plain(checkpoint.name, checkpoint.revision, options)
+    model = _load_plain(checkpoint.name, checkpoint.revision, options)
+    remember_revision(model, checkpoint.name, checkpoint.revision)
+    return model
 
 
 def _load_plain(name: str, revision: str | None, options: dict[str, Any]) -> PreTrainedModel:

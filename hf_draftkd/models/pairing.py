@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_draftkd.models.loading import load_tokenizer
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint, tokenizer_size, vocabulary_difference
 
 __all__ = ["align_vocabulary", "check_tokenizers", "copy_special_ids", "shared_vocab_size", "tokenizer_fingerprint"]
@@ -44,6 +45,38 @@ def check_tokenizers(draft_tokenizer: PreTrainedTokenizerBase, target_tokenizer:
         draft_id, target_id = getattr(draft_tokenizer, name), getattr(target_tokenizer, name)
         if draft_id != target_id:
             logger.info("%s is %s in the draft's tokenizer and %s in the target's.", name, draft_id, target_id)
+
+
+def check_own_tokenizer(
+    model: "str | PreTrainedModel",
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Make sure that `tokenizer` is the one a model was trained with, by the files the model was loaded from.
+
+    Args:
+        model: A model, or the id or path of one.
+        tokenizer: The tokenizer to be used with it.
+        revision: Of the model, where it is named.
+        trust_remote_code: Whether code that comes with its tokenizer may run.
+
+    Raises:
+        ValueError: The two differ, or a named model has no tokenizer. A model in memory may come from where none
+            lies: that is logged.
+    """
+    name = model if isinstance(model, str) else model.name_or_path
+    if not name:
+        return
+    try:
+        own = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if isinstance(model, str):
+            raise
+        logger.info("The tokenizer of %s could not be compared: %s", name, error)
+        return
+    check_tokenizers(own, tokenizer)
 
 
 def shared_vocab_size(

@@ -18,6 +18,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "router_aux_loss_coef": (None, "The draft's load-balancing loss is not part of distillation."),
     "use_liger_kernel": (False, "Liger replaces the forward pass that the distillation loss reads its logits from."),
     "batch_eval_metrics": (False, "Figures are summed over all texts before dividing; see `trainer.evaluate()`."),
+    "hub_strategy": ("end", "A draft is published whole and measured: call `trainer.push_to_hub()` after training."),
     "truncation_mode": ("keep_start", "A completion without its prompt is not what the target was asked."),
     "include_for_metrics": ([], "Read the figures from `trainer.evaluate()`."),
 }
@@ -80,6 +81,7 @@ class DraftDistillConfig(SFTConfig):
     > - `max_length`: `2048`. A row is a prompt and an answer; 1024 would cut ordinary chat answers.
     > - `bf16`: stays off where no accelerator computes in bf16, so that no argument is needed on a CPU.
     > - `dataloader_pin_memory`: off without an accelerator, where it only makes torch warn.
+    > - `hub_strategy`: `"end"`. Half-trained drafts and adapters are not what somebody else can load.
     > - `ddp_find_unused_parameters`: `False`. Every parameter of a causal LM is used in every step.
     > - `logging_nan_inf_filter`: `False`. A loss that is not finite stops the run instead of being hidden.
     >
@@ -102,6 +104,10 @@ class DraftDistillConfig(SFTConfig):
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Leave off: a loss that is not finite stops the run instead of being hidden."},
+    )
+
+    hub_strategy: str = field(
+        default="end", metadata={"help": "Only 'end': a draft is published whole, in one commit, after training."}
     )
 
     target_model_revision: str | None = field(
@@ -144,7 +150,7 @@ class DraftDistillConfig(SFTConfig):
         self._check_distillation_values()
         if self.bf16 is None and not self.fp16:
             # TRL would turn bf16 on, and transformers then refuses to start without an accelerator.
-            self.bf16 = bf16_is_usable()
+            self.bf16 = bf16_is_usable() and not self.use_cpu
         if self.ddp_find_unused_parameters is None:
             # Every parameter of a causal LM is used in every step; looking for others costs a pass over the graph.
             self.ddp_find_unused_parameters = False
@@ -170,7 +176,7 @@ class DraftDistillConfig(SFTConfig):
             _check_number(name, getattr(self, name), low, high, open_low=open_low)
         if not self.needs_target and self.temperature != 1:
             raise ValueError(f"Cross-entropy on text has no temperature, got `temperature={self.temperature}`.")
-        if not isinstance(self.eval_num_assistant_tokens, int) or self.eval_num_assistant_tokens < 1:
+        if type(self.eval_num_assistant_tokens) is not int or self.eval_num_assistant_tokens < 1:
             raise ValueError(
                 "`eval_num_assistant_tokens` is a draft length: a whole number, 1 or above, "
                 f"got {self.eval_num_assistant_tokens!r}."

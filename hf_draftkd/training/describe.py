@@ -2,14 +2,17 @@
 
 import datetime
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from hf_draftkd.data.decoding import DecodingSetting
-from hf_draftkd.evaluation.provenance import versions
+from hf_draftkd.data.provenance import package_versions
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
+from hf_draftkd.hub.weights import weights_checksum
 from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.models.revisions import model_revision
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
 from hf_draftkd.training.config import DraftDistillConfig
 
@@ -83,12 +86,13 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
     args: DraftDistillConfig = trainer.args
     draft = unwrapped(trainer.model)
     target = None if trainer.target_model is None else unwrapped(trainer.target_model)
-    revision = None if target is None else getattr(target.config, "_commit_hash", None)
+    revision = None if target is None else model_revision(target)
     figures = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     metrics = {name: value for name, value in (figures[-1] if figures else {}).items() if name in _METRICS}
     training = TrainingSummary(
         target=trainer.target_name or None,
         draft=trainer.draft_name or None,
+        draft_revision=model_revision(draft),
         signal=trainer.signal.name if trainer.learns_from_target else "black_box",
         divergence=args.divergence,
         divergence_options=args.divergence_options or None,
@@ -108,13 +112,17 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
             draft.config,
             target.config,
             draft_generation_config=draft.generation_config,
-            draft_parameters=draft.num_parameters(),
+            draft_parameters=_merged_size(draft),
             target_parameters=target.num_parameters(),
             tokenizer_fingerprint=tokenizer_fingerprint(trainer.processing_class),
             has_chat_template=bool(trainer.processing_class.chat_template),
         )
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Provenance(created=created, versions=versions(), training=training, pair=pair)
+    folder = Path(args.output_dir)
+    checksum = weights_checksum(folder) if any(folder.glob("*.safetensors")) else None
+    return Provenance(
+        created=created, versions=package_versions(), training=training, pair=pair, weights_sha256=checksum
+    )
 
 
 _METRICS = ("eval_loss", "eval_acceptance_rate", "eval_acceptance_rate_upper_bound", "eval_block_efficiency")
@@ -128,6 +136,11 @@ def _changed(args: DraftDistillConfig) -> dict[str, Any]:
         name: str(getattr(value, "value", value)) if isinstance(value, str) else value for name, value in shown.items()
     }
     return {name: value for name, value in shown.items() if value is not None and value != fields[name].default}
+
+
+def _merged_size(draft: Any) -> int:
+    """Parameters of the draft once its adapter is merged."""
+    return draft.num_parameters() - sum(p.numel() for name, p in draft.named_parameters() if "lora_" in name)
 
 
 def _adapter(model: Any) -> str | None:

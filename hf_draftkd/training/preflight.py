@@ -1,6 +1,5 @@
 """Everything that is checked, loaded and repaired before a trainer is built."""
 
-import logging
 from typing import Any
 
 import torch
@@ -9,12 +8,11 @@ from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
 from hf_draftkd.data.formatting import check_format, longest_row
+from hf_draftkd.models.checkpoints import check_config, check_model
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
-from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
+from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
 from hf_draftkd.training.config import DraftDistillConfig
-
-logger = logging.getLogger(__name__)
 
 
 def model_name(model: Any) -> str:
@@ -75,12 +73,19 @@ def prepare_pair(
     revision = draft_kwargs.get("revision")
     if quantization_config is not None:
         draft_kwargs["quantization_config"] = quantization_config
+    # Whatever shows without the weights is looked at first: a pair that does not fit is refused in seconds.
+    for given, at in ((model, revision), (target_model, args.target_model_revision)):
+        if isinstance(given, str):
+            check_model(given, revision=at, **trusted)
+        elif given is not None:
+            check_config(given.config, given.name_or_path or type(given).__name__)
+    if model is target_model:
+        raise ValueError("`model` and `target_model` are the same object; the target is frozen. Load the model twice.")
     if tokenizer is None:
         tokenizer = load_tokenizer(model_name(model), revision=revision, **trusted)
-    # The target's tokenizer is looked at before either model's weights are read: a pair that does not fit is refused
-    # in seconds.
+    check_own_tokenizer(model, tokenizer, revision=revision, **trusted)
     if target_model is not None:
-        _check_target_tokenizer(tokenizer, target_model, args)
+        check_own_tokenizer(target_model, tokenizer, revision=args.target_model_revision, **trusted)
     draft = load_draft(model, **draft_kwargs) if isinstance(model, str) else model
     if isinstance(target_model, str):
         target_kwargs: dict[str, Any] = {**trusted, **_as_dict(args.target_model_init_kwargs)}
@@ -90,21 +95,6 @@ def prepare_pair(
         target.eval().requires_grad_(False)
         align_vocabulary(unwrapped(draft), target, tokenizer)
     return draft, target, tokenizer
-
-
-def _check_target_tokenizer(tokenizer: Any, target_model: Any, args: DraftDistillConfig) -> None:
-    name = model_name(target_model)
-    if not name:
-        return
-    try:
-        theirs = load_tokenizer(name, revision=args.target_model_revision, trust_remote_code=args.trust_remote_code)
-    except ValueError as error:
-        if isinstance(target_model, str):
-            raise
-        # A model that is already in memory may come from where no tokenizer lies.
-        logger.warning("The target's tokenizer could not be compared with the draft's: %s", error)
-        return
-    check_tokenizers(tokenizer, theirs)
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.card import DraftModelCard
+from hf_draftkd.hub.publishing import push_draft
 from hf_draftkd.training.describe import describe_run
 
 
@@ -70,6 +71,47 @@ class PlainDrafts(Trainer):
             plots=plots,
         )
         card.save(directory)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        license: str | None = None,
+        language: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the merged, plain draft and publish it in one commit: see [`push_draft`] for what is uploaded.
+
+        Args:
+            commit_message: First line of the commit.
+            blocking: Kept for the signature of [`~transformers.Trainer`]; the call always waits for the commit.
+            token: Overrides `args.hub_token`.
+            revision: Branch; by default `args.hub_revision`.
+            private: Whether a new repository is private; by default `args.hub_private_repo`.
+            license: Identifier, needed where the draft started from no model on the Hub to inherit one from.
+            language: Language code or codes for the metadata.
+            **kwargs: For [`DraftDistillTrainer.create_model_card`].
+
+        Returns:
+            What was published; None on processes other than the first.
+        """
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        return push_draft(
+            self.args.output_dir,
+            self.args.hub_model_id or Path(self.args.output_dir).name,
+            commit_message=commit_message or "End of training",
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            private=self.args.hub_private_repo if private is None else private,
+            license=license,
+            language=language,
+        )
 
 
 def merged(model: Any) -> Any:

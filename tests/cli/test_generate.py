@@ -44,7 +44,19 @@ def test_queries_are_answered_resumed_and_carded(tmp_path, saved):
     path, prompts = saved
     out = tmp_path / "out"
     command = ["generate", "--target_model", path, "--dataset", prompts, "--output_dir", out, "--max_new_tokens", 6]
-    command += ["--temperatures", 0, 1, "--num_completions", 2, "--batch_size", 2, "--cache_distributions", "top_k=5"]
+    command += [
+        "--temperatures",
+        0,
+        1,
+        "--num_completions",
+        2,
+        "--shard_size",
+        2,
+        "--batch_size",
+        2,
+        "--cache_distributions",
+        "top_k=5",
+    ]
     done = draftkd(*command)
     assert done.returncode == 0, done.stderr
     rows = load_dataset(str(out), split="train")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import pipeline
+from transformers import ContinuousBatchingConfig, pipeline
 
 from hf_draftkd.data.backends import AlignmentPipeline, cut_completion
 from hf_draftkd.data.decoding import DecodingSetting
@@ -164,6 +164,14 @@ def test_the_pipeline_class_works_with_the_stock_pipeline_function(target, token
     assert [output[0]["completion_ids"] for output in outputs] == [by_hand(target, each, 4, end={1}) for each in ids]
     with pytest.raises(ValueError, match="generation_config"):
         pipe(ids)
+
+
+def test_continuous_batching_writes_the_same_greedy_tokens(target, tokenizer):
+    small = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64)
+    options = {"max_new_tokens": 8, "temperatures": (0.0,)}
+    target.generation_config.repetition_penalty = 5.0  # must not leak in on this way either
+    batched = generate_alignment_data(target, tokenizer, TEXTS, continuous_batching=small, **options)
+    assert batched.to_list() == generate_alignment_data(target, tokenizer, TEXTS, **options).to_list()
 
 
 def test_shards_cover_the_prompts_once_in_whole_batches():

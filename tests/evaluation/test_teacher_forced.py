@@ -70,7 +70,7 @@ def test_transformers_own_draft_warping_is_known_where_it_differs(setting, is_do
 
 
 def test_two_tokens_by_hand_with_the_text_cut_off():
-    """P = (0.5, 0.5), q = (0.8, 0.2), text 0 1 1: a = 1, 0.4, 0.4; α = 0.7 everywhere.
+    """With p = (0.5, 0.5), q = (0.8, 0.2), text 0 1 1: a = 1, 0.4, 0.4; α = 0.7 everywhere.
 
     γ = 1: a block starts at 0, accepts token 0 for certain, and ends with token 1 as the bonus; the next block starts
     at 2 and is cut off: 2 calls. γ = 2: from 0, token 1 is accepted (0.4) and token 2 is the bonus: 1 call; or it is
@@ -224,7 +224,7 @@ def test_rules_differ_as_they_should():
 
 
 def test_text_of_another_setting_is_noticed():
-    """Greedy text is hardly what a top-k of 1 with a penalty writes; the share says so."""
+    """Random text is neither the likeliest nor within a top-k; only unfiltered sampling could have written it."""
     target = tiny_llama()
     random_text = [Text([0, 30], torch.randint(6, VOCAB_SIZE, (40,)).tolist())]
     assert score_texts(target, [target], random_text, SETTINGS[0], vocab_size=VOCAB_SIZE).share_plausible < 0.3

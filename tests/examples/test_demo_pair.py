@@ -36,7 +36,7 @@ def test_references_are_calls_of_the_named_function_in_the_one_serialisation(spl
         answer = json.loads(row["reference"])
         assert json.dumps(answer) == row["reference"]
         assert answer["tool_calls"][0]["function"]["name"] == row["function"]
-        assert f"- {row['function']}(" in row["prompt"][0]["content"]
+        assert f"\n{row['function']}(" in row["prompt"][0]["content"]
         assert row["domain"] == "function_calling"
 
 

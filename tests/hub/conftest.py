@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_draftkd.hub.summary import Provenance, TrainingSummary
 from hf_draftkd.hub.weights import weights_checksum
+from tests import tiny
 from tests.hub import samples
 from tests.hub.fake_hub import FakeHub, User
 
@@ -40,13 +42,17 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def draft_folder(
-    tmp_path: Path, pair: tuple[PreTrainedModel, PreTrainedModel], tokenizer: PreTrainedTokenizerFast
-) -> Path:
+def draft_folder(_finished_draft: Path, tmp_path: Path) -> Path:
     """A draft as `draftkd train` and `draftkd evaluate` leave it, with much beside it that nobody should get."""
-    draft, _ = pair
-    folder = tmp_path / "output" / "draft"
-    draft.save_pretrained(folder)
+    return Path(shutil.copytree(_finished_draft, tmp_path / "output" / "draft"))
+
+
+@pytest.fixture(scope="session")
+def _finished_draft(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Made once; the weights are those of the `pair` fixture."""
+    pair = tiny.tiny_pair("llama")
+    folder = tmp_path_factory.mktemp("finished") / "draft"
+    pair[0].save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_report(folder, pair)
     training = TrainingSummary(
@@ -75,7 +81,8 @@ def write_report(folder: Path, pair: tuple[PreTrainedModel, PreTrainedModel], **
     sizes = {"draft": draft.num_parameters(), "target": target.num_parameters()}
     report = samples.report(
         target={"name": samples.TARGET, "revision": samples.REVISION, "num_parameters": sizes["target"]},
-        draft={"name": str(folder), "num_parameters": sizes["draft"]},
+        # A name that is no folder here: the draft was copied after it was measured.
+        draft={"name": "org/draft", "num_parameters": sizes["draft"]},
     )
     report |= changes
     (folder / "report.json").write_text(json.dumps(report))

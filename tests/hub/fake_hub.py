@@ -298,7 +298,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def metadata(self, repo: Repo, revision: str) -> dict[str, Any]:
         card = repo.files(revision).get("README.md", b"").decode()
-        return (yaml.safe_load(card.split("---\n")[1]) or {}) if card.startswith("---\n") else {}
+        try:
+            return (yaml.safe_load(card.split("---\n")[1]) or {}) if card.startswith("---\n") else {}
+        except yaml.YAMLError:
+            return {}
 
     def info_of(self, repo_id: str, revision: str = "main") -> dict[str, Any]:
         repo = self.hub.repos[repo_id]

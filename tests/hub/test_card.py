@@ -137,6 +137,13 @@ def test_a_card_needs_no_report():
         DraftModelCard.from_report()
 
 
+def test_a_name_without_an_owner_is_no_hub_id():
+    """Catches `from_pretrained("my-draft")` on a card, for a draft that nobody published."""
+    card = DraftModelCard.from_report(samples.report(), name="my-draft")
+    assert card.text.startswith("\n# my-draft\n") or card.text.startswith("# my-draft\n")
+    assert '"path/to/my-draft",' in card.text
+
+
 def test_no_path_of_this_machine_is_published(tmp_path):
     """Catches a home directory on a public page."""
     (tmp_path / "secret-user" / "target").mkdir(parents=True)
@@ -154,6 +161,18 @@ def test_no_path_of_this_machine_is_published(tmp_path):
     assert not any(tag.startswith("draft-for:") for tag in card.data.tags)
     assert card.data.to_dict().get("base_model") is None
     assert 'from_pretrained(\n    "path/to/target",' in card.text
+
+
+def test_prompts_described_in_words_keep_them():
+    """Catches `path/to/the demo's queries`."""
+    for source, expected in (
+        ("the demo pair's test queries", "3 prompts of the demo pair's test queries (sha256"),
+        ("given", "3 prompts (sha256"),
+        ("/home/me/prompts.jsonl", "3 prompts of `path/to/prompts.jsonl` (sha256"),
+        ("org/prompts", "3 prompts of [org/prompts](https://huggingface.co/datasets/org/prompts) (sha256"),
+    ):
+        report = samples.report(prompts={"source": source, "count": 3, "sha256": "00"})
+        assert expected in DraftModelCard.from_report(report, name="me/draft").text
 
 
 def test_a_directory_that_looks_like_a_hub_id_is_a_directory(tmp_path, monkeypatch):

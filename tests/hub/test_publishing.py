@@ -5,8 +5,12 @@ import logging
 from pathlib import Path
 
 import pytest
+import yaml
+from huggingface_hub import parse_eval_result_entries
 from safetensors.torch import load_file, save_file
 
+from hf_draftkd.cli import push as push_command
+from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.hub.card import DraftModelCard
 from hf_draftkd.hub.publishing import push_draft
 from hf_draftkd.hub.weights import count_parameters, weights_checksum
@@ -145,6 +149,17 @@ class TestOneCommit:
         [remark] = push(draft_folder, dry_run=True).remarks
         assert "cannot be reached" in remark
 
+    def test_a_leaderboard_result_only_where_it_applies(self, hub: FakeHub, draft_folder: Path, pair):
+        """Catches a result filed under a benchmark that was not the one measured."""
+        push(draft_folder, benchmark_task="function_calling")
+        entries = yaml.safe_load(hub.repos[ID].files()[".eval_results/draftkd.yaml"])
+        [entry] = parse_eval_result_entries(entries)
+        assert (entry.dataset_id, entry.task_id, entry.value) == ("org/prompts", "function_calling", 2.5)
+        assert "greedy" in entry.notes
+        write_report(draft_folder, pair, prompts={"source": "prompts.jsonl", "count": 3, "sha256": "0"})
+        with pytest.raises(ValueError, match="need prompts from a benchmark on the Hub"):
+            push(draft_folder, benchmark_task="function_calling")
+
 
 class TestCardOnTheHub:
     def test_prose_written_on_the_hub_survives_and_figures_change(self, hub: FakeHub, draft_folder: Path, pair):
@@ -186,6 +201,21 @@ class TestCardOnTheHub:
         assert "REMOTE" in hub.repos[ID].files()["README.md"].decode()
         push(draft_folder, prose="local")
         assert "LOCAL" in hub.repos[ID].files()["README.md"].decode()
+
+    def test_a_title_chosen_on_the_hub_is_kept(self, hub: FakeHub, draft_folder: Path):
+        push(draft_folder)
+        text = hub.repos[ID].files()["README.md"].decode().replace(f"# {ID}\n", "# A fast one\n")
+        hub.repos[ID].commit(hub.repos[ID].files() | {"README.md": text.encode()}, "rename")
+        push(draft_folder, tags=["new"])
+        assert "# A fast one" in hub.repos[ID].files()["README.md"].decode()
+
+    def test_a_broken_card_is_not_replaced(self, hub: FakeHub, draft_folder: Path):
+        """Catches words that are lost because the metadata above them does not parse."""
+        card = b"---\ntags: [draft-model\n---\n# mine\n"
+        hub.add(ID, {"README.md": card})
+        with pytest.raises(ValueError, match=r"metadata of the card of me/draft cannot be read"):
+            push(draft_folder)
+        assert hub.repos[ID].files()["README.md"] == card
 
     def test_an_edit_in_between_is_not_lost(self, hub: FakeHub, draft_folder: Path, monkeypatch):
         """Catches a push that overwrites what somebody wrote after the card was read."""
@@ -361,7 +391,7 @@ class TestBadInput:
 
     def test_an_index_that_leads_out_of_the_folder(self, draft_folder: Path):
         """Catches `../../.ssh/id_rsa` in a weight map."""
-        (draft_folder / "model.safetensors").unlink()
+        (draft_folder / "model.safetensors").rename(draft_folder.parent / "secret.safetensors")
         (draft_folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../secret.safetensors"}}')
         with pytest.raises(ValueError, match="not a weight file"):
             push(draft_folder)
@@ -381,6 +411,18 @@ class TestMismatch:
     def test_another_draft(self, hub: FakeHub, draft_folder: Path, pair):
         write_report(draft_folder, pair, draft={"name": "org/other", "num_parameters": 999_999})
         self.refused_then_allowed(draft_folder, hub, "999,999 parameters")
+
+    def test_a_report_of_another_folder(self, hub: FakeHub, draft_folder: Path, pair, tmp_path: Path):
+        """A copy of the same weights is the same draft; a folder of the same size with other weights is not."""
+        other = tmp_path / "other"
+        pair[0].save_pretrained(other)
+        size = pair[0].num_parameters()
+        write_report(draft_folder, pair, draft={"name": str(other), "num_parameters": size})
+        push(draft_folder, repo_id="me/copy")
+        pair[0].model.norm.weight.data += 1
+        pair[0].save_pretrained(other)
+        hub.requests.clear()
+        self.refused_then_allowed(draft_folder, hub, "whose weights are others")
 
     def test_another_target(self, hub: FakeHub, draft_folder: Path, pair):
         size = pair[1].num_parameters()
@@ -447,3 +489,28 @@ class TestSecrets:
         (draft_folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=r"auto_map|trust_remote_code|code"):
             push(draft_folder)
+
+
+class TestCommand:
+    def test_dry_run_and_push(self, hub: FakeHub, draft_folder: Path, capsys):
+        arguments = ["--model", str(draft_folder), "--repo_id", ID, "--license", "mit"]
+        assert push_command.run([*arguments, "--dry_run"]) == 0
+        shown = capsys.readouterr().out
+        assert "model.safetensors" in shown
+        assert "## How much it helps" in shown
+        assert "nothing was uploaded" in shown
+        assert hub.repos == {}
+        assert push_command.run([*arguments, "--private", "--language", "en", "de"]) == 0
+        assert f"published: {hub.url}/{ID}/commit/" in capsys.readouterr().out
+        assert hub.repos[ID].private
+        assert DraftModelCard(hub.repos[ID].files()["README.md"].decode()).data.language == ["en", "de"]
+
+    def test_exit_codes(self, hub: FakeHub, draft_folder: Path, capsys):
+        """Bad usage is 2 (raised for the dispatcher), a failing Hub is 1."""
+        with pytest.raises(UsageError, match="missing: --repo_id"):
+            push_command.run(["--model", str(draft_folder)])
+        with pytest.raises(UsageError, match="There is no folder"):
+            push_command.run(["--model", "nowhere", "--repo_id", ID])
+        hub.fail("POST", "/api/repos/create", status=500, times=9)
+        assert push_command.run(["--model", str(draft_folder), "--repo_id", ID, "--license", "mit"]) == 1
+        assert "the same command tries again" in capsys.readouterr().err

@@ -203,6 +203,19 @@ def test_black_box_is_cross_entropy_on_completion_tokens():
     assert_same(setup.gradients(actual), setup.gradients(expected))
 
 
+def test_blocks_within_a_chunk_change_nothing(monkeypatch):
+    """A chunk is worked on in blocks of rows: an index shifted by the block's start would mix positions up."""
+    setup = Setup()
+    arguments = {"divergence": "generalized_jsd", "cross_entropy_weight": 0.3, "with_acceptance": True}
+    whole = distillation_loss(setup.draft(), setup.target(), setup.labels, **arguments)
+    slopes = setup.gradients(whole.loss)
+    monkeypatch.setattr("hf_draftkd.losses.chunked._CPU_BLOCK", 2 * V)
+    blocks = distillation_loss(setup.draft(), setup.target(), setup.labels, chunk_size=5, **arguments)
+    torch.testing.assert_close(blocks.token_losses, whole.token_losses)
+    torch.testing.assert_close(blocks.acceptance, whole.acceptance)
+    assert_same(setup.gradients(blocks.loss), slopes)
+
+
 def test_token_weights_scale_the_sum_and_not_the_divisor():
     setup = Setup()
     weights = torch.rand(B, T, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

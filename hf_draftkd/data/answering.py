@@ -1,0 +1,106 @@
+"""The target that answers, wherever it runs: its backend, what the manifest says of it, and what it brings along."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Features
+from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_draftkd.data.backends import Backend, continuous_backend, pipeline_backend
+from hf_draftkd.data.endpoint import endpoint_backend, endpoint_logprobs
+from hf_draftkd.data.provenance import weights_fingerprint
+from hf_draftkd.data.target_cache import (
+    CacheRows,
+    cache_features,
+    check_cache_options,
+    distribution_cache,
+    real_vocab_size,
+)
+from hf_draftkd.models.revisions import model_revision, resolved_revision
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Who answers: the backend, what the manifest says of it, and the columns that come on top of the answers."""
+
+    backend: Backend
+    identity: dict[str, Any]
+    brought: Features | None = None  # columns that the completions bring along
+    cache: tuple[CacheRows, Features] | None = None  # columns computed from the finished rows
+
+
+def local_target(
+    target_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    batch_size: int,
+    continuous_batching: "bool | ContinuousBatchingConfig",
+    cache_options: dict[str, Any] | None,
+    revision: str | None,
+) -> Answering:
+    """A target on this machine."""
+    suppressed = ids_without_token(target_model, tokenizer)
+    if continuous_batching:
+        backend = continuous_backend(
+            target_model,
+            max_new_tokens=max_new_tokens,
+            suppress_tokens=suppressed,
+            config=None if continuous_batching is True else continuous_batching,
+        )
+    else:
+        backend = pipeline_backend(
+            target_model, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, suppress_tokens=suppressed
+        )
+    identity = {
+        "target": target_model.name_or_path,
+        "target_revision": (
+            resolved_revision(target_model.name_or_path, revision) if revision else model_revision(target_model)
+        ),
+        "target_weights": weights_fingerprint(target_model),
+        "target_dtype": str(target_model.dtype),
+        "backend": "continuous batching" if continuous_batching else "pipeline",
+        "suppressed_tokens": suppressed,
+    }
+    cache = None if cache_options is None else _prepare_cache(target_model, tokenizer, cache_options)
+    return Answering(backend, identity, cache=cache)
+
+
+def remote_target(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    endpoint: str,
+    max_new_tokens: int,
+    cache_options: dict[str, Any] | None,
+    options: dict[str, Any] | None,
+) -> Answering:
+    """A target behind a server, which is asked for one token to see that it answers."""
+    top_logprobs = endpoint_logprobs(cache_options)
+    backend = endpoint_backend(
+        endpoint, name, tokenizer, max_new_tokens=max_new_tokens, top_logprobs=top_logprobs, **(options or {})
+    )
+    brought = None if top_logprobs is None else cache_features(len(tokenizer), None, "float16")
+    return Answering(backend, {"target": name, "target_revision": None, "backend": endpoint}, brought=brought)
+
+
+def _prepare_cache(
+    target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> tuple[CacheRows, Features]:
+    options = {"top_k": None, "sampled": None, "temperature": 1.0, "dtype": "float16", **options}
+    known = {"top_k", "sampled", "temperature", "dtype", "seed"}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"`cache_distributions` does not know {unknown[0]!r}; it takes {', '.join(sorted(known))}.")
+    vocab_size = real_vocab_size(target_model, tokenizer)
+    dtype = options.pop("dtype")
+    options["top_k"] = check_cache_options(
+        options["top_k"], options["sampled"], options["temperature"], dtype, vocab_size
+    )
+    features = cache_features(vocab_size, options["sampled"], dtype)
+    return distribution_cache(target_model, vocab_size=vocab_size, **options), features
+
+
+def ids_without_token(target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """Rows of a padded vocabulary that stand for no token, and what the target suppresses itself; None if none."""
+    vocab_size = target_model.get_output_embeddings().weight.shape[0]
+    own = target_model.generation_config.suppress_tokens or []
+    ids = sorted({*own, *range(len(tokenizer), vocab_size)})
+    return ids or None

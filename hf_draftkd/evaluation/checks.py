@@ -1,0 +1,101 @@
+"""Whether texts are what they claim to be, and what a reader of the figures must be told about them."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from hf_draftkd.data.prompts import context_length
+from hf_draftkd.evaluation.texts import TextSet
+
+# Below this share of tokens that the target could have written, a text was written by something else: rounding in
+# low precision moves a few in a hundred at most.
+PLAUSIBLE = 0.95
+
+
+def own_penalty(target_model: PreTrainedModel) -> float:
+    """The repetition penalty of a model's generation config, 1 where it has none."""
+    return target_model.generation_config.repetition_penalty or 1.0
+
+
+def check_ids(texts: TextSet, vocab_size: int) -> None:
+    """Refuse texts with ids outside the pair's shared vocabulary.
+
+    Raises:
+        ValueError: Such an id is found.
+    """
+    for number, text in enumerate(texts.texts):
+        if max(max(text.prompt_ids), max(text.completion_ids)) >= vocab_size:
+            raise ValueError(
+                f"Text {number} holds token ids from {vocab_size} on, which the pair's shared vocabulary does not "
+                "have. Was it written by another target?"
+            )
+
+
+def check_lengths(model: PreTrainedModel, text_sets: Sequence[TextSet]) -> None:
+    """Refuse texts longer than a model can read.
+
+    Raises:
+        ValueError: Such a text is found.
+    """
+    context = context_length(model.config)
+    longest = max(sum(map(len, text)) for texts in text_sets for text in texts.texts)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"The longest text has {longest} tokens, but {model.name_or_path or type(model).__name__!r} reads at most "
+            f"{context}. Leave such texts out."
+        )
+
+
+def author_warnings(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) -> list[str]:
+    """Recorded texts that name another target than the one in use."""
+    name = target_model.name_or_path
+    others = {texts.written_by for texts in text_sets} - {name, None}
+    if not others:
+        return []
+    return [
+        f"The texts were written by {', '.join(sorted(map(str, others)))}, the target here is {name}. Figures hold "
+        "only if that is the same model."
+    ]
+
+
+def plausibility_warnings(target_model: PreTrainedModel, texts: TextSet, share: float) -> list[str]:
+    """Tokens that the target would not have written under the setting they are recorded with.
+
+    Args:
+        target_model: The target.
+        texts: The texts; those that claim nothing are not judged.
+        share: Of their tokens, those that the target could have written.
+    """
+    if not texts.is_exact or share == 1:
+        return []
+    words = ", ".join(f"{name} {value:g}" for name, value in texts.setting.to_dict().items())
+    if share < PLAUSIBLE:
+        return [
+            f"Only {share:.1%} of the tokens recorded under {words} could have been written by this target so: they "
+            "come from another model or setting. Acceptance rates are given, block efficiencies are not."
+        ]
+    return [
+        f"{1 - share:.2%} of the tokens written under {words} are not what one forward pass of the target gives: "
+        f"near-ties that rounding in {target_model.dtype} decides."
+    ]
+
+
+def inherited_setting_warnings(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) -> list[str]:
+    """Which entries of the target's generation config were applied, and which were not."""
+    own, penalty = target_model.generation_config, own_penalty(target_model)
+    found = []
+    if penalty != 1:
+        applied = {texts.setting.repetition_penalty for texts in text_sets}
+        how = "applied to draft and target alike" if applied == {penalty} else "not applied, as the settings say"
+        found.append(f"The target's generation config carries repetition_penalty {penalty:g}: {how}.")
+    used = {(texts.setting.top_p, texts.setting.top_k) for texts in text_sets if not texts.setting.is_greedy}
+    carried = [
+        f"{name} {value:g}"
+        for name, value, neutral in (("top_p", own.top_p, 1), ("top_k", own.top_k, 0), ("min_p", own.min_p, 0))
+        if value is not None and value != neutral
+    ]
+    if carried and used and used != {(own.top_p or 1.0, own.top_k or 0)}:
+        found.append(
+            f"The target's generation config carries {', '.join(carried)}, which the settings measured here replace."
+        )
+    return found

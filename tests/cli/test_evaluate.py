@@ -1,0 +1,153 @@
+"""`draftkd evaluate`, from paths, as a user runs it."""
+
+import json
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
+
+from hf_draftkd.cli.main import dispatch
+from hf_draftkd.data.generation import generate_alignment_data
+from hf_draftkd.evaluation.report import SpeculationReport
+from tests.cli.run import draftkd
+from tests.tiny import TEXT, tiny_llama, tiny_tokenizer
+
+PROMPTS = [f"{text[: 12 + number]} {number}" for number in range(2) for text in TEXT]
+
+
+@pytest.fixture
+def files(tmp_path, saved_pair):
+    """Draft, target and prompts on disk."""
+    draft, target = saved_pair
+    path = tmp_path / "prompts.jsonl"
+    rows = ({"prompt": prompt, "category": ("a", "b")[number % 2]} for number, prompt in enumerate(PROMPTS))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"model": draft, "target_model": target, "dataset": path}
+
+
+def options(files, out, *words, **more):
+    pairs = {"max_new_tokens": 12, "num_speed_prompts": 2, **files, **more, "output_dir": out}
+    return ["evaluate", *(str(word) for name, value in pairs.items() for word in (f"--{name}", value)), *words]
+
+
+def test_it_writes_and_prints_the_report(files, tmp_path):
+    """In a process of its own, with every part switched on."""
+    stock = tmp_path / "stock"
+    tiny_llama(seed=9).save_pretrained(stock)
+    tiny_tokenizer().save_pretrained(stock)
+    out = tmp_path / "out"
+    result = draftkd(
+        *options(files, out, "--html", "--write", "--lossy", baseline=stock, verify=2), "--temperatures", "0", "1"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    report = SpeculationReport.load(out / "report.json")
+    assert report.target.name == str(files["target_model"])
+    assert report.prompts.source == str(files["dataset"])
+    assert report.self_check.equal
+    assert set(report.groups) == {"a", "b"}
+    assert "acceptance rate" in result.stdout
+    assert "baseline" in result.stdout
+    assert "computed and counted figures agree" in result.stdout
+    assert "<svg" in (out / "report.html").read_text()
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json"]
+    stored = GenerationConfig.from_pretrained(files["model"])
+    assert stored.num_assistant_tokens == report.recommendation.num_assistant_tokens
+    assert stored.num_assistant_tokens_schedule == "constant"
+    assert stored.assistant_confidence_threshold == 0
+    assert stored.eos_token_id == 1  # what was there stays
+
+
+def test_several_drafts_and_a_yaml_file(files, tmp_path, capsys):
+    other = tmp_path / "other"
+    tiny_llama(seed=9).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    config = tmp_path / "options.yaml"
+    config.write_text(
+        f"model: ['{other}', '{files['model']}']\ntarget_model: '{files['target_model']}'\nmeasure_speed: false\n"
+        f"dataset: '{files['dataset']}'\ntemperatures: [1.0]\nmax_new_tokens: 10\nlimit: 5\n"
+    )
+    out = tmp_path / "out"
+    assert dispatch(["evaluate", "--config", str(config), "--output_dir", str(out)]) == 0
+    report = SpeculationReport.load(out / "report.json")
+    assert [result.draft.name for result in report.drafts] == [str(files["model"]), str(other)]
+    assert report.prompts.count == 5
+    assert report.latency is None
+    assert "1. draft" in capsys.readouterr().out
+
+
+def test_recorded_answers_are_taken_as_they_are(files, pair, tmp_path, capsys):
+    """Alignment data evaluated anew under other settings, at a cost nobody asked for."""
+    rows = generate_alignment_data(pair[1], tiny_tokenizer(), PROMPTS[:5], max_new_tokens=9, temperatures=(0.5,))
+    rows.to_json(tmp_path / "rows.jsonl")
+    files["dataset"] = tmp_path / "rows.jsonl"
+    out = tmp_path / "out"
+    assert dispatch(options(files, out, "--no_measure_speed")) == 0
+    (setting,) = SpeculationReport.load(out / "report.json").settings
+    assert setting.temperature == 0.5
+    assert setting.num_tokens == sum(map(len, rows["completion_ids"]))
+    assert dispatch(options(files, out, "--no_measure_speed", "--regenerate")) == 0
+    assert [setting.temperature for setting in SpeculationReport.load(out / "report.json").settings] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "no/such/draft"}, "no/such/draft"),
+        ({"dataset": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"verification": "rejection"}, "rejection_sampling"),
+        ({"temperatures": -1}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"temperatures": 0, "top_p": 0.9}, "greedy decoding, which `--top_p`"),
+        ({"limit": 0}, "--limit"),
+        ({"num_assistant_tokens": 99}, "between 1 and 16"),
+        ({"max_new_tokens": 1000}, "leaves no room"),
+        ({"num_asistant_tokens": 3}, "Did you mean `--num_assistant_tokens`"),
+        ({"dtype": "float3"}, "float3"),
+    ],
+)
+def test_bad_usage_is_one_message_and_exit_code_2(files, tmp_path, capsys, change, message):
+    assert dispatch(options({**files, **change}, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_options_are_named(capsys):
+    assert dispatch(["evaluate", "--model", "x"]) == 2
+    assert "--target_model, --dataset, --output_dir" in capsys.readouterr().err
+
+
+def test_tokenizers_that_differ_are_refused(files, tmp_path, capsys):
+    tiny_tokenizer(text=[line[::-1] for line in TEXT]).save_pretrained(files["model"])
+    assert dispatch(options(files, tmp_path / "out")) == 2
+    assert "token" in capsys.readouterr().err
+
+
+# peft 0.21 asks transformers 5.23 for an attribute under its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_without_its_base_is_refused(files, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    model = tiny_llama()
+    model.config.name_or_path = str(tmp_path / "gone")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(adapter)
+    tiny_tokenizer().save_pretrained(adapter)
+    files["model"] = adapter
+    assert dispatch(options(files, tmp_path / "out")) == 2
+    assert "base_model_name_or_path" in capsys.readouterr().err
+
+
+def test_write_needs_a_local_draft_and_times(files, tmp_path, capsys):
+    assert dispatch(options(files, tmp_path / "out", "--write", "--no_measure_speed")) == 2
+    assert "--measure_speed" in capsys.readouterr().err
+
+
+def test_other_files_in_the_output_directory_are_left_alone(files, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    (out / "report.json").write_text("old")
+    assert dispatch(options(files, out, "--no_measure_speed", limit=2)) == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert SpeculationReport.load(out / "report.json").prompts.count == 2

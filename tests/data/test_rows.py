@@ -1,0 +1,57 @@
+import pytest
+from datasets import Dataset
+
+from hf_draftkd.data.generation import generate_alignment_data
+from hf_draftkd.data.rows import with_token_ids
+from hf_draftkd.data.target_cache import cache_target_distributions
+from tests.data.small import make_tokenizer
+
+CHAT = {"prompt": [{"role": "user", "content": "the cat"}], "completion": [{"role": "assistant", "content": "sat"}]}
+
+
+def test_text_that_exists_gets_its_tokens(target, tokenizer):
+    """Prompt and completion must join to what the template renders, end token included, and serve the cache."""
+    (row,) = with_token_ids(Dataset.from_list([CHAT]), tokenizer)
+    assert tokenizer.decode(row["prompt_ids"]) == "<s><|user|>the cat<|end|><|assistant|>"
+    assert tokenizer.decode(row["completion_ids"]) == "sat<|end|>"
+    assert row["ids_source"] == "retokenized"
+    assert row["prompt"] == CHAT["prompt"]
+    cached = cache_target_distributions(with_token_ids(Dataset.from_list([CHAT]), tokenizer), target, top_k=3)
+    assert len(cached[0]["target_logprobs"]) == len(row["completion_ids"])
+
+
+def test_plain_text_is_closed_by_the_end_token(tokenizer):
+    (row,) = with_token_ids(Dataset.from_list([{"prompt": "the cat", "completion": " sat"}]), tokenizer)
+    assert tokenizer.decode([*row["prompt_ids"], *row["completion_ids"]]) == "<s>the cat sat<|end|>"
+
+
+def test_what_a_template_puts_behind_the_end_token_is_no_completion():
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    (row,) = with_token_ids(Dataset.from_list([CHAT]), tokenizer)
+    assert tokenizer.decode(row["completion_ids"]) == "sat<|end|>"
+
+
+def test_a_template_that_changes_the_prompt_is_refused():
+    """Templates that rewrite earlier turns once an answer follows have no completion tokens."""
+    tokenizer = make_tokenizer(
+        "{{ messages | length }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"Row 0 .* does not continue"):
+        with_token_ids(Dataset.from_list([CHAT]), tokenizer)
+
+
+def test_missing_columns_are_named(tokenizer):
+    with pytest.raises(ValueError, match="no column 'completion'"):
+        with_token_ids(Dataset.from_list([{"prompt": "x"}]), tokenizer)
+
+
+def test_columns_of_the_prompts_give_way_to_those_of_the_rows(target, tokenizer):
+    """An old `completion` or `seed` among the prompts' columns must not stand beside the target's answer."""
+    prompts = Dataset.from_list([{"prompt": "the cat", "completion": "an old answer", "seed": 77, "domain": "mats"}])
+    (row,) = generate_alignment_data(target, tokenizer, prompts, max_new_tokens=3)
+    assert row["completion"] == tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
+    assert row["seed"] == 0
+    assert row["domain"] == "mats"

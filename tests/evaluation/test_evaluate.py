@@ -1,0 +1,302 @@
+"""The whole evaluation on tiny pairs, from Python."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.generation import generate_alignment_data
+from hf_draftkd.evaluation.evaluate import evaluate_draft
+from hf_draftkd.evaluation.report import SpeculationReport
+from tests.tiny import TEXT, tiny_llama, tiny_pair, tiny_tokenizer
+
+PROMPTS = [f"{text[: 15 + number]} {number}" for number in range(4) for text in TEXT]
+QUICK = {"max_new_tokens": 16, "measure_speed": False}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """One full evaluation with everything on, which several tests look at."""
+    draft, target = tiny_pair("llama", eos_scale=1.5)
+    stock, _ = tiny_pair("llama", agreement=0.7, eos_scale=1.5)
+    rows = Dataset.from_list(
+        [{"prompt": prompt, "domain": ("maths", "prose")[number % 2]} for number, prompt in enumerate(PROMPTS)]
+    )
+    before = draft.generation_config.to_dict(), target.generation_config.to_dict()
+    draft.train()
+    report = evaluate_draft(
+        draft,
+        target,
+        tiny_tokenizer(),
+        rows,
+        baseline=stock,
+        max_new_tokens=20,
+        num_speed_prompts=3,
+        verify=2,
+        lossy=True,
+        source="tests",
+        domain="nothing in particular",
+    )
+    after = draft.generation_config.to_dict(), target.generation_config.to_dict()
+    return report, (draft, target), before == after
+
+
+def test_the_report_is_complete_and_survives_its_own_json(measured):
+    report, (draft, target), _ = measured
+    assert SpeculationReport.from_json(report.to_json()) == report
+    assert [setting.temperature for setting in report.settings] == [0, 1]
+    assert [setting.verification for setting in report.settings] == ["exact_match", "rejection_sampling"]
+    assert report.prompts.count == len(PROMPTS)
+    assert report.draft.num_parameters == draft.num_parameters()
+    assert report.target.num_parameters == target.num_parameters()
+    for setting in report.settings:
+        assert setting.num_texts == len(PROMPTS)
+        assert setting.block_efficiency.keys() == setting.mbsu.keys() == set(range(1, 17))
+        assert len(setting.acceptance_by_position) == 5
+        assert setting.assisted.num_prompts == 3
+        assert setting.assisted.num_assistant_tokens == report.recommendation.num_assistant_tokens
+        assert setting.assisted.tokens_per_second > 0
+        assert setting.recommendation.reason
+    assert report.settings[0].assisted.num_identical == 3
+    assert report.settings[0].assisted.differences is None
+    assert set(report.latency.verify_seconds) == set(range(2, 18))
+    assert report.warnings == []
+
+
+def test_the_models_are_as_they_were(measured):
+    """A draft left in eval mode, or with a fixed draft length it did not have."""
+    _, (draft, target), is_unchanged = measured
+    assert draft.training
+    assert not target.training
+    assert is_unchanged
+
+
+def test_the_better_draft_is_better_by_more_than_its_interval(measured):
+    """Draft and baseline swapped, or texts paired wrongly."""
+    report, _, _ = measured
+    assert report.baseline.settings[0].num_tokens == report.settings[0].num_tokens
+    for mine, theirs, difference in zip(
+        report.settings, report.baseline.settings, report.paired_difference, strict=True
+    ):
+        gain = difference.block_efficiency[5]
+        assert gain.low > 0
+        assert gain.value == pytest.approx(mine.block_efficiency[5].value - theirs.block_efficiency[5].value)
+        assert difference.acceptance_rate.value == pytest.approx(
+            mine.acceptance_rate.value - theirs.acceptance_rate.value
+        )
+
+
+def test_groups_split_the_texts(measured):
+    """Groups must partition the tokens, each with its own figures."""
+    report, _, _ = measured
+    assert set(report.groups) == {"maths", "prose"}
+    for index, setting in enumerate(report.settings):
+        parts = [settings[index] for settings in report.groups.values()]
+        assert sum(part.num_tokens for part in parts) == setting.num_tokens
+        total = sum(part.acceptance_rate.value * part.num_tokens for part in parts)
+        assert total / setting.num_tokens == pytest.approx(setting.acceptance_rate.value)
+
+
+def test_the_self_check_agrees(measured):
+    report, _, _ = measured
+    assert report.self_check.equal
+    assert report.self_check.prompts == 2
+    greedy = [entry for entry in report.self_check.comparisons if entry.temperature == 0]
+    assert [entry.num_assistant_tokens for entry in greedy] == [1, 3, 5]
+    assert all(entry.computed.value == entry.counted.value for entry in greedy)
+
+
+def test_the_lossy_curve_starts_at_the_lossless_figures(measured):
+    report, _, _ = measured
+    lossless = [point for point in report.lossy if point.lenience == 1]
+    assert {point.form for point in lossless} == {"linear", "square", "exponential", "ensemble"}
+    for point in lossless:
+        assert point.acceptance_rate.value == pytest.approx(report.settings[1].acceptance_rate.value, abs=1e-5)
+        assert point.distance.value == pytest.approx(0, abs=1e-6)
+    counted = [point for point in report.lossy if point.assisted is not None]
+    assert {point.form for point in counted} == {"ensemble"}
+    # The same prompts and seeds: a draft that is trusted more is accepted more.
+    assert counted[-1].assisted.draft_acceptance_rate > report.settings[1].assisted.draft_acceptance_rate
+
+
+def test_a_self_draft_is_exact_and_not_worth_it():
+    """The measure must not flatter: a draft as slow as its target cannot pay, however often it is right."""
+    target = tiny_llama(eos_scale=1.5)
+    target.generation_config.repetition_penalty = 1.2
+    report = evaluate_draft(target, target, tiny_tokenizer(), PROMPTS[:4], max_new_tokens=16, num_speed_prompts=3)
+    for setting in report.settings:
+        assert setting.acceptance_rate.value == 1
+        assert setting.repetition_penalty == 1.2
+        assert not setting.recommendation.worth_it
+    assert not report.recommendation.worth_it
+    assert report.recommendation.reason.startswith("Not worth it")
+    assert any("repetition_penalty 1.2: applied to draft and target alike" in text for text in report.warnings)
+    assert any("Only 4 prompts" in text for text in report.warnings)
+
+
+def test_several_drafts_are_ranked_with_their_differences():
+    drafts = [tiny_pair("llama", agreement=share)[0] for share in (0.6, 1.0, 0.9)]
+    target = tiny_pair("llama")[1]
+    report = evaluate_draft(drafts, target, tiny_tokenizer(), PROMPTS[:8], **QUICK)
+    rates = [result.settings[1].acceptance_rate.value for result in report.drafts]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == pytest.approx(1)
+    assert report.settings == report.drafts[0].settings
+    assert report.drafts[0].paired_difference is None
+    for result in report.drafts[1:]:
+        assert result.paired_difference[1].acceptance_rate.high < 0
+    assert SpeculationReport.from_json(report.to_json()) == report
+
+
+def test_recorded_answers_give_what_fresh_ones_give(pair):
+    """Alignment data read back: the same texts, so the same figures, with nothing generated."""
+    draft, target = pair
+    tokenizer = tiny_tokenizer()
+    rows = generate_alignment_data(target, tokenizer, PROMPTS[:6], max_new_tokens=16, temperatures=(0.0, 1.0))
+    recorded = evaluate_draft(draft, target, tokenizer, dataset=rows, **QUICK)
+    one = evaluate_draft(draft, target, tokenizer, dataset=rows, temperatures=[1.0], **QUICK)
+    assert [setting.temperature for setting in recorded.settings] == [0, 1]
+    assert one.settings == [recorded.settings[1]]
+    fresh = evaluate_draft(draft, target, tokenizer, PROMPTS[:6], temperatures=[0.0], **QUICK)
+    assert fresh.settings[0].block_efficiency == recorded.settings[0].block_efficiency
+    with pytest.raises(ValueError, match=r"No row was written under temperature 0\.5"):
+        evaluate_draft(draft, target, tokenizer, dataset=rows, temperatures=[0.5], **QUICK)
+
+
+def test_recorded_answers_that_do_not_fit_are_refused_or_left_out_of_timing(pair):
+    """Positions beyond a model's context, met in the middle of the work or silently wrapped."""
+    _, target = pair
+    rows = generate_alignment_data(target, tiny_tokenizer(), PROMPTS[:3], max_new_tokens=16, temperatures=(0.0,))
+    longest = max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows)
+    short = tiny_llama(max_position_embeddings=longest - 1)
+    with pytest.raises(ValueError, match=f"longest text has {longest} tokens"):
+        evaluate_draft(short, target, tiny_tokenizer(), dataset=rows, **QUICK)
+    just = tiny_llama(max_position_embeddings=longest)
+    report = evaluate_draft(just, target, tiny_tokenizer(), dataset=rows, num_speed_prompts=3)
+    assert report.max_new_tokens == max(map(len, rows["completion_ids"]))
+    fitting = [row for row in rows if len(row["prompt_ids"]) + report.max_new_tokens <= longest]
+    assert report.settings[0].assisted.num_prompts == len(fitting)
+
+
+def test_text_recorded_under_a_wrong_setting_gives_no_block_efficiency(pair):
+    """Sampled text that claims to be greedy: τ computed from it would be a figure about nothing."""
+    draft, target = pair
+    rows = generate_alignment_data(target, tiny_tokenizer(), PROMPTS[:6], max_new_tokens=16, temperatures=(1.0,))
+    rows = rows.remove_columns("temperature").add_column("temperature", [0.0] * len(rows))
+    report = evaluate_draft(draft, target, tiny_tokenizer(), dataset=rows, **QUICK)
+    (setting,) = report.settings
+    assert setting.temperature == 0
+    assert setting.block_efficiency is None
+    assert setting.mbsu is None
+    assert setting.acceptance_rate.value > 0
+    assert any("could have been written by this target" in text for text in report.warnings)
+
+
+@pytest.mark.parametrize("kind", ["strings", "messages", "retokenized"])
+def test_other_text_gives_acceptance_alone(pair, kind):
+    draft, target = pair
+    tokenizer = tiny_tokenizer()
+    rows = [{"prompt": prompt, "completion": " whatever a person wrote"} for prompt in PROMPTS[:3]]
+    if kind == "messages":
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": row["prompt"]}],
+                "completion": [{"role": "assistant", "content": row["completion"]}],
+            }
+            for row in rows
+        ]
+    dataset = Dataset.from_list(rows)
+    if kind == "retokenized":
+        dataset = generate_alignment_data(target, tokenizer, PROMPTS[:3], max_new_tokens=8, temperatures=(0.0,))
+        dataset = dataset.map(lambda row: {"ids_source": "retokenized"})
+    report = evaluate_draft(draft, target, tokenizer, dataset=dataset, **QUICK)
+    assert [setting.temperature for setting in report.settings] == [0, 1]
+    assert all(setting.block_efficiency is None for setting in report.settings)
+    assert all(0 < setting.acceptance_rate.value < 1 for setting in report.settings[1:])
+    assert any("only acceptance rates are given" in text for text in report.warnings)
+
+
+def test_padded_vocabularies_are_aligned_first():
+    draft, target = tiny_pair("qwen3", draft_vocab_size=304, target_vocab_size=320, real_vocab_size=300)
+    report = evaluate_draft(
+        draft, target, tiny_tokenizer(), PROMPTS[:3], max_new_tokens=12, num_speed_prompts=2, verify=2
+    )
+    assert draft.config.vocab_size == 320
+    assert report.self_check.equal
+    assert report.settings[0].assisted.num_identical == 2
+
+
+def test_other_sampling_settings_say_what_transformers_makes_of_them(pair):
+    draft, target = pair
+    settings = [DecodingSetting(0.7, top_p=0.9), DecodingSetting(1.0)]
+    report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:6], settings=settings, **QUICK)
+    doubled, plain = report.settings
+    assert doubled.transformers_block_efficiency is not None
+    assert doubled.transformers_block_efficiency[5].value != doubled.block_efficiency[5].value
+    assert plain.transformers_block_efficiency is None
+
+
+def test_what_the_targets_generation_config_carries_is_said(pair):
+    draft, target = pair
+    target.generation_config.update(do_sample=True, top_p=0.8, top_k=20)
+    report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:3], **QUICK)
+    assert any("carries top_p 0.8, top_k 20" in text for text in report.warnings)
+    assert report.settings[1].top_p == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": None}, "Give `prompts`"),
+        ({"prompts": []}, "empty"),
+        ({"prompts": [""]}, "empty"),
+        ({"verification": ["greedy_drafts"]}, "Did you mean 'greedy_draft'"),
+        ({"verification": []}, "at least one rule"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 300}, "leaves no room"),
+        ({"num_assistant_tokens": 17}, "between 1 and 16"),
+        ({"temperatures": [0.0], "settings": [DecodingSetting()]}, "not both"),
+        ({"temperatures": [-1.0]}, "temperature"),
+        ({"temperatures": []}, "empty"),
+        ({"settings": []}, "at least one"),
+        ({"prompts": ["long " * 300]}, "longer than"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(pair, monkeypatch, options, message):
+    draft, target = pair
+
+    def fail(*args, **kwargs):
+        raise AssertionError("the target was asked to work")
+
+    monkeypatch.setattr(target, "forward", fail)
+    options = {"prompts": PROMPTS[:2], **options}
+    with pytest.raises(ValueError, match=message):
+        evaluate_draft(draft, target, tiny_tokenizer(), **options)
+
+
+def test_a_contradicting_setting_is_refused():
+    with pytest.raises(ValueError, match="greedy decoding, which `top_p`"):
+        DecodingSetting(0.0, top_p=0.9)
+
+
+def test_a_draft_with_another_vocabulary_is_refused(pair):
+    _, target = pair
+    with pytest.raises(ValueError, match="tokens"):
+        evaluate_draft(tiny_llama(vocab_size=290), target, tiny_tokenizer(), PROMPTS[:2], **QUICK)
+
+
+def test_a_draft_with_a_shorter_context_is_refused(pair):
+    _, target = pair
+    short = tiny_llama(max_position_embeddings=24)
+    with pytest.raises(ValueError, match="longer than"):
+        evaluate_draft(short, target, tiny_tokenizer(), PROMPTS[:2], **QUICK)
+
+
+def test_evaluation_leaves_weights_alone(pair):
+    draft, target = pair
+    before = [copy.deepcopy(model.state_dict()) for model in pair]
+    evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], max_new_tokens=8, num_speed_prompts=1)
+    for model, state in zip(pair, before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

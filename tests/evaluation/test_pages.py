@@ -1,0 +1,128 @@
+"""Plots and the HTML page: self-contained, and without effect on anything else."""
+
+import re
+from html.parser import HTMLParser
+
+import matplotlib as mpl
+import pytest
+
+from hf_draftkd.evaluation import plots
+from hf_draftkd.evaluation.html import render_page, save_page
+from tests.evaluation import samples
+
+FIGURES = [
+    plots.block_efficiency_figure,
+    plots.acceptance_by_position_figure,
+    plots.speed_figure,
+    plots.group_figure,
+    plots.lossy_figure,
+]
+
+
+@pytest.mark.parametrize("draw", FIGURES)
+def test_figures_are_drawn_without_global_effects(draw, tmp_path):
+    """A pyplot keeps figures alive and picks a backend: neither may happen to a user who asked for a file."""
+    before = dict(mpl.rcParams)
+    figure = draw(samples.report())
+    path = plots.save_figure(figure, tmp_path / "figure.png")
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [item.name for item in tmp_path.iterdir()] == ["figure.png"]
+    assert dict(mpl.rcParams) == before
+
+
+@pytest.mark.parametrize("draw", FIGURES)
+def test_nothing_to_draw_is_said(draw):
+    report = samples.report()
+    report.groups = report.lossy = report.baseline = None
+    for entry in report.settings:
+        entry.block_efficiency = entry.acceptance_by_position = entry.assisted = None
+    with pytest.raises(ValueError, match="holds no"):
+        draw(report)
+
+
+def test_block_efficiency_is_drawn_as_reported():
+    """Curves drawn from the wrong draft, or against the wrong lengths."""
+    report = samples.report()
+    (axes,) = plots.block_efficiency_figure(report).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert set(lines) == {"baseline, greedy", "baseline, temperature 1", "draft, greedy", "draft, temperature 1"}
+    line = lines["draft, temperature 1"]
+    assert list(line.get_xdata()) == list(range(1, 17))
+    assert list(line.get_ydata()) == [report.settings[1].block_efficiency[length].value for length in range(1, 17)]
+
+
+def test_missing_matplotlib_names_the_install(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "hf_draftkd\[plots\]"'):
+        plots.block_efficiency_figure(samples.report())
+
+
+class _Page(HTMLParser):
+    """Tags in order, and whether they close properly."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.open, self.attributes = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "br", "link", "img", "path", "use", "rect"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_loads_nothing():
+    page = render_page(samples.report())
+    parsed = _Page()
+    parsed.feed(page)
+    assert parsed.open == []
+    assert parsed.tags.count("svg") == len(FIGURES)
+    assert "script" not in parsed.tags
+    assert "link" not in parsed.tags
+    assert "img" not in parsed.tags
+    for name, value in parsed.attributes:
+        if name in ("src", "href", "xlink:href", "action"):
+            assert value.startswith("#"), f"{name}={value} points outside the page"
+    assert not re.search(r"url\((?!#)", page)
+    assert "@import" not in page
+    assert ("name", "viewport") in parsed.attributes  # a phone would otherwise shrink the page
+
+
+def test_the_page_has_each_id_once():
+    """Five drawings on one page: an id used twice makes one of them clip or draw the other's marks."""
+    parsed = _Page()
+    parsed.feed(render_page(samples.report()))
+    ids = [value for name, value in parsed.attributes if name == "id"]
+    assert ids
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_says_what_the_report_says():
+    page = render_page(samples.report())
+    for expected in ("distilled", "org/target", "Worth it.", "function calling", "maths", "prose", "sha256"):
+        assert expected in page
+    assert "A &lt;fast&gt; &amp; loud CPU" in page
+    assert "<script>alert" not in page
+
+
+def test_the_same_report_gives_the_same_page(tmp_path):
+    first = save_page(samples.report(), tmp_path / "a" / "report.html").read_text()
+    assert first == save_page(samples.report(), tmp_path / "report.html").read_text()
+
+
+def test_a_bare_report_makes_a_page():
+    report = samples.report()
+    report.baseline = report.paired_difference = report.recommendation = report.latency = None
+    report.groups = report.lossy = None
+    for entry in report.settings:
+        entry.assisted = entry.recommendation = entry.block_efficiency = entry.mbsu = None
+        entry.acceptance_by_position = None
+    page = render_page(report)
+    assert "<svg" not in page
+    assert "acceptance rate" in page

@@ -1,0 +1,81 @@
+"""Verdicts from known numbers: is it worth it, and with which draft length."""
+
+import pytest
+
+from hf_draftkd.evaluation.recommendation import overall_draft_length, recommend, recommend_overall
+from hf_draftkd.evaluation.report import GenerateOverhead
+from tests.evaluation.samples import LENGTHS, assisted, latency, setting
+
+
+def test_a_cheap_good_draft_is_worth_it():
+    """With step times 10 and 1 ms and verification in 11 ms: best γ by trying all, the definition of the speed-up."""
+    found = recommend(setting(0.7), latency(), "greedy")
+    speedups = {length: sum(0.7**power for power in range(length + 1)) * 10 / (length * 1 + 11) for length in LENGTHS}
+    best = max(speedups, key=speedups.get)
+    assert found.worth_it
+    assert found.num_assistant_tokens == best
+    assert found.predicted_speedup == pytest.approx(speedups[best])
+    assert found.break_even_acceptance_rate < 0.7
+    assert found.reason.startswith("Worth it for greedy")
+
+
+def test_a_slow_draft_is_not_worth_it_and_the_sentence_says_why():
+    found = recommend(setting(0.7), latency(draft=9e-3), "greedy")
+    assert not found.worth_it
+    assert found.predicted_speedup < 1
+    assert "Not worth it" in found.reason
+    assert "90% of a target step" in found.reason
+    assert f"{found.break_even_acceptance_rate:.2f} would be needed" in found.reason
+
+
+def test_where_nothing_could_ever_pay_no_break_even_is_named():
+    found = recommend(setting(1.0), latency(draft=11e-3), "greedy")
+    assert not found.worth_it
+    assert found.break_even_acceptance_rate is None
+    assert "no acceptance rate would make up for that" in found.reason
+
+
+def test_the_overhead_of_generate_counts():
+    """A draft that pays in forward passes alone, and not once `generate`'s own time is added to every draft step."""
+    overhead = GenerateOverhead(plain_step_seconds=0.0, draft_step_seconds=8e-3, block_seconds=2e-3)
+    assert recommend(setting(0.7), latency(), "greedy").worth_it
+    assert not recommend(setting(0.7), latency(overhead=overhead), "greedy").worth_it
+
+
+@pytest.mark.parametrize(("speedup", "worth_it"), [(1.4, True), (0.9, False)])
+def test_what_was_measured_overrules_what_was_predicted(speedup, worth_it):
+    found = recommend(setting(0.7, assisted=assisted(speedup)), latency(), "greedy")
+    assert found.worth_it == worth_it
+    assert f"Measured with 4 draft tokens: {speedup:.2f} times" in found.reason
+
+
+def test_the_setting_that_gains_least_decides():
+    """One draft length is stored for all settings: it must not ruin the weaker one."""
+    settings = [setting(0.95), setting(0.2, 1.0)]
+    times = latency(draft=2e-3)
+    for entry, name in zip(settings, ("greedy", "temperature 1"), strict=True):
+        entry.recommendation = recommend(entry, times, name)
+    assert settings[0].recommendation.worth_it
+    assert not settings[1].recommendation.worth_it
+    overall = recommend_overall(settings, ["greedy", "temperature 1"], times)
+    assert overall.num_assistant_tokens == overall_draft_length(settings, times)
+    assert overall.num_assistant_tokens < settings[0].recommendation.num_assistant_tokens
+    assert not overall.worth_it
+    assert overall.reason.startswith("Worth it for greedy, not for temperature 1.")
+
+
+def test_other_engines_rules_do_not_decide_for_transformers():
+    settings = [setting(0.8, 1.0), setting(0.1, 1.0)]
+    settings[1].verification = "greedy_draft"
+    for entry in settings:
+        entry.recommendation = recommend(entry, latency(), "temperature 1")
+    overall = recommend_overall(settings, ["temperature 1", "temperature 1, greedy draft"], latency())
+    assert overall.worth_it
+    assert overall.num_assistant_tokens == settings[0].recommendation.num_assistant_tokens
+
+
+def test_without_block_efficiency_nothing_is_recommended():
+    bare = setting(0.7)
+    bare.block_efficiency = None
+    assert recommend(bare, latency(), "greedy") is None
+    assert recommend_overall([bare], ["greedy"], latency()) is None

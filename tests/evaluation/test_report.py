@@ -1,0 +1,134 @@
+"""The report as a file format: what is written can be read, and nothing else can."""
+
+import dataclasses
+import json
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from hf_draftkd.acceptance import Estimate
+from hf_draftkd.evaluation import report as report_module
+from hf_draftkd.evaluation.report import SCHEMA_VERSION, SpeculationReport
+from hf_draftkd.evaluation.schema import key_help
+from tests.evaluation import samples
+
+
+def plain():
+    return samples.report().to_dict()
+
+
+def test_json_and_back_is_the_same_report():
+    """A key lost, a number turned into text, or int keys that come back as strings."""
+    report = samples.report()
+    assert SpeculationReport.from_json(report.to_json()) == report
+
+
+def test_the_keys_are_those_of_the_design():
+    """Others read these names: renaming one must fail here first."""
+    data = plain()
+    assert data["schema_version"] == SCHEMA_VERSION
+    assert {"target", "draft", "prompts", "hardware", "versions", "settings", "latency", "recommendation"} <= set(data)
+    assert {"baseline", "paired_difference", "warnings", "groups", "lossy"} <= set(data)
+    first = data["settings"][0]
+    assert set(first["block_efficiency"]) == {str(length) for length in range(1, 17)}
+    assert set(first["block_efficiency"]["5"]) == {"value", "low", "high"}
+    assert {"num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens", "mean_acceptance_length"} <= set(
+        first["assisted"]
+    )
+    assert set(data["latency"]["verify_seconds"]) == {str(length) for length in range(2, 18)}
+
+
+def test_what_was_not_measured_is_absent():
+    """A null reads as a measured nothing."""
+    report = samples.report()
+    report.latency = report.recommendation = report.groups = None
+    report.settings[0].assisted = None
+    text = report.to_json()
+    assert "null" not in text
+    assert SpeculationReport.from_json(text) == report
+    with pytest.raises(ValueError, match=r"report\.latency` is null"):
+        SpeculationReport.from_dict({**plain(), "latency": None})
+
+
+def test_a_number_json_cannot_say_is_refused():
+    report = samples.report()
+    report.settings[0].acceptance_rate = Estimate(float("nan"))
+    with pytest.raises(ValueError, match="cannot hold nan"):
+        report.to_json()
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_schema_version_is_refused(version):
+    data = {**plain(), "schema_version": version}
+    with pytest.raises(ValueError, match="this version of hf_draftkd reads 1"):
+        SpeculationReport.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.pop("target"), "lacks the key `target`. The target."),
+        (lambda data: data.update(setings=[]), "unknown key `setings`. Did you mean `settings`"),
+        (lambda data: data["prompts"].update(count="40"), r"report\.prompts\.count` must be a whole number, got '40'"),
+        (
+            lambda data: data["settings"][1]["acceptance_rate"].update(value="high"),
+            r"report\.settings\[1\]\.acceptance_rate\.value` must be a number",
+        ),
+        (lambda data: data["settings"][0]["mbsu"].update(five=1.0), "whole numbers as keys"),
+        (lambda data: data.update(warnings="none"), "must be a list"),
+        (lambda data: data["recommendation"].update(worth_it=1), "must be true or false"),
+    ],
+)
+def test_a_faulty_report_is_refused_with_the_place(change, message):
+    data = plain()
+    change(data)
+    with pytest.raises(ValueError, match=message):
+        SpeculationReport.from_dict(data)
+
+
+def test_no_file_and_no_json_are_said_so(tmp_path):
+    with pytest.raises(ValueError, match="There is no report at"):
+        SpeculationReport.load(tmp_path / "report.json")
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        SpeculationReport.load(tmp_path / "report.json")
+
+
+def test_saving_leaves_one_whole_file(tmp_path):
+    report = samples.report()
+    path = report.save(tmp_path / "deep" / "report.json")
+    assert [item.name for item in path.parent.iterdir()] == ["report.json"]
+    assert SpeculationReport.load(path) == report
+    assert json.loads(path.read_text())["prompts"]["domain"] == "function calling"
+
+
+def test_every_key_is_documented():
+    for item in vars(report_module).values():
+        if dataclasses.is_dataclass(item) and item.__module__ == report_module.__name__:
+            for name, text in key_help(item).items():
+                assert len(text) > 5, f"{item.__name__}.{name} has no documentation"
+
+
+def test_the_table_shows_both_drafts_and_their_difference():
+    console = Console(width=90, record=True, file=StringIO())
+    console.print(samples.report().table())
+    text = console.export_text()
+    for expected in ("distilled for target", "baseline", "draft", "greedy", "temperature 1", "0.70 [0.68, 0.72]"):
+        assert expected in text
+    assert "+0.30 [0.25, 0.35]" in text
+    assert "1.50x [1.40, 1.60]" in text
+    assert "Worth it." in text
+
+
+def test_the_table_of_a_bare_report_has_no_empty_rows():
+    report = samples.report()
+    report.baseline = report.paired_difference = report.recommendation = report.latency = None
+    for entry in report.settings:
+        entry.assisted = entry.recommendation = entry.block_efficiency = entry.mbsu = None
+    console = Console(width=90, record=True, file=StringIO())
+    console.print(report.table())
+    text = console.export_text()
+    assert "acceptance rate" in text
+    assert "tokens/call" not in text
+    assert "predicted" not in text

@@ -1,0 +1,114 @@
+"""Timing real decoding: what is compared, in which order, and what is said where texts differ."""
+
+import pytest
+import torch
+
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.evaluation import timing
+from hf_draftkd.evaluation.timing import generate_text, measure_latency, single_text_config, time_decoding
+from tests.tiny import tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
+
+
+@pytest.fixture
+def prompts():
+    return [prompt[0].tolist() for prompt in tiny_prompts(tiny_tokenizer(), 4)]
+
+
+def test_both_ways_are_timed_on_every_prompt_in_turns(pair, prompts, monkeypatch):
+    """One way always first would always run on the other's warm caches; a warm-up that is timed would count twice."""
+    draft, target = pair
+    order = []
+    real = timing.generate_text
+
+    def record(model, prompt, config, **options):
+        order.append("assisted" if "assistant_model" in options else "plain")
+        return real(model, prompt, config, **options)
+
+    monkeypatch.setattr(timing, "generate_text", record)
+    times = time_decoding(target, draft, prompts, DecodingSetting(), max_new_tokens=8, num_assistant_tokens=3)
+    assert order[:2] == ["plain", "assisted"]  # the warm-up
+    assert order[2:] == ["plain", "assisted", "assisted", "plain"] * 2
+    assert len(times.plain_seconds) == len(times.assisted_seconds) == len(prompts)
+    assert times.counts.num_tokens == sum(times.assisted_tokens)
+    assert times.plain_tokens == times.assisted_tokens
+    assert times.num_identical == len(prompts)
+    expected = [p / a for p, a in zip(times.plain_seconds, times.assisted_seconds, strict=True)]
+    assert times.paired_speedups == pytest.approx(expected)
+
+
+def test_a_difference_is_reported_with_its_logit_gap(pair, prompts, monkeypatch):
+    """Assisted greedy text that silently differs from plain text."""
+    draft, target = pair
+    real = timing.generate_text
+    setting = DecodingSetting(repetition_penalty=1.2)
+
+    def tamper(model, prompt, config, **options):
+        tokens, seconds = real(model, prompt, config, **options)
+        if "assistant_model" in options and prompt == prompts[1]:
+            tokens = [*tokens[:3], (tokens[3] + 1) % 300, *tokens[4:]]
+        return tokens, seconds
+
+    monkeypatch.setattr(timing, "generate_text", tamper)
+    times = time_decoding(target, draft, prompts, setting, max_new_tokens=8, num_assistant_tokens=3)
+    assert times.num_identical == len(prompts) - 1
+    (difference,) = times.differences
+    assert (difference.prompt, difference.position) == (1, 3)
+    assert difference.assisted_token == (difference.plain_token + 1) % 300
+    config = single_text_config(target, setting, 8, return_dict_in_generate=True, output_scores=True)
+    ids = torch.tensor([prompts[1]])
+    scores = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config).scores[3][0]
+    gap = scores[difference.plain_token] - scores[difference.assisted_token]
+    assert difference.logit_gap == pytest.approx(gap.item(), abs=1e-4)
+    assert difference.logit_gap > 0
+
+
+def test_sampled_texts_are_seeded_and_leave_the_random_state_alone(pair, prompts):
+    draft, target = pair
+    config = single_text_config(target, DecodingSetting(1.0), 12)
+    state = torch.get_rng_state()
+    first, _ = generate_text(target, prompts[0], config, seed=1)
+    again, _ = generate_text(target, prompts[0], config, seed=1)
+    other, _ = generate_text(target, prompts[0], config, seed=2)
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), state)
+    times = time_decoding(target, draft, prompts, DecodingSetting(1.0), max_new_tokens=8)
+    assert times.num_identical is None
+    assert times.differences == []
+
+
+def test_pad_ids_inside_a_text_do_not_confuse_the_draft():
+    """The draft takes pad ids in the text for padding unless pad is the end token: counts would be off."""
+    draft, target = tiny_pair("llama")
+    target.generation_config.eos_token_id = [1, 5]
+    assert single_text_config(target, DecodingSetting(), 8).pad_token_id == 1
+    target.generation_config.eos_token_id = None
+    assert single_text_config(target, DecodingSetting(), 8).pad_token_id is None
+    assert draft.generation_config.pad_token_id == 2
+
+
+def test_latency_tells_a_large_model_from_a_small_one(prompts):
+    """Target and draft swapped, or a cache that grows from pass to pass."""
+    target, draft = tiny_llama(num_layers=12, hidden_size=64), tiny_llama(num_layers=1)
+    found = measure_latency(target, draft, prompts, max_new_tokens=24, draft_lengths=(1, 8), num_repeats=5)
+    assert found.context_length > 12
+    assert set(found.verify_seconds) == {2, 9}
+    assert found.relative_cost == pytest.approx(found.draft_step_seconds / found.target_step_seconds)
+    assert found.relative_cost < 0.6
+    overhead = found.generate_overhead
+    assert min(overhead.plain_step_seconds, overhead.draft_step_seconds, overhead.block_seconds) >= 0
+
+
+def test_a_pass_that_is_timed_leaves_the_cache_as_it_was(prompts):
+    clock = timing._StepClock(tiny_llama(), prompts[0])
+    with torch.inference_mode():
+        for size in (1, 5, 1):
+            assert clock.seconds(size) > 0
+            assert clock.cache.get_seq_length() == len(prompts[0])
+
+
+def test_the_models_get_their_own_draft_settings_back(pair, prompts):
+    draft, target = pair
+    before = draft.generation_config.to_dict()
+    measure_latency(target, draft, prompts[:2], max_new_tokens=8, draft_lengths=(1, 8), num_repeats=1)
+    time_decoding(target, draft, prompts[:2], DecodingSetting(), max_new_tokens=4)
+    assert draft.generation_config.to_dict() == before

@@ -1,0 +1,31 @@
+"""`trainer.push_to_hub()` through the real client, against a Hub on loopback."""
+
+import pytest
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from tests.hub.conftest import hub as hub  # the fixture
+from tests.training.rows import alignment_rows
+from tests.training.test_trainer import build
+
+# huggingface_hub 2.4 sends LFS parts as `data=`, which its own HTTP client deprecates; users upload through Xet.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+
+
+def test_a_lora_draft_is_published_merged_in_one_commit_without_pickles(hub, tmp_path, pair, tokenizer):
+    """Trainer's own push uploads `training_args.bin`, adapters, and whatever else lies in the folder."""
+    num_parameters = pair[0].num_parameters()
+    peft = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    rows = alignment_rows(pair[1], tokenizer)
+    trainer = build(tmp_path / "out", pair, tokenizer, rows, peft=peft, hub_model_id="me/draft", max_steps=1)
+    trainer.train()
+    trainer.push_to_hub(private=True, license="mit")
+    repo = hub.repos["me/draft"]
+    files = repo.files()
+    assert repo.private
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "provenance.json"} <= set(files)
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl")) or "adapter" in name]
+    (tmp_path / "copy").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "copy" / name).write_bytes(files[name])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "copy").num_parameters() == num_parameters
