@@ -27,7 +27,9 @@ def parse(command: str, dataclass_types: Sequence[type], argv: list[str], descri
             # YAML knows more types than options have: `divergence: [forward_kl]`.
             raise UsageError(f"the options cannot be read: {error}") from error
     for instance in instances:
-        _one_is_a_list_of_one(instance)
+        # TRL's own classes have their own ideas: `lora_target_modules` may be one word.
+        if type(instance).__module__.startswith("hf_draftkd.cli"):
+            _one_is_a_list_of_one(instance)
     for option in unknown:
         if option.startswith("--"):
             name = option.split("=", 1)[0]

@@ -1,16 +1,21 @@
-"""One forward pass of a causal LM that projects only the positions asked for.
+"""One forward pass of a causal LM that projects only the positions asked for, or none at all.
 
 The vocabulary is what makes logits large, and most positions of a batch (prompts, padding) are never looked at. The
 positions are chosen in front of the head, inside the model's own forward, so that wrappers (DDP, FSDP, PEFT) run as
 always and whatever the model does after its head (scaling, soft-capping) still happens.
+
+Where the head is plain arithmetic (`head_arithmetic`), the loss can take the hidden states instead and project them a
+chunk at a time: `hidden_at` and `loss_at` never hold logits of all positions.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from hf_draftkd.losses import DistillationLoss, LinearHead, Unprojected
 
 
 def predicting_positions(labels: Tensor) -> Tensor:
@@ -49,10 +54,136 @@ def logits_at(model: nn.Module, inputs: Mapping[str, Any], keep: Tensor) -> Tens
     Returns:
         [N, V] logits in row-major order of `keep`, in the model's own dtype.
     """
-    device = unwrapped(model).get_input_embeddings().weight.device
-    placed = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     with _project_only(model, keep):
-        return model(**placed, use_cache=False).logits
+        return model(**_placed(model, inputs), use_cache=False).logits
+
+
+def _placed(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs where the model reads them: a target may lie on another device than the draft."""
+    device = unwrapped(model).get_input_embeddings().weight.device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+class HeadArithmetic(NamedTuple):
+    """What a model does with the product of hidden states and head weight."""
+
+    scale: float
+    """What it multiplies it by."""
+    softcap: float | None
+    """What it bounds it to, by tanh."""
+
+
+@torch.no_grad()
+def head_arithmetic(model: nn.Module) -> HeadArithmetic | None:
+    """Find out what stands between a model's head and its logits by handing it numbers in the head's place.
+
+    So scaling and soft-capping are seen whatever an architecture calls them, and anything else is not overlooked.
+
+    Args:
+        model: A causal LM, wrapped or not; its parameters are not read.
+
+    Returns:
+        The arithmetic; None where the logits are not scale and soft-cap of a plain linear layer's output (an adapter
+        or quantised weights on the head, weights kept elsewhere, a model of its own kind).
+    """
+    inner = unwrapped(model)
+    head = inner.get_output_embeddings()
+    # A `forward` of the module's own is accelerate's, which moves weights.
+    if type(head) is not nn.Linear or "forward" in vars(head) or head.weight.numel() == 0 or head._forward_hooks:
+        return None
+    probe = torch.logspace(-4, 6, head.weight.shape[0], device=head.weight.device)
+    probe[::2] *= -1
+    was_training = inner.training
+    inner.eval()
+    with _instead_of_head(head, lambda _: probe[None, None].clone()):
+        found = inner(torch.zeros(1, 1, dtype=torch.long, device=inner.device), use_cache=False).logits
+    inner.train(was_training)
+    if found.shape != (1, 1, len(probe)):
+        return None
+    found, probe = found[0, 0].double(), probe.double()
+    scale = float(found[0] / probe[0])
+    last = abs(float(found[-1]))
+    softcap = None if last > 0.999 * abs(scale * float(probe[-1])) else last
+    expected = scale * probe if softcap is None else softcap * torch.tanh(scale * probe / softcap)
+    if not torch.allclose(found, expected, rtol=1e-5, atol=0):
+        return None
+    return HeadArithmetic(1.0 if abs(scale - 1) < 1e-6 else scale, softcap)
+
+
+def hidden_at(
+    model: nn.Module, inputs: Mapping[str, Any], keep: Tensor, arithmetic: HeadArithmetic, vocab_size: int
+) -> Unprojected:
+    """What `logits_at` would project: hidden states [N, H] at chosen positions, with the head over `vocab_size` tokens.
+
+    For a model whose head keeps its weights after its forward: not one sharded by FSDP or ZeRO.
+    """
+    return _in_head(model, inputs, keep, arithmetic, vocab_size, lambda source: (source, source.hidden[:0]))
+
+
+def loss_at(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    keep: Tensor,
+    arithmetic: HeadArithmetic,
+    vocab_size: int,
+    loss: Callable[[Unprojected], DistillationLoss],
+) -> DistillationLoss:
+    """Compute a loss where the model would have projected its hidden states.
+
+    Inside the forward the head's weight is whole, whoever shards it.
+
+    Args:
+        model: A causal LM, wrapped or not.
+        inputs: What its forward takes.
+        keep: [B, L] bool, N of them True.
+        arithmetic: The model's, from `head_arithmetic`.
+        vocab_size: Tokens to compare: the head's first rows.
+        loss: Hidden states [N, H] with their head -> loss.
+
+    Returns:
+        What `loss` returned.
+    """
+
+    def compute(source: Unprojected) -> tuple[DistillationLoss, Tensor]:
+        result = loss(source)
+        return result, result.loss
+
+    return _in_head(model, inputs, keep, arithmetic, vocab_size, compute)
+
+
+def _in_head(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    keep: Tensor,
+    arithmetic: HeadArithmetic,
+    vocab_size: int,
+    compute: Callable[[Unprojected], tuple[Any, Tensor]],
+) -> Any:
+    head = unwrapped(model).get_output_embeddings()
+    results = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        linear = LinearHead(head.weight, head.bias, *arithmetic)
+        if vocab_size < head.weight.shape[0]:
+            linear = linear.first(vocab_size)
+        result, output = compute(Unprojected(hidden[keep.to(hidden.device)], linear))
+        results.append(result)
+        # The model's output is part of the graph, as wrappers that watch it expect.
+        return output.reshape(1, 1, -1)
+
+    with _instead_of_head(head, forward):
+        model(**_placed(model, inputs), use_cache=False)
+    (result,) = results
+    return result
+
+
+@contextmanager
+def _instead_of_head(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def unwrapped(model: nn.Module) -> Any:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 logger = logging.getLogger(__name__)
 
-# The underscore keeps it out of what `push_to_hub` uploads; it lies below the run, so that renaming never copies.
+# Below the run's own folder, so that renaming never copies.
 UNFINISHED = "_unfinished"
 
 
@@ -72,8 +72,6 @@ class WholeCheckpoints(Trainer):
             _take_name(unfinished / name, run / name)
             shutil.rmtree(unfinished)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(run / name))
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(run),
@@ -90,11 +88,6 @@ class WholeCheckpoints(Trainer):
         best = run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if step == self.state.global_step or best.is_dir():
             self.state.best_model_checkpoint = str(best)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # In mid-save it would upload files that are about to move.
-        if not self._writing:
-            super()._push_from_checkpoint(checkpoint_folder)
 
 
 def _take_name(finished: Path, name: Path) -> None:

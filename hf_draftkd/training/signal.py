@@ -17,9 +17,9 @@ from hf_draftkd.data.cache_lookup import CachedDistributions, CacheFacts, cache_
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.evaluation.processing import logits_processors, process_logits
 from hf_draftkd.evaluation.teacher_forced import token_scores
-from hf_draftkd.losses import SampledTarget, SparseTarget, acceptance_upper_bound
+from hf_draftkd.losses import SampledTarget, SparseTarget, Unprojected, acceptance_upper_bound
 from hf_draftkd.losses.sparse import check_sampled
-from hf_draftkd.models.forward import logits_at, unwrapped
+from hf_draftkd.models.forward import head_arithmetic, hidden_at, logits_at, unwrapped
 from hf_draftkd.training.config import DraftDistillConfig
 
 Distributions = Tensor | SparseTarget | SampledTarget
@@ -53,6 +53,10 @@ class Text:
     def distributions(self, batch: dict[str, Any], keep: Tensor) -> Distributions | None:
         """The target at the N positions [B, L] `keep` that predict a completion token; None if it is not known."""
         return None
+
+    def for_loss(self, batch: dict[str, Any], keep: Tensor) -> "Distributions | Unprojected | None":
+        """The same in the form that costs the loss least."""
+        return self.distributions(batch, keep)
 
     def acceptance(self, draft_logits: Tensor, target: Distributions | None) -> Tensor | None:
         """[N] α at temperature 1, from raw draft logits [N, V]; None if it cannot be told."""
@@ -140,14 +144,24 @@ class LiveTarget(Text):
     Args:
         model: The prepared target, wrapped or not.
         vocab_size: Tokens that draft and target share.
+        sharded: Whether its weights are whole only inside its own forward.
     """
 
     name = "white_box"
     exact_text = "were written by this target, under a setting they record"
 
-    def __init__(self, model: torch.nn.Module, vocab_size: int) -> None:
+    def __init__(self, model: torch.nn.Module, vocab_size: int, *, sharded: bool = False) -> None:
         self._model = model
         self._vocab_size = vocab_size
+        self._arithmetic = None if sharded else head_arithmetic(model)
+
+    def for_loss(self, batch: dict[str, Any], keep: Tensor) -> Tensor | Unprojected:
+        head = unwrapped(self._model).get_output_embeddings()
+        if self._arithmetic is None or head.weight.device != keep.device:
+            # From a device of its own it hands over logits: moving its head in each step would cost more.
+            return self.distributions(batch, keep)
+        with torch.no_grad():
+            return hidden_at(self._model, model_inputs(batch), keep, self._arithmetic, self._vocab_size)
 
     def distributions(self, batch: dict[str, Any], keep: Tensor) -> Tensor:
         with torch.no_grad():
@@ -176,7 +190,12 @@ class LiveTarget(Text):
 
 
 def make_signal(
-    target_model: torch.nn.Module | None, cache: CachedDistributions | None, facts: list[CacheFacts], vocab_size: int
+    target_model: torch.nn.Module | None,
+    cache: CachedDistributions | None,
+    facts: list[CacheFacts],
+    vocab_size: int,
+    *,
+    sharded: bool = False,
 ) -> Text:
     """The target if it is there, else its cache, else its text.
 
@@ -185,9 +204,10 @@ def make_signal(
         cache: Where cached distributions lie; told here which tokens exist.
         facts: What they say of themselves.
         vocab_size: Tokens that draft and target share.
+        sharded: Whether the target's weights are whole only inside its own forward.
     """
     if target_model is not None:
-        return LiveTarget(target_model, vocab_size)
+        return LiveTarget(target_model, vocab_size, sharded=sharded)
     if cache is None:
         return Text()
     cache.vocab_size = vocab_size

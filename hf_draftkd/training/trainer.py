@@ -8,6 +8,7 @@ apart they are, and how that is summed.
 import copy
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,22 +21,15 @@ from trl.trainer.utils import global_then_local_main_first
 
 from hf_draftkd.data.cache_lookup import CachedDistributions
 from hf_draftkd.data.formatting import DraftDistillCollator, exact_features, packed
-from hf_draftkd.losses import DistillationLoss, distillation_loss, get_divergence
-from hf_draftkd.models.forward import logits_at, predicting_positions, unwrapped
+from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, get_divergence
+from hf_draftkd.models.forward import head_arithmetic, logits_at, loss_at, predicting_positions, unwrapped
 from hf_draftkd.models.pairing import copy_special_ids, shared_vocab_size
+from hf_draftkd.training import preflight
 from hf_draftkd.training.callbacks import with_acceptance
 from hf_draftkd.training.checkpoints import WholeCheckpoints
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.describe import author, data_facts
 from hf_draftkd.training.evaluation_sums import EvaluationSums, row_sums
-from hf_draftkd.training.preflight import (
-    check_dataset_fits,
-    check_datasets,
-    model_name,
-    named_datasets,
-    place_target,
-    prepare_pair,
-)
 from hf_draftkd.training.saving import PlainDrafts
 from hf_draftkd.training.signal import Distributions, check_cached, make_signal, model_inputs
 from hf_draftkd.training.watching import LoggingWindow, require_finite
@@ -119,23 +113,23 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
         formatting_func: Callable[[dict], str] | None = None,
     ) -> None:
         if args is None:
-            args = DraftDistillConfig(f"{model_name(model).split('/')[-1] or 'draft'}-DraftDistill")
-        datasets = check_datasets(train_dataset, eval_dataset, args, format_known=formatting_func is None)
+            args = DraftDistillConfig(f"{preflight.model_name(model).split('/')[-1] or 'draft'}-DraftDistill")
+        datasets = preflight.check_datasets(train_dataset, eval_dataset, args, format_known=formatting_func is None)
         own_loss = type(self).token_loss is not DraftDistillTrainer.token_loss
         # Whether the loss reads the target's distributions, or only its text.
         self.learns_from_target = args.needs_target or own_loss
-        facts = []
-        if target_model is None and self.learns_from_target:
-            facts = check_cached(datasets, args, own_loss=own_loss, own_collator=data_collator is not None)
+        cached = self.learns_from_target and target_model is None
+        own = {"own_loss": own_loss, "own_collator": data_collator is not None}
+        facts = check_cached(datasets, args, **own) if cached else []
         self._cache = CachedDistributions() if facts else None
         callbacks, self._draft_lengths = with_acceptance(callbacks, args, evaluates=eval_dataset is not None)
 
-        draft, target, processing_class = prepare_pair(
+        draft, target, processing_class = preflight.prepare_pair(
             model, target_model, args, tokenizer=processing_class, quantization_config=quantization_config
         )
-        self.draft_name = model_name(unwrapped(draft))
+        self.draft_name = preflight.model_name(unwrapped(draft))
         # Where the target is not at hand, its name is what the data says.
-        self.target_name = author(datasets.values()) if target is None else model_name(target)
+        self.target_name = author(datasets.values()) if target is None else preflight.model_name(target)
         self.data_facts = data_facts(train_dataset, self.target_name)
         self._eval_sums: EvaluationSums | None = None
         self._window = LoggingWindow()
@@ -168,13 +162,15 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
         # The loss normalises itself, whatever the draft's own forward accepts.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self.target_model = place_target(target, self)
-        plain_draft = unwrapped(draft)
-        models = [plain_draft] if target is None else [plain_draft, target]
+        self.target_model = preflight.place_target(target, self)
+        models = [unwrapped(draft), *([] if target is None else [target])]
         # Both distributions are compared over rows that stand for tokens: never over padding.
         self._shared_vocab = shared_vocab_size(models[0], models[-1], processing_class)
-        self.signal = make_signal(self.target_model, self._cache, facts, self._shared_vocab)
-        check_dataset_fits(named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
+        # Where the head is plain arithmetic, the loss takes hidden states, and no logits of all tokens are ever held.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.signal = make_signal(self.target_model, self._cache, facts, self._shared_vocab, sharded=sharded)
+        self._arithmetic = None if args.torch_compile or self.is_deepspeed_enabled else head_arithmetic(self.model)
+        preflight.check_dataset_fits(preflight.named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -240,8 +236,8 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
 
     def _distillation_loss(
         self,
-        draft_logits: Tensor,
-        target: Distributions | None,
+        draft: Tensor | Unprojected,
+        target: Distributions | Unprojected | None,
         batch: dict[str, Any],
         num_items: Tensor | int | None = None,
     ) -> DistillationLoss:
@@ -255,7 +251,7 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
             divergence, options, target = "cross_entropy", {}, None
         labels = batch["labels"]
         return distillation_loss(
-            draft_logits,
+            draft,
             target,
             labels[:, 1:][labels[:, 1:] != -100],
             divergence=divergence,
@@ -266,11 +262,6 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
             with_acceptance=target is not None,
         )
 
-    def _draft_logits(self, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The draft's logits [N, V] at the N positions that predict a completion token, and these positions [B, L]."""
-        keep = predicting_positions(batch["labels"])
-        return logits_at(model, model_inputs(batch), keep)[:, : self._shared_vocab], keep
-
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -279,9 +270,13 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Sum of the token losses ÷ completion tokens of the whole accumulation window on all processes."""
-        draft_logits, keep = self._draft_logits(model, inputs)
-        target = self.signal.distributions(inputs, keep) if self.learns_from_target else None
-        result = self._distillation_loss(draft_logits, target, inputs, num_items_in_batch)
+        keep = predicting_positions(inputs["labels"])
+        target = self.signal.for_loss(inputs, keep) if self.learns_from_target else None
+        loss_from = partial(self._distillation_loss, target=target, batch=inputs, num_items=num_items_in_batch)
+        if self._arithmetic is None:
+            result = loss_from(logits_at(model, model_inputs(inputs), keep)[:, : self._shared_vocab])
+        else:
+            result = loss_at(model, model_inputs(inputs), keep, self._arithmetic, self._shared_vocab, loss_from)
         require_finite(result.loss, inputs, self)
         self._window.add(inputs, result)
         loss = result.loss
@@ -311,7 +306,8 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
         assert self._eval_sums is not None, "evaluation_loop makes it"
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            draft_logits, keep = self._draft_logits(model, inputs)
+            keep = predicting_positions(inputs["labels"])
+            draft_logits = logits_at(model, model_inputs(inputs), keep)[:, : self._shared_vocab]
             target = self.signal.distributions(inputs, keep)
             losses = self._distillation_loss(draft_logits, target, inputs).token_losses
             require_finite(losses.sum(), inputs, self)

@@ -184,6 +184,42 @@ def _reference_on_real_rows(draft, target, rows, real):
     return total / tokens
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "tvd_plus_plus", "cross_entropy"])
+def test_the_loss_inside_the_head_is_that_of_whole_logits(tmp_path, tokenizer, divergence):
+    """A path that never makes all logits, and learns another loss: padded vocabularies, LoRA, losses of one's own."""
+
+    class Own(DraftDistillTrainer):
+        def token_loss(self, draft_logits, target_logits):
+            return (draft_logits.softmax(-1) - target_logits.softmax(-1)).pow(2).sum(-1)
+
+    options = {"draft_vocab_size": 304, "target_vocab_size": 320, "real_vocab_size": 300}
+    rows = alignment_rows(tiny_pair("qwen3", **options)[1], tokenizer, count=3)
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    for trainer_class, peft in ((DraftDistillTrainer, None), (DraftDistillTrainer, adapter), (Own, None)):
+        trainer = build(
+            tmp_path,
+            tiny_pair("qwen3", **options),
+            tokenizer,
+            rows,
+            trainer_class=trainer_class,
+            peft=peft,
+            divergence=divergence,
+            tvd_estimator="full",
+        )
+        assert trainer._arithmetic is not None
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        found = []
+        for arithmetic in (trainer._arithmetic, None):
+            trainer._arithmetic = arithmetic
+            trainer.model.eval().zero_grad()
+            loss = trainer.compute_loss(trainer.model, batch)
+            loss.backward()
+            gradients = [p.grad.clone() for p in trainer.model.parameters() if p.requires_grad]
+            found.append((loss.item(), gradients))
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-4, abs=1e-5)
+        torch.testing.assert_close(found[0][1], found[1][1], atol=1e-5, rtol=1e-3)
+
+
 def test_a_loss_of_ones_own(tmp_path, pair, tokenizer):
     """`token_loss` is the one method to override, and what it returns is what is trained on."""
 
