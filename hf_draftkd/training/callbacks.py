@@ -52,7 +52,7 @@ class AcceptanceCallback(TrainerCallback):
     """
 
     def __init__(self, num_assistant_tokens: Sequence[int] = (1, 3, 8), *, plot: bool = True) -> None:
-        wrong = [length for length in num_assistant_tokens if not isinstance(length, int) or length < 1]
+        wrong = [length for length in num_assistant_tokens if type(length) is not int or length < 1]
         if wrong:
             raise ValueError(f"`num_assistant_tokens` are draft lengths: whole numbers, 1 or above, got {wrong[0]!r}.")
         self.num_assistant_tokens = tuple(num_assistant_tokens)

@@ -81,6 +81,7 @@ class DraftDistillConfig(SFTConfig):
     > - `max_length`: `2048`. A row is a prompt and an answer; 1024 would cut ordinary chat answers.
     > - `bf16`: stays off where no accelerator computes in bf16, so that no argument is needed on a CPU.
     > - `dataloader_pin_memory`: off without an accelerator, where it only makes torch warn.
+    > - `eval_strategy`: `"no"` becomes `"epoch"` where an `eval_dataset` is given, which would otherwise lie unused.
     > - `hub_strategy`: `"end"`. Half-trained drafts and adapters are not what somebody else can load.
     > - `ddp_find_unused_parameters`: `False`. Every parameter of a causal LM is used in every step.
     > - `logging_nan_inf_filter`: `False`. A loss that is not finite stops the run instead of being hidden.

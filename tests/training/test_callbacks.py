@@ -49,7 +49,7 @@ def test_no_callback_without_held_out_data(tmp_path, pair, tokenizer):
     assert not [each for each in trainer.callback_handler.callbacks if isinstance(each, AcceptanceCallback)]
 
 
-@pytest.mark.parametrize("length", [0, 2.5, "3"])
+@pytest.mark.parametrize("length", [0, 2.5, "3", True])
 def test_draft_lengths_are_whole_numbers(length):
     with pytest.raises(ValueError, match="draft lengths: whole numbers"):
         AcceptanceCallback([1, length])
