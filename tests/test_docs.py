@@ -15,7 +15,7 @@ from tests.cli.run import ROOT
 STAND_INS = {
     '"org/draft"': repr(demo_path("draft")),
     '"org/target"': repr(demo_path("target")),
-    '"prompts.jsonl"': repr(demo_path("dev.jsonl")),
+    "test_size=32": "test_size=8",
     "output_dir=": "max_steps=2, output_dir=",
 }
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -23,7 +23,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encod
 
 def run(command: list[str], cwd: Path) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -35,6 +35,8 @@ def test_readme_python_runs_from_top_to_bottom(tmp_path):
     for placeholder, value in STAND_INS.items():
         assert placeholder in script, f"{placeholder} is no longer in the README"
         script = script.replace(placeholder, value)
+    queries = Path(demo_path("dev.jsonl")).read_text(encoding="utf-8").splitlines()[:24]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(queries), encoding="utf-8")
     (tmp_path / "readme.py").write_text(script, encoding="utf-8")
     run([sys.executable, "readme.py"], tmp_path)
 
