@@ -12,8 +12,8 @@ class UsageError(Exception):
 def usage_errors() -> Iterator[None]:
     """What is refused while options are read, and models and data are looked at, is bad usage.
 
-    The rooms below raise `ValueError` (and loaders `OSError` or `ImportError`) with a message for the user; what fails
-    later, in the work itself, keeps its traceback and exit code 1.
+    The rooms below raise `ValueError` (and loaders `OSError` or `ImportError`) with a message for the user. What fails
+    outside, in the work itself, keeps its traceback and exit code 1.
     """
     try:
         yield

@@ -15,12 +15,13 @@ from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import decoding_settings
 from hf_draftkd.data.prompts import load_prompts, open_dataset
 from hf_draftkd.evaluation.checks import own_penalty
-from hf_draftkd.evaluation.evaluate import evaluate_draft
+from hf_draftkd.evaluation.evaluate import check_options, evaluate_draft
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
+from hf_draftkd.models.checkpoints import check_model
 from hf_draftkd.models.draft_length import draft_length_settings
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
-from hf_draftkd.models.pairing import check_tokenizers
+from hf_draftkd.models.pairing import check_own_tokenizer
 
 _RECORDED = {"prompt_ids", "completion_ids", "temperature", "top_p", "top_k", "repetition_penalty"}
 
@@ -94,13 +95,21 @@ def run(argv: list[str]) -> int:
         # Its own files are replaced, nothing else is touched.
         out = new_directory(options.output_dir, overwrite=True)
         _check_write(options)
+        check_options(
+            options.verification, options.max_new_tokens, options.num_assistant_tokens, options.num_speed_prompts
+        )
         asked = _settings(options)
         rows = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
         texts = _texts(rows, options)
-        tokenizer = load_tokenizer(options.target_model, trust_remote_code=options.trust_remote_code)
-        paths = [*options.model, *([options.baseline] if options.baseline is not None else [])]
-        for path in paths:
-            check_tokenizers(load_tokenizer(path, trust_remote_code=options.trust_remote_code), tokenizer)
+        trusted = {"trust_remote_code": options.trust_remote_code}
+        named = [(options.target_model, options.target_model_revision)]
+        named += [(path, options.model_revision) for path in options.model]
+        named += [] if options.baseline is None else [(options.baseline, None)]
+        for path, revision in named:
+            check_model(path, revision=revision, **trusted)
+        tokenizer = load_tokenizer(options.target_model, revision=options.target_model_revision, **trusted)
+        for path, revision in named[1:]:
+            check_own_tokenizer(path, tokenizer, revision=revision, **trusted)
         loading = {
             "dtype": options.dtype,
             "device_map": _device_map(),

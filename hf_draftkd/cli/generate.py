@@ -21,6 +21,7 @@ from hf_draftkd.data.synthesis import synthesize_prompts
 from hf_draftkd.data.target_cache import check_cache_options
 from hf_draftkd.models.checkpoints import check_checkpoint, find_checkpoint
 from hf_draftkd.models.loading import load_target, load_tokenizer
+from hf_draftkd.models.tokenizers import tokenizer_size
 
 # Options that are arguments of `generate_alignment_data` by the same name.
 _SAME = (
@@ -157,7 +158,11 @@ def _look_at_everything(
     cache = parse_cache(options)
     if cache is not None:
         check_cache_options(
-            cache.get("top_k"), cache.get("sampled"), options.cache_temperature, options.cache_dtype, len(tokenizer)
+            cache.get("top_k"),
+            cache.get("sampled"),
+            options.cache_temperature,
+            options.cache_dtype,
+            tokenizer_size(tokenizer),
         )
     if options.scenario == "synthetic":
         return tokenizer, None, None, cache

@@ -68,8 +68,9 @@ def new_directory(path: str, *, overwrite: bool = False) -> Path:
         UsageError: It is a file, or holds something and `overwrite` is off.
     """
     directory = Path(path)
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"`--output_dir {path}` is a file. Name a directory.")
+    for part in (directory, *directory.absolute().parents):
+        if part.exists() and not part.is_dir():
+            raise UsageError(f"`--output_dir {path}` cannot be a directory: {part} is a file. Name another.")
     if not overwrite and directory.is_dir() and any(directory.iterdir()):
         raise UsageError(
             f"`--output_dir {path}` is not empty. Name another directory, or pass `--overwrite_output_dir`."

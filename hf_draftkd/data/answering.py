@@ -17,6 +17,7 @@ from hf_draftkd.data.target_cache import (
     real_vocab_size,
 )
 from hf_draftkd.models.revisions import model_revision, resolved_revision
+from hf_draftkd.models.tokenizers import tokenizer_size
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def remote_target(
     backend = endpoint_backend(
         endpoint, name, tokenizer, max_new_tokens=max_new_tokens, top_logprobs=top_logprobs, **(options or {})
     )
-    brought = None if top_logprobs is None else cache_features(len(tokenizer), None, "float16")
+    brought = None if top_logprobs is None else cache_features(tokenizer_size(tokenizer), None, "float16")
     return Answering(backend, {"target": name, "target_revision": None, "backend": endpoint}, brought=brought)
 
 
@@ -102,5 +103,5 @@ def ids_without_token(target_model: PreTrainedModel, tokenizer: PreTrainedTokeni
     """Rows of a padded vocabulary that stand for no token, and what the target suppresses itself; None if none."""
     vocab_size = target_model.get_output_embeddings().weight.shape[0]
     own = target_model.generation_config.suppress_tokens or []
-    ids = sorted({*own, *range(len(tokenizer), vocab_size)})
+    ids = sorted({*own, *range(tokenizer_size(tokenizer), vocab_size)})
     return ids or None

@@ -19,6 +19,7 @@ from hf_draftkd.data.backends import LENGTH, STOP, Backend, Completion
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.shards import StoppedError
 from hf_draftkd.data.target_cache import TEMPERATURE_COLUMN
+from hf_draftkd.models.tokenizers import tokenizer_size
 
 logger = logging.get_logger(__name__)
 
@@ -148,7 +149,7 @@ class _TokenTexts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.ids: dict[str, int | None] = {}
-        for number in range(len(tokenizer)):
+        for number in range(tokenizer_size(tokenizer)):
             for text in {tokenizer.decode([number]), str(tokenizer.convert_ids_to_tokens(number))}:
                 self.ids[text] = number if self.ids.get(text, number) == number else None
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_draftkd.data.provenance import weights_fingerprint
+from hf_draftkd.models.tokenizers import tokenizer_size
 
 logger = logging.get_logger(__name__)
 
@@ -131,7 +132,7 @@ def check_cache_options(
 def real_vocab_size(target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """Rows of the target's output that stand for tokens."""
     rows = target_model.get_output_embeddings().weight.shape[0]
-    return rows if tokenizer is None else min(rows, len(tokenizer))
+    return rows if tokenizer is None else min(rows, tokenizer_size(tokenizer))
 
 
 def cache_features(vocab_size: int, sampled: int | None, dtype: str) -> Features:

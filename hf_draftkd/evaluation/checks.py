@@ -1,6 +1,7 @@
 """Whether texts are what they claim to be, and what a reader of the figures must be told about them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
@@ -46,15 +47,21 @@ def check_lengths(model: PreTrainedModel, text_sets: Sequence[TextSet]) -> None:
         )
 
 
-def author_warnings(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) -> list[str]:
-    """Recorded texts that name another target than the one in use."""
+def by_this_target(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) -> tuple[list[TextSet], list[str]]:
+    """Texts of another author give acceptance rates alone: what they say of block efficiency is nothing.
+
+    Returns:
+        The text sets, those that name another target no longer exact; and what to say about them.
+    """
     name = target_model.name_or_path
     others = {texts.written_by for texts in text_sets} - {name, None}
     if not others:
-        return []
-    return [
-        f"The texts were written by {', '.join(sorted(map(str, others)))}, the target here is {name}. Figures hold "
-        "only if that is the same model."
+        return list(text_sets), []
+    judged = [replace(texts, is_exact=texts.is_exact and texts.written_by in (name, None)) for texts in text_sets]
+    return judged, [
+        f"The texts were written by {', '.join(sorted(map(str, others)))}, the target here is {name}: acceptance rates "
+        "are given, block efficiencies are not. If it is the same model under another name, put that name into the "
+        "column `target`."
     ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_draftkd.acceptance.blocks import DRAFT_LENGTHS
 from hf_draftkd.acceptance.token_rates import check_verification
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import decoding_settings
@@ -16,7 +17,7 @@ from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.measurement import Measurement
 from hf_draftkd.evaluation.provenance import hardware_info, model_info
 from hf_draftkd.evaluation.report import DraftResult, SpeculationReport
-from hf_draftkd.models.pairing import align_vocabulary
+from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
 
 
 def evaluate_draft(
@@ -83,7 +84,8 @@ def evaluate_draft(
     candidates = list(draft_model) if isinstance(draft_model, Sequence) else [draft_model]
     drafts = [*candidates, *([] if baseline is None else [baseline])]
     asked = _settings(target_model, temperatures, settings)
-    _check(drafts, target_model, tokenizer, prompts, dataset, verification, max_new_tokens, num_assistant_tokens)
+    check_options(verification, max_new_tokens, num_assistant_tokens, num_speed_prompts)
+    _check(drafts, target_model, tokenizer, prompts, dataset)
     with _evaluating(target_model, *drafts):
         measured = Measurement(
             target_model,
@@ -162,27 +164,41 @@ def _check(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Any,
     dataset: Dataset | None,
-    verification: Sequence[str],
-    max_new_tokens: int,
-    num_assistant_tokens: int | None,
 ) -> None:
     """Everything that can be known to be wrong before any long work."""
     if (prompts is None) == (dataset is None):
         raise ValueError("Give `prompts` for the target to answer, or a `dataset` it wrote: one of them, not both.")
     if not drafts:
         raise ValueError("`draft_model` is an empty list: give at least one draft.")
+    for draft in drafts:
+        if draft.config.is_encoder_decoder:
+            raise ValueError(f"{draft.name_or_path!r} is an encoder-decoder model; a draft must be a causal LM.")
+        check_own_tokenizer(draft, tokenizer)
+        align_vocabulary(draft, target_model, tokenizer)
+    check_own_tokenizer(target_model, tokenizer)
+
+
+def check_options(
+    verification: Sequence[str], max_new_tokens: int, num_assistant_tokens: int | None, num_speed_prompts: int
+) -> None:
+    """What can be known to be wrong before a model is loaded.
+
+    Raises:
+        ValueError: An option is out of range, or a rule does not exist.
+    """
     if not verification:
         raise ValueError("`verification` is empty: name at least one rule, such as rejection_sampling.")
     for rule in verification:
         check_verification(rule)
     if max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
-    if num_assistant_tokens is not None and not 1 <= num_assistant_tokens <= 16:
-        raise ValueError(f"`num_assistant_tokens` must lie between 1 and 16, got {num_assistant_tokens}.")
-    for draft in drafts:
-        if draft.config.is_encoder_decoder:
-            raise ValueError(f"{draft.name_or_path!r} is an encoder-decoder model; a draft must be a causal LM.")
-        align_vocabulary(draft, target_model, tokenizer)
+    if num_assistant_tokens is not None and num_assistant_tokens not in DRAFT_LENGTHS:
+        raise ValueError(f"`num_assistant_tokens` must be a whole number between 1 and 16, got {num_assistant_tokens}.")
+    if num_speed_prompts < 1:
+        raise ValueError(
+            f"`num_speed_prompts` must be at least 1, got {num_speed_prompts}. To leave out timing, set "
+            "`measure_speed=False`."
+        )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from hf_draftkd.data.generation import decoding_settings, ids_without_token
 from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
 from hf_draftkd.evaluation.checks import (
     PLAUSIBLE,
-    author_warnings,
+    by_this_target,
     check_ids,
     check_lengths,
     inherited_setting_warnings,
@@ -96,7 +96,8 @@ class Measurement:
         defaults = decoding_settings(_DEFAULT_TEMPERATURES, repetition_penalty=own_penalty(self.target_model))
         if dataset is not None and is_recorded(dataset):
             self.text_sets = recorded_texts(dataset, settings)
-            self.warnings += author_warnings(self.target_model, self.text_sets)
+            self.text_sets, found = by_this_target(self.target_model, self.text_sets)
+            self.warnings += found
             self.max_new_tokens = max(len(text.completion_ids) for texts in self.text_sets for text in texts.texts)
             contents: Any = dataset["prompt_ids"]
         elif dataset is not None:

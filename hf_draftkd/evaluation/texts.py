@@ -78,8 +78,7 @@ def recorded_texts(dataset: Dataset, settings: Sequence[DecodingSetting] | None 
     Raises:
         ValueError: A setting asked for is not there.
     """
-    if "ids_source" in dataset.column_names:
-        dataset = dataset.select([row for row, source in enumerate(dataset["ids_source"]) if source == "generated"])
+    dataset = dataset.select([row for row, source in enumerate(dataset["ids_source"]) if source == "generated"])
     columns = zip(*(dataset[name] for name in _SETTING_COLUMNS), strict=True)
     rows: dict[DecodingSetting, list[int]] = {}
     for row, values in enumerate(columns):
@@ -133,9 +132,8 @@ def other_texts(
 
 def is_recorded(dataset: Dataset) -> bool:
     """Whether (some) rows hold the ids a target wrote, and the setting it wrote them under."""
-    if not {"prompt_ids", "completion_ids", *_SETTING_COLUMNS} <= set(dataset.column_names):
-        return False
-    return "ids_source" not in dataset.column_names or "generated" in dataset["ids_source"]
+    needed = {"prompt_ids", "completion_ids", "ids_source", *_SETTING_COLUMNS}
+    return needed <= set(dataset.column_names) and "generated" in dataset["ids_source"]
 
 
 def group_column(column_names: Sequence[str]) -> str | None:
