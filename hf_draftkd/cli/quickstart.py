@@ -35,10 +35,10 @@ class QuickstartOptions:
     """The defaults are what the README's figures were made with."""
 
     output_dir: str = field(default="quickstart", metadata={"help": "Where everything is written."})
-    num_train_prompts: int = field(default=480, metadata={"help": "Training queries the target answers."})
-    num_test_prompts: int = field(default=100, metadata={"help": "Test queries both drafts are measured on."})
-    num_speed_prompts: int = field(default=12, metadata={"help": "Test queries decoded both ways against the clock."})
-    num_train_epochs: float = field(default=4.0, metadata={"help": "Passes over the target's answers."})
+    num_train_prompts: int = field(default=320, metadata={"help": "Training queries the target answers."})
+    num_test_prompts: int = field(default=80, metadata={"help": "Test queries both drafts are measured on."})
+    num_speed_prompts: int = field(default=16, metadata={"help": "Test queries decoded both ways against the clock."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the target's answers."})
     max_new_tokens: int = field(default=96, metadata={"help": "Longest answer, in tokens."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling and training."})
 
