@@ -47,13 +47,14 @@ def plain_loop(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", help="few CPUs compute in bfloat16")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    target, tokenizer = load_target(demo_path("target")), load_tokenizer(demo_path("target"))
+    target, tokenizer = load_target(demo_path("target"), dtype=options.dtype), load_tokenizer(demo_path("target"))
     prompts: Dataset = load_prompts(demo_path("train.jsonl"), limit=options.prompts)
     ids = render_prompts(prompts, tokenizer)
     new, size = options.max_new_tokens, options.batch_size

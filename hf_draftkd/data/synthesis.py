@@ -115,7 +115,7 @@ def synthesize_prompts(
         max_characters: Longest query to keep.
         script: Unicode script to keep, such as `latin`.
         keep: Any further test on a query's text, such as a language detector.
-        max_rounds: Rounds of `8 * batch_size` queries after which to stop. By default ten times as many as needed.
+        max_rounds: Rounds of `2 * batch_size` queries after which to stop. By default ten times as many as needed.
         output_dir: A folder in which each round is kept, so that a killed run goes on. Needed for several processes.
         template_options: Further arguments of the chat template.
 
@@ -139,7 +139,7 @@ def synthesize_prompts(
         batch_size=batch_size,
         suppress_tokens=ids_without_token(target_model, tokenizer),
     )
-    size = 8 * batch_size
+    size = 2 * batch_size
     rounds = max_rounds if max_rounds is not None else 10 * -(-num_prompts // size)
     folder = None if output_dir is None else Path(output_dir)
     state = PartialState()

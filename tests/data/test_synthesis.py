@@ -93,7 +93,7 @@ def test_an_aligned_target_writes_its_queries(tokenizer):
         assert "<|" not in text
     assert counts["kept"] >= 20
     assert counts["unfinished"] > 0
-    assert sum(counts.values()) % 64 == 0
+    assert sum(counts.values()) % 16 == 0
     again, _ = synthesize_prompts(target, tokenizer, 20, max_new_tokens=30, seed=1)
     assert again["prompt"] == prompts["prompt"]
     other, _ = synthesize_prompts(target, tokenizer, 20, max_new_tokens=30, seed=2)
@@ -148,8 +148,8 @@ def test_rounds_on_disk_are_not_written_twice(tmp_path, tokenizer):
 def test_too_few_queries_are_said_and_none_is_refused(tokenizer):
     target = writing_target(end_bias=2.0)
     prompts, counts = synthesize_prompts(target, tokenizer, 5000, max_new_tokens=8, max_rounds=1)
-    assert len(prompts) == counts["kept"] < 64
-    with pytest.raises(ValueError, match=r"None of 64 queries was kept .*64 unfinished"):
+    assert len(prompts) == counts["kept"] < 16
+    with pytest.raises(ValueError, match=r"None of 16 queries was kept .*16 unfinished"):
         synthesize_prompts(writing_target(end_bias=-1e4), tokenizer, 5, max_new_tokens=8, max_rounds=1)
 
 
