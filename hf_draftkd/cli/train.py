@@ -108,8 +108,10 @@ def _where_to_start(args: DraftDistillConfig, *, overwrite: bool) -> Any:
     directory = Path(args.output_dir)
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"`--output_dir {directory}` is a file. Name a directory.")
-    if (wanted := args.resume_from_checkpoint) is not None:
-        if not Path(wanted).is_dir():
+    wanted = args.resume_from_checkpoint
+    # `true`, as YAML and transformers' own scripts have it, means what is done anyway: the newest complete one.
+    if wanted is not None and str(wanted).lower() != "true":
+        if not Path(str(wanted)).is_dir():
             raise UsageError(f"`--resume_from_checkpoint {wanted}` is not a directory.")
         return wanted
     if not directory.is_dir() or not any(directory.iterdir()):

@@ -117,9 +117,21 @@ def test_cached_distributions_need_no_target(files, tmp_path, pair, tokenizer, c
     assert "cached at temperature 1" in capsys.readouterr().err
 
 
+def test_resuming_by_true_takes_the_newest_checkpoint(files, tmp_path, capsys):
+    """`resume_from_checkpoint: true` in a YAML file taken for a directory of that name."""
+    out = tmp_path / "out"
+    more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    assert dispatch(["train", *options(files, out, **more)]) == 0
+    (tmp_path / "run.yaml").write_text("resume_from_checkpoint: true\n")
+    again = options(files, out, **more | {"max_steps": 2})
+    assert dispatch(["train", "--config", str(tmp_path / "run.yaml"), *again]) == 0
+    assert "Going on from" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"resume_from_checkpoint": "nope"}, "`--resume_from_checkpoint nope` is not a directory"),
         ({"model": "no/such/path"}, "no/such/path"),
         ({"target_model": "./nowhere"}, "nowhere"),
         ({"dataset": "missing.jsonl"}, "missing.jsonl"),
