@@ -25,8 +25,8 @@ from hf_draftkd import (
 )
 from hf_draftkd.data.prompts import load_prompts
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.hub.card import public_report
 from hf_draftkd.hub.contents import json_bytes
+from hf_draftkd.hub.names import public_report
 from hf_draftkd.hub.planning import DraftFolder, public_provenance
 from hf_draftkd.hub.summary import Provenance
 from hf_draftkd.models.demo import demo_path

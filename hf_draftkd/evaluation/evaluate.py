@@ -18,6 +18,7 @@ from hf_draftkd.evaluation.measurement import Measurement
 from hf_draftkd.evaluation.provenance import hardware_info, model_info
 from hf_draftkd.evaluation.report import DraftResult, SpeculationReport
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
+from hf_draftkd.models.weights import loaded_checksum
 
 
 def evaluate_draft(
@@ -86,6 +87,10 @@ def evaluate_draft(
     asked = _settings(target_model, temperatures, settings)
     check_options(verification, max_new_tokens, num_assistant_tokens, num_speed_prompts)
     _check(drafts, target_model, tokenizer, prompts, dataset)
+    # Before a vocabulary is padded: that is the draft as it lies in its folder.
+    checksums = [loaded_checksum(draft) for draft in drafts]
+    for draft in drafts:
+        align_vocabulary(draft, target_model, tokenizer)
     with _evaluating(target_model, *drafts):
         measured = Measurement(
             target_model,
@@ -99,6 +104,8 @@ def evaluate_draft(
         info = measured.take_texts(drafts, prompts, dataset, asked, source)
         info.domain = domain
         results = measured.score(drafts, is_lossy=lossy)
+        for result, checksum in zip(results, checksums, strict=True):
+            result.draft.weights_sha256 = checksum
         if measure_speed:
             for draft, result in zip(drafts, results, strict=True):
                 measured.time(draft, result, num_speed_prompts)
@@ -174,7 +181,6 @@ def _check(
         if draft.config.is_encoder_decoder:
             raise ValueError(f"{draft.name_or_path!r} is an encoder-decoder model; a draft must be a causal LM.")
         check_own_tokenizer(draft, tokenizer)
-        align_vocabulary(draft, target_model, tokenizer)
     check_own_tokenizer(target_model, tokenizer)
 
 

@@ -14,17 +14,20 @@ from hf_draftkd.evaluation.report import HardwareInfo, ModelInfo
 from hf_draftkd.models.revisions import model_revision
 
 
-def model_info(model: PreTrainedModel, name: str | None = None) -> ModelInfo:
-    """Name, revision and size of a loaded model.
+def model_info(model: PreTrainedModel, name: str | None = None, *, weights_sha256: str | None = None) -> ModelInfo:
+    """Name, revision, size and number format of a loaded model.
 
     Args:
         model: The model.
         name: What to call it where it was not loaded from anywhere.
+        weights_sha256: Its checksum, where it was taken.
     """
     return ModelInfo(
         name=name or model.config.name_or_path or type(model).__name__,
         revision=model_revision(model),
         num_parameters=model.num_parameters(),
+        dtype=_dtype_name(model),
+        weights_sha256=weights_sha256,
     )
 
 
@@ -37,7 +40,7 @@ def hardware_info(model: PreTrainedModel) -> HardwareInfo:
         name=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
         num_devices=len(devices),
         num_threads=torch.get_num_threads(),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=_dtype_name(model),
     )
 
 
@@ -47,6 +50,10 @@ def content_hash(items: Iterable[Any]) -> str:
     for item in items:
         digest.update(json.dumps(item, ensure_ascii=False, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _dtype_name(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _processor_name() -> str:

@@ -23,6 +23,12 @@ class ModelInfo:
     name: str = key("Hub id or path the model was loaded from.")
     revision: str | None = key("Commit on the Hub; absent for a local path.", default=None)
     num_parameters: int = key("Parameters, tied weights counted once.")
+    dtype: str | None = key("Number format of the weights that were measured.", default=None)
+    weights_sha256: str | None = key(
+        "Of a draft: checksum of the weights that were measured, as `hf_draftkd.models.weights.weights_checksum` of "
+        "their folder gives it in this number format. `push` compares it. Absent for quantised weights.",
+        default=None,
+    )
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,6 @@ What the user can mend is a `ValueError`; what only time or a network can mend i
 become part of a message.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,9 +117,3 @@ def _from_response(error: HfHubHTTPError, doing: str, afterwards: str, token: st
         when = f"in {wait} seconds" if wait.isdecimal() else "later"
         return ConnectionError(f"The Hub asks for patience (429) while {doing}: try again {when}. {afterwards}")
     return ConnectionError(f"The Hub failed ({status}) while {doing}.{said} {afterwards}")
-
-
-def without_home(text: str) -> str:
-    """A command line in which the home directory is written as `~`."""
-    home = os.path.expanduser("~")
-    return text.replace(home, "~") if len(home) > 1 else text

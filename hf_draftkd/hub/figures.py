@@ -76,12 +76,19 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown | N
 
 
 def domains(report: Json) -> list[tuple[str | None, Sequence[Json]]]:
-    """(domain, settings) pairs: the whole first, then the report's groups."""
-    whole = report.get("prompts", {}).get("domain")
-    parts: list[tuple[str | None, Sequence[Json]]] = [(whole, report.get("settings", ()))]
-    for name, group in report.get("groups", {}).items():
-        parts.append((name, group.get("settings", ()) if isinstance(group, Mapping) else group))
-    return parts
+    """(domain, settings) pairs: the whole first, then the report's groups.
+
+    A group that holds every text is the whole again: it gives the whole its name, where that has none, and is not
+    repeated.
+    """
+    whole: Sequence[Json] = report.get("settings", ())
+    name = report.get("prompts", {}).get("domain")
+    groups: dict[str, Sequence[Json]] = dict(report.get("groups", {}))
+    if len(groups) == 1:
+        (only, settings), *_ = groups.items()
+        if [entry["num_texts"] for entry in settings] == [entry["num_texts"] for entry in whole]:
+            return [(name or only, whole)]
+    return [(name, whole), *groups.items()]
 
 
 def acceptance_table(report: Json, settings: Sequence[Json], *, is_whole: bool) -> Markdown | None:

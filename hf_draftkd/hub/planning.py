@@ -6,6 +6,7 @@ config says, and under which licence the base model is.
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.evaluation.report import ModelInfo, SpeculationReport
 from hf_draftkd.hub import sections
-from hf_draftkd.hub.access import redacted, without_home
-from hf_draftkd.hub.card import DraftModelCard, public_name
+from hf_draftkd.hub.access import redacted
+from hf_draftkd.hub.card import DraftModelCard
 from hf_draftkd.hub.contents import CARD_FILE, REPORT_FILE, PlannedFile, check_folder
 from hf_draftkd.hub.markdown import is_hub_id
+from hf_draftkd.hub.names import public_name, without_paths
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary, read_json
-from hf_draftkd.hub.weights import count_parameters, weights_checksum
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
+from hf_draftkd.models.weights import count_parameters, weights_checksum
 
 MAX_CARD_BYTES = 2**20
 
@@ -37,6 +39,7 @@ class DraftFolder:
         provenance: Its `provenance.json`, empty where there is none.
         report: Its report, if any, and `report_folder`: where that lies, and its plots with it.
         contradictions: Where these do not fit together, one sentence each.
+        remarks: What a person should know besides.
     """
 
     path: Path
@@ -45,6 +48,7 @@ class DraftFolder:
     report: SpeculationReport | None
     report_folder: Path
     contradictions: list[str]
+    remarks: tuple[str, ...] = ()
 
 
 def look_at_folder(folder: str | Path, report: str | Path | SpeculationReport | None = None) -> DraftFolder:
@@ -62,7 +66,14 @@ def look_at_folder(folder: str | Path, report: str | Path | SpeculationReport | 
     provenance = Provenance.load(path) or Provenance()
     found, report_folder = find_report(path, report)
     contradictions = mismatches(path, parameters, found, provenance)
-    return DraftFolder(path, parameters, provenance, found, report_folder, contradictions)
+    remarks = []
+    if contradictions and report is None and report_folder != path:
+        # Nobody said that the report beside the folder is this draft's: it may be its neighbour's.
+        without = mismatches(path, parameters, None, provenance)
+        if without != contradictions:
+            remarks = [f"{REPORT_FILE} beside the folder is left out. {' '.join(contradictions)}"]
+            found, report_folder, contradictions = None, path, without
+    return DraftFolder(path, parameters, provenance, found, report_folder, contradictions, tuple(remarks))
 
 
 def find_report(folder: Path, given: str | Path | SpeculationReport | None) -> tuple[SpeculationReport | None, Path]:
@@ -82,53 +93,67 @@ def find_report(folder: Path, given: str | Path | SpeculationReport | None) -> t
     candidates = [Path(given)] if given else [folder / REPORT_FILE, folder.resolve().parent / REPORT_FILE]
     for path in candidates:
         if path.is_file():
-            return SpeculationReport.from_dict(read_json(path), str(path)), path.resolve().parent
+            beside = folder if path.parent == folder else path.resolve().parent
+            return SpeculationReport.from_dict(read_json(path), str(path)), beside
     return None, folder
 
 
 def mismatches(folder: Path, parameters: int, report: SpeculationReport | None, provenance: Provenance) -> list[str]:
     """Where weights, report and provenance contradict each other, one sentence each."""
     found = []
-    checksum = None
-    recorded = [("provenance.json", provenance.weights_sha256)]
-    if report is not None:
-        recorded.append(("the report", getattr(report.draft, "weights_sha256", None)))
-        # Padded rows and tied heads make small differences between what a model counts and what a file holds.
-        if abs(report.draft.num_parameters - parameters) > 0.01 * parameters:
-            found.append(
-                f"The report is about a draft of {report.draft.num_parameters:,} parameters, the folder holds "
-                f"{parameters:,}."
-            )
-    for name, expected in recorded:
-        if expected is not None:
-            checksum = checksum or weights_checksum(folder)
-            if expected != checksum:
-                found.append(
-                    f"The weights have changed since {name} was written: sha256 {expected[:12]}… then, "
-                    f"{checksum[:12]}… now."
-                )
-    if report is not None and _is_about_another_folder(report.draft.name, folder):
-        found.append(f"The report is about the draft in {report.draft.name!r}, whose weights are others.")
+    if provenance.weights_sha256 is not None:
+        found += _changed("provenance.json was written", provenance.weights_sha256, weights_checksum(folder))
+    if report is None:
+        return found
+    draft = report.draft
+    if draft.weights_sha256 is not None:
+        # In the number format it was measured in: loading float32 weights as bfloat16 does not make them another draft.
+        now = weights_checksum(folder, draft.dtype)
+        found += _changed("the report's draft was measured", draft.weights_sha256, now)
+    else:
+        found += _unlike(draft, folder, parameters)
     training = provenance.training
-    if report is not None and training is not None:
+    if training is not None:
         for what, trained, measured in (
             ("target", training.target, report.target.name),
             ("target revision", training.target_revision, report.target.revision),
         ):
-            if trained and measured and trained != measured:
+            if trained and measured and not _is_same(trained, measured):
                 found.append(f"The draft was trained for the {what} {trained!r}, the report is about {measured!r}.")
     return found
 
 
-def _is_about_another_folder(name: str, folder: Path) -> bool:
-    """Whether a report names a folder on this machine that holds other weights; a copy of the same ones is fine."""
-    other = Path(name).expanduser()
-    if not other.is_dir() or other.samefile(folder):
-        return False
+def _changed(since: str, expected: str, checksum: str) -> list[str]:
+    if checksum == expected:
+        return []
+    return [f"The weights are not those from when {since}: sha256 {expected[:12]}… then, {checksum[:12]}… now."]
+
+
+def _unlike(draft: ModelInfo, folder: Path, parameters: int) -> list[str]:
+    """What tells that a report without a checksum is about another draft: its size, or where the draft lay."""
+    found = []
+    # Padded rows and tied heads make small differences between what a model counts and what a file holds.
+    if abs(draft.num_parameters - parameters) > 0.01 * parameters:
+        found.append(
+            f"The report is about a draft of {draft.num_parameters:,} parameters, the folder holds {parameters:,}."
+        )
+    other = Path(draft.name).expanduser()
+    if other.is_dir() and not other.samefile(folder) and not _holds_same_weights(other, folder):
+        found.append(f"The report is about the draft in {draft.name!r}, whose weights are others.")
+    return found
+
+
+def _holds_same_weights(one: Path, other: Path) -> bool:
+    """A copy of the same draft is fine; a folder without weights is not the one that was measured."""
     try:
-        return weights_checksum(other) != weights_checksum(folder)
+        return weights_checksum(one) == weights_checksum(other)
     except ValueError:
-        return True  # No weights there any more: not the draft that was measured.
+        return False
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two names of a target mean the same; one folder has many paths."""
+    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))
 
 
 def pair_facts(draft: DraftFolder, generation: PlannedFile | None, token: str | None) -> PairFacts:
@@ -170,14 +195,14 @@ def public_provenance(draft: DraftFolder, pair: PairFacts) -> Provenance:
         names: dict[str, Any] = {name: getattr(training, name) for name in ("target", "draft", "dataset")}
         names = {name: public_name(value) for name, value in names.items() if value}
         training = dataclasses.replace(training, **names)
-    notes = [*(provenance.notes or ()), *(f"Published although: {sentence}" for sentence in draft.contradictions)]
+    notes = [*(provenance.notes or ()), *(f"Published although: {words}" for words in draft.contradictions)]
     return dataclasses.replace(
         provenance,
-        command=redacted(without_home(provenance.command)) if provenance.command else None,
+        command=redacted(without_paths(provenance.command)) if provenance.command else None,
         weights_sha256=weights_checksum(draft.path),
         training=training,
         pair=pair,
-        notes=list(dict.fromkeys(notes)) or None,
+        notes=list(dict.fromkeys(map(without_paths, notes))) or None,
     )
 
 

@@ -27,13 +27,14 @@ from huggingface_hub.utils import validate_repo_id
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub import contents, planning
 from hf_draftkd.hub.access import hub_errors, writing_token
-from hf_draftkd.hub.card import DraftModelCard, public_report
+from hf_draftkd.hub.card import DraftModelCard
 from hf_draftkd.hub.contents import CARD_FILE, REPORT_FILE, PlannedFile, json_bytes
 from hf_draftkd.hub.figures import tuned_length
 from hf_draftkd.hub.metadata import benchmark_entries
+from hf_draftkd.hub.names import public_report
 from hf_draftkd.hub.planning import DraftFolder
 from hf_draftkd.hub.summary import PROVENANCE_FILE
-from hf_draftkd.hub.weights import WEIGHT_FILE
+from hf_draftkd.models.weights import WEIGHT_FILE
 
 _AGAIN = "Nothing was published, nothing on disk has changed: the same command tries again."
 
@@ -260,7 +261,9 @@ def _plan(
         files.append(PlannedFile(".eval_results/draftkd.yaml", yaml.safe_dump(entries, sort_keys=False).encode()))
     new = {file.path for file in files}
     stale = tuple(name for name in remote.files if _is_ours(name) and name not in new)
-    remarks = [] if known else ["There is no report.json: the card says that nothing was measured."]
+    remarks = [*draft.remarks]
+    if not known:
+        remarks.append(f"There is no {REPORT_FILE} of this draft: the card says that nothing was measured.")
     return Upload(repo_id, tuple(files), stale, card, tuple(remarks))
 
 

@@ -10,6 +10,8 @@ from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.models.loading import load_draft
+from hf_draftkd.models.weights import weights_checksum
 from tests.tiny import TEXT, tiny_llama, tiny_pair, tiny_tokenizer
 
 PROMPTS = [f"{text[: 15 + number]} {number}" for number in range(4) for text in TEXT]
@@ -218,12 +220,32 @@ def test_other_text_gives_acceptance_alone(pair, kind):
     assert any("only acceptance rates are given" in text for text in report.warnings)
 
 
-def test_padded_vocabularies_are_aligned_first():
+def test_the_report_names_the_weights_that_were_measured(tmp_path, pair):
+    """Catches a checksum of the folder a model was once loaded from, which training has left behind."""
+    draft, target = pair
+    draft.save_pretrained(tmp_path / "before")
+    draft = load_draft(tmp_path / "before")
+    quick = QUICK | {"temperatures": (0.0,)}
+    report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], baseline=draft, **quick)
+    assert report.draft.weights_sha256 == weights_checksum(tmp_path / "before") == report.baseline.draft.weights_sha256
+    assert report.draft.dtype == "float32"
+    assert report.target.weights_sha256 is None
+    with torch.no_grad():
+        draft.model.norm.weight += 1
+    draft.save_pretrained(tmp_path / "after")
+    later = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], **quick)
+    assert later.draft.name == str(tmp_path / "before")
+    assert later.draft.weights_sha256 == weights_checksum(tmp_path / "after") != report.draft.weights_sha256
+
+
+def test_padded_vocabularies_are_aligned_first(tmp_path):
     draft, target = tiny_pair("qwen3", draft_vocab_size=304, target_vocab_size=320, real_vocab_size=300)
+    draft.save_pretrained(tmp_path)
     report = evaluate_draft(
         draft, target, tiny_tokenizer(), PROMPTS[:3], max_new_tokens=12, num_speed_prompts=2, verify=2
     )
     assert draft.config.vocab_size == 320
+    assert report.draft.weights_sha256 == weights_checksum(tmp_path), "the draft as it lies in its folder"
     assert report.self_check.equal
     assert report.settings[0].assisted.num_identical == 2
 

@@ -7,9 +7,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_draftkd.hub.card import DraftModelCard, public_name
+from hf_draftkd.hub.card import DraftModelCard
 from hf_draftkd.hub.citations import papers_used
 from hf_draftkd.hub.metadata import eval_results
+from hf_draftkd.hub.names import public_name, without_paths
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
 from tests.hub import samples
 
@@ -116,6 +117,22 @@ def test_two_settings_never_share_one_result():
     assert [(rate.metric_args["temperature"], rate.metric_value) for rate in rates] == [(0.0, 0.71), (1.0, 0.62)]
 
 
+def test_a_group_that_is_the_whole_is_not_repeated():
+    """Catches every figure standing twice, on the card and in its metadata, where all prompts are of one domain."""
+    whole = samples.report()
+    unnamed = {key: value for key, value in whole["prompts"].items() if key != "domain"}
+    report = samples.report(groups={"biology": whole["settings"]}, prompts=unnamed)
+    card = DraftModelCard.from_report(report, name="me/draft")
+    assert card.text.count("0.710 \\[0.690, 0.730\\]") == 1
+    assert card.text.count("### biology") == 1
+    rates = [result for result in card.data.eval_results if result.metric_type == "acceptance_rate"]
+    assert [(rate.dataset_config, rate.metric_value) for rate in rates] == [("biology", 0.71), ("biology", 0.62)]
+    # A group of some of the texts is another thing.
+    part = [setting | {"num_texts": 10} for setting in whole["settings"]]
+    card = DraftModelCard.from_report(samples.report(groups={"biology": part}), name="me/draft")
+    assert card.text.count("0.710 \\[0.690, 0.730\\]") == 2
+
+
 def test_groups_become_domains():
     """Catches per-domain figures that are lost, or mixed with the whole."""
     groups = {"biology": [samples.setting(0.0, "greedy_draft", 0.33, 1.1)]}
@@ -161,6 +178,26 @@ def test_no_path_of_this_machine_is_published(tmp_path):
     assert not any(tag.startswith("draft-for:") for tag in card.data.tags)
     assert card.data.to_dict().get("base_model") is None
     assert 'from_pretrained(\n    "path/to/target",' in card.text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train --model /home/me/d --output_dir ~/x", "train --model path/to/d --output_dir path/to/x"),
+        ("made by /a/b/target, here it is", "made by path/to/target, here it is"),
+        ("in '/a/b/c'.", "in 'path/to/c'."),
+        ("from C:\\Users\\me\\draft on", "from path/to/draft on"),
+        ("--model=/a/b.", "--model=path/to/b."),
+    ],
+)
+def test_paths_inside_a_text_lose_their_directories(text: str, expected: str):
+    assert without_paths(text) == expected
+
+
+@pytest.mark.parametrize("text", ["https://huggingface.co/a/b", "org/name and ./here", "1/2, and/or", "tokens / s"])
+def test_what_is_no_absolute_path_stays(text: str):
+    """Catches addresses and names on the Hub that are mangled."""
+    assert without_paths(text) == text
 
 
 def test_prompts_described_in_words_keep_them():

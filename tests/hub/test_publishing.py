@@ -1,5 +1,6 @@
 """Publishing against a Hub that answers, and against one that fails."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -13,7 +14,9 @@ from hf_draftkd.cli import push as push_command
 from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.hub.card import DraftModelCard
 from hf_draftkd.hub.publishing import push_draft
-from hf_draftkd.hub.weights import count_parameters, weights_checksum
+from hf_draftkd.hub.summary import Provenance
+from hf_draftkd.models.loading import load_draft
+from hf_draftkd.models.weights import count_parameters, loaded_checksum, weights_checksum
 from tests.hub import samples
 from tests.hub.conftest import READER, WRITER, replaced, snapshot, write_report
 from tests.hub.fake_hub import FakeHub
@@ -440,7 +443,64 @@ class TestMismatch:
         tensors = load_file(draft_folder / "model.safetensors")
         tensors["model.norm.weight"] += 1
         save_file(tensors, draft_folder / "model.safetensors", {"format": "pt"})
-        self.refused_then_allowed(draft_folder, hub, "weights have changed since provenance.json")
+        self.refused_then_allowed(draft_folder, hub, "not those from when provenance.json was written")
+
+    def test_a_report_that_measured_other_weights(self, hub: FakeHub, draft_folder: Path, pair):
+        """Catches a draft of the same name and size whose figures are another's: only the checksum can tell."""
+        draft, target = pair
+        about = {"name": "org/draft", "num_parameters": draft.num_parameters(), "dtype": "float32"}
+        write_report(draft_folder, pair, draft=about | {"weights_sha256": loaded_checksum(draft)})
+        push(draft_folder, repo_id="me/same")
+        hub.requests.clear()
+        write_report(draft_folder, pair, draft=about | {"weights_sha256": loaded_checksum(target)})
+        self.refused_then_allowed(draft_folder, hub, "not those from when the report's draft was measured")
+
+    def test_weights_measured_in_another_number_format_are_the_same_draft(self, hub: FakeHub, draft_folder: Path, pair):
+        """Catches a refusal of every draft that is trained in float32 and measured in bfloat16."""
+        measured = load_draft(draft_folder, dtype="bfloat16")
+        about = {"name": "elsewhere/draft", "num_parameters": 1, "dtype": "bfloat16"}
+        write_report(draft_folder, pair, draft=about | {"weights_sha256": loaded_checksum(measured)})
+        push(draft_folder)
+        assert "Published although" not in hub.repos[ID].files()["README.md"].decode()
+
+    def test_a_neighbours_report_is_passed_over(self, hub: FakeHub, draft_folder: Path, pair):
+        """Catches a report beside the folder that is about another draft: nobody named it, so nobody needs telling."""
+        (draft_folder / "report.json").unlink()
+        draft, target = pair
+        about = {"name": "org/other", "num_parameters": draft.num_parameters(), "dtype": "float32"}
+        write_report(draft_folder.parent, pair, draft=about | {"weights_sha256": loaded_checksum(target)})
+        upload = push(draft_folder)
+        assert "beside the folder is left out" in str(upload)
+        assert "report.json" not in hub.repos[ID].files()
+        with pytest.raises(ValueError, match="was measured"):
+            push(draft_folder, report=draft_folder.parent / "report.json")
+        write_report(draft_folder.parent, pair, draft=about | {"weights_sha256": loaded_checksum(draft)})
+        assert "report.json" in {file.path for file in push(draft_folder, dry_run=True).files}
+
+    def test_one_folder_has_many_paths(self, hub: FakeHub, draft_folder: Path, pair, monkeypatch):
+        """Catches `./target` in training and its absolute path in evaluation taken for two targets."""
+        folder = draft_folder.parent / "target"
+        folder.mkdir()
+        monkeypatch.chdir(folder.parent)
+        stored = Provenance.load(draft_folder)
+        replaced(draft_folder, training=dataclasses.replace(stored.training, target="target", target_revision=None))
+        write_report(draft_folder, pair, target={"name": str(folder), "num_parameters": pair[1].num_parameters()})
+        assert push(draft_folder).commit
+
+    def test_what_does_not_fit_is_said_without_paths_of_this_machine(self, hub: FakeHub, draft_folder: Path, pair):
+        """Catches a home directory in the very sentence that admits a mismatch, or in a warning of the report."""
+        private = draft_folder.parent / "secret-place"
+        about = {"name": str(private / "target"), "num_parameters": pair[1].num_parameters()}
+        warning = f"The texts were written by {private}/other, the target here is org/x."
+        ranked = [{"draft": {"name": str(private / "one"), "num_parameters": 1}, "settings": []}]
+        write_report(draft_folder, pair, target=about, warnings=[warning], drafts=ranked)
+        replaced(draft_folder, command=f"draftkd train --output_dir {private}/draft")
+        push(draft_folder, allow_mismatch=True)
+        files = hub.repos[ID].files()
+        assert [path for path, body in files.items() if b"secret-place" in body] == []
+        assert "Published although" in files["README.md"].decode()
+        assert "written by path/to/other, the target" in files["report.json"].decode()
+        assert "--output_dir path/to/draft" in files["provenance.json"].decode()
 
 
 class TestSecrets:

@@ -1,13 +1,19 @@
-"""The weights of a folder, looked at without loading a model: their names, their number, and their checksum."""
+"""The weights of a saved model, looked at without loading it: their names, their number, and their checksum."""
 
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+logger = logging.get_logger(__name__)
 
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 # safetensors' names of number formats that a plain, dense checkpoint consists of.
@@ -62,21 +68,71 @@ def count_parameters(folder: Path) -> int:
     return total
 
 
-def weights_checksum(folder: Path) -> str:
+def weights_checksum(folder: Path, dtype: str | torch.dtype | None = None) -> str:
     """SHA-256 over all tensors in the order of their names: name, number format, shape and bytes.
 
     It does not depend on how the tensors are spread over files, nor on metadata in them, so that a folder and its copy
     on the Hub agree.
-    """
-    import torch  # Only needed to read bytes of formats numpy does not know.
 
+    Args:
+        folder: A model folder.
+        dtype: Take the numbers as they are after loading in this format (`bfloat16`); by default as they are stored.
+
+    Raises:
+        ValueError: There are no weights, a file is damaged, or `dtype` is not a floating format of torch.
+    """
+    wanted = _floating(dtype) if dtype is not None else None
     digest = hashlib.sha256()
     for path, name in sorted(((path, name) for path, name, _ in _tensors(folder)), key=lambda item: item[1]):
         with safe_open(path, framework="pt") as file:
             tensor = file.get_tensor(name)
+        if wanted is not None and tensor.is_floating_point():
+            tensor = tensor.to(wanted)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def loaded_checksum(model: PreTrainedModel) -> str | None:
+    """`weights_checksum` of the folder that a loaded model would be saved to, in the model's own number format.
+
+    It is about the weights in memory, not about the folder that they once came from: a model that was trained since
+    has another. The model is saved into a temporary folder for it, because only `save_pretrained` knows how tied and
+    converted weights are stored. A vocabulary that was padded after loading counts as a change.
+
+    Returns:
+        The checksum; None where no plain weights can be saved: the model is quantised, carries an adapter that is not
+        merged, or the disk is full.
+    """
+    is_adapted = getattr(model, "peft_config", None) is not None or getattr(model, "_hf_peft_config_loaded", False)
+    if is_adapted or getattr(model, "hf_quantizer", None) is not None:
+        return None
+    try:
+        with tempfile.TemporaryDirectory() as folder, _without_bars():
+            model.save_pretrained(folder)
+            return weights_checksum(Path(folder), model.dtype)
+    except OSError as error:
+        logger.warning(f"The weights could not be saved to take their checksum, so the report names none: {error}")
+        return None
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Nobody asked for a file to be written, so nobody should see one being written."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+
+
+def _floating(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"{dtype!r} is not a floating number format of torch, such as 'bfloat16'.")
+    return found
 
 
 def _tensors(folder: Path) -> Iterator[tuple[Path, str, safe_open]]:
