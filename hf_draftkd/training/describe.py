@@ -10,10 +10,10 @@ from datasets import Dataset
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.provenance import package_versions
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
-from hf_draftkd.models.weights import weights_checksum
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.revisions import model_revision
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
+from hf_draftkd.models.weights import weights_checksum
 from hf_draftkd.training.config import DraftDistillConfig
 
 # Arguments that shape the weights. A list of what may be shown, since others hold tokens and paths.
