@@ -42,7 +42,7 @@ def endpoint_backend(
     send_ids: bool = False,
     extra_body: dict[str, Any] | None = None,
 ) -> Backend:
-    """Answers from a server, many requests in flight. A few tokens are asked for at once, to find out what is wrong early.
+    """Answers from a server, many requests in flight. A few tokens are asked for at once, to find what is wrong early.
 
     Args:
         url: Base address, such as `http://localhost:8000/v1`.
@@ -120,8 +120,9 @@ def endpoint_backend(
         missing = sum(completion.distributions is None for completion in completions.values())
         if top_logprobs is not None and missing:
             logger.warning(
-                f"{missing} of {len(completions)} answers hold no usable log-probabilities: tokens came as text that "
-                "is not unique. vLLM names ids with extra_body={'return_tokens_as_token_ids': True}."
+                f"{missing} of {len(completions)} answers hold no usable log-probabilities, and training from "
+                "distributions will leave them out: tokens came as text that is not unique, or fewer than asked for. "
+                "vLLM names ids with extra_body={'return_tokens_as_token_ids': True}."
             )
         return [completions[number] for number in range(len(prompt_ids))]
 
@@ -182,7 +183,9 @@ def _completion(
         written = [token for token in map(ids_of, choice.logprobs.tokens) if token is not None]
         if len(written) == len(choice.logprobs.tokens):
             distributions = _distributions(choice.logprobs, ids_of, top_logprobs)
-            return Completion(written, reason, choice.text, "generated", distributions)
+            if all(len(ids) == top_logprobs for ids in distributions["target_token_ids"]):
+                return Completion(written, reason, choice.text, "generated", distributions)
+            return Completion(written, reason, choice.text, "generated")
     ids = tokenizer(choice.text, add_special_tokens=False)["input_ids"]
     if reason == STOP and tokenizer.eos_token_id is not None:
         ids = [*ids, tokenizer.eos_token_id]  # the server ended the text with it and does not show it
@@ -193,7 +196,7 @@ def _distributions(logprobs: Any, ids_of: _TokenTexts, top_logprobs: int) -> dic
     token_ids, values, tails = [], [], []
     for likeliest in logprobs.top_logprobs:
         pairs = sorted(((value, ids_of(text)) for text, value in likeliest.items()), key=lambda pair: -pair[0])
-        # A server adds the written token where it is not among the likeliest; unreadable ones fall to the tail.
+        # A server adds the written token where it is not among the likeliest.
         pairs = [pair for pair in pairs[:top_logprobs] if pair[1] is not None]
         token_ids.append([number for _, number in pairs])
         values.append([value for value, _ in pairs])
