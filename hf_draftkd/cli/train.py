@@ -35,6 +35,12 @@ class TrainOptions:
         metadata={"help": "Held-out data: a Hub id, a file or a folder."},
     )
     eval_dataset_split: str = field(default="train", metadata={"help": "Split of the held-out data."})
+    mix_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Text to strew into the training data, against forgetting: an id, a file or a folder."},
+    )
+    mix_dataset_config: str | None = field(default=None, metadata={"help": "Its configuration (subset) on the Hub."})
+    mix_dataset_split: str = field(default="train", metadata={"help": "Its split."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output directory that is not empty."}
     )
@@ -92,12 +98,18 @@ def build_trainer(options: TrainOptions, args: DraftDistillConfig, model_config:
         if options.eval_dataset is None
         else open_dataset(options.eval_dataset, split=options.eval_dataset_split, config=options.dataset_config)
     )
+    mix = (
+        None
+        if options.mix_dataset is None
+        else open_dataset(options.mix_dataset, split=options.mix_dataset_split, config=options.mix_dataset_config)
+    )
     return DraftDistillTrainer(
         model=options.model,
         target_model=options.target_model,
         args=args,
         train_dataset=train,
         eval_dataset=held_out,
+        mix_dataset=mix,
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
     )

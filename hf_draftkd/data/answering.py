@@ -1,5 +1,6 @@
 """The target that answers, wherever it runs: its backend, what the manifest says of it, and what it brings along."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ from datasets import Features
 from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.data.backends import Backend, continuous_backend, pipeline_backend
+from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.endpoint import endpoint_backend, endpoint_logprobs
 from hf_draftkd.data.provenance import weights_fingerprint
 from hf_draftkd.data.target_cache import (
@@ -71,13 +73,20 @@ def remote_target(
     tokenizer: PreTrainedTokenizerBase,
     endpoint: str,
     max_new_tokens: int,
+    settings: Sequence[DecodingSetting],
     cache_options: dict[str, Any] | None,
     options: dict[str, Any] | None,
 ) -> Answering:
-    """A target behind a server, which is asked for one token to see that it answers."""
+    """A target behind a server, which is asked for a few tokens to see that it answers."""
     top_logprobs = endpoint_logprobs(cache_options)
     backend = endpoint_backend(
-        endpoint, name, tokenizer, max_new_tokens=max_new_tokens, top_logprobs=top_logprobs, **(options or {})
+        endpoint,
+        name,
+        tokenizer,
+        max_new_tokens=max_new_tokens,
+        settings=settings,
+        top_logprobs=top_logprobs,
+        **(options or {}),
     )
     brought = None if top_logprobs is None else cache_features(tokenizer_size(tokenizer), None, "float16")
     return Answering(backend, {"target": name, "target_revision": None, "backend": endpoint}, brought=brought)

@@ -6,6 +6,7 @@ it up in the memory-mapped data the moment a batch is made.
 """
 
 import bisect
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl.data_utils import get_dataset_column_names
 
 from hf_draftkd.data.target_cache import CACHE_COLUMNS, TEMPERATURE_COLUMN
+
+logger = logging.getLogger(__name__)
 
 # A token's address: row number, then its place in the row's completion.
 _PLACE_BITS = 24
@@ -46,6 +50,39 @@ def missing_cache_columns(dataset: Dataset | IterableDataset) -> list[str]:
     return [name for name in needed if name not in columns]
 
 
+def rows_with_distributions(
+    dataset: Dataset | IterableDataset, name: str, *, warn: bool = True
+) -> Dataset | IterableDataset:
+    """Leave out answers of a server that came without usable log-probabilities, and warn how many they are.
+
+    Other rows without distributions are not meant to be there: `cache_facts` refuses them.
+
+    Args:
+        dataset: The rows.
+        name: What messages call the data set.
+        warn: Whether to say so.
+    """
+    columns = ["completion_ids", "target", "target_token_ids"]
+    if isinstance(dataset, IterableDataset) or not set(columns) <= set(dataset.column_names):
+        return dataset
+    kept = []
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        written = pc.and_(*(pc.is_valid(table[column]) for column in columns[:2]))
+        kept.append(~pc.and_(written, pc.is_null(table["target_token_ids"])).to_numpy())
+    keep = np.flatnonzero(np.concatenate(kept)) if kept else np.arange(0)
+    if len(keep) in (0, len(dataset)):  # none at all: said by `cache_facts`
+        return dataset
+    if warn and PartialState().is_main_process:
+        logger.warning(
+            "%d of %d rows of the %s dataset are left out: their answers came without usable log-probabilities. To "
+            'learn from them too, give the target, or learn from text with `divergence="cross_entropy"`.',
+            len(dataset) - len(keep),
+            len(dataset),
+            name,
+        )
+    return dataset.select(keep)
+
+
 def cache_facts(dataset: Dataset | IterableDataset, name: str) -> CacheFacts:
     """Check the cache of a data set that has all its columns.
 
@@ -69,6 +106,12 @@ def cache_facts(dataset: Dataset | IterableDataset, name: str) -> CacheFacts:
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         lengths = [pc.fill_null(pc.list_value_length(table[column]), -1).to_numpy() for column in columns]
         wrong = np.flatnonzero((lengths[0] != lengths[1]) | (lengths[0] != lengths[2]))
+        if len(uncached := np.flatnonzero(lengths[0] < 0)):
+            raise ValueError(
+                f"Row {first + int(uncached[0])} of the {name} dataset is text without the target's distributions, but "
+                "`target_model` is None: give the target, or mix in "
+                "`cache_target_distributions(with_token_ids(text, tokenizer), target, ...)`."
+            )
         if len(wrong):
             row = int(wrong[0])
             raise ValueError(

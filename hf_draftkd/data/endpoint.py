@@ -7,8 +7,9 @@ cannot set (a server's own penalties or `top_k`) stays the server's.
 import difflib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,6 +24,8 @@ from hf_draftkd.models.tokenizers import tokenizer_size
 
 logger = logging.get_logger(__name__)
 
+_SAMPLING_PROBE = 16  # tokens: no language model writes so many alike three times at temperature 2
+
 
 def endpoint_backend(
     url: str,
@@ -30,6 +33,7 @@ def endpoint_backend(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_new_tokens: int,
+    settings: Sequence[DecodingSetting] = (DecodingSetting(),),
     top_logprobs: int | None = None,
     api_key: str | None = None,
     concurrency: int = 16,
@@ -38,13 +42,14 @@ def endpoint_backend(
     send_ids: bool = False,
     extra_body: dict[str, Any] | None = None,
 ) -> Backend:
-    """Answers from a server, many requests in flight. One token is asked for at once, to find out what is wrong early.
+    """Answers from a server, many requests in flight. A few tokens are asked for at once, to find what is wrong early.
 
     Args:
         url: Base address, such as `http://localhost:8000/v1`.
         model: The name by which the server knows the target.
         tokenizer: The target's tokenizer.
         max_new_tokens: Longest completion, in tokens.
+        settings: The decoding settings that will be asked for; the server has to take each of them.
         top_logprobs: Keep this many log-probabilities a token, as the server returns them.
         api_key: Key of the server; by default the environment's `OPENAI_API_KEY`, if any.
         concurrency: Requests in flight.
@@ -54,7 +59,8 @@ def endpoint_backend(
         extra_body: Further fields of each request, such as vLLM's `{"return_tokens_as_token_ids": True}`.
 
     Raises:
-        ValueError: The server refuses the connection, the key or the model, or returns no log-probabilities.
+        ValueError: The server refuses the connection, the key, the model or a setting, does not sample, or returns no
+            log-probabilities.
     """
     if find_spec("openai") is None:
         raise ImportError("A target behind an endpoint needs the `openai` client: pip install 'hf_draftkd[endpoint]'")
@@ -79,7 +85,15 @@ def endpoint_backend(
             model=model, prompt=prompt, max_tokens=max_tokens, temperature=setting.temperature, **options
         )
 
-    _probe(openai, client, url, model, request, top_logprobs)
+    hello = tokenizer("Hello")["input_ids"] if send_ids else "Hello"
+
+    def first_answer(max_tokens: int, setting: DecodingSetting, seed: int = 0) -> Any:
+        return _first_answer(openai, client, url, model, partial(request, hello, max_tokens, setting, seed))
+
+    for setting in settings:
+        _require_logprobs(url, first_answer(1, setting), top_logprobs)
+    if not all(setting.is_greedy for setting in settings):
+        _require_sampling(url, first_answer)
     ids_of = _TokenTexts(tokenizer)
 
     def answer(
@@ -100,14 +114,15 @@ def endpoint_backend(
             except openai.APIError as error:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise StoppedError(
-                    f"{url} stopped answering after {max_retries} retries: {_reason(error)}. Finished shards stay "
+                    f"{_what_stopped(url, error, str(sent[jobs[job]]), max_retries)}. Finished shards stay "
                     "valid: run the same command again to go on."
                 ) from error
         missing = sum(completion.distributions is None for completion in completions.values())
         if top_logprobs is not None and missing:
             logger.warning(
-                f"{missing} of {len(completions)} answers hold no usable log-probabilities: tokens came as text that "
-                "is not unique. vLLM names ids with extra_body={'return_tokens_as_token_ids': True}."
+                f"{missing} of {len(completions)} answers hold no usable log-probabilities, and training from "
+                "distributions will leave them out: tokens came as text that is not unique, or fewer than asked for. "
+                "vLLM names ids with extra_body={'return_tokens_as_token_ids': True}."
             )
         return [completions[number] for number in range(len(prompt_ids))]
 
@@ -168,7 +183,9 @@ def _completion(
         written = [token for token in map(ids_of, choice.logprobs.tokens) if token is not None]
         if len(written) == len(choice.logprobs.tokens):
             distributions = _distributions(choice.logprobs, ids_of, top_logprobs)
-            return Completion(written, reason, choice.text, "generated", distributions)
+            if all(len(ids) == top_logprobs for ids in distributions["target_token_ids"]):
+                return Completion(written, reason, choice.text, "generated", distributions)
+            return Completion(written, reason, choice.text, "generated")
     ids = tokenizer(choice.text, add_special_tokens=False)["input_ids"]
     if reason == STOP and tokenizer.eos_token_id is not None:
         ids = [*ids, tokenizer.eos_token_id]  # the server ended the text with it and does not show it
@@ -179,7 +196,7 @@ def _distributions(logprobs: Any, ids_of: _TokenTexts, top_logprobs: int) -> dic
     token_ids, values, tails = [], [], []
     for likeliest in logprobs.top_logprobs:
         pairs = sorted(((value, ids_of(text)) for text, value in likeliest.items()), key=lambda pair: -pair[0])
-        # A server adds the written token where it is not among the likeliest; unreadable ones fall to the tail.
+        # A server adds the written token where it is not among the likeliest.
         pairs = [pair for pair in pairs[:top_logprobs] if pair[1] is not None]
         token_ids.append([number for _, number in pairs])
         values.append([value for value, _ in pairs])
@@ -194,11 +211,9 @@ def _distributions(logprobs: Any, ids_of: _TokenTexts, top_logprobs: int) -> dic
     }
 
 
-def _probe(
-    openai: Any, client: Any, url: str, model: str, request: Callable[..., Any], top_logprobs: int | None
-) -> None:
+def _first_answer(openai: Any, client: Any, url: str, model: str, request: Callable[[], Any]) -> Any:
     try:
-        answer = request("Hello", 1, DecodingSetting(), None)
+        answer = request()
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
         raise ValueError(
             f"{url} refuses the API key: {_reason(error)}. Set OPENAI_API_KEY or pass `api_key`."
@@ -214,15 +229,39 @@ def _probe(
         ) from error
     except openai.APIStatusError as error:
         raise ValueError(f"{url} refuses a request for one token: {_reason(error)}.") from error
-    choices = getattr(answer, "choices", None)
-    if not choices:
+    if not getattr(answer, "choices", None):
         raise ValueError(f"{url} does not answer like an OpenAI-compatible server; does the address end in /v1?")
+    return answer
+
+
+def _require_logprobs(url: str, answer: Any, top_logprobs: int | None) -> None:
     # The answer counts and not the status: servers ignore what they do not know.
+    choices = answer.choices
     if top_logprobs is not None and not (choices[0].logprobs and choices[0].logprobs.top_logprobs):
         raise ValueError(
             f"Log-probabilities were asked for, but {url} returns none. Use a server that has them (vLLM does), or "
             "train on the text alone without `cache_distributions`."
         )
+
+
+def _require_sampling(url: str, answer: Callable[[int, DecodingSetting, int], Any]) -> None:
+    # `transformers serve` takes any temperature and decodes greedily where the model's generation config says so: its
+    # rows would be recorded under a setting that did not write them.
+    hot = DecodingSetting(temperature=2.0)
+    texts = {answer(_SAMPLING_PROBE, hot, seed).choices[0].text for seed in range(3)}
+    if len(texts) == 1:
+        raise ValueError(
+            f"{url} does not sample: it wrote the same {_SAMPLING_PROBE} tokens three times at temperature 2. Ask for "
+            "temperature 0 only, or have the server sample: `transformers serve` does where the model's "
+            "generation_config.json holds `do_sample: true`."
+        )
+
+
+def _what_stopped(url: str, error: Exception, prompt: str, max_retries: int) -> str:
+    status = getattr(error, "status_code", 500)
+    if status >= 500 or status in (408, 409, 429):  # what the client tries again
+        return f"{url} stopped answering after {max_retries} retries: {_reason(error)}"
+    return f"{url} refused the prompt {prompt[:60]!r}...: {_reason(error)}"
 
 
 def _nearest_model(openai: Any, client: Any, model: str) -> str:
@@ -235,5 +274,8 @@ def _nearest_model(openai: Any, client: Any, model: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    cause = error.__cause__
-    return f"{error}" if cause is None else f"{error} ({cause})"
+    # The client repeats what OpenAI's servers say, and drops what others say in a form of their own (`detail`).
+    answer = getattr(error, "response", None)
+    said = str(error.__cause__ or "") if answer is None else answer.text[:500]
+    known = str(error)
+    return known if not said or " - " in known else f"{known.rstrip('.')} ({said})"

@@ -5,12 +5,15 @@ carry the exact tokens that the target read and wrote, and must never be tokenis
 """
 
 import copy
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from trl import pack_dataset
 from trl.data_utils import get_dataset_column_names
@@ -18,6 +21,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_draftkd.data.cache_lookup import CachedDistributions, addresses
 from hf_draftkd.data.decoding import DecodingSetting
+
+logger = logging.getLogger(__name__)
 
 # The order in which a row's `decoding` feature holds its setting.
 _SETTING = ("temperature", "top_p", "top_k", "repetition_penalty")
@@ -170,6 +175,31 @@ class DraftDistillCollator(DataCollatorForLanguageModeling):
 def has_labels(dataset: Dataset) -> bool:
     """Whether any token of prepared rows is learnt from. The first of a row is predicted by nothing."""
     return any(label != -100 for labels in _column(dataset, "labels") for label in labels[1:])
+
+
+def warn_of_cuts(dataset: Dataset | IterableDataset, name: str, max_length: int | None) -> None:
+    """Say how many prepared rows are longer than `max_length`: what is cut off them is not learnt from.
+
+    Args:
+        dataset: Rows with `input_ids` and `labels`, still whole. A stream is not counted.
+        name: What messages call the data set.
+        max_length: The longest row that is kept whole; None is no limit.
+    """
+    if max_length is None or isinstance(dataset, IterableDataset) or not PartialState().is_main_process:
+        return
+    cut = lost = longest = 0
+    for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
+        lengths = pc.list_value_length(table["input_ids"]).to_numpy()
+        longest = max(longest, int(lengths.max(initial=0)))
+        too_long = table["labels"].take((lengths > max_length).nonzero()[0])
+        cut += len(too_long)
+        lost += sum(all(label == -100 for label in row[:max_length]) for row in too_long.to_pylist())
+    if cut:
+        logger.warning(
+            "%d of %d rows of the %s dataset are longer than `max_length=%d` tokens (the longest has %d): %d are cut "
+            "at the end, and %d, of which nothing to learn is left, are dropped. Raise `max_length` to keep them.",
+            *(cut, len(dataset), name, max_length, longest, cut - lost, lost),
+        )
 
 
 def longest_text(dataset: Dataset) -> int:

@@ -115,7 +115,7 @@ def generate_alignment_data(
     )
     if isinstance(target_model, str):
         answering = remote_target(
-            target_model, tokenizer, str(endpoint), max_new_tokens, cache_distributions, endpoint_options
+            target_model, tokenizer, str(endpoint), max_new_tokens, settings, cache_distributions, endpoint_options
         )
     else:
         cache = None if cache_distributions is None else {"seed": seed, **cache_distributions}

@@ -4,12 +4,26 @@ The drafter of https://arxiv.org/abs/2403.00858 was fine-tuned on nine parts of 
 """
 
 import math
+from typing import Any
 
-from datasets import Dataset, concatenate_datasets, interleave_datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
+
+from hf_draftkd.data.formatting import FORMATS
+from hf_draftkd.data.sources import row_numbers
+
+# Columns that SFTTrainer reads beside those of a format.
+_BESIDE = ("labels", "completion_mask", "tools", "chat_template_kwargs")
 
 
 def parse_mix(mix: str) -> tuple[float, float]:
     """`"9:1"` as two positive numbers: parts of alignment data, parts of pretraining text."""
+    if not isinstance(mix, str):
+        raise ValueError(
+            f"A mix is text such as '9:1', got {mix!r}. YAML needs the quotes: it reads 9:1 as a time, 541."
+        )
     try:
         alignment, pretraining = (float(part) for part in mix.split(":"))
     except ValueError:
@@ -32,11 +46,17 @@ def mix_datasets(alignment: Dataset, pretraining: Dataset, *, mix: str = "9:1", 
         seed: Seed of the order.
 
     Raises:
-        ValueError: The mix cannot be read, or a data set is empty.
+        ValueError: The mix cannot be read, a data set is empty or a stream, or a column has another type in each.
     """
     first, second = parse_mix(mix)
+    if isinstance(alignment, IterableDataset) or isinstance(pretraining, IterableDataset):
+        raise ValueError(
+            "A stream does not say how many rows it has, so its share cannot be kept. Load both data sets without "
+            "`streaming=True`: they are read from disk as needed, not into memory."
+        )
     if not len(alignment) or not len(pretraining):
         raise ValueError(f"Cannot mix {len(alignment)} rows with {len(pretraining)}: one of the data sets is empty.")
+    pretraining = _with_types_of(alignment, pretraining)
     share = second / (first + second)
     # Enough that the alignment data run out first: the others number n s / (1 - s), give or take sqrt(n s) / (1 - s).
     expected = len(alignment) * share / (1 - share)
@@ -45,3 +65,112 @@ def mix_datasets(alignment: Dataset, pretraining: Dataset, *, mix: str = "9:1", 
     return interleave_datasets(
         [alignment, repeated], probabilities=[1 - share, share], seed=seed, stopping_strategy="first_exhausted"
     )
+
+
+def _with_types_of(alignment: Dataset, pretraining: Dataset) -> Dataset:
+    for name in sorted(set(alignment.column_names) & set(pretraining.column_names)):
+        wanted, given = alignment.features[name], pretraining.features[name]
+        if wanted == given or Value("null") in (wanted, given):
+            continue
+        try:  # numbers of another width
+            pretraining = pretraining.cast_column(name, wanted)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise ValueError(
+                f"The column {name!r} is {wanted} in one data set and {given} in the other, so that their rows do not "
+                "fit into one. Rename or remove it in the text that is mixed in."
+            ) from error
+    return pretraining
+
+
+def mixed_in(train_dataset: Any, mix_dataset: Any, mix: str | None, seed: int, *, text_field: str = "text") -> Any:
+    """The training data with `mix_dataset` strewn in, if there is one.
+
+    Args:
+        train_dataset: Rows in any format; None where nothing is trained.
+        mix_dataset: Rows in any format, or None. What is not needed to read them is left behind.
+        mix: Parts of the first to parts of the second; 9:1 unless said otherwise.
+        seed: Seed of the order.
+        text_field: Name of the column with plain text.
+
+    Raises:
+        ValueError: One of the two is given without the other, or they cannot be mixed.
+    """
+    if mix_dataset is None:
+        if mix is not None:
+            raise ValueError(
+                f"`mix={mix!r}` says how much text to mix in, but there is no `mix_dataset` to take it from."
+            )
+        return train_dataset
+    if train_dataset is None:
+        raise ValueError("`mix_dataset` is mixed into `train_dataset`, which was not given.")
+    if not isinstance(mix_dataset, IterableDataset):
+        needed = next((names for names in _formats(text_field) if set(names) <= set(mix_dataset.column_names)), None)
+        if needed is None:
+            raise ValueError(
+                f"`mix_dataset` has the columns {mix_dataset.column_names}, none of which can be trained on: give it a "
+                f"column {text_field!r}."
+            )
+        if needed != FORMATS[0]:  # exact ids bring columns that say what they are, distributions among them
+            beside = [name for name in _BESIDE if name in mix_dataset.column_names and name not in needed]
+            mix_dataset = mix_dataset.select_columns([*needed, *beside])
+    return mix_datasets(train_dataset, mix_dataset, mix=mix or "9:1", seed=seed)
+
+
+def split_by_format(dataset: Dataset, name: str, *, text_field: str = "text") -> list[tuple[Dataset, np.ndarray]]:
+    """Mixed rows, apart: each read by the first of `FORMATS` whose columns it fills.
+
+    Args:
+        dataset: Rows, mixed or of one format.
+        name: What messages call the data set.
+        text_field: Name of the column with plain text.
+
+    Returns:
+        A data set a format that occurs, with the numbers of its rows. Data of one format come back as they are.
+
+    Raises:
+        ValueError: A row fills the columns of no format.
+    """
+    present = [names for names in _formats(text_field) if set(names) <= set(dataset.column_names)]
+    if not present:  # a `formatting_func` reads it
+        return [(dataset, np.arange(len(dataset)))]
+    columns = sorted({column for names in present for column in names})
+    chosen = []
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        filled = {column: pc.is_valid(table[column]).to_numpy() for column in columns}
+        fits = np.stack([np.logical_and.reduce([filled[column] for column in names]) for names in present])
+        chosen.append(np.where(fits.any(0), fits.argmax(0), -1))
+    way = np.concatenate(chosen)
+    if unread := np.flatnonzero(way < 0).tolist():
+        raise ValueError(
+            f"In the {name} dataset {row_numbers(unread)} cannot be trained on: filled must be "
+            + ", or ".join(" and ".join(f"`{column}`" for column in names) for names in present)
+            + "."
+        )
+    rows = [(present[number], np.flatnonzero(way == number)) for number in np.unique(way)]
+    if len(rows) == 1:
+        return [(dataset, rows[0][1])]
+    return [(_readable(dataset.select(numbers), names), numbers) for names, numbers in rows]
+
+
+def rejoined(parts: list[tuple[Dataset, np.ndarray]]) -> Dataset:
+    """Prepared rows in the order of the rows they were made from."""
+    if len(parts) == 1:
+        return parts[0][0]
+    kept = ("input_ids", "labels", "decoding", "cache_index")
+    alike = [part.select_columns([name for name in kept if name in part.column_names]) for part, _ in parts]
+    types = {name: kind for part in alike for name, kind in part.features.items()}
+    alike = [part.cast(Features({name: types[name] for name in part.column_names})) for part in alike]
+    return concatenate_datasets(alike).select(np.argsort(np.concatenate([rows for _, rows in parts])))
+
+
+def _readable(part: Dataset, names: tuple[str, ...]) -> Dataset:
+    """Rows of one format without the columns of others, which SFTTrainer would read first."""
+    if names == FORMATS[0]:
+        return part
+    beside = [name for name in _BESIDE if name in part.column_names and name not in names]
+    table = part.select_columns(beside).with_format("arrow")[:] if beside else {}
+    return part.select_columns([*names, *(name for name in beside if table[name].null_count == 0)])
+
+
+def _formats(text_field: str) -> list[tuple[str, ...]]:
+    return [*FORMATS, (text_field,)]

@@ -9,13 +9,11 @@ from datasets import Dataset, DatasetDict
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_draftkd.data.sources import open_dataset, unknown
+from hf_draftkd.data.sources import open_dataset, row_numbers, unknown
 
 logger = logging.get_logger(__name__)
 
 Prompt = str | list[dict[str, Any]]
-
-_SHOWN = 10  # row numbers listed in one message
 
 
 def load_prompts(
@@ -162,7 +160,7 @@ def fitting_rows(
     """
     empty = [row for row, length in enumerate(lengths) if length == 0]
     if empty:
-        raise ValueError(f"The tokenizer turns {_rows(empty)} into no tokens at all. Take them out.")
+        raise ValueError(f"The tokenizer turns {row_numbers(empty)} into no tokens at all. Take them out.")
     if context is None:
         return list(range(len(lengths)))
     room = context - max_new_tokens
@@ -175,7 +173,7 @@ def fitting_rows(
     if not too_long:
         return list(range(len(lengths)))
     text = (
-        f"{_rows(too_long)} longer than {room} tokens (context {context} - max_new_tokens {max_new_tokens}; the "
+        f"{row_numbers(too_long)} longer than {room} tokens (context {context} - max_new_tokens {max_new_tokens}; the "
         f"longest has {max(lengths)})"
     )
     if not skip_too_long:
@@ -249,12 +247,7 @@ def _listing(problems: list[tuple[int, str]], name: str) -> str:
     by_kind: dict[str, list[int]] = {}
     for row, problem in problems:
         by_kind.setdefault(problem, []).append(row)
-    return f"{name}: " + "; ".join(f"{_rows(rows)} {problem}" for problem, rows in by_kind.items()) + "."
-
-
-def _rows(rows: list[int]) -> str:
-    shown = ", ".join(map(str, rows[:_SHOWN])) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
-    return f"{'row' if len(rows) == 1 else 'rows'} {shown} (counted from 0)"
+    return f"{name}: " + "; ".join(f"{row_numbers(rows)} {problem}" for problem, rows in by_kind.items()) + "."
 
 
 def _name(source: Any) -> str:

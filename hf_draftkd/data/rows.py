@@ -85,7 +85,8 @@ def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
     rows serve training and caches, not block efficiency.
 
     Args:
-        dataset: Rows with `prompt` and `completion`, strings or lists of messages.
+        dataset: Rows with `prompt` and `completion`, strings or lists of messages; or with `text`, of which the first
+            token becomes the prompt and all others, each predicted by those before it, the completion.
         tokenizer: The target's tokenizer.
         **template_options: Further arguments of the chat template.
 
@@ -95,7 +96,8 @@ def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
     Raises:
         ValueError: A column is missing, or the chat template does not continue the prompt with the completion.
     """
-    for name in ("prompt", "completion"):
+    is_text = "text" in dataset.column_names and not {"prompt", "completion"} <= set(dataset.column_names)
+    for name in () if is_text else ("prompt", "completion"):
         if name not in dataset.column_names:
             raise ValueError(unknown("column", name, dataset.column_names))
     features = Features(
@@ -104,6 +106,10 @@ def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
     )
 
     def encode(row: dict[str, Any], number: int) -> dict[str, Any]:
+        if is_text:
+            end = str(tokenizer.eos_token or "")
+            ids = tokenizer(row["text"] if row["text"].endswith(end) else row["text"] + end)["input_ids"]
+            return {**row, "prompt_ids": ids[:1], "completion_ids": ids[1:], "ids_source": "retokenized"}
         options = {"tools": row.get("tools"), **template_options}
         prompt_ids = render_prompt(row["prompt"], tokenizer, **options)
         if isinstance(row["prompt"], str):

@@ -104,3 +104,9 @@ def unknown(kind: str, given: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(given, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"There is no {kind} {given!r}; there are: {', '.join(known)}.{hint}"
+
+
+def row_numbers(rows: Sequence[int], shown: int = 10) -> str:
+    """Numbers of rows for a message, the first few by name."""
+    named = ", ".join(map(str, rows[:shown])) + (f" and {len(rows) - shown} more" if len(rows) > shown else "")
+    return f"{'row' if len(rows) == 1 else 'rows'} {named} (counted from 0)"

@@ -162,6 +162,7 @@ def _training(training: TrainingSummary | None) -> Markdown | None:
         ("Data set", data),
         ("Scenario", ", ".join(training.scenarios) if training.scenarios else None),
         ("Rows", training.num_rows and f"{training.num_rows:,}"),
+        ("Mixed in", _mixed_in(training)),
         ("Completion tokens", training.num_tokens and f"{training.num_tokens:,}"),
         ("Decoding of the data", "; ".join(map(figures.decoding_name, training.sampling or ())) or None),
         ("Who wrote the completions", writer),
@@ -175,6 +176,13 @@ def _training(training: TrainingSummary | None) -> Markdown | None:
     ]
     rows = [row for row in rows if row[1] is not None]
     return figures.table(("", ""), rows) if rows else None
+
+
+def _mixed_in(training: TrainingSummary) -> str | None:
+    if not training.num_mixed_rows:
+        return None
+    share = training.num_mixed_rows / (training.num_mixed_rows + (training.num_rows or 0))
+    return f"{training.num_mixed_rows:,} rows of other text" + (f" ({share:.0%} of all)" if training.num_rows else "")
 
 
 def _dataset(name: str, revision: str | None) -> Markdown:

@@ -63,6 +63,7 @@ class TrainingSummary:
     dataset_revision: str | None = key("Its commit.", default=None)
     scenarios: list[str] | None = key("`queries`, `curated`, `synthetic`.", default=None)
     num_rows: int | None = key("Rows of training data.", default=None)
+    num_mixed_rows: int | None = key("Rows of other text that were mixed in.", default=None)
     num_tokens: int | None = key("Completion tokens of training data.", default=None)
     sampling: list[dict[str, Any]] | None = key("Decoding settings under which the data was written.", default=None)
     peft: str | None = key("The adapter that was trained and merged, in words: `LoRA, rank 16`.", default=None)

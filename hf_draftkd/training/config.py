@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from trl import SFTConfig
 
+from hf_draftkd.data.mixing import parse_mix
 from hf_draftkd.losses import DIVERGENCES, get_divergence
 
 # Inherited options that would silently do nothing here, each with what to use instead. A value other than the default
@@ -66,6 +67,12 @@ class DraftDistillConfig(SFTConfig):
             `tvd_plus_plus`: whether rewards are normalised over the `"batch"` or per `"token"`.
         cross_entropy_weight (`float`, *optional*, defaults to `0.0`):
             Share w of the loss that is cross-entropy on the completion: (1 - w) * divergence + w * cross-entropy.
+
+        > Parameters that control the data
+
+        mix (`str`, *optional*):
+            Parts of training data to parts of the trainer's `mix_dataset`. `"9:1"` where one is given: nine rows of
+            alignment data to one of pretraining text, as for the Llama 2 chat drafter (arXiv 2403.00858).
 
         > Parameters that control evaluation
 
@@ -140,6 +147,10 @@ class DraftDistillConfig(SFTConfig):
     cross_entropy_weight: float = field(
         default=0.0, metadata={"help": "Share of the loss that is cross-entropy on the completion, in [0, 1]."}
     )
+    mix: str | None = field(
+        default=None,
+        metadata={"help": "Parts of training data to parts of `mix_dataset`: 9:1 where one is given."},
+    )
     eval_num_assistant_tokens: int = field(
         default=5, metadata={"help": "Draft length at which eval_block_efficiency is reported."}
     )
@@ -177,6 +188,8 @@ class DraftDistillConfig(SFTConfig):
             _check_number(name, getattr(self, name), low, high, open_low=open_low)
         if not self.needs_target and self.temperature != 1:
             raise ValueError(f"Cross-entropy on text has no temperature, got `temperature={self.temperature}`.")
+        if self.mix is not None:
+            parse_mix(self.mix)
         if type(self.eval_num_assistant_tokens) is not int or self.eval_num_assistant_tokens < 1:
             raise ValueError(
                 "`eval_num_assistant_tokens` is a draft length: a whole number, 1 or above, "

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.mixing import split_by_format
 from hf_draftkd.data.provenance import package_versions
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.models.forward import unwrapped
@@ -43,19 +44,29 @@ _SHOWN = (
 def author(datasets: Iterable[Any]) -> str | None:
     """The one target that wrote all alignment rows; None if they name none, or several."""
     rows = [data for data in datasets if isinstance(data, Dataset) and "target" in data.column_names]
-    names = {name for data in rows for name in data.unique("target")}
+    names = {name for data in rows for name in data.unique("target")} - {None}  # rows that were mixed in name none
     return names.pop() if len(names) == 1 else None
 
 
-def data_facts(dataset: Any, target_name: str | None) -> dict[str, Any]:
+def data_facts(dataset: Any, target_name: str | None, *, text_field: str = "text") -> dict[str, Any]:
     """What the training rows say about themselves; nothing for a stream, which is not read twice.
 
     Args:
-        dataset: The rows as the user gave them.
+        dataset: The rows as the user gave them, or mixed.
         target_name: The target in use.
+        text_field: Name of the column with plain text.
     """
     if not isinstance(dataset, Dataset):
         return {}
+    # All that follows is said of the rows that others were mixed into.
+    own, _ = split_by_format(dataset, "train", text_field=text_field)[0]
+    if "target" in own.column_names and {None} < set(own.unique("target")):
+        own = own.filter(lambda name: name is not None, input_columns="target")
+    mixed = {"num_mixed_rows": len(dataset) - len(own)} if len(own) < len(dataset) else {}
+    return mixed | _facts_of_rows(own, target_name)
+
+
+def _facts_of_rows(dataset: Dataset, target_name: str | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"num_rows": len(dataset), "completions": "data"}
     columns = set(dataset.column_names)
     if {"completion_ids", "target"} <= columns and dataset.unique("target") == [target_name]:

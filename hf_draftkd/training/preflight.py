@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.data_utils import get_dataset_column_names
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
@@ -50,6 +51,12 @@ def check_datasets(
     if format_known:
         for name, dataset in datasets.items():
             check_format(dataset, name, text_field=args.dataset_text_field)
+            if args.completion_only_loss is False and "completion_ids" in get_dataset_column_names(dataset):
+                raise ValueError(
+                    f"`completion_only_loss=False` has no meaning for the exact tokens in the {name} dataset: a prompt "
+                    "is not what the target writes. Leave it out; to learn from other text too, give it as "
+                    "`mix_dataset`."
+                )
     if args.eval_packing:
         raise ValueError("`eval_packing=True` would cut texts apart, but figures are sums over whole texts.")
     args.eval_packing = False

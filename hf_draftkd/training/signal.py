@@ -13,7 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_draftkd.acceptance import token_acceptance_rate
-from hf_draftkd.data.cache_lookup import CachedDistributions, CacheFacts, cache_facts, missing_cache_columns
+from hf_draftkd.data.cache_lookup import (
+    CachedDistributions,
+    CacheFacts,
+    cache_facts,
+    missing_cache_columns,
+    rows_with_distributions,
+)
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.evaluation.processing import logits_processors, process_logits
 from hf_draftkd.evaluation.teacher_forced import token_scores
@@ -248,7 +254,8 @@ def check_cached(
             raise ValueError(
                 f"`{what}` cannot be changed where the target's distributions come from the data: {why}. Leave it out."
             )
-    facts = {name: cache_facts(dataset, name) for name, dataset in datasets.items()}
+    rows = {name: rows_with_distributions(dataset, name, warn=False) for name, dataset in datasets.items()}
+    facts = {name: cache_facts(dataset, name) for name, dataset in rows.items()}
     for name, fact in facts.items():
         if fact.temperature != args.temperature:
             raise ValueError(

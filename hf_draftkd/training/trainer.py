@@ -5,7 +5,6 @@ checkpoints, logging) is SFTTrainer's. This file only wires: which positions cou
 apart they are, and how that is summed.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -17,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
-from trl.trainer.utils import global_then_local_main_first
 
 from hf_draftkd.data.cache_lookup import CachedDistributions
-from hf_draftkd.data.formatting import DraftDistillCollator, exact_features, packed
+from hf_draftkd.data.formatting import DraftDistillCollator
+from hf_draftkd.data.mixing import mixed_in
 from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, get_divergence
 from hf_draftkd.models.forward import head_arithmetic, logits_at, loss_at, predicting_positions, unwrapped
 from hf_draftkd.models.pairing import copy_special_ids, shared_vocab_size
@@ -30,12 +29,13 @@ from hf_draftkd.training.checkpoints import WholeCheckpoints
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.describe import author, data_facts
 from hf_draftkd.training.evaluation_sums import EvaluationSums, row_sums
+from hf_draftkd.training.preparing import PreparesRows
 from hf_draftkd.training.saving import PlainDrafts
 from hf_draftkd.training.signal import Distributions, check_cached, make_signal, model_inputs
 from hf_draftkd.training.watching import LoggingWindow, require_finite
 
 
-class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
+class DraftDistillTrainer(PreparesRows, PlainDrafts, WholeCheckpoints, SFTTrainer):
     """Distils a target into a draft for speculative decoding.
 
     The draft is trained on every completion token to say what the target says there. Afterwards it is an ordinary
@@ -74,6 +74,9 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
             As `train_dataset`. Never packed: figures are sums over whole texts.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer that both models share. Loaded from the draft's name if not given.
+        mix_dataset ([`~datasets.Dataset`], *optional*):
+            Rows to strew into the training data, so that the draft does not forget what lies outside them: `args.mix`
+            says how many. Ordinarily plain text (`text`), learnt from on all its tokens.
         data_collator, callbacks, optimizers, optimizer_cls_and_kwargs, quantization_config, peft_config,
         formatting_func:
             As in [`~trl.SFTTrainer`]. With `peft_config`, checkpoints hold the adapter, while `save_model()` and
@@ -111,9 +114,11 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
         quantization_config: Any = None,
         peft_config: Any = None,
         formatting_func: Callable[[dict], str] | None = None,
+        mix_dataset: Dataset | None = None,
     ) -> None:
         if args is None:
             args = DraftDistillConfig(f"{preflight.model_name(model).split('/')[-1] or 'draft'}-DraftDistill")
+        train_dataset = mixed_in(train_dataset, mix_dataset, args.mix, args.seed, text_field=args.dataset_text_field)
         datasets = preflight.check_datasets(train_dataset, eval_dataset, args, format_known=formatting_func is None)
         own_loss = type(self).token_loss is not DraftDistillTrainer.token_loss
         # Whether the loss reads the target's distributions, or only its text.
@@ -130,7 +135,7 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
         self.draft_name = preflight.model_name(unwrapped(draft))
         # Where the target is not at hand, its name is what the data says.
         self.target_name = author(datasets.values()) if target is None else preflight.model_name(target)
-        self.data_facts = data_facts(train_dataset, self.target_name)
+        self.data_facts = data_facts(train_dataset, self.target_name, text_field=args.dataset_text_field)
         self._eval_sums: EvaluationSums | None = None
         self._window = LoggingWindow()
 
@@ -173,39 +178,6 @@ class DraftDistillTrainer(PlainDrafts, WholeCheckpoints, SFTTrainer):
         preflight.check_dataset_fits(preflight.named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
 
     # Data ------------------------------------------------------------------------------------------------------------
-
-    def _prepare_dataset(
-        self,
-        dataset: Dataset | IterableDataset,
-        processing_class: Any,
-        args: DraftDistillConfig,
-        packing: bool,
-        formatting_func: Callable[[dict], str] | None,
-        dataset_name: str,
-    ) -> Dataset | IterableDataset:
-        map_kwargs: dict[str, Any] = {}
-        if isinstance(dataset, Dataset):
-            map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Reading exact ids of {dataset_name} dataset"}
-        first_row = None
-        if self._cache is not None:
-            # Again, since `evaluate` takes data of its own.
-            check_cached({dataset_name: dataset}, args, own_loss=False, own_collator=False)
-            first_row = self._cache.add(dataset)
-        with global_then_local_main_first():
-            dataset = exact_features(dataset, self.target_name, first_row=first_row, **map_kwargs)
-        if not (packing and self._cache):
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        # SFTTrainer packs `input_ids` and `labels` and drops the rest, so the packing is done here.
-        whole = copy.copy(args)
-        whole.max_length = None
-        dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
-        with global_then_local_main_first():
-            return packed(dataset, args.max_length, {**map_kwargs, "desc": f"Packing {dataset_name} dataset"})
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            super()._set_signature_columns_if_needed()
-            self._signature_columns = [*(self._signature_columns or []), "decoding", "cache_index"]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         usual = self.data_collator

@@ -57,6 +57,25 @@ def test_options_from_yaml(files, tmp_path, capsys):
     assert (out / "model.safetensors").is_file()
 
 
+def test_text_is_mixed_in(files, tmp_path, capsys):
+    """By options, from a text file; and the card of the draft says so."""
+    (tmp_path / "text.txt").write_text("one two three\nfour five\n")
+    out = tmp_path / "out"
+    assert dispatch(["train", *options(files, out, mix_dataset=tmp_path / "text.txt", mix="1:1")]) == 0
+    training = json.loads((out / "provenance.json").read_text())["training"]
+    assert training["num_rows"] == 8
+    assert 0 < training["num_mixed_rows"] < 30
+    assert f"| Mixed in | {training['num_mixed_rows']} rows of other text" in (out / "README.md").read_text()
+
+
+def test_a_mix_in_yaml_needs_quotes(files, tmp_path, capsys):
+    """YAML 1.1 reads 9:1 as 541 seconds."""
+    settings = {**{name: str(value) for name, value in files.items()}, "output_dir": str(tmp_path / "out")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, "mix_dataset": "x.txt"}) + "mix: 9:1\n")
+    assert dispatch(["train", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "A mix is text such as '9:1', got 541" in capsys.readouterr().err
+
+
 def test_lora_ends_in_a_plain_model(files, tmp_path, capsys):
     """An adapter where a draft was promised."""
     out = tmp_path / "out"

@@ -23,6 +23,8 @@ class Server(ThreadingHTTPServer):
         self.faults: list[str] = []  # one is used up by each request: "429", "500", "cut", "hang"
         self.key: str | None = None
         self.die_after: int | None = None
+        self.longest_prompt: int | None = None  # characters
+        self.always_greedy = False
         self.requests: list[dict[str, Any]] = []
         self.lock = threading.Lock()
 
@@ -55,6 +57,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send(401, {"error": {"message": "wrong key"}})
         elif body["model"] != "tiny-target":
             self._send(404, {"error": {"message": f"no model {body['model']}"}})
+        elif self.server.longest_prompt and len(body["prompt"]) > self.server.longest_prompt:
+            self._send(400, {"detail": "this prompt is too long for me"})
         elif fault in ("429", "500"):
             self._send(int(fault), {"error": {"message": "not now"}})
         elif fault == "hang":
@@ -81,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
             with torch.no_grad(), self.server.lock:
                 logits = target(torch.tensor([ids + written])).logits[0, -1]
             log_p = logits.log_softmax(-1)
-            if body["temperature"] == 0:
+            if body["temperature"] == 0 or self.server.always_greedy:
                 token = int(log_p.argmax())
             else:
                 p = (logits / body["temperature"]).softmax(-1)

@@ -182,3 +182,22 @@ def test_a_prompt_is_sent_as_the_text_that_gives_its_tokens(tokenizer):
 def test_a_name_without_an_endpoint_is_no_target(tokenizer):
     with pytest.raises(ValueError, match="load_target"):
         generate_alignment_data("tiny-target", tokenizer, CHATS, max_new_tokens=2)
+
+
+def test_a_prompt_that_the_server_refuses_is_named(tmp_path, readable_target, tokenizer):
+    """A refusal is no outage: no talk of retries, but which prompt, and what the server said in its own form."""
+    with serving(readable_target, tokenizer) as server:
+        server.longest_prompt = len("<|user|>sat on the mat<|end|><|assistant|>") - 1
+        with pytest.raises(RuntimeError, match=r"refused the prompt '<\|user\|>sat on.*too long for me") as error:
+            ask(server.url, tokenizer, output_dir=tmp_path, batch_size=1, shard_size=1)
+    assert "retries" not in str(error.value)
+    assert len(list(tmp_path.glob("data/train-*"))) == 2
+
+
+def test_a_server_that_never_samples_is_found_out(readable_target, tokenizer):
+    """As `transformers serve` for a model whose generation config is greedy: it must not be recorded as sampled."""
+    with serving(readable_target, tokenizer) as server:
+        server.always_greedy = True
+        with pytest.raises(ValueError, match="does not sample"):
+            ask(server.url, tokenizer, temperatures=(0.7,))
+        assert len(ask(server.url, tokenizer, temperatures=(0.0,))) == len(CHATS)
