@@ -9,6 +9,7 @@ import torch
 from trl import SFTConfig
 
 from hf_draftkd.losses import DIVERGENCES, get_divergence
+from hf_draftkd.training.positions import TOKEN_SELECTIONS
 
 # Inherited options that would silently do nothing here, each with what to use instead. A value other than the default
 # is refused by name.
@@ -66,6 +67,26 @@ class DraftDistillConfig(SFTConfig):
             `tvd_plus_plus`: whether rewards are normalised over the `"batch"` or per `"token"`.
         cross_entropy_weight (`float`, *optional*, defaults to `0.0`):
             Share w of the loss that is cross-entropy on the completion: (1 - w) * divergence + w * cross-entropy.
+
+        > Parameters that control which tokens are learned from
+
+        token_selection (`str`, *optional*, defaults to `"all"`):
+            - `"all"` completion tokens alike.
+            - `"adaspec"` (arXiv 2510.19779): the `selected_share` of tokens where the draft's loss exceeds that of the
+              trainer's `reference_model` most, a copy of the draft that was distilled before. Chosen anew in each
+              batch, as in the paper: so here, unlike elsewhere, batch size × accumulation steps changes the result.
+              With `divergence="cross_entropy"` it needs no target.
+            - `"after_first_rejection"`: each token by how likely speculative decoding, started with the completion,
+              has met a rejection by then: 1 − Π α over the completion's tokens up to this one, with the acceptance
+              rate α at the loss temperature. It is the same on any text, padded or packed.
+            - `"after_first_mismatch"`: from the first token on that the draft does not find likeliest. On text that
+              the target wrote greedily these are exactly the tokens from the first rejection on. Needs no target.
+
+            Losses are divided by the number of all completion tokens, selected or not (as AdaSPEC's own code does),
+            and figures of `evaluate()` are of all of them. For weights of your own override
+            [`DraftDistillTrainer.token_weights`].
+        selected_share (`float`, *optional*, defaults to `0.4`):
+            Share of tokens that `"adaspec"` learns from, in (0, 1]. The default is the paper's.
 
         > Parameters that control evaluation
 
@@ -140,6 +161,12 @@ class DraftDistillConfig(SFTConfig):
     cross_entropy_weight: float = field(
         default=0.0, metadata={"help": "Share of the loss that is cross-entropy on the completion, in [0, 1]."}
     )
+    token_selection: str = field(
+        default="all", metadata={"help": f"Which completion tokens are learned from: {', '.join(TOKEN_SELECTIONS)}."}
+    )
+    selected_share: float = field(
+        default=0.4, metadata={"help": "Share of the tokens that token_selection='adaspec' learns from, in (0, 1]."}
+    )
     eval_num_assistant_tokens: int = field(
         default=5, metadata={"help": "Draft length at which eval_block_efficiency is reported."}
     )
@@ -173,6 +200,7 @@ class DraftDistillConfig(SFTConfig):
             ("beta", 0.0, 1.0, False),
             ("eta", 0.0, math.inf, False),
             ("cross_entropy_weight", 0.0, 1.0, False),
+            ("selected_share", 0.0, 1.0, True),
         ):
             _check_number(name, getattr(self, name), low, high, open_low=open_low)
         if not self.needs_target and self.temperature != 1:
@@ -184,6 +212,7 @@ class DraftDistillConfig(SFTConfig):
             )
         _check_choice("tvd_estimator", self.tvd_estimator, ("sampled", "full"))
         _check_choice("tvd_statistics", self.tvd_statistics, ("batch", "token"))
+        _check_choice("token_selection", self.token_selection, TOKEN_SELECTIONS)
 
     @property
     def divergence_options(self) -> dict[str, Any]:
