@@ -228,9 +228,7 @@ def check_weights(weights: Any, figures: TokenFigures) -> Tensor:
     shape = tuple(figures.losses.shape)
     if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
         given = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(
-            f"`token_weights` must return a tensor of one weight a completion token, {shape}, got {given}."
-        )
+        raise ValueError(f"`token_weights` must return one weight for each completion token, {shape}, got {given}.")
     # Losses that are no numbers make such weights, and are reported with the batch they come from.
     if not ((weights >= 0) & weights.isfinite()).all() and figures.losses.isfinite().all():
         raise ValueError("`token_weights` returned weights that are negative, infinite or NaN.")
