@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
+
+from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.models.pairing import copy_special_ids
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,25 @@ def with_acceptance(
     lengths = {length for callback in given for length in callback.num_assistant_tokens}
     temperatures = {temperature for callback in given for temperature in callback.temperatures}
     return callbacks, tuple(sorted(lengths - {args.eval_num_assistant_tokens})), tuple(sorted(temperatures))
+
+
+class KeepSpecialIds(TrainerCallback):
+    """Gives the draft the target's bos, eos and pad ids back, which transformers replaces by the tokenizer's.
+
+    Assisted decoding compares draft and target by theirs, and a target may end its texts with other tokens than the
+    tokenizer names, or with none.
+
+    Args:
+        target: Whose ids count.
+    """
+
+    def __init__(self, target: PreTrainedModel) -> None:
+        self._target = target
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        copy_special_ids(unwrapped(model), self._target)
 
 
 class AcceptanceCallback(TrainerCallback):

@@ -24,7 +24,7 @@ from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, 
 from hf_draftkd.models.forward import logits_at, loss_at, predicting_positions, unwrapped
 from hf_draftkd.models.pairing import copy_special_ids, shared_vocab_size
 from hf_draftkd.training import preflight
-from hf_draftkd.training.callbacks import with_acceptance
+from hf_draftkd.training.callbacks import KeepSpecialIds, with_acceptance
 from hf_draftkd.training.checkpoints import WholeCheckpoints
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.describe import author, data_facts
@@ -174,6 +174,7 @@ class DraftDistillTrainer(EvaluatesTexts, LogsAcceptance, PlainDrafts, WholeChec
         if target is not None:
             # SFTTrainer gave the draft the tokenizer's pad and eos; assisted decoding compares them with the target's.
             copy_special_ids(unwrapped(self.model), target)
+            self.add_callback(KeepSpecialIds(target))
         # The loss normalises itself, whatever the draft's own forward accepts.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
