@@ -123,7 +123,10 @@ def run(argv: list[str]) -> int:
         tokenizer, prompts, counts, cache = _look_at_everything(options)
     try:
         rows = _answer(options, tokenizer, prompts, counts, cache)
-    except (ValueError, ImportError) as error:  # settings that the folder or the endpoint refuses; the work itself raises none
+    except (
+        ValueError,
+        ImportError,
+    ) as error:  # settings that the folder or the endpoint refuses; the work itself raises none
         raise UsageError(str(error)) from error
     except StoppedError as error:  # a full disk, or a server that stopped answering: finished shards stay
         print(f"draftkd generate: {error}", file=sys.stderr)

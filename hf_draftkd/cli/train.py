@@ -24,6 +24,10 @@ class TrainOptions:
         default=None,
         metadata={"help": "The target. Not needed where the data holds its distributions, or for cross_entropy."},
     )
+    reference_model: str | None = field(
+        default=None,
+        metadata={"help": "A draft distilled before, for --token_selection adaspec: a Hub id or a local path."},
+    )
     dataset: str | None = field(
         default=None,
         metadata={"help": "Training data: a Hub id, a file or a folder, such as `draftkd generate` writes."},
@@ -106,6 +110,7 @@ def build_trainer(options: TrainOptions, args: DraftDistillConfig, model_config:
     return DraftDistillTrainer(
         model=options.model,
         target_model=options.target_model,
+        reference_model=options.reference_model,
         args=args,
         train_dataset=train,
         eval_dataset=held_out,

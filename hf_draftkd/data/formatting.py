@@ -132,7 +132,9 @@ def decoding_settings(decoding: torch.Tensor) -> dict[DecodingSetting, list[int]
         Setting -> row indices; rows without a known setting are in none.
     """
     groups: dict[DecodingSetting, list[int]] = {}
-    for index, (temperature, top_p, top_k, penalty) in enumerate(decoding.tolist()):
+    for index, values in enumerate(decoding.tolist()):
+        # In float32, 0.7 is 0.699999988: six digits are what it keeps of any number.
+        temperature, top_p, top_k, penalty = (float(f"{value:.6g}") for value in values)
         if not math.isnan(temperature):
             groups.setdefault(DecodingSetting(temperature, top_p, int(top_k), penalty), []).append(index)
     return groups
@@ -154,7 +156,8 @@ class DraftDistillCollator(DataCollatorForLanguageModeling):
         batch = super().torch_call(examples)
         if not self.padding_free:
             rows = [example.get("decoding") or UNKNOWN_SETTING for example in examples]
-            batch["decoding"] = torch.tensor(rows, dtype=torch.float64)
+            # In float32, since not every accelerator has float64.
+            batch["decoding"] = torch.tensor(rows, dtype=torch.float32)
         if self.cache is not None:
             # SFTTrainer truncates `input_ids` and `labels` only; what it cut off is at the end.
             kept = [torch.tensor(row["cache_index"][: len(row["input_ids"])]) for row in examples]

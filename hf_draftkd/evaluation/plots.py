@@ -202,26 +202,26 @@ def training_figure(log_history: Sequence[Mapping[str, Any]]) -> "Figure | None"
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for entry in log_history:
         for key, value in entry.items():
-            name = next(
-                (panel for panel in _TRAINING_PANELS if re.search(rf"(^|_){panel}($|_upper_bound$)", key)), None
-            )
-            if name is not None and "step" in entry:
-                panels.setdefault(name, {}).setdefault(key, []).append((entry["step"], value))
+            found = _TRAINING_FIGURE.fullmatch(key)
+            if found and "step" in entry:
+                parts = ["held-out" if key.startswith("eval_") else "training", found["data"], found["setting"]]
+                label = " ".join(part.strip("_").replace("_", " ") for part in parts if part)
+                panels.setdefault(found["panel"], {}).setdefault(label, []).append((entry["step"], value))
     if not panels:
         return None
     figure, axes = _figure("step", "", rows=len(panels))
     named = sorted(panels.items(), key=lambda item: list(_TRAINING_PANELS).index(item[0]))
     for panel, (name, curves) in zip(axes if len(panels) > 1 else [axes], named, strict=True):
         panel.set_ylabel(_TRAINING_PANELS[name])
-        for index, (key, points) in enumerate(sorted(curves.items())):
-            held_out = key.startswith("eval_")
-            label = key.removeprefix("eval_").removesuffix("_upper_bound").removesuffix(name).strip("_")
+        # Where all texts were written under one setting, its own curve would hide that of all.
+        different = {tuple(points): label for label, points in sorted(curves.items(), reverse=True)}
+        for index, (points, label) in enumerate(reversed(different.items())):
             panel.plot(
                 *zip(*points, strict=True),
-                marker="o" if held_out else None,
+                marker="o" if label.startswith("held-out") else None,
                 markersize=4,
                 color=_COLOURS[index % len(_COLOURS)],
-                label=" ".join(["held-out" if held_out else "training", label]).strip(),
+                label=label,
             )
         panel.legend(frameon=False)
     return figure
@@ -232,6 +232,10 @@ _TRAINING_PANELS = {
     "acceptance_rate": "acceptance rate",
     "block_efficiency": "tokens per target call",
 }
+# `eval_loss`, with several data sets `eval_chat_loss`, at one sampling setting `eval_acceptance_rate_t0.7`.
+_TRAINING_FIGURE = re.compile(
+    rf"(?:eval_(?:(?P<data>\w+)_)?)?(?P<panel>{'|'.join(_TRAINING_PANELS)})(?:_upper_bound)?(?P<setting>_t\d\S*)?"
+)
 
 
 def _figure(x_label: str, y_label: str, rows: int = 1) -> tuple["Figure", Any]:

@@ -117,7 +117,7 @@ def hidden_at(
 
     For a model whose head keeps its weights after its forward: not one sharded by FSDP or ZeRO.
     """
-    return _in_head(model, inputs, keep, arithmetic, vocab_size, lambda source: (source, source.hidden[:0]))
+    return in_head(model, inputs, keep, arithmetic, vocab_size, lambda source: (source, source.hidden[:0]))
 
 
 def loss_at(
@@ -148,10 +148,10 @@ def loss_at(
         result = loss(source)
         return result, result.loss
 
-    return _in_head(model, inputs, keep, arithmetic, vocab_size, compute)
+    return in_head(model, inputs, keep, arithmetic, vocab_size, compute)
 
 
-def _in_head(
+def in_head(
     model: nn.Module,
     inputs: Mapping[str, Any],
     keep: Tensor,
@@ -159,6 +159,19 @@ def _in_head(
     vocab_size: int,
     compute: Callable[[Unprojected], tuple[Any, Tensor]],
 ) -> Any:
+    """Compute anything where the model would have projected its hidden states.
+
+    Args:
+        model: A causal LM, wrapped or not.
+        inputs: What its forward takes.
+        keep: [B, L] bool, N of them True.
+        arithmetic: The model's, from `head_arithmetic`.
+        vocab_size: Tokens to compare: the head's first rows.
+        compute: Hidden states [N, H] with their head -> the result, and what the model's forward returns.
+
+    Returns:
+        The result.
+    """
     head = unwrapped(model).get_output_embeddings()
     results = []
 

@@ -1,12 +1,16 @@
 """Acceptance while training: figures at several draft lengths, and a plot at the end."""
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
+
+from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.models.pairing import copy_special_ids
 
 logger = logging.getLogger(__name__)
 
@@ -15,10 +19,10 @@ PLOT = "training.png"
 
 def with_acceptance(
     callbacks: list[TrainerCallback] | None, args: Any, *, evaluates: bool
-) -> tuple[list[TrainerCallback] | None, tuple[int, ...]]:
-    """The callbacks, with one for acceptance where there is data to measure it on; and its draft lengths."""
+) -> tuple[list[TrainerCallback] | None, tuple[int, ...], tuple[float, ...]]:
+    """The callbacks, with one for acceptance where there is data to measure it on; its draft lengths, temperatures."""
     if not evaluates:
-        return callbacks, ()
+        return callbacks, (), ()
     given = [callback for callback in callbacks or () if isinstance(callback, AcceptanceCallback)]
     if not given:
         given = [AcceptanceCallback()]
@@ -26,7 +30,27 @@ def with_acceptance(
     if args.eval_strategy == IntervalStrategy.NO:
         args.eval_strategy = IntervalStrategy.EPOCH
     lengths = {length for callback in given for length in callback.num_assistant_tokens}
-    return callbacks, tuple(sorted(lengths - {args.eval_num_assistant_tokens}))
+    temperatures = {temperature for callback in given for temperature in callback.temperatures}
+    return callbacks, tuple(sorted(lengths - {args.eval_num_assistant_tokens})), tuple(sorted(temperatures))
+
+
+class KeepSpecialIds(TrainerCallback):
+    """Gives the draft the target's bos, eos and pad ids back, which transformers replaces by the tokenizer's.
+
+    Assisted decoding compares draft and target by theirs, and a target may end its texts with other tokens than the
+    tokenizer names, or with none.
+
+    Args:
+        target: Whose ids count.
+    """
+
+    def __init__(self, target: PreTrainedModel) -> None:
+        self._target = target
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        copy_special_ids(unwrapped(model), self._target)
 
 
 class AcceptanceCallback(TrainerCallback):
@@ -37,6 +61,12 @@ class AcceptanceCallback(TrainerCallback):
 
     - `trainer.evaluate()` also reports `eval_block_efficiency_at_γ` (tokens per target call) at each of its draft
       lengths. Like all figures they go wherever `report_to` says, and `metric_for_best_model` takes them.
+    - The rate at which draft tokens are accepted when sampling at another temperature than 1 is
+      `eval_acceptance_rate_t0.7`, on any text; at 0, `eval_acceptance_rate_t0` is the share of tokens where draft and
+      target like the same one best.
+    - Block efficiency is exact only for text that the target wrote under the very setting. So
+      `eval_block_efficiency_t0` and `eval_block_efficiency_at_γ_t0` are those of the rows recorded at temperature 0
+      (`_t0.7_p0.95_k50_r1.1`: with top-p, top-k and a repetition penalty), and absent where there is no such row.
     - `eval_strategy="no"`, which would leave the held-out data unused, becomes `"epoch"`.
     - At the end of training `training.png` in `args.output_dir` shows loss, acceptance and block efficiency over
       steps. Needs matplotlib (`pip install "hf_draftkd[plots]"`); without it there is no plot.
@@ -44,18 +74,30 @@ class AcceptanceCallback(TrainerCallback):
     Args:
         num_assistant_tokens (`Sequence[int]`, *optional*, defaults to `(1, 3, 8)`):
             Draft lengths γ, beside `args.eval_num_assistant_tokens`.
+        temperatures (`Sequence[float]`, *optional*, defaults to `(0, 1)`):
+            Sampling temperatures; 0 is greedy decoding.
         plot (`bool`, *optional*, defaults to `True`):
             Whether to save the plot.
 
     Raises:
-        ValueError: A draft length is not a whole number of 1 or above.
+        ValueError: A draft length is not a whole number of 1 or above, or a temperature not a number of 0 or above.
     """
 
-    def __init__(self, num_assistant_tokens: Sequence[int] = (1, 3, 8), *, plot: bool = True) -> None:
+    def __init__(
+        self,
+        num_assistant_tokens: Sequence[int] = (1, 3, 8),
+        *,
+        temperatures: Sequence[float] = (0, 1),
+        plot: bool = True,
+    ) -> None:
         wrong = [length for length in num_assistant_tokens if type(length) is not int or length < 1]
         if wrong:
             raise ValueError(f"`num_assistant_tokens` are draft lengths: whole numbers, 1 or above, got {wrong[0]!r}.")
+        unusable = [each for each in temperatures if type(each) not in (int, float) or not 0 <= each < math.inf]
+        if unusable:
+            raise ValueError(f"`temperatures` are numbers, 0 (greedy) or above, got {unusable[0]!r}.")
         self.num_assistant_tokens = tuple(num_assistant_tokens)
+        self.temperatures = tuple(float(f"{each:.6g}") for each in temperatures)
         self.plot = plot
 
     def on_train_end(

@@ -10,6 +10,7 @@ from trl import SFTConfig
 
 from hf_draftkd.data.mixing import parse_mix
 from hf_draftkd.losses import DIVERGENCES, get_divergence
+from hf_draftkd.training.positions import TOKEN_SELECTIONS
 
 # Inherited options that would silently do nothing here, each with what to use instead. A value other than the default
 # is refused by name.
@@ -73,6 +74,26 @@ class DraftDistillConfig(SFTConfig):
         mix (`str`, *optional*):
             Parts of training data to parts of the trainer's `mix_dataset`. `"9:1"` where one is given: nine rows of
             alignment data to one of pretraining text, as for the Llama 2 chat drafter (arXiv 2403.00858).
+
+        > Parameters that control which tokens are learned from
+
+        token_selection (`str`, *optional*, defaults to `"all"`):
+            - `"all"` completion tokens alike.
+            - `"adaspec"` (arXiv 2510.19779): the `selected_share` of tokens where the draft's loss exceeds that of the
+              trainer's `reference_model` most, a copy of the draft that was distilled before. Chosen anew in each
+              batch, as in the paper: so here, unlike elsewhere, batch size × accumulation steps changes the result.
+              With `divergence="cross_entropy"` it needs no target.
+            - `"after_first_rejection"`: each token by how likely speculative decoding, started with the completion,
+              has met a rejection by then: 1 − Π α over the completion's tokens up to this one, with the acceptance
+              rate α at the loss temperature. It is the same on any text, padded or packed.
+            - `"after_first_mismatch"`: from the first token on that the draft does not find likeliest. On text that
+              the target wrote greedily these are exactly the tokens from the first rejection on. Needs no target.
+
+            Losses are divided by the number of all completion tokens, selected or not (as AdaSPEC's own code does),
+            and figures of `evaluate()` are of all of them. For weights of your own override
+            [`DraftDistillTrainer.token_weights`].
+        selected_share (`float`, *optional*, defaults to `0.4`):
+            Share of tokens that `"adaspec"` learns from, in (0, 1]. The default is the paper's.
 
         > Parameters that control evaluation
 
@@ -151,6 +172,12 @@ class DraftDistillConfig(SFTConfig):
         default=None,
         metadata={"help": "Parts of training data to parts of `mix_dataset`: 9:1 where one is given."},
     )
+    token_selection: str = field(
+        default="all", metadata={"help": f"Which completion tokens are learned from: {', '.join(TOKEN_SELECTIONS)}."}
+    )
+    selected_share: float = field(
+        default=0.4, metadata={"help": "Share of the tokens that token_selection='adaspec' learns from, in (0, 1]."}
+    )
     eval_num_assistant_tokens: int = field(
         default=5, metadata={"help": "Draft length at which eval_block_efficiency is reported."}
     )
@@ -184,6 +211,7 @@ class DraftDistillConfig(SFTConfig):
             ("beta", 0.0, 1.0, False),
             ("eta", 0.0, math.inf, False),
             ("cross_entropy_weight", 0.0, 1.0, False),
+            ("selected_share", 0.0, 1.0, True),
         ):
             _check_number(name, getattr(self, name), low, high, open_low=open_low)
         if not self.needs_target and self.temperature != 1:
@@ -197,6 +225,7 @@ class DraftDistillConfig(SFTConfig):
             )
         _check_choice("tvd_estimator", self.tvd_estimator, ("sampled", "full"))
         _check_choice("tvd_statistics", self.tvd_statistics, ("batch", "token"))
+        _check_choice("token_selection", self.token_selection, TOKEN_SELECTIONS)
 
     @property
     def divergence_options(self) -> dict[str, Any]:

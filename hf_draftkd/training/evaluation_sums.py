@@ -1,7 +1,8 @@
 """What `trainer.evaluate()` reports: sums over every text on every process, divided once at the end."""
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,60 +10,96 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_draftkd.acceptance import expected_target_calls_by_length
+from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.formatting import decoding_settings
-from hf_draftkd.training.signal import Distributions, Text
+from hf_draftkd.losses.scanning import scan
+from hf_draftkd.training.signal import Text, Written
 
-# The first columns of `row_sums`, in order; target calls at each draft length follow.
-_COLUMNS = ("tokens", "loss", "rated_tokens", "acceptance", "foreign_rows")
+# The first columns of `row_sums`, in order. For each temperature follow rated tokens and their Σα, then target calls
+# at each draft length.
+_COLUMNS = ("tokens", "loss", "foreign_rows", "temperature", "top_p", "top_k", "repetition_penalty")
+_SETTING = slice(3, 7)
+# Stands for a probability that cannot be told.
+_UNTOLD = -1.0
+
+TokenLoss = Callable[[Tensor, Any, Tensor], Tensor]
 
 
 def row_sums(
-    losses: Tensor,
-    draft_logits: Tensor,
-    target: Distributions | None,
+    draft: Any,
+    target: Any,
     batch: dict[str, Any],
     keep: Tensor,
-    draft_lengths: Sequence[int],
+    *,
+    loss: TokenLoss,
     signal: Text,
+    temperatures: Sequence[float],
+    draft_lengths: Sequence[int],
 ) -> Tensor:
-    """The summands of one batch, a row per text.
+    """The summands of one batch, a row per text. Positions are looked at a chunk at a time.
 
     Args:
-        losses: [N] loss of each completion token.
-        draft_logits: [N, V] raw logits of the draft at these tokens.
+        draft: Logits [N, V], or hidden states with their head, of the draft at the N completion tokens.
         target: What the signal knows of the target there.
         batch: The batch: `input_ids` [B, L], and `decoding` [B, 4] where the collator gives it.
         keep: [B, L] bool, where the N tokens are predicted.
-        draft_lengths: G draft lengths γ.
+        loss: (draft logits [n, V], target at these n, tokens [n]) -> [n] losses.
         signal: What the draft learns from.
+        temperatures: K temperatures of the acceptance rate.
+        draft_lengths: G draft lengths γ.
 
     Returns:
-        [B, 5 + G] float64: completion tokens; their loss; those whose acceptance can be told, and their Σα at
-        temperature 1; 1 if block efficiency is not exact for this text; else its expected target calls at each γ.
+        [B, 7 + 2 K + G] float64 on the CPU: completion tokens; their loss; 1 if block efficiency is not exact for this
+        text; the setting it was written under; at each temperature the tokens whose acceptance can be told and their
+        Σα; if block efficiency is exact, the text's expected target calls at each γ, else zeros.
     """
-    num_rows = keep.shape[0]
-    row_of_token = keep.nonzero()[:, 0]
-    sums = torch.zeros(num_rows, len(_COLUMNS) + len(draft_lengths), dtype=torch.float64, device=keep.device)
-    sums[:, 0] = keep.sum(1)
-    sums[:, 1].index_add_(0, row_of_token, losses.double())
-    alpha = signal.acceptance(draft_logits, target)
-    if alpha is not None:
-        sums[:, 2] = sums[:, 0]
-        sums[:, 3].index_add_(0, row_of_token, alpha.double())
+    written = Written.of(batch, keep)
+    settings = decoding_settings(batch["decoding"]) if "decoding" in batch else {}
+    setting_of_row = torch.full(keep.shape[:1], -1, device=keep.device)
+    for index, rows in enumerate(settings.values()):
+        setting_of_row[rows] = index
+    setting_of_token = setting_of_row[written.rows]
+    losses = torch.zeros(written.tokens.shape, device=keep.device)
+    accepted = torch.full_like(losses, _UNTOLD)
+    rates = {temperature: torch.zeros_like(losses) for temperature in temperatures}
 
-    sums[:, 4] = 1
-    groups = decoding_settings(batch["decoding"]) if "decoding" in batch else {}
-    for setting, rows in groups.items():
-        chosen = torch.isin(row_of_token, torch.tensor(rows, device=keep.device))
-        accepted = signal.accepted(draft_logits, target, batch, keep, chosen, setting)
-        if accepted is None:
-            continue
-        # Tokens are in row-major order, so each row's own stand together.
-        lengths = keep[rows].sum(1)
-        by_row = pad_sequence(accepted.double().split(lengths.tolist()), batch_first=True)
-        valid = torch.arange(by_row.shape[1], device=keep.device) < lengths[:, None]
-        sums[rows, 4] = 0
-        sums[rows, len(_COLUMNS) :] = expected_target_calls_by_length(by_row, draft_lengths, valid).to(sums)
+    def look(rows: slice, draft_logits: Tensor, against: Any) -> None:
+        losses[rows] = loss(draft_logits, against, written.tokens[rows]).to(losses)
+        for temperature, rate in rates.items():
+            found = signal.acceptance(draft_logits, against, temperature)
+            rate[rows] = _UNTOLD if found is None else found.to(rate)
+        for index, setting in enumerate(settings):
+            (chosen,) = (setting_of_token[rows] == index).nonzero(as_tuple=True)
+            if len(chosen):
+                # Indexing copies: what decoding does to logits may be done to these.
+                there = None if against is None else against[chosen]
+                found = signal.accepted(draft_logits[chosen], there, written.at(rows).at(chosen), setting)
+                accepted[rows][chosen] = _UNTOLD if found is None else found.to(accepted)
+
+    scan((draft, target), look)
+
+    # Not every accelerator has float64, so sums are taken here.
+    row_of_token, lengths = written.rows.cpu(), keep.sum(1).cpu()
+    sums = torch.zeros(len(lengths), len(_COLUMNS) + 2 * len(rates) + len(draft_lengths), dtype=torch.float64)
+    calls = sums[:, sums.shape[1] - len(draft_lengths) :]
+    sums[:, 0] = lengths
+    sums[:, 1].index_add_(0, row_of_token, losses.cpu().double())
+    sums[:, 2] = 1
+    sums[:, _SETTING] = math.nan
+    for setting, rows in settings.items():
+        sums[rows, _SETTING] = torch.tensor(list(setting.to_dict().values()), dtype=torch.float64)
+    for index, rate in enumerate(rates.values()):
+        column = len(_COLUMNS) + 2 * index
+        rate = rate.cpu().double()
+        if not (rate == _UNTOLD).any():
+            sums[:, column] = lengths
+            sums[:, column + 1].index_add_(0, row_of_token, rate)
+    # Tokens are in row-major order, so each row's own stand together.
+    by_row = pad_sequence(accepted.cpu().double().split(lengths.tolist()), batch_first=True)
+    valid = torch.arange(by_row.shape[1]) < lengths[:, None]
+    exact = (setting_of_row.cpu() >= 0) & ~((by_row == _UNTOLD) & valid).any(1)
+    sums[exact, 2] = 0
+    calls[exact] = expected_target_calls_by_length(by_row[exact], draft_lengths, valid[exact])
     return sums
 
 
@@ -70,42 +107,89 @@ class EvaluationSums:
     """Adds up `row_sums` of all batches.
 
     Args:
+        signal: What the draft learns from: it names the acceptance rate, and says which text it can judge.
         num_assistant_tokens: Draft length γ of the figure called `block_efficiency`.
         more_lengths: Further draft lengths, each reported as `block_efficiency_at_γ`.
-        signal: What the draft learns from: it names the acceptance rate, and says which text it can judge.
+        temperatures: At which the acceptance rate is reported, beside 1; and of which settings block efficiency is
+            reported on its own.
     """
 
-    def __init__(self, num_assistant_tokens: int, more_lengths: Sequence[int], signal: Text) -> None:
-        self.draft_lengths = (num_assistant_tokens, *more_lengths)
+    def __init__(
+        self,
+        signal: Text,
+        num_assistant_tokens: int,
+        more_lengths: Sequence[int] = (),
+        temperatures: Sequence[float] = (),
+    ) -> None:
         self._signal = signal
-        self._total = torch.zeros(len(_COLUMNS) + len(self.draft_lengths), dtype=torch.float64)
+        self.draft_lengths = (num_assistant_tokens, *more_lengths)
+        self.temperatures = tuple(sorted({1.0, *temperatures}))
+        self._chosen = frozenset(temperatures)
+        self._total = torch.zeros(len(_COLUMNS) + 2 * len(self.temperatures) + len(self.draft_lengths)).double()
+        self._by_setting: dict[DecodingSetting, Tensor] = {}
 
     def add(self, sums: Tensor) -> None:
         """Add the rows of one batch, gathered over processes."""
-        self._total += sums.sum(0).cpu()
+        sums = sums.cpu()
+        self._total += sums.nan_to_num().sum(0)
+        exact = sums[sums[:, 2] == 0]
+        for setting, rows in decoding_settings(exact[:, _SETTING]).items():
+            self._by_setting[setting] = self._by_setting.get(setting, 0) + exact[rows].sum(0)
 
     def figures(self) -> dict[str, float]:
-        """`loss` per completion token and, as far as the signal can tell, `acceptance_rate` and `block_efficiency`.
+        """`loss` per completion token and, as far as the signal can tell, acceptance rates and block efficiencies.
 
-        The acceptance rate is called `acceptance_rate_upper_bound` where the target's tail is not known.
-
-        `block_efficiency` (tokens per target call, bonus token included) is exact for text that the target wrote
-        under the setting it was recorded with, and means nothing for other text: with such rows in the data it is
-        left out, with a warning.
+        - `acceptance_rate` is α at temperature 1, `acceptance_rate_t0` at temperature 0 (the share of tokens where
+          draft and target like the same one best). It is called `acceptance_rate_upper_bound` where the target's tail
+          is not known.
+        - `block_efficiency` (tokens per target call, bonus token included), `block_efficiency_at_3` at draft length 3:
+          of all texts, each under the setting it was recorded with. It is exact for text that the target wrote and
+          means nothing for other text: with such rows in the data it is left out, with a warning.
+        - `block_efficiency_t0`, `block_efficiency_at_3_t0`: of the texts written at temperature 0 (see
+          `setting_suffix`), for each setting with a chosen temperature.
         """
-        tokens, loss, rated, acceptance, foreign_rows, *calls = self._total.tolist()
+        num_rates = 2 * len(self.temperatures)
+        tokens, loss, foreign_rows = self._total[:3].tolist()
         if tokens == 0:
             return {}
         figures = {"loss": loss / tokens}
-        if rated:
-            figures[self._signal.acceptance_name] = acceptance / rated
+        sums = self._total[len(_COLUMNS) :][:num_rates].view(-1, 2).tolist()
+        for temperature, (rated, acceptance) in zip(self.temperatures, sums, strict=True):
+            if rated:
+                figures[self._rate_name(temperature)] = acceptance / rated
         if foreign_rows == 0:
-            names = ["block_efficiency", *(f"block_efficiency_at_{length}" for length in self.draft_lengths[1:])]
-            return figures | {name: tokens / call for name, call in zip(names, calls, strict=True)}
-        if type(self._signal) is not Text:
+            figures |= self._block_efficiencies(self._total, "")
+        elif type(self._signal) is not Text:
             warnings.warn(
                 f"eval_block_efficiency is left out: {int(foreign_rows)} evaluation rows do not say that they "
                 f"{self._signal.exact_text}. Make such rows with `draftkd generate` or `generate_alignment_data`.",
                 stacklevel=2,
             )
+        for setting, total in sorted(self._by_setting.items(), key=lambda item: tuple(item[0].to_dict().values())):
+            if setting.temperature in self._chosen:
+                figures |= self._block_efficiencies(total, setting_suffix(setting))
         return figures
+
+    def _block_efficiencies(self, total: Tensor, suffix: str) -> dict[str, float]:
+        names = ["block_efficiency", *(f"block_efficiency_at_{length}" for length in self.draft_lengths[1:])]
+        tokens, calls = float(total[0]), total[-len(names) :].tolist()
+        return {f"{name}{suffix}": tokens / call for name, call in zip(names, calls, strict=True) if call}
+
+    def _rate_name(self, temperature: float) -> str:
+        if temperature == 1:
+            return self._signal.acceptance_name
+        # The target's likeliest token is known from any cache, so this is no bound.
+        name = "acceptance_rate" if temperature == 0 else self._signal.acceptance_name
+        return f"{name}_t{temperature:g}"
+
+
+def setting_suffix(setting: DecodingSetting) -> str:
+    """`_t0.7`; with top-p, top-k or a repetition penalty `_t0.7_p0.95_k50_r1.1`."""
+    parts = [f"_t{setting.temperature:g}"]
+    if setting.top_p != 1:
+        parts.append(f"_p{setting.top_p:g}")
+    if setting.top_k:
+        parts.append(f"_k{setting.top_k}")
+    if setting.repetition_penalty != 1:
+        parts.append(f"_r{setting.repetition_penalty:g}")
+    return "".join(parts)

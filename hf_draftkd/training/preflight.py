@@ -1,5 +1,6 @@
 """Everything that is checked, loaded and repaired before a trainer is built."""
 
+import logging
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from trl.trainer.utils import get_config_model_id
 
 from hf_draftkd.data.formatting import check_format, has_labels, longest_text
 from hf_draftkd.models.checkpoints import check_config, check_model
-from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.models.forward import HeadArithmetic, head_arithmetic, unwrapped
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
-from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
+from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, shared_vocab_size
 from hf_draftkd.training.config import DraftDistillConfig
+from hf_draftkd.training.signal import NO_PLAIN_HEAD, WHOLE_LOGITS
+
+logger = logging.getLogger(__name__)
 
 # What `model_init_kwargs` and `target_model_init_kwargs` may hold.
 _LOADING = ("dtype", "revision", "device_map", "quantization_config", "attn_implementation", "trust_remote_code")
@@ -111,6 +115,43 @@ def prepare_pair(
     return draft, target, tokenizer
 
 
+def prepare_reference(
+    reference_model: str | PreTrainedModel | None,
+    pair: list[Any],
+    args: DraftDistillConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> PreTrainedModel | None:
+    """The frozen model that `token_weights` compares the draft with; None without one.
+
+    Raises:
+        ValueError: It is one of the pair itself, cannot be loaded, or has another tokenizer or vocabulary.
+    """
+    if reference_model is None:
+        return None
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    if any(reference_model is model for model in pair if model is not None):
+        raise ValueError(
+            "`reference_model` is the same object as the draft or the target, and would say nothing of its own. Give a "
+            "copy of the draft that was distilled before."
+        )
+    if isinstance(reference_model, str):
+        check_model(reference_model, **trusted)
+    else:
+        check_config(reference_model.config, reference_model.name_or_path or type(reference_model).__name__)
+    check_own_tokenizer(reference_model, tokenizer, **trusted)
+    if isinstance(reference_model, str):
+        reference_model = load_draft(reference_model, dtype="float32", **trusted)
+    needed = shared_vocab_size(unwrapped(pair[0]), unwrapped(pair[0] if pair[1] is None else pair[1]), tokenizer)
+    rows = shared_vocab_size(reference_model, reference_model, tokenizer)
+    if rows < needed:
+        raise ValueError(
+            f"`reference_model` predicts {rows} tokens, but draft and target share {needed}. Give a copy of the draft "
+            "that was distilled from this target."
+        )
+    frozen: PreTrainedModel = reference_model
+    return frozen.eval().requires_grad_(False)
+
+
 def _as_dict(value: Any) -> dict[str, Any]:
     assert value is None or isinstance(value, dict), "SFTConfig has parsed it"
     return value or {}
@@ -127,6 +168,20 @@ def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Modul
     # Moved, and nothing else: prepare_model would leave the user's own model under autocast for good.
     placed = getattr(target, "hf_device_map", None) is not None
     return target if placed else target.to(trainer.accelerator.device)
+
+
+def draft_arithmetic(trainer: Any) -> HeadArithmetic | None:
+    """How the draft's logits follow from its hidden states; None, and a word on why, where they must be whole."""
+    arithmetic, reason = None, NO_PLAIN_HEAD
+    if trainer.args.torch_compile:
+        reason = "`torch_compile` takes the model's forward as it is"
+    elif trainer.is_deepspeed_enabled:
+        reason = "DeepSpeed gathers the head's weights for the head's own forward alone"
+    else:
+        arithmetic = head_arithmetic(trainer.model)
+    if arithmetic is None and trainer.is_world_process_zero():
+        logger.warning(WHOLE_LOGITS, "draft", reason)
+    return arithmetic
 
 
 def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftDistillConfig) -> None:

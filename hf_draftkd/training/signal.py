@@ -5,14 +5,15 @@ completion tokens of this batch (`distributions`), how often would it accept the
 the tokens that were written been accepted draft tokens (`accepted`)?
 """
 
-from typing import Any, ClassVar
+import logging
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_draftkd.acceptance import token_acceptance_rate
+from hf_draftkd.acceptance import token_acceptance_rate, token_logprob
 from hf_draftkd.data.cache_lookup import (
     CachedDistributions,
     CacheFacts,
@@ -36,11 +37,47 @@ _OWN_FEATURES = frozenset(
     | {"target_counts"}
 )
 _UNFILTERED = DecodingSetting(temperature=1.0)
+WHOLE_LOGITS = (
+    "The logits of the %s are held for all completion tokens of a batch at once, [tokens, vocabulary], not a chunk at "
+    "a time: %s. Should memory run out, lower `per_device_train_batch_size`."
+)
+NO_PLAIN_HEAD = "its logits are not a plain linear layer's (an adapter, quantised or offloaded weights, other code)"
+
+logger = logging.getLogger(__name__)
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What a model's forward takes of a batch."""
     return {name: value for name, value in batch.items() if name not in _OWN_FEATURES}
+
+
+class Written(NamedTuple):
+    """Some of a batch's completion tokens, and where they stand."""
+
+    tokens: Tensor
+    """[n]."""
+    rows: Tensor
+    """[n] the row of the batch that each stands in."""
+    lengths: Tensor
+    """[n] how many tokens of its row stand before it."""
+    input_ids: Tensor
+    """[B, L], the whole batch's."""
+    logprobs: Tensor | None
+    """[n] log p of these tokens, where a cache says it."""
+
+    @classmethod
+    def of(cls, batch: dict[str, Any], keep: Tensor) -> "Written":
+        """All N of them, in row-major order of `keep` [B, L], where they are predicted."""
+        rows, positions = keep.nonzero(as_tuple=True)
+        ids = batch["input_ids"]
+        return cls(ids[rows, positions + 1], rows, positions + 1, ids, batch.get("completion_logprobs"))
+
+    def at(self, index: slice | Tensor) -> "Written":
+        """Those at `index`."""
+        logprobs = None if self.logprobs is None else self.logprobs[index]
+        return self._replace(
+            tokens=self.tokens[index], rows=self.rows[index], lengths=self.lengths[index], logprobs=logprobs
+        )
 
 
 class Text:
@@ -64,27 +101,22 @@ class Text:
         """The same in the form that costs the loss least."""
         return self.distributions(batch, keep)
 
-    def acceptance(self, draft_logits: Tensor, target: Distributions | None) -> Tensor | None:
-        """[N] α at temperature 1, from raw draft logits [N, V]; None if it cannot be told."""
+    def acceptance(self, draft_logits: Tensor, target: Distributions | None, temperature: float = 1.0) -> Tensor | None:
+        """[n] α at a sampling temperature, from raw draft logits [n, V]; None if it cannot be told.
+
+        At temperature 0 it is 1 where draft and target find the same token likeliest, else 0.
+        """
         return None
 
     def accepted(
-        self,
-        draft_logits: Tensor,
-        target: Distributions | None,
-        batch: dict[str, Any],
-        keep: Tensor,
-        chosen: Tensor,
-        setting: DecodingSetting,
+        self, draft_logits: Tensor, target: Distributions | None, written: Written, setting: DecodingSetting
     ) -> Tensor | None:
         """Whether tokens had been accepted draft tokens.
 
         Args:
-            draft_logits: [N, V], raw.
-            target: From `distributions`.
-            batch: The batch.
-            keep: [B, L] bool, where the N tokens are predicted.
-            chosen: [N] bool, those n of them that the target wrote under `setting`.
+            draft_logits: [n, V], raw.
+            target: From `distributions`, at the same n positions.
+            written: The tokens that the target wrote there under `setting`.
             setting: How.
 
         Returns:
@@ -93,8 +125,7 @@ class Text:
         if not setting.is_greedy:
             return None
         # Greedy text needs no target: it wrote its likeliest token, and accepts what equals it.
-        proposed = _processed(draft_logits, batch, keep, chosen, setting).argmax(-1)
-        return (proposed == _written(batch, keep)[chosen]).float()
+        return (_processed(draft_logits, written, setting).argmax(-1) == written.tokens).float()
 
 
 class CachedTarget(Text):
@@ -119,29 +150,27 @@ class CachedTarget(Text):
             return SampledTarget(ids, batch["target_counts"])
         return SparseTarget(ids, batch["target_logprobs"], batch["target_tail_logprob"])
 
-    def acceptance(self, draft_logits: Tensor, target: Distributions | None) -> Tensor | None:
-        if not isinstance(target, SparseTarget) or self._temperature != 1:
+    def acceptance(self, draft_logits: Tensor, target: Distributions | None, temperature: float = 1.0) -> Tensor | None:
+        if not isinstance(target, SparseTarget):
+            return None
+        if temperature == 0:
+            likeliest = target.token_ids.gather(-1, target.logprobs.argmax(-1, keepdim=True)).squeeze(-1)
+            return (draft_logits.argmax(-1) == likeliest).float()
+        if temperature != self._temperature:
             return None
         if self._whole and target.token_ids.shape[-1] < draft_logits.shape[-1]:
             # Data given to `evaluate` later on: a bound may not go by the name of the rate.
             return None
-        return acceptance_upper_bound(draft_logits, target)
+        return acceptance_upper_bound(draft_logits if temperature == 1 else draft_logits / temperature, target)
 
     def accepted(
-        self,
-        draft_logits: Tensor,
-        target: Distributions | None,
-        batch: dict[str, Any],
-        keep: Tensor,
-        chosen: Tensor,
-        setting: DecodingSetting,
+        self, draft_logits: Tensor, target: Distributions | None, written: Written, setting: DecodingSetting
     ) -> Tensor | None:
         if setting != _UNFILTERED or self._temperature != 1:
-            return super().accepted(draft_logits, target, batch, keep, chosen, setting)
+            return super().accepted(draft_logits, target, written, setting)
         # min(1, q / p) needs p of the written token alone, and that is always kept.
-        tokens = _written(batch, keep)[chosen]
-        log_q = draft_logits[chosen].float().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-        return (log_q - batch["completion_logprobs"][chosen].float()).clamp(max=0).exp()
+        assert written.logprobs is not None
+        return (token_logprob(draft_logits, written.tokens) - written.logprobs.float()).clamp(max=0).exp()
 
 
 class LiveTarget(Text):
@@ -160,11 +189,17 @@ class LiveTarget(Text):
         self._model = model
         self._vocab_size = vocab_size
         self._arithmetic = None if sharded else head_arithmetic(model)
+        if self._arithmetic is None:
+            logger.warning(WHOLE_LOGITS, "target", "its weights are sharded" if sharded else NO_PLAIN_HEAD)
 
     def for_loss(self, batch: dict[str, Any], keep: Tensor) -> Tensor | Unprojected:
+        if self._arithmetic is None:
+            return self.distributions(batch, keep)
         head = unwrapped(self._model).get_output_embeddings()
-        if self._arithmetic is None or head.weight.device != keep.device:
+        if head.weight.device != keep.device:
             # From a device of its own it hands over logits: moving its head in each step would cost more.
+            self._arithmetic = None
+            logger.warning(WHOLE_LOGITS, "target", f"it lies on {head.weight.device}, the draft on {keep.device}")
             return self.distributions(batch, keep)
         with torch.no_grad():
             return hidden_at(self._model, model_inputs(batch), keep, self._arithmetic, self._vocab_size)
@@ -174,25 +209,22 @@ class LiveTarget(Text):
             logits = logits_at(self._model, model_inputs(batch), keep)[:, : self._vocab_size]
         return logits.to(keep.device)
 
-    def acceptance(self, draft_logits: Tensor, target: Distributions | None) -> Tensor:
+    def acceptance(self, draft_logits: Tensor, target: Distributions | None, temperature: float = 1.0) -> Tensor:
         assert isinstance(target, Tensor)
+        if temperature == 0:
+            return (draft_logits.argmax(-1) == target.argmax(-1)).float()
+        if temperature != 1:
+            draft_logits, target = draft_logits / temperature, target / temperature
         return token_acceptance_rate(draft_logits, target)
 
     def accepted(
-        self,
-        draft_logits: Tensor,
-        target: Distributions | None,
-        batch: dict[str, Any],
-        keep: Tensor,
-        chosen: Tensor,
-        setting: DecodingSetting,
+        self, draft_logits: Tensor, target: Distributions | None, written: Written, setting: DecodingSetting
     ) -> Tensor:
         assert isinstance(target, Tensor)
         model = unwrapped(self._model)
-        draft, p = (_processed(logits, batch, keep, chosen, setting, model) for logits in (draft_logits, target))
+        draft, p = (_processed(logits, written, setting, model) for logits in (draft_logits, target))
         # Where the recorded setting could not have written the token, a_t is undefined (0 / 0): counted as rejected.
-        scores = token_scores(draft, p, _written(batch, keep)[chosen], is_greedy=setting.is_greedy)
-        return scores.accepted
+        return token_scores(draft, p, written.tokens, is_greedy=setting.is_greedy).accepted
 
 
 def make_signal(
@@ -269,21 +301,10 @@ def check_cached(
 
 
 def _processed(
-    logits: Tensor,
-    batch: dict[str, Any],
-    keep: Tensor,
-    chosen: Tensor,
-    setting: DecodingSetting,
-    target_model: PreTrainedModel | None = None,
+    logits: Tensor, written: Written, setting: DecodingSetting, target_model: PreTrainedModel | None = None
 ) -> Tensor:
-    """[n, V] of the chosen tokens, as decoding under `setting` would have seen them."""
-    rows, positions = (place[chosen] for place in keep.nonzero(as_tuple=True))
-    ids = batch["input_ids"]
+    """[n, V] of these tokens, as decoding under `setting` would have seen them."""
+    ids, rows = written.input_ids, written.rows
     # Only the penalty looks back; the prefixes of all tokens are large.
     prefixes = ids[rows] if setting.repetition_penalty != 1 else ids.new_zeros(len(rows), 0)
-    return process_logits(logits[chosen].float(), prefixes, positions + 1, logits_processors(setting, target_model))
-
-
-def _written(batch: dict[str, Any], keep: Tensor) -> Tensor:
-    """[N] the tokens that the kept positions predict."""
-    return batch["input_ids"][:, 1:][keep[:, :-1]]
+    return process_logits(logits, prefixes, written.lengths, logits_processors(setting, target_model))

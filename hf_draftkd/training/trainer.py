@@ -14,34 +14,35 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from hf_draftkd.data.cache_lookup import CachedDistributions
 from hf_draftkd.data.formatting import DraftDistillCollator
 from hf_draftkd.data.mixing import mixed_in
 from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, get_divergence
-from hf_draftkd.models.forward import head_arithmetic, logits_at, loss_at, predicting_positions, unwrapped
+from hf_draftkd.models.forward import logits_at, loss_at, predicting_positions, unwrapped
 from hf_draftkd.models.pairing import copy_special_ids, shared_vocab_size
 from hf_draftkd.training import preflight
-from hf_draftkd.training.callbacks import with_acceptance
+from hf_draftkd.training.callbacks import KeepSpecialIds, with_acceptance
 from hf_draftkd.training.checkpoints import WholeCheckpoints
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.describe import author, data_facts
-from hf_draftkd.training.evaluation_sums import EvaluationSums, row_sums
+from hf_draftkd.training.evaluating import EvaluatesTexts
+from hf_draftkd.training.positions import TokenFigures, check_selection, check_weights, select_tokens, token_figures
 from hf_draftkd.training.preparing import PreparesRows
 from hf_draftkd.training.saving import PlainDrafts
 from hf_draftkd.training.signal import Distributions, check_cached, make_signal, model_inputs
-from hf_draftkd.training.watching import LoggingWindow, require_finite
+from hf_draftkd.training.watching import LogsAcceptance, require_finite
 
 
-class DraftDistillTrainer(PreparesRows, PlainDrafts, WholeCheckpoints, SFTTrainer):
+class DraftDistillTrainer(PreparesRows, EvaluatesTexts, LogsAcceptance, PlainDrafts, WholeCheckpoints, SFTTrainer):
     """Distils a target into a draft for speculative decoding.
 
     The draft is trained on every completion token to say what the target says there. Afterwards it is an ordinary
     causal LM: `target.generate(**inputs, assistant_model=draft)`.
 
-    To try a loss of your own, override [`DraftDistillTrainer.token_loss`].
+    To try a loss of your own, override [`DraftDistillTrainer.token_loss`]; to learn from tokens of your own choice,
+    [`DraftDistillTrainer.token_weights`].
 
     Example:
     ```python
@@ -77,6 +78,9 @@ class DraftDistillTrainer(PreparesRows, PlainDrafts, WholeCheckpoints, SFTTraine
         mix_dataset ([`~datasets.Dataset`], *optional*):
             Rows to strew into the training data, so that the draft does not forget what lies outside them: `args.mix`
             says how many. Ordinarily plain text (`text`), learnt from on all its tokens.
+        reference_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            For `args.token_selection="adaspec"`, or a `token_weights` of your own: a draft that was distilled before.
+            Frozen, and saved nowhere.
         data_collator, callbacks, optimizers, optimizer_cls_and_kwargs, quantization_config, peft_config,
         formatting_func:
             As in [`~trl.SFTTrainer`]. With `peft_config`, checkpoints hold the adapter, while `save_model()` and
@@ -115,6 +119,7 @@ class DraftDistillTrainer(PreparesRows, PlainDrafts, WholeCheckpoints, SFTTraine
         peft_config: Any = None,
         formatting_func: Callable[[dict], str] | None = None,
         mix_dataset: Dataset | None = None,
+        reference_model: str | PreTrainedModel | None = None,
     ) -> None:
         if args is None:
             args = DraftDistillConfig(f"{preflight.model_name(model).split('/')[-1] or 'draft'}-DraftDistill")
@@ -127,7 +132,17 @@ class DraftDistillTrainer(PreparesRows, PlainDrafts, WholeCheckpoints, SFTTraine
         own = {"own_loss": own_loss, "own_collator": data_collator is not None}
         facts = check_cached(datasets, args, **own) if cached else []
         self._cache = CachedDistributions() if facts else None
-        callbacks, self._draft_lengths = with_acceptance(callbacks, args, evaluates=eval_dataset is not None)
+        own_weights = type(self).token_weights is not DraftDistillTrainer.token_weights
+        self._weighs_tokens = own_weights or args.token_selection != "all"
+        check_selection(
+            args,
+            has_reference=reference_model is not None,
+            own_weights=own_weights,
+            knows_distributions=self.learns_from_target,
+            from_draws=any(fact.top_k is None for fact in facts),
+        )
+        watched = with_acceptance(callbacks, args, evaluates=eval_dataset is not None)
+        callbacks, self._draft_lengths, self._temperatures = watched
 
         draft, target, processing_class = preflight.prepare_pair(
             model, target_model, args, tokenizer=processing_class, quantization_config=quantization_config
@@ -136,8 +151,8 @@ class DraftDistillTrainer(PreparesRows, PlainDrafts, WholeCheckpoints, SFTTraine
         # Where the target is not at hand, its name is what the data says.
         self.target_name = author(datasets.values()) if target is None else preflight.model_name(target)
         self.data_facts = data_facts(train_dataset, self.target_name, text_field=args.dataset_text_field)
-        self._eval_sums: EvaluationSums | None = None
-        self._window = LoggingWindow()
+
+        reference = preflight.prepare_reference(reference_model, [draft, target], args, processing_class)
 
         # SFTTrainer would warn that it ignores them; they were used above.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
@@ -164,6 +179,7 @@ class DraftDistillTrainer(PreparesRows, PlainDrafts, WholeCheckpoints, SFTTraine
         if target is not None:
             # SFTTrainer gave the draft the tokenizer's pad and eos; assisted decoding compares them with the target's.
             copy_special_ids(unwrapped(self.model), target)
+            self.add_callback(KeepSpecialIds(target))
         # The loss normalises itself, whatever the draft's own forward accepts.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -174,20 +190,14 @@ class DraftDistillTrainer(PreparesRows, PlainDrafts, WholeCheckpoints, SFTTraine
         # Where the head is plain arithmetic, the loss takes hidden states, and no logits of all tokens are ever held.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.signal = make_signal(self.target_model, self._cache, facts, self._shared_vocab, sharded=sharded)
-        self._arithmetic = None if args.torch_compile or self.is_deepspeed_enabled else head_arithmetic(self.model)
+        self._reference: Any = None
+        if reference is not None:
+            placed = preflight.place_target(reference, self)
+            self._reference = make_signal(placed, None, [], self._shared_vocab, sharded=sharded)
+        self._arithmetic = preflight.draft_arithmetic(self)
         preflight.check_dataset_fits(preflight.named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
 
     # Data ------------------------------------------------------------------------------------------------------------
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        usual = self.data_collator
-        if isinstance(usual, DraftDistillCollator):
-            # Figures are sums over texts, one a row, so evaluation batches are always padded.
-            self.data_collator = usual.padded()
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = usual
 
     # Loss ------------------------------------------------------------------------------------------------------------
 
@@ -206,12 +216,30 @@ class DraftDistillTrainer(PreparesRows, PlainDrafts, WholeCheckpoints, SFTTraine
         """
         return get_divergence(self.args.divergence)(draft_logits, target_logits, **self.args.divergence_options)
 
+    def token_weights(self, figures: TokenFigures) -> Tensor:
+        """How much each completion token counts. Override this to learn from tokens of your own choice.
+
+        Called once for each batch on each process, before the loss; `super().token_weights(figures)` gives what
+        `args.token_selection` says.
+
+        Args:
+            figures: What is known of the batch's N completion tokens, without gradient: the draft's losses and, with
+                a `reference_model`, the reference's; acceptance rates; the tokens and their places. See
+                [`TokenFigures`](positions.py).
+
+        Returns:
+            [N] weights, 0 or above. They multiply the losses, whose sum is divided by the number of completion
+            tokens, selected or not: so a token's gradient depends on no other token's weight.
+        """
+        return select_tokens(figures, self.args.token_selection, self.args.selected_share)
+
     def _distillation_loss(
         self,
         draft: Tensor | Unprojected,
         target: Distributions | Unprojected | None,
-        batch: dict[str, Any],
+        tokens: Tensor,
         num_items: Tensor | int | None = None,
+        token_weights: Tensor | None = None,
     ) -> DistillationLoss:
         args: DraftDistillConfig = self.args
         divergence: Any = args.divergence
@@ -221,18 +249,37 @@ class DraftDistillTrainer(PreparesRows, PlainDrafts, WholeCheckpoints, SFTTraine
             divergence, options = self.token_loss, {}
         elif not self.learns_from_target:
             divergence, options, target = "cross_entropy", {}, None
-        labels = batch["labels"]
         return distillation_loss(
             draft,
             target,
-            labels[:, 1:][labels[:, 1:] != -100],
+            tokens,
             divergence=divergence,
             options=options,
             temperature=args.temperature,
             cross_entropy_weight=args.cross_entropy_weight if target is not None else 0.0,
+            token_weights=token_weights,
             num_items=num_items,
             with_acceptance=target is not None,
         )
+
+    def _weighted_loss(
+        self,
+        draft: Tensor | Unprojected,
+        target: Distributions | Unprojected | None,
+        reference: Tensor | Unprojected | None,
+        batch: dict[str, Any],
+        keep: Tensor,
+        num_items: Tensor | int | None,
+    ) -> DistillationLoss:
+        tokens = batch["labels"][:, 1:][keep[:, :-1]]
+        weights = None
+        if self._weighs_tokens:
+            # Only the head is passed twice: hidden states are at hand.
+            with torch.no_grad():
+                places = keep, batch.get("position_ids")
+                figures = token_figures(draft, target, reference, tokens, *places, self._distillation_loss)
+                weights = check_weights(self.token_weights(figures), figures)
+        return self._distillation_loss(draft, target, tokens, num_items, weights)
 
     def compute_loss(
         self,
@@ -241,10 +288,18 @@ class DraftDistillTrainer(PreparesRows, PlainDrafts, WholeCheckpoints, SFTTraine
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Sum of the token losses ÷ completion tokens of the whole accumulation window on all processes."""
+        """Sum of the weighted token losses ÷ completion tokens of the whole accumulation window on all processes."""
         keep = predicting_positions(inputs["labels"])
         target = self.signal.for_loss(inputs, keep) if self.learns_from_target else None
-        loss_from = partial(self._distillation_loss, target=target, batch=inputs, num_items=num_items_in_batch)
+        reference = None if self._reference is None else self._reference.for_loss(inputs, keep)
+        loss_from = partial(
+            self._weighted_loss,
+            target=target,
+            reference=reference,
+            batch=inputs,
+            keep=keep,
+            num_items=num_items_in_batch,
+        )
         if self._arithmetic is None:
             result = loss_from(logits_at(model, model_inputs(inputs), keep)[:, : self._shared_vocab])
         else:
@@ -256,51 +311,3 @@ class DraftDistillTrainer(PreparesRows, PlainDrafts, WholeCheckpoints, SFTTraine
             # The tokens of every process were counted, and DDP averages gradients over processes.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return loss
-
-    # Evaluation ------------------------------------------------------------------------------------------------------
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Adds the figures that come from sums over all texts: see [`EvaluationSums`]."""
-        self._eval_sums = EvaluationSums(self.args.eval_num_assistant_tokens, self._draft_lengths, self.signal)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        figures = self._eval_sums.figures()
-        self._eval_sums = None
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
-        return output
-
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        assert self._eval_sums is not None, "evaluation_loop makes it"
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            keep = predicting_positions(inputs["labels"])
-            draft_logits = logits_at(model, model_inputs(inputs), keep)[:, : self._shared_vocab]
-            target = self.signal.distributions(inputs, keep)
-            losses = self._distillation_loss(draft_logits, target, inputs).token_losses
-            require_finite(losses.sum(), inputs, self)
-            sums = row_sums(losses, draft_logits, target, inputs, keep, self._eval_sums.draft_lengths, self.signal)
-        # Gathered here, row by row, so that rows repeated to fill the last batch are dropped.
-        self._eval_sums.add(self.accelerator.gather_for_metrics(sums))
-        return losses.sum() / max(losses.numel(), 1), None, None
-
-    # Logging ---------------------------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `num_tokens` read so far and, where it can be told, the window's `acceptance_rate`.
-
-        It stands at the loss temperature and is one minus total variation: what `tvd_plus_plus`, whose own value says
-        nothing, has to be watched by. From a cache without the whole tail it is named `acceptance_rate_upper_bound`.
-        """
-        if self.model.training:
-            read, acceptance = self._window.close(self.accelerator)
-            self._total_train_tokens += read
-            if read:
-                logs["num_tokens"] = self._total_train_tokens
-            if acceptance is not None:
-                logs[self.signal.acceptance_name] = acceptance
-        super().log(logs, start_time)

@@ -31,7 +31,19 @@ def config(path, **options) -> DraftDistillConfig:
     return DraftDistillConfig(**defaults | options)
 
 
-def build(path, pair, tokenizer, rows=None, eval_rows=None, *, trainer_class=DraftDistillTrainer, peft=None, **options):
+def build(
+    path,
+    pair,
+    tokenizer,
+    rows=None,
+    eval_rows=None,
+    *,
+    trainer_class=DraftDistillTrainer,
+    peft=None,
+    reference_model=None,
+    callbacks=None,
+    **options,
+):
     draft, target = pair
     if rows is None and eval_rows is None:
         rows = alignment_rows(target, tokenizer)
@@ -43,6 +55,8 @@ def build(path, pair, tokenizer, rows=None, eval_rows=None, *, trainer_class=Dra
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=peft,
+        reference_model=reference_model,
+        callbacks=callbacks,
     )
 
 

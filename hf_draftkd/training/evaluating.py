@@ -1,0 +1,97 @@
+"""How a trainer evaluates: text by text, a chunk of positions at a time, figures divided once at the end."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_draftkd.data.formatting import DraftDistillCollator
+from hf_draftkd.losses import Unprojected
+from hf_draftkd.models.forward import HeadArithmetic, in_head, logits_at, predicting_positions
+from hf_draftkd.training.evaluation_sums import EvaluationSums, row_sums
+from hf_draftkd.training.signal import Text, model_inputs
+from hf_draftkd.training.watching import require_finite
+
+
+class EvaluatesTexts(Trainer):
+    """A trainer whose `evaluate()` reports what [`EvaluationSums`] says. Mix it in before another trainer class."""
+
+    signal: Text
+    data_collator: Any
+    _arithmetic: HeadArithmetic | None
+    _shared_vocab: int
+    # Draft lengths beside `args.eval_num_assistant_tokens`, and temperatures: what `AcceptanceCallback` asked for.
+    _draft_lengths: tuple[int, ...] = ()
+    _temperatures: tuple[float, ...] = ()
+    _eval_sums: EvaluationSums | None = None
+
+    def _distillation_loss(self, draft: Any, target: Any, tokens: Tensor) -> Any:
+        raise NotImplementedError
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        usual = self.data_collator
+        if isinstance(usual, DraftDistillCollator):
+            # Figures are sums over texts, one a row, so evaluation batches are always padded.
+            self.data_collator = usual.padded()
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = usual
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Adds the figures that come from sums over all texts: see [`EvaluationSums`]."""
+        gamma = self.args.eval_num_assistant_tokens
+        self._eval_sums = EvaluationSums(self.signal, gamma, self._draft_lengths, self._temperatures)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        figures = self._eval_sums.figures()
+        self._eval_sums = None
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        assert self._eval_sums is not None, "evaluation_loop makes it"
+        figures = self._eval_sums
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            keep = predicting_positions(inputs["labels"])
+            target = self.signal.for_loss(inputs, keep)
+
+            def sums_of(draft: Tensor | Unprojected) -> Tensor:
+                return row_sums(
+                    draft,
+                    target,
+                    inputs,
+                    keep,
+                    # Of all tokens alike, whichever are selected for training.
+                    loss=lambda *chunk: self._distillation_loss(*chunk).token_losses,
+                    signal=self.signal,
+                    temperatures=figures.temperatures,
+                    draft_lengths=figures.draft_lengths,
+                )
+
+            if self._arithmetic is None:
+                sums = sums_of(logits_at(model, model_inputs(inputs), keep)[:, : self._shared_vocab])
+            else:
+                sums = in_head(
+                    model,
+                    model_inputs(inputs),
+                    keep,
+                    self._arithmetic,
+                    self._shared_vocab,
+                    lambda source: (sums_of(source), source.hidden[:0]),
+                )
+        tokens, loss = sums[:, :2].sum(0)
+        require_finite(loss, inputs, self)
+        if self.accelerator.num_processes > 1:
+            sums = sums.to(keep.device)
+        # Gathered here, row by row, so that rows repeated to fill the last batch are dropped.
+        figures.add(self.accelerator.gather_for_metrics(sums))
+        return (loss / tokens.clamp(min=1)).to(keep.device, torch.float32), None, None

@@ -1,0 +1,250 @@
+"""What `evaluate()` reports, and what it takes to do so."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import EarlyStoppingCallback
+
+from hf_draftkd import AcceptanceCallback
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.formatting import DraftDistillCollator, decoding_settings
+from hf_draftkd.data.target_cache import cache_target_distributions
+from hf_draftkd.losses import scanning
+from hf_draftkd.training.evaluation_sums import setting_suffix
+from tests.tiny import tiny_pair
+from tests.training.rows import alignment_rows
+from tests.training.test_trainer import build
+
+ALL = (0, 0.7, 1)
+
+
+def written_at(target, tokenizer, *temperatures, count=3):
+    return concatenate_datasets(
+        [alignment_rows(target, tokenizer, count=count, temperature=float(t)) for t in temperatures]
+    )
+
+
+def logits(model, row) -> torch.Tensor:
+    ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+    with torch.no_grad():
+        return model(ids).logits[0, len(row["prompt_ids"]) - 1 : -1].double()
+
+
+# Temperatures --------------------------------------------------------------------------------------------------------
+
+
+def test_block_efficiency_at_a_temperature_is_that_of_the_texts_written_at_it(tmp_path, pair, tokenizer):
+    """Greedy text that says something about temperature 1, or groups that take each other's sums."""
+    rows = written_at(pair[1], tokenizer, *ALL).shuffle(seed=3)
+    callbacks = [AcceptanceCallback([3], temperatures=ALL)]
+    found = build(tmp_path, pair, tokenizer, eval_rows=rows, callbacks=callbacks).evaluate()
+    for temperature in ALL:
+        alone = build(
+            tmp_path, pair, tokenizer, eval_rows=rows.filter(lambda row, t=temperature: row["temperature"] == t)
+        ).evaluate()
+        for name in ("eval_block_efficiency", "eval_block_efficiency_at_3"):
+            assert found[f"{name}_t{temperature:g}"] == pytest.approx(alone[name], rel=1e-6)
+    assert len({found[f"eval_block_efficiency_t{t:g}"] for t in ALL}) == 3
+    everything = build(tmp_path, pair, tokenizer, eval_rows=rows).evaluate()
+    assert found["eval_block_efficiency"] == pytest.approx(everything["eval_block_efficiency"], rel=1e-6)
+    # By default greedy decoding and plain sampling are looked at.
+    assert "eval_block_efficiency_t0.7" not in everything
+    assert everything["eval_block_efficiency_t1"] == pytest.approx(found["eval_block_efficiency_t1"], rel=1e-6)
+
+
+def test_acceptance_at_any_temperature_is_the_definition_on_any_text(tmp_path, pair, tokenizer):
+    """One temperature for draft and another for target, or the loss temperature in place of either."""
+    rows = alignment_rows(pair[1], tokenizer, count=4)
+    expected = dict.fromkeys(ALL, 0.0)
+    tokens = 0
+    for row in rows:
+        q, p = (logits(model, row) for model in pair)
+        tokens += len(q)
+        for temperature in ALL:
+            if temperature == 0:
+                expected[0] += int((q.argmax(-1) == p.argmax(-1)).sum())
+            else:
+                shares = torch.minimum((q / temperature).softmax(-1), (p / temperature).softmax(-1))
+                expected[temperature] += float(shares.sum())
+    callbacks = [AcceptanceCallback(temperatures=ALL)]
+    found = build(tmp_path, pair, tokenizer, eval_rows=rows, callbacks=callbacks, temperature=2.0).evaluate()
+    assert found["eval_acceptance_rate"] == pytest.approx(expected[1] / tokens, rel=1e-5)
+    assert found["eval_acceptance_rate_t0"] == pytest.approx(expected[0] / tokens, rel=1e-6)
+    assert found["eval_acceptance_rate_t0.7"] == pytest.approx(expected[0.7] / tokens, rel=1e-5)
+    assert "eval_acceptance_rate_t1" not in found
+
+
+def test_a_cache_tells_what_it_can(tmp_path, pair, tokenizer):
+    """A rate at a temperature that was never cached; a bound where the likeliest token is known exactly."""
+    rows = written_at(pair[1], tokenizer, 0, 1)
+    callbacks = [AcceptanceCallback(temperatures=ALL)]
+    live = build(tmp_path, pair, tokenizer, eval_rows=rows, callbacks=callbacks).evaluate()
+    for temperature in (1.0, 0.7):
+        data = cache_target_distributions(rows, pair[1], top_k=4, temperature=temperature, dtype="float32")
+        options = {"callbacks": [AcceptanceCallback(temperatures=ALL)], "temperature": temperature}
+        trainer = build(tmp_path, (pair[0], None), tokenizer, eval_rows=data, **options)
+        if temperature == 1:
+            found = trainer.evaluate()
+            assert found["eval_block_efficiency_t1"] == pytest.approx(live["eval_block_efficiency_t1"], rel=1e-5)
+            assert found["eval_acceptance_rate_upper_bound"] > live["eval_acceptance_rate"]
+        else:
+            with pytest.warns(UserWarning, match="left out: 3 evaluation rows"):
+                found = trainer.evaluate()
+            assert found["eval_acceptance_rate_upper_bound_t0.7"] > live["eval_acceptance_rate_t0.7"]
+            assert "eval_acceptance_rate_upper_bound" not in found
+        # Greedy text needs no distribution.
+        assert found["eval_block_efficiency_t0"] == live["eval_block_efficiency_t0"]
+        assert found["eval_acceptance_rate_t0"] == pytest.approx(live["eval_acceptance_rate_t0"], rel=1e-6)
+
+
+def test_rows_of_others_leave_the_figures_of_a_setting_alone(tmp_path, pair, tokenizer):
+    """One foreign row among greedy ones: no figure of all rows, but still one of those it is exact for."""
+    rows = written_at(pair[1], tokenizer, 0)
+    foreign = alignment_rows(pair[1], tokenizer, count=2, name="another/target")
+    trainer = build(tmp_path, pair, tokenizer, eval_rows=concatenate_datasets([foreign, rows]))
+    with pytest.warns(UserWarning, match="2 evaluation rows"):
+        found = trainer.evaluate()
+    alone = build(tmp_path, pair, tokenizer, eval_rows=rows).evaluate()
+    assert "eval_block_efficiency" not in found
+    assert found["eval_block_efficiency_t0"] == alone["eval_block_efficiency"]
+
+
+def test_settings_have_different_names():
+    settings = [
+        DecodingSetting(0),
+        DecodingSetting(0, repetition_penalty=1.1),
+        DecodingSetting(0.7),
+        DecodingSetting(0.7, top_p=0.95),
+        DecodingSetting(0.7, top_k=50),
+    ]
+    assert [setting_suffix(each) for each in settings] == ["_t0", "_t0_r1.1", "_t0.7", "_t0.7_p0.95", "_t0.7_k50"]
+
+
+def test_a_recorded_setting_survives_the_precision_of_the_batch():
+    """0.7 becomes 0.699999988 in float32: a temperature of its own. In float64 the batch cannot go to every device."""
+    row = {"input_ids": [0, 5, 6], "labels": [-100, 5, 6], "decoding": [0.7, 0.95, 50.0, 1.05]}
+    batch = DraftDistillCollator(pad_token_id=2)([row, row | {"decoding": [1 / 3, 1.0, 0.0, 1.0]}])
+    assert all(value.dtype != torch.float64 for value in batch.values())
+    assert next(iter(decoding_settings(batch["decoding"]))) == DecodingSetting(0.7, 0.95, 50, 1.05)
+
+
+@pytest.mark.parametrize("temperature", [-1, float("nan"), float("inf"), "1", True])
+def test_temperatures_are_numbers(temperature):
+    with pytest.raises(ValueError, match="`temperatures` are numbers"):
+        AcceptanceCallback(temperatures=[0, temperature])
+
+
+# A chunk at a time ---------------------------------------------------------------------------------------------------
+
+
+class _Largest(TorchDispatchMode):
+    """The most numbers that any tensor of logits made meanwhile holds."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [
+            leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.shape[-1:] == (300,)
+        ]
+        self.numel = max(self.numel, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
+def test_chunks_change_no_figure_and_bound_memory(tmp_path, pair, tokenizer, cached, monkeypatch):
+    """Prefixes, cached columns or settings that slip where a chunk ends in the middle of a text."""
+    rows = written_at(pair[1], tokenizer, *ALL)
+    penalised = rows.select(range(3)).map(lambda row: {"repetition_penalty": 1.3})
+    rows = concatenate_datasets([rows, penalised])
+    target = None if cached else pair[1]
+    if cached:
+        rows = cache_target_distributions(rows.select(range(3)), pair[1], top_k=4)
+    trainer = build(tmp_path, (pair[0], target), tokenizer, eval_rows=rows, per_device_eval_batch_size=12)
+    whole = trainer.evaluate()
+    monkeypatch.setattr(scanning, "_CPU_CHUNK", 1)
+    with _Largest() as largest:
+        found = trainer.evaluate()
+    assert largest.numel <= 16 * 300
+    assert sum(map(len, rows["completion_ids"])) > 2 * 16
+    timing = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+    for name in whole.keys() - set(timing):
+        assert found[name] == pytest.approx(whole[name], rel=1e-6), name
+    # As from logits of all positions, which some models have to give.
+    trainer._arithmetic = None
+    assert trainer.evaluate()["eval_block_efficiency"] == pytest.approx(whole["eval_block_efficiency"], rel=1e-6)
+
+
+def test_in_half_precision_the_draft_proposes_what_it_would_propose_decoding(tmp_path, tokenizer):
+    """Logits of bf16 models are rounded, so that the first of two equal ones is taken: sharper ones take another."""
+    draft, target = (model.bfloat16() for model in tiny_pair("llama"))
+    rows = alignment_rows(target, tokenizer, count=6, max_new_tokens=24)
+    found = build(tmp_path, (draft, target), tokenizer, eval_rows=rows).evaluate()
+    agrees = tokens = 0
+    for row in rows:
+        agrees += int((logits(draft, row).argmax(-1) == logits(target, row).argmax(-1)).sum())
+        tokens += len(row["completion_ids"])
+    assert found["eval_acceptance_rate_t0"] == pytest.approx(agrees / tokens, rel=1e-6)
+
+
+def test_logits_that_have_to_be_whole_are_said_to_be(tmp_path, tokenizer, caplog):
+    """A path that takes many times the memory, taken without a word."""
+    whole = "logits of the draft are held for all completion tokens"
+    with caplog.at_level(logging.WARNING, "hf_draftkd"):
+        build(tmp_path, tiny_pair("llama"), tokenizer)
+    assert "are held" not in caplog.text
+    draft, target = tiny_pair("llama")
+    # As accelerate does where weights lie elsewhere.
+    draft.lm_head.forward = draft.lm_head.forward
+    with caplog.at_level(logging.WARNING, "hf_draftkd"):
+        build(tmp_path, (draft, target), tokenizer, max_steps=2).train()
+    assert caplog.text.count(whole) == 1
+    assert "not a plain linear layer's (an adapter" in caplog.text
+    caplog.clear()
+    draft, target = tiny_pair("llama")
+    target.lm_head.forward = target.lm_head.forward
+    with caplog.at_level(logging.WARNING, "hf_draftkd"):
+        build(tmp_path, (draft, target), tokenizer, max_steps=2).train()
+    assert caplog.text.count("logits of the target are held") == 1
+
+
+# Choosing by them ----------------------------------------------------------------------------------------------------
+
+
+def test_training_stops_early_by_block_efficiency(tmp_path, pair, tokenizer):
+    """The name has to reach transformers' early stopping, and a greater figure has to be the better one."""
+    rows = alignment_rows(pair[1], tokenizer)
+    trainer = build(
+        tmp_path,
+        pair,
+        tokenizer,
+        rows,
+        rows,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        metric_for_best_model="eval_block_efficiency_t0",
+        load_best_model_at_end=True,
+        max_steps=8,
+        learning_rate=1e-9,
+    )
+    trainer.train()
+    evaluated = [entry["eval_block_efficiency_t0"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluated) == trainer.state.global_step == 3
+    assert trainer.state.best_metric == evaluated[0]
+
+
+def test_the_plot_is_drawn_from_losses_alone(tmp_path, pair, tokenizer):
+    """Black box on text that nobody knows the setting of: a figure without panels, or none at all."""
+    rows = Dataset.from_list([{"prompt_ids": [0, 9], "completion_ids": [7, 1]}] * 4)
+    options = {"divergence": "cross_entropy", "eval_strategy": "steps", "eval_steps": 2}
+    trainer = build(tmp_path, (pair[0], None), tokenizer, rows, rows, **options)
+    trainer.train()
+    assert not any("acceptance" in name or "block" in name for entry in trainer.state.log_history for name in entry)
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,181 @@
+"""What has to hold however a run is set up: over processes, special tokens, chats, and a batch that goes wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, concatenate_datasets
+from safetensors.torch import load_file
+
+from hf_draftkd.training.callbacks import PLOT
+from tests.cli.run import ROOT
+from tests.tiny import CHAT_TEMPLATE, tiny_pair, tiny_tokenizer
+from tests.training.rows import alignment_rows
+from tests.training.test_trainer import assert_same, build, weights
+
+SELECTIONS = ("all", "after_first_rejection")
+
+# Over processes ------------------------------------------------------------------------------------------------------
+
+
+def train_twice(out, world):
+    """On the same data in one process or in several; the first writes what came of it."""
+    out, tokenizer = Path(out), tiny_tokenizer()
+    target = tiny_pair("llama")[1]
+    rows = alignment_rows(target, tokenizer, count=8)
+    # An odd number, so that the last batch of two processes repeats a row.
+    sampled = alignment_rows(target, tokenizer, count=3, temperature=1.0)
+    held_out = concatenate_datasets([rows.select(range(4)), sampled])
+    for selection in SELECTIONS:
+        draft, target = tiny_pair("llama")
+        before = {name: value.clone() for name, value in target.state_dict().items()}
+        trainer = build(
+            out / selection,
+            (draft, target),
+            tokenizer,
+            rows,
+            held_out,
+            per_device_train_batch_size=4 // world,
+            gradient_accumulation_steps=2,
+            max_steps=3,
+            optim="sgd",
+            learning_rate=0.1,
+            use_cpu=True,
+            token_selection=selection,
+            eval_strategy="steps",
+            eval_steps=3,
+        )
+        assert trainer.accelerator.num_processes == world
+        trainer.train()
+        assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+        if trainer.is_world_process_zero():
+            assert (out / selection / PLOT).is_file()
+            trainer.state.save_to_json(str(out / f"{selection}.json"))
+            torch.save(draft.state_dict(), out / f"{selection}.pt")
+        else:
+            assert "matplotlib.figure" not in sys.modules, "only one process may write the plot"
+
+
+SCRIPT = """
+import sys
+import torch
+from tests.training.test_must_hold import train_twice
+
+torch.set_num_threads(1)
+train_twice(sys.argv[1], 2)
+"""
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    """Losses normalised per process, rows counted twice, figures of one process alone, a plot drawn by both."""
+    train_twice(tmp_path / "1", 1)
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path / "2")], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for selection in SELECTIONS:
+        one, two = (torch.load(tmp_path / world / f"{selection}.pt") for world in "12")
+        assert_same(one, two, atol=2e-5)
+        logs = [json.loads((tmp_path / world / f"{selection}.json").read_text())["log_history"] for world in "12"]
+        assert [len(log) for log in logs] == [5, 5]
+        for left, right in zip(*logs, strict=True):
+            for name, value in left.items():
+                if name.startswith(("loss", "acceptance", "num_tokens", "eval_loss", "eval_acc", "eval_block")):
+                    assert right[name] == pytest.approx(value, rel=1e-4), name
+        assert {"eval_block_efficiency_t0", "eval_block_efficiency_at_3_t1"} <= logs[0][3].keys()
+
+
+# Special tokens ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends", [[5, 6], None], ids=["a list", "none"])
+def test_several_ends_of_a_text_or_none(tmp_path, pair, tokenizer, ends):
+    """`eos_token_id` may be a list, or None: read as one number, or filled in from the tokenizer."""
+    draft, target = pair
+    rows = alignment_rows(target, tokenizer, count=4)
+    target.generation_config.eos_token_id = ends
+    trainer = build(tmp_path, pair, tokenizer, rows, rows)
+    trainer.train()
+    assert draft.generation_config.eos_token_id == ends
+    assert trainer.evaluate()["eval_block_efficiency"] >= 1
+    ids = torch.tensor([rows[0]["prompt_ids"]])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "pad_token_id": 2}
+    plain = target.generate(ids, **options)
+    assert torch.equal(target.generate(ids, assistant_model=draft, **options), plain)
+
+
+# Chats ---------------------------------------------------------------------------------------------------------------
+
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "More"},
+    {"role": "assistant", "content": "Yes"},
+]
+WITHOUT_MARKERS = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+def learned(trainer, tokenizer) -> list[str]:
+    return [tokenizer.decode([token]) for token in trainer.train_dataset[0]["labels"] if token != -100]
+
+
+def test_every_answer_of_a_chat_is_learned_and_nothing_else(tmp_path, pair):
+    """Only the last turn, the user's words, or an answer without its end."""
+    tokenizer = tiny_tokenizer()
+    trainer = build(tmp_path, pair, tokenizer, Dataset.from_list([{"messages": CHAT}] * 4), assistant_only_loss=True)
+    assert "".join(learned(trainer, tokenizer)) == "Hello</s>Yes</s>"
+    trainer.train()
+
+
+def test_without_markers_the_whole_chat_is_learned_or_the_markers_are_asked_for(tmp_path, pair):
+    """A template that cannot tell the answers: all tokens masked, and a run that learns nothing without a word."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = WITHOUT_MARKERS
+    rows = Dataset.from_list([{"messages": CHAT}] * 4)
+    assert "Hi</s>" in "".join(learned(build(tmp_path, pair, tokenizer, rows), tokenizer))
+    with pytest.raises(ValueError, match="generation %"):
+        build(tmp_path, pair, tokenizer, rows, assistant_only_loss=True)
+    # The prompt of a prompt-completion chat is known without markers.
+    rows = Dataset.from_list([{"prompt": CHAT[:3], "completion": CHAT[3:]}] * 4)
+    assert "".join(learned(build(tmp_path, pair, tokenizer, rows), tokenizer)) == "Yes</s>"
+
+
+def test_a_chat_that_is_cut_before_its_first_answer_is_refused(tmp_path, pair):
+    rows = Dataset.from_list([{"messages": CHAT}] * 4)
+    with pytest.raises(ValueError, match="Nothing is left to learn from in the train dataset"):
+        build(tmp_path, pair, tiny_tokenizer(), rows, assistant_only_loss=True, max_length=6)
+
+
+# A batch that goes wrong ---------------------------------------------------------------------------------------------
+
+
+def test_one_bad_batch_stops_the_run_before_it_harms_anything(tmp_path, tokenizer):
+    """NaN from one row: later checkpoints without a number in them, or the good ones rotated away."""
+    draft, target = tiny_pair("llama")
+    rows = alignment_rows(target, tokenizer, count=6)
+    seen = {token for row in rows for token in row["prompt_ids"] + row["completion_ids"]}
+    bad = min(set(range(20, 300)) - seen)
+    rows = Dataset.from_list([*rows, {**rows[0], "prompt_ids": [0, bad]}])
+    with torch.no_grad():
+        target.get_input_embeddings().weight[bad] = float("nan")
+    options = {"per_device_train_batch_size": 1, "max_steps": 7, "save_strategy": "steps", "save_steps": 1}
+    trainer = build(tmp_path, (draft, target), tokenizer, rows, save_total_limit=1, seed=1, **options)
+    name = tokenizer.decode([0, bad])
+    with pytest.raises(FloatingPointError) as stopped:
+        trainer.train()
+    step = trainer.state.global_step
+    assert step > 0, "the bad row came first: choose another seed"
+    assert f"optimizer step {step + 1}" in str(stopped.value)
+    assert name in str(stopped.value)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    kept = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+    now = weights(trainer.model)
+    assert all(torch.equal(value, now[key]) and value.isfinite().all() for key, value in kept.items())
