@@ -12,14 +12,15 @@ import torch
 
 from hf_draftkd.acceptance._checks import at_least_float32
 from hf_draftkd.losses.gradients import Twin
+from hf_draftkd.losses.memory import Reused
 
-# Logits of one chunk by default, in elements: 128 MiB of float32 on a CPU, 256 MiB on a GPU. Fewer make the matrix
+# Logits of one chunk by default, in elements: 64 MiB of float32 on a CPU, 256 MiB on a GPU. Fewer make the matrix
 # products slow, more only take memory.
-_CPU_CHUNK = 2**25
+_CPU_CHUNK = 2**24
 _GPU_CHUNK = 2**26
-# Logits worked on at once within a chunk on a CPU: bounds temporaries to 16 MiB each. Smaller blocks lose more time in
+# Logits worked on at once within a chunk on a CPU: bounds temporaries to 8 MiB each. Smaller blocks lose more time in
 # starting threads than they gain in cache.
-_CPU_BLOCK = 2**22
+_CPU_BLOCK = 2**21
 
 
 class LinearHead(NamedTuple):
@@ -72,7 +73,7 @@ def chunked_loss(
         draft: Logits `[N, V]`, or hidden states `[N, H]` with their head.
         chunk_loss: Gives the values and the gradient of one chunk of positions.
         weights: `[N]`, what each position's value is multiplied by; constant.
-        chunk_size: Positions at once. None: as many as keep a chunk's logits at 128 MiB (256 MiB on a GPU).
+        chunk_size: Positions at once. None: as many as keep a chunk's logits at 64 MiB (256 MiB on a GPU).
 
     Returns:
         Loss, and values per position. With no position at all the loss is a finite 0 that keeps its gradient path.
@@ -124,23 +125,6 @@ def blocks_within(logits: torch.Tensor) -> list[slice]:
     rows, vocab_size = logits.shape
     size = max(1, _CPU_BLOCK // vocab_size) if logits.device.type == "cpu" else max(rows, 1)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
-class Reused:
-    """Memory for `[n, V]` logits, kept from chunk to chunk.
-
-    On a CPU fresh memory of this size comes page by page, which takes longer than the softmax written into it.
-    """
-
-    def __init__(self) -> None:
-        """Start without memory; the first chunk is the largest."""
-        self._memory: torch.Tensor | None = None
-
-    def take(self, rows: int, vocab_size: int, like: torch.Tensor) -> torch.Tensor:
-        """Return an uninitialised `[rows, vocab_size]` of the type and device of `like`."""
-        if self._memory is None or self._memory.shape[0] < rows:
-            self._memory = like.new_empty(rows, vocab_size)
-        return self._memory[:rows]
 
 
 def prepared(source: torch.Tensor | Unprojected) -> torch.Tensor | Unprojected:
@@ -288,7 +272,7 @@ def _project(hidden: torch.Tensor, head: LinearHead, memory: Reused | None = Non
     if hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16):
         logits = torch.mm(hidden, head.weight.t(), out_dtype=torch.float32)
     elif memory is not None and hidden.device.type == "cpu" and hidden.dtype in (torch.float32, torch.float64):
-        out = memory.take(hidden.shape[0], head.weight.shape[0], hidden)
+        out = memory.take("logits", hidden, hidden.shape[0], head.weight.shape[0])
         logits = torch.mm(hidden, head.weight.t(), out=out)
     else:
         logits = at_least_float32(hidden @ head.weight.t())

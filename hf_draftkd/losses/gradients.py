@@ -6,6 +6,10 @@ computed quickly. Every twin is tested against its plain form by value and by gr
 
 All functions work on one chunk: `draft_logits` and `target_logits` `[n, V]`, float32 or float64, **both of which they
 may overwrite**. With z the draft's logits and y the target's, log q = z − log_z_q and log p = y − log_z_p.
+
+What costs time is memory: a pass over `[n, V]` outside the cache, or one into fresh pages. So every intermediate result
+lies in z, y or a piece of `Reused` memory, and a product is written out and summed, which on a CPU is quicker than a
+batched inner product.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,6 +28,7 @@ from hf_draftkd.losses.divergences import (
     sample_tokens,
 )
 from hf_draftkd.losses.divergences import cross_entropy as plain_cross_entropy
+from hf_draftkd.losses.memory import Reused
 
 # Below this, Σ min(p, q) in float32 has lost the digits that the logarithm needs.
 _SMALLEST_ACCEPTANCE = 1e-30
@@ -60,6 +65,7 @@ def value_and_gradient(
     options: Mapping[str, Any] | None = None,
     gradient: bool = True,
     acceptance: bool = False,
+    memory: Reused | None = None,
 ) -> Twin:
     """Return a divergence and its gradient in the draft's logits, for one chunk.
 
@@ -71,36 +77,41 @@ def value_and_gradient(
         options: The divergence's options. `tvd_plus_plus` also takes `rewards`, a `Rewards` of the whole batch.
         gradient: Whether the gradient is wanted.
         acceptance: Whether the acceptance rate is wanted as well.
+        memory: For intermediate results, to be used again by the next chunk.
 
     Returns:
-        Values, gradient and acceptance rate.
+        Values, gradient and acceptance rate. The gradient may lie in `draft_logits` or in `memory`.
     """
-    options = dict(options or {})
+    options, memory = dict(options or {}), memory or Reused()
     twin = _TWINS.get(divergence) if isinstance(divergence, str) else None
     if twin is not None:
-        return twin(draft_logits, target_logits, gradient, acceptance, **options)
+        return twin(draft_logits, target_logits, gradient, acceptance, memory, **options)
     function = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
     rate = None
     if acceptance:
-        rate = _acceptance(draft_logits.softmax(dim=-1).sub_(target_logits.softmax(dim=-1)))
+        q, p = (_probs(z, memory.take(name, z)) for name, z in (("q", draft_logits), ("p", target_logits)))
+        rate = _acceptance(q.sub_(p), p)
     values, slope = by_autograd(lambda z: function(z, target_logits, **options), draft_logits, gradient)
     return Twin(values, slope, rate)
 
 
-def cross_entropy(draft_logits: torch.Tensor, tokens: torch.Tensor, gradient: bool) -> Twin:
+def cross_entropy(
+    draft_logits: torch.Tensor, tokens: torch.Tensor, gradient: bool, memory: Reused | None = None
+) -> Twin:
     """Return −log q(x) and its gradient q − 1{x}; the logits are left as they are.
 
     Args:
         draft_logits: `[n, V]`.
         tokens: `[n]`.
         gradient: Whether the gradient is wanted.
+        memory: For the gradient; used again by the next chunk.
 
     Returns:
         Values and gradient.
     """
     if not gradient:
         return Twin(plain_cross_entropy(draft_logits, tokens=tokens), None, None)
-    q, log_z_q = _softmax(draft_logits)
+    q, log_z_q = softmax(draft_logits, (memory or Reused()).take("on text", draft_logits))
     picked = tokens.unsqueeze(-1)
     values = log_z_q - draft_logits.gather(-1, picked).squeeze(-1)
     return Twin(values, q.scatter_add_(-1, picked, -torch.ones_like(picked, dtype=q.dtype)), None)
@@ -119,84 +130,99 @@ def by_autograd(
     return values.detach(), slope
 
 
-def _forward_kl(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool) -> Twin:
-    p, log_z_p = _softmax(y)
-    q, log_z_q = (_softmax(z)) if gradient or acceptance else (None, z.logsumexp(dim=-1))
-    gap = y.sub_(z)
-    expected_gap = _dot(p, gap)
+def _forward_kl(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool, memory: Reused) -> Twin:
+    values, p, q = _kl_and_probs(z, y, memory.take("p", z), y)
+    if not (gradient or acceptance):
+        return Twin(values, None, None)
+    difference = torch.sub(q, p, out=z)
+    return Twin(values, difference if gradient else None, _acceptance(difference, p) if acceptance else None)
+
+
+def _kl_and_probs(
+    z: torch.Tensor, y: torch.Tensor, p_out: torch.Tensor, q_out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return KL(p‖q), p and q; overwrites y, which may be the place of q."""
+    p, log_z_p = softmax(y, p_out)
+    products = y.sub_(z).mul_(p)
+    expected_gap = products.sum(dim=-1)
     if not expected_gap.isfinite().all():
         # A filtered token of the target is 0 · ∞. It is rare, so it is not looked for in advance.
-        expected_gap = _dot(p, gap.masked_fill_(p == 0, 0.0))
-    values = expected_gap - log_z_p + log_z_q
-    if q is None:
-        return Twin(values, None, None)
-    difference = q.sub_(p)
-    return Twin(values, difference if gradient else None, _acceptance(difference) if acceptance else None)
+        expected_gap = products.masked_fill_(p == 0, 0.0).sum(dim=-1)
+    q, log_z_q = softmax(z, q_out)
+    return expected_gap - log_z_p + log_z_q, p, q
 
 
-def _reverse_kl(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool) -> Twin:
-    q, log_z_q = _softmax(z)
-    p, log_z_p = _softmax(y)
-    rate = _acceptance(p.sub_(q)) if acceptance else None
+def _reverse_kl(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool, memory: Reused) -> Twin:
+    q, log_z_q = softmax(z, memory.take("q", z))
+    p, log_z_p = softmax(y, memory.take("p", y))
     gap = z.sub_(torch.maximum(y, (log_z_p + LOG_FLOOR).unsqueeze(-1), out=y))
     shift = log_z_p - log_z_q
-    values = _dot(q, gap) + shift
+    values = _dot(q, gap, y) + shift
     slope = gap.add_((shift - values).unsqueeze(-1)).mul_(q) if gradient else None
-    return Twin(values, slope, rate)
+    return Twin(values, slope, _acceptance(p.sub_(q), p) if acceptance else None)
 
 
-def _generalized_jsd(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool, *, beta: float = 0.5) -> Twin:
+def _generalized_jsd(
+    z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool, memory: Reused, *, beta: float = 0.5
+) -> Twin:
     check_unit_interval("beta", beta)
     if beta == 0:
-        return _forward_kl(z, y, gradient, acceptance)
+        return _forward_kl(z, y, gradient, acceptance, memory)
     if beta == 1:
-        return _reverse_kl(z, y, gradient, acceptance)
-    q, log_z_q = _softmax(z)
-    p, log_z_p = _softmax(y)
+        return _reverse_kl(z, y, gradient, acceptance, memory)
+    q, log_z_q = softmax(z, memory.take("q", z))
+    p, log_z_p = softmax(y, memory.take("p", y))
     log_q = z.sub_(log_z_q.unsqueeze(-1))
     log_p = y.sub_(log_z_p.unsqueeze(-1)).clamp_(min=LOG_FLOOR)
-    shares = torch.tensor([beta, 1 - beta], dtype=torch.float64).log().tolist()
-    log_m = torch.logaddexp(log_p + shares[0], log_q + shares[1])
+    # Where both p and q are 0 in this format, m is 0 as well, and nothing that is multiplied by it counts.
+    smallest = torch.finfo(q.dtype).tiny
+    log_m = torch.lerp(q, p, beta, out=memory.take("m", z)).clamp_(min=smallest).log_()
     gap = log_q.sub_(log_m)
-    kl_draft = _dot(q, gap)
-    values = beta * _dot(p, log_p.sub_(log_m)) + (1 - beta) * kl_draft
+    kl_target = _dot(p, log_p.sub_(log_m), y)
+    kl_draft = _dot(q, gap, y)
+    values = beta * kl_target + (1 - beta) * kl_draft
     slope = gap.sub_(kl_draft.unsqueeze(-1)).mul_(q).mul_(1 - beta) if gradient else None
-    return Twin(values, slope, _acceptance(p.sub_(q)) if acceptance else None)
+    return Twin(values, slope, _acceptance(p.sub_(q), p) if acceptance else None)
 
 
-def _total_variation(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool) -> Twin:
-    q = z.softmax(dim=-1)
-    difference = q - y.softmax(dim=-1)
-    values = 0.5 * _norm(difference)
-    return Twin(values, _tv_gradient(q, difference) if gradient else None, _rate(values) if acceptance else None)
+def _total_variation(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool, memory: Reused) -> Twin:
+    q = _probs(z, memory.take("q", z))
+    difference = torch.sub(q, _probs(y, z), out=y)
+    values = 0.5 * _norm(difference, z)
+    return Twin(values, _tv_gradient(q, difference, z) if gradient else None, _rate(values) if acceptance else None)
 
 
-def _negative_log_acceptance(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool) -> Twin:
-    q, p = z.softmax(dim=-1), y.softmax(dim=-1)
-    shared = torch.minimum(p, q).sum(dim=-1)
+def _negative_log_acceptance(
+    z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool, memory: Reused
+) -> Twin:
+    q, p = _probs(z, memory.take("q", z)), _probs(y, memory.take("p", y))
+    difference = memory.take("m", z)
+    shared = torch.minimum(p, q, out=difference).sum(dim=-1)
     values = -shared.log()
-    difference = q.sub(p)
-    rate = _acceptance(difference) if acceptance else None
-    slope = _tv_gradient(q, difference).div_(shared.unsqueeze(-1)) if gradient else None
+    torch.sub(q, p, out=difference)
+    rate = _acceptance(difference, p) if acceptance else None
     tiny = ~(shared > _SMALLEST_ACCEPTANCE)
+    exact = None
     if tiny.any():
         values[tiny], exact = by_autograd(lambda row: negative_log_acceptance(row, y[tiny]), z[tiny], gradient)
-        if slope is not None and exact is not None:
-            slope[tiny] = exact
+    slope = _tv_gradient(q, difference, z).div_(shared.unsqueeze(-1)) if gradient else None
+    if slope is not None and exact is not None:
+        slope[tiny] = exact
     return Twin(values, slope, rate)
 
 
-def _lk_hybrid(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool, *, eta: float = 3.0) -> Twin:
+def _lk_hybrid(
+    z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool, memory: Reused, *, eta: float = 3.0
+) -> Twin:
     check_eta(eta)
-    q = z.softmax(dim=-1)
-    kl, difference, _ = _forward_kl(z, y, True, False)
-    assert difference is not None
-    distance = 0.5 * _norm(difference)
+    kl, p, q = _kl_and_probs(z, y, memory.take("p", z), memory.take("q", z))
+    difference = torch.sub(q, p, out=p)
+    distance = 0.5 * _norm(difference, y)
     kl_share = (-eta * (1 - distance)).exp()
     slope = None
     if gradient:
-        toward_tv = _tv_gradient(q, difference.clone()).mul_((1 - kl_share).unsqueeze(-1))
-        slope = difference.mul_(kl_share.unsqueeze(-1)).add_(toward_tv)
+        torch.mul(difference, kl_share.unsqueeze(-1), out=y)
+        slope = _tv_gradient(q, difference, z).mul_((1 - kl_share).unsqueeze(-1)).add_(y)
     return Twin(kl_share * kl + (1 - kl_share) * distance, slope, _rate(distance) if acceptance else None)
 
 
@@ -205,6 +231,7 @@ def _tvd_plus_plus(
     y: torch.Tensor,
     gradient: bool,
     acceptance: bool,
+    memory: Reused,
     *,
     estimator: str = "sampled",
     statistics: str = "batch",
@@ -213,11 +240,12 @@ def _tvd_plus_plus(
     rewards: Rewards | None = None,
 ) -> Twin:
     check_tvd_options(estimator, statistics, tokens, eps)
-    q, p = z.softmax(dim=-1), y.softmax(dim=-1)
-    reward = (p > q).to(q.dtype)
-    rate = _acceptance(p.sub_(q)) if acceptance else None
+    q, log_z_q = softmax(z, memory.take("q", z))
+    p = _probs(y, memory.take("p", y))
+    reward = torch.gt(p, q, out=memory.take("m", z))
+    rate = _acceptance(p.sub_(q), p) if acceptance else None
     if statistics == "token":
-        mean, std = reward_moments(_dot(q, reward).unsqueeze(-1), 1, eps)
+        mean, std = reward_moments(_dot(q, reward, p).unsqueeze(-1), 1, eps)
         drawn = sample_tokens(q) if tokens is None and estimator == "sampled" else tokens
     else:
         if rewards is None:
@@ -229,7 +257,7 @@ def _tvd_plus_plus(
         return Twin(values, weighted.add_(q.mul_(values.unsqueeze(-1))).neg_() if gradient else None, rate)
     picked = drawn.unsqueeze(-1)
     advantage = (reward.gather(-1, picked) - mean) / std
-    log_q = z.gather(-1, picked).squeeze(-1) - z.logsumexp(dim=-1)
+    log_q = z.gather(-1, picked).squeeze(-1) - log_z_q
     slope = q.mul_(advantage).scatter_add_(-1, picked, -advantage) if gradient else None
     return Twin(-advantage.squeeze(-1) * log_q, slope, rate)
 
@@ -251,7 +279,7 @@ def collect_rewards(
     q = draft_logits.softmax(dim=-1)
     reward = (target_logits.softmax(dim=-1) > q).to(q.dtype)
     if estimator == "full":
-        return _dot(q, reward), None
+        return _dot(q, reward, reward), None
     drawn = sample_tokens(q) if tokens is None else tokens
     return reward.gather(-1, drawn.unsqueeze(-1)).squeeze(-1), drawn
 
@@ -275,35 +303,40 @@ _TWINS: dict[str, Callable[..., Twin]] = {
 }
 
 
-def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the probabilities and the log-normaliser, with a single exponential per element."""
-    probs = logits.softmax(dim=-1)
+def softmax(logits: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the probabilities `[n, V]`, in `out`, and the log-normaliser `[n]`: one exponential per element."""
+    probs = _probs(logits, out)
     # The largest probability is at least 1/V, so its logarithm is exact to the last digits.
     return probs, logits.amax(dim=-1) - probs.amax(dim=-1).log()
 
 
-def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the row-wise inner product `[n]` without holding the product."""
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).reshape(-1)
+def _probs(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(logits, dim=-1, out=out)
 
 
-def _norm(difference: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(difference, ord=1, dim=-1)
+def _dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Return the row-wise inner product `[n]`; `out`, which may be one of the two, takes the products."""
+    return torch.mul(a, b, out=out).sum(dim=-1)
 
 
-def _acceptance(difference: torch.Tensor) -> torch.Tensor:
-    return _rate(0.5 * _norm(difference))
+def _norm(difference: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Return Σ |difference| `[n]`; `out`, which may be the same, is overwritten."""
+    return torch.abs(difference, out=out).sum(dim=-1)
+
+
+def _acceptance(difference: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return _rate(0.5 * _norm(difference, out))
 
 
 def _rate(distance: torch.Tensor) -> torch.Tensor:
     return (1 - distance).clamp(min=0.0)
 
 
-def _tv_gradient(q: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
-    """Return q (Σ q w − w) with w = 1 where q < p, ½ where equal, else 0; both arguments are overwritten.
+def _tv_gradient(q: torch.Tensor, difference: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Return q (Σ q w − w) in `out`, with w = 1 where q < p, ½ where equal, else 0; overwrites `difference`.
 
     With signs instead of w it reads ½ q (s − Σ q s), which loses all digits where q sits on one token: that is where
     −log α divides it by an α near 0.
     """
     kept = difference.sign_().sub_(1).mul_(-0.5).mul_(q)
-    return q.mul_(kept.sum(dim=-1, keepdim=True)).sub_(kept)
+    return torch.mul(q, kept.sum(dim=-1, keepdim=True), out=out).sub_(kept)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_draftkd.losses.chunked import Reused, Unprojected, blocks_within, chunk_rows, chunked_loss, logits_of, prepared
+from hf_draftkd.losses.chunked import Unprojected, blocks_within, chunk_rows, chunked_loss, logits_of, prepared
 from hf_draftkd.losses.divergences import check_divergence, check_unit_interval
 from hf_draftkd.losses.gradients import (
     Divergence,
@@ -21,6 +21,7 @@ from hf_draftkd.losses.gradients import (
     finish_rewards,
     value_and_gradient,
 )
+from hf_draftkd.losses.memory import Reused
 from hf_draftkd.losses.sparse import (
     SampledTarget,
     SparseTarget,
@@ -139,7 +140,7 @@ def distillation_loss(
         for block in blocks_within(logits):
             here = slice(rows.start + block.start, rows.start + block.stop)
             twin = one_block(here, logits[block], None if against is None else against[block], gradient)
-            if twin.gradient is not None:
+            if twin.gradient is not None and twin.gradient.data_ptr() != logits[block].data_ptr():
                 # The block's logits have served: their place takes the gradient.
                 logits[block].copy_(twin.gradient)
             done.append(twin)
@@ -150,7 +151,7 @@ def distillation_loss(
     def one_block(rows: slice, logits: torch.Tensor, against: torch.Tensor | None, gradient: bool) -> Twin:
         on_text = None
         if signal is None or cross_entropy_weight > 0:
-            on_text = cross_entropy(logits, tokens[rows], gradient)
+            on_text = cross_entropy(logits, tokens[rows], gradient, memory)
             if signal is None:
                 return on_text
         if temperature != 1:
@@ -162,12 +163,24 @@ def distillation_loss(
             extra["tokens"] = drawn[rows]
         if isinstance(signal, SparseTarget | SampledTarget):
             distance = sparse_value_and_gradient(
-                divergence, logits, signal[rows], options=extra, gradient=gradient, acceptance=with_acceptance
+                divergence,
+                logits,
+                signal[rows],
+                options=extra,
+                gradient=gradient,
+                acceptance=with_acceptance,
+                memory=memory,
             )
         else:
             assert against is not None
             distance = value_and_gradient(
-                divergence, logits, against, options=extra, gradient=gradient, acceptance=with_acceptance
+                divergence,
+                logits,
+                against,
+                options=extra,
+                gradient=gradient,
+                acceptance=with_acceptance,
+                memory=memory,
             )
         if temperature != 1 and distance.gradient is not None:
             distance.gradient.div_(temperature)

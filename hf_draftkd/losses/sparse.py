@@ -19,7 +19,8 @@ import torch
 from hf_draftkd.acceptance import token_acceptance_rate
 from hf_draftkd.acceptance._checks import at_least_float32
 from hf_draftkd.losses.divergences import get_divergence
-from hf_draftkd.losses.gradients import Divergence, Twin, value_and_gradient
+from hf_draftkd.losses.gradients import Divergence, Twin, softmax, value_and_gradient
+from hf_draftkd.losses.memory import Reused
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ def sparse_value_and_gradient(
     *,
     gradient: bool = True,
     acceptance: bool = False,
+    memory: Reused | None = None,
     **kwargs: Any,
 ) -> Twin:
     """Return a divergence from a sparse target and its gradient, for one chunk: the fast twin of `sparse_divergence`.
@@ -219,50 +221,52 @@ def sparse_value_and_gradient(
         target: What was kept of the target at these positions.
         gradient: Whether the gradient is wanted.
         acceptance: Whether the acceptance rate is wanted; it is an upper bound, and None for draws.
+        memory: For intermediate results, to be used again by the next chunk.
         **kwargs: `options`, as in `gradients.value_and_gradient`.
 
     Returns:
-        Values, gradient and acceptance rate.
+        Values, gradient and acceptance rate. The gradient may lie in `draft_logits` or in `memory`.
     """
+    memory = memory or Reused()
     if isinstance(target, SampledTarget):
         check_sampled(divergence)
-        log_z = draft_logits.logsumexp(dim=-1, keepdim=True)
-        values = _expected_gap(target, draft_logits.gather(-1, target.token_ids) - log_z)
+        q, log_z = softmax(draft_logits, memory.take("q", draft_logits))
+        values = _expected_gap(target, draft_logits.gather(-1, target.token_ids) - log_z.unsqueeze(-1))
         if not gradient:
             return Twin(values, None, None)
-        slope = draft_logits.sub_(log_z).exp_()
-        return Twin(values, slope.scatter_add_(-1, target.token_ids, -_frequencies(target, slope.dtype)), None)
-    buckets, carry_back = merge_for_gradient(draft_logits, target.token_ids)
+        return Twin(values, q.scatter_add_(-1, target.token_ids, -_frequencies(target, q.dtype)), None)
+    buckets, carry_back = merge_for_gradient(draft_logits, target.token_ids, memory)
     kept = target_buckets(target, draft_logits.shape[-1]).to(buckets.dtype)
-    twin = value_and_gradient(divergence, buckets, kept, gradient=gradient, acceptance=acceptance, **kwargs)
+    twin = value_and_gradient(
+        divergence, buckets, kept, gradient=gradient, acceptance=acceptance, memory=memory, **kwargs
+    )
     return twin._replace(gradient=None if twin.gradient is None else carry_back(twin.gradient))
 
 
 def merge_for_gradient(
-    draft_logits: torch.Tensor, token_ids: torch.Tensor
+    draft_logits: torch.Tensor, token_ids: torch.Tensor, memory: Reused | None = None
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
     """Merge all tokens but the kept ones into one logit, and say how to carry a gradient back.
 
     Args:
         draft_logits: `[n, V]`; overwritten.
         token_ids: Kept tokens `[n, k]`.
+        memory: For the other tokens' share, which is needed until the gradient is carried back.
 
     Returns:
         Bucket logits `[n, k + 1]` (`[n, V]` where k = V), and a function from a gradient in them to one in the draft
-        logits.
+        logits, which takes their place.
     """
     kept = draft_logits.gather(-1, token_ids)
     if token_ids.shape[-1] == draft_logits.shape[-1]:
-        return kept, lambda slope: torch.empty_like(draft_logits).scatter_(-1, token_ids, slope)
+        return kept, lambda slope: draft_logits.scatter_(-1, token_ids, slope)
     rest = draft_logits.scatter_(-1, token_ids, -torch.inf)
-    share = rest.softmax(dim=-1)
-    # log Σ exp over the rest, from its largest member and that one's share of it.
-    tail = rest.amax(dim=-1, keepdim=True) - share.amax(dim=-1, keepdim=True).log()
+    share, tail = softmax(rest, (memory or Reused()).take("share", rest))
 
     def carry_back(slope: torch.Tensor) -> torch.Tensor:
-        return share.mul_(slope[..., -1:]).scatter_(-1, token_ids, slope[..., :-1])
+        return torch.mul(share, slope[..., -1:], out=rest).scatter_(-1, token_ids, slope[..., :-1])
 
-    return torch.cat([kept, tail], dim=-1), carry_back
+    return torch.cat([kept, tail.unsqueeze(-1)], dim=-1), carry_back
 
 
 def target_buckets(target: SparseTarget, vocab_size: int) -> torch.Tensor:
