@@ -1,0 +1,388 @@
+"""`OnlineDraftDistiller`: a draft that learns from the requests it helps to serve.
+
+Traffic drifts, and a draft made for last month's questions is accepted less often. The target writes the data to mend
+that with every answer. Here each served request leaves its text and the target's distributions in a bounded buffer, and
+between requests the draft learns from them. Whatever it learns, the served text stays the target's own: a draft decides
+how fast an answer comes, never what it says.
+
+The idea is Online Speculative Decoding's (https://arxiv.org/abs/2310.07177).
+"""
+
+import copy
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_draftkd.acceptance import AcceptanceCounts
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.provenance import weights_fingerprint
+from hf_draftkd.models.checkpoints import check_config
+from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, shared_vocab_size
+from hf_draftkd.training.online_config import OnlineDistillConfig
+from hf_draftkd.training.online_learning import Learner, acceptance_of
+from hf_draftkd.training.online_state import has_state, load_state, save_state
+from hf_draftkd.training.replay import ReplayBuffer
+from hf_draftkd.training.serving import Served, ServedRequest, prompt_of, served_setting, serving
+
+logger = logging.getLogger(__name__)
+
+
+class OnlineDraftDistiller:
+    """Serves a target with a draft, and teaches the draft between requests.
+
+    Example:
+    ```python
+    from hf_draftkd import OnlineDistillConfig, OnlineDraftDistiller
+
+    distiller = OnlineDraftDistiller(draft, target, tokenizer, args=OnlineDistillConfig(output_dir="online"))
+    distiller.resume()  # goes on where the last process stopped, if there was one
+    for inputs in requests:
+        output = distiller.generate(**inputs, max_new_tokens=256)  # what target.generate returns
+    print(distiller.history[-1]["draft_acceptance_rate"])
+    distiller.draft_model.save_pretrained("draft")
+    ```
+
+    One request is served at a time, as assisted decoding demands, and no thread is started: an update happens inside
+    `generate` after every `args.update_every` requests, or, with `args.auto_update=False`, when you call `step()`.
+
+    An update is measured before it is kept: exact acceptance of the draft before and after it on requests that were
+    never learnt from, each under the setting it was decoded with. If it fell, weights and optimiser are put back.
+
+    The draft is trained in place and is in evaluation mode except inside an update. A bfloat16 draft learns in float32
+    copies of its weights, in which small updates are not lost. The target is never written to.
+
+    Args:
+        draft_model (`PreTrainedModel` or `PeftModel`):
+            The draft; its trainable parameters learn. A vocabulary padded differently is aligned in place.
+        target_model (`PreTrainedModel`):
+            The target, in evaluation mode.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            The one both share. Without it, rows that both models pad count as tokens.
+        args ([`OnlineDistillConfig`], *optional*):
+            Configuration.
+        on_log (`Callable[[dict], None]`, *optional*):
+            Receives every entry of `history` as it arises, e.g. `wandb.log`.
+
+    Attributes:
+        history: One dictionary for each `step` that had something to learn from, oldest first: `num_requests` served
+            so far; `draft_acceptance_rate` and `mean_acceptance_length` counted while serving since the step before;
+            `num_tokens` learnt from and their mean `loss`; `held_out_acceptance_rate_before` and
+            `held_out_acceptance_rate`, exact, absent while nothing is held out; `kept`, whether the new weights
+            stayed; `seconds`.
+        counts: Drafted and accepted tokens of all requests since this object was made or its state was saved.
+        num_requests: Requests served.
+        num_updates: Updates that were kept.
+
+    Raises:
+        ValueError: The pair does not fit, nothing of the draft can be trained, or the target is in training mode.
+    """
+
+    def __init__(
+        self,
+        draft_model: Any,
+        target_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        args: OnlineDistillConfig | None = None,
+        on_log: Callable[[dict[str, Any]], Any] | None = None,
+    ) -> None:
+        self.args = args or OnlineDistillConfig()
+        _check_pair(draft_model, target_model, tokenizer)
+        align_vocabulary(unwrapped(draft_model), unwrapped(target_model), tokenizer)
+        self.draft_model, self.target_model = draft_model, target_model
+        self.history: deque[dict[str, Any]] = deque(maxlen=self.args.max_history)
+        self.counts = AcceptanceCounts()
+        self.num_requests = self.num_updates = 0
+
+        self._on_log = on_log
+        self._vocab_size = shared_vocab_size(unwrapped(draft_model), unwrapped(target_model), tokenizer)
+        self._top_k = min(self.args.top_k, self._vocab_size)
+        self._learner = Learner(draft_model, self._vocab_size, self.args)
+        self._buffer = ReplayBuffer(
+            self.args.buffer_size, self.args.holdout_size, self.args.holdout_share, self.args.seed
+        )
+        self._generator = torch.Generator().manual_seed(self.args.seed)
+        self._window = AcceptanceCounts()
+        self._requests_at_step = 0
+        self._saved_updates: int | None = None
+        self._owns_output_dir = self.args.output_dir is None
+
+    # Serving ---------------------------------------------------------------------------------------------------------
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """`target_model.generate(inputs, generation_config, assistant_model=draft_model, **kwargs)`, remembered.
+
+        Args:
+            inputs: As `generate` takes them; or `input_ids` among the keyword arguments. One request, [1, L].
+            generation_config: As in `generate`.
+            **kwargs: As in `generate`: `attention_mask`, `max_new_tokens`, `streamer`, ...
+
+        Returns:
+            What `target_model.generate` returned.
+
+        Raises:
+            ValueError: More than one request, no token ids, or another `assistant_model` was given; the output
+                directory holds a state that `resume` was not called for; or this is inside `count_acceptance`, whose
+                figures are `counts`.
+        """
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        _check_request(ids, kwargs)
+        self._claim_output_dir()
+        setting = served_setting(self.target_model, generation_config, kwargs)
+        kept: dict[str, Any] = {"top_k": self._top_k, "temperature": self.args.temperature}
+        with serving(self.target_model, vocab_size=self._vocab_size, **kept) as served:
+            output = self.target_model.generate(
+                inputs, generation_config=generation_config, assistant_model=self.draft_model, **kwargs
+            )
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        assert ids is not None
+        self._remember(prompt_of(ids, kwargs.get("attention_mask")), sequences[0, ids.shape[1] :], served, setting)
+        if self.args.auto_update and self.update_due:
+            self.step()
+        if self.args.output_dir is not None and self.num_requests % self.args.save_every == 0:
+            self.save()
+        return output
+
+    @property
+    def update_due(self) -> bool:
+        """Whether `args.update_every` requests were served since the last `step`."""
+        return self.num_requests - self._requests_at_step >= self.args.update_every
+
+    def _remember(self, prompt: Tensor, completion: Tensor, served: Served, setting: DecodingSetting | None) -> None:
+        assert served.counts.num_tokens == len(completion), "every token was written by an observed call"
+        self.num_requests += 1
+        self.counts += served.counts
+        self._window += served.counts
+        kept = completion[: max(0, self.args.max_length - len(prompt))].cpu()
+        # A target may write an id that it pads its vocabulary with; nothing can be learnt from there on.
+        unknown = (torch.cat([prompt, kept]) >= self._vocab_size).nonzero()
+        if len(unknown):
+            kept = kept[: max(0, int(unknown[0]) - len(prompt))]
+        if len(prompt) and len(kept):
+            self._buffer.add(ServedRequest(prompt, kept, served.target(len(kept)), setting))
+
+    # Learning --------------------------------------------------------------------------------------------------------
+
+    def step(self) -> dict[str, Any] | None:
+        """Learn from what was served since the last step, and keep that only if held-out acceptance did not fall.
+
+        Returns:
+            The new entry of `history`; None if no request to learn from has arrived.
+
+        Raises:
+            Exception: Whatever went wrong (out of memory, say), after the draft was put back as it was. A loss or
+                gradient that is not finite raises nothing: the update is discarded and logged, and serving goes on.
+        """
+        self._requests_at_step = self.num_requests
+        if not self._buffer.num_new:
+            return None
+        started = time.perf_counter()
+        entry: dict[str, Any] = {"num_requests": self.num_requests, **_rates(self._window)}
+        self._window = AcceptanceCounts()
+        with self._own_random_state(), self._learner.undoable() as undo:
+            try:
+                entry |= self._learn()
+            except FloatingPointError as error:
+                logger.warning("An update was discarded: %s", error)
+                entry["kept"] = False
+            if not entry["kept"]:
+                undo()
+        self._buffer.num_new = 0
+        self.num_updates += entry["kept"]
+        entry["seconds"] = time.perf_counter() - started
+        self.history.append(entry)
+        logger.info("Online update: %s", entry)
+        if self._on_log is not None:
+            self._on_log(dict(entry))
+        return entry
+
+    def _learn(self) -> dict[str, Any]:
+        args, held_out = self.args, self._buffer.held_out
+        before = copy.deepcopy(self.draft_model) if held_out else None
+        batches = self._buffer.batches(args.batch_size, args.num_epochs, args.replay_ratio, self._generator)
+        figures: dict[str, Any] = self._learner.learn(batches)
+        if not held_out:
+            return figures | {"kept": True}
+        rates = acceptance_of(
+            [before, self.draft_model],
+            self.target_model,
+            held_out,
+            vocab_size=self._vocab_size,
+            batch_size=args.batch_size,
+        )
+        figures["held_out_acceptance_rate_before"], figures["held_out_acceptance_rate"] = rates
+        return figures | {"kept": rates[1] >= rates[0]}
+
+    @contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        """Dropout and sampled losses draw from a state of their own: what is served next must not depend on them."""
+        accelerators = {model.device for model in (self.draft_model, self.target_model) if model.device.type != "cpu"}
+        kind = {"device_type": next(iter(accelerators)).type} if accelerators else {}
+        with torch.random.fork_rng(devices=accelerators, **kind):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=self._generator)))
+            yield
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | None = None) -> None:
+        """Write weights, optimiser, buffer, counters and history, whole or not at all.
+
+        `generate` does it by itself every `args.save_every` requests where `args.output_dir` is set. For a draft that
+        others can load, call `draft_model.save_pretrained`.
+
+        Args:
+            directory: By default `args.output_dir`.
+
+        Raises:
+            ValueError: Neither is given, or `args.output_dir` holds the state of an earlier run.
+        """
+        directory = self._named(directory)
+        is_own = self._is_own(directory)
+        if is_own:
+            self._claim_output_dir()
+        tensors, settings = self._buffer.pack()
+        facts = {
+            "target": self._target_fingerprint,
+            "vocab_size": self._vocab_size,
+            "top_k": self._top_k,
+            "temperature": self.args.temperature,
+            "settings": settings,
+            "num_training": len(self._buffer.training),
+            "num_new": self._buffer.num_new,
+            "num_requests": self.num_requests,
+            "num_updates": self.num_updates,
+            "requests_at_step": self._requests_at_step,
+            "history": list(self.history),
+            "counts": vars(self.counts),
+            "window": vars(self._window),
+        }
+        tensors["generator"] = self._generator.get_state()
+        # The draft only changes with an update that is kept.
+        draft = None if is_own and self._saved_updates == self.num_updates else self._learner.state()
+        save_state(directory, draft, tensors, facts, self.num_updates)
+        if is_own:
+            self._saved_updates = self.num_updates
+
+    def resume(self, directory: str | None = None) -> bool:
+        """Go on from a saved state: weights, optimiser, buffer, counters, history and random state.
+
+        Args:
+            directory: By default `args.output_dir`.
+
+        Returns:
+            False if nothing was ever saved there; the distiller is then as it was.
+
+        Raises:
+            ValueError: The state cannot be read, or belongs to another draft, target, `top_k` or `temperature`.
+        """
+        directory = self._named(directory)
+        if not has_state(directory):
+            return False
+        draft, requests, facts = load_state(directory)
+        self._check_state(directory, facts)
+        try:
+            self._learner.load(draft)
+        except ValueError as error:
+            raise ValueError(
+                f"The state in {directory!r} belongs to another draft: {error} Make the distiller with the draft it "
+                "was saved with."
+            ) from error
+        self._generator.set_state(requests.pop("generator"))
+        self._buffer.unpack(requests, facts["settings"], facts["num_training"], facts["num_new"])
+        self.num_requests, self.num_updates = facts["num_requests"], facts["num_updates"]
+        self._requests_at_step = facts["requests_at_step"]
+        self.history = deque(facts["history"], maxlen=self.args.max_history)
+        self.counts, self._window = AcceptanceCounts(**facts["counts"]), AcceptanceCounts(**facts["window"])
+        if self._is_own(directory):
+            self._owns_output_dir, self._saved_updates = True, self.num_updates
+        return True
+
+    def _named(self, directory: str | None) -> str:
+        directory = directory if directory is not None else self.args.output_dir
+        if directory is None:
+            raise ValueError("Where the state lies was not said: give a directory, or set `args.output_dir`.")
+        return directory
+
+    def _is_own(self, directory: str) -> bool:
+        own = self.args.output_dir
+        return own is not None and os.path.abspath(own) == os.path.abspath(directory)
+
+    @cached_property
+    def _target_fingerprint(self) -> str:
+        return weights_fingerprint(unwrapped(self.target_model))
+
+    def _claim_output_dir(self) -> None:
+        """Refuse to overwrite what an earlier process has learnt."""
+        if not self._owns_output_dir:
+            assert self.args.output_dir is not None
+            if has_state(self.args.output_dir):
+                raise ValueError(
+                    f"`output_dir={self.args.output_dir!r}` holds the state of an earlier run, which would be "
+                    "overwritten. Call `resume()` before serving to go on from it, or name another directory."
+                )
+            self._owns_output_dir = True
+
+    def _check_state(self, directory: str, facts: dict[str, Any]) -> None:
+        for name, here, remedy in (
+            ("target", self._target_fingerprint, "Serve the target it was saved with"),
+            ("vocab_size", self._vocab_size, "Give the same tokenizer"),
+            ("top_k", self._top_k, "Set it as it was"),
+            ("temperature", self.args.temperature, "Set it as it was"),
+        ):
+            if facts[name] != here:
+                raise ValueError(
+                    f"The state in {directory!r} was saved with {name}={facts[name]!r}, and here it is {here!r}; the "
+                    f"distributions in its buffer are of no use then. {remedy}, or name another `output_dir`."
+                )
+
+
+def _check_pair(draft: Any, target: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    for model in (draft, target):
+        check_config(model.config, model.name_or_path or type(model).__name__)
+    if tokenizer is not None:
+        for model in (draft, target):
+            check_own_tokenizer(unwrapped(model), tokenizer)
+    theirs = {id(parameter) for parameter in target.parameters()}
+    shared = next((name for name, parameter in draft.named_parameters() if id(parameter) in theirs), None)
+    if shared is not None:
+        raise ValueError(
+            f"Draft and target share weights ({shared}): teaching the draft would change the target. Load it twice."
+        )
+    if target.training:
+        raise ValueError("The target is in training mode, in which dropout changes what it says: `target.eval()`.")
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise ValueError(
+            "Online distillation runs in one process: each of several would teach a draft of its own. Serve replicas "
+            "with plain `generate`, and teach in one of them."
+        )
+
+
+def _check_request(ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+    if "assistant_model" in kwargs:
+        raise ValueError("`assistant_model` is the distiller's own draft: leave it out.")
+    if ids is None or kwargs.get("inputs_embeds") is not None:
+        raise ValueError("A request is learnt from by its token ids: give `input_ids`, and no `inputs_embeds`.")
+    if ids.ndim != 2 or ids.shape[0] != 1:
+        raise ValueError(
+            f"Assisted decoding serves one request at a time, `input_ids` [1, L], got shape {tuple(ids.shape)}. Call "
+            "`generate` for each of them."
+        )
+
+
+def _rates(counts: AcceptanceCounts) -> dict[str, float]:
+    figures = counts.to_dict()
+    return {name: figures[name] for name in ("draft_acceptance_rate", "mean_acceptance_length") if name in figures}

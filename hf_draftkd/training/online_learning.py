@@ -1,0 +1,237 @@
+"""How an online draft learns and how an update is judged: gradient steps on served requests, and a way back."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.evaluation.teacher_forced import Text, score_texts
+from hf_draftkd.losses import DistillationLoss, SparseTarget, Unprojected, distillation_loss
+from hf_draftkd.losses.objective import IGNORED
+from hf_draftkd.models.forward import head_arithmetic, logits_at, loss_at, predicting_positions
+from hf_draftkd.training.online_config import OnlineDistillConfig
+from hf_draftkd.training.serving import ServedRequest
+
+# How a held-out text is judged whose own decoding cannot be written as a setting (`min_p`, processors of one's own).
+_UNFILTERED = DecodingSetting(temperature=1.0)
+
+
+class Learner:
+    """A draft, the weights that the optimiser sees, and the optimiser.
+
+    For a float32 draft these weights are its own. A bfloat16 draft learns in float32 copies, and is brought to what
+    they say after each gradient step: small updates are lost in bfloat16.
+
+    Args:
+        draft_model: The draft, with an adapter or without. In evaluation mode except inside `learn`.
+        vocab_size: Tokens that it shares with its target.
+        args: The configuration.
+
+    Raises:
+        ValueError: Nothing can be trained, or weights are float16.
+    """
+
+    def __init__(self, draft_model: Any, vocab_size: int, args: OnlineDistillConfig) -> None:
+        self._draft, self._vocab_size, self._args = draft_model.eval(), vocab_size, args
+        self._trained = _trainable(draft_model)
+        self._weights = {name: _in_float32(weight) for name, weight in self._trained.items()}
+        self._optimizer = torch.optim.AdamW(
+            self._weights.values(), lr=args.learning_rate, weight_decay=args.weight_decay
+        )
+        self._arithmetic = head_arithmetic(draft_model)
+
+    def learn(self, batches: Sequence[Sequence[ServedRequest]]) -> dict[str, float]:
+        """One gradient step a batch.
+
+        Returns:
+            `num_tokens` learnt from, and their mean `loss`.
+
+        Raises:
+            FloatingPointError: A loss or a gradient is not finite. Steps before it have been taken.
+        """
+        total, num_tokens = 0.0, 0
+        self._draft.train()
+        try:
+            for batch in batches:
+                result = self.loss(batch)
+                result.loss.backward()
+                self._step(float(result.loss.detach()), len(batch))
+                total += float(result.token_losses.double().sum())
+                num_tokens += result.num_tokens
+        finally:
+            # Nothing of an update may reach serving: neither dropout nor the memory of gradients.
+            self._draft.eval()
+            self._draft.zero_grad()
+            self._optimizer.zero_grad()
+        return {"num_tokens": num_tokens, "loss": total / num_tokens}
+
+    def _step(self, loss: float, num_requests: int) -> None:
+        for name, parameter in self._trained.items():
+            if parameter is not self._weights[name] and parameter.grad is not None:
+                self._weights[name].grad, parameter.grad = parameter.grad.float(), None
+        norm = float(nn.utils.clip_grad_norm_(self._weights.values(), self._args.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(f"loss {loss} and gradient norm {norm} on a batch of {num_requests} requests.")
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._write_weights()
+
+    def loss(self, requests: Sequence[ServedRequest]) -> DistillationLoss:
+        """The objective on a batch of requests: a mean over their completion tokens."""
+        device = self._draft.device
+        texts = [torch.cat([request.prompt_ids, request.completion_ids]) for request in requests]
+        ids, labels = (
+            pad_sequence(texts, batch_first=True),
+            pad_sequence(texts, batch_first=True, padding_value=IGNORED),
+        )
+        mask = (labels != IGNORED).long()
+        for row, request in enumerate(requests):
+            labels[row, : len(request.prompt_ids)] = IGNORED
+        keep = predicting_positions(labels)
+        tokens = labels[:, 1:][keep[:, :-1]].to(device)
+        inputs, keep = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, keep.to(device)
+        # Row by row in the order of the requests, as kept positions come: a completion token each, prompts have none.
+        compare = partial(self._compare, target=self._target(requests), tokens=tokens)
+        if self._arithmetic is None:
+            return compare(logits_at(self._draft, inputs, keep)[:, : self._vocab_size])
+        return loss_at(self._draft, inputs, keep, self._arithmetic, self._vocab_size, compare)
+
+    def _target(self, requests: Sequence[ServedRequest]) -> SparseTarget | None:
+        if not self._args.needs_target:
+            return None
+        token_ids, logprobs, tail = (
+            torch.cat([getattr(request.target, name) for request in requests]).to(self._draft.device)
+            for name in ("token_ids", "logprobs", "tail_logprob")
+        )
+        return SparseTarget(token_ids.long(), logprobs, tail)
+
+    def _compare(self, draft: Tensor | Unprojected, target: SparseTarget | None, tokens: Tensor) -> DistillationLoss:
+        if target is None:
+            return distillation_loss(draft, None, tokens, divergence="cross_entropy")
+        return distillation_loss(
+            draft,
+            target,
+            tokens,
+            divergence=self._args.divergence,
+            options=self._args.divergence_options,
+            temperature=self._args.temperature,
+            cross_entropy_weight=self._args.cross_entropy_weight,
+        )
+
+    @contextmanager
+    def undoable(self) -> Iterator[Callable[[], None]]:
+        """Gives a function that puts weights and optimiser back as they are now; an error calls it by itself."""
+        weights = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        optimizer = copy.deepcopy(self._optimizer.state_dict())
+
+        def undo() -> None:
+            self._optimizer.load_state_dict(optimizer)
+            with torch.no_grad():
+                for name, weight in self._weights.items():
+                    weight.copy_(weights[name])
+            self._write_weights()
+
+        try:
+            yield undo
+        except BaseException:
+            undo()
+            raise
+
+    @torch.no_grad()
+    def _write_weights(self) -> None:
+        for name, parameter in self._trained.items():
+            if parameter is not self._weights[name]:
+                parameter.copy_(self._weights[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights as they are trained, and the optimiser's moments, by name."""
+        names = list(self._weights)
+        moments = self._optimizer.state_dict()["state"]
+        return {f"weights.{name}": weight for name, weight in self._weights.items()} | {
+            f"{kind}.{names[index]}": value for index, kinds in moments.items() for kind, value in kinds.items()
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state` gave.
+
+        Raises:
+            ValueError: It is of another draft.
+        """
+        saved = {key.removeprefix("weights."): value for key, value in state.items() if key.startswith("weights.")}
+        shapes = [{name: tuple(value.shape) for name, value in of.items()} for of in (saved, self._weights)]
+        unlike = next(
+            (name for name in sorted(shapes[0] | shapes[1]) if shapes[0].get(name) != shapes[1].get(name)), None
+        )
+        if unlike is not None:
+            there, here = (of.get(unlike, "no place") for of in shapes)
+            raise ValueError(f"{unlike} has {there} in the saved draft and {here} in this one.")
+        moments: dict[int, dict[str, Tensor]] = {}
+        index_of = {name: index for index, name in enumerate(self._weights)}
+        for key, value in state.items():
+            kind, _, name = key.partition(".")
+            if kind != "weights":
+                moments.setdefault(index_of[name], {})[kind] = value
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                weight.copy_(saved[name])
+        self._write_weights()
+
+
+def acceptance_of(
+    drafts: Sequence[Any],
+    target_model: PreTrainedModel,
+    requests: Iterable[ServedRequest],
+    *,
+    vocab_size: int,
+    batch_size: int,
+) -> list[float]:
+    """Exact acceptance rate of each draft on served requests, each under its own setting: a ratio of sums.
+
+    Args:
+        drafts: Run beside one pass of the target.
+        target_model: The target that served the requests.
+        requests: At least one.
+        vocab_size: Tokens that the pair shares.
+        batch_size: Requests a forward pass.
+
+    Raises:
+        FloatingPointError: A model returned NaN or inf.
+    """
+    by_setting: dict[DecodingSetting, list[Text]] = {}
+    for request in requests:
+        text = Text(request.prompt_ids.tolist(), request.completion_ids.tolist())
+        by_setting.setdefault(request.setting or _UNFILTERED, []).append(text)
+    accepted, num_tokens = [0.0] * len(drafts), 0.0
+    for setting, texts in by_setting.items():
+        scored = score_texts(target_model, drafts, texts, setting, vocab_size=vocab_size, batch_size=batch_size)
+        by_draft = [next(iter(rules.values())) for rules in scored.drafts]
+        accepted = [total + float(sums.acceptance.sum()) for total, sums in zip(accepted, by_draft, strict=True)]
+        num_tokens += float(by_draft[0].num_tokens.sum())
+    return [total / num_tokens for total in accepted]
+
+
+def _trainable(draft: Any) -> dict[str, nn.Parameter]:
+    trainable = {name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}
+    if not trainable:
+        raise ValueError(
+            "No parameter of the draft can be trained. Load it with `load_draft`, or add an adapter if it is quantised."
+        )
+    half = next((name for name, parameter in trainable.items() if parameter.dtype == torch.float16), None)
+    if half is not None:
+        raise ValueError(f"The draft's {half} is float16, whose gradients underflow. Load it in bfloat16 or float32.")
+    return trainable
+
+
+def _in_float32(parameter: nn.Parameter) -> Tensor:
+    if parameter.dtype in (torch.float32, torch.float64):
+        return parameter
+    return parameter.detach().float().requires_grad_()
