@@ -1,4 +1,4 @@
-"""AdaSPEC (arXiv 2510.19779) on the demo pair, greedily decoded: distil a reference, then a draft from the tokens that it can learn.
+"""AdaSPEC (arXiv 2510.19779) on the demo pair: distil a reference, then a draft from the tokens that it can learn.
 
 python examples/adaspec.py [--max_steps 200] [--selected_share 0.4] [--prompts 512]
 

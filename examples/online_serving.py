@@ -141,7 +141,7 @@ def table(rows, figures):
         lines.append(f"| {row['requests']} | {row['domain']} | {row['frozen']:.2f} | {row['online']:.2f} | {update} |")
     lines += [
         "",
-        "| domain | frozen [95%] | online [95%] | difference [95%] | seconds frozen | seconds online, learning included |",
+        "| domain | frozen [95%] | online [95%] | difference [95%] | seconds frozen | online, learning included |",
         "|---|---|---|---|---|---|",
     ]
     for name, of in figures.items():

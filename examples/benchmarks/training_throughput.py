@@ -81,7 +81,8 @@ def report(sizes: Sizes, results: dict[str, list[dict[str, Any]]]) -> None:
         f"{sizes.prompt_tokens} + {sizes.completion_tokens} tokens\n"
     )
     fastest = ("fastest", "slowest")
-    print(f"| trainer | seconds a step ({fastest[0]} to {fastest[1]}) | completion tokens/s | peak MB over the models |")
+    spread = f"{fastest[0]} to {fastest[1]}"
+    print(f"| trainer | seconds a step ({spread}) | completion tokens/s | peak MB over the models |")
     print("|---|---|---|---|")
     for name, runs in results.items():
         all_seconds = [value for run in runs for value in run["seconds"]]
@@ -123,13 +124,12 @@ def main() -> None:
     for completion_tokens in options.completion_tokens:
         given = {name: chosen[name] for name in Sizes.__dataclass_fields__ if name != "completion_tokens"}
         sizes = Sizes(**given, completion_tokens=completion_tokens)
-        jobs = {
-            name: {"contender": name, "steps": options.steps, "sizes": vars(sizes)} for name in options.contenders
-        }
+        jobs = {name: {"contender": name, "steps": options.steps, "sizes": vars(sizes)} for name in options.contenders}
         results = rounds(__file__, jobs, options.rounds)
         threads = next(iter(results.values()))[0]["threads"]
         report(sizes, results)
-        print(f"\n{platform.machine()}, {threads} threads, medians over {options.rounds} rounds of {options.steps} steps")
+        medians = f"medians over {options.rounds} rounds of {options.steps} steps"
+        print(f"\n{platform.machine()}, {threads} threads, {medians}")
 
 
 if __name__ == "__main__":
