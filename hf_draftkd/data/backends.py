@@ -4,8 +4,7 @@ A backend is a function `(prompt_ids, setting, seed, on_finished) -> completions
 the same completions for the same first three arguments; continuous batching alone is excused from that.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import (
 from transformers.pipelines.pt_utils import KeyDataset
 
 from hf_draftkd.data.decoding import DecodingSetting, end_token_ids
+from hf_draftkd.models.modes import evaluating, seeded
 
 STOP, LENGTH = "stop", "length"
 
@@ -143,7 +143,7 @@ def pipeline_backend(
         order = sorted(range(len(prompt_ids)), key=lambda number: len(prompt_ids[number]))
         rows = Dataset.from_dict({"prompt_ids": [prompt_ids[number] for number in order]})
         completions = {}
-        with _seeded(seed, target_model), _evaluating(target_model):
+        with seeded(seed, target_model.device), evaluating(target_model):
             outputs = pipe(KeyDataset(rows, "prompt_ids"), generation_config=config, batch_size=batch_size)
             for number, records in zip(order, outputs, strict=True):
                 completions[number] = Completion(records[0]["completion_ids"], records[0]["finish_reason"])
@@ -177,7 +177,7 @@ def continuous_backend(
     def answer(
         prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, on_finished: Callable[[Completion], None]
     ) -> list[Completion]:
-        with _seeded(seed, target_model), _evaluating(target_model):
+        with seeded(seed, target_model.device), evaluating(target_model):
             outputs = target_model.generate_batch(
                 inputs=prompt_ids,
                 generation_config=setting.generation_config(target_model, max_new_tokens, **overrides),
@@ -205,22 +205,3 @@ def _padding_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
-
-
-@contextmanager
-def _seeded(seed: int, model: PreTrainedModel) -> Iterator[None]:
-    devices = [model.device] if model.device.type != "cpu" else []
-    with torch.random.fork_rng(devices=devices, device_type=model.device.type if devices else "cuda"):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    # Dropout in a target that came from a trainer would make its answers another model's.
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

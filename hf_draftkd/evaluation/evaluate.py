@@ -1,7 +1,6 @@
 """Is this draft worth using? One call: the target's own text, exact rates, measured times, a recommendation."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.measurement import Measurement
 from hf_draftkd.evaluation.provenance import hardware_info, model_info
 from hf_draftkd.evaluation.report import DraftResult, SpeculationReport
+from hf_draftkd.models.modes import evaluating
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
 from hf_draftkd.models.weights import loaded_checksum
 
@@ -91,7 +91,7 @@ def evaluate_draft(
     checksums = [loaded_checksum(draft) for draft in drafts]
     for draft in drafts:
         align_vocabulary(draft, target_model, tokenizer)
-    with _evaluating(target_model, *drafts):
+    with evaluating(target_model, *drafts):
         measured = Measurement(
             target_model,
             tokenizer,
@@ -205,16 +205,3 @@ def check_options(
             f"`num_speed_prompts` must be at least 1, got {num_speed_prompts}. To leave out timing, set "
             "`measure_speed=False`."
         )
-
-
-@contextmanager
-def _evaluating(*models: PreTrainedModel) -> Iterator[None]:
-    """Dropout off, and every model's mode put back afterwards."""
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)

@@ -4,8 +4,7 @@ Both ways of decoding take turns prompt by prompt, so that a machine that slows 
 their interval comes from resampling prompts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -27,6 +26,7 @@ from hf_draftkd.evaluation.assisted import (
 )
 from hf_draftkd.evaluation.processing import logits_processors, process_logits
 from hf_draftkd.evaluation.report import DecodingDifference, GenerateOverhead, LatencyResult
+from hf_draftkd.models.modes import seeded
 
 # Draft lengths at which `generate` itself is timed: far enough apart to tell the cost of a token from that of a call.
 _CALIBRATION_LENGTHS = (1, 8)
@@ -334,7 +334,7 @@ def generate_text(
         The completion's tokens, and the wall-clock of the call in seconds.
     """
     ids = torch.tensor([list(prompt)], device=model.device)
-    with _seeded(seed, model.device):
+    with seeded(seed, model.device):
         synchronize_accelerator()
         started = perf_counter()
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **options)
@@ -366,11 +366,3 @@ def _first_difference(
         assisted_token=assisted[position],
         logit_gap=float(logits[plain[position]] - logits[assisted[position]]),
     )
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(seed)
-        yield

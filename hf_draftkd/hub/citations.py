@@ -40,6 +40,26 @@ PAPERS: dict[str, tuple[str, str, int, str]] = {
         2024,
         "2403.00858",
     ),
+    "agarwal2024": (
+        "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+        "Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and Ramos, Sabela "
+        "and Geist, Matthieu and Bachem, Olivier",
+        2024,
+        "2306.13649",
+    ),
+    "xu2025": (
+        "Speculative Knowledge Distillation: Bridging the Teacher-Student Gap Through Interleaved Sampling",
+        "Xu, Wenda and Han, Rujun and Wang, Zifeng and Le, Long T. and Madeka, Dhruv and Li, Lei "
+        "and Wang, William Yang and Agarwal, Rishabh and Lee, Chen-Yu and Pfister, Tomas",
+        2025,
+        "2410.11325",
+    ),
+    "hu2025": (
+        "AdaSPEC: Selective Knowledge Distillation for Efficient Speculative Decoders",
+        "Hu, Yuezhou and Guo, Jiaxin and Feng, Xinyu and Zhao, Tuo",
+        2025,
+        "2510.19779",
+    ),
     "samarin2026": (
         "LK Losses: Direct Acceptance Rate Optimization for Speculative Decoding",
         "Samarin, Alexander and Krutikov, Sergei and Shevtsov, Anton and Skvortsov, Sergei and Fisin, Filipp "
@@ -82,6 +102,13 @@ def papers_used(training: TrainingSummary | None, report: Mapping[str, Any] | No
         used.append("hong2025")
         if training.completions in ("draft", "mixed") or training.divergence not in (None, "cross_entropy"):
             used.append("zhou2024")
+        if training.lmbda:
+            used.append("agarwal2024")
+        hyperparameters = training.hyperparameters or {}
+        if "skd_top_k" in hyperparameters:
+            used.append("xu2025")
+        if hyperparameters.get("token_selection") == "adaspec":
+            used.append("hu2025")
         if training.divergence == "tvd_plus_plus":
             used.append("goel2024")
         if training.divergence in ("negative_log_acceptance", "lk_hybrid"):

@@ -153,8 +153,8 @@ def _training(training: TrainingSummary | None) -> Markdown | None:
         options = ", ".join(f"{name} = {value}" for name, value in training.divergence_options.items())
         divergence = Markdown(f"{divergence}, {text(options)}")
     writer = COMPLETIONS[training.completions] if training.completions else None
-    if writer and training.lmbda is not None:
-        writer = f"{writer}; the draft writes a fraction of {training.lmbda:g}"
+    if writer and training.lmbda is not None and training.lmbda < 1:
+        writer = f"{writer}; the draft writes a share of {training.lmbda:g} while it learns"
     data = None
     if training.dataset:
         data = _dataset(public_name(training.dataset), training.dataset_revision)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from trl import SFTConfig
 
+from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.mixing import parse_mix
 from hf_draftkd.losses import DIVERGENCES, get_divergence
 from hf_draftkd.training.positions import TOKEN_SELECTIONS
@@ -74,6 +75,28 @@ class DraftDistillConfig(SFTConfig):
         mix (`str`, *optional*):
             Parts of training data to parts of the trainer's `mix_dataset`. `"9:1"` where one is given: nine rows of
             alignment data to one of pretraining text, as for the Llama 2 chat drafter (arXiv 2403.00858).
+
+        > Parameters that control who writes the completions
+
+        lmbda (`float`, *optional*, defaults to `0.0`):
+            Share of the optimizer steps whose completions the draft writes itself, at random, as in
+            [`~trl.experimental.gkd.GKDConfig`]: 0 learns from the data as it is, 1 is fully on-policy. See the table
+            of the papers' methods in [`hf_draftkd.training.rollouts`](rollouts.py).
+        seq_kd (`bool`, *optional*, defaults to `False`):
+            Whether the target writes the completions of all other steps, anew in each epoch. Text that it wrote once
+            and kept ([`generate_alignment_data`]) costs its seconds once.
+        skd_top_k (`int`, *optional*):
+            Whether, and how strictly, the target corrects the draft while it writes: each token that is not among the
+            target's `skd_top_k` likeliest is replaced by one of the target's own (SKD, arXiv 2410.11325, with 25).
+        max_new_tokens (`int`, *optional*, defaults to `128`):
+            Longest completion written while training, in tokens.
+        generation_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature at which they are sampled; 0 is greedy. What the models' own generation configs say of
+            sampling is not used.
+        generation_top_p (`float`, *optional*, defaults to `1.0`):
+            Probability mass they are sampled from; 1 is all of it.
+        generation_top_k (`int`, *optional*, defaults to `0`):
+            Number of likeliest tokens they are sampled from; 0 is all.
 
         > Parameters that control which tokens are learned from
 
@@ -172,6 +195,21 @@ class DraftDistillConfig(SFTConfig):
         default=None,
         metadata={"help": "Parts of training data to parts of `mix_dataset`: 9:1 where one is given."},
     )
+    lmbda: float = field(
+        default=0.0, metadata={"help": "Share of the steps whose completions the draft writes: 1.0 is on-policy."}
+    )
+    seq_kd: bool = field(default=False, metadata={"help": "Let the target write the completions of all other steps."})
+    skd_top_k: int | None = field(
+        default=None, metadata={"help": "The target replaces tokens of the draft outside its own k likeliest (SKD)."}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest completion written while training."})
+    generation_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of completions written while training; 0 is greedy."}
+    )
+    generation_top_p: float = field(default=1.0, metadata={"help": "Probability mass they are sampled from."})
+    generation_top_k: int = field(
+        default=0, metadata={"help": "Number of likeliest tokens they are sampled from; 0 is all."}
+    )
     token_selection: str = field(
         default="all", metadata={"help": f"Which completion tokens are learned from: {', '.join(TOKEN_SELECTIONS)}."}
     )
@@ -212,20 +250,55 @@ class DraftDistillConfig(SFTConfig):
             ("eta", 0.0, math.inf, False),
             ("cross_entropy_weight", 0.0, 1.0, False),
             ("selected_share", 0.0, 1.0, True),
+            ("lmbda", 0.0, 1.0, False),
         ):
             _check_number(name, getattr(self, name), low, high, open_low=open_low)
         if not self.needs_target and self.temperature != 1:
             raise ValueError(f"Cross-entropy on text has no temperature, got `temperature={self.temperature}`.")
         if self.mix is not None:
             parse_mix(self.mix)
-        if type(self.eval_num_assistant_tokens) is not int or self.eval_num_assistant_tokens < 1:
-            raise ValueError(
-                "`eval_num_assistant_tokens` is a draft length: a whole number, 1 or above, "
-                f"got {self.eval_num_assistant_tokens!r}."
-            )
+        _check_count("eval_num_assistant_tokens", self.eval_num_assistant_tokens, "a draft length")
+        self._check_writing()
         _check_choice("tvd_estimator", self.tvd_estimator, ("sampled", "full"))
         _check_choice("tvd_statistics", self.tvd_statistics, ("batch", "token"))
         _check_choice("token_selection", self.token_selection, TOKEN_SELECTIONS)
+
+    def _check_writing(self) -> None:
+        _check_count("max_new_tokens", self.max_new_tokens, "a number of tokens")
+        if self.skd_top_k is not None:
+            _check_count("skd_top_k", self.skd_top_k, "how many tokens the target allows")
+        try:
+            _ = self.generation_setting
+        except ValueError as error:
+            raise ValueError(f"`generation_temperature`, `generation_top_p`, `generation_top_k`: {error}") from error
+        if self.lmbda == 1 and self.seq_kd:
+            raise ValueError("`lmbda=1` leaves no step to the target: `seq_kd=True` would do nothing. Leave one out.")
+        if self.skd_top_k is not None and not self.lmbda:
+            raise ValueError(
+                "`skd_top_k` says how the target corrects what the draft writes, but `lmbda=0` lets it write nothing. "
+                "Set `lmbda=1`, or a share."
+            )
+        if self.lmbda and not (self.needs_target and self.cross_entropy_weight == 0):
+            raise ValueError(
+                f"`lmbda={self.lmbda:g}` lets the draft write, and cross-entropy would reward it for whatever it "
+                "wrote. Choose a `divergence` that compares it with the target and `cross_entropy_weight=0`; the "
+                "target's own text is `seq_kd=True`."
+            )
+        if self.writes_completions and (self.packing or self.padding_free):
+            raise ValueError(
+                "Completions that are written while training come in padded batches: leave out `packing` and "
+                "`padding_free` with `lmbda` or `seq_kd`."
+            )
+
+    @property
+    def writes_completions(self) -> bool:
+        """Whether completions are written while training."""
+        return self.lmbda > 0 or self.seq_kd
+
+    @property
+    def generation_setting(self) -> DecodingSetting:
+        """How completions are decoded while training."""
+        return DecodingSetting(self.generation_temperature, self.generation_top_p, self.generation_top_k)
 
     @property
     def divergence_options(self) -> dict[str, Any]:
@@ -249,6 +322,11 @@ def _check_number(name: str, value: Any, low: float, high: float, *, open_low: b
     if not is_number or not (low < value if open_low else low <= value) or value > high:
         interval = f"{'(' if open_low else '['}{low:g}, {'∞)' if math.isinf(high) else f'{high:g}]'}"
         raise ValueError(f"`{name}` must be a number in {interval}, got {value!r}.")
+
+
+def _check_count(name: str, value: Any, what: str) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"`{name}` is {what}: a whole number, 1 or above, got {value!r}.")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -37,6 +37,11 @@ _SHOWN = (
     "assistant_only_loss",
     "completion_only_loss",
     "cross_entropy_weight",
+    "skd_top_k",
+    "max_new_tokens",
+    "generation_temperature",
+    "generation_top_p",
+    "generation_top_k",
     "token_selection",
     "selected_share",
     "neftune_noise_alpha",
@@ -104,6 +109,10 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
         facts["target_revision"] = model_revision(target)
     figures = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     metrics = {name: value for name, value in (figures[-1] if figures else {}).items() if name in _METRICS}
+    if args.seq_kd:
+        facts["completions"] = "mixed" if args.lmbda else "target"
+    elif args.lmbda == 1:
+        facts["completions"] = "draft"
     training = TrainingSummary(
         target=trainer.target_name or None,
         draft=trainer.draft_name or None,
@@ -112,6 +121,7 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
         divergence=args.divergence,
         divergence_options=args.divergence_options or None,
         temperature=args.temperature,
+        lmbda=args.lmbda or None,
         dataset=dataset_name,
         peft=_adapter(trainer.model),
         num_steps=trainer.state.global_step,

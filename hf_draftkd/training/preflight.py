@@ -1,6 +1,7 @@
 """Everything that is checked, loaded and repaired before a trainer is built."""
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -190,7 +191,7 @@ def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftD
     Raises:
         ValueError: Every token of a dataset is masked, or a row exceeds the context of a model.
     """
-    context = min((_context_length(model) for model in models), default=None)
+    context = context_length(models)
     for name, dataset in datasets.items():
         if isinstance(dataset, IterableDataset):
             continue
@@ -200,13 +201,14 @@ def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftD
                 f"fill `max_length={args.max_length}`. Check the masks, or raise `max_length`."
             )
         longest = longest_text(dataset)
-        if context is not None and longest > context:
+        if longest > context:
             raise ValueError(
                 f"The longest row of the {name} dataset has {longest} tokens, but the models read {context} at most. "
                 f"Set `max_length={context}` or less."
             )
 
 
-def _context_length(model: Any) -> float:
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return length or float("inf")
+def context_length(models: list[Any]) -> float:
+    """The longest text, in tokens, that all of `models` read; infinite where none says a limit."""
+    known = (getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models)
+    return min((length or math.inf for length in known), default=math.inf)

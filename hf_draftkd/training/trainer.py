@@ -30,12 +30,15 @@ from hf_draftkd.training.describe import author, data_facts
 from hf_draftkd.training.evaluating import EvaluatesTexts
 from hf_draftkd.training.positions import TokenFigures, check_selection, check_weights, select_tokens, token_figures
 from hf_draftkd.training.preparing import PreparesRows
+from hf_draftkd.training.rollouts import WritesCompletions, check_writer, check_writing
 from hf_draftkd.training.saving import PlainDrafts
 from hf_draftkd.training.signal import Distributions, check_cached, make_signal, model_inputs
 from hf_draftkd.training.watching import LogsAcceptance, require_finite
 
 
-class DraftDistillTrainer(PreparesRows, EvaluatesTexts, LogsAcceptance, PlainDrafts, WholeCheckpoints, SFTTrainer):
+class DraftDistillTrainer(
+    PreparesRows, WritesCompletions, EvaluatesTexts, LogsAcceptance, PlainDrafts, WholeCheckpoints, SFTTrainer
+):
     """Distils a target into a draft for speculative decoding.
 
     The draft is trained on every completion token to say what the target says there. Afterwards it is an ordinary
@@ -124,6 +127,7 @@ class DraftDistillTrainer(PreparesRows, EvaluatesTexts, LogsAcceptance, PlainDra
         if args is None:
             args = DraftDistillConfig(f"{preflight.model_name(model).split('/')[-1] or 'draft'}-DraftDistill")
         train_dataset = mixed_in(train_dataset, mix_dataset, args.mix, args.seed, text_field=args.dataset_text_field)
+        check_writer(args, has_target=target_model is not None)
         datasets = preflight.check_datasets(train_dataset, eval_dataset, args, format_known=formatting_func is None)
         own_loss = type(self).token_loss is not DraftDistillTrainer.token_loss
         # Whether the loss reads the target's distributions, or only its text.
@@ -196,6 +200,8 @@ class DraftDistillTrainer(PreparesRows, EvaluatesTexts, LogsAcceptance, PlainDra
             self._reference = make_signal(placed, None, [], self._shared_vocab, sharded=sharded)
         self._arithmetic = preflight.draft_arithmetic(self)
         preflight.check_dataset_fits(preflight.named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
+        self._context = preflight.context_length(models)
+        check_writing(self.train_dataset, self.args, self._context)
 
     # Data ------------------------------------------------------------------------------------------------------------
 

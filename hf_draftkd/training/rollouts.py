@@ -1,0 +1,271 @@
+"""Who writes the completions that a draft learns from: the data, the target, the draft, or draft and target together.
+
+Before each optimizer step it is decided once who writes all of its rows, with the draft's share `lmbda` for a
+probability. The rows of the whole accumulation window, on every process, are then written in one go, by the weights as
+they are before that step: so a step does not depend on how it was cut into batches, and the draft is never a mixture of
+before and after. The choice follows from `args.seed` and the number of the step, so a resumed run makes it again.
+
+What the papers call their methods, and the settings that make them:
+
+| method | settings |
+|---|---|
+| supervised fine-tuning | `divergence="cross_entropy"`, data of your own |
+| SeqKD (arXiv 1606.07947) | `divergence="cross_entropy"`, on the target's text: `draftkd generate`, or `seq_kd=True` |
+| supervised KD | `divergence="forward_kl"`, `lmbda=0` |
+| ImitKD (arXiv 2009.07253) | `divergence="forward_kl"`, `lmbda=0.5` |
+| f-Distill (arXiv 2307.15190) | `divergence="total_variation"`, `lmbda=0.5`, `seq_kd=True` |
+| on-policy GKD (arXiv 2306.13649) | `divergence="generalized_jsd"` (with `beta`) or `"reverse_kl"`, `lmbda=1` |
+| GKD, mixed | the same with `lmbda` between 0 and 1 |
+| DistillSpec (arXiv 2310.08461) | any divergence; `lmbda=1` (draft's text), `0.5`, or `0` on the target's |
+| SKD (arXiv 2410.11325) | `lmbda=1`, `skd_top_k=25` |
+
+`seq_kd=True` writes anew in every epoch; text written once and kept (`generate_alignment_data`) costs its seconds once.
+"""
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, Trainer
+from trl.distributed import DistributedBackend
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import pad
+
+from hf_draftkd.data.backends import cut_completion
+from hf_draftkd.data.decoding import DecodingSetting, end_token_ids
+from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.models.modes import evaluating, seeded
+from hf_draftkd.training.config import DraftDistillConfig
+from hf_draftkd.training.correcting import CorrectedByTarget
+
+DATA, TARGET, DRAFT = "data", "target", "draft"
+_TALLIED = ("rows", "by_draft", "completions", "tokens", "seconds")
+
+
+def writer(args: DraftDistillConfig, step: int) -> str:
+    """Who writes the completions of an optimizer step: `data`, `target` or `draft`.
+
+    The same on every process, and the same whenever the step is taken again.
+
+    Args:
+        args: `lmbda`, `seq_kd` and `seed`.
+        step: Steps taken before.
+    """
+    otherwise = TARGET if args.seq_kd else DATA
+    # `random()` lies in [0, 1): a share of 0 or 1 leaves nothing to chance.
+    return DRAFT if random.Random(f"{args.seed}/{step}").random() < args.lmbda else otherwise
+
+
+def last_prompt(labels: list[int]) -> int:
+    """How many tokens stand before the last completion of a row: what it answers.
+
+    0 where there is none, as in plain text: nobody asked for that, so nobody can write it anew.
+
+    Args:
+        labels: -100 where a token is not learned from. In a chat, the answer is the last one.
+    """
+    position = len(labels)
+    while position and labels[position - 1] == -100:
+        position -= 1
+    while position and labels[position - 1] != -100:
+        position -= 1
+    return position
+
+
+def left_padded(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [B, L] and their mask [B, L], the prompts ending in the last column."""
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad(rows, padding_value=pad_id, padding_side="left")
+    mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
+    return ids.to(device), mask.to(device)
+
+
+def check_writer(args: DraftDistillConfig, *, has_target: bool) -> None:
+    """Refuse, before anything is loaded, to have completions written where there is no target.
+
+    Raises:
+        ValueError: Nobody could write them, or judge what the draft wrote.
+    """
+    if args.writes_completions and not has_target:
+        raise ValueError(
+            f"{_asked(args)} has completions written while training, which nobody but the target can write or judge, "
+            "but `target_model` is None. Give the target, or leave it out and learn from the text of the data."
+        )
+
+
+def check_writing(dataset: Any, args: DraftDistillConfig, context: float) -> None:
+    """Refuse data whose prompts cannot be completed.
+
+    Args:
+        dataset: The prepared training data. A stream is not read ahead.
+        args: The configuration.
+        context: Longest text that both models read, in tokens.
+
+    Raises:
+        ValueError: No row has a prompt, or one leaves no room for a completion.
+    """
+    if not (args.writes_completions and isinstance(dataset, Dataset)):
+        return
+    rows = (labels for batch in dataset.select_columns(["labels"]).iter(batch_size=1000) for labels in batch["labels"])
+    longest = max(map(last_prompt, rows), default=0)
+    if longest == 0:
+        raise ValueError(
+            f"{_asked(args)} has completions written anew, but no row of the train dataset has a prompt to complete: "
+            "all its tokens are learned from. Give rows with `prompt` and `completion`, chats, or what "
+            "`draftkd generate` writes."
+        )
+    check_room(longest, args, context)
+
+
+def _asked(args: DraftDistillConfig) -> str:
+    return f"`lmbda={args.lmbda:g}`" if args.lmbda else "`seq_kd=True`"
+
+
+def check_room(longest: int, args: DraftDistillConfig, context: float) -> None:
+    """Refuse a prompt of `longest` tokens if its completion would not fit.
+
+    Raises:
+        ValueError: The message says what to lower.
+    """
+    if longest + args.max_new_tokens > context:
+        raise ValueError(
+            f"The longest prompt has {longest} tokens, and `max_new_tokens={args.max_new_tokens}` are to be written "
+            f"after it, but the models read {context:.0f} at most. Lower `max_new_tokens`, or leave out such rows."
+        )
+
+
+class WritesCompletions(Trainer):
+    """A trainer that has completions written before it learns from them. Mix it in before another trainer class.
+
+    Attributes:
+        writing_seconds: What writing has taken on this process.
+    """
+
+    args: DraftDistillConfig
+    target_model: torch.nn.Module | None
+    _shared_vocab: int
+    writing_seconds: float = 0.0
+    # Longest text that both models read.
+    _context: float
+
+    @cached_property
+    def _tally(self) -> dict[str, float]:
+        return defaultdict(float)
+
+    def _note(self, **amounts: float) -> None:
+        for name, amount in amounts.items():
+            self._tally[name] += amount
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """The batches of an accumulation window, written anew if it is their turn, and their completion tokens."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not (self.args.writes_completions and batches):
+            return batches, num_items
+        who = writer(self.args, self.state.global_step)
+        num_rows = sum(len(batch["input_ids"]) for batch in batches)
+        self._note(rows=num_rows, by_draft=num_rows * (who == DRAFT))
+        if who == DATA:
+            return batches, num_items
+        batches = self._written_anew(batches, who)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _written_anew(self, batches: list[dict[str, Any]], who: str) -> list[dict[str, Any]]:
+        began = time.perf_counter()
+        examples = [example for batch in batches for example in _examples(batch)]
+        asked = [(example, start) for example in examples if (start := last_prompt(example["labels"]))]
+        prompts = [example["input_ids"][:start] for example, start in asked]
+        # Data sets were looked at before training; a stream shows its prompts only now.
+        check_room(max(map(len, prompts), default=0), self.args, self._context)
+        written: list[list[int]] = []
+        # A process without prompts writes all the same: the others may hold parts of the model it runs.
+        if prompts or self.accelerator.num_processes > 1:
+            written = self._write(prompts or [examples[0]["input_ids"][:1]], who)[: len(prompts)]
+        for (example, start), completion in zip(asked, written, strict=True):
+            # Earlier answers of a chat are context: they were not written by whoever learns or teaches here.
+            example["input_ids"] = example["input_ids"][:start] + completion
+            example["labels"] = [-100] * start + completion
+        remaining = iter(examples)
+        batches = [self.data_collator([next(remaining) for _ in batch["input_ids"]]) for batch in batches]
+        seconds = time.perf_counter() - began
+        self.writing_seconds += seconds
+        self._note(completions=len(written), tokens=sum(map(len, written)), seconds=seconds)
+        return batches
+
+    def _write(self, prompts: list[list[int]], who: str) -> list[list[int]]:
+        args, setting = self.args, self.args.generation_setting
+        model: Any = self.model_wrapped if who == DRAFT else self.target_model
+        top_k = args.skd_top_k if who == DRAFT else None
+        config = self._generation_config(unwrapped(model), setting, corrected=top_k is not None)
+        ids, mask = left_padded(prompts, config.pad_token_id, self.accelerator.device)
+        # Another seed for each process, or all would draw the same numbers for different rows.
+        seed = random.Random(f"{args.seed}/{self.state.global_step}/{self.accelerator.process_index}").getrandbits(63)
+        with self._generating(model) as writes, self._generating(self.target_model) as target, torch.no_grad():
+            processors = LogitsProcessorList()
+            if top_k is not None:
+                processors.append(CorrectedByTarget(target, setting, top_k, self._shared_vocab, mask))
+            with seeded(seed, self.accelerator.device):
+                output = writes.generate(
+                    input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+                )
+        ends = end_token_ids(unwrapped(model))
+        return [cut_completion(row, ends)[0] for row in output[:, ids.shape[1] :].tolist()]
+
+    def _generation_config(self, model: Any, setting: DecodingSetting, *, corrected: bool) -> GenerationConfig:
+        if corrected and not setting.is_greedy:
+            # What has been corrected is a finished distribution, from which `generate` only has to draw.
+            setting = DecodingSetting(temperature=1.0)
+        # Padded rows of the vocabulary stand for no token.
+        not_tokens = range(self._shared_vocab, model.config.get_text_config().vocab_size)
+        suppressed = sorted({*(model.generation_config.suppress_tokens or []), *not_tokens})
+        pad_id = model.generation_config.pad_token_id
+        return setting.generation_config(
+            model,
+            self.args.max_new_tokens,
+            suppress_tokens=suppressed or None,
+            # Which id pads does not matter: it is masked before a prompt, and cut off behind a completion.
+            pad_token_id=self.processing_class.pad_token_id if pad_id is None else pad_id,
+        )
+
+    @contextmanager
+    def _generating(self, model: Any) -> Iterator[Any]:
+        """The model as `generate` can run it: whole or sharded, without dropout and gradient checkpointing."""
+        if model is None:
+            yield None
+            return
+        checkpointing = {"gradient_checkpointing_kwargs": self.args.gradient_checkpointing_kwargs}
+        with (
+            evaluating(model),
+            unwrap_model_for_generation(model, self.accelerator, **checkpointing) as inner,
+            DistributedBackend(self.accelerator).summon_full_params(model, recurse=False),
+        ):
+            yield inner
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what was written since the last entry: by whom, how long, and in how many seconds."""
+        if self.args.writes_completions and self.model.training:
+            tally = torch.tensor([self._tally[name] for name in _TALLIED], dtype=torch.float32)
+            sums = self.accelerator.reduce(tally.to(self.accelerator.device)).tolist()
+            rows, by_draft, completions, tokens, seconds = sums
+            self._tally.clear()
+            if rows:
+                logs["completions/draft_share"] = by_draft / rows
+            if completions:
+                logs["completions/mean_length"] = tokens / completions
+                # Processes write side by side.
+                logs["completions/seconds"] = seconds / self.accelerator.num_processes
+        super().log(logs, start_time)
+
+
+def _examples(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of a padded batch as they went into the collator."""
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], strict=True):
+        yield {"input_ids": ids[mask].tolist(), "labels": labels[mask].tolist()}
