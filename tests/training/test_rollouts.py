@@ -371,6 +371,9 @@ from tests.training.test_rollouts import train
 
 torch.set_num_threads(1)
 train(sys.argv[1], 2)
+# A process that leaves while the other still works would abort it.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
@@ -381,7 +384,8 @@ def test_two_processes_write_what_one_does(tmp_path):
     script.write_text(SCRIPT)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(script), str(tmp_path / "2")], env=environment, capture_output=True, text=True)
+    command = [*launch, str(script), str(tmp_path / "2")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("1", "2"))
     assert_same(one, two, atol=2e-5)
