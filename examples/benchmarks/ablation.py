@@ -144,7 +144,7 @@ def report(results: dict[str, dict[str, Any]], sizes: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("ablation"))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread; 0: all in this one")
     parser.add_argument("--report", action="store_true", help="only print the table of what is done")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch_size", type=int, default=8)

@@ -13,7 +13,7 @@ GAMMA = 5
 TEMPERATURES = {0.0: "greedy", 1.0: "T=1"}
 
 
-def write_texts(folder: Path, *, train: int, held_out: int, max_new_tokens: int) -> dict[str, float]:
+def write_texts(folder: Path, *, train: int, held_out: int, max_new_tokens: int) -> dict[str, Any]:
     """Let the target answer the demo queries greedily and at temperature 1, unless it has.
 
     Args:
@@ -23,8 +23,10 @@ def write_texts(folder: Path, *, train: int, held_out: int, max_new_tokens: int)
         max_new_tokens: Longest answer.
 
     Returns:
-        Split -> seconds that writing took.
+        `seconds`: split -> how long writing took; `threads`: on how many.
     """
+    import torch
+
     from hf_draftkd import generate_alignment_data, load_target
     from hf_draftkd.data.prompts import load_prompts
     from hf_draftkd.models.demo import demo_path
@@ -36,7 +38,7 @@ def write_texts(folder: Path, *, train: int, held_out: int, max_new_tokens: int)
         found = json.loads(record.read_text())
         if found["wanted"] != wanted:
             raise SystemExit(f"{folder} holds texts of other sizes, {found['wanted']}: give another --output_dir.")
-        return found["seconds"]
+        return found
     target, tokenizer = load_target(demo_path("target"), dtype="float32"), load_tokenizer(demo_path("target"))
     seconds = {}
     for split, count in (("train", train), ("dev", held_out), ("test", held_out)):
@@ -51,10 +53,11 @@ def write_texts(folder: Path, *, train: int, held_out: int, max_new_tokens: int)
         )
         seconds[split] = round(time.perf_counter() - began, 1)
         rows.to_parquet(str(folder / f"{split}.parquet"))
+    result = {"wanted": wanted, "seconds": seconds, "threads": torch.get_num_threads()}
     unfinished = record.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"wanted": wanted, "seconds": seconds}))
+    unfinished.write_text(json.dumps(result))
     unfinished.replace(record)
-    return seconds
+    return result
 
 
 @functools.cache

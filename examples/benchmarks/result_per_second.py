@@ -126,10 +126,10 @@ def report(results: dict[str, dict[str, Any]], sizes: dict[str, Any]) -> None:
     from hf_draftkd.acceptance import bootstrap_ratio
 
     print(
-        f"Batches of {sizes['batch_size']} rows; {sizes['train']} training prompts, answered by the target greedily and "
-        f"at temperature 1 in {sizes['text_seconds']:.0f} s of two threads, before the clock starts; {sizes['held_out']} "
-        f"test queries, at most {sizes['max_new_tokens']} new tokens. Block efficiency at γ = {GAMMA} with 95 % "
-        "intervals over prompts, seeds pooled; in brackets the range over seeds."
+        f"Batches of {sizes['batch_size']} rows; {sizes['train']} training prompts, answered by the target greedily "
+        f"and at temperature 1 in {sizes['text_seconds']:.0f} s ({sizes['text_threads']} threads) before the clock "
+        f"starts; {sizes['held_out']} test queries, at most {sizes['max_new_tokens']} new tokens. "
+        f"Block efficiency at γ = {GAMMA} with 95 % intervals over prompts, seeds pooled; in brackets the range over seeds."
     )
     marks = sizes["marks"]
     columns = [f"{name}, {mark:g} s" for name in TEMPERATURES.values() for mark in marks]
@@ -167,7 +167,7 @@ def report(results: dict[str, dict[str, Any]], sizes: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("race"))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread; 0: all in this one")
     parser.add_argument("--report", action="store_true", help="only print the tables of what is done")
     parser.add_argument("--marks", type=float, nargs="+", default=[30.0, 60.0, 120.0], help="seconds of training")
     parser.add_argument("--batch_size", type=int, default=8)
@@ -192,8 +192,8 @@ def main() -> None:
         return
     if found is not None and {name: found[name] for name in names} != sizes:
         parser.error(f"{folder} holds runs of other sizes, {found}: give another --output_dir")
-    seconds = write_texts(folder, **{name: sizes[name] for name in ("train", "held_out", "max_new_tokens")})
-    sizes["text_seconds"] = seconds["train"]
+    written = write_texts(folder, **{name: sizes[name] for name in ("train", "held_out", "max_new_tokens")})
+    sizes |= {"text_seconds": written["seconds"]["train"], "text_threads": written["threads"]}
     record.write_text(json.dumps(sizes))
 
     def jobs(rates: dict[str, set[float]], seeds: range) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,13 @@ def _quiet() -> None:
     datasets.disable_progress_bars()
 
 
+def _workers(jobs: int) -> Executor:
+    if jobs == 0:
+        # A thread, so that results come back in the same way.
+        return ThreadPoolExecutor(1, initializer=_quiet)
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet)
+
+
 def run_all(
     work: Callable[[dict[str, Any]], dict[str, Any]], wanted: Mapping[str, dict[str, Any]], path: Path, *, jobs: int
 ) -> dict[str, dict[str, Any]]:
@@ -43,7 +50,7 @@ def run_all(
         work: Takes a run's description and returns its result; defined at the top of a module.
         wanted: Name -> description.
         path: The file of JSON lines.
-        jobs: Processes at a time.
+        jobs: Processes at a time; 0 does all in this one.
 
     Returns:
         Name -> result, of all that are wanted.
@@ -58,8 +65,9 @@ def run_all(
     if path.is_file() and not path.read_bytes().endswith(b"\n"):
         with path.open("a") as file:
             file.write("\n")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool, path.open("a") as file:
+    if not missing:
+        return {name: results[name] for name in wanted}
+    with _workers(jobs) as pool, path.open("a") as file:
         futures = {pool.submit(work, wanted[name]): name for name in missing}
         for number, future in enumerate(as_completed(futures), 1):
             name = futures[future]

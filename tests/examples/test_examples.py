@@ -19,12 +19,13 @@ from tests.test_docs import run
         ("benchmarks/generation_memory.py", "--prompts 16 32"),
         (
             "benchmarks/ablation.py",
-            "--steps 1 --batch_size 2 --seeds 1 --train 2 --held_out 2 --max_new_tokens 4 --cells default 'cached 64'",
+            "--jobs 0 --steps 1 --batch_size 2 --seeds 1 --train 2 --held_out 2 --max_new_tokens 4 "
+            "--cells default 'cached 64'",
         ),
         (
             "benchmarks/result_per_second.py",
-            "--marks 0.1 0.2 --batch_size 2 --seeds 1 --train 2 --held_out 2 --max_new_tokens 4 --rates 3e-4 "
-            "--contenders 'ours, default' 'GKDTrainer, lmbda 0.5'",
+            "--jobs 0 --marks 0.1 0.2 --batch_size 2 --seeds 1 --train 2 --held_out 2 --max_new_tokens 4 --rates 3e-4 "
+            "--contenders 'ours, default'",
         ),
     ],
 )
