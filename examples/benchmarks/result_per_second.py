@@ -129,7 +129,8 @@ def report(results: dict[str, dict[str, Any]], sizes: dict[str, Any]) -> None:
         f"Batches of {sizes['batch_size']} rows; {sizes['train']} training prompts, answered by the target greedily "
         f"and at temperature 1 in {sizes['text_seconds']:.0f} s ({sizes['text_threads']} threads) before the clock "
         f"starts; {sizes['held_out']} test queries, at most {sizes['max_new_tokens']} new tokens. "
-        f"Block efficiency at γ = {GAMMA} with 95 % intervals over prompts, seeds pooled; in brackets the range over seeds."
+        f"Block efficiency at γ = {GAMMA} with 95 % intervals over prompts, seeds pooled; in brackets "
+        "the range over seeds."
     )
     marks = sizes["marks"]
     columns = [f"{name}, {mark:g} s" for name in TEMPERATURES.values() for mark in marks]
