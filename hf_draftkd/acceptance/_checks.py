@@ -64,3 +64,8 @@ def check_draft_length(num_assistant_tokens: int) -> None:
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
     """Return the tensor in float32, or as it is where it is already float64."""
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def widest_float(device: torch.device | str) -> torch.dtype:
+    """Return float64, in which sums are taken, or float32 on a device that has none (Apple's MPS raises TypeError)."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64

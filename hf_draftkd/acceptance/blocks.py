@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from hf_draftkd.acceptance._checks import check_draft_length
+from hf_draftkd.acceptance._checks import check_draft_length, widest_float
 
 DRAFT_LENGTHS: tuple[int, ...] = tuple(range(1, 17))
 """The draft lengths of a report, γ = 1 … 16."""
@@ -48,7 +48,7 @@ def expected_target_calls(
         mask: Bool `[B, T]`, True on the text's tokens; padding may only follow them. None: all are tokens.
 
     Returns:
-        Expected calls `[B]`, float64; 0 for a text without tokens.
+        Expected calls `[B]`, float64 (on MPS, which has none, float32); 0 for a text without tokens.
 
     Raises:
         ValueError: If shapes do not fit, a_t is no probability, the mask has gaps, or γ < 1.
@@ -191,7 +191,7 @@ def _check(
             f"Row {int(gaps.int().argmax())} of the mask has padding before or between tokens. A text must be one run "
             "of tokens from the left, padded on the right: blocks run over neighbouring positions."
         )
-    accepted = accepted.detach().double().masked_fill(~mask, 0.0)
+    accepted = accepted.detach().to(widest_float(accepted.device)).masked_fill(~mask, 0.0)
     if not ((accepted >= 0) & (accepted <= 1)).all():
         raise ValueError("accepted must hold probabilities in [0, 1]; it holds NaN or values outside.")
     return accepted, mask

@@ -130,10 +130,10 @@ def sum_texts(scores: TokenScores, mask: torch.Tensor) -> TextSums:
         ValueError: The mask has gaps, or scores are no probabilities.
     """
     mask = mask.bool().cpu()
-    accepted = scores.accepted.double().cpu()
+    accepted = scores.accepted.cpu().double()
     return TextSums(
         num_tokens=mask.sum(1).double(),
-        acceptance=(scores.acceptance.double().cpu() * mask).sum(1),
+        acceptance=(scores.acceptance.cpu().double() * mask).sum(1),
         target_calls=expected_target_calls_by_length(accepted, DRAFT_LENGTHS, mask),
         accepted=[row[keep] for row, keep in zip(accepted, mask, strict=True)],
     )
@@ -186,7 +186,7 @@ def score_texts(
                 sums[index][name].append(sum_texts(values, mask))
             for key, value in result.items():
                 if key[:2] == (index, _EXTRA):
-                    extra[index].setdefault(key[2], []).append(value.double().sum(1).cpu())
+                    extra[index].setdefault(key[2], []).append(value.cpu().double().sum(1))
         plausible += int(result["plausible",].sum())
         total += int(mask.sum())
         on_texts(len(batch))

@@ -100,7 +100,8 @@ def head_arithmetic(model: nn.Module) -> HeadArithmetic | None:
     inner.train(was_training)
     if found.shape != (1, 1, len(probe)):
         return None
-    found, probe = found[0, 0].double(), probe.double()
+    # Not every accelerator has float64.
+    found, probe = found[0, 0].cpu().double(), probe.cpu().double()
     scale = float(found[0] / probe[0])
     last = abs(float(found[-1]))
     softcap = None if last > 0.999 * abs(scale * float(probe[-1])) else last

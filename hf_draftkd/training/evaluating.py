@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_draftkd.acceptance._checks import widest_float
 from hf_draftkd.data.formatting import DraftDistillCollator
 from hf_draftkd.losses import Unprojected
 from hf_draftkd.models.forward import HeadArithmetic, in_head, logits_at, predicting_positions
@@ -91,7 +92,7 @@ class EvaluatesTexts(Trainer):
         tokens, loss = sums[:, :2].sum(0)
         require_finite(loss, inputs, self)
         if self.accelerator.num_processes > 1:
-            sums = sums.to(keep.device)
+            sums = sums.to(widest_float(keep.device)).to(keep.device)
         # Gathered here, row by row, so that rows repeated to fill the last batch are dropped.
         figures.add(self.accelerator.gather_for_metrics(sums))
-        return (loss / tokens.clamp(min=1)).to(keep.device, torch.float32), None, None
+        return (loss / tokens.clamp(min=1)).float().to(keep.device), None, None

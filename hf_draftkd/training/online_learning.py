@@ -64,7 +64,7 @@ class Learner:
                 result = self.loss(batch)
                 result.loss.backward()
                 self._step(float(result.loss.detach()), len(batch))
-                total += float(result.token_losses.double().sum())
+                total += float(result.token_losses.cpu().double().sum())
                 num_tokens += result.num_tokens
         finally:
             # Nothing of an update may reach serving: neither dropout nor the memory of gradients.

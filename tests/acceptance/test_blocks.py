@@ -15,6 +15,7 @@ from hf_draftkd.acceptance import (
     expected_target_calls,
     expected_target_calls_by_length,
 )
+from hf_draftkd.acceptance._checks import widest_float
 
 
 def run_blocks(accepts: tuple[bool, ...], gamma: int) -> tuple[int, list[int], list[int]]:
@@ -195,3 +196,18 @@ class TestErrors:
     def test_mask_of_another_shape(self):
         with pytest.raises(ValueError, match="shape"):
             expected_target_calls(torch.ones(2, 3), 1, torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_a_device_without_float64_counts_in_float32(monkeypatch):
+    """Apple's MPS refuses float64: figures of tensors that lie there would stop with a TypeError."""
+    assert [widest_float(device) for device in ("mps", torch.device("mps", 0), "cpu", "cuda:1")] == [
+        torch.float32,
+        torch.float32,
+        torch.float64,
+        torch.float64,
+    ]
+    accepted = torch.rand(3, 40)
+    usual = block_efficiency(accepted, 5)
+    monkeypatch.setattr("hf_draftkd.acceptance.blocks.widest_float", lambda device: torch.float32)
+    assert expected_target_calls(accepted, 5).dtype == torch.float32
+    assert block_efficiency(accepted, 5) == pytest.approx(usual, rel=1e-5)

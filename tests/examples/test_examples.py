@@ -1,5 +1,6 @@
 """Every example runs as its docstring says, at a size that shows nothing but that it does."""
 
+import shlex
 import sys
 
 import pytest
@@ -16,9 +17,19 @@ from tests.test_docs import run
         ("benchmarks/generation_throughput.py", "--prompts 4 --batch_size 2 --max_new_tokens 8 --repeats 1"),
         ("benchmarks/exact_vs_counted.py", "--num_texts 4 --max_new_tokens 16 --max_seconds 5"),
         ("benchmarks/generation_memory.py", "--prompts 16 32"),
+        (
+            "benchmarks/ablation.py",
+            "--jobs 0 --steps 1 --batch_size 2 --seeds 1 --train 2 --held_out 2 --max_new_tokens 4 "
+            "--cells default 'cached 64'",
+        ),
+        (
+            "benchmarks/result_per_second.py",
+            "--jobs 0 --marks 0.1 0.2 --batch_size 2 --seeds 1 --train 2 --held_out 2 --max_new_tokens 4 --rates 3e-4 "
+            "--contenders 'ours, default'",
+        ),
     ],
 )
 def test_the_example_runs(script, options, tmp_path):
     """A script behind a figure that no longer runs, so that nobody can make the figure again."""
     where = ["--output_dir", str(tmp_path / "out")] if script in ("adaspec.py", "alignment_data.py") else []
-    assert run([sys.executable, str(ROOT / "examples" / script), *options.split(), *where], tmp_path).strip()
+    assert run([sys.executable, str(ROOT / "examples" / script), *shlex.split(options), *where], tmp_path).strip()
