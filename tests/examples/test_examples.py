@@ -14,6 +14,10 @@ from tests.test_docs import run
         ("adaspec.py", "--prompts 8 --max_new_tokens 8 --max_steps 1 --eval_strategy no"),
         ("alignment_data.py", "--prompts 2 --max_new_tokens 8"),
         ("online_serving.py", "--requests 4 --update_every 1 --max_new_tokens 8"),
+        (
+            "target_then_draft.py",
+            "--prompts 4 --queries 2 --max_new_tokens 8 --target_epochs 1 --draft_epochs 1 --layers 2",
+        ),
         ("benchmarks/generation_throughput.py", "--prompts 4 --batch_size 2 --max_new_tokens 8 --repeats 1"),
         ("benchmarks/exact_vs_counted.py", "--num_texts 4 --max_new_tokens 16 --max_seconds 5"),
         ("benchmarks/generation_memory.py", "--prompts 16 32"),
