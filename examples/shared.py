@@ -36,6 +36,11 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(unfinished, path)
 
 
+def read_seconds(path: Path) -> float:
+    """The seconds that a step noted."""
+    return json.loads(path.read_text(encoding="utf-8"))["seconds"]
+
+
 def cell(estimate: dict[str, float], digits: int = 2) -> str:
     """A value and its 95% interval, which a single text does not have."""
     if "low" not in estimate:

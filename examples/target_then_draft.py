@@ -21,13 +21,12 @@ writes `target_then_draft.json`.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
 from demo_pair.queries import parse_call
-from shared import cell, claim, write_json
+from shared import cell, claim, read_seconds, write_json
 from transformers.utils import logging
 
 from hf_draftkd import (
@@ -232,7 +231,7 @@ def main():
     found = decode(models, render_prompts(rows, chain.tokenizer), options)
     result = figures(found, rows, chain.tokenizer, models)
     seconds = {
-        name: json.loads((options.output_dir / f"{name}.json").read_text(encoding="utf-8"))["seconds"]
+        name: read_seconds(options.output_dir / f"{name}.json")
         for name in ("small", "draft_of_large", "draft_of_small")
     }
     print(table(result, seconds, len(rows)))

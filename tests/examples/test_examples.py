@@ -13,6 +13,11 @@ from tests.test_docs import run
     [
         ("adaspec.py", "--prompts 8 --max_new_tokens 8 --max_steps 1 --eval_strategy no"),
         ("alignment_data.py", "--prompts 2 --max_new_tokens 8"),
+        (
+            "direct_alignment.py",
+            "--documents 8 --pretraining_steps 2 --tokens_per_step 1024 --prompts 4 --queries 2 --max_new_tokens 8 "
+            "--epochs 1 --seeds 0 1",
+        ),
         ("online_serving.py", "--requests 4 --update_every 1 --max_new_tokens 8"),
         (
             "target_then_draft.py",
