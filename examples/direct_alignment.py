@@ -209,7 +209,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("direct_alignment"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the distillation")
     parser.add_argument("--documents", type=int, help="files of pretraining text (default: all)")
-    parser.add_argument("--pretraining_steps", type=int, default=150)
+    parser.add_argument("--pretraining_steps", type=int, default=400)
     parser.add_argument("--tokens_per_step", type=int, default=8192)
     parser.add_argument("--prompts", type=int, default=128, help="seed instructions, each answered four times")
     parser.add_argument("--queries", type=int, default=64, help="test prompts of each domain")

@@ -16,7 +16,7 @@ from tests.test_docs import run
         (
             "direct_alignment.py",
             "--documents 8 --pretraining_steps 2 --tokens_per_step 1024 --prompts 4 --queries 2 --max_new_tokens 8 "
-            "--epochs 1 --seeds 0 1",
+            "--epochs 1",
         ),
         ("online_serving.py", "--requests 4 --update_every 1 --max_new_tokens 8"),
         (
