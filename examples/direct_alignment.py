@@ -42,7 +42,9 @@ from hf_draftkd import (
     load_target,
 )
 from hf_draftkd.data.curation import curate_prompts
+from hf_draftkd.data.mixing import parse_mix
 from hf_draftkd.data.prompts import load_prompts
+from hf_draftkd.evaluation.evaluate import check_options
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.loading import load_tokenizer
 
@@ -221,6 +223,10 @@ def main():
     parser.add_argument("--num_assistant_tokens", type=int, default=3, help="draft length of the figures; the paper's")
     options = parser.parse_args()
     options.mix = options.mix or None
+    # What would otherwise be found wrong only after the pretraining.
+    if options.mix:
+        parse_mix(options.mix)
+    check_options(("rejection_sampling",), options.max_new_tokens, options.num_assistant_tokens, num_speed_prompts=1)
     settings = claim(options.output_dir, options)
     logging.set_verbosity_error()
     recipe = Recipe(options)

@@ -2,7 +2,7 @@
 
     python examples/online_serving.py --output_dir online_serving
 
-(about six minutes on two cores; started again with the same options, it goes on where it was killed)
+(about five minutes on two cores; started again with the same options, it goes on where it was killed)
 
 The demo target serves function-calling queries and then, from one request to the next, documentation to be continued.
 Every request is decoded twice, with a draft that an `OnlineDraftDistiller` teaches and with one that stays as it is;
