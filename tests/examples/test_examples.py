@@ -15,7 +15,7 @@ from tests.test_docs import run
         ("alignment_data.py", "--prompts 2 --max_new_tokens 8"),
         (
             "direct_alignment.py",
-            "--documents 8 --pretraining_steps 2 --tokens_per_step 1024 --prompts 4 --queries 2 --max_new_tokens 8 "
+            "--documents 4 --pretraining_steps 1 --tokens_per_step 512 --prompts 2 --queries 2 --max_new_tokens 4 "
             "--epochs 1",
         ),
         ("online_serving.py", "--requests 4 --update_every 1 --max_new_tokens 8"),
