@@ -25,9 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_draftkd.acceptance import AcceptanceCounts
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.provenance import weights_fingerprint
-from hf_draftkd.models.checkpoints import check_config
 from hf_draftkd.models.forward import unwrapped
-from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, shared_vocab_size
+from hf_draftkd.models.pairing import align_vocabulary, shared_vocab_size
+from hf_draftkd.training.online_checks import check_pair, check_request, check_state
 from hf_draftkd.training.online_config import OnlineDistillConfig
 from hf_draftkd.training.online_learning import Learner, acceptance_of
 from hf_draftkd.training.online_state import has_state, load_state, save_state
@@ -97,7 +97,7 @@ class OnlineDraftDistiller:
         on_log: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
         self.args = args or OnlineDistillConfig()
-        _check_pair(draft_model, target_model, tokenizer)
+        check_pair(draft_model, target_model, tokenizer)
         align_vocabulary(unwrapped(draft_model), unwrapped(target_model), tokenizer)
         self.draft_model, self.target_model = draft_model, target_model
         self.history: deque[dict[str, Any]] = deque(maxlen=self.args.max_history)
@@ -136,7 +136,7 @@ class OnlineDraftDistiller:
                 figures are `counts`.
         """
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        _check_request(ids, kwargs)
+        check_request(ids, kwargs)
         self._claim_output_dir()
         setting = served_setting(self.target_model, generation_config, kwargs)
         kept: dict[str, Any] = {"top_k": self._top_k, "temperature": self.args.temperature}
@@ -252,10 +252,7 @@ class OnlineDraftDistiller:
             self._claim_output_dir()
         tensors, settings = self._buffer.pack()
         facts = {
-            "target": self._target_fingerprint,
-            "vocab_size": self._vocab_size,
-            "top_k": self._top_k,
-            "temperature": self.args.temperature,
+            **self._identity,
             "settings": settings,
             "num_training": len(self._buffer.training),
             "num_new": self._buffer.num_new,
@@ -289,7 +286,7 @@ class OnlineDraftDistiller:
         if not has_state(directory):
             return False
         draft, requests, facts = load_state(directory)
-        self._check_state(directory, facts)
+        check_state(directory, facts, self._identity)
         try:
             self._learner.load(draft)
         except ValueError as error:
@@ -318,8 +315,14 @@ class OnlineDraftDistiller:
         return own is not None and os.path.abspath(own) == os.path.abspath(directory)
 
     @cached_property
-    def _target_fingerprint(self) -> str:
-        return weights_fingerprint(unwrapped(self.target_model))
+    def _identity(self) -> dict[str, Any]:
+        """What the kept distributions depend on: a buffer is of use where all of this is the same."""
+        return {
+            "target": weights_fingerprint(unwrapped(self.target_model)),
+            "vocab_size": self._vocab_size,
+            "top_k": self._top_k,
+            "temperature": self.args.temperature,
+        }
 
     def _claim_output_dir(self) -> None:
         """Refuse to overwrite what an earlier process has learnt."""
@@ -331,56 +334,6 @@ class OnlineDraftDistiller:
                     "overwritten. Call `resume()` before serving to go on from it, or name another directory."
                 )
             self._owns_output_dir = True
-
-    def _check_state(self, directory: str, facts: dict[str, Any]) -> None:
-        for name, here, remedy in (
-            ("target", self._target_fingerprint, "Serve the target it was saved with"),
-            ("vocab_size", self._vocab_size, "Give the same tokenizer"),
-            ("top_k", self._top_k, "Set it as it was"),
-            ("temperature", self.args.temperature, "Set it as it was"),
-        ):
-            if facts[name] != here:
-                raise ValueError(
-                    f"The state in {directory!r} was saved with {name}={facts[name]!r}, and here it is {here!r}; the "
-                    f"distributions in its buffer are of no use then. {remedy}, or name another `output_dir`."
-                )
-
-
-def _check_pair(draft: Any, target: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    for model in (draft, target):
-        check_config(model.config, model.name_or_path or type(model).__name__)
-    if tokenizer is not None:
-        for model in (draft, target):
-            check_own_tokenizer(unwrapped(model), tokenizer)
-    theirs = {id(parameter) for parameter in target.parameters()}
-    shared = next((name for name, parameter in draft.named_parameters() if id(parameter) in theirs), None)
-    if shared is not None:
-        raise ValueError(
-            f"Draft and target share weights ({shared}): teaching the draft would change the target. Load it twice."
-        )
-    if target.training:
-        raise ValueError("The target is in training mode, in which dropout changes what it says: `target.eval()`.")
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        raise ValueError(
-            "Online distillation runs in one process: each of several would teach a draft of its own. Serve replicas "
-            "with plain `generate`, and teach in one of them."
-        )
-
-
-def _check_request(ids: Tensor | None, kwargs: dict[str, Any]) -> None:
-    if "assistant_model" in kwargs:
-        raise ValueError("`assistant_model` is the distiller's own draft: leave it out.")
-    if ids is None or kwargs.get("inputs_embeds") is not None:
-        raise ValueError("A request is learnt from by its token ids: give `input_ids`, and no `inputs_embeds`.")
-    if ids.ndim != 2 or ids.shape[0] != 1:
-        raise ValueError(
-            f"Assisted decoding serves one request at a time, `input_ids` [1, L], got shape {tuple(ids.shape)}. Call "
-            "`generate` for each of them."
-        )
 
 
 def _rates(counts: AcceptanceCounts) -> dict[str, float]:

@@ -186,8 +186,8 @@ def test_text_is_written_without_dropout_and_the_mode_comes_back(tmp_path, token
         **GREEDY,
     )
     modes = []
-    before = trainer.training_step
-    trainer.training_step = lambda model, *rest: modes.append(model.training) or before(model, *rest)
+    learns = trainer.compute_loss
+    trainer.compute_loss = lambda model, *rest, **named: modes.append(model.training) or learns(model, *rest, **named)
     trainer.train()
     assert {prompt: completion for _, prompt, completion in trainer.seen} == expected
     assert modes == [True]

@@ -1,0 +1,90 @@
+"""What an online draft refuses, and why: pairs, requests, and states of another run."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hf_draftkd.models.checkpoints import check_config
+from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.models.pairing import check_own_tokenizer
+
+# What a saved buffer depends on, and what to do where it differs.
+_REMEDIES = {
+    "target": "Serve the target it was saved with",
+    "vocab_size": "Give the same tokenizer",
+    "top_k": "Set it as it was",
+    "temperature": "Set it as it was",
+}
+
+
+def check_pair(draft: Any, target: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse a pair that cannot learn while it serves.
+
+    Raises:
+        ValueError: The tokenizers differ, weights are shared, the target is in training mode, or there are several
+            processes.
+    """
+    for model in (draft, target):
+        check_config(model.config, model.name_or_path or type(model).__name__)
+    if tokenizer is not None:
+        for model in (draft, target):
+            check_own_tokenizer(unwrapped(model), tokenizer)
+    theirs = {id(parameter) for parameter in target.parameters()}
+    shared = next((name for name, parameter in draft.named_parameters() if id(parameter) in theirs), None)
+    if shared is not None:
+        raise ValueError(
+            f"Draft and target share weights ({shared}): teaching the draft would change the target. Load it twice."
+        )
+    if target.training:
+        raise ValueError("The target is in training mode, in which dropout changes what it says: `target.eval()`.")
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise ValueError(
+            "Online distillation runs in one process: each of several would teach a draft of its own. Serve replicas "
+            "with plain `generate`, and teach in one of them."
+        )
+
+
+def check_request(ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Refuse a call of `generate` that cannot be served with a draft and learnt from.
+
+    Args:
+        ids: Token ids, [1, L].
+        kwargs: The call's other arguments.
+
+    Raises:
+        ValueError: There are no token ids, several requests, or another draft.
+    """
+    if "assistant_model" in kwargs:
+        raise ValueError("`assistant_model` is the distiller's own draft: leave it out.")
+    if ids is None or kwargs.get("inputs_embeds") is not None:
+        raise ValueError("A request is learnt from by its token ids: give `input_ids`, and no `inputs_embeds`.")
+    if ids.ndim != 2 or ids.shape[0] != 1:
+        raise ValueError(
+            f"Assisted decoding serves one request at a time, `input_ids` [1, L], got shape {tuple(ids.shape)}. Call "
+            "`generate` for each of them."
+        )
+
+
+def check_state(directory: str, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Refuse a saved state whose distributions mean something else here.
+
+    Args:
+        directory: Where it lies.
+        there: Its facts.
+        here: The same of this process: `target`, `vocab_size`, `top_k` and `temperature`.
+
+    Raises:
+        ValueError: One of them differs.
+    """
+    for name, remedy in _REMEDIES.items():
+        if there[name] != here[name]:
+            raise ValueError(
+                f"The state in {directory!r} was saved with {name}={there[name]!r}, and here it is {here[name]!r}; the "
+                f"distributions in its buffer are of no use then. {remedy}, or name another `output_dir`."
+            )
