@@ -44,14 +44,47 @@ def in_own_process(script: str, job: dict[str, Any], *, threads: int | None = No
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def rounds(script: str, jobs: dict[str, dict[str, Any]], num_rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """The results of every job by name: all of them once, then all of them again."""
+def rounds(
+    script: str, jobs: dict[str, dict[str, Any]], num_rounds: int, results_file: Path | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """The results of every job by name: all of them once, then all of them again.
+
+    Args:
+        script: Path of the calling script.
+        jobs: Name -> what its process shall do.
+        num_rounds: How often each runs.
+        results_file: JSON lines, one written as soon as a job is done. What it holds of the same jobs already is taken
+            from there: delete it when the code, the machine or its load has changed.
+    """
+    known = _read_results(results_file)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
-    for number in range(num_rounds):
+    for number in range(1, num_rounds + 1):
         for name, job in jobs.items():
-            print(f"round {number + 1} of {num_rounds}: {name}", file=sys.stderr, flush=True)
-            results[name].append(in_own_process(script, job))
+            key = _key(script, job, number)
+            if key not in known:
+                print(f"round {number} of {num_rounds}: {name}", file=sys.stderr, flush=True)
+                known[key] = in_own_process(script, job)
+                if results_file is not None:
+                    line = {"script": Path(script).name, "job": job, "round": number, "result": known[key]}
+                    with results_file.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+            results[name].append(known[key])
     return results
+
+
+def _key(script: str, job: dict[str, Any], number: int) -> str:
+    return json.dumps([Path(script).name, job, number], sort_keys=True)
+
+
+def _read_results(results_file: Path | None) -> dict[str, dict[str, Any]]:
+    if results_file is None or not results_file.exists():
+        return {}
+    whole, end, cut = results_file.read_text().rpartition("\n")
+    if cut:
+        # A run that was killed while it wrote.
+        results_file.write_text(whole + end)
+    lines = [json.loads(line) for line in whole.splitlines()]
+    return {_key(line["script"], line["job"], line["round"]): line["result"] for line in lines}
 
 
 def median(results: Iterable[dict[str, Any]], key: str) -> float:

@@ -6,7 +6,7 @@ Weights and tokens are random. Speed does not depend on what they say, and every
 from dataclasses import dataclass
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -92,3 +92,29 @@ def rows_of(sizes: Sizes, num_rows: int, seed: int = 0) -> Dataset:
     prompts, completions = ids[:, : sizes.prompt_tokens].tolist(), ids[:, sizes.prompt_tokens :].tolist()
     texts = [" ".join(f"w{token}" for token in prompt) for prompt in prompts]
     return Dataset.from_dict({"prompt": texts, "prompt_ids": prompts, "completion_ids": completions})
+
+
+def with_cached_distributions(rows: Dataset, vocab_size: int, top_k: int, seed: int = 0) -> Dataset:
+    """Add the columns that `cache_target_distributions(top_k=...)` adds, filled with random distributions.
+
+    So that no target is ever loaded where memory is measured.
+    """
+    from hf_draftkd.data.target_cache import cache_features
+
+    generator = torch.Generator().manual_seed(seed)
+    cached = cache_features(vocab_size, None, "float16")
+    columns: dict[str, list] = {name: [] for name in cached}
+    for completion in rows["completion_ids"]:
+        # One logit more than tokens kept stands for the tail, and is the least likely.
+        logits = torch.randn(len(completion), top_k + 1, generator=generator) * 3
+        logprobs = logits.log_softmax(dim=-1).sort(dim=-1, descending=True).values
+        # Distinct by construction: one token from each of top_k equal stretches of the vocabulary.
+        stretch = vocab_size // top_k
+        ids = torch.arange(top_k) * stretch + torch.randint(stretch, (len(completion), top_k), generator=generator)
+        columns["completion_logprobs"].append(logprobs[:, 0].tolist())
+        columns["target_token_ids"].append(ids.tolist())
+        columns["target_logprobs"].append(logprobs[:, :-1].tolist())
+        columns["target_tail_logprob"].append(logprobs[:, -1].tolist())
+        columns["target_temperature"].append(1.0)
+    features = Features({**rows.features, **cached})
+    return Dataset.from_dict({**rows.to_dict(), **columns}, features=features)

@@ -4,8 +4,11 @@
     python examples/benchmarks/training_throughput.py --vocab_size 4096 --steps 10
     python examples/benchmarks/training_throughput.py --completion_tokens 256 1024 --contenders "ours, forward_kl"
 
+Several `--completion_tokens` also show how memory grows: 4 rows of 256 and of 1,024 are 1,024 and 4,096 tokens a step.
+
 Same models, same rows, same training arguments; every contender runs in a process of its own, all of them in turn and
-several times. Seconds are medians over the steps after the first. Memory is the peak of resident memory above what the
+several times. With `--results FILE` every result is written there as it arrives, and a run that was cut off goes on
+from it. Seconds are medians over the steps after the first. Memory is the peak of resident memory above what the
 process held with its models loaded: activations, logits, gradients, optimizer.
 """
 
@@ -13,6 +16,7 @@ import argparse
 import json
 import platform
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from peers import BUILDERS, StepClock
@@ -114,6 +118,7 @@ def main() -> None:
     parser.add_argument("--target_width", type=int, default=Sizes.target_width)
     parser.add_argument("--steps", type=int, default=3, help="timed steps a process, after one that is not")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--results", type=Path, help="JSON lines: written as results arrive, read to go on")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -121,15 +126,23 @@ def main() -> None:
         work(json.loads(options.job))
         return
     chosen = vars(options)
+    peaks: dict[int, dict[str, float]] = {}
     for completion_tokens in options.completion_tokens:
         given = {name: chosen[name] for name in Sizes.__dataclass_fields__ if name != "completion_tokens"}
         sizes = Sizes(**given, completion_tokens=completion_tokens)
         jobs = {name: {"contender": name, "steps": options.steps, "sizes": vars(sizes)} for name in options.contenders}
-        results = rounds(__file__, jobs, options.rounds)
+        results = rounds(__file__, jobs, options.rounds, options.results)
         threads = next(iter(results.values()))[0]["threads"]
         report(sizes, results)
+        peaks[sizes.step_tokens] = {name: median(runs, "peak_mb") for name, runs in results.items()}
         medians = f"medians over {options.rounds} rounds of {options.steps} steps"
         print(f"\n{platform.machine()}, {threads} threads, {medians}")
+    few, many = min(peaks), max(peaks)
+    if few < many:
+        print()
+        for name in options.contenders:
+            growth = peaks[many][name] / peaks[few][name]
+            print(f"- {name}: {growth:.2f} times the memory for {many:,} completion tokens as for {few:,}")
 
 
 if __name__ == "__main__":
