@@ -83,7 +83,8 @@ def compare_sharded():
     torch.testing.assert_close(loss, parts[rank])
     reference = dict(whole.named_parameters())
     for name, parameter in sharded.named_parameters():
-        assert isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor), name
+        assert isinstance(parameter, DTensor), name
+        assert isinstance(parameter.grad, DTensor), name
         # fully_shard averages over processes.
         torch.testing.assert_close(parameter.grad.full_tensor(), reference[name].grad / 2, atol=1e-6, rtol=1e-4)
 
@@ -148,7 +149,8 @@ def test_fsdp_shards_the_target_as_it_does_the_draft(monkeypatch, version):
     trainer = SimpleNamespace(is_deepspeed_enabled=False, is_fsdp_enabled=True, accelerator=accelerator)
     target = nn.Linear(2, 2).train()
     assert preflight.place_target(target, trainer) is target
-    assert seen == [(version, accelerator)] and not target.training
+    assert seen == [(version, accelerator)]
+    assert not target.training
 
 
 def test_deepspeed_prepares_the_target_for_evaluation(monkeypatch):
