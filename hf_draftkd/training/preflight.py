@@ -5,10 +5,11 @@ import math
 from typing import Any
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import get_dataset_column_names
-from trl.models.utils import prepare_deepspeed
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
 from hf_draftkd.data.formatting import check_format, has_labels, longest_text
@@ -165,7 +166,11 @@ def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Modul
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(target, trainer.accelerator)
     if trainer.is_fsdp_enabled:
-        return trainer.accelerator.prepare_model(target, evaluation_mode=True)
+        # For evaluation `prepare_model` would neither shard it nor move it. accelerate's own function for FSDP2 shards
+        # layer by layer and hands out weights that only the first process read; trl's shards the model as one piece.
+        if trainer.accelerator.is_fsdp2:
+            return fsdp2_prepare_model(trainer.accelerator, target).eval()
+        return prepare_fsdp(target, trainer.accelerator).eval()
     # Moved, and nothing else: prepare_model would leave the user's own model under autocast for good.
     placed = getattr(target, "hf_device_map", None) is not None
     return target if placed else target.to(trainer.accelerator.device)

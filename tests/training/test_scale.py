@@ -1,0 +1,160 @@
+"""Several processes: checkpoints that go on in another number of them, weights sharded over them, targets prepared."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from hf_draftkd.losses import distillation_loss
+from hf_draftkd.models.forward import head_arithmetic, loss_at, predicting_positions
+from hf_draftkd.training import preflight
+from tests.cli.run import ROOT
+from tests.tiny import tiny_pair, tiny_tokenizer
+from tests.training.rows import alignment_rows
+from tests.training.test_trainer import assert_same, build
+
+# Over processes ------------------------------------------------------------------------------------------------------
+
+
+def train_steps(out, world, *, resume=None):
+    """Four steps of four rows in any number of processes; a checkpoint after the second. Returns the trainer."""
+    tokenizer, pair = tiny_tokenizer(), tiny_pair("llama")
+    if resume is not None:
+        # What it knows afterwards can only come from the checkpoint.
+        for parameter in pair[0].parameters():
+            nn.init.zeros_(parameter)
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
+    batches = {"per_device_train_batch_size": 4 // (2 * world), "gradient_accumulation_steps": 2, "use_cpu": True}
+    # Three steps an epoch: the run stops within the first and goes on into the second.
+    trainer = build(out, pair, tokenizer, alignment_rows(pair[1], tokenizer, count=12), **options, **batches)
+    assert trainer.accelerator.num_processes == world
+    trainer.train(resume_from_checkpoint=resume)
+    assert trainer.state.global_step == 4
+    return trainer
+
+
+def loss_and_gradients(draft, target_logits, ids, labels, arithmetic):
+    """The chunked loss, computed where the model would have projected its hidden states."""
+    keep = predicting_positions(labels)
+    result = loss_at(
+        draft,
+        {"input_ids": ids},
+        keep,
+        arithmetic,
+        target_logits.shape[-1],
+        lambda source: distillation_loss(source, target_logits, ids[:, 1:][keep[:, :-1]], chunk_size=3),
+    )
+    result.loss.backward()
+    return result.loss.detach()
+
+
+def compare_sharded():
+    """The draft sharded layer by layer and as a whole, beside the same draft in one piece."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    rank = torch.distributed.get_rank()
+    whole, target = tiny_pair("llama")
+    sharded, _ = tiny_pair("llama")
+    sharded.load_state_dict(whole.state_dict())
+    arithmetic = head_arithmetic(sharded)
+    assert arithmetic is not None
+    # Every process has rows of its own.
+    ids = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    with torch.no_grad():
+        logits = target(ids).logits
+    parts = [
+        loss_and_gradients(whole, logits[rows][predicting_positions(labels[rows])], ids[rows], labels[rows], arithmetic)
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    for layer in sharded.model.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+    mine = slice(2 * rank, 2 * rank + 2)
+    keep = predicting_positions(labels[mine])
+    loss = loss_and_gradients(sharded, logits[mine][keep], ids[mine], labels[mine], arithmetic)
+    torch.testing.assert_close(loss, parts[rank])
+    reference = dict(whole.named_parameters())
+    for name, parameter in sharded.named_parameters():
+        assert isinstance(parameter, DTensor), name
+        assert isinstance(parameter.grad, DTensor), name
+        # fully_shard averages over processes.
+        torch.testing.assert_close(parameter.grad.full_tensor(), reference[name].grad / 2, atol=1e-6, rtol=1e-4)
+
+
+SCRIPT = """
+import sys
+import torch
+from tests.training.test_scale import compare_sharded, train_steps
+
+torch.set_num_threads(1)
+out, checkpoint = sys.argv[1:]
+for name, resume in (("straight", None), ("resumed", checkpoint)):
+    trainer = train_steps(f"{out}/{name}", 2, resume=resume)
+    if trainer.is_world_process_zero():
+        torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), f"{out}/{name}.pt")
+assert torch.distributed.get_world_size() == 2
+compare_sharded()
+"""
+
+
+def test_runs_go_on_in_another_number_of_processes_and_sharded_drafts_learn_the_same(tmp_path):
+    """Rows seen twice or left out after resuming, an optimiser begun anew, gradients lost on a sharded head."""
+    one = train_steps(tmp_path / "one", 1)
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path), str(tmp_path / "one" / "checkpoint-2")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = one.model.state_dict()
+    two = Path(tmp_path / "straight" / "checkpoint-2")
+    back = train_steps(tmp_path / "back", 1, resume=str(two))
+    for found in (*(torch.load(tmp_path / f"{name}.pt") for name in ("straight", "resumed")), back.model.state_dict()):
+        assert_same(expected, found, atol=1e-4)
+
+
+# Targets -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp_shards_the_target_as_it_does_the_draft(monkeypatch, version):
+    """`prepare_model` leaves a model for evaluation whole, and under FSDP where it was loaded: on the CPU."""
+    seen = []
+
+    def fsdp1(model, accelerator):
+        seen.append((1, accelerator))
+        return model
+
+    def fsdp2(accelerator, model):
+        seen.append((2, accelerator))
+        return model
+
+    monkeypatch.setattr(preflight, "prepare_fsdp", fsdp1)
+    monkeypatch.setattr(preflight, "fsdp2_prepare_model", fsdp2)
+    accelerator = SimpleNamespace(is_fsdp2=version == 2)
+    trainer = SimpleNamespace(is_deepspeed_enabled=False, is_fsdp_enabled=True, accelerator=accelerator)
+    target = nn.Linear(2, 2).train()
+    assert preflight.place_target(target, trainer) is target
+    assert seen == [(version, accelerator)]
+    assert not target.training
+
+
+def test_deepspeed_prepares_the_target_for_evaluation(monkeypatch):
+    monkeypatch.setattr(preflight, "prepare_deepspeed", lambda model, accelerator: (model, accelerator))
+    trainer = SimpleNamespace(is_deepspeed_enabled=True, is_fsdp_enabled=False, accelerator=object())
+    target = nn.Linear(2, 2)
+    assert preflight.place_target(target, trainer) == (target, trainer.accelerator)
