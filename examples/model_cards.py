@@ -35,7 +35,7 @@ from hf_draftkd.models.loading import load_tokenizer
 
 FOLDER = Path(__file__).resolve().parent.parent / "model_cards"
 
-# How each draft differs from plain offline distillation with forward KL. `on_policy` needs `lmbda` of the config.
+# How each draft differs from plain offline distillation with forward KL.
 RECIPES: dict[str, dict] = {
     "full": {},
     "lora": {"learning_rate": 5e-3, "peft": LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")},

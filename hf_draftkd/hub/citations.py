@@ -40,20 +40,6 @@ PAPERS: dict[str, tuple[str, str, int, str]] = {
         2024,
         "2403.00858",
     ),
-    "agarwal2024": (
-        "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
-        "Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and Ramos, Sabela "
-        "and Geist, Matthieu and Bachem, Olivier",
-        2024,
-        "2306.13649",
-    ),
-    "xu2025": (
-        "Speculative Knowledge Distillation: Bridging the Teacher-Student Gap Through Interleaved Sampling",
-        "Xu, Wenda and Han, Rujun and Wang, Zifeng and Le, Long T. and Madeka, Dhruv and Li, Lei "
-        "and Wang, William Yang and Agarwal, Rishabh and Lee, Chen-Yu and Pfister, Tomas",
-        2025,
-        "2410.11325",
-    ),
     "hu2025": (
         "AdaSPEC: Selective Knowledge Distillation for Efficient Speculative Decoders",
         "Hu, Yuezhou and Guo, Jiaxin and Feng, Xinyu and Zhao, Tuo",
@@ -81,6 +67,38 @@ PAPERS: dict[str, tuple[str, str, int, str]] = {
         2023,
         "2310.07177",
     ),
+    "kim2016": (
+        "Sequence-Level Knowledge Distillation",
+        "Kim, Yoon and Rush, Alexander M.",
+        2016,
+        "1606.07947",
+    ),
+    "lin2020": (
+        "Autoregressive Knowledge Distillation through Imitation Learning",
+        "Lin, Alexander and Wohlwend, Jeremy and Chen, Howard and Lei, Tao",
+        2020,
+        "2009.07253",
+    ),
+    "wen2023": (
+        "f-Divergence Minimization for Sequence-Level Knowledge Distillation",
+        "Wen, Yuqiao and Li, Zichao and Du, Wenyu and Mou, Lili",
+        2023,
+        "2307.15190",
+    ),
+    "agarwal2024": (
+        "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+        "Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and Ramos, Sabela "
+        "and Geist, Matthieu and Bachem, Olivier",
+        2024,
+        "2306.13649",
+    ),
+    "xu2025": (
+        "Speculative Knowledge Distillation: Bridging the Teacher-Student Gap Through Interleaved Sampling",
+        "Xu, Wenda and Han, Rujun and Wang, Zifeng and Le, Long T. and Madeka, Dhruv and Li, Lei "
+        "and Wang, William Yang and Agarwal, Rishabh and Lee, Chen-Yu and Pfister, Tomas",
+        2025,
+        "2410.11325",
+    ),
     "anshumann2025": (
         "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs",
         "Anshumann and others",
@@ -100,14 +118,13 @@ def papers_used(training: TrainingSummary | None, report: Mapping[str, Any] | No
     used = ["leviathan2023", "chen2023"]
     if training is not None:
         used.append("hong2025")
-        if training.completions in ("draft", "mixed") or training.divergence not in (None, "cross_entropy"):
+        if training.completions in ("draft", "mixed", "data_and_draft") or training.divergence not in (
+            None,
+            "cross_entropy",
+        ):
             used.append("zhou2024")
-        if training.lmbda:
-            used.append("agarwal2024")
-        hyperparameters = training.hyperparameters or {}
-        if "skd_top_k" in hyperparameters:
-            used.append("xu2025")
-        if hyperparameters.get("token_selection") == "adaspec":
+        used += _writing_papers(training)
+        if (training.hyperparameters or {}).get("token_selection") == "adaspec":
             used.append("hu2025")
         if training.divergence == "tvd_plus_plus":
             used.append("goel2024")
@@ -122,6 +139,22 @@ def papers_used(training: TrainingSummary | None, report: Mapping[str, Any] | No
     if report is not None and any("mbsu" in setting for setting in report.get("settings", ())):
         used.append("goel2024")
     return list(dict.fromkeys(used))
+
+
+def _writing_papers(training: TrainingSummary) -> list[str]:
+    """Those that wrote completions while training as this one did."""
+    used = []
+    if training.completions == "target" and (training.hyperparameters or {}).get("seq_kd"):
+        used.append("kim2016")
+    if training.completions == "data_and_draft" and training.divergence == "forward_kl":
+        used.append("lin2020")
+    if training.completions == "mixed" and training.divergence == "total_variation":
+        used.append("wen2023")
+    if training.lmbda:
+        used.append("agarwal2024")
+    if training.skd_top_k is not None:
+        used.append("xu2025")
+    return used
 
 
 def bibtex(key: str) -> str:

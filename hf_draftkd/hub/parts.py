@@ -154,7 +154,9 @@ def _training(training: TrainingSummary | None) -> Markdown | None:
         divergence = Markdown(f"{divergence}, {text(options)}")
     writer = COMPLETIONS[training.completions] if training.completions else None
     if writer and training.lmbda is not None and training.lmbda < 1:
-        writer = f"{writer}; the draft writes a share of {training.lmbda:g} while it learns"
+        writer = f"{writer}; the draft writes a fraction of {training.lmbda:g}"
+    if writer and training.skd_top_k is not None:
+        writer += f"; of its tokens, those outside the target's top {training.skd_top_k} are replaced by the target's"
     data = None
     if training.dataset:
         data = _dataset(public_name(training.dataset), training.dataset_revision)

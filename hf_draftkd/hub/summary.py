@@ -30,6 +30,7 @@ COMPLETIONS = {
     "target": "the target",
     "draft": "the draft itself (on-policy)",
     "mixed": "the target and the draft, mixed",
+    "data_and_draft": "the data set and the draft, mixed",
 }
 
 
@@ -57,8 +58,13 @@ class TrainingSummary:
     divergence: str | None = key("Name of the loss as in `hf_draftkd.losses`.", default=None)
     divergence_options: dict[str, Any] | None = key("Its options: `beta`, `eta`, ...", default=None)
     temperature: float | None = key("Loss temperature (not a sampling temperature).", default=None)
-    completions: str | None = key("Who wrote the completions: `data`, `target`, `draft` or `mixed`.", default=None)
+    completions: str | None = key(
+        "Who wrote the completions: `data`, `target`, `draft`, `mixed` or `data_and_draft`.", default=None
+    )
     lmbda: float | None = key("Fraction of batches whose completions the draft wrote.", default=None)
+    skd_top_k: int | None = key(
+        "SKD: tokens of the draft outside the target's so many likeliest were the target's own.", default=None
+    )
     dataset: str | None = key("Training data: Hub id or path.", default=None)
     dataset_revision: str | None = key("Its commit.", default=None)
     scenarios: list[str] | None = key("`queries`, `curated`, `synthetic`.", default=None)

@@ -37,14 +37,14 @@ _SHOWN = (
     "assistant_only_loss",
     "completion_only_loss",
     "cross_entropy_weight",
-    "skd_top_k",
+    "token_selection",
+    "selected_share",
+    "neftune_noise_alpha",
+    "seq_kd",
     "max_new_tokens",
     "generation_temperature",
     "generation_top_p",
     "generation_top_k",
-    "token_selection",
-    "selected_share",
-    "neftune_noise_alpha",
 )
 
 
@@ -94,6 +94,28 @@ def _facts_of_rows(dataset: Dataset, target_name: str | None) -> dict[str, Any]:
     return facts
 
 
+def _facts_of_writing(data_facts: dict[str, Any], args: DraftDistillConfig) -> dict[str, Any]:
+    """What the rows say about themselves, as far as it holds once completions are written while training."""
+    facts = dict(data_facts)
+    if not args.writes_completions:
+        return facts
+    if args.seq_kd or args.lmbda == 1:
+        # Only the prompts were read.
+        for name in ("num_tokens", "sampling", "completions"):
+            facts.pop(name, None)
+    if args.lmbda == 1:
+        facts["completions"] = "draft"
+    elif args.seq_kd:
+        facts["completions"] = "mixed" if args.lmbda else "target"
+    else:
+        facts["completions"] = "mixed" if facts.get("completions") == "target" else "data_and_draft"
+    if args.lmbda:
+        facts["lmbda"] = args.lmbda
+    if args.skd_top_k is not None:
+        facts["skd_top_k"] = args.skd_top_k
+    return facts
+
+
 def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
     """How the draft of a `DraftDistillTrainer` came to be.
 
@@ -104,15 +126,11 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
     args: DraftDistillConfig = trainer.args
     draft = unwrapped(trainer.model)
     target = None if trainer.target_model is None else unwrapped(trainer.target_model)
-    facts = dict(trainer.data_facts)
+    facts = _facts_of_writing(trainer.data_facts, args)
     if target is not None:
         facts["target_revision"] = model_revision(target)
     figures = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     metrics = {name: value for name, value in (figures[-1] if figures else {}).items() if name in _METRICS}
-    if args.seq_kd:
-        facts["completions"] = "mixed" if args.lmbda else "target"
-    elif args.lmbda == 1:
-        facts["completions"] = "draft"
     training = TrainingSummary(
         target=trainer.target_name or None,
         draft=trainer.draft_name or None,
@@ -121,7 +139,6 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
         divergence=args.divergence,
         divergence_options=args.divergence_options or None,
         temperature=args.temperature,
-        lmbda=args.lmbda or None,
         dataset=dataset_name,
         peft=_adapter(trainer.model),
         num_steps=trainer.state.global_step,

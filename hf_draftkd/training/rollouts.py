@@ -19,7 +19,12 @@ What the papers call their methods, and the settings that make them:
 | DistillSpec (arXiv 2310.08461) | any divergence; `lmbda=1` (draft's text), `0.5`, or `0` on the target's |
 | SKD (arXiv 2410.11325) | `lmbda=1`, `skd_top_k=25` |
 
-`seq_kd=True` writes anew in every epoch; text written once and kept (`generate_alignment_data`) costs its seconds once.
+Text that the target wrote once and keeps (`generate_alignment_data`) costs its seconds once; `seq_kd` costs them in
+every epoch. What the papers do besides: SeqKD takes beam search, ImitKD lowers its share of data while it trains. Here
+text is greedy or sampled and shares stay as they are; gradients stop at the text, as in GKD.
+
+Only prompts are taken from the data: all that stands before a row's last answer. Rows without a prompt, such as plain
+text that was mixed in, stay as they are, and so does the text that `evaluate()` reads.
 """
 
 import random
@@ -38,7 +43,7 @@ from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
-from hf_draftkd.data.backends import cut_completion
+from hf_draftkd.data.backends import LENGTH, cut_completion
 from hf_draftkd.data.decoding import DecodingSetting, end_token_ids
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.modes import evaluating, seeded
@@ -46,7 +51,7 @@ from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.correcting import CorrectedByTarget
 
 DATA, TARGET, DRAFT = "data", "target", "draft"
-_TALLIED = ("rows", "by_draft", "completions", "tokens", "seconds")
+_TALLIED = ("rows", "by_draft", "completions", "tokens", "cut", "seconds")
 
 
 def writer(args: DraftDistillConfig, step: int) -> str:
@@ -185,11 +190,11 @@ class WritesCompletions(Trainer):
         prompts = [example["input_ids"][:start] for example, start in asked]
         # Data sets were looked at before training; a stream shows its prompts only now.
         check_room(max(map(len, prompts), default=0), self.args, self._context)
-        written: list[list[int]] = []
+        written: list[tuple[list[int], str]] = []
         # A process without prompts writes all the same: the others may hold parts of the model it runs.
         if prompts or self.accelerator.num_processes > 1:
             written = self._write(prompts or [examples[0]["input_ids"][:1]], who)[: len(prompts)]
-        for (example, start), completion in zip(asked, written, strict=True):
+        for (example, start), (completion, _) in zip(asked, written, strict=True):
             # Earlier answers of a chat are context: they were not written by whoever learns or teaches here.
             example["input_ids"] = example["input_ids"][:start] + completion
             example["labels"] = [-100] * start + completion
@@ -197,10 +202,16 @@ class WritesCompletions(Trainer):
         batches = [self.data_collator([next(remaining) for _ in batch["input_ids"]]) for batch in batches]
         seconds = time.perf_counter() - began
         self.writing_seconds += seconds
-        self._note(completions=len(written), tokens=sum(map(len, written)), seconds=seconds)
+        self._note(
+            completions=len(written),
+            tokens=sum(len(completion) for completion, _ in written),
+            cut=sum(reason == LENGTH for _, reason in written),
+            seconds=seconds,
+        )
         return batches
 
-    def _write(self, prompts: list[list[int]], who: str) -> list[list[int]]:
+    def _write(self, prompts: list[list[int]], who: str) -> list[tuple[list[int], str]]:
+        """New tokens of each prompt, and why they end."""
         args, setting = self.args, self.args.generation_setting
         model: Any = self.model_wrapped if who == DRAFT else self.target_model
         top_k = args.skd_top_k if who == DRAFT else None
@@ -208,7 +219,8 @@ class WritesCompletions(Trainer):
         ids, mask = left_padded(prompts, config.pad_token_id, self.accelerator.device)
         # Another seed for each process, or all would draw the same numbers for different rows.
         seed = random.Random(f"{args.seed}/{self.state.global_step}/{self.accelerator.process_index}").getrandbits(63)
-        with self._generating(model) as writes, self._generating(self.target_model) as target, torch.no_grad():
+        corrects = self.target_model if top_k is not None else None
+        with self._generating(model) as writes, self._generating(corrects) as target, torch.no_grad():
             processors = LogitsProcessorList()
             if top_k is not None:
                 processors.append(CorrectedByTarget(target, setting, top_k, self._shared_vocab, mask))
@@ -217,7 +229,7 @@ class WritesCompletions(Trainer):
                     input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
                 )
         ends = end_token_ids(unwrapped(model))
-        return [cut_completion(row, ends)[0] for row in output[:, ids.shape[1] :].tolist()]
+        return [cut_completion(row, ends) for row in output[:, ids.shape[1] :].tolist()]
 
     def _generation_config(self, model: Any, setting: DecodingSetting, *, corrected: bool) -> GenerationConfig:
         if corrected and not setting.is_greedy:
@@ -250,16 +262,21 @@ class WritesCompletions(Trainer):
             yield inner
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what was written since the last entry: by whom, how long, and in how many seconds."""
+        """Adds what was written since the last entry, by all processes.
+
+        `completions/draft_share` is of all rows, `completions/mean_length` in tokens, `completions/cut_share` the share
+        of those that `max_new_tokens` ended, `completions/seconds` the mean over processes.
+        """
         if self.args.writes_completions and self.model.training:
             tally = torch.tensor([self._tally[name] for name in _TALLIED], dtype=torch.float32)
             sums = self.accelerator.reduce(tally.to(self.accelerator.device)).tolist()
-            rows, by_draft, completions, tokens, seconds = sums
+            rows, by_draft, completions, tokens, cut, seconds = sums
             self._tally.clear()
             if rows:
                 logs["completions/draft_share"] = by_draft / rows
             if completions:
                 logs["completions/mean_length"] = tokens / completions
+                logs["completions/cut_share"] = cut / completions
                 # Processes write side by side.
                 logs["completions/seconds"] = seconds / self.accelerator.num_processes
         super().log(logs, start_time)

@@ -251,10 +251,12 @@ def test_who_wrote_is_logged_timed_and_on_the_card(tmp_path, pair, tokenizer):
     lengths = [len(completion) for _, _, completion in trainer.seen]
     assert entry["completions/draft_share"] == pytest.approx(by_draft / 6)
     assert entry["completions/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
+    assert entry["completions/cut_share"] == pytest.approx(sum(length == 6 for length in lengths) / len(lengths))
     assert 0 < entry["completions/seconds"] == pytest.approx(trainer.writing_seconds, rel=1e-3)
     training = describe_run(trainer).training
     assert (training.completions, training.lmbda) == ("mixed", 0.5)
-    assert training.hyperparameters["skd_top_k"] == 5
+    assert training.skd_top_k == 5
+    assert training.num_tokens is None, "the tokens of the data were not learned from"
 
 
 # The papers' methods -------------------------------------------------------------------------------------------------
