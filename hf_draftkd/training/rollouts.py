@@ -105,17 +105,25 @@ def check_writer(args: DraftDistillConfig, *, has_target: bool) -> None:
         )
 
 
-def check_writing(dataset: Any, args: DraftDistillConfig, context: float) -> None:
-    """Refuse data whose prompts cannot be completed.
+def check_writing(dataset: Any, args: DraftDistillConfig, context: float, *, sharded: bool = False) -> None:
+    """Refuse completions that cannot be written: of these data, or by models laid out like this.
 
     Args:
         dataset: The prepared training data. A stream is not read ahead.
         args: The configuration.
         context: Longest text that both models read, in tokens.
+        sharded: Whether processes hold parts of the models.
 
     Raises:
-        ValueError: No row has a prompt, or one leaves no room for a completion.
+        ValueError: No row has a prompt, one leaves no room for a completion, or the target cannot correct.
     """
+    if sharded and args.skd_top_k is not None:
+        # In `generate`, a process whose texts have ended goes on calling the draft for the others, but not the
+        # processors that call the target.
+        raise ValueError(
+            "`skd_top_k` needs the whole target on each process, but FSDP or DeepSpeed shard it, and processes would "
+            "wait for each other for ever. Train on one device or with DDP, or leave `skd_top_k` out."
+        )
     if not (args.writes_completions and isinstance(dataset, Dataset)):
         return
     rows = (labels for batch in dataset.select_columns(["labels"]).iter(batch_size=1000) for labels in batch["labels"])

@@ -201,7 +201,7 @@ class DraftDistillTrainer(
         self._arithmetic = preflight.draft_arithmetic(self)
         preflight.check_dataset_fits(preflight.named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
         self._context = preflight.context_length(models)
-        check_writing(self.train_dataset, self.args, self._context)
+        check_writing(self.train_dataset, self.args, self._context, sharded=sharded)
 
     # Data ------------------------------------------------------------------------------------------------------------
 

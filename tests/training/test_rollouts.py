@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from hf_draftkd import DraftDistillTrainer
 from hf_draftkd.training.describe import describe_run
-from hf_draftkd.training.rollouts import last_prompt, writer
+from hf_draftkd.training.rollouts import check_writing, last_prompt, writer
 from tests.cli.run import ROOT
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows, reference_forward_kl
@@ -336,6 +336,12 @@ def test_settings_that_cannot_work_are_refused(tmp_path, options, message):
     """Settings that would silently do nothing, or teach the draft its own mistakes."""
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
+
+
+def test_correction_by_a_sharded_target_is_refused(tmp_path):
+    """Processes that wait for each other for ever, once the texts of one have ended."""
+    with pytest.raises(ValueError, match="wait for each other"):
+        check_writing(None, config(tmp_path, lmbda=1.0, skd_top_k=5), 256, sharded=True)
 
 
 def test_data_that_cannot_be_completed_are_refused(tmp_path, pair, tokenizer):
