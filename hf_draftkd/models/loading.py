@@ -98,7 +98,7 @@ def load_tokenizer(
     """Load a tokenizer by local directory, Hub id, or an object with `repo_id` and `revision`.
 
     Raises:
-        ValueError: Nothing is there, or no tokenizer is among the files.
+        ValueError: Nothing is there, no tokenizer is among the files, or they cannot be read.
     """
     checkpoint = find_checkpoint(name_or_path, revision)
     instead = "Save the target's there: `tokenizer.save_pretrained(directory)`; a draft shares its target's tokenizer."
@@ -108,7 +108,7 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(
             checkpoint.name, revision=checkpoint.revision, trust_remote_code=trust_remote_code
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a file is missing, or not what it should be
         raise ValueError(f"The tokenizer of {checkpoint.name!r} cannot be read: {error} {instead}") from error
 
 

@@ -1,6 +1,7 @@
 """What a user can get wrong about a model's name must come out as one clear message, before any weight is read."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -160,6 +161,12 @@ class TestNoModelThere:
             load_target(tmp_path)
         with pytest.raises(ValueError, match="has no tokenizer"):
             load_tokenizer(tmp_path)
+
+    def test_a_broken_tokenizer_is_named(self, saved):
+        """A position in a JSON file, and not a word about which file of which model."""
+        (saved / "tokenizer.json").write_text("{")
+        with pytest.raises(ValueError, match=re.escape(f"The tokenizer of {str(saved)!r} cannot be read")):
+            load_tokenizer(str(saved))
 
     def test_config_without_weights(self, saved):
         (saved / "model.safetensors").unlink()
