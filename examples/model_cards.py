@@ -49,10 +49,10 @@ class Options:
     """Sizes of the runs; the stored cards were made with the defaults."""
 
     train: list[str] = field(default_factory=list, metadata={"help": f"Drafts to train anew: {', '.join(RECIPES)}."})
-    num_train_prompts: int = field(default=600, metadata={"help": "Training queries the target answers."})
-    num_test_prompts: int = field(default=120, metadata={"help": "Test queries the drafts are measured on."})
-    num_train_epochs: float = field(default=4.0, metadata={"help": "Passes over the target's answers."})
-    max_new_tokens: int = field(default=96, metadata={"help": "Longest answer, in tokens."})
+    num_train_prompts: int = field(default=160, metadata={"help": "Training queries the target answers."})
+    num_test_prompts: int = field(default=32, metadata={"help": "Test queries the drafts are measured on."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the target's answers."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling and training."})
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from tests.hub import samples
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "model_cards"
+STORED = sorted(path for path in FOLDER.iterdir() if path.is_dir())
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,12 @@ def script():
     return module
 
 
-@pytest.mark.parametrize(
-    "folder", sorted(path.parent for path in FOLDER.glob("*/report.json")), ids=lambda path: path.name
-)
+def test_there_are_cards_to_compare():
+    """Catches the comparison below running over nothing: pytest would only skip it."""
+    assert STORED
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda path: path.name)
 def test_a_stored_card_is_what_the_code_makes_of_its_report(script, folder: Path):
     """Catches a card edited by hand, and a change of the template that forgot `python examples/model_cards.py`."""
     stored = (folder / "README.md").read_text(encoding="utf-8")
@@ -38,7 +42,7 @@ def test_a_stored_card_is_what_the_code_makes_of_its_report(script, folder: Path
 
 def test_every_stored_folder_is_a_recipe_of_the_script(script):
     """Catches a card that nobody can make again."""
-    assert {path.parent.name for path in FOLDER.glob("*/report.json")} <= set(script.RECIPES)
+    assert {folder.name for folder in STORED} <= set(script.RECIPES)
 
 
 @pytest.mark.parametrize("kind", [Provenance, TrainingSummary, PairFacts])

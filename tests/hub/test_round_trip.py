@@ -1,5 +1,6 @@
 """Push, find, load, generate: the whole way, through the real client in its own process, as users go it."""
 
+import json
 import os
 import re
 import subprocess
@@ -133,3 +134,53 @@ def test_a_downloaded_draft_is_the_one_that_was_pushed(hub: FakeHub, draft_folde
         assert torch.equal(draft.state_dict()[name], tensor), name
     tokenizer = AutoTokenizer.from_pretrained("me/draft")
     assert tokenizer.chat_template is not None
+
+
+class TestDraftsFromStrangers:
+    """`load_draft(find_drafts(target)[0])`, where the repository holds more, or other things, than a draft."""
+
+    def found(self, hub: FakeHub, files: dict[str, bytes]):
+        from hf_draftkd import find_drafts
+
+        hub.add(samples.TARGET, {"README.md": b"# big\n"})
+        tag = f"draft-for:{samples.TARGET}"
+        card = f"---\ntags: [speculative-decoding, draft-model, '{tag}']\n---\n# A draft\n"
+        hub.add("evil/draft", files | {"README.md": card.encode()})
+        [draft] = find_drafts(samples.TARGET)
+        return draft
+
+    def asked_for(self, hub: FakeHub) -> str:
+        """Files that were downloaded or asked about; the listing of a repository is no download."""
+        return "\n".join(str(request) for request in hub.requests if "resolve" in str(request))
+
+    def test_only_expected_files_are_downloaded(self, hub: FakeHub, draft_folder: Path):
+        """Catches a snapshot of the whole repository: pickles, code and whatever else a stranger put there."""
+        from hf_draftkd import load_draft
+
+        extra = {"pytorch_model.bin": b"a pickle", "../../outside": b"x", ".bashrc": b"x"}
+        load_draft(self.found(hub, snapshot(draft_folder) | extra))
+        asked = self.asked_for(hub)
+        assert "model.safetensors" in asked
+        for name in ("pytorch_model", "training_args.bin", "optimizer.pt", "modeling_evil", "outside", ".bashrc"):
+            assert name not in asked
+
+    def test_pickled_weights_are_refused_unread(self, hub: FakeHub, draft_folder: Path):
+        from hf_draftkd import load_draft
+
+        (draft_folder / "model.safetensors").rename(draft_folder / "pytorch_model.bin")
+        files = {path: body for path, body in snapshot(draft_folder).items() if "/" not in path}
+        with pytest.raises(ValueError, match="only as pickle"):
+            load_draft(self.found(hub, files))
+        assert "pytorch_model.bin" not in self.asked_for(hub)
+
+    def test_code_is_refused_unread(self, hub: FakeHub, draft_folder: Path):
+        """Catches `auto_map` of a downloaded config being followed."""
+        from hf_draftkd import load_draft
+
+        config = json.loads((draft_folder / "config.json").read_text())
+        config |= {"model_type": "evil", "auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}
+        config["auto_map"]["AutoConfig"] = "modeling_evil.EvilConfig"
+        (draft_folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load_draft(self.found(hub, snapshot(draft_folder)))
+        assert "modeling_evil" not in self.asked_for(hub)
