@@ -4,6 +4,7 @@ The dataclasses are the schema: their fields say which keys exist, which are req
 """
 
 import difflib
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass
@@ -74,7 +75,9 @@ def _read(expected: Any, data: Any, where: str) -> Any:
             _read_key(key_type, name, where): _read(value_type, item, f"{where}.{name}") for name, item in data.items()
         }
     if expected is float:
-        _check(isinstance(data, (int, float)) and not isinstance(data, bool), "a number", data, where)
+        # JSON can say more than a float can hold: 1e999, or a whole number of 400 digits.
+        is_number = isinstance(data, (int, float)) and not isinstance(data, bool) and abs(data) <= sys.float_info.max
+        _check(is_number, "a number", data, where)
         return float(data)
     if expected is int:
         _check(isinstance(data, int) and not isinstance(data, bool), "a whole number", data, where)

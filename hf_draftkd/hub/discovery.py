@@ -9,6 +9,7 @@ Figures are read from the `model-index` in the answer of one listing; no file of
 """
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,11 +27,21 @@ from hf_draftkd.hub.markdown import is_hub_id, one_line
 from hf_draftkd.hub.metadata import draft_for_tag
 from hf_draftkd.hub.summary import MAX_JSON_BYTES, read_json
 
+# More than any model has; what claims more is no count that arithmetic should meet.
+_MAX_PARAMETERS = 10**15
+# A figure outside of these was not measured, whatever a card says.
+_POSSIBLE = {
+    "acceptance_rate": (0.0, 1.0),
+    "block_efficiency": (1.0, 1e3),
+    "speedup": (0.0, 1e3),
+    "relative_cost": (0.0, 1e3),
+}
 _AGAIN = "Try again later, or search on https://huggingface.co/models?other=draft-model."
 # How far up a target's family to look: a fine-tune's base often has drafts already.
 _MAX_GENERATIONS = 3
+# Not `cardData`: huggingface_hub passes what a stranger wrote there to a constructor, and one that it cannot take (tags
+# that are a number) ends the whole listing. What is needed of it stands in the tags and the model index.
 _EXPAND: list[ExpandModelProperty_T] = [
-    "cardData",
     "downloads",
     "likes",
     "model-index",
@@ -182,6 +193,9 @@ def _info(api: HfApi, name: str) -> ModelInfo | None:
     """None where the target is not, or not visibly, on the Hub: its drafts can be there nevertheless."""
     try:
         return api.model_info(name, expand=["cardData", "sha", "safetensors"])
+    except TypeError:
+        # Metadata that huggingface_hub's class for it cannot take: the rest is readable.
+        return api.model_info(name, expand=["sha", "safetensors"])
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403, 404):
             return None
@@ -190,7 +204,7 @@ def _info(api: HfApi, name: str) -> ModelInfo | None:
 
 def _parameters(info: ModelInfo | None) -> int | None:
     total = getattr(getattr(info, "safetensors", None), "total", None)
-    return total if isinstance(total, int) and total > 0 else None
+    return total if isinstance(total, int) and 0 < total <= _MAX_PARAMETERS else None
 
 
 def _read(info: ModelInfo, made_for: str, asked: str, sha: str | None) -> FoundDraft:
@@ -209,16 +223,16 @@ def _read(info: ModelInfo, made_for: str, asked: str, sha: str | None) -> FoundD
         remarks.append("the target's revision was not recorded")
     if sha and any(revision and revision != sha for revision in revisions):
         remarks.append("figures were measured on another revision of the target")
-    costs = [result.metric_value for result in results if result.metric_type == "relative_cost"]
-    license = info.card_data.get("license") if info.card_data else None
+    costs = [_measured(result) for result in results if result.metric_type == "relative_cost"]
+    licenses = [tag.removeprefix("license:") for tag in info.tags or () if str(tag).startswith("license:")]
     return FoundDraft(
         repo_id=info.id,
         revision=info.sha,
         target=made_for,
         figures=figures,
         num_parameters=_parameters(info),
-        relative_cost=next((cost for cost in map(_number, costs) if cost is not None), None),
-        license=one_line(license)[:100] if isinstance(license, str) else None,
+        relative_cost=next((cost for cost in costs if cost is not None), None),
+        license=one_line(licenses[0])[:100] if licenses else None,
         downloads=info.downloads,
         likes=info.likes,
         private=bool(info.private),
@@ -229,8 +243,6 @@ def _read(info: ModelInfo, made_for: str, asked: str, sha: str | None) -> FoundD
 def _results(info: ModelInfo) -> list[EvalResult]:
     """The model index, or nothing where a stranger's metadata has another shape."""
     index = info.model_index
-    if index is None and info.card_data is not None:
-        return list(info.card_data.get("eval_results") or [])
     if not isinstance(index, list) or len(json.dumps(index, default=str)) > MAX_JSON_BYTES:
         return []
     try:
@@ -245,7 +257,7 @@ def _figures(results: list[EvalResult]) -> tuple[Figure, ...]:
     for result in results:
         if result.metric_type not in ("acceptance_rate", "block_efficiency", "speedup"):
             continue
-        value = _number(result.metric_value)
+        value = _measured(result)
         args = result.metric_args if isinstance(result.metric_args, Mapping) else {}
         if value is None:
             continue
@@ -255,7 +267,12 @@ def _figures(results: list[EvalResult]) -> tuple[Figure, ...]:
             "target": _text(args.get("target")),
             "target_revision": _text(args.get("target_revision")),
         }
-        identity = (result.dataset_config, *shared.values(), _number(args.get("top_p")), _number(args.get("top_k")))
+        identity = (
+            _text(result.dataset_config),
+            *shared.values(),
+            _number(args.get("top_p")),
+            _number(args.get("top_k")),
+        )
         held = settings.setdefault(identity, shared)
         held[result.metric_type] = value
         if result.metric_type == "block_efficiency":
@@ -266,8 +283,16 @@ def _figures(results: list[EvalResult]) -> tuple[Figure, ...]:
     return tuple(Figure(**held) for held in settings.values())
 
 
+def _measured(result: EvalResult) -> float | None:
+    """The value of a result, None where no measurement could have given it."""
+    value = _number(result.metric_value)
+    low, high = _POSSIBLE[result.metric_type]
+    return value if value is not None and low <= value <= high else None
+
+
 def _number(value: Any) -> float | None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    # Compared before it is converted: JSON has whole numbers that no float can hold.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return float(value) if is_number else None
 
 

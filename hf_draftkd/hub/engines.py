@@ -61,7 +61,7 @@ def commands(
         found += [_vllm(draft, target, target_revision, length), _sglang(draft, target, target_revision, length)]
     distance = abs((pair.draft_vocab_size or 0) - (pair.target_vocab_size or 0))
     if distance <= LLAMA_CPP_MAX_VOCAB_DIFFERENCE and pair.same_special_ids:
-        found.append(_llama_cpp(draft, target, length))
+        found.append(_llama_cpp(draft, target, target_revision, length))
     return found
 
 
@@ -148,9 +148,10 @@ def _sglang(draft: str, target: str, revision: str | None, length: int) -> Comma
     return Command("SGLang", "bash", content)
 
 
-def _llama_cpp(draft: str, target: str, length: int) -> Command:
+def _llama_cpp(draft: str, target: str, revision: str | None, length: int) -> Command:
+    pin = f" --revision {shlex.quote(revision)}" if revision else ""
     content = (
-        f"hf download {shlex.quote(target)} --local-dir target-hf\n"
+        f"hf download {shlex.quote(target)}{pin} --local-dir target-hf\n"
         f"hf download {shlex.quote(draft)} --local-dir draft-hf\n"
         "python convert_hf_to_gguf.py target-hf --outfile target.gguf\n"
         "python convert_hf_to_gguf.py draft-hf --outfile draft.gguf\n"

@@ -15,7 +15,10 @@ from huggingface_hub.utils import validate_repo_id
 
 # The characters that begin or end Markdown inside a line. Escaping more would only make the source harder to read.
 _ACTIVE = re.compile(r"([\\`*_\[\]|~$!#])")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]+")
+# Control characters, invisible marks and tags, and halves of characters, which JSON can hold and UTF-8 cannot.
+_CONTROL = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\U000e0000-\U000e007f]+"
+)
 
 
 class Markdown(str):
@@ -40,6 +43,9 @@ def text(value: object) -> Markdown:
 def code(value: object) -> Markdown:
     """An inline code span that its content cannot leave, in a table cell either."""
     content = one_line(value)
+    if "\\|" in content:
+        # Renderers disagree on whether `\\|` ends a table cell inside a code span; they agree on escaped text.
+        return text(content)
     runs = re.findall("`+", content)
     fence = "`" * (1 + max(map(len, runs), default=0))
     pad = " " if content.startswith("`") or content.endswith("`") or not content else ""

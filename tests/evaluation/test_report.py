@@ -75,6 +75,8 @@ def test_another_schema_version_is_refused(version):
             lambda data: data["settings"][1]["acceptance_rate"].update(value="high"),
             r"report\.settings\[1\]\.acceptance_rate\.value` must be a number",
         ),
+        (lambda data: data["settings"][1]["acceptance_rate"].update(value=10**400), "must be a number"),
+        (lambda data: data["settings"][1]["acceptance_rate"].update(value=float("inf")), "must be a number"),
         (lambda data: data["settings"][0]["mbsu"].update(five=1.0), "whole numbers as keys"),
         (lambda data: data.update(warnings="none"), "must be a list"),
         (lambda data: data["recommendation"].update(worth_it=1), "must be true or false"),

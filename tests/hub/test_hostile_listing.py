@@ -1,0 +1,110 @@
+"""One stranger's repository must not keep everybody else from finding drafts."""
+
+from typing import Any
+
+import pytest
+
+from hf_draftkd.cli import find as find_command
+from hf_draftkd.hub.discovery import find_drafts
+from tests.hub import fake_hub
+from tests.hub.fake_hub import FakeHub
+from tests.hub.test_discovery import TARGET, about, add_draft
+
+
+@pytest.fixture
+def sha(hub: FakeHub) -> str:
+    """The target is on the Hub; returns its commit."""
+    return hub.add(TARGET, {"README.md": "# big"}).refs["main"]
+
+
+def index(metrics: list[dict[str, Any]], config: Any = None) -> list[dict[str, Any]]:
+    dataset = {"type": "prompts", "name": "n"} | ({"config": config} if config is not None else {})
+    return [{"name": "x", "results": [{"task": {"type": "t"}, "dataset": dataset, "metrics": metrics}]}]
+
+
+def metric(kind: str, value: Any, **args: Any) -> dict[str, Any]:
+    return {"type": kind, "value": value, "args": {"temperature": 0.0, **args}}
+
+
+GOOD = metric("acceptance_rate", 0.9)
+ANSWERS = {
+    "a number beyond every float": {"model-index": index([metric("acceptance_rate", 10**400)])},
+    "a temperature beyond every float": {"model-index": index([metric("acceptance_rate", 0.9, temperature=10**400)])},
+    "a data set's configuration that is a list": {"model-index": index([GOOD], config=["a"])},
+    "a cost that divides by zero": {
+        "safetensors": None,
+        "model-index": index(
+            [GOOD, metric("block_efficiency", 2.0, num_assistant_tokens=5), metric("relative_cost", -0.2)]
+        ),
+    },
+    "a model of 10^400 parameters": {
+        "safetensors": {"parameters": {"F32": 10**400}, "total": 10**400},
+        "model-index": index([GOOD, metric("block_efficiency", 2.0, num_assistant_tokens=5)]),
+    },
+    "an argument of the metadata's own class": {"cardData": {"ignore_metadata_errors": True, "license": "mit"}},
+    "tags that are a number": {"cardData": {"tags": 3}},
+    "half a character": {
+        "cardData": {"license": "\ud800"},
+        "tags": ["draft-model", f"draft-for:{TARGET}", "license:\ud800"],
+    },
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_others_are_found_nevertheless(hub: FakeHub, sha: str, monkeypatch, capsys, answer: dict[str, Any]):
+    """Catches a listing, a table or a JSON that ends in a traceback over what a stranger recorded."""
+    add_draft(hub, "a/good", about(sha, alpha=0.5, tau=2.0))
+    add_draft(hub, "b/hostile", None)
+    info_of = fake_hub._Handler.info_of
+
+    def with_answer(self, repo_id, revision="main"):
+        info = info_of(self, repo_id, revision)
+        return info | answer if repo_id == "b/hostile" else info
+
+    monkeypatch.setattr(fake_hub._Handler, "info_of", with_answer)
+    assert {draft.repo_id for draft in find_drafts(TARGET)} == {"a/good", "b/hostile"}
+    for options in ([], ["--json"]):
+        assert find_command.run([TARGET, *options]) == 0
+        capsys.readouterr().out.encode()
+
+
+IMPOSSIBLE = [
+    metric("acceptance_rate", 1.5),
+    metric("acceptance_rate", -0.1),
+    metric("block_efficiency", 1e9, num_assistant_tokens=5),
+    metric("block_efficiency", 0.2, num_assistant_tokens=5),
+    metric("speedup", -2.0),
+]
+
+
+@pytest.mark.parametrize("figure", IMPOSSIBLE, ids=lambda figure: f"{figure['type']} {figure['value']}")
+def test_a_figure_that_nothing_can_have_measured_is_none(hub: FakeHub, sha: str, monkeypatch, figure):
+    """Catches a made-up figure that puts its draft on top of the list."""
+    add_draft(hub, "a/good", about(sha, alpha=0.5, tau=2.0))
+    add_draft(hub, "b/hostile", None)
+    info_of = fake_hub._Handler.info_of
+
+    def with_figure(self, repo_id, revision="main"):
+        info = info_of(self, repo_id, revision)
+        return info | {"model-index": index([figure])} if repo_id == "b/hostile" else info
+
+    monkeypatch.setattr(fake_hub._Handler, "info_of", with_figure)
+    good, hostile = find_drafts(TARGET)
+    assert good.repo_id == "a/good"
+    assert hostile.figures == ()
+    assert hostile.remarks == ("no figures recorded",)
+
+
+def test_a_target_whose_metadata_cannot_be_read_has_drafts_nevertheless(hub: FakeHub, sha: str, monkeypatch):
+    add_draft(hub, "a/good", about(sha, alpha=0.5, tau=2.0))
+    info_of = fake_hub._Handler.info_of
+
+    def with_tags(self, repo_id, revision="main"):
+        info = info_of(self, repo_id, revision)
+        wanted = self.path.count("cardData")
+        return info | {"cardData": {"tags": 3} if wanted else None} if repo_id == TARGET else info
+
+    monkeypatch.setattr(fake_hub._Handler, "info_of", with_tags)
+    [draft] = find_drafts(TARGET)
+    assert draft.repo_id == "a/good"
+    assert draft.remarks == ()
