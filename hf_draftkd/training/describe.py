@@ -10,6 +10,7 @@ from datasets import Dataset
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.mixing import split_by_format
 from hf_draftkd.data.provenance import package_versions
+from hf_draftkd.evaluation.provenance import hardware_info
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.revisions import model_revision
@@ -163,8 +164,19 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
     folder = Path(args.output_dir)
     checksum = weights_checksum(folder) if any(folder.glob("*.safetensors")) else None
     return Provenance(
-        created=created, versions=package_versions(), training=training, pair=pair, weights_sha256=checksum
+        created=created,
+        versions=package_versions(),
+        hardware=_hardware(draft, trainer.accelerator.num_processes),
+        training=training,
+        pair=pair,
+        weights_sha256=checksum,
     )
+
+
+def _hardware(draft: Any, num_processes: int) -> str:
+    info = hardware_info(draft)
+    threads = f", {info.num_threads} threads" if info.device == "cpu" else ""
+    return f"{num_processes} process{'es' if num_processes > 1 else ''} on {info.name}{threads}"
 
 
 _METRICS = ("eval_loss", "eval_acceptance_rate", "eval_acceptance_rate_upper_bound", "eval_block_efficiency")
