@@ -122,7 +122,7 @@ def git_blob_id(data: bytes) -> str:
 
 
 def is_lfs(path: str) -> bool:
-    return path.endswith((".safetensors", ".png"))
+    return path.endswith((".safetensors", ".png", ".parquet"))
 
 
 class _Answer(Exception):
@@ -239,6 +239,9 @@ class _Handler(BaseHTTPRequestHandler):
     )
 
     def route(self, path: str) -> None:
+        # Data sets have the same calls under another prefix; here both kinds share their names.
+        path = re.sub(r"^/api/datasets/", "/api/models/", path)
+        path = re.sub(r"^/datasets/", "/", path)
         for method, pattern, name in self.ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in (method, "HEAD" if method == "GET" else method):
@@ -442,7 +445,13 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if prefix and not held:
             raise _Answer(404, f"{prefix} does not exist", "EntryNotFound")
-        self.send(200, [_entry(path, body) for path, body in sorted(held.items())])
+        if self.query.get("recursive", ["false"])[0].lower() == "true":
+            self.send(200, [_entry(path, body) for path, body in sorted(held.items())])
+            return
+        depth = prefix.count("/") + 1 if prefix else 0
+        files = [_entry(path, body) for path, body in sorted(held.items()) if path.count("/") == depth]
+        folders = {"/".join(path.split("/")[: depth + 1]) for path in held if path.count("/") > depth}
+        self.send(200, [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders] + files)
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
         repo = self.repo(repo_id)

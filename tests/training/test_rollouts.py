@@ -253,7 +253,9 @@ def test_who_wrote_is_logged_timed_and_on_the_card(tmp_path, pair, tokenizer):
     assert entry["completions/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
     assert entry["completions/cut_share"] == pytest.approx(sum(length == 6 for length in lengths) / len(lengths))
     assert 0 < entry["completions/seconds"] == pytest.approx(trainer.writing_seconds, rel=1e-3)
-    training = describe_run(trainer).training
+    provenance = describe_run(trainer)
+    training = provenance.training
+    assert provenance.hardware.startswith("1 process on ")
     assert (training.completions, training.lmbda) == ("mixed", 0.5)
     assert training.skd_top_k == 5
     assert training.num_tokens is None, "the tokens of the data were not learned from"
