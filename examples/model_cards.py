@@ -1,7 +1,7 @@
 """The cards in `model_cards/`: four drafts of the demo pair, each trained another way, measured and described.
 
 python examples/model_cards.py                                # write the cards again from the stored reports
-python examples/model_cards.py --train full lora tvd_plus_plus # train, measure and store first (minutes on a CPU)
+python examples/model_cards.py --train full lora on_policy tvd_plus_plus  # train first: ten minutes
 
 What is stored is what was measured (`report.json`) and what was done (`provenance.json`); the card is made from these
 two alone. `tests/hub/test_model_cards.py` compares, so a card can neither drift from the code nor be edited by hand.
