@@ -1,0 +1,77 @@
+"""Every benchmark runs as its docstring says, at a size that shows nothing but that it does."""
+
+import importlib
+import shlex
+import sys
+
+import pytest
+
+from tests.cli.run import ROOT
+from tests.test_docs import run
+
+BENCHMARKS = ROOT / "examples" / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("generation_throughput.py", "--prompts 4 --batch_size 2 --max_new_tokens 8 --repeats 1"),
+        ("exact_vs_counted.py", "--num_texts 4 --max_new_tokens 16 --max_seconds 5"),
+        ("generation_memory.py", "--prompts 16 32"),
+        (
+            "ablation.py",
+            "--jobs 0 --steps 1 --batch_size 2 --seeds 1 --train 2 --held_out 2 --max_new_tokens 4 "
+            "--cells default 'cached 64'",
+        ),
+        (
+            "result_per_second.py",
+            "--jobs 0 --marks 0.1 0.2 --batch_size 2 --seeds 1 --train 2 --held_out 2 --max_new_tokens 4 --rates 3e-4 "
+            "--contenders 'ours, default'",
+        ),
+    ],
+)
+def test_the_benchmark_runs(script, options, tmp_path):
+    """A script behind a figure that no longer runs, so that nobody can make the figure again."""
+    assert run([sys.executable, str(BENCHMARKS / script), *shlex.split(options)], tmp_path).strip()
+
+
+TINY = "--vocab_size 300 --batch_size 2 --prompt_tokens 4 --completion_tokens 4 --draft_width 64 --steps 1 --rounds 1"
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        (
+            "training_throughput.py",
+            ["--target_width", "64", "--target_layers", "1", "--contenders", "ours, forward_kl", "GKDTrainer"],
+        ),
+        ("cached_throughput.py", ["--top_k", "8"]),
+    ],
+)
+def test_a_throughput_benchmark_prints_its_ratio(script, options, tmp_path):
+    """A trainer that no longer runs beside ours, or a table without the ratio it is made for."""
+    path, results = str(BENCHMARKS / script), tmp_path / "results.jsonl"
+    assert "times the throughput of" in run(
+        [sys.executable, path, *TINY.split(), *options, "--results", str(results)], tmp_path
+    )
+    assert len(results.read_text().splitlines()) == 2
+
+
+def test_a_benchmark_goes_on_from_its_results(tmp_path, monkeypatch):
+    """An hour of measuring that begins anew, or figures of another job taken for those asked for."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    processes = importlib.import_module("processes")
+    started = []
+
+    def measure(script, job):
+        started.append(job["size"])
+        return {"seconds": [float(len(started))]}
+
+    monkeypatch.setattr(processes, "in_own_process", measure)
+    file = tmp_path / "results.jsonl"
+    first = processes.rounds("a.py", {"x": {"size": 1}}, 2, file)
+    file.write_text(file.read_text() + '{"cut off')
+    again = processes.rounds("a.py", {"x": {"size": 1}, "y": {"size": 2}}, 2, file)
+    assert started == [1, 1, 2, 2]
+    assert again["x"] == first["x"] == [{"seconds": [1.0]}, {"seconds": [2.0]}]
+    assert processes.rounds("b.py", {"x": {"size": 1}}, 1, file)["x"] == [{"seconds": [5.0]}]
