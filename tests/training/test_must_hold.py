@@ -154,6 +154,29 @@ def test_a_chat_that_is_cut_before_its_first_answer_is_refused(tmp_path, pair):
         build(tmp_path, pair, tiny_tokenizer(), rows, assistant_only_loss=True, max_length=6)
 
 
+# Number formats and recomputation ------------------------------------------------------------------------------------
+
+
+def test_recomputed_activations_and_bf16_do_not_change_what_is_learned(tmp_path, tokenizer):
+    """Positions chosen in front of the head that recomputation chooses again, or a loss summed in bf16."""
+    rows = alignment_rows(tiny_pair("llama")[1], tokenizer, count=8)
+    losses = {}
+    for name, options in (
+        ("plain", {}),
+        ("recomputed", {"activation_checkpointing": True}),
+        ("autocast", {"bf16": True, "use_cpu": True}),
+        ("weights", {}),
+    ):
+        pair = [model.bfloat16() if name == "weights" else model for model in tiny_pair("llama")]
+        trainer = build(tmp_path / name, pair, tokenizer, rows, optim="sgd", learning_rate=0.05, **options)
+        trainer.train()
+        losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses["recomputed"] == pytest.approx(losses["plain"], rel=1e-5)
+    # bf16 keeps eight bits: two to three digits.
+    assert losses["autocast"] == pytest.approx(losses["plain"], rel=0.02)
+    assert losses["weights"] == pytest.approx(losses["plain"], rel=0.05)
+
+
 # A batch that goes wrong ---------------------------------------------------------------------------------------------
 
 
