@@ -175,7 +175,7 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
 
 def _hardware(draft: Any, num_processes: int) -> str:
     info = hardware_info(draft)
-    threads = f", {info.num_threads} threads" if info.device == "cpu" else ""
+    threads = f", {info.num_threads} thread{'s' if info.num_threads > 1 else ''}" if info.device == "cpu" else ""
     return f"{num_processes} process{'es' if num_processes > 1 else ''} on {info.name}{threads}"
 
 
@@ -189,6 +189,8 @@ def _changed(args: DraftDistillConfig) -> dict[str, Any]:
     shown = {
         name: str(getattr(value, "value", value)) if isinstance(value, str) else value for name, value in shown.items()
     }
+    # TRL's default of None stands for a choice by machine, and False is what an ordinary CPU gets.
+    shown["bf16"] = shown["bf16"] or None
     return {name: value for name, value in shown.items() if value is not None and value != fields[name].default}
 
 
