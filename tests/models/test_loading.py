@@ -161,6 +161,14 @@ class TestNoModelThere:
         with pytest.raises(ValueError, match="has no tokenizer"):
             load_tokenizer(tmp_path)
 
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+    def test_a_broken_tokenizer_file_is_named(self, saved, name):
+        (saved / name).write_text('{"version": "1.0", "trunc')
+        with pytest.raises(
+            ValueError, match=rf"tokenizer of .* cannot be read: .*{name} \(Unterminated string.*not valid JSON"
+        ):
+            load_tokenizer(saved)
+
     def test_config_without_weights(self, saved):
         (saved / "model.safetensors").unlink()
         with pytest.raises(ValueError, match="no weights"):
