@@ -23,6 +23,7 @@ def run(hub: FakeHub, cache: Path, *arguments: str, code: str | None = None) -> 
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
+        "HF_DATASETS_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(cache),
         "HF_TOKEN": WRITER,
