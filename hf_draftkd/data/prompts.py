@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Json, concatenate_datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -224,15 +224,31 @@ def _check_list(prompts: Sequence[Any]) -> None:
 
 
 def _check_prompts(dataset: Dataset, name: str, skip_invalid: bool) -> Dataset:
-    column = dataset.select_columns(["prompt"])
-    problems = [(row, problem) for row, item in enumerate(column) if (problem := prompt_problem(item["prompt"]))]
-    if not problems:
-        return dataset
-    if not skip_invalid or len(problems) == len(dataset):
+    problems: list[tuple[int, str]] = []
+    first: dict[bool, int] = {}  # first row that is text, and first that is messages
+    for row, item in enumerate(dataset.select_columns(["prompt"])):
+        if problem := prompt_problem(item["prompt"]):
+            problems.append((row, problem))
+        else:
+            first.setdefault(isinstance(item["prompt"], str), row)
+    if problems and (not skip_invalid or not first):
         raise ValueError(_listing(problems, name))
-    logger.warning(f"Left out {len(problems)} of {len(dataset)} prompts. {_listing(problems, name)}")
-    bad = {row for row, _ in problems}
-    return dataset.select([row for row in range(len(dataset)) if row not in bad])
+    if len(first) > 1:
+        raise ValueError(
+            f"{name} mixes strings and message lists: row {first[True]} (counted from 0) is text, row {first[False]} "
+            "holds messages. Give one kind, or generate in two runs."
+        )
+    if problems:
+        logger.warning(f"Left out {len(problems)} of {len(dataset)} prompts. {_listing(problems, name)}")
+        bad = {row for row, _ in problems}
+        dataset = dataset.select([row for row in range(len(dataset)) if row not in bad])
+    return _with_plain_type(dataset) if isinstance(dataset.features["prompt"], Json) else dataset
+
+
+def _with_plain_type(dataset: Dataset) -> Dataset:
+    # What stood among prompts that are left out made the whole column JSON; now text is text and messages are messages.
+    prompts = Dataset.from_dict({"prompt": dataset["prompt"][:]}, on_mixed_types="use_json")
+    return concatenate_datasets([prompts, dataset.remove_columns("prompt")], axis=1)
 
 
 def _without_last_answer(row: dict[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from pyarrow import ArrowException
 
 # File suffix -> the builder of `datasets` that reads it.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+_BLOCK = 2**20  # bytes of a JSONL file parsed at a time; the 10 MB of `datasets` take ten times as much memory
 
 
 def open_dataset(
@@ -68,27 +70,75 @@ def _read_file(path: Path, column: str) -> Dataset:
         raise ValueError(f"Cannot read {path.name!r}: give one of {', '.join(_BUILDERS)}, or a folder or Hub dataset.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty, so there is nothing to answer.")
+    options: dict[str, Any] = {}
+    kinds: dict[tuple[str, str], int] = {}
     if path.suffix.lower() == ".jsonl":
-        _check_json_lines(path)
-    dataset = load_dataset(builder, data_files=str(path), split="train")
+        kinds, options["chunksize"] = _check_json_lines(path)
+    try:
+        dataset = load_dataset(builder, data_files=str(path), split="train", **options)
+    except (DatasetGenerationError, ArrowException, UnicodeDecodeError, ValueError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(f"{path} cannot be read as {builder}: {reason}.{_changes(kinds)}") from error
     if builder == "text":
         dataset = dataset.filter(lambda row: row["text"].strip() != "")
         return dataset if column == "text" else dataset.rename_column("text", column)
     return dataset
 
 
-def _check_json_lines(path: Path) -> None:
-    # `datasets` reports a broken line by its byte offset in a block, or not at all.
-    with path.open(encoding="utf-8") as lines:
+def _check_json_lines(path: Path) -> tuple[dict[tuple[str, str], int], int]:
+    """Check each line; returns what kinds of values stand where, with the first line of each, and the block to parse.
+
+    `datasets` reports a broken line by its byte offset in a block, or not at all. It takes the columns and their types
+    from the first block: a key that is new in a later one fails, and a list where texts stood silently becomes the
+    text of its JSON. So the first block reaches to the last line that brings something new.
+    """
+    kinds: dict[tuple[str, str], int] = {}
+    position, block = 0, _BLOCK
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            position += len(line)
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
+                raise ValueError(
+                    f"{path}, line {number} is not valid JSON: {error.msg} (column {error.colno})."
+                ) from error
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number} is not UTF-8 ({error.reason} at byte {error.start} of the line). Convert "
+                    "the file, for instance with iconv."
+                ) from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} holds a {type(row).__name__} where a JSON object is needed.")
+            before = len(kinds)
+            _note_kinds(row, "", number, kinds)
+            if len(kinds) > before:
+                block = max(block, position)
+    return kinds, block
+
+
+def _note_kinds(value: Any, place: str, line: int, kinds: dict[tuple[str, str], int]) -> None:
+    kinds.setdefault((place, type(value).__name__), line)
+    if isinstance(value, dict):
+        for name, each in value.items():
+            _note_kinds(each, f"{place}.{name}" if place else name, line, kinds)
+    elif isinstance(value, list):
+        for each in value:
+            _note_kinds(each, f"{place}[]", line, kinds)
+
+
+def _changes(kinds: dict[tuple[str, str], int]) -> str:
+    """Where the first column that changes its type does so, for a message."""
+    first: dict[str, tuple[str, int]] = {}
+    for (place, kind), line in kinds.items():
+        if kind == "NoneType":
+            continue
+        before, line_before = first.setdefault(place, (kind, line))
+        if kind != before and {kind, before} != {"int", "float"}:
+            return f" {place!r} holds {before} on line {line_before} and {kind} on line {line}."
+    return ""
 
 
 def _pick_split(splits: DatasetDict, split: str | None) -> Dataset:

@@ -8,6 +8,8 @@ Only safetensors are read, and code that comes with a model runs only when asked
 """
 
 import difflib
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,8 +110,26 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(
             checkpoint.name, revision=checkpoint.revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:  # a file is missing, or not what it should be
-        raise ValueError(f"The tokenizer of {checkpoint.name!r} cannot be read: {error} {instead}") from error
+    except ImportError:  # says which package is missing
+        raise
+    except Exception as error:  # the tokenizers' own parser raises bare `Exception`
+        at_fault = _broken_json(checkpoint)
+        reason = f"{at_fault} is not valid JSON" if at_fault else str(error)
+        raise ValueError(
+            f"The tokenizer of {checkpoint.name!r} cannot be read: {reason.rstrip('.')}. {instead}"
+        ) from error
+
+
+def _broken_json(checkpoint: Checkpoint) -> str | None:
+    """The first of a local tokenizer's files that is not JSON: parsers say where they stumbled, not in which file."""
+    for name in sorted(checkpoint.files & set(TOKENIZER_FILES)):
+        path = Path(checkpoint.name).expanduser() / name
+        if path.suffix == ".json" and path.is_file():
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                return f"{path} ({error})"
+    return None
 
 
 def _load(name_or_path: Any, *, revision: str | None, dtype: str | torch.dtype, **options: Any) -> PreTrainedModel:

@@ -3,7 +3,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
+from hf_draftkd.data.prompts import clean_message, context_length, fitting_rows, load_prompts, render_prompts
 from tests.data.small import make_target, make_tokenizer
 
 CHAT = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "on the mat?"}]]
@@ -82,6 +82,66 @@ def test_a_broken_line_is_named_by_its_number(tmp_path):
     path.write_text('{"prompt": "a"}\n["b"]\n')
     with pytest.raises(ValueError, match=r"line 2 holds a list"):
         load_prompts(path)
+
+
+def test_a_line_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('{"prompt": "a"}\n{"prompt": "café"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"prompts.jsonl, line 2 is not UTF-8"):
+        load_prompts(path)
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path):
+    path = tmp_path / "prompts.parquet"
+    path.write_bytes(b"PAR1 and then something else")
+    with pytest.raises(ValueError, match=r"prompts.parquet cannot be read as parquet"):
+        load_prompts(path)
+
+
+LATE = 6000  # rows of 200 characters: what follows lies outside the first block of a file
+
+
+@pytest.mark.parametrize(
+    ("common", "late"),
+    [
+        ({"prompt": CHAT[0]}, {"prompt": [{"role": "user", "content": [{"type": "text", "text": "y"}]}]}),
+        ({"prompt": CHAT[0]}, {"prompt": [{"role": "user", "content": "y", "name": "me"}]}),
+        ({"prompt": "a"}, {"prompt": "a", "tools": [{"f": 1}]}),
+        ({"prompt": "a", "n": None}, {"prompt": "b", "n": "one"}),
+        ({"prompt": "a", "n": 1}, {"prompt": "b", "n": 1.5}),
+        ({"prompt": "a", "n": 1}, {"prompt": "b", "n": "one"}),
+    ],
+)
+def test_what_a_jsonl_brings_late_comes_through_as_it_is(tmp_path, common, late):
+    """`datasets` takes types from the first block: later lists became JSON text, new keys and floats failed."""
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({**common, "pad": "x" * 200})] * LATE + [json.dumps({**late, "pad": ""})]
+    path.write_text("\n".join(lines))
+    rows = load_prompts(path)
+    assert len(rows) == LATE + 1
+    last = rows[LATE]
+    last["prompt"] = last["prompt"] if isinstance(last["prompt"], str) else [*map(clean_message, last["prompt"])]
+    assert {name: last[name] for name in late} == late
+
+
+def test_a_jsonl_whose_prompts_change_type_names_file_and_rows(tmp_path):
+    """The last row, far behind the others, became the text of its JSON and was answered as such."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in ["x" * 200] * LATE + [CHAT[0]]))
+    with pytest.raises(ValueError, match=rf"prompts.jsonl mixes .*row 0 .* is text, row {LATE} holds messages"):
+        load_prompts(path)
+
+
+@pytest.mark.parametrize("prompt", ["a", CHAT[0]])
+def test_prompts_left_out_leave_a_plain_column(tmp_path, prompt):
+    """A number among the prompts makes the whole column JSON, which the row format does not know."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": each, "n": 1}) for each in (prompt, 5)))
+    with pytest.raises(ValueError, match=r"prompts.jsonl: row 1 .* is neither text nor a list of messages \(int\)"):
+        load_prompts(path)
+    rows = load_prompts(path, skip_invalid=True)
+    assert rows.features == Dataset.from_list([{"prompt": prompt, "n": 1}]).features
+    assert rows[:] == {"prompt": [prompt], "n": [1]}
 
 
 def test_unusable_prompts_are_listed_with_their_rows():

@@ -19,6 +19,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
@@ -239,9 +240,8 @@ class _Handler(BaseHTTPRequestHandler):
     )
 
     def route(self, path: str) -> None:
-        # Data sets have the same calls under another prefix; here both kinds share their names.
-        path = re.sub(r"^/api/datasets/", "/api/models/", path)
-        path = re.sub(r"^/datasets/", "/", path)
+        # Data sets are repositories as models are; no test has one of each by the same name.
+        path = path.replace("/api/datasets/", "/api/models/", 1).replace("/datasets/", "/", 1)
         for method, pattern, name in self.ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in (method, "HEAD" if method == "GET" else method):
@@ -267,7 +267,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         repo = self.hub.repos[repo_id] = Repo(private=wanted.get("visibility") == "private")
         repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
-        self.send(200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id})
+        kind = "datasets/" if wanted.get("type") == "dataset" else ""
+        self.send(200, {"url": f"{self.hub.url}/{kind}{repo_id}", "name": repo_id, "id": repo_id})
 
     def validate(self) -> None:
         content = json.loads(self.body)["content"]
@@ -445,13 +446,13 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if prefix and not held:
             raise _Answer(404, f"{prefix} does not exist", "EntryNotFound")
-        if self.query.get("recursive", ["false"])[0].lower() == "true":
-            self.send(200, [_entry(path, body) for path, body in sorted(held.items())])
-            return
-        depth = prefix.count("/") + 1 if prefix else 0
-        files = [_entry(path, body) for path, body in sorted(held.items()) if path.count("/") == depth]
-        folders = {"/".join(path.split("/")[: depth + 1]) for path in held if path.count("/") > depth}
-        self.send(200, [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders] + files)
+        folders = {str(parent) for path in held for parent in PurePosixPath(path).parents} - {"."}
+        entries = [_entry(path, body) for path, body in sorted(held.items())]
+        entries += [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
+        entries = [entry for entry in entries if entry["path"].startswith(f"{prefix}/" if prefix else "")]
+        if self.query.get("recursive", ["false"])[0].lower() != "true":
+            entries = [entry for entry in entries if str(PurePosixPath(entry["path"]).parent) == (prefix or ".")]
+        self.send(200, entries)
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
         repo = self.repo(repo_id)

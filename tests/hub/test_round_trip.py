@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_draftkd.data.generation import generate_alignment_data
 from tests.hub import samples
 from tests.hub.conftest import WRITER, snapshot
 from tests.hub.fake_hub import FakeHub
@@ -85,37 +84,6 @@ print(assisted.tolist())
     inputs = tokenizer("The quick brown", return_tensors="pt")
     expected = pair[1].generate(**inputs, max_new_tokens=24, do_sample=False)
     assert generated.stdout.strip() == str(expected.tolist())
-
-
-def test_alignment_data_come_back_from_the_hub(hub: FakeHub, tmp_path: Path, pair, tokenizer):
-    """Ids or distributions that change on their way through an upload, or a card that keeps `datasets` from reading."""
-    folder = tmp_path / "data"
-    generate_alignment_data(
-        pair[1],
-        tokenizer,
-        ["the lazy dog", "a draft model"],
-        max_new_tokens=6,
-        temperatures=(0.0, 1.0),
-        output_dir=folder,
-        cache_distributions={"top_k": 4},
-    )
-    code = f"""
-from datasets import load_dataset
-from hf_draftkd.data.card import push_alignment_data
-here = load_dataset({str(folder)!r}, split="train")
-print(push_alignment_data({str(folder)!r}, "me/mats", rows=here))
-there = load_dataset("me/mats", split="train")
-assert there.features == here.features
-assert there.to_list() == here.to_list()
-assert len(there) == 4
-"""
-    done = run(hub, tmp_path / "cache", code=code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("me/mats")
-    assert set(hub.repos["me/mats"].files()) - {".gitattributes"} == {
-        "README.md",
-        "data/train-00000-of-00001.parquet",
-    }
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What a user can get wrong about a model's name must come out as one clear message, before any weight is read."""
 
 import json
-import re
 import shutil
 from types import SimpleNamespace
 
@@ -162,11 +161,13 @@ class TestNoModelThere:
         with pytest.raises(ValueError, match="has no tokenizer"):
             load_tokenizer(tmp_path)
 
-    def test_a_broken_tokenizer_is_named(self, saved):
-        """A position in a JSON file, and not a word about which file of which model."""
-        (saved / "tokenizer.json").write_text("{")
-        with pytest.raises(ValueError, match=re.escape(f"The tokenizer of {str(saved)!r} cannot be read")):
-            load_tokenizer(str(saved))
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+    def test_a_broken_tokenizer_file_is_named(self, saved, name):
+        (saved / name).write_text('{"version": "1.0", "trunc')
+        with pytest.raises(
+            ValueError, match=rf"tokenizer of .* cannot be read: .*{name} \(Unterminated string.*not valid JSON"
+        ):
+            load_tokenizer(saved)
 
     def test_config_without_weights(self, saved):
         (saved / "model.safetensors").unlink()
