@@ -20,7 +20,7 @@ from hf_draftkd.models.loading import load_tokenizer
 @dataclass
 class Options:
     prompts: int = field(default=512, metadata={"help": "Prompts that the target answers; a quarter is held out."})
-    max_new_tokens: int = field(default=96, metadata={"help": "Longest answer, in tokens."})
+    answer_tokens: int = field(default=96, metadata={"help": "Longest answer, in tokens."})
 
 
 options, args = TrlParser((Options, DraftDistillConfig)).parse_args_and_config()
@@ -28,7 +28,7 @@ args.report_to, args.save_strategy = [], "no"
 target = load_target(demo_path("target"), dtype="float32")
 tokenizer = load_tokenizer(demo_path("target"))
 prompts = load_prompts(demo_path("train.jsonl"), limit=options.prompts)
-answers = generate_alignment_data(target, tokenizer, prompts, max_new_tokens=options.max_new_tokens, batch_size=32)
+answers = generate_alignment_data(target, tokenizer, prompts, max_new_tokens=options.answer_tokens, batch_size=32)
 answers = answers.train_test_split(0.25, seed=args.seed)
 
 

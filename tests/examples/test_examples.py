@@ -11,7 +11,7 @@ from tests.test_docs import run
 @pytest.mark.parametrize(
     ("script", "options"),
     [
-        ("adaspec.py", "--prompts 8 --max_new_tokens 8 --max_steps 1 --eval_strategy no"),
+        ("adaspec.py", "--prompts 8 --answer_tokens 8 --max_steps 1 --eval_strategy no"),
         ("alignment_data.py", "--prompts 2 --max_new_tokens 8"),
         (
             "direct_alignment.py",
