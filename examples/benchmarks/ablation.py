@@ -4,8 +4,9 @@
     python examples/benchmarks/ablation.py --output_dir ablation --report
 
 Every draft is the demo's, trained for the same number of steps with its learning rate falling to 0, and judged exactly
-on texts that the target wrote in answer to the test queries, greedily and at temperature 1. Runs are short: they show
-which value gets ahead early, not where training ends. Started again, it does what is left.
+on texts that the target wrote in answer to the dev queries, greedily and at temperature 1: what defaults are chosen by
+should not be what the results are reported on. Runs are short: they show which value gets ahead early, not where
+training ends. Started again, it does what is left.
 """
 
 import argparse
@@ -34,7 +35,12 @@ def cells() -> dict[str, dict[str, Any]]:
     for divergence in LEADING:
         own = {} if divergence == "forward_kl" else {"divergence": divergence}
         changes += [own | {"learning_rate": rate} for rate in (1e-4, 1e-3, 3e-3)]
-    changes += [{"source": "greedy"}, {"source": "T=1"}, {"lmbda": 0.5}, {"lmbda": 1.0}, {"seq_kd": True}]
+    changes += [{"source": "greedy"}, {"source": "T=1"}, {"lmbda": 0.5}, {"seq_kd": True}]
+    for divergence in (*LEADING, "reverse_kl"):
+        own = {} if divergence == "forward_kl" else {"divergence": divergence}
+        changes += [own | {"lmbda": 1.0} | rate for rate in ({}, {"learning_rate": 1e-3})]
+    changes += [{"source": source, "learning_rate": 1e-3} for source in ("greedy", "T=1")]
+    changes += [{"divergence": "reverse_kl", "learning_rate": 1e-3}]
     changes += [{"temperature": 0.5}, {"temperature": 2.0}]
     changes += [{"cross_entropy_weight": 0.1}, {"cross_entropy_weight": 0.5}]
     changes += [{"token_selection": name} for name in ("after_first_rejection", "after_first_mismatch", "adaspec")]
@@ -89,7 +95,7 @@ def train(draft: Any, rows: Any, job: dict[str, Any], change: dict[str, Any], re
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """One cell with one seed: its figures on the test queries, and seconds of training."""
+    """One cell with one seed: its figures on the dev queries, and seconds of training."""
     from hf_draftkd import load_draft
     from hf_draftkd.models.demo import demo_path
 
@@ -98,12 +104,12 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
     folder, change = Path(job["folder"]), job["change"]
     if change is None:
-        return {"figures": figures(stock(), folder), "seconds": 0.0}
+        return {"figures": figures(stock(), folder, "dev"), "seconds": 0.0}
     rows, began = texts(folder, "train"), time.perf_counter()
     reference = train(stock(), rows, job, {}) if change.get("token_selection") == "adaspec" else None
     draft = train(stock(), rows, job, change, reference)
     seconds = time.perf_counter() - began
-    return {"figures": figures(draft, folder), "seconds": round(seconds, 1)}
+    return {"figures": figures(draft, folder, "dev"), "seconds": round(seconds, 1)}
 
 
 def report(results: dict[str, dict[str, Any]], sizes: dict[str, Any]) -> None:
@@ -116,7 +122,7 @@ def report(results: dict[str, dict[str, Any]], sizes: dict[str, Any]) -> None:
         by_cell.setdefault(name.rpartition(" #")[0], []).append(result)
     print(
         f"{sizes['steps']} steps of {sizes['batch_size']} rows, {sizes['train']} training prompts, "
-        f"{sizes['held_out']} test queries, at most {sizes['max_new_tokens']} new tokens, {sizes['seeds']} seeds. "
+        f"{sizes['held_out']} dev queries, at most {sizes['max_new_tokens']} new tokens, {sizes['seeds']} seeds. "
         f"Block efficiency at γ = {GAMMA} with 95 % intervals over prompts, seeds pooled; in brackets the range over "
         "seeds; Δ is the difference from the default on the same texts.\n"
     )
@@ -150,7 +156,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train", type=int, default=320, help="training prompts, each answered twice")
-    parser.add_argument("--held_out", type=int, default=64, help="test queries, each answered twice")
+    parser.add_argument("--held_out", type=int, default=64, help="dev queries, each answered twice")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--cells", nargs="+", metavar="NAME", help="only these, as the table calls them")
     options = parser.parse_args()
