@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -20,7 +19,7 @@ from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.filters import QueryFilter
 from hf_draftkd.data.generation import derived_seed
 from hf_draftkd.data.provenance import package_versions, template_hash, weights_fingerprint
-from hf_draftkd.data.shards import completion_progress, open_folder, read_round, write_round
+from hf_draftkd.data.shards import completion_progress, open_folder, read_round, this_process, write_round
 
 logger = logging.get_logger(__name__)
 
@@ -142,7 +141,7 @@ def synthesize_prompts(
     size = 2 * batch_size
     rounds = max_rounds if max_rounds is not None else 10 * -(-num_prompts // size)
     folder = None if output_dir is None else Path(output_dir)
-    state = PartialState()
+    state = this_process()
     if folder is None and state.num_processes > 1:
         raise ValueError("Several processes meet in a folder: give an `output_dir` that all of them can write to.")
     if folder is not None:
