@@ -6,7 +6,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,10 +13,11 @@ from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import parse, required
 from hf_draftkd.data.card import push_alignment_data, write_card
 from hf_draftkd.data.curation import curate_prompts
+from hf_draftkd.data.filters import QueryFilter
 from hf_draftkd.data.generation import SCENARIOS, check_prompts, decoding_settings, generate_alignment_data
 from hf_draftkd.data.prompts import context_length, load_prompts
-from hf_draftkd.data.shards import StoppedError
-from hf_draftkd.data.synthesis import synthesize_prompts
+from hf_draftkd.data.shards import StoppedError, this_process
+from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
 from hf_draftkd.data.target_cache import check_cache_options
 from hf_draftkd.models.checkpoints import check_checkpoint, find_checkpoint
 from hf_draftkd.models.loading import load_target, load_tokenizer
@@ -131,7 +131,7 @@ def run(argv: list[str]) -> int:
     except StoppedError as error:  # a full disk, or a server that stopped answering: finished shards stay
         print(f"draftkd generate: {error}", file=sys.stderr)
         return 1
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         write_card(Path(options.output_dir), rows)
         _print_summary(rows, options, perf_counter() - start)
         if options.push_to_hub:
@@ -168,6 +168,10 @@ def _look_at_everything(
             tokenizer_size(tokenizer),
         )
     if options.scenario == "synthetic":
+        check_synthesis(
+            tokenizer, options.num_prompts, temperature=options.query_temperature, system=options.system_prompt
+        )
+        QueryFilter(min_characters=options.min_characters, max_characters=options.max_characters, script=options.script)
         return tokenizer, None, None, cache
     source: dict[str, Any] = {
         "split": options.dataset_split,
@@ -258,7 +262,7 @@ def _answer(
 
 
 def _load(options: GenerateOptions) -> PreTrainedModel:
-    device = PartialState().device
+    device = this_process().device
     device_map: Any = options.device_map
     if device_map is None and device.type != "cpu":
         device_map = {"": device}  # each process its own device

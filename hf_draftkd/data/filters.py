@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,9 @@ class QueryFilter:
     Attributes:
         counts: `kept`, and one count for each of `empty`, `unfinished`, `too_short`, `too_long`, `script`, `rejected`,
             `repeated` and `near_duplicate`.
+
+    Raises:
+        ValueError: There is no such script, or no length between the limits.
     """
 
     def __init__(
@@ -33,6 +37,13 @@ class QueryFilter:
         script: str | None = None,
         keep: Callable[[str], bool] | None = None,
     ) -> None:
+        if script is not None and not _is_script(script):
+            raise ValueError(
+                f"No letter's Unicode name begins with {script.upper()!r}, so every query would be left out. `script` "
+                "is written as latin, cyrillic, greek, arabic, hebrew, devanagari, hangul, hiragana or cjk."
+            )
+        if min_characters is not None and max_characters is not None and min_characters > max_characters:
+            raise ValueError(f"`min_characters` is {min_characters}, above `max_characters` {max_characters}.")
         self.min_characters, self.max_characters, self.script, self.keep = min_characters, max_characters, script, keep
         self.counts: Counter[str] = Counter()
         self._seen: set[str] = set()
@@ -81,6 +92,11 @@ def script_share(text: str, script: str) -> float:
     if not letters:
         return 1.0
     return sum(unicodedata.name(letter, "").startswith(script.upper()) for letter in letters) / len(letters)
+
+
+def _is_script(script: str) -> bool:
+    letters = (chr(code) for code in range(sys.maxunicode + 1))
+    return any(unicodedata.name(letter, "").startswith(script.upper()) for letter in letters if letter.isalpha())
 
 
 def _signature(text: str) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets, disable_progress_bars, enable_progress_bars, load_dataset
 from datasets.utils import are_progress_bars_disabled
@@ -34,6 +35,15 @@ _NOT_COMPARED = ("versions",)  # another version may still give the same rows: s
 
 class StoppedError(RuntimeError):
     """The work cannot go on for now: the disk is full, or a server stopped answering. Finished shards stay valid."""
+
+
+def this_process() -> PartialState:
+    """One process among those that `accelerate launch` or `torchrun` started.
+
+    accelerate takes each process that `torchrun` started on a CPU for the only one, unless it is told about the CPU.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return PartialState(cpu=launched and not torch.accelerator.is_available())
 
 
 def cut_shards(num_prompts: int, batch_size: int, shard_size: int | None = None) -> list[range]:
@@ -62,7 +72,7 @@ def run_shards(
         output_dir: Where the shards go; None keeps them in memory.
     """
     count = len(sizes)
-    state = PartialState()
+    state = this_process()
     if output_dir is None:
         if state.num_processes > 1:
             raise ValueError("Several processes meet in a folder: give an `output_dir` that all of them can write to.")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -20,7 +19,7 @@ from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.filters import QueryFilter
 from hf_draftkd.data.generation import derived_seed
 from hf_draftkd.data.provenance import package_versions, template_hash, weights_fingerprint
-from hf_draftkd.data.shards import completion_progress, open_folder, read_round, write_round
+from hf_draftkd.data.shards import completion_progress, open_folder, read_round, this_process, write_round
 
 logger = logging.get_logger(__name__)
 
@@ -125,13 +124,11 @@ def synthesize_prompts(
     Raises:
         ValueError: The template cannot be opened, or no query was kept.
     """
-    if num_prompts < 1:
-        raise ValueError(f"`num_prompts` must be at least 1, got {num_prompts}.")
-    if temperature == 0:
-        raise ValueError("At temperature 0 every query would be the same. Sample them at a temperature above 0.")
+    turn, start = check_synthesis(
+        tokenizer, num_prompts, temperature=temperature, system=system, template_options=template_options
+    )
+    accept = QueryFilter(min_characters=min_characters, max_characters=max_characters, script=script, keep=keep)
     setting = DecodingSetting(temperature=temperature, top_p=top_p)
-    turn = open_user_turn(tokenizer, system=system, template_options=template_options) if _is_chat(tokenizer) else None
-    start = [_first_token(tokenizer)] if turn is None else turn.prefix_ids
     backend = pipeline_backend(
         target_model,
         tokenizer,
@@ -142,7 +139,7 @@ def synthesize_prompts(
     size = 2 * batch_size
     rounds = max_rounds if max_rounds is not None else 10 * -(-num_prompts // size)
     folder = None if output_dir is None else Path(output_dir)
-    state = PartialState()
+    state = this_process()
     if folder is None and state.num_processes > 1:
         raise ValueError("Several processes meet in a folder: give an `output_dir` that all of them can write to.")
     if folder is not None:
@@ -161,7 +158,6 @@ def synthesize_prompts(
         completions = backend([start] * size, setting, derived_seed(seed, "queries", number), on_finished)
         return [query_text(completion, tokenizer, turn) for completion in completions]
 
-    accept = QueryFilter(min_characters=min_characters, max_characters=max_characters, script=script, keep=keep)
     kept: list[str] = []
     with completion_progress(num_prompts, not state.is_main_process, desc="Target's queries", unit="query") as advance:
         for number in range(rounds):
@@ -184,6 +180,29 @@ def synthesize_prompts(
         return Dataset.from_dict({"prompt": kept}), counts
     opening = [] if system is None else [{"role": "system", "content": system}]
     return Dataset.from_dict({"prompt": [[*opening, {"role": "user", "content": query}] for query in kept]}), counts
+
+
+def check_synthesis(
+    tokenizer: PreTrainedTokenizerBase,
+    num_prompts: int,
+    *,
+    temperature: float = 1.0,
+    system: str | None = None,
+    template_options: dict[str, Any] | None = None,
+) -> tuple[OpenTurn | None, list[int]]:
+    """What can be refused before the target is loaded; returns the open turn, if chats have one, and the first tokens.
+
+    Raises:
+        ValueError: The template cannot be opened, there is nothing to start from, or a value is out of range.
+    """
+    if num_prompts < 1:
+        raise ValueError(f"`num_prompts` must be at least 1, got {num_prompts}.")
+    if temperature == 0:
+        raise ValueError("At temperature 0 every query would be the same. Sample them at a temperature above 0.")
+    if not _is_chat(tokenizer):
+        return None, [_first_token(tokenizer)]
+    turn = open_user_turn(tokenizer, system=system, template_options=template_options)
+    return turn, turn.prefix_ids
 
 
 def query_text(completion: Completion, tokenizer: PreTrainedTokenizerBase, turn: OpenTurn | None) -> tuple[str, bool]:

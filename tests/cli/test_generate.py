@@ -1,6 +1,7 @@
 """`draftkd generate` as a user runs it."""
 
 import json
+import shutil
 
 import datasets
 import pytest
@@ -142,6 +143,14 @@ def test_a_target_behind_an_endpoint(tmp_path, saved, capsys):
         ({"--cache_distributions": "top_k=5", "--cache_temperature": "0"}, "temperature"),
         ({"--scenario": "query"}, "scenario"),
         ({"--scenario": "synthetic"}, "takes no --dataset"),
+        ({"--scenario": "synthetic", "--dataset": None, "--num_prompts": "0"}, "at least 1"),
+        ({"--scenario": "synthetic", "--dataset": None, "--query_temperature": "0"}, "would be the same"),
+        ({"--scenario": "synthetic", "--dataset": None, "--script": "klingon"}, "begins with 'KLINGON'"),
+        (
+            {"--scenario": "synthetic", "--dataset": None, "--min_characters": "9", "--max_characters": "8"},
+            "above `max_characters` 8",
+        ),
+        ({"--scenario": "synthetic", "--dataset": None, "--target_model": "UNOPENED"}, "cannot be opened for a user"),
         ({"--batch_siz": "3"}, "Did you mean `--batch_size`"),
         ({"--endpoint": "http://127.0.0.1:9/v1", "--tokenizer": "TARGET", "--max_retries": "0"}, "does not answer"),
         ({"--output_dir": "PROMPTS"}, "is a file"),
@@ -157,7 +166,11 @@ def test_bad_input_ends_with_two_before_the_target_is_loaded(tmp_path, saved, ca
         monkeypatch.setattr("hf_draftkd.cli.generate.load_target", refuse)
     values = {"--target_model": path, "--dataset": prompts, "--output_dir": tmp_path / "out", "--max_new_tokens": 4}
     values |= options
-    names = {"TARGET": path, "PROMPTS": prompts}
+    names = {"TARGET": path, "PROMPTS": prompts, "UNOPENED": tmp_path / "unopened"}
+    if "UNOPENED" in options.values():  # a template that shows the user's text changed
+        shutil.copytree(path, names["UNOPENED"])
+        template = "<user>{{ messages[0]['content'] | upper }}"
+        (names["UNOPENED"] / "chat_template.jinja").write_text(template)
     argv = [str(names.get(part, part)) for pair in values.items() if pair[1] is not None for part in pair]
     try:
         code = dispatch(["generate", *argv])

@@ -21,12 +21,15 @@ OPTIONS = {"max_new_tokens": 6, "temperatures": (0.0, 1.0), "batch_size": 2, "sh
 
 # What a killed or a second process runs: the same call, slowed down so that there is a moment to kill it at.
 SCRIPT = """
-import sys, time
+import os, sys, time
+from pathlib import Path
 from hf_draftkd.data import generation
 from tests.data.small import make_target, make_tokenizer
 from tests.data.test_shards import OPTIONS, TEXTS
-answer = generation.answer_shard
+answer, calls = generation.answer_shard, Path(sys.argv[1] + ".process-" + os.environ.get("RANK", "0"))
 def slow(*args, **kwargs):
+    with calls.open("a") as file:
+        file.write("shard\\n")
     time.sleep(float(sys.argv[2]))
     return answer(*args, **kwargs)
 generation.answer_shard = slow
@@ -68,7 +71,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_rows(tmp_path, target, to
 
 
 def test_two_processes_write_the_rows_of_one(tmp_path, target, tokenizer):
-    """Torchrun on CPU: each process takes whole shards, and both see all of them at the end."""
+    """Torchrun on CPU: each process takes its share of whole shards, and both see all of them at the end."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -76,6 +79,8 @@ def test_two_processes_write_the_rows_of_one(tmp_path, target, tokenizer):
     with running(*launcher, *arguments, HF_DATASETS_CACHE=str(tmp_path / "cache")) as process:
         _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
+    shares = [Path(f"{tmp_path}/out.process-{rank}").read_text().count("shard") for rank in (0, 1)]
+    assert shares == [3, 2]  # two that take themselves for the only one write the same rows, twice
     together = load_dataset(str(tmp_path / "out"), split="train")
     assert together.to_list() == generate_alignment_data(target, tokenizer, TEXTS, **OPTIONS).to_list()
 
