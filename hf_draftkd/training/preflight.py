@@ -24,6 +24,12 @@ logger = logging.getLogger(__name__)
 
 # What `model_init_kwargs` and `target_model_init_kwargs` may hold.
 _LOADING = ("dtype", "revision", "device_map", "quantization_config", "attn_implementation", "trust_remote_code")
+# An adapter folded into quantised weights is rounded away: the draft that is saved would not be the one trained.
+_QUANTISED_DRAFT = (
+    "The draft {name!r} is quantised, and what it learns could not be saved: merging an adapter into quantised weights "
+    "rounds it. Load the draft dense, it is small; the target may be quantised (`target_model_init_kwargs`), and the "
+    "finished draft can be quantised when it is loaded."
+)
 
 
 def model_name(model: Any) -> str:
@@ -83,13 +89,14 @@ def prepare_pair(
         The draft, the frozen target (None without one), and the tokenizer they share.
 
     Raises:
-        ValueError: A model cannot be loaded, is no causal LM, or its tokenizer differs from the other's.
+        ValueError: A model cannot be loaded, is no causal LM, its tokenizer differs from the other's, or the draft is
+            quantised.
     """
     trusted = {"trust_remote_code": args.trust_remote_code}
     draft_kwargs: dict[str, Any] = {"dtype": "float32", **trusted, **_as_dict(args.model_init_kwargs)}
     revision = draft_kwargs.get("revision")
-    if quantization_config is not None:
-        draft_kwargs["quantization_config"] = quantization_config
+    if quantization_config is not None or draft_kwargs.get("quantization_config") is not None:
+        raise ValueError(_QUANTISED_DRAFT.format(name=model_name(model)))
     # Whatever shows without the weights is looked at first: a pair that does not fit is refused in seconds.
     for given, at in ((model, revision), (target_model, args.target_model_revision)):
         if isinstance(given, str):
@@ -107,6 +114,8 @@ def prepare_pair(
         if option not in _LOADING:
             raise ValueError(f"Models are loaded with {', '.join(_LOADING)}; there is no {option!r}.")
     draft = load_draft(model, **draft_kwargs) if isinstance(model, str) else model
+    if getattr(unwrapped(draft), "hf_quantizer", None) is not None:
+        raise ValueError(_QUANTISED_DRAFT.format(name=model_name(unwrapped(draft))))
     if isinstance(target_model, str):
         target_kwargs: dict[str, Any] = {**trusted, **_as_dict(args.target_model_init_kwargs)}
         target_model = load_target(target_model, revision=args.target_model_revision, **target_kwargs)

@@ -84,10 +84,12 @@ class DraftDistillTrainer(
         reference_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             For `args.token_selection="adaspec"`, or a `token_weights` of your own: a draft that was distilled before.
             Frozen, and saved nowhere.
-        data_collator, callbacks, optimizers, optimizer_cls_and_kwargs, quantization_config, peft_config,
-        formatting_func:
+        data_collator, callbacks, optimizers, optimizer_cls_and_kwargs, peft_config, formatting_func:
             As in [`~trl.SFTTrainer`]. With `peft_config`, checkpoints hold the adapter, while `save_model()` and
             `push_to_hub()` write the merged, plain draft.
+        quantization_config:
+            Refused: it is the draft's in [`~trl.SFTTrainer`], and merging an adapter into quantised weights rounds it
+            away. A quantised target is asked for in `args.target_model_init_kwargs`.
 
     Raises:
         ValueError: The pair does not fit, the data cannot be trained on, or a loss that compares distributions is
@@ -202,8 +204,6 @@ class DraftDistillTrainer(
         preflight.check_dataset_fits(preflight.named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
         self._context = preflight.context_length(models)
         check_writing(self.train_dataset, self.args, self._context, sharded=sharded)
-
-    # Data ------------------------------------------------------------------------------------------------------------
 
     # Loss ------------------------------------------------------------------------------------------------------------
 

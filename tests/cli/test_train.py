@@ -156,6 +156,7 @@ def test_resuming_by_true_takes_the_newest_checkpoint(files, tmp_path, capsys):
         ({"dataset": "missing.jsonl"}, "missing.jsonl"),
         ({"dataset_split": "tset"}, "tset"),
         ({"temperature": 0}, "`temperature` must be a number"),
+        ({"load_in_4bit": True}, "is quantised, and what it learns could not be saved"),
         ({"max_length": 4}, "Nothing is left to learn from"),
     ],
 )

@@ -231,8 +231,8 @@ class TestNoModelThere:
         with pytest.raises(ValueError, match=message):
             load_target(saved, dtype=dtype)
 
-    @pytest.mark.skipif(loading.is_bitsandbytes_available(), reason="bitsandbytes is installed")
-    def test_quantisation_without_its_package(self, saved):
+    def test_quantisation_without_its_package(self, saved, monkeypatch):
+        monkeypatch.setattr(loading, "is_bitsandbytes_available", lambda: False)
         for config in ({"load_in_4bit": True}, SimpleNamespace(quant_method="bitsandbytes")):
             with pytest.raises(ImportError, match="pip install bitsandbytes"):
                 load_target(saved, quantization_config=config)
