@@ -49,6 +49,9 @@ class DraftDistillConfig(SFTConfig):
         target_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`load_target`], such as `dtype`, `device_map` or `quantization_config`, when the
             target is given as an id. `dtype` defaults to `"auto"`: the target is only read.
+        shard_target (`bool`, *optional*, defaults to `True`):
+            Whether FSDP shards the target as it does the draft. `False` keeps it whole on each process: faster where
+            it fits, and its logits are then computed a chunk of positions at a time. ZeRO-3 always shards it.
 
         > Parameters that control the loss
 
@@ -168,6 +171,9 @@ class DraftDistillConfig(SFTConfig):
     target_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments for loading the target, as JSON: dtype, device_map, quantization_config."},
+    )
+    shard_target: bool = field(
+        default=True, metadata={"help": "Whether FSDP shards the target too; False keeps it whole on each process."}
     )
     divergence: str = field(
         default="forward_kl",

@@ -169,12 +169,21 @@ def _as_dict(value: Any) -> dict[str, Any]:
 
 
 def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Module | None:
-    """The target where the trainer runs it: on its device, sharded as the draft is, in evaluation mode."""
+    """The target where the trainer runs it: on its device, sharded as the draft is, in evaluation mode.
+
+    Raises:
+        ValueError: `shard_target=False` with ZeRO-3, which shards every model as it is loaded.
+    """
     if target is None:
         return None
     if trainer.is_deepspeed_enabled:
+        if not trainer.args.shard_target and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "`shard_target=False` keeps the target whole on each process, but ZeRO-3 shards every model as it is "
+                "loaded. Leave it out, or use ZeRO-2 or FSDP."
+            )
         return prepare_deepspeed(target, trainer.accelerator)
-    if trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled and trainer.args.shard_target:
         # For evaluation `prepare_model` would neither shard it nor move it. accelerate's own function for FSDP2 shards
         # layer by layer and hands out weights that only the first process read; trl's shards the model as one piece.
         if trainer.accelerator.is_fsdp2:
@@ -182,7 +191,12 @@ def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Modul
         return prepare_fsdp(target, trainer.accelerator).eval()
     # Moved, and nothing else: prepare_model would leave the user's own model under autocast for good.
     placed = getattr(target, "hf_device_map", None) is not None
-    return target if placed else target.to(trainer.accelerator.device)
+    target = target if placed else target.to(trainer.accelerator.device)
+    if trainer.is_fsdp_enabled:
+        # Here too the first process may be the only one that read the weights.
+        for tensor in (*target.parameters(), *target.buffers()):
+            torch.distributed.broadcast(tensor.data, src=0)
+    return target
 
 
 def draft_arithmetic(trainer: Any) -> HeadArithmetic | None:

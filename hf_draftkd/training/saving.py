@@ -4,7 +4,9 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
+from peft import get_peft_model
 from transformers import Trainer
 
 from hf_draftkd.evaluation.report import SpeculationReport
@@ -33,8 +35,11 @@ class PlainDrafts(Trainer):
         if self._saving_checkpoint or not is_peft_model(self.model):
             super()._save(output_dir, state_dict)
             return
+        if self.is_deepspeed_enabled:
+            # On all processes. Of ZeRO-3 shards transformers has collected the adapter alone, without what it adapts.
+            state_dict = self.accelerator.get_state_dict(self.deepspeed)
         if self.args.should_save:
-            trained, self.model = self.model, merged(self.model)
+            trained, self.model = self.model, merged(self.model, state_dict)
             try:
                 super()._save(output_dir)
             finally:
@@ -114,9 +119,37 @@ class PlainDrafts(Trainer):
         )
 
 
-def merged(model: Any) -> Any:
+def check_saving(trainer: Trainer) -> None:
+    """Refuse settings under which a sharded draft would end in no file that others can load.
+
+    Raises:
+        ValueError: FSDP or ZeRO-3 keep the weights in shards when the draft is saved.
+    """
+    state, reason = trainer.accelerator.state, None
+    if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type):
+        reason = "FSDP. Set `fsdp_state_dict_type: FULL_STATE_DICT` in the accelerate configuration"
+    elif trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
+        gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+        if not state.deepspeed_plugin.hf_ds_config.is_true(gathers):
+            reason = f"ZeRO-3. Set `{gathers}` to true (`zero3_save_16bit_model: true` in an accelerate configuration)"
+    if reason is not None:
+        raise ValueError(f"The draft could not be saved as a plain model: its weights stay sharded under {reason}.")
+
+
+def merged(model: Any, weights: dict[str, torch.Tensor] | None = None) -> Any:
     """The plain model of a PEFT-wrapped draft, with the adapter folded in; the draft itself is left as it is.
 
     Merging in place and taking it back would change the weights by rounding, so a copy is merged: drafts are small.
+
+    Args:
+        model: The draft.
+        weights: All its weights, where `model` itself holds only this process's share of them.
     """
-    return copy.deepcopy(model).merge_and_unload() if is_peft_model(model) else model
+    if not is_peft_model(model):
+        return model
+    if weights is None:
+        return copy.deepcopy(model).merge_and_unload()
+    base = model.get_base_model()
+    whole = get_peft_model(type(base)(copy.deepcopy(base.config)).to(base.dtype), model.active_peft_config)
+    whole.load_state_dict(weights)
+    return whole.merge_and_unload()

@@ -31,7 +31,7 @@ from hf_draftkd.training.evaluating import EvaluatesTexts
 from hf_draftkd.training.positions import TokenFigures, check_selection, check_weights, select_tokens, token_figures
 from hf_draftkd.training.preparing import PreparesRows
 from hf_draftkd.training.rollouts import WritesCompletions, check_writer, check_writing
-from hf_draftkd.training.saving import PlainDrafts
+from hf_draftkd.training.saving import PlainDrafts, check_saving
 from hf_draftkd.training.signal import Distributions, check_cached, make_signal, model_inputs
 from hf_draftkd.training.watching import LogsAcceptance, require_finite
 
@@ -176,6 +176,7 @@ class DraftDistillTrainer(
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+        check_saving(self)
         args.model_init_kwargs = model_init_kwargs
         if train_dataset is None:
             self.train_dataset = None
@@ -195,11 +196,12 @@ class DraftDistillTrainer(
         self._shared_vocab = shared_vocab_size(models[0], models[-1], processing_class)
         # Where the head is plain arithmetic, the loss takes hidden states, and no logits of all tokens are ever held.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self.signal = make_signal(self.target_model, self._cache, facts, self._shared_vocab, sharded=sharded)
+        in_parts = self.is_deepspeed_enabled or (self.is_fsdp_enabled and args.shard_target)
+        self.signal = make_signal(self.target_model, self._cache, facts, self._shared_vocab, sharded=in_parts)
         self._reference: Any = None
         if reference is not None:
             placed = preflight.place_target(reference, self)
-            self._reference = make_signal(placed, None, [], self._shared_vocab, sharded=sharded)
+            self._reference = make_signal(placed, None, [], self._shared_vocab, sharded=in_parts)
         self._arithmetic = preflight.draft_arithmetic(self)
         preflight.check_dataset_fits(preflight.named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
         self._context = preflight.context_length(models)

@@ -146,7 +146,8 @@ def test_fsdp_shards_the_target_as_it_does_the_draft(monkeypatch, version):
     monkeypatch.setattr(preflight, "prepare_fsdp", fsdp1)
     monkeypatch.setattr(preflight, "fsdp2_prepare_model", fsdp2)
     accelerator = SimpleNamespace(is_fsdp2=version == 2)
-    trainer = SimpleNamespace(is_deepspeed_enabled=False, is_fsdp_enabled=True, accelerator=accelerator)
+    args = SimpleNamespace(shard_target=True)
+    trainer = SimpleNamespace(is_deepspeed_enabled=False, is_fsdp_enabled=True, accelerator=accelerator, args=args)
     target = nn.Linear(2, 2).train()
     assert preflight.place_target(target, trainer) is target
     assert seen == [(version, accelerator)]
@@ -155,6 +156,11 @@ def test_fsdp_shards_the_target_as_it_does_the_draft(monkeypatch, version):
 
 def test_deepspeed_prepares_the_target_for_evaluation(monkeypatch):
     monkeypatch.setattr(preflight, "prepare_deepspeed", lambda model, accelerator: (model, accelerator))
-    trainer = SimpleNamespace(is_deepspeed_enabled=True, is_fsdp_enabled=False, accelerator=object())
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3)))
+    args = SimpleNamespace(shard_target=True)
+    trainer = SimpleNamespace(is_deepspeed_enabled=True, is_fsdp_enabled=False, accelerator=accelerator, args=args)
     target = nn.Linear(2, 2)
-    assert preflight.place_target(target, trainer) == (target, trainer.accelerator)
+    assert preflight.place_target(target, trainer) == (target, accelerator)
+    args.shard_target = False
+    with pytest.raises(ValueError, match="ZeRO-3 shards every model as it is loaded"):
+        preflight.place_target(target, trainer)
