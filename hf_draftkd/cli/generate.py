@@ -7,6 +7,8 @@ from time import perf_counter
 from typing import Any
 
 from datasets import Dataset
+from huggingface_hub import is_offline_mode
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
@@ -14,11 +16,18 @@ from hf_draftkd.cli.options import parse, required
 from hf_draftkd.data.card import push_alignment_data, write_card
 from hf_draftkd.data.curation import curate_prompts
 from hf_draftkd.data.filters import QueryFilter
-from hf_draftkd.data.generation import SCENARIOS, check_prompts, decoding_settings, generate_alignment_data
+from hf_draftkd.data.generation import (
+    SCENARIOS,
+    check_prompts,
+    decoding_settings,
+    generate_alignment_data,
+    require_at_least_one,
+)
 from hf_draftkd.data.prompts import context_length, load_prompts
-from hf_draftkd.data.shards import StoppedError, this_process
+from hf_draftkd.data.shards import StoppedError, check_folder, this_process
 from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
 from hf_draftkd.data.target_cache import check_cache_options
+from hf_draftkd.hub.access import hub_errors, writing_token
 from hf_draftkd.models.checkpoints import check_checkpoint, find_checkpoint
 from hf_draftkd.models.loading import load_target, load_tokenizer
 from hf_draftkd.models.tokenizers import tokenizer_size
@@ -135,8 +144,7 @@ def run(argv: list[str]) -> int:
         write_card(Path(options.output_dir), rows)
         _print_summary(rows, options, perf_counter() - start)
         if options.push_to_hub:
-            address = push_alignment_data(options.output_dir, options.push_to_hub, rows=rows, private=options.private)
-            print(f"Published at {address}")
+            return _publish(options, rows)
     return 0
 
 
@@ -150,6 +158,12 @@ def _look_at_everything(
         top_k=options.top_k,
         repetition_penalty=options.repetition_penalty,
     )
+    require_at_least_one(
+        max_new_tokens=options.max_new_tokens, num_completions=options.num_completions, batch_size=options.batch_size
+    )
+    check_folder(Path(options.output_dir))  # type: ignore[arg-type]
+    if options.push_to_hub:
+        _check_publishing(options.push_to_hub)
     trusted = {"trust_remote_code": options.trust_remote_code}
     context = None
     if options.endpoint is None:
@@ -168,10 +182,11 @@ def _look_at_everything(
             tokenizer_size(tokenizer),
         )
     if options.scenario == "synthetic":
-        check_synthesis(
+        _, start = check_synthesis(
             tokenizer, options.num_prompts, temperature=options.query_temperature, system=options.system_prompt
         )
         QueryFilter(min_characters=options.min_characters, max_characters=options.max_characters, script=options.script)
+        _check_room(options, len(start), context)
         return tokenizer, None, None, cache
     source: dict[str, Any] = {
         "split": options.dataset_split,
@@ -199,6 +214,16 @@ def _look_at_everything(
         )
     prompts, _ = check_prompts(prompts, tokenizer, context, options.max_new_tokens, skip_too_long=options.skip_too_long)
     return tokenizer, prompts, counts, cache
+
+
+def _check_room(options: GenerateOptions, opening: int, context: int | None) -> None:
+    longest = opening + options.query_max_new_tokens
+    if context is not None and longest + options.max_new_tokens > context:
+        raise ValueError(
+            f"A query may have {longest} tokens ({opening} open the turn, --query_max_new_tokens "
+            f"{options.query_max_new_tokens}) and its answer {options.max_new_tokens} (--max_new_tokens), but the "
+            f"target reads at most {context}. Lower one of them."
+        )
 
 
 def parse_cache(options: GenerateOptions) -> dict[str, Any] | None:
@@ -273,6 +298,30 @@ def _load(options: GenerateOptions) -> PreTrainedModel:
         device_map=device_map,
         trust_remote_code=options.trust_remote_code,
     )
+
+
+def _check_publishing(repo_id: str) -> None:
+    with hub_errors("checking the name", afterwards=""):
+        validate_repo_id(repo_id)
+    if is_offline_mode():
+        raise ValueError("`--push_to_hub` needs the Hub, but HF_HUB_OFFLINE is set. Unset it, or leave the option out.")
+    writing_token()
+
+
+def _publish(options: GenerateOptions, rows: Dataset) -> int:
+    afterwards = f"The data are finished in {options.output_dir}: the same command publishes them."
+    # Without the option the organisation's default decides.
+    private = options.private or None
+    try:
+        with hub_errors(f"publishing {options.push_to_hub}", afterwards=afterwards):
+            address = push_alignment_data(options.output_dir, options.push_to_hub, rows=rows, private=private)  # type: ignore[arg-type]
+    except ConnectionError as error:
+        print(f"draftkd generate: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    print(f"Published at {address}")
+    return 0
 
 
 def _print_summary(rows: Dataset, options: GenerateOptions, seconds: float) -> None:

@@ -95,7 +95,7 @@ def generate_alignment_data(
         StoppedError: The disk is full, or an endpoint stopped answering. Finished shards stay valid.
     """
     settings = decoding_settings(temperatures, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
-    _require_at_least_one(max_new_tokens=max_new_tokens, num_completions=num_completions, batch_size=batch_size)
+    require_at_least_one(max_new_tokens=max_new_tokens, num_completions=num_completions, batch_size=batch_size)
     if scenario not in SCENARIOS:
         raise ValueError(f"`scenario` must be one of {', '.join(SCENARIOS)}, got {scenario!r}.")
     if isinstance(target_model, str) and endpoint is None:
@@ -175,7 +175,12 @@ def check_prompts(
         lengths += [len(each) for each in ids]
         # Hashing rows and ids covers the source, the template and the tokenizer at once.
         digests.append(text_hash(plain([row, each]) for row, each in zip(part, ids, strict=True)))
-    fitting = fitting_rows(lengths, context, max_new_tokens, skip_too_long=skip_too_long)
+
+    def beginning(row: int) -> str:
+        prompt = prompts[row]["prompt"]
+        return str(prompt if isinstance(prompt, str) else prompt[-1].get("content"))[:40]
+
+    fitting = fitting_rows(lengths, context, max_new_tokens, skip_too_long=skip_too_long, beginning=beginning)
     return (prompts.select(fitting) if len(fitting) < len(prompts) else prompts), text_hash(digests)
 
 
@@ -220,7 +225,8 @@ def derived_seed(*parts: Any) -> int:
     return int.from_bytes(digest[:8], "big") >> 1  # below 2**63, as torch wants it
 
 
-def _require_at_least_one(**values: int) -> None:
+def require_at_least_one(**values: int) -> None:
+    """Refuse a count below 1, by its name."""
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")

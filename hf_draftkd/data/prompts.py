@@ -1,7 +1,7 @@
 """Prompts in: from the Hub, a file, a folder or memory, checked before anything runs, rendered to token ids once."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def render_prompt(
     if not isinstance(prompt, str):
         return tokenizer.apply_chat_template(
             [clean_message(message) for message in prompt],
-            tools=json.loads(tools) if isinstance(tools, str) else (tools or None),
+            tools=json.loads(tools) if isinstance(tools, str) else (_without_nulls(tools) or None),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
@@ -104,7 +104,8 @@ def render_prompts(
 
     Args:
         prompts: Strings and message lists; or a dataset with a `prompt` column and, if it likes, a `tools` column and
-            a `chat_template_kwargs` column (as in TRL).
+            a `chat_template_kwargs` column (as in TRL). Tools may be schemas or their JSON; in schemas, keys without a
+            value are left out, since Arrow adds them where the schemas of two tools differ.
         tokenizer: The target's tokenizer.
         first_row: Number of the first prompt, for messages.
         **template_options: Further arguments of the chat template, such as `enable_thinking=False`.
@@ -145,7 +146,12 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 def fitting_rows(
-    lengths: Sequence[int], context: int | None, max_new_tokens: int, *, skip_too_long: bool = False
+    lengths: Sequence[int],
+    context: int | None,
+    max_new_tokens: int,
+    *,
+    skip_too_long: bool = False,
+    beginning: Callable[[int], str] | None = None,
 ) -> list[int]:
     """The numbers of the prompts that leave room for `max_new_tokens`.
 
@@ -154,6 +160,7 @@ def fitting_rows(
         context: The target's context length; None is no limit.
         max_new_tokens: Room to leave, in tokens.
         skip_too_long: Leave longer prompts out and warn, instead of refusing them.
+        beginning: How the prompt of a row begins, for messages: rows are those left by earlier filters, not a file's.
 
     Raises:
         ValueError: Prompts are empty or too long; their row numbers are listed.
@@ -172,9 +179,10 @@ def fitting_rows(
     too_long = [row for row, length in enumerate(lengths) if length > room]
     if not too_long:
         return list(range(len(lengths)))
+    shown = "" if beginning is None else f"; the first of them begins {beginning(too_long[0])!r}"
     text = (
         f"{row_numbers(too_long)} longer than {room} tokens (context {context} - max_new_tokens {max_new_tokens}; the "
-        f"longest has {max(lengths)})"
+        f"longest has {max(lengths)}{shown})"
     )
     if not skip_too_long:
         raise ValueError(
@@ -187,8 +195,17 @@ def fitting_rows(
 
 
 def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without the empty keys that Arrow adds where rows differ: a template may ask whether a key is there."""
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
+    """A message without the empty keys that Arrow adds where rows differ: a template may ask whether a key is there.
+
+    Inside tool calls as well, where a null that was meant cannot be told from one of Arrow's.
+    """
+    return {key: _without_nulls(value) for key, value in message.items() if value is not None or key == "content"}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def prompt_problem(prompt: Any) -> str | None:

@@ -127,16 +127,27 @@ def open_folder(folder: Path, manifest: dict[str, Any], *, write: bool = True) -
         _wait_until(path.exists)
         _compare(json.loads(path.read_text()), manifest, folder)
     else:
-        if folder.is_file():
-            raise ValueError(f"{folder} is a file. Name a folder for the shards.")
-        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise ValueError(
-                f"{folder} is not empty and holds no {MANIFEST}, so it was not begun by this command, which will not "
-                "write over it. Name another folder."
-            )
+        check_folder(folder)
         (folder / "data").mkdir(parents=True, exist_ok=True)
         with _replacing(path) as temporary:
             temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse what no shards can go to.
+
+    Raises:
+        ValueError: It is a file, or a folder with files of somebody else's.
+    """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file. Name a folder for the shards.")
+    if not folder.is_dir() or (folder / MANIFEST).exists():
+        return
+    if any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ValueError(
+            f"{folder} is not empty and holds no {MANIFEST}, so it was not begun by this command, which will not write "
+            "over it. Name another folder."
+        )
 
 
 def shard_path(folder: Path, number: int, count: int, split: str = "train") -> Path:
@@ -149,16 +160,27 @@ def unfinished_shards(folder: Path, count: int) -> list[int]:
 
 def write_shard(folder: Path, number: int, count: int, rows: Dataset) -> None:
     """Write one shard under a temporary name, flush it to the disk, and give it its name."""
+
+    def finished() -> str:
+        return f"{count - len(unfinished_shards(folder, count))} of {count} shards are finished and stay valid"
+
+    with (
+        _told_of_a_full_disk(f"shard {number}", folder, finished),
+        _replacing(shard_path(folder, number, count)) as temporary,
+    ):
+        write_parquet(rows, temporary)
+
+
+@contextmanager
+def _told_of_a_full_disk(what: str, folder: Path, finished: Callable[[], str] | None = None) -> Iterator[None]:
     try:
-        with _replacing(shard_path(folder, number, count)) as temporary:
-            write_parquet(rows, temporary)
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        done = count - len(unfinished_shards(folder, count))
         raise StoppedError(
-            f"The disk is full: shard {number} could not be written to {folder} ({error.strerror}). {done} of {count} "
-            "shards are finished and stay valid; make room and run the same command again to go on."
+            f"The disk is full: {what} could not be written to {folder} ({error.strerror}). "
+            f"{finished() if finished else 'What is finished stays valid'}; make room and run the same command again."
         ) from error
 
 
@@ -188,7 +210,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def write_round(folder: Path, number: int, queries: list[tuple[str, bool]]) -> None:
     """Keep one round of synthetic queries: (text, whether it came to an end)."""
-    with _replacing(folder / "data" / f"round-{number:05d}.json") as temporary:
+    path = folder / "data" / f"round-{number:05d}.json"
+    with _told_of_a_full_disk(f"round {number} of the queries", folder), _replacing(path) as temporary:
         temporary.write_text(json.dumps(queries, ensure_ascii=False))
 
 

@@ -57,6 +57,11 @@ def _load(name: str, config: str | None, is_local: bool) -> DatasetDict:
         raise ValueError(f"There is no file or folder {name!r} (looked from {Path.cwd()}).")
     try:
         loaded = load_dataset(name, config)
+    except (DatasetGenerationError, ArrowException, UnicodeDecodeError) as error:
+        for path in sorted(Path(name).rglob("*.jsonl")) if is_local else ():
+            _check_json_lines(path)  # names file and line
+        reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(f"{name!r} cannot be read: {reason}.") from error
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError, OSError) as error:
         raise ValueError(
             f"{name!r} is neither a local path nor a dataset that could be read from the Hub: {error}"

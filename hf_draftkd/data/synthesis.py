@@ -4,11 +4,12 @@ An aligned target is fed only the tokens that open a user's turn in its own chat
 say there. A base model goes on from its beginning-of-text token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -154,22 +155,14 @@ def synthesize_prompts(
         }
         open_folder(folder, manifest, write=state.is_main_process)
 
-    def sample(number: int, on_finished: Callable[[Completion], None]) -> list[tuple[str, bool]]:
-        completions = backend([start] * size, setting, derived_seed(seed, "queries", number), on_finished)
-        return [query_text(completion, tokenizer, turn) for completion in completions]
-
     kept: list[str] = []
     with completion_progress(num_prompts, not state.is_main_process, desc="Target's queries", unit="query") as advance:
-        for number in range(rounds):
-            queries = None if folder is None else read_round(folder, number)
-            if queries is None and number % state.num_processes == state.process_index:
-                queries = sample(number, advance)
-                if folder is not None:
-                    write_round(folder, number, queries)
-            elif queries is None:
-                assert folder is not None
-                queries = read_round(folder, number, wait=True)
-            assert queries is not None
+
+        def sample(number: int) -> list[tuple[str, bool]]:
+            completions = backend([start] * size, setting, derived_seed(seed, "queries", number), advance)
+            return [query_text(completion, tokenizer, turn) for completion in completions]
+
+        for queries in _in_turn(sample, rounds, folder, state):
             kept += [query for query, finished in queries if accept(query, finished)]
             if len(kept) >= num_prompts:
                 break
@@ -180,6 +173,24 @@ def synthesize_prompts(
         return Dataset.from_dict({"prompt": kept}), counts
     opening = [] if system is None else [{"role": "system", "content": system}]
     return Dataset.from_dict({"prompt": [[*opening, {"role": "user", "content": query}] for query in kept]}), counts
+
+
+def _in_turn(
+    sample: Callable[[int], list[tuple[str, bool]]], rounds: int, folder: Path | None, state: PartialState
+) -> Iterator[list[tuple[str, bool]]]:
+    """The queries of each round in order, whoever wrote them; of as many rounds as processes, each writes one."""
+    for first in range(0, rounds, state.num_processes):
+        if folder is None:
+            yield sample(first)
+            continue
+        mine = first + state.process_index
+        # Before anything is waited for: all write at the same time.
+        if mine < rounds and read_round(folder, mine) is None:
+            write_round(folder, mine, sample(mine))
+        for number in range(first, min(first + state.num_processes, rounds)):
+            queries = read_round(folder, number, wait=True)
+            assert queries is not None
+            yield queries
 
 
 def check_synthesis(

@@ -129,6 +129,32 @@ def test_a_target_behind_an_endpoint(tmp_path, saved, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--num_completions", 0], "`num_completions` must be at least 1"),
+        (["--batch_size", 0], "`batch_size` must be at least 1"),
+        (["--max_new_tokens", 100], "the target reads at most 128"),
+        (["--push_to_hub", "a/b/c"], "A repository is named"),
+        (["--push_to_hub", "me/data"], "HF_HUB_OFFLINE is set"),
+        ([], "is not empty and holds no manifest.json"),
+    ],
+)
+def test_before_the_target_writes_queries(tmp_path, saved, capsys, monkeypatch, options, message):
+    """Refused only after the whole synthesis, with its rounds left in a folder of somebody else's."""
+    monkeypatch.setattr("hf_draftkd.cli.generate.load_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    monkeypatch.setattr("hf_draftkd.cli.generate.is_offline_mode", lambda: True)
+    out = tmp_path / "out"
+    out.mkdir()
+    if not options:
+        (out / "thesis.txt").write_text("x")
+    command = ["--scenario", "synthetic", "--num_prompts", 3, "--max_new_tokens", 4, "--output_dir", out]
+    command += ["--query_max_new_tokens", 60]
+    assert run("generate", "--target_model", saved[0], *command, *options) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ([] if options else ["thesis.txt"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"--target_model": "./nowhere"}, "nowhere"),
         ({"--dataset": "./nowhere.jsonl"}, "no file or folder"),
         ({"--dataset": None}, "missing: --dataset"),

@@ -205,6 +205,43 @@ def test_a_tokenizer_that_closes_every_text_does_not_close_the_prompt():
     assert closed[-1] == tokenizer.eos_token_id
 
 
+def test_tools_of_different_shape_render_alike_from_everywhere(tmp_path):
+    """Arrow gives each schema the keys of all others, with null for a value: the target would read those."""
+
+    def tool(name, **parameters):
+        return {"type": "function", "function": {"name": name, "parameters": {"type": "object", **parameters}}}
+
+    def call(name, **arguments):
+        calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+        return {"role": "assistant", "content": None, "tool_calls": calls}
+
+    weather = tool("weather", properties={"city": {"type": "string"}})
+    add = tool("add", properties={"a": {"type": "integer"}}, required=["a"])
+    rows = [
+        {"prompt": [{"role": "user", "content": "hi"}], "tools": [weather]},
+        {"prompt": [*CHAT[0], call("add", a=1), {"role": "tool", "content": "3"}], "tools": [weather, add]},
+        {"prompt": [*CHAT[0], call("weather", city="Rome"), {"role": "tool", "content": "3"}], "tools": [add]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{{ tools | tojson }}{% for message in messages %}{{ message.role }}{{ message.content }}"
+        "{{ message.tool_calls | tojson if message.tool_calls else '' }}{% endfor %}"
+    )
+    expected = [tokenizer.apply_chat_template(row["prompt"], tools=row["tools"], tokenize=False) for row in rows]
+    for source in (rows, Dataset.from_list(rows), tmp_path / "rows.jsonl", tmp_path / "rows.parquet"):
+        rendered = render_prompts(load_prompts(source), tokenizer)
+        assert [tokenizer.decode(ids) for ids in rendered] == expected
+
+
+def test_a_folder_with_a_broken_line_names_file_and_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\n{"prompt": broken\n')
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 2 is not valid JSON"):
+        load_prompts(tmp_path)
+
+
 def test_tools_reach_the_template_as_list_and_as_json():
     tokenizer = make_tokenizer()
     tools = [{"type": "function", "function": {"name": "cat", "parameters": {}}}]

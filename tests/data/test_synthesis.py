@@ -1,10 +1,14 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from hf_draftkd.data.backends import Completion
 from hf_draftkd.data.filters import QueryFilter, script_share
 from hf_draftkd.data.generation import generate_alignment_data
-from hf_draftkd.data.synthesis import open_user_turn, query_text, synthesize_prompts
+from hf_draftkd.data.synthesis import _in_turn, open_user_turn, query_text, synthesize_prompts
 from tests.data.small import make_target, make_tokenizer
 
 CHATML = (
@@ -143,6 +147,23 @@ def test_rounds_on_disk_are_not_written_twice(tmp_path, tokenizer):
     assert finished["prompt"] == expected["prompt"]
     with pytest.raises(ValueError, match="begun with other settings"):
         synthesize_prompts(target, tokenizer, 12, output_dir=tmp_path / "out", **{**options, "seed": 5})
+
+
+def test_processes_write_their_rounds_at_the_same_time(tmp_path):
+    """Each waited for the round before its own: two processes took as long as one."""
+    (tmp_path / "data").mkdir()
+    together = threading.Barrier(2, timeout=60)
+
+    def sample(number):
+        together.wait()  # breaks where the other one waits for this round instead of writing its own
+        return [(f"query {number}", True)]
+
+    def process(index):
+        state = SimpleNamespace(num_processes=2, process_index=index)
+        return [queries[0][0] for queries in _in_turn(sample, 4, tmp_path, state)]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(process, range(2))) == [[f"query {number}" for number in range(4)]] * 2
 
 
 def test_too_few_queries_are_said_and_none_is_refused(tokenizer):
