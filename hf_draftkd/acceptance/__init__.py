@@ -16,7 +16,7 @@ from hf_draftkd.acceptance.counts import (
     bootstrap_paired_ratio_quotient,
     bootstrap_ratio,
 )
-from hf_draftkd.acceptance.lenience import LENIENCE_FUNCTIONS, LenientRates, lenient_rates
+from hf_draftkd.acceptance.lenience import LENIENCE_FORMS, LenientRates, lenient_rates
 from hf_draftkd.acceptance.speedup import (
     DraftLength,
     Latency,
@@ -37,7 +37,7 @@ from hf_draftkd.acceptance.token_rates import (
 
 __all__ = [
     "DRAFT_LENGTHS",
-    "LENIENCE_FUNCTIONS",
+    "LENIENCE_FORMS",
     "VERIFICATION_RULES",
     "AcceptanceCounts",
     "DraftLength",

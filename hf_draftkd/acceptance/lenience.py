@@ -1,68 +1,72 @@
 """Lossy speculative decoding: accept more than the target would, and know how far its output moves.
 
-DistillSpec (https://arxiv.org/abs/2310.08461) accepts a drafted token x ~ q with probability min(1, f(p(x), ε)/q(x)),
-ε in (0, 1], with one of three lenience functions; only the acceptance test changes, a rejected token is still replaced
-by a draw from the residual max(0, p − q), normalised. At ε = 1 every f is p, and decoding is lossless again.
+A lossy verifier keeps a drafted token x ~ q with probability min(1, v(x)/q(x)) for a v that need not be the target's p:
 
-Block efficiency of a lossy decoder does *not* follow from a text that the target wrote, since its output is no longer
-the target's. What follows from such a text, at each position, is the two figures below.
+- `linear`, `square`, `exponential`: v = f(p, ε) with f = p/ε, p/ε², p^ε and lenience ε in (0, 1]
+  (DistillSpec, https://arxiv.org/abs/2310.08461). ε = 1 is lossless.
+- `ensemble`: v = w·p + (1 − w)·q with weight w in (0, 1] (https://arxiv.org/abs/2604.07622): transformers'
+  `assistant_ensemble_weight`. w = 1 is lossless.
+
+On a rejection the target's correction is drawn from the normalised max(0, p − q), as in lossless decoding. So one
+drafted position puts out π = min(q, v) + (1 − Σ min(q, v))·norm(max(0, p − q)), and both Σ min(q, v) and TV(π, p)
+follow from one pass over text, without decoding. Block efficiency does not: after a lossy step the text is no longer
+one the target wrote. It is counted by real decoding instead, which transformers offers for `ensemble`.
+
+Every form with v ≥ min(p, q) pays the same price at a single position: the residual only shrinks, so the output moves
+by exactly what acceptance gains, TV(π, p) = Σ min(q, v) − Σ min(q, p). The forms differ in how lenience moves along
+that line.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from hf_draftkd.acceptance._checks import at_least_float32, check_same_shape, unknown_name
+from hf_draftkd.acceptance._checks import check_same_shape, unknown_name
 
-LENIENCE_FUNCTIONS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "f_lin": lambda log_p, epsilon: log_p - math.log(epsilon),
-    "f_sq": lambda log_p, epsilon: log_p - 2 * math.log(epsilon),
-    "f_exp": lambda log_p, epsilon: epsilon * log_p,
+LENIENCE_FORMS: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {
+    "linear": lambda p, q, lenience: p / lenience,
+    "square": lambda p, q, lenience: p / lenience**2,
+    "exponential": lambda p, q, lenience: p.pow(lenience),
+    "ensemble": lambda p, q, lenience: lenience * p + (1 - lenience) * q,
 }
-"""Name → log f(p, ε) from log p: f_lin = p/ε, f_sq = p/ε², f_exp = p^ε."""
+"""Name → v from p, q and ε (or w)."""
 
 
 class LenientRates(NamedTuple):
     """What lenience gains and costs at each position."""
 
     acceptance_rate: torch.Tensor
-    """`[...]`: chance that a drafted token is accepted, Σ min(q, f(p, ε))."""
+    """`[...]`: chance that a drafted token is accepted, Σ min(q, v)."""
     total_variation: torch.Tensor
-    """`[...]`: total variation between the next token so decoded and the target's own."""
+    """`[...]`: total variation between the next token so decoded and the target's own, TV(π, p)."""
 
 
-def lenient_rates(
-    draft_logits: torch.Tensor, target_logits: torch.Tensor, epsilon: float, *, function: str = "f_exp"
-) -> LenientRates:
-    """Return expected acceptance of one token, and how far its distribution moves from the target's.
+def lenient_rates(q: torch.Tensor, p: torch.Tensor, form: str, lenience: float) -> LenientRates:
+    """Return expected acceptance of one drafted token, and how far what is put out there moves from the target's.
 
     Args:
-        draft_logits: Processed draft logits `[..., V]`.
-        target_logits: Processed target logits `[..., V]`.
-        epsilon: ε in (0, 1]; 1 is lossless, smaller accepts more.
-        function: A key of `LENIENCE_FUNCTIONS`.
+        q: Draft probabilities `[..., V]`. Not logits: a curve has many points, and softmax is passed once.
+        p: Target probabilities `[..., V]`.
+        form: A key of `LENIENCE_FORMS`.
+        lenience: ε, or the weight w of `ensemble`; in (0, 1], 1 is lossless.
 
     Returns:
         Acceptance rate and total variation, each `[...]`, in [0, 1].
 
     Raises:
-        ValueError: If the shapes differ, ε is out of range or there is no such function.
+        ValueError: If the shapes differ, lenience is out of range or there is no such form.
     """
-    check_same_shape(draft_logits, target_logits)
-    if function not in LENIENCE_FUNCTIONS:
-        raise unknown_name("lenience function", function, LENIENCE_FUNCTIONS)
-    if not 0 < epsilon <= 1:
-        raise ValueError(f"epsilon must lie in (0, 1], 1 being lossless, got {epsilon!r}.")
-    q = at_least_float32(draft_logits).softmax(dim=-1)
-    log_p = at_least_float32(target_logits).log_softmax(dim=-1)
-    p = log_p.exp()
-    # q is at most 1, so f may be cut there before it overflows.
-    kept = torch.minimum(q, LENIENCE_FUNCTIONS[function](log_p, epsilon).clamp(max=0.0).exp())
-    acceptance_rate = kept.sum(dim=-1).clamp(max=1.0)
-    residual = (p - q).clamp(min=0.0)
-    # Equal models have no residual, and nothing is rejected either.
-    residual = residual / residual.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-    output = kept + (1 - acceptance_rate).unsqueeze(-1) * residual
-    return LenientRates(acceptance_rate, 0.5 * (output - p).abs().sum(dim=-1))
+    check_same_shape(q, p)
+    if form not in LENIENCE_FORMS:
+        raise unknown_name("form of lenience", form, LENIENCE_FORMS)
+    if not 0 < lenience <= 1:
+        raise ValueError(f"Lenience must lie in (0, 1], 1 being lossless, got {lenience!r}.")
+    kept = torch.minimum(q, LENIENCE_FORMS[form](p, q, lenience))
+    # As 1 - rejected, so that a draft that is its own target is kept exactly.
+    rejected = (q - kept).sum(-1)
+    residual = (p - q).clamp(min=0)
+    # Where p = q nothing is ever rejected, and the residual is empty.
+    residual = residual / residual.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    output = kept + rejected[..., None] * residual
+    return LenientRates(1 - rejected, 0.5 * (output - p).abs().sum(-1))

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_draftkd.acceptance import bootstrap_ratio
+from hf_draftkd.acceptance import LENIENCE_FORMS, bootstrap_ratio
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import decoding_settings, ids_without_token
 from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
@@ -30,7 +30,7 @@ from hf_draftkd.evaluation.estimates import (
     select_texts,
     setting_result,
 )
-from hf_draftkd.evaluation.lossy import FORMS, LENIENCE, lossy_values
+from hf_draftkd.evaluation.lossy import LENIENCE, lossy_values
 from hf_draftkd.evaluation.provenance import content_hash, model_info
 from hf_draftkd.evaluation.recommendation import (
     is_transformers_rule,
@@ -223,7 +223,7 @@ class Measurement:
             if texts.setting.is_greedy:
                 continue
             tokens = next(iter(scored.drafts[index].values())).num_tokens
-            for form in FORMS:
+            for form in LENIENCE_FORMS:
                 for lenience in LENIENCE:
                     acceptance, distance = (
                         bootstrap_ratio(

@@ -228,7 +228,7 @@ class SelfCheck:
 
 @dataclass(kw_only=True)
 class LossyPoint:
-    """Lossy decoding at one lenience: what is gained and what it costs. See `hf_draftkd.evaluation.lossy`."""
+    """Lossy decoding at one lenience: what is gained and what it costs. See `hf_draftkd.acceptance.lenience`."""
 
     temperature: float = key("As in the setting.")
     top_p: float = key("As in the setting.")
