@@ -91,6 +91,8 @@ def recommend(setting: SettingResult, latency: LatencyResult, name: str) -> Reco
         )
     if measured is not None and setting.assisted is not None:
         reason += f" Measured with {_tokens(setting.assisted.num_assistant_tokens)}: {_times(measured)}."
+        if measured.low <= 1 <= measured.high:
+            reason += " A gain and a loss both lie within this interval: more prompts would decide."
     return Recommendation(
         worth_it=worth_it,
         num_assistant_tokens=length,

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hf_draftkd.acceptance import Estimate
 from hf_draftkd.evaluation.recommendation import overall_draft_length, recommend, recommend_overall
 from hf_draftkd.evaluation.report import GenerateOverhead
 from tests.evaluation.samples import LENGTHS, assisted, latency, setting
@@ -47,6 +48,14 @@ def test_what_was_measured_overrules_what_was_predicted(speedup, worth_it):
     found = recommend(setting(0.7, assisted=assisted(speedup)), latency(), "greedy")
     assert found.worth_it == worth_it
     assert f"Measured with 4 draft tokens: {speedup:.2f} times" in found.reason
+
+
+@pytest.mark.parametrize(("low", "high", "open_question"), [(0.98, 1.3, True), (1.02, 1.3, False), (0.8, 0.97, False)])
+def test_an_interval_around_one_is_said_to_decide_nothing(low, high, open_question):
+    timed = assisted(1.1)
+    timed.speedup = Estimate(1.1, low, high)
+    found = recommend(setting(0.7, assisted=timed), latency(), "greedy")
+    assert ("A gain and a loss both lie within this interval" in found.reason) == open_question
 
 
 def test_the_setting_that_gains_least_decides():
