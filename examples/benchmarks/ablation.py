@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def train(draft: Any, rows: Any, job: dict[str, Any], change: dict[str, Any], re
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """One cell with one seed: its figures on the dev queries, and seconds of training."""
+    """One cell with one seed: its figures on the dev queries."""
     from hf_draftkd import load_draft
     from hf_draftkd.models.demo import demo_path
 
@@ -104,12 +103,11 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
     folder, change = Path(job["folder"]), job["change"]
     if change is None:
-        return {"figures": figures(stock(), folder, "dev"), "seconds": 0.0}
-    rows, began = texts(folder, "train"), time.perf_counter()
+        return {"figures": figures(stock(), folder, "dev")}
+    rows = texts(folder, "train")
     reference = train(stock(), rows, job, {}) if change.get("token_selection") == "adaspec" else None
     draft = train(stock(), rows, job, change, reference)
-    seconds = time.perf_counter() - began
-    return {"figures": figures(draft, folder, "dev"), "seconds": round(seconds, 1)}
+    return {"figures": figures(draft, folder, "dev")}
 
 
 def report(results: dict[str, dict[str, Any]], sizes: dict[str, Any]) -> None:
@@ -126,8 +124,8 @@ def report(results: dict[str, dict[str, Any]], sizes: dict[str, Any]) -> None:
         f"Block efficiency at γ = {GAMMA} with 95 % intervals over prompts, seeds pooled; in brackets the range over "
         "seeds; Δ is the difference from the default on the same texts.\n"
     )
-    print("| changed | " + " | ".join(f"{name} | Δ {name}" for name in TEMPERATURES.values()) + " | seconds |")
-    print("|---|" + "---|" * (2 * len(TEMPERATURES) + 1))
+    print("| changed | " + " | ".join(f"{name} | Δ {name}" for name in TEMPERATURES.values()) + " |")
+    print("|---|" + "---|" * (2 * len(TEMPERATURES)))
     for cell, runs in by_cell.items():
         found, parts = [run["figures"] for run in runs], []
         for setting in TEMPERATURES.values():
@@ -143,8 +141,7 @@ def report(results: dict[str, dict[str, Any]], sizes: dict[str, Any]) -> None:
             gap = difference(*columns, *pooled(base, setting))
             clear = "**" if gap.low > 0 or gap.high < 0 else ""
             parts.append(f"{clear}{gap.value:+.3f}{clear} [{gap.low:+.3f}, {gap.high:+.3f}]")
-        seconds = sum(run["seconds"] for run in runs) / len(runs)
-        print(f"| {cell} | {' | '.join(parts)} | {seconds:.0f} |")
+        print(f"| {cell} | {' | '.join(parts)} |")
 
 
 def main() -> None:
