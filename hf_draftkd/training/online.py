@@ -53,7 +53,8 @@ class OnlineDraftDistiller:
     ```
 
     One request is served at a time, as assisted decoding demands, and no thread is started: an update happens inside
-    `generate` after every `args.update_every` requests, or, with `args.auto_update=False`, when you call `step()`.
+    `generate` after every `args.update_every` requests, or, with `args.auto_update=False`, when you call `step()`. The
+    loop around it may stand under `torch.inference_mode()` or `torch.no_grad()`: an update switches them off for itself.
 
     An update is measured before it is kept: exact acceptance of the draft before and after it on requests that were
     never learnt from, each under the setting it was decoded with. If it fell, weights and optimiser are put back.
@@ -84,9 +85,11 @@ class OnlineDraftDistiller:
         num_updates: Updates that were kept.
 
     Raises:
-        ValueError: The pair does not fit, nothing of the draft can be trained, or the target is in training mode.
+        ValueError: The pair does not fit, nothing of the draft can be trained (or it was loaded under
+            `torch.inference_mode()`), or the target is in training mode.
     """
 
+    @torch.inference_mode(False)  # Weights made under it, for a longer vocabulary or a bfloat16 draft, could not learn.
     def __init__(
         self,
         draft_model: Any,
@@ -158,12 +161,15 @@ class OnlineDraftDistiller:
         """Whether `args.update_every` requests were served since the last `step`."""
         return self.num_requests - self._requests_at_step >= self.args.update_every
 
+    @torch.inference_mode(False)  # What is kept outlives the caller's `inference_mode`, so it must be ordinary tensors.
     def _remember(self, prompt: Tensor, completion: Tensor, served: Served, setting: DecodingSetting | None) -> None:
         assert served.counts.num_tokens == len(completion), "every token was written by an observed call"
         self.num_requests += 1
         self.counts += served.counts
         self._window += served.counts
-        kept = completion[: max(0, self.args.max_length - len(prompt))].cpu()
+        # Copies: `prompt` may be the caller's own memory, and `completion` is that of the output.
+        prompt = prompt.clone()
+        kept = completion[: max(0, self.args.max_length - len(prompt))].cpu().clone()
         # A target may write an id that it pads its vocabulary with; nothing can be learnt from there on.
         unknown = (torch.cat([prompt, kept]) >= self._vocab_size).nonzero()
         if len(unknown):
@@ -173,6 +179,8 @@ class OnlineDraftDistiller:
 
     # Learning --------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def step(self) -> dict[str, Any] | None:
         """Learn from what was served since the last step, and keep that only if held-out acceptance did not fall.
 
@@ -270,6 +278,7 @@ class OnlineDraftDistiller:
         if is_own:
             self._saved_updates = self.num_updates
 
+    @torch.inference_mode(False)
     def resume(self, directory: str | None = None) -> bool:
         """Go on from a saved state: weights, optimiser, buffer, counters, history and random state.
 

@@ -234,6 +234,65 @@ def test_acceptance_rises_and_nothing_else_changes(pair, tokenizer):
     assert draft.generation_config.to_dict() == config
 
 
+SERVERS = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad}
+
+
+def all_tensors(distiller):
+    learner = distiller._learner
+    moments = [value for state in learner._optimizer.state.values() for value in state.values()]
+    requests = [
+        value
+        for one in kept_by(distiller)
+        for value in (one.prompt_ids, one.completion_ids, *vars(one.target).values())
+    ]
+    return [*distiller.draft_model.parameters(), *learner._weights.values(), *moments, *requests]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", SERVERS)
+def test_a_server_under_inference_mode_learns_as_one_without_it(tokenizer, tmp_path, mode, dtype):
+    """A RuntimeError at each update; tensors of such requests, or of a resumed state, that can never be trained on."""
+
+    pairs = [tiny_pair("llama") for _ in range(3)]
+    for draft, _ in pairs:
+        draft.to(dtype)
+    straight = distiller_for(pairs[0])
+    serve(straight, tokenizer, 12)
+    with SERVERS[mode]():
+        distiller = distiller_for(pairs[1], output_dir=str(tmp_path), save_every=3)
+        serve(distiller, tokenizer, 9)
+        assert not any(tensor.is_inference() for tensor in all_tensors(distiller))
+        resumed = distiller_for(pairs[2], output_dir=str(tmp_path), save_every=3)
+        assert resumed.resume()
+        serve(resumed, tokenizer, 3, start=9)
+        assert not any(tensor.is_inference() for tensor in all_tensors(resumed))
+    assert all(parameter.requires_grad for parameter in resumed.draft_model.parameters())
+    assert resumed.num_updates > 0
+    assert without_seconds(resumed) == without_seconds(straight)
+    assert_same(weights_of(resumed.draft_model), weights_of(straight.draft_model))
+
+
+def test_requests_served_under_inference_mode_are_learnt_from_outside_it(pair, tokenizer):
+    """A server that serves in one block and calls `step` in another."""
+    distiller = distiller_for(pair, auto_update=False, holdout_share=0)
+    with torch.inference_mode():
+        serve(distiller, tokenizer, 4)
+    assert distiller.step()["kept"]
+
+
+def test_what_is_kept_is_no_view_of_the_callers_memory(pair, tokenizer):
+    """A server that reads every prompt into the same tensor would teach the draft from the last one alone."""
+    distiller = distiller_for(pair, auto_update=False)
+    prompt = tiny_prompts(tokenizer)[0].clone()
+    wanted = prompt[0].tolist()
+    output = distiller.generate(prompt, max_new_tokens=6)
+    written = output[0, prompt.shape[1] :].tolist()
+    prompt.zero_()
+    output.zero_()
+    (one,) = kept_by(distiller)
+    assert (one.prompt_ids.tolist(), one.completion_ids.tolist()) == (wanted, written)
+
+
 def test_a_window_reports_its_own_requests(tokenizer):
     """Rates of the whole past hide that acceptance has moved."""
     distiller = distiller_for(tiny_pair("llama"), auto_update=False, holdout_share=0)
@@ -504,6 +563,10 @@ def test_pairs_that_cannot_learn_are_refused(pair):
         distiller_for((copy.deepcopy(draft).half(), target))
     with pytest.raises(ValueError, match="can be trained"):
         distiller_for((copy.deepcopy(draft).requires_grad_(False), target))
+    with torch.inference_mode():
+        made_there = tiny_pair("llama")[0]
+    with pytest.raises(ValueError, match=r"made under `torch.inference_mode\(\)`"):
+        distiller_for((made_there, target))
 
 
 @pytest.mark.parametrize(
