@@ -394,10 +394,99 @@ def test_an_error_in_an_update_leaves_the_draft_as_it_was(pair, tokenizer):
         return loss(batch)
 
     distiller._learner.loss = fails
+    window = copy.deepcopy(distiller._window)
     with pytest.raises(MemoryError):
         distiller.step()
     assert_same(before, weights_of(draft))
     assert not draft.training
+    assert (distiller._window, len(distiller.history)) == (window, 0)
+
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("no room")
+
+
+def test_an_automatic_update_that_fails_costs_no_answer(pair, tokenizer, caplog):
+    """Out of memory while learning: the user's finished text is lost with it, and so are the requests to learn from."""
+    draft, target = pair
+    entries = []
+    distiller = distiller_for(pair, holdout_share=0, on_log=entries.append)
+    before, learn = weights_of(draft), distiller._learner.learn
+    distiller._learner.learn = out_of_memory
+    with caplog.at_level(logging.ERROR):
+        outputs = serve(distiller, tokenizer, 4)
+    assert torch.equal(outputs[-1], target.generate(**request(tiny_prompts(tokenizer)[3])))
+    failure = {"num_requests": 4, "failed": "step", "error": "OutOfMemoryError: no room"}
+    assert entries == list(distiller.history) == [failure]
+    assert "no room" in caplog.text
+    assert_same(before, weights_of(draft))
+    assert not draft.training
+
+    # Not with every request from now on, but when the next one is due; its window is the whole time.
+    distiller._learner.learn = learn
+    serve(distiller, tokenizer, 3, start=4)
+    assert len(distiller.history) == 1
+    serve(distiller, tokenizer, 1, start=7)
+    assert distiller.history[-1]["kept"]
+    assert distiller.history[-1]["mean_acceptance_length"] == distiller.counts.mean_acceptance_length
+    assert distiller._buffer.num_new == 0
+
+
+@pytest.mark.parametrize("file", ["draft-", "requests"])
+def test_an_automatic_saving_that_fails_costs_no_answer_and_is_made_up_for(tokenizer, tmp_path, monkeypatch, file):
+    """A full disk; a later saving that takes the draft's file for written; half a file that keeps the disk full."""
+    distiller = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=4, holdout_share=0)
+    write = online_state.save_file
+
+    def full(tensors, path, metadata):
+        if file in path.name:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        write(tensors, path, metadata)
+
+    monkeypatch.setattr(online_state, "save_file", full)
+    assert len(serve(distiller, tokenizer, 4)) == 4
+    assert distiller.history[0]["kept"]
+    assert distiller.history[1]["failed"] == "save"
+    assert "No space left" in distiller.history[1]["error"]
+    assert not list(tmp_path.glob("_unfinished*"))
+    with pytest.raises(OSError, match="No space left"):
+        distiller.save()
+    monkeypatch.undo()
+    # The same draft as in the saving that failed.
+    distiller.args.auto_update = False
+    serve(distiller, tokenizer, 4, start=4)
+    again = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path))
+    assert again.resume()
+    assert (again.num_requests, again.num_updates) == (8, 1)
+    assert_same(weights_of(again.draft_model), weights_of(distiller.draft_model))
+
+
+def test_a_log_that_raises_costs_no_answer(pair, tokenizer, caplog):
+    """A tracking service that is down; its error counted as one of the update, which is kept."""
+
+    def unreachable(entry):
+        raise ConnectionError("tracking is down")
+
+    distiller = distiller_for(pair, holdout_share=0, on_log=unreachable)
+    with caplog.at_level(logging.ERROR):
+        assert len(serve(distiller, tokenizer, 4)) == 4
+    assert distiller.num_updates == 1
+    assert [entry.get("failed") for entry in distiller.history] == [None, "step"]
+    assert "tracking is down" in caplog.text
+
+
+def test_an_interruption_goes_through(pair, tokenizer):
+    """Ctrl-C swallowed by what must not fail."""
+    distiller = distiller_for(pair)
+
+    def interrupted(batches):
+        raise KeyboardInterrupt
+
+    distiller._learner.learn = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        serve(distiller, tokenizer, 4)
+    assert not distiller.history
 
 
 def test_a_bfloat16_draft_learns_in_float32(tokenizer):
