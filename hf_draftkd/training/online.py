@@ -54,15 +54,15 @@ class OnlineDraftDistiller:
 
     One request is served at a time, as assisted decoding demands, and no thread is started: an update happens inside
     `generate` after every `args.update_every` requests, or, with `args.auto_update=False`, when you call `step()`. The
-    loop around it may stand under `torch.inference_mode()` or `torch.no_grad()`: an update switches them off for itself.
+    serving loop may stand under `torch.inference_mode()` or `torch.no_grad()`; an update switches them off for itself.
 
     An update is measured before it is kept: exact acceptance of the draft before and after it on requests that were
     never learnt from, each under the setting it was decoded with. If it fell, weights and optimiser are put back.
 
-    No failure of learning or saving costs an answer. Where the update or the saving that `generate` does by itself goes
-    wrong (no memory, a full disk, an `on_log` that raises), the draft is put back as it was, the error is logged with its
-    traceback and noted in `history`, and the finished output is returned. The next update learns from these requests as
-    well, and the next saving writes everything. `step()` and `save()` that you call yourself raise.
+    No failure of learning or saving costs an answer. Where the update or the saving that `generate` does by itself
+    fails (no memory, a full disk, an `on_log` that raises), the error is logged with its traceback and noted in
+    `history`, and the finished output is returned. An update that failed leaves the draft as it was, and the next one
+    learns from its requests as well; the next saving writes everything. `step()` and `save()` that you call raise.
 
     The draft is trained in place and is in evaluation mode except inside an update. A bfloat16 draft learns in float32
     copies of its weights, in which small updates are not lost. The target is never written to.

@@ -252,7 +252,6 @@ def all_tensors(distiller):
 @pytest.mark.parametrize("mode", SERVERS)
 def test_a_server_under_inference_mode_learns_as_one_without_it(tokenizer, tmp_path, mode, dtype):
     """A RuntimeError at each update; tensors of such requests, or of a resumed state, that can never be trained on."""
-
     pairs = [tiny_pair("llama") for _ in range(3)]
     for draft, _ in pairs:
         draft.to(dtype)
