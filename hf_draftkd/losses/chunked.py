@@ -21,6 +21,9 @@ _GPU_CHUNK = 2**26
 # Logits worked on at once within a chunk on a CPU: bounds temporaries to 8 MiB each. Smaller blocks lose more time in
 # starting threads than they gain in cache.
 _CPU_BLOCK = 2**21
+# What the largest gradient of a chunk is scaled to before it becomes float16, as a power of two: below the format's
+# largest number, 65504, so that as little as possible falls under its smallest.
+_HALF_RANGE = 14
 
 
 class LinearHead(NamedTuple):
@@ -193,6 +196,7 @@ class _ChunkedLossFunction(torch.autograd.Function):
                 if twin.gradient is not None:
                     collect.add(chunk, twin.gradient, source, weights[chunk], capped)
         ctx.gradients = collect.finish()
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (inputs, weight, bias)]
         joined = torch.cat(values) if values else at_least_float32(inputs).new_zeros(0)
         known = [rate for rate in acceptance if rate is not None]
         rates = torch.cat(known) if known else None
@@ -206,7 +210,10 @@ class _ChunkedLossFunction(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("The chunked loss can be differentiated once; its gradients were already handed out.")
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = [None if gradient is None else gradient.mul_(grad_loss.to(gradient.dtype)) for gradient in gradients]
+        scaled = [
+            None if gradient is None else gradient.mul_(grad_loss.to(gradient.dtype)).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
         return (*scaled, None, None, None, None, None)
 
 
@@ -221,7 +228,7 @@ class _Gradients:
         wanted: tuple[bool, ...],
     ) -> None:
         self.like = (inputs, weight, bias)
-        self.inputs = torch.zeros_like(inputs) if wanted[0] else None
+        self.inputs = torch.zeros_like(inputs, dtype=_held_in(inputs.dtype)) if wanted[0] else None
         # Summed over chunks, so in float32 whatever the weights are held in.
         self.weight, self.bias = (
             None if tensor is None or not want else torch.zeros_like(tensor, dtype=at_least_float32(tensor[:0]).dtype)
@@ -247,6 +254,11 @@ class _Gradients:
             gradient.mul_(1 - capped.div_(head.softcap).square_())
         # Weights multiply the narrow side, [n, H], instead of passing over [n, V] once more.
         column = column * head.scale
+        if self.bias is not None:
+            self.bias.add_(gradient.t() @ column.squeeze(-1))
+        if hidden.dtype == torch.float16:
+            self._add_in_half(chunk, gradient, source, column)
+            return
         narrow = gradient.to(hidden.dtype)
         if self.inputs is not None:
             self.inputs[chunk] = (narrow @ head.weight).mul_(column).to(self.inputs.dtype)
@@ -256,15 +268,47 @@ class _Gradients:
                 self.weight.addmm_(narrow.t(), weighted)
             else:
                 self.weight.add_(narrow.t() @ weighted)
-        if self.bias is not None:
-            self.bias.add_(gradient.t() @ column.squeeze(-1))
+
+    def _add_in_half(self, chunk: slice, gradient: torch.Tensor, source: Unprojected, column: torch.Tensor) -> None:
+        """Multiply float16 by float16, with nothing small in either: what was scaled comes off in float32.
+
+        A loss scaler cannot help here, since its factor arrives in backward.
+        """
+        scale = _to_half_range(gradient)
+        narrow = torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=torch.float16))
+        if self.inputs is not None:
+            self.inputs[chunk] = _float32_product(narrow, source.head.weight).mul_(column / scale)
+        if self.weight is not None:
+            # Equal weights become exactly 1, so hidden states are not rounded a second time.
+            largest = column.abs().amax().clamp_(min=torch.finfo(column.dtype).tiny)
+            weighted = (source.hidden[chunk] * (column / largest)).to(torch.float16)
+            self.weight.add_(_float32_product(narrow.t(), weighted).mul_(largest / scale))
 
     def finish(self) -> list[torch.Tensor | None]:
-        """Return the gradients in the types of what they belong to."""
+        """Return the gradients, those of float16 tensors still in float32."""
         return [
-            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+            None if gradient is None or tensor is None else gradient.to(_held_in(tensor.dtype))
             for gradient, tensor in zip((self.inputs, self.weight, self.bias), self.like, strict=True)
         ]
+
+
+def _held_in(dtype: torch.dtype) -> torch.dtype:
+    """Return the type to keep a gradient in until the loss scaler's factor is known: float16 would lose it."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _to_half_range(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the power of two, a scalar, that brings the largest entry near the top of float16; without a sync."""
+    exponent = torch.linalg.vector_norm(gradient, float("inf")).log2().floor()
+    # Bounds for a chunk of zeros. NaN goes through, and stays one in what is multiplied by it.
+    return torch.exp2(_HALF_RANGE - exponent.clamp_(-60, 60))
+
+
+def _float32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the product of two float16 matrices in float32: in float16 it could overflow, and is rounded."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
 
 
 def _project(hidden: torch.Tensor, head: LinearHead, memory: Reused | None = None) -> torch.Tensor:

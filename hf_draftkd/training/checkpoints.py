@@ -2,7 +2,8 @@
 
 transformers writes a checkpoint file by file into the folder that it will later choose by its number, so a run killed
 in mid-save resumes from half a checkpoint, or not at all. Here every file goes into `_unfinished/` first, and the
-folder takes its name in one step when the last file is written.
+folder takes its name in one step when the last file is written. Where a run saves a step for the second time, its
+older checkpoint must make way first; a run that dies between these two steps is finished by whoever looks next.
 """
 
 import json
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Below the run's own folder, so that renaming never copies.
 UNFINISHED = "_unfinished"
+# An older checkpoint of the same step, which lies beside the new one while that takes its name.
+_REPLACED = "replaced-"
 
 
 class WholeCheckpoints(Trainer):
@@ -57,7 +60,8 @@ class WholeCheckpoints(Trainer):
         unfinished = run / UNFINISHED
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            # Whatever lies there was left by a run that died.
+            # Whatever lies there was left by a run that died, and may be the only whole checkpoint.
+            _finish_renaming(run)
             shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._writing = True
@@ -93,12 +97,32 @@ class WholeCheckpoints(Trainer):
 def _take_name(finished: Path, name: Path) -> None:
     if name.exists():
         # A folder cannot be renamed onto one that holds files.
-        os.replace(name, finished.with_name("replaced"))
+        os.replace(name, finished.with_name(f"{_REPLACED}{name.name}"))
     os.replace(finished, name)
 
 
+def _finish_renaming(run: Path) -> None:
+    """Give a checkpoint its name back if the run died in `_take_name`, when nothing had it."""
+    # Only there is an unfinished folder known to be whole: elsewhere other processes may have been writing into it.
+    for replaced in (run / UNFINISHED).glob(f"{_REPLACED}*"):
+        name = run / replaced.name.removeprefix(_REPLACED)
+        if name.exists():
+            continue
+        whole = next((path for path in (run / UNFINISHED / name.name, replaced) if _fault(path) is None), None)
+        if whole is None:
+            continue
+        try:
+            os.replace(whole, name)
+        except OSError:
+            # Each process of a run looks for its checkpoint; another one was quicker.
+            if not name.exists():
+                raise
+        else:
+            logger.warning("%s was complete when its run died, and has its name back.", name)
+
+
 def last_complete_checkpoint(output_dir: str | Path) -> tuple[str | None, list[str]]:
-    """The newest checkpoint that a run can go on from.
+    """The newest checkpoint that a run can go on from. One that only lacked its name is given it.
 
     Args:
         output_dir: Where a run left its checkpoints; need not exist.
@@ -107,7 +131,9 @@ def last_complete_checkpoint(output_dir: str | Path) -> tuple[str | None, list[s
         Its path, None if there is none; and each newer one that was skipped, with what is wrong with it.
     """
     directory = Path(output_dir)
-    skipped = [f"{path} (its saving was interrupted)" for path in directory.glob(f"{UNFINISHED}/*")]
+    _finish_renaming(directory)
+    unfinished = directory.glob(f"{UNFINISHED}/{PREFIX_CHECKPOINT_DIR}-*")
+    skipped = [f"{path} (its saving was interrupted)" for path in unfinished]
     numbered = {
         int(match[1]): path
         for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")

@@ -48,15 +48,21 @@ class OnlineDraftDistiller:
     distiller.resume()  # goes on where the last process stopped, if there was one
     for inputs in requests:
         output = distiller.generate(**inputs, max_new_tokens=256)  # what target.generate returns
-    print(distiller.history[-1]["draft_acceptance_rate"])
+    print(distiller.counts.draft_acceptance_rate)
     distiller.draft_model.save_pretrained("draft")
     ```
 
     One request is served at a time, as assisted decoding demands, and no thread is started: an update happens inside
-    `generate` after every `args.update_every` requests, or, with `args.auto_update=False`, when you call `step()`.
+    `generate` after every `args.update_every` requests, or, with `args.auto_update=False`, when you call `step()`. The
+    serving loop may stand under `torch.inference_mode()` or `torch.no_grad()`; an update switches them off for itself.
 
     An update is measured before it is kept: exact acceptance of the draft before and after it on requests that were
     never learnt from, each under the setting it was decoded with. If it fell, weights and optimiser are put back.
+
+    No failure of learning or saving costs an answer. Where the update or the saving that `generate` does by itself
+    fails (no memory, a full disk, an `on_log` that raises), the error is logged with its traceback and noted in
+    `history`, and the finished output is returned. An update that failed leaves the draft as it was, and the next one
+    learns from its requests as well; the next saving writes everything. `step()` and `save()` that you call raise.
 
     The draft is trained in place and is in evaluation mode except inside an update. A bfloat16 draft learns in float32
     copies of its weights, in which small updates are not lost. The target is never written to.
@@ -78,15 +84,18 @@ class OnlineDraftDistiller:
             so far; `draft_acceptance_rate` and `mean_acceptance_length` counted while serving since the step before;
             `num_tokens` learnt from and their mean `loss`; `held_out_acceptance_rate_before` and
             `held_out_acceptance_rate`, exact, absent while nothing is held out; `kept`, whether the new weights
-            stayed; `seconds`.
+            stayed; `seconds`. An update or a saving inside `generate` that failed has an entry of its own, with
+            `num_requests`, `failed` (`"step"` or `"save"`) and `error` alone.
         counts: Drafted and accepted tokens of all requests since this object was made or its state was saved.
         num_requests: Requests served.
         num_updates: Updates that were kept.
 
     Raises:
-        ValueError: The pair does not fit, nothing of the draft can be trained, or the target is in training mode.
+        ValueError: The pair does not fit, nothing of the draft can be trained (or it was loaded under
+            `torch.inference_mode()`), or the target is in training mode.
     """
 
+    @torch.inference_mode(False)  # Weights made under it, for a longer vocabulary or a bfloat16 draft, could not learn.
     def __init__(
         self,
         draft_model: Any,
@@ -128,7 +137,7 @@ class OnlineDraftDistiller:
             **kwargs: As in `generate`: `attention_mask`, `max_new_tokens`, `streamer`, ...
 
         Returns:
-            What `target_model.generate` returned.
+            What `target_model.generate` returned, also where the update or the saving after it failed.
 
         Raises:
             ValueError: More than one request, no token ids, or another `assistant_model` was given; the output
@@ -148,22 +157,44 @@ class OnlineDraftDistiller:
         assert ids is not None
         self._remember(prompt_of(ids, kwargs.get("attention_mask")), sequences[0, ids.shape[1] :], served, setting)
         if self.args.auto_update and self.update_due:
-            self.step()
+            self._attempt("step", self.step)
         if self.args.output_dir is not None and self.num_requests % self.args.save_every == 0:
-            self.save()
+            self._attempt("save", self.save)
         return output
+
+    def _attempt(self, name: str, action: Callable[[], Any]) -> None:
+        """Do what is due while a finished answer waits, which no failure of it may cost."""
+        try:
+            action()
+        except Exception as error:
+            logger.exception(
+                "The automatic `%s` after request %d failed; the answer is returned.", name, self.num_requests
+            )
+            cause = f"{type(error).__name__}: {error}"
+            try:
+                self._note({"num_requests": self.num_requests, "failed": name, "error": cause})
+            except Exception:
+                logger.exception("`on_log` failed on the entry that says so.")
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        self.history.append(entry)
+        if self._on_log is not None:
+            self._on_log(dict(entry))
 
     @property
     def update_due(self) -> bool:
         """Whether `args.update_every` requests were served since the last `step`."""
         return self.num_requests - self._requests_at_step >= self.args.update_every
 
+    @torch.inference_mode(False)  # What is kept outlives the caller's `inference_mode`, so it must be ordinary tensors.
     def _remember(self, prompt: Tensor, completion: Tensor, served: Served, setting: DecodingSetting | None) -> None:
         assert served.counts.num_tokens == len(completion), "every token was written by an observed call"
         self.num_requests += 1
         self.counts += served.counts
         self._window += served.counts
-        kept = completion[: max(0, self.args.max_length - len(prompt))].cpu()
+        # Copies: `prompt` may be the caller's own memory, and `completion` is that of the output.
+        prompt = prompt.clone()
+        kept = completion[: max(0, self.args.max_length - len(prompt))].cpu().clone()
         # A target may write an id that it pads its vocabulary with; nothing can be learnt from there on.
         unknown = (torch.cat([prompt, kept]) >= self._vocab_size).nonzero()
         if len(unknown):
@@ -173,6 +204,8 @@ class OnlineDraftDistiller:
 
     # Learning --------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def step(self) -> dict[str, Any] | None:
         """Learn from what was served since the last step, and keep that only if held-out acceptance did not fall.
 
@@ -188,7 +221,6 @@ class OnlineDraftDistiller:
             return None
         started = time.perf_counter()
         entry: dict[str, Any] = {"num_requests": self.num_requests, **_rates(self._window)}
-        self._window = AcceptanceCounts()
         with self._own_random_state(), self._learner.undoable() as undo:
             try:
                 entry |= self._learn()
@@ -197,13 +229,13 @@ class OnlineDraftDistiller:
                 entry["kept"] = False
             if not entry["kept"]:
                 undo()
+        # Only now: after an error the next update reports and learns from these requests, too.
+        self._window = AcceptanceCounts()
         self._buffer.num_new = 0
         self.num_updates += entry["kept"]
         entry["seconds"] = time.perf_counter() - started
-        self.history.append(entry)
         logger.info("Online update: %s", entry)
-        if self._on_log is not None:
-            self._on_log(dict(entry))
+        self._note(entry)
         return entry
 
     def _learn(self) -> dict[str, Any]:
@@ -270,6 +302,7 @@ class OnlineDraftDistiller:
         if is_own:
             self._saved_updates = self.num_updates
 
+    @torch.inference_mode(False)
     def resume(self, directory: str | None = None) -> bool:
         """Go on from a saved state: weights, optimiser, buffer, counters, history and random state.
 

@@ -36,7 +36,7 @@ class Learner:
         args: The configuration.
 
     Raises:
-        ValueError: Nothing can be trained, or weights are float16.
+        ValueError: Nothing can be trained, or weights are float16 or were made under `torch.inference_mode()`.
     """
 
     def __init__(self, draft_model: Any, vocab_size: int, args: OnlineDistillConfig) -> None:
@@ -228,6 +228,12 @@ def _trainable(draft: Any) -> dict[str, nn.Parameter]:
     half = next((name for name, parameter in trainable.items() if parameter.dtype == torch.float16), None)
     if half is not None:
         raise ValueError(f"The draft's {half} is float16, whose gradients underflow. Load it in bfloat16 or float32.")
+    frozen = next((name for name, parameter in trainable.items() if parameter.is_inference()), None)
+    if frozen is not None:
+        raise ValueError(
+            f"The draft's {frozen} was made under `torch.inference_mode()`, and such a tensor can never be trained. "
+            "Load the draft outside of it; serving may stand inside."
+        )
     return trainable
 
 

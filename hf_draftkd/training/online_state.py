@@ -78,5 +78,9 @@ def load_state(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     unfinished = path.with_name(f"_unfinished-{path.name}")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
-    os.replace(unfinished, path)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
+        os.replace(unfinished, path)
+    finally:
+        # Half a file on a full disk would keep it full.
+        unfinished.unlink(missing_ok=True)

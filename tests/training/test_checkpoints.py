@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_draftkd.training import checkpoints
 from hf_draftkd.training.checkpoints import UNFINISHED, last_complete_checkpoint
 from tests.tiny import tiny_pair
 from tests.training.rows import alignment_rows
@@ -127,3 +129,72 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path, pair, tokenizer):
     assert last_complete_checkpoint(tmp_path) == (str(tmp_path / "checkpoint-6"), [])
     assert not (tmp_path / "checkpoint-6" / "leftover").exists()
     assert not (tmp_path / UNFINISHED).exists()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+@pytest.fixture
+def dies_between_renames(tmp_path, pair, tokenizer, monkeypatch):
+    """A run whose second saving of step 6 died when the older checkpoint had made way and the new one had no name."""
+    settings = SAVING | {"save_steps": 6}
+    rows = alignment_rows(pair[1], tokenizer)
+    build(tmp_path, pair, tokenizer, rows, **settings).train()
+    (tmp_path / "checkpoint-6" / "older").touch()
+    replace = os.replace
+
+    def dies(source, destination):
+        if destination == tmp_path / "checkpoint-6":
+            raise Killed
+        replace(source, destination)
+
+    monkeypatch.setattr(checkpoints.os, "replace", dies)
+    again = build(tmp_path, tiny_pair("llama"), tokenizer, rows, **settings)
+    with pytest.raises(Killed):
+        again.train()
+    monkeypatch.undo()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    return tmp_path
+
+
+def test_dying_between_the_renames_loses_nothing(dies_between_renames, caplog):
+    """No `checkpoint-*` at all, two complete ones in `_unfinished`, and the run starts anew."""
+    run = dies_between_renames
+    with caplog.at_level(logging.WARNING, "hf_draftkd"):
+        assert last_complete_checkpoint(run) == (str(run / "checkpoint-6"), [])
+    assert "has its name back" in caplog.text
+    assert not (run / "checkpoint-6" / "older").exists(), "the newer one is taken"
+    # Another process, or the same one later, changes nothing any more.
+    assert last_complete_checkpoint(run) == (str(run / "checkpoint-6"), [])
+
+
+def test_the_older_checkpoint_comes_back_if_the_newer_one_is_broken(dies_between_renames):
+    """A disk that lost the newer one's last pages."""
+    run = dies_between_renames
+    (run / UNFINISHED / "checkpoint-6" / "model.safetensors").write_bytes(b"half")
+    path, skipped = last_complete_checkpoint(run)
+    assert path == str(run / "checkpoint-6")
+    assert (run / "checkpoint-6" / "older").exists()
+    assert skipped == [f"{run / UNFINISHED / 'checkpoint-6'} (its saving was interrupted)"]
+
+
+def test_the_next_saving_adopts_before_it_removes(dies_between_renames, tokenizer, monkeypatch):
+    """A run that does not resume, and dies in its own first save: both complete copies are gone by then."""
+    run = dies_between_renames
+    monkeypatch.setattr(checkpoints.Trainer, "_save_checkpoint", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        build(run, tiny_pair("llama"), tokenizer, **SAVING).train()
+    assert last_complete_checkpoint(run) == (str(run / "checkpoint-6"), [])
+
+
+def test_two_processes_that_finish_the_renaming_at_once(dies_between_renames, monkeypatch):
+    """The slower one fails because the folder is no longer where it saw it."""
+    run, replace = dies_between_renames, os.replace
+
+    def slower(source, destination):
+        replace(source, destination)
+        replace(source, destination)
+
+    monkeypatch.setattr(checkpoints.os, "replace", slower)
+    assert last_complete_checkpoint(run) == (str(run / "checkpoint-6"), [])

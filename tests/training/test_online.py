@@ -234,6 +234,64 @@ def test_acceptance_rises_and_nothing_else_changes(pair, tokenizer):
     assert draft.generation_config.to_dict() == config
 
 
+SERVERS = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad}
+
+
+def all_tensors(distiller):
+    learner = distiller._learner
+    moments = [value for state in learner._optimizer.state.values() for value in state.values()]
+    requests = [
+        value
+        for one in kept_by(distiller)
+        for value in (one.prompt_ids, one.completion_ids, *vars(one.target).values())
+    ]
+    return [*distiller.draft_model.parameters(), *learner._weights.values(), *moments, *requests]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", SERVERS)
+def test_a_server_under_inference_mode_learns_as_one_without_it(tokenizer, tmp_path, mode, dtype):
+    """A RuntimeError at each update; tensors of such requests, or of a resumed state, that can never be trained on."""
+    pairs = [tiny_pair("llama") for _ in range(3)]
+    for draft, _ in pairs:
+        draft.to(dtype)
+    straight = distiller_for(pairs[0])
+    serve(straight, tokenizer, 12)
+    with SERVERS[mode]():
+        distiller = distiller_for(pairs[1], output_dir=str(tmp_path), save_every=3)
+        serve(distiller, tokenizer, 9)
+        assert not any(tensor.is_inference() for tensor in all_tensors(distiller))
+        resumed = distiller_for(pairs[2], output_dir=str(tmp_path), save_every=3)
+        assert resumed.resume()
+        serve(resumed, tokenizer, 3, start=9)
+        assert not any(tensor.is_inference() for tensor in all_tensors(resumed))
+    assert all(parameter.requires_grad for parameter in resumed.draft_model.parameters())
+    assert resumed.num_updates > 0
+    assert without_seconds(resumed) == without_seconds(straight)
+    assert_same(weights_of(resumed.draft_model), weights_of(straight.draft_model))
+
+
+def test_requests_served_under_inference_mode_are_learnt_from_outside_it(pair, tokenizer):
+    """A server that serves in one block and calls `step` in another."""
+    distiller = distiller_for(pair, auto_update=False, holdout_share=0)
+    with torch.inference_mode():
+        serve(distiller, tokenizer, 4)
+    assert distiller.step()["kept"]
+
+
+def test_what_is_kept_is_no_view_of_the_callers_memory(pair, tokenizer):
+    """A server that reads every prompt into the same tensor would teach the draft from the last one alone."""
+    distiller = distiller_for(pair, auto_update=False)
+    prompt = tiny_prompts(tokenizer)[0].clone()
+    wanted = prompt[0].tolist()
+    output = distiller.generate(prompt, max_new_tokens=6)
+    written = output[0, prompt.shape[1] :].tolist()
+    prompt.zero_()
+    output.zero_()
+    (one,) = kept_by(distiller)
+    assert (one.prompt_ids.tolist(), one.completion_ids.tolist()) == (wanted, written)
+
+
 def test_a_window_reports_its_own_requests(tokenizer):
     """Rates of the whole past hide that acceptance has moved."""
     distiller = distiller_for(tiny_pair("llama"), auto_update=False, holdout_share=0)
@@ -335,10 +393,99 @@ def test_an_error_in_an_update_leaves_the_draft_as_it_was(pair, tokenizer):
         return loss(batch)
 
     distiller._learner.loss = fails
+    window = copy.deepcopy(distiller._window)
     with pytest.raises(MemoryError):
         distiller.step()
     assert_same(before, weights_of(draft))
     assert not draft.training
+    assert (distiller._window, len(distiller.history)) == (window, 0)
+
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("no room")
+
+
+def test_an_automatic_update_that_fails_costs_no_answer(pair, tokenizer, caplog):
+    """Out of memory while learning: the user's finished text is lost with it, and so are the requests to learn from."""
+    draft, target = pair
+    entries = []
+    distiller = distiller_for(pair, holdout_share=0, on_log=entries.append)
+    before, learn = weights_of(draft), distiller._learner.learn
+    distiller._learner.learn = out_of_memory
+    with caplog.at_level(logging.ERROR):
+        outputs = serve(distiller, tokenizer, 4)
+    assert torch.equal(outputs[-1], target.generate(**request(tiny_prompts(tokenizer)[3])))
+    failure = {"num_requests": 4, "failed": "step", "error": "OutOfMemoryError: no room"}
+    assert entries == list(distiller.history) == [failure]
+    assert "no room" in caplog.text
+    assert_same(before, weights_of(draft))
+    assert not draft.training
+
+    # Not with every request from now on, but when the next one is due; its window is the whole time.
+    distiller._learner.learn = learn
+    serve(distiller, tokenizer, 3, start=4)
+    assert len(distiller.history) == 1
+    serve(distiller, tokenizer, 1, start=7)
+    assert distiller.history[-1]["kept"]
+    assert distiller.history[-1]["mean_acceptance_length"] == distiller.counts.mean_acceptance_length
+    assert distiller._buffer.num_new == 0
+
+
+@pytest.mark.parametrize("file", ["draft-", "requests"])
+def test_an_automatic_saving_that_fails_costs_no_answer_and_is_made_up_for(tokenizer, tmp_path, monkeypatch, file):
+    """A full disk; a later saving that takes the draft's file for written; half a file that keeps the disk full."""
+    distiller = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=4, holdout_share=0)
+    write = online_state.save_file
+
+    def full(tensors, path, metadata):
+        if file in path.name:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        write(tensors, path, metadata)
+
+    monkeypatch.setattr(online_state, "save_file", full)
+    assert len(serve(distiller, tokenizer, 4)) == 4
+    assert distiller.history[0]["kept"]
+    assert distiller.history[1]["failed"] == "save"
+    assert "No space left" in distiller.history[1]["error"]
+    assert not list(tmp_path.glob("_unfinished*"))
+    with pytest.raises(OSError, match="No space left"):
+        distiller.save()
+    monkeypatch.undo()
+    # The same draft as in the saving that failed.
+    distiller.args.auto_update = False
+    serve(distiller, tokenizer, 4, start=4)
+    again = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path))
+    assert again.resume()
+    assert (again.num_requests, again.num_updates) == (8, 1)
+    assert_same(weights_of(again.draft_model), weights_of(distiller.draft_model))
+
+
+def test_a_log_that_raises_costs_no_answer(pair, tokenizer, caplog):
+    """A tracking service that is down; its error counted as one of the update, which is kept."""
+
+    def unreachable(entry):
+        raise ConnectionError("tracking is down")
+
+    distiller = distiller_for(pair, holdout_share=0, on_log=unreachable)
+    with caplog.at_level(logging.ERROR):
+        assert len(serve(distiller, tokenizer, 4)) == 4
+    assert distiller.num_updates == 1
+    assert [entry.get("failed") for entry in distiller.history] == [None, "step"]
+    assert "tracking is down" in caplog.text
+
+
+def test_an_interruption_goes_through(pair, tokenizer):
+    """Ctrl-C swallowed by what must not fail."""
+    distiller = distiller_for(pair)
+
+    def interrupted(batches):
+        raise KeyboardInterrupt
+
+    distiller._learner.learn = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        serve(distiller, tokenizer, 4)
+    assert not distiller.history
 
 
 def test_a_bfloat16_draft_learns_in_float32(tokenizer):
@@ -504,6 +651,10 @@ def test_pairs_that_cannot_learn_are_refused(pair):
         distiller_for((copy.deepcopy(draft).half(), target))
     with pytest.raises(ValueError, match="can be trained"):
         distiller_for((copy.deepcopy(draft).requires_grad_(False), target))
+    with torch.inference_mode():
+        made_there = tiny_pair("llama")[0]
+    with pytest.raises(ValueError, match=r"made under `torch.inference_mode\(\)`"):
+        distiller_for((made_there, target))
 
 
 @pytest.mark.parametrize(
