@@ -7,6 +7,7 @@ cannot set (a server's own penalties or `top_k`) stays the server's.
 import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
@@ -59,36 +60,14 @@ def endpoint_backend(
         extra_body: Further fields of each request, such as vLLM's `{"return_tokens_as_token_ids": True}`.
 
     Raises:
-        ValueError: The server refuses the connection, the key, the model or a setting, does not sample, or returns no
-            log-probabilities.
+        ValueError: The key cannot be sent; or the server refuses the connection, the key, the model or a setting, does
+            not sample, or returns no log-probabilities.
     """
-    if find_spec("openai") is None:
-        raise ImportError("A target behind an endpoint needs the `openai` client: pip install 'hf_draftkd[endpoint]'")
-    import openai
-
-    # Servers of one's own want no key, but the client insists on one.
-    key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
-    client = openai.OpenAI(base_url=url, timeout=timeout, max_retries=max_retries, api_key=key)
-
-    def request(prompt: "str | list[int]", max_tokens: int, setting: DecodingSetting, seed: int | None) -> Any:
-        body = dict(extra_body or {})
-        if setting.top_k:
-            body["top_k"] = setting.top_k
-        if setting.repetition_penalty != 1:
-            body["repetition_penalty"] = setting.repetition_penalty
-        options: dict[str, Any] = {"extra_body": body} if body else {}
-        if not setting.is_greedy:
-            options |= {"top_p": setting.top_p, "seed": seed}
-        if top_logprobs is not None:
-            options["logprobs"] = top_logprobs
-        return client.completions.create(
-            model=model, prompt=prompt, max_tokens=max_tokens, temperature=setting.temperature, **options
-        )
-
+    server = _Server(url, model, api_key, timeout, max_retries, top_logprobs, extra_body)
     hello = tokenizer("Hello")["input_ids"] if send_ids else "Hello"
 
     def first_answer(max_tokens: int, setting: DecodingSetting, seed: int = 0) -> Any:
-        return _first_answer(openai, client, url, model, partial(request, hello, max_tokens, setting, seed))
+        return _first_answer(server, partial(server.complete, hello, max_tokens, setting, seed))
 
     for setting in settings:
         _require_logprobs(url, first_answer(1, setting), top_logprobs)
@@ -103,7 +82,7 @@ def endpoint_backend(
         completions: dict[int, Completion] = {}
         with ThreadPoolExecutor(concurrency) as pool:
             jobs = {
-                pool.submit(request, prompt, max_new_tokens, setting, (seed + number) % 2**31): number
+                pool.submit(server.complete, prompt, max_new_tokens, setting, (seed + number) % 2**31): number
                 for number, prompt in enumerate(sent)
             }
             try:
@@ -111,12 +90,12 @@ def endpoint_backend(
                     completion = _completion(job.result(), tokenizer, ids_of, top_logprobs)
                     completions[jobs[job]] = completion
                     on_finished(completion)
-            except openai.APIError as error:
+            except server.openai.APIError as error:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise StoppedError(
-                    f"{_what_stopped(url, error, str(sent[jobs[job]]), max_retries)}. Finished shards stay "
+                    f"{_what_stopped(server, error, str(sent[jobs[job]]))}. Finished shards stay "
                     "valid: run the same command again to go on."
-                ) from error
+                ) from None
         missing = sum(completion.distributions is None for completion in completions.values())
         if top_logprobs is not None and missing:
             logger.warning(
@@ -127,6 +106,72 @@ def endpoint_backend(
         return [completions[number] for number in range(len(prompt_ids))]
 
     return answer
+
+
+class _Server:
+    """The client of one server, and what it says, without the key."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        api_key: str | None,
+        timeout: float,
+        max_retries: int,
+        top_logprobs: int | None,
+        extra_body: dict[str, Any] | None,
+    ) -> None:
+        if find_spec("openai") is None:
+            raise ImportError(
+                "A target behind an endpoint needs the `openai` client: pip install 'hf_draftkd[endpoint]'"
+            )
+        import openai
+
+        self.openai, self.url, self.model, self.max_retries = openai, url, model, max_retries
+        self.top_logprobs, self.extra_body = top_logprobs, extra_body
+        self.key = _sendable_key(api_key)
+        # Servers of one's own want no key, but the client insists on one.
+        self.client = openai.OpenAI(base_url=url, timeout=timeout, max_retries=max_retries, api_key=self.key or "none")
+
+    def complete(self, prompt: "str | list[int]", max_tokens: int, setting: DecodingSetting, seed: int | None) -> Any:
+        body = dict(self.extra_body or {})
+        if setting.top_k:
+            body["top_k"] = setting.top_k
+        if setting.repetition_penalty != 1:
+            body["repetition_penalty"] = setting.repetition_penalty
+        options: dict[str, Any] = {"extra_body": body} if body else {}
+        if not setting.is_greedy:
+            options |= {"top_p": setting.top_p, "seed": seed}
+        if self.top_logprobs is not None:
+            options["logprobs"] = self.top_logprobs
+        return self.client.completions.create(
+            model=self.model, prompt=prompt, max_tokens=max_tokens, temperature=setting.temperature, **options
+        )
+
+    def said(self, error: Exception) -> str:
+        """Why a request failed. Whoever quotes it raises `from None`: the client's own error may repeat the key."""
+        # The client repeats what OpenAI's servers say, and drops what others say in a form of their own (`detail`).
+        answer = getattr(error, "response", None)
+        detail = self._without_key(str(error.__cause__ or "") if answer is None else answer.text)[:500]
+        known = self._without_key(str(error))
+        return known if not detail or " - " in known else f"{known.rstrip('.')} ({detail})"
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self.key, "***") if self.key else text
+
+
+def _sendable_key(api_key: str | None) -> str | None:
+    given = api_key or os.environ.get("OPENAI_API_KEY")
+    if not given:
+        return None
+    key = given.rstrip("\r\n")  # how a file of secrets ends
+    # An HTTP client that refuses a header quotes it: such a key must not get that far.
+    if not re.fullmatch(r"[\x21-\x7e]+", key):
+        raise ValueError(
+            f"The API key (from {'`api_key`' if api_key else 'OPENAI_API_KEY'}) is empty, or holds spaces, line breaks "
+            "or other characters that no key has. Copy it again from the server's settings."
+        )
+    return key
 
 
 def endpoint_logprobs(cache_options: dict[str, Any] | None) -> int | None:
@@ -211,24 +256,21 @@ def _distributions(logprobs: Any, ids_of: _TokenTexts, top_logprobs: int) -> dic
     }
 
 
-def _first_answer(openai: Any, client: Any, url: str, model: str, request: Callable[[], Any]) -> Any:
+def _first_answer(server: _Server, request: Callable[[], Any]) -> Any:
+    openai, url, said = server.openai, server.url, server.said
     try:
         answer = request()
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-        raise ValueError(
-            f"{url} refuses the API key: {_reason(error)}. Set OPENAI_API_KEY or pass `api_key`."
-        ) from error
+        raise ValueError(f"{url} refuses the API key: {said(error)}. Set OPENAI_API_KEY or pass `api_key`.") from None
     except openai.NotFoundError as error:
-        raise ValueError(
-            f"{url} knows no model {model!r}: {_reason(error)}.{_nearest_model(openai, client, model)}"
-        ) from error
+        raise ValueError(f"{url} knows no model {server.model!r}: {said(error)}.{_nearest_model(server)}") from None
     except openai.APIConnectionError as error:
         raise ValueError(
-            f"{url} does not answer: {_reason(error)}. Is the server running, and does the address end as it should "
+            f"{url} does not answer: {said(error)}. Is the server running, and does the address end as it should "
             "(usually in /v1)?"
-        ) from error
+        ) from None
     except openai.APIStatusError as error:
-        raise ValueError(f"{url} refuses a request for one token: {_reason(error)}.") from error
+        raise ValueError(f"{url} refuses a request for one token: {said(error)}.") from None
     if not getattr(answer, "choices", None):
         raise ValueError(f"{url} does not answer like an OpenAI-compatible server; does the address end in /v1?")
     return answer
@@ -257,25 +299,17 @@ def _require_sampling(url: str, answer: Callable[[int, DecodingSetting, int], An
         )
 
 
-def _what_stopped(url: str, error: Exception, prompt: str, max_retries: int) -> str:
+def _what_stopped(server: _Server, error: Exception, prompt: str) -> str:
     status = getattr(error, "status_code", 500)
     if status >= 500 or status in (408, 409, 429):  # what the client tries again
-        return f"{url} stopped answering after {max_retries} retries: {_reason(error)}"
-    return f"{url} refused the prompt {prompt[:60]!r}...: {_reason(error)}"
+        return f"{server.url} stopped answering after {server.max_retries} retries: {server.said(error)}"
+    return f"{server.url} refused the prompt {prompt[:60]!r}...: {server.said(error)}"
 
 
-def _nearest_model(openai: Any, client: Any, model: str) -> str:
+def _nearest_model(server: _Server) -> str:
     try:
-        names = [each.id for each in client.models.list()]
-    except openai.APIError:
+        names = [each.id for each in server.client.models.list()]
+    except server.openai.APIError:
         return ""
-    near = difflib.get_close_matches(model, names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(server.model, names, n=1, cutoff=0.4)
     return f" It serves: {', '.join(names)}." + (f" Did you mean {near[0]!r}?" if near else "")
-
-
-def _reason(error: Exception) -> str:
-    # The client repeats what OpenAI's servers say, and drops what others say in a form of their own (`detail`).
-    answer = getattr(error, "response", None)
-    said = str(error.__cause__ or "") if answer is None else answer.text[:500]
-    known = str(error)
-    return known if not said or " - " in known else f"{known.rstrip('.')} ({said})"

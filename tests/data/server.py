@@ -22,6 +22,7 @@ class Server(ThreadingHTTPServer):
         self.target, self.tokenizer, self.logprobs = target, tokenizer, logprobs
         self.faults: list[str] = []  # one is used up by each request: "429", "500", "cut", "hang"
         self.key: str | None = None
+        self.repeats_key = False  # in its refusal
         self.die_after: int | None = None
         self.longest_prompt: int | None = None  # characters
         self.always_greedy = False
@@ -54,7 +55,8 @@ class Handler(BaseHTTPRequestHandler):
         if dead:
             self.connection.close()
         elif self.server.key and self.headers.get("Authorization") != f"Bearer {self.server.key}":
-            self._send(401, {"error": {"message": "wrong key"}})
+            repeated = f": {self.headers.get('Authorization')}" if self.server.repeats_key else ""
+            self._send(401, {"error": {"message": f"wrong key{repeated}"}})
         elif body["model"] != "tiny-target":
             self._send(404, {"error": {"message": f"no model {body['model']}"}})
         elif self.server.longest_prompt and len(body["prompt"]) > self.server.longest_prompt:

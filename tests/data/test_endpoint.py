@@ -2,6 +2,7 @@
 
 import math
 import socket
+import traceback
 
 import pytest
 import torch
@@ -156,6 +157,29 @@ def test_a_refused_key(readable_target, tokenizer):
         with pytest.raises(ValueError, match="refuses the API key"):
             ask(server.url, tokenizer)
         assert len(ask(server.url, tokenizer, endpoint_options={"api_key": "right"})) == len(CHATS)
+
+
+def test_a_key_from_a_file_is_sent_without_its_line_break(readable_target, tokenizer, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+    with serving(readable_target, tokenizer) as server:
+        server.key = "sk-secret"
+        assert len(ask(server.url, tokenizer)) == len(CHATS)
+
+
+@pytest.mark.parametrize("key", ["sk-secret\nsk-more", "sk secret", "sk-secr\u00e9t", "\n"])
+def test_a_key_that_no_header_takes_is_refused_unseen(tokenizer, key):
+    """The HTTP client would quote it: `Illegal header value b'Bearer sk-...'`."""
+    with pytest.raises(ValueError, match="The API key") as error:
+        ask("http://127.0.0.1:9/v1", tokenizer, endpoint_options={"api_key": key})
+    assert "sk" not in "".join(traceback.format_exception(error.value)).split("ValueError: ")[-1]
+
+
+def test_a_server_that_repeats_the_key_does_not_bring_it_into_the_message(readable_target, tokenizer):
+    with serving(readable_target, tokenizer) as server:
+        server.key, server.repeats_key = "right", True
+        with pytest.raises(ValueError, match=r"refuses the API key.*Bearer \*\*\*") as error:
+            ask(server.url, tokenizer, endpoint_options={"api_key": "sk-secret"})
+    assert "Bearer sk-secret" not in "".join(traceback.format_exception(error.value))
 
 
 def test_an_unknown_model_names_the_nearest(readable_target, tokenizer):
