@@ -10,12 +10,12 @@ from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTo
 
 from hf_draftkd.data.answering import ids_without_token as ids_without_token  # evaluation leaves out the same ids
 from hf_draftkd.data.answering import local_target, remote_target
-from hf_draftkd.data.backends import Backend, Completion
+from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
 from hf_draftkd.data.provenance import package_versions, plain, template_hash, text_hash
 from hf_draftkd.data.rows import alignment_rows
-from hf_draftkd.data.shards import cut_shards, run_shards
+from hf_draftkd.data.shards import StoppedError, cut_shards, run_shards
 from hf_draftkd.data.target_cache import add_cache_columns
 
 SCENARIOS = ("queries", "curated", "synthetic")
@@ -92,7 +92,8 @@ def generate_alignment_data(
     Raises:
         ValueError: A value is out of range; prompts are unusable (see `load_prompts` and `render_prompts`); or
             `output_dir` holds something else; or an endpoint refuses the connection, the key or the model.
-        StoppedError: The disk is full, or an endpoint stopped answering. Finished shards stay valid.
+        StoppedError: The disk is full, or an endpoint stopped answering or refuses a prompt, which is named. Finished
+            shards stay valid.
     """
     settings = decoding_settings(temperatures, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
     _require_at_least_one(max_new_tokens=max_new_tokens, num_completions=num_completions, batch_size=batch_size)
@@ -147,7 +148,11 @@ def generate_alignment_data(
     def make_shard(number: int, on_finished: Callable[[Completion], None]) -> Dataset:
         part = prompts.select(shards[number])
         ids = render_prompts(part, tokenizer, **template_options)
-        answers = answer_shard(ids, requests, answering.backend, (seed, number), on_finished)
+        try:
+            answers = answer_shard(ids, requests, answering.backend, (seed, number), on_finished)
+        except PromptFailedError as error:
+            row = shards[number][error.number]
+            raise StoppedError(_failed_prompt(error, row, prompts[row]["prompt"], len(prompts))) from None
         rows = alignment_rows(part, ids, answers, tokenizer, origin, answering.brought)
         return rows if answering.cache is None else add_cache_columns(rows, *answering.cache, batch_size)
 
@@ -209,7 +214,11 @@ def answer_shard(
     for setting, count in requests.items():
         repeated = [ids for ids in prompt_ids for _ in range(count)]
         # The setting and not its position is hashed, so that one more temperature leaves the others' rows alone.
-        completions = backend(repeated, setting, derived_seed(*seed, setting), on_finished)
+        try:
+            completions = backend(repeated, setting, derived_seed(*seed, setting), on_finished)
+        except PromptFailedError as error:
+            error.number //= count
+            raise
         answers[setting] = [completions[start : start + count] for start in range(0, len(completions), count)]
     return answers
 
@@ -218,6 +227,15 @@ def derived_seed(*parts: Any) -> int:
     """One seed for a part of the work, the same on every machine."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # below 2**63, as torch wants it
+
+
+def _failed_prompt(error: PromptFailedError, row: int, prompt: Any, count: int) -> str:
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+    shown = repr(text[:60]) + ("..." if len(text) > 60 else "")
+    return (
+        f"{str(error).rstrip('.')}. It was asked prompt {row} (from 0, of {count}), {shown}. The same command would "
+        "stop there again: take this prompt out, and name another folder, since other prompts make other shards."
+    )
 
 
 def _require_at_least_one(**values: int) -> None:
