@@ -18,6 +18,7 @@ from transformers import (
 from hf_draftkd.data.backends import Backend, continuous_backend, pipeline_backend
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.endpoint import endpoint_backend, endpoint_logprobs
+from hf_draftkd.data.prompts import context_length
 from hf_draftkd.data.provenance import weights_fingerprint
 from hf_draftkd.data.target_cache import (
     CacheRows,
@@ -97,7 +98,17 @@ def remote_target(
         **{"end_ids": served_end_ids(name, tokenizer), **(options or {})},
     )
     brought = None if top_logprobs is None else cache_features(tokenizer_size(tokenizer), None, "float16")
-    return Answering(backend, {"target": name, "target_revision": None, "backend": endpoint}, brought=brought)
+    identity = {"target": name, "target_revision": None, "backend": "endpoint", "endpoint": endpoint}
+    return Answering(backend, identity, brought=brought)
+
+
+def served_context(name: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The longest text of a target behind a server, in tokens, as far as a config beside its tokenizer says."""
+    for place in _places(name, tokenizer):
+        config = _read(AutoConfig, place)
+        if config is not None and (context := context_length(config)) is not None:
+            return context
+    return None
 
 
 def served_end_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -190,7 +190,11 @@ class _Server:
         elif status in (401, 402, 403, 404):  # about the account or the model, whatever the prompt
             text = f"{self.url} no longer serves {self.model!r} to this key: {self.said(error)}"
         else:
-            return PromptFailedError(number, f"{self.url} refused the prompt: {self.said(error)}")
+            return PromptFailedError(
+                number,
+                f"{self.url} refused the prompt: {self.said(error).rstrip('.')}. If that is for its length, "
+                "`skip_too_long` with the server's `context_length` leaves out all such prompts",
+            )
         return StoppedError(f"{text}. {_GO_ON}")
 
     def said(self, error: Exception) -> str:

@@ -9,10 +9,11 @@ from datasets import Dataset
 from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.data.answering import ids_without_token as ids_without_token  # evaluation leaves out the same ids
-from hf_draftkd.data.answering import local_target, remote_target
+from hf_draftkd.data.answering import local_target, remote_target, served_context
 from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
 from hf_draftkd.data.decoding import DecodingSetting
-from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
+from hf_draftkd.data.prompts import context_length as config_context
+from hf_draftkd.data.prompts import fitting_rows, load_prompts, render_prompts
 from hf_draftkd.data.provenance import package_versions, plain, template_hash, text_hash
 from hf_draftkd.data.rows import alignment_rows
 from hf_draftkd.data.shards import StoppedError, cut_shards, run_shards
@@ -47,6 +48,7 @@ def generate_alignment_data(
     template_options: dict[str, Any] | None = None,
     source: str | None = None,
     prompt_counts: dict[str, int] | None = None,
+    context_length: int | None = None,
 ) -> Dataset:
     """Have the target answer every prompt.
 
@@ -83,6 +85,8 @@ def generate_alignment_data(
         template_options: Further arguments of the chat template.
         source: What to record as the source of the prompts; by default what `prompts` says.
         prompt_counts: How many prompts fell to which filter (from `synthesize_prompts`, `curate_prompts`): recorded.
+        context_length: The longest text that the target takes, prompt and completion together, in tokens. By default
+            what its config says; with `endpoint`, what a config beside the tokenizer says, if there is one.
 
     Returns:
         One row a completion, ordered by prompt, temperature and number: `prompt`, `completion`, `prompt_ids`,
@@ -106,10 +110,15 @@ def generate_alignment_data(
     template_options = template_options or {}
     if source is None:
         source = str(prompts) if isinstance(prompts, str | Path) else type(prompts).__name__
+    if context_length is None:
+        if isinstance(target_model, str):
+            context_length = served_context(target_model, tokenizer)
+        else:
+            context_length = config_context(target_model.config)
     prompts, prompts_hash = check_prompts(
         load_prompts(prompts),
         tokenizer,
-        None if isinstance(target_model, str) else context_length(target_model.config),
+        context_length,
         max_new_tokens,
         skip_too_long=skip_too_long,
         template_options=template_options,

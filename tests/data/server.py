@@ -27,7 +27,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, logprobs: str | None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.target, self.tokenizer, self.logprobs = target, tokenizer, logprobs
-        self.faults: list[str] = []  # one is used up by each request: a key of `_BROKEN`, "429", "500", "cut", "hang"
+        self.faults: list[str] = []  # one is used up by each request: a key of `_BROKEN`, a status, "cut", "hang"
         self.end_ids = {tokenizer.eos_token_id}
         self.key: str | None = None
         self.repeats_key = False  # in its refusal
@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(404, {"error": {"message": f"no model {body['model']}"}})
         elif self.server.longest_prompt and len(body["prompt"]) > self.server.longest_prompt:
             self._send(400, {"detail": "this prompt is too long for me"})
-        elif fault in ("429", "500"):
+        elif fault and fault.isdigit():
             self._send(int(fault), {"error": {"message": "not now"}})
         elif fault == "hang":
             threading.Event().wait(3)

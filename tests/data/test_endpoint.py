@@ -1,5 +1,6 @@
 """A target behind HTTP: the same rows as the local target, and every fault of a server met."""
 
+import json
 import math
 import os
 import signal
@@ -107,15 +108,18 @@ def test_an_address_that_never_answers_properly_is_said_at_once(readable_target,
 
 
 def test_an_interruption_waits_for_nothing(readable_target, tokenizer):
-    """Queued requests were all sent before Ctrl-C took effect: here two of five are in flight, and hang."""
+    """All that was queued was still sent, and waited for: here two of five are in flight, and hang."""
     with serving(readable_target, tokenizer) as server:
         backend = endpoint_backend(server.url, "tiny-target", tokenizer, max_new_tokens=4, concurrency=2)
         server.faults = ["hang"] * 5
         interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
         interrupt.start()
         start = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
-            backend(render_prompts(CHATS, tokenizer), DecodingSetting(), 0, lambda _: None)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                backend(render_prompts(CHATS, tokenizer), DecodingSetting(), 0, lambda _: None)
+        finally:
+            interrupt.cancel()  # or it would end the whole test run
         assert time.monotonic() - start < 2.5  # an answer takes three seconds
         assert len(server.requests) == 1 + 2
 
@@ -339,6 +343,67 @@ def test_a_prompt_that_the_server_refuses_is_named(tmp_path, readable_target, to
             ask(server.url, tokenizer, output_dir=tmp_path, batch_size=1, shard_size=1)
     assert "retries" not in str(error.value)
     assert len(list(tmp_path.glob("data/train-*"))) == 2
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_prompt_does_not_send_the_user_into_the_same_refusal(readable_target, tokenizer, status):
+    """`run the same command again` stopped at the same prompt for ever."""
+    with serving(readable_target, tokenizer) as server:
+        server.faults = ["none", str(status)]
+        with pytest.raises(StoppedError, match="take this prompt out, and name another folder") as error:
+            ask(server.url, tokenizer, endpoint_options={**FAST, "concurrency": 1})
+    assert "asked prompt 0 (from 0, of 5), 'the cat'" in str(error.value)
+    assert "`skip_too_long` with the server's `context_length`" in str(error.value)
+    assert "run the same command again" not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
+def test_what_is_wrong_with_the_account_is_not_blamed_on_a_prompt(readable_target, tokenizer, status):
+    with serving(readable_target, tokenizer) as server:
+        server.faults = ["none", "none", str(status)]
+        with pytest.raises(StoppedError, match=r"no longer serves 'tiny-target' .* run the same command again"):
+            ask(server.url, tokenizer)
+
+
+def test_the_context_of_the_config_beside_the_tokenizer_is_kept(tmp_path, readable_target, tokenizer):
+    """The server refuses a prompt that is too long only when its turn comes, hours later."""
+    readable_target.config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    beside = AutoTokenizer.from_pretrained(tmp_path)
+    chats = [*CHATS, [{"role": "user", "content": "the cat sat " * 20}]]
+    with serving(readable_target, tokenizer) as server:
+        with pytest.raises(ValueError, match=r"row 5 .*context 128"):
+            ask(server.url, beside, chats)
+        assert not server.requests
+        assert len(ask(server.url, beside, chats, skip_too_long=True)) == len(CHATS)
+        assert len(ask(server.url, beside, chats, context_length=1000)) == len(CHATS) + 1  # the user knows better
+
+
+def test_a_context_may_be_given(readable_target, tokenizer):
+    with serving(readable_target, tokenizer) as server:
+        with pytest.raises(ValueError, match=r"rows 0, 2 .*context 14"):
+            ask(server.url, tokenizer, context_length=14)
+        assert not server.requests
+        rows = ask(server.url, tokenizer, context_length=14, skip_too_long=True)
+    assert len(rows) == len(CHATS) - 2
+
+
+def test_a_server_that_comes_back_elsewhere_goes_on(tmp_path, readable_target, tokenizer):
+    """Another port was another setting, and nothing that was finished could be kept; another model still is."""
+    options = {"output_dir": tmp_path, "batch_size": 1, "shard_size": 1}
+    with serving(readable_target, tokenizer) as server:
+        expected = ask(server.url, tokenizer)
+        server.die_after = len(server.requests) + 1 + 3
+        with pytest.raises(StoppedError):
+            ask(server.url, tokenizer, **options, endpoint_options={"max_retries": 0})
+        assert json.loads((tmp_path / "manifest.json").read_text())["endpoint"] == server.url
+    with serving(readable_target, tokenizer) as other:
+        assert other.url != server.url
+        rows = ask(other.url, tokenizer, **options)
+        assert len(other.requests) == 1 + 2
+    assert rows["completion_ids"] == expected["completion_ids"]
+    with pytest.raises(ValueError, match="backend"):
+        generate_alignment_data(readable_target, tokenizer, CHATS, max_new_tokens=6, **options)
 
 
 def test_a_server_that_never_samples_is_found_out(readable_target, tokenizer):
