@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import parse, required
+from hf_draftkd.data.answering import served_context
 from hf_draftkd.data.card import push_alignment_data, write_card
 from hf_draftkd.data.curation import curate_prompts
 from hf_draftkd.data.filters import QueryFilter
@@ -44,7 +45,7 @@ _SAME = (
         "batch_size",
         "seed",
     ),
-    *("scenario", "shard_size", "skip_too_long", "continuous_batching", "endpoint"),
+    *("scenario", "shard_size", "skip_too_long", "context_length", "continuous_batching", "endpoint"),
 )
 
 
@@ -74,6 +75,7 @@ class GenerateOptions:
     drop_last_answer: bool = _option(False, "Take the last answer off a conversation, for the target to answer anew.")
     skip_invalid: bool = _option(False, "Leave out empty and malformed prompts instead of refusing them.")
     skip_too_long: bool = _option(False, "Leave out prompts that do not fit into the context instead of refusing them.")
+    context_length: int | None = _option(None, "Longest text the target takes, in tokens; by default its config's.")
     max_new_tokens: int = _option(256, "Longest completion, in tokens.")
     temperatures: list[float] = field(
         default_factory=lambda: [0.0], metadata={"help": "One completion a prompt for each; 0 is greedy."}
@@ -172,6 +174,10 @@ def _look_at_everything(
     name = options.tokenizer or options.target_model
     revision = None if options.tokenizer else options.target_model_revision
     tokenizer = load_tokenizer(name, revision=revision, **trusted)
+    if options.endpoint is not None:
+        context = served_context(str(options.target_model), tokenizer)
+    if options.context_length is not None:
+        context = options.context_length
     cache = parse_cache(options)
     if cache is not None:
         check_cache_options(

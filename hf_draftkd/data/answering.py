@@ -2,14 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Features
-from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub.errors import HTTPError
+from transformers import (
+    AutoConfig,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hf_draftkd.data.backends import Backend, continuous_backend, pipeline_backend
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.endpoint import endpoint_backend, endpoint_logprobs
+from hf_draftkd.data.prompts import context_length
 from hf_draftkd.data.provenance import weights_fingerprint
 from hf_draftkd.data.target_cache import (
     CacheRows,
@@ -86,10 +95,42 @@ def remote_target(
         max_new_tokens=max_new_tokens,
         settings=settings,
         top_logprobs=top_logprobs,
-        **(options or {}),
+        **{"end_ids": served_end_ids(name, tokenizer), **(options or {})},
     )
     brought = None if top_logprobs is None else cache_features(tokenizer_size(tokenizer), None, "float16")
-    return Answering(backend, {"target": name, "target_revision": None, "backend": endpoint}, brought=brought)
+    identity = {"target": name, "target_revision": None, "backend": "endpoint", "endpoint": endpoint}
+    return Answering(backend, identity, brought=brought)
+
+
+def served_context(name: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The longest text of a target behind a server, in tokens, as far as a config beside its tokenizer says."""
+    for place in _places(name, tokenizer):
+        config = _read(AutoConfig, place)
+        if config is not None and (context := context_length(config)) is not None:
+            return context
+    return None
+
+
+def served_end_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a text of a target behind a server, as far as the files beside its tokenizer say."""
+    for place in _places(name, tokenizer):
+        for config in (GenerationConfig, AutoConfig):
+            ids = getattr(_read(config, place), "eos_token_id", None)
+            if ids is not None:
+                return [ids] if isinstance(ids, int) else list(ids)
+    return []
+
+
+def _places(name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    # A server's name for a model may be anybody's on the Hub; where the tokenizer came from, the user said.
+    return [*([name] if Path(name).is_dir() else []), *filter(None, [tokenizer.name_or_path])]
+
+
+def _read(kind: Any, place: str) -> Any:
+    try:
+        return kind.from_pretrained(place)
+    except (OSError, ValueError, HTTPError):  # not there, not readable without code of its own, or no network
+        return None
 
 
 def _prepare_cache(

@@ -1,7 +1,8 @@
 """Who runs the target: a batched `transformers` pipeline, or continuous batching.
 
 A backend is a function `(prompt_ids, setting, seed, on_finished) -> completions`, in the order of the prompts. It gives
-the same completions for the same first three arguments; continuous batching alone is excused from that.
+the same completions for the same first three arguments; continuous batching alone is excused from that. A prompt that
+it cannot get answered is a `PromptFailedError`.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,8 @@ class Completion:
         token_ids: The exact tokens, with the end token if the target wrote one.
         finish_reason: `stop` where the target ended its text, `length` where `max_new_tokens` ended it.
         text: The text as an endpoint returned it; None where the ids are the source.
-        ids_source: `generated`, or `retokenized` where an endpoint returned text only.
+        ids_source: `generated` where these are exactly the tokens the target wrote; `retokenized` where an endpoint
+            returned text only, or hid the end token.
         distributions: The row's cache columns, where an endpoint returned log-probabilities.
     """
 
@@ -43,6 +45,18 @@ class Completion:
     text: str | None = None
     ids_source: str = "generated"
     distributions: dict[str, Any] | None = None
+
+
+class PromptFailedError(Exception):
+    """The target cannot answer one prompt, and asking again would not help; the message says why.
+
+    Attributes:
+        number: Which of the prompts that the backend was given.
+    """
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(reason)
+        self.number = number
 
 
 Backend = Callable[[list[list[int]], DecodingSetting, int, Callable[[Completion], None]], list[Completion]]

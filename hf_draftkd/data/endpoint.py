@@ -5,25 +5,28 @@ cannot set (a server's own penalties or `top_k`) stays the server's.
 """
 
 import difflib
-import math
+import json
 import os
+import re
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_draftkd.data.backends import LENGTH, STOP, Backend, Completion
+from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
 from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.server_answers import FaultyAnswerError, TokenTexts, read_completion, require_usable
 from hf_draftkd.data.shards import StoppedError
-from hf_draftkd.data.target_cache import TEMPERATURE_COLUMN
-from hf_draftkd.models.tokenizers import tokenizer_size
 
 logger = logging.get_logger(__name__)
 
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds between attempts, as in the client
+_GO_ON = "Finished shards stay valid: run the same command again to go on."
 _SAMPLING_PROBE = 16  # tokens: no language model writes so many alike three times at temperature 2
 
 
@@ -41,6 +44,7 @@ def endpoint_backend(
     max_retries: int = 8,
     send_ids: bool = False,
     extra_body: dict[str, Any] | None = None,
+    end_ids: Sequence[int] | None = None,
 ) -> Backend:
     """Answers from a server, many requests in flight. A few tokens are asked for at once, to find what is wrong early.
 
@@ -54,24 +58,105 @@ def endpoint_backend(
         api_key: Key of the server; by default the environment's `OPENAI_API_KEY`, if any.
         concurrency: Requests in flight.
         timeout: Seconds to wait for one answer.
-        max_retries: Further attempts, with back-off, after 429, 5xx, a time-out or a lost connection.
+        max_retries: Further attempts, with back-off, after 429, 5xx, a time-out, a lost connection or a broken answer.
         send_ids: Send token ids instead of text. vLLM and OpenAI take them, `transformers serve` does not.
         extra_body: Further fields of each request, such as vLLM's `{"return_tokens_as_token_ids": True}`.
+        end_ids: Ids that end a text of the target, besides the tokenizer's `eos_token_id`.
+
+    The rows' `ids_source` is `generated` where log-probabilities name every token the target wrote. Text is encoded
+    once and, where the target ended it, given the tokenizer's end token: `retokenized`. So are tokens whose end the
+    server hides: they keep their log-probabilities, but the end token, of which nothing is known, is not added.
 
     Raises:
-        ValueError: The server refuses the connection, the key, the model or a setting, does not sample, or returns no
-            log-probabilities.
+        ValueError: The key cannot be sent; or the server refuses the connection, the key, the model or a setting, does
+            not sample, or returns no log-probabilities.
     """
-    if find_spec("openai") is None:
-        raise ImportError("A target behind an endpoint needs the `openai` client: pip install 'hf_draftkd[endpoint]'")
-    import openai
+    server = _Server(url, model, api_key, timeout, max_retries, top_logprobs, extra_body)
+    hello = tokenizer("Hello")["input_ids"] if send_ids else "Hello"
 
-    # Servers of one's own want no key, but the client insists on one.
-    key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
-    client = openai.OpenAI(base_url=url, timeout=timeout, max_retries=max_retries, api_key=key)
+    def first_answer(max_tokens: int, setting: DecodingSetting, seed: int = 0) -> Any:
+        return _first_answer(server, partial(server.complete, hello, max_tokens, setting, seed))
 
-    def request(prompt: "str | list[int]", max_tokens: int, setting: DecodingSetting, seed: int | None) -> Any:
-        body = dict(extra_body or {})
+    for setting in settings:
+        _require_logprobs(url, first_answer(1, setting), top_logprobs)
+    if not all(setting.is_greedy for setting in settings):
+        _require_sampling(url, first_answer)
+    ids_of = TokenTexts(tokenizer)
+    ends = frozenset(token for token in [tokenizer.eos_token_id, *(end_ids or [])] if token is not None)
+
+    def answer(
+        prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, on_finished: Callable[[Completion], None]
+    ) -> list[Completion]:
+        sent: list[Any] = prompt_ids if send_ids else [prompt_text(ids, tokenizer) for ids in prompt_ids]
+        completions: dict[int, Completion] = {}
+
+        def ask(number: int) -> tuple[int, Any]:
+            try:
+                return number, server.complete(sent[number], max_new_tokens, setting, (seed + number) % 2**31)
+            except Exception as error:
+                return number, error
+
+        # These threads are daemons: an error or Ctrl-C drops what is queued and waits for no answer in flight, as an
+        # executor would, even at the end of the process.
+        with ThreadPool(concurrency) as pool:
+            for number, got in pool.imap_unordered(ask, range(len(sent))):
+                if isinstance(got, Exception):
+                    raise server.failure(got, number) from None
+                completions[number] = read_completion(got, tokenizer, ids_of, top_logprobs, ends)
+                on_finished(completions[number])
+        if top_logprobs is not None:
+            _warn_of_gaps(list(completions.values()))
+        return [completions[number] for number in range(len(prompt_ids))]
+
+    return answer
+
+
+class _Server:
+    """The client of one server, and what it says, without the key."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        api_key: str | None,
+        timeout: float,
+        max_retries: int,
+        top_logprobs: int | None,
+        extra_body: dict[str, Any] | None,
+    ) -> None:
+        if find_spec("openai") is None:
+            raise ImportError(
+                "A target behind an endpoint needs the `openai` client: pip install 'hf_draftkd[endpoint]'"
+            )
+        import openai
+
+        self.openai, self.url, self.model, self.max_retries = openai, url, model, max_retries
+        self.top_logprobs, self.extra_body = top_logprobs, extra_body
+        self.key, self.has_answered = _sendable_key(api_key), False
+        # Servers of one's own want no key, but the client insists on one.
+        self.client = openai.OpenAI(base_url=url, timeout=timeout, max_retries=max_retries, api_key=self.key or "none")
+
+    def complete(self, *request: Any) -> Any:
+        """A usable answer to `(prompt, max_tokens, setting, seed)`.
+
+        The client itself tries again after what HTTP calls an error. An answer that is called a success and cannot be
+        used is asked for again here, at the same pace; not from a server that never gave a usable one, whose address is
+        wrong.
+        """
+        for attempt in range(self.max_retries + 1):
+            try:
+                answer = self._ask(*request)
+            except FaultyAnswerError as error:
+                if not (error.may_pass and self.has_answered) or attempt == self.max_retries:
+                    raise
+                time.sleep(min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT))
+            else:
+                self.has_answered = True
+                return answer
+        raise AssertionError("the last attempt returns or raises")
+
+    def _ask(self, prompt: "str | list[int]", max_tokens: int, setting: DecodingSetting, seed: int) -> Any:
+        body = dict(self.extra_body or {})
         if setting.top_k:
             body["top_k"] = setting.top_k
         if setting.repetition_penalty != 1:
@@ -79,54 +164,63 @@ def endpoint_backend(
         options: dict[str, Any] = {"extra_body": body} if body else {}
         if not setting.is_greedy:
             options |= {"top_p": setting.top_p, "seed": seed}
-        if top_logprobs is not None:
-            options["logprobs"] = top_logprobs
-        return client.completions.create(
-            model=model, prompt=prompt, max_tokens=max_tokens, temperature=setting.temperature, **options
-        )
-
-    hello = tokenizer("Hello")["input_ids"] if send_ids else "Hello"
-
-    def first_answer(max_tokens: int, setting: DecodingSetting, seed: int = 0) -> Any:
-        return _first_answer(openai, client, url, model, partial(request, hello, max_tokens, setting, seed))
-
-    for setting in settings:
-        _require_logprobs(url, first_answer(1, setting), top_logprobs)
-    if not all(setting.is_greedy for setting in settings):
-        _require_sampling(url, first_answer)
-    ids_of = _TokenTexts(tokenizer)
-
-    def answer(
-        prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, on_finished: Callable[[Completion], None]
-    ) -> list[Completion]:
-        sent: list[Any] = prompt_ids if send_ids else [prompt_text(ids, tokenizer) for ids in prompt_ids]
-        completions: dict[int, Completion] = {}
-        with ThreadPoolExecutor(concurrency) as pool:
-            jobs = {
-                pool.submit(request, prompt, max_new_tokens, setting, (seed + number) % 2**31): number
-                for number, prompt in enumerate(sent)
-            }
-            try:
-                for job in as_completed(jobs):
-                    completion = _completion(job.result(), tokenizer, ids_of, top_logprobs)
-                    completions[jobs[job]] = completion
-                    on_finished(completion)
-            except openai.APIError as error:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise StoppedError(
-                    f"{_what_stopped(url, error, str(sent[jobs[job]]), max_retries)}. Finished shards stay "
-                    "valid: run the same command again to go on."
-                ) from error
-        missing = sum(completion.distributions is None for completion in completions.values())
-        if top_logprobs is not None and missing:
-            logger.warning(
-                f"{missing} of {len(completions)} answers hold no usable log-probabilities, and training from "
-                "distributions will leave them out: tokens came as text that is not unique, or fewer than asked for. "
-                "vLLM names ids with extra_body={'return_tokens_as_token_ids': True}."
+        if self.top_logprobs is not None:
+            options["logprobs"] = self.top_logprobs
+        try:
+            answer = self.client.completions.create(
+                model=self.model, prompt=prompt, max_tokens=max_tokens, temperature=setting.temperature, **options
             )
-        return [completions[number] for number in range(len(prompt_ids))]
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise FaultyAnswerError(f"its JSON is broken ({error})") from None
+        require_usable(answer)
+        return answer
 
-    return answer
+    def failure(self, error: Exception, number: int) -> Exception:
+        """What a failed request for prompt `number` means: for the prompt, or for the run."""
+        if isinstance(error, FaultyAnswerError):
+            text = f"{self.url} gave no usable answer: {self.said(error)}"
+            if error.may_pass:
+                text += f" (asked {self.max_retries + 1} times)"
+            return PromptFailedError(number, text) if error.about_prompt else StoppedError(f"{text}. {_GO_ON}")
+        if not isinstance(error, self.openai.APIError):
+            return error
+        status = getattr(error, "status_code", 500)
+        if status >= 500 or status in (408, 409, 429):  # what the client tries again
+            text = f"{self.url} stopped answering after {self.max_retries} retries: {self.said(error)}"
+        elif status in (401, 402, 403, 404):  # about the account or the model, whatever the prompt
+            text = f"{self.url} no longer serves {self.model!r} to this key: {self.said(error)}"
+        else:
+            return PromptFailedError(
+                number,
+                f"{self.url} refused the prompt: {self.said(error).rstrip('.')}. If that is for its length, "
+                "`skip_too_long` with the server's `context_length` leaves out all such prompts",
+            )
+        return StoppedError(f"{text}. {_GO_ON}")
+
+    def said(self, error: Exception) -> str:
+        """Why a request failed. Whoever quotes it raises `from None`: the client's own error may repeat the key."""
+        # The client repeats what OpenAI's servers say, and drops what others say in a form of their own (`detail`).
+        answer = getattr(error, "response", None)
+        detail = self._without_key(str(error.__cause__ or "") if answer is None else answer.text)[:500]
+        known = self._without_key(str(error))
+        return known if not detail or " - " in known else f"{known.rstrip('.')} ({detail})"
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self.key, "***") if self.key else text
+
+
+def _sendable_key(api_key: str | None) -> str | None:
+    given = api_key or os.environ.get("OPENAI_API_KEY")
+    if not given:
+        return None
+    key = given.rstrip("\r\n")  # how a file of secrets ends
+    # An HTTP client that refuses a header quotes it: such a key must not get that far.
+    if not re.fullmatch(r"[\x21-\x7e]+", key):
+        raise ValueError(
+            f"The API key (from {'`api_key`' if api_key else 'OPENAI_API_KEY'}) is empty, or holds spaces, line breaks "
+            "or other characters that no key has. Copy it again from the server's settings."
+        )
+    return key
 
 
 def endpoint_logprobs(cache_options: dict[str, Any] | None) -> int | None:
@@ -159,85 +253,34 @@ def prompt_text(prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> st
     )
 
 
-class _TokenTexts:
-    """From a token as a server writes it to its id, or None where several ids are written alike."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.ids: dict[str, int | None] = {}
-        for number in range(tokenizer_size(tokenizer)):
-            for text in {tokenizer.decode([number]), str(tokenizer.convert_ids_to_tokens(number))}:
-                self.ids[text] = number if self.ids.get(text, number) == number else None
-
-    def __call__(self, token: str) -> int | None:
-        if token.startswith("token_id:"):
-            return int(token.removeprefix("token_id:"))
-        return self.ids.get(token)
-
-
-def _completion(
-    answer: Any, tokenizer: PreTrainedTokenizerBase, ids_of: _TokenTexts, top_logprobs: int | None
-) -> Completion:
-    choice = answer.choices[0]
-    reason = LENGTH if choice.finish_reason == "length" else STOP
-    if top_logprobs is not None and choice.logprobs is not None and choice.logprobs.top_logprobs:
-        written = [token for token in map(ids_of, choice.logprobs.tokens) if token is not None]
-        if len(written) == len(choice.logprobs.tokens):
-            distributions = _distributions(choice.logprobs, ids_of, top_logprobs)
-            if all(len(ids) == top_logprobs for ids in distributions["target_token_ids"]):
-                return Completion(written, reason, choice.text, "generated", distributions)
-            return Completion(written, reason, choice.text, "generated")
-    ids = tokenizer(choice.text, add_special_tokens=False)["input_ids"]
-    if reason == STOP and tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]  # the server ended the text with it and does not show it
-    return Completion(ids, reason, choice.text, "retokenized")
-
-
-def _distributions(logprobs: Any, ids_of: _TokenTexts, top_logprobs: int) -> dict[str, Any]:
-    token_ids, values, tails = [], [], []
-    for likeliest in logprobs.top_logprobs:
-        pairs = sorted(((value, ids_of(text)) for text, value in likeliest.items()), key=lambda pair: -pair[0])
-        # A server adds the written token where it is not among the likeliest.
-        pairs = [pair for pair in pairs[:top_logprobs] if pair[1] is not None]
-        token_ids.append([number for _, number in pairs])
-        values.append([value for value, _ in pairs])
-        rest = 1 - math.fsum(math.exp(value) for value, _ in pairs)
-        tails.append(math.log(rest) if rest > 1e-12 else -math.inf)
-    return {
-        "completion_logprobs": list(logprobs.token_logprobs),
-        "target_token_ids": token_ids,
-        "target_logprobs": values,
-        "target_tail_logprob": tails,
-        TEMPERATURE_COLUMN: 1.0,
-    }
-
-
-def _first_answer(openai: Any, client: Any, url: str, model: str, request: Callable[[], Any]) -> Any:
+def _first_answer(server: _Server, request: Callable[[], Any]) -> Any:
+    openai, url, said = server.openai, server.url, server.said
     try:
-        answer = request()
+        return request()
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-        raise ValueError(
-            f"{url} refuses the API key: {_reason(error)}. Set OPENAI_API_KEY or pass `api_key`."
-        ) from error
+        raise ValueError(f"{url} refuses the API key: {said(error)}. Set OPENAI_API_KEY or pass `api_key`.") from None
     except openai.NotFoundError as error:
-        raise ValueError(
-            f"{url} knows no model {model!r}: {_reason(error)}.{_nearest_model(openai, client, model)}"
-        ) from error
+        raise ValueError(f"{url} knows no model {server.model!r}: {said(error)}.{_nearest_model(server)}") from None
     except openai.APIConnectionError as error:
         raise ValueError(
-            f"{url} does not answer: {_reason(error)}. Is the server running, and does the address end as it should "
+            f"{url} does not answer: {said(error)}. Is the server running, and does the address end as it should "
             "(usually in /v1)?"
-        ) from error
+        ) from None
     except openai.APIStatusError as error:
-        raise ValueError(f"{url} refuses a request for one token: {_reason(error)}.") from error
-    if not getattr(answer, "choices", None):
-        raise ValueError(f"{url} does not answer like an OpenAI-compatible server; does the address end in /v1?")
-    return answer
+        raise ValueError(f"{url} refuses a request for one token: {said(error)}.") from None
+    except FaultyAnswerError as error:
+        hint = "" if error.about_prompt else " Does the address end in /v1?"
+        raise ValueError(f"{url} does not answer as an OpenAI-compatible server does: {said(error)}.{hint}") from None
 
 
 def _require_logprobs(url: str, answer: Any, top_logprobs: int | None) -> None:
     # The answer counts and not the status: servers ignore what they do not know.
-    choices = answer.choices
-    if top_logprobs is not None and not (choices[0].logprobs and choices[0].logprobs.top_logprobs):
+    if top_logprobs is None:
+        return
+    choice = answer.choices[0]
+    # An end token alone, hidden, leaves empty lists.
+    nothing_to_show = choice.logprobs is not None and not choice.text
+    if not nothing_to_show and not (choice.logprobs and choice.logprobs.top_logprobs):
         raise ValueError(
             f"Log-probabilities were asked for, but {url} returns none. Use a server that has them (vLLM does), or "
             "train on the text alone without `cache_distributions`."
@@ -257,25 +300,26 @@ def _require_sampling(url: str, answer: Callable[[int, DecodingSetting, int], An
         )
 
 
-def _what_stopped(url: str, error: Exception, prompt: str, max_retries: int) -> str:
-    status = getattr(error, "status_code", 500)
-    if status >= 500 or status in (408, 409, 429):  # what the client tries again
-        return f"{url} stopped answering after {max_retries} retries: {_reason(error)}"
-    return f"{url} refused the prompt {prompt[:60]!r}...: {_reason(error)}"
+def _warn_of_gaps(completions: list[Completion]) -> None:
+    missing = sum(completion.distributions is None for completion in completions)
+    if missing:
+        logger.warning(
+            f"{missing} of {len(completions)} answers hold no usable log-probabilities, and training from "
+            "distributions will leave them out: tokens came as text that is not unique, or fewer than asked for. "
+            "vLLM names ids with extra_body={'return_tokens_as_token_ids': True}."
+        )
+    cut = sum(each.distributions is not None and each.ids_source != "generated" for each in completions)
+    if cut:
+        logger.warning(
+            f"{cut} of {len(completions)} answers lack the end token, which the server does not show: a draft will not "
+            "learn from them where to stop, and they do not count as exact. vLLM shows it."
+        )
 
 
-def _nearest_model(openai: Any, client: Any, model: str) -> str:
+def _nearest_model(server: _Server) -> str:
     try:
-        names = [each.id for each in client.models.list()]
-    except openai.APIError:
+        names = [each.id for each in server.client.models.list()]
+    except server.openai.APIError:
         return ""
-    near = difflib.get_close_matches(model, names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(server.model, names, n=1, cutoff=0.4)
     return f" It serves: {', '.join(names)}." + (f" Did you mean {near[0]!r}?" if near else "")
-
-
-def _reason(error: Exception) -> str:
-    # The client repeats what OpenAI's servers say, and drops what others say in a form of their own (`detail`).
-    answer = getattr(error, "response", None)
-    said = str(error.__cause__ or "") if answer is None else answer.text[:500]
-    known = str(error)
-    return known if not said or " - " in known else f"{known.rstrip('.')} ({said})"

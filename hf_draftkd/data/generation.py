@@ -9,13 +9,14 @@ from datasets import Dataset
 from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.data.answering import ids_without_token as ids_without_token  # evaluation leaves out the same ids
-from hf_draftkd.data.answering import local_target, remote_target
-from hf_draftkd.data.backends import Backend, Completion
+from hf_draftkd.data.answering import local_target, remote_target, served_context
+from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
 from hf_draftkd.data.decoding import DecodingSetting
-from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
+from hf_draftkd.data.prompts import context_length as config_context
+from hf_draftkd.data.prompts import fitting_rows, load_prompts, render_prompts
 from hf_draftkd.data.provenance import package_versions, plain, template_hash, text_hash
 from hf_draftkd.data.rows import alignment_rows
-from hf_draftkd.data.shards import cut_shards, run_shards
+from hf_draftkd.data.shards import StoppedError, cut_shards, run_shards
 from hf_draftkd.data.target_cache import add_cache_columns
 
 SCENARIOS = ("queries", "curated", "synthetic")
@@ -47,6 +48,7 @@ def generate_alignment_data(
     template_options: dict[str, Any] | None = None,
     source: str | None = None,
     prompt_counts: dict[str, int] | None = None,
+    context_length: int | None = None,
 ) -> Dataset:
     """Have the target answer every prompt.
 
@@ -83,6 +85,8 @@ def generate_alignment_data(
         template_options: Further arguments of the chat template.
         source: What to record as the source of the prompts; by default what `prompts` says.
         prompt_counts: How many prompts fell to which filter (from `synthesize_prompts`, `curate_prompts`): recorded.
+        context_length: The longest text that the target takes, prompt and completion together, in tokens. By default
+            what its config says; with `endpoint`, what a config beside the tokenizer says, if there is one.
 
     Returns:
         One row a completion, ordered by prompt, temperature and number: `prompt`, `completion`, `prompt_ids`,
@@ -92,7 +96,8 @@ def generate_alignment_data(
     Raises:
         ValueError: A value is out of range; prompts are unusable (see `load_prompts` and `render_prompts`); or
             `output_dir` holds something else; or an endpoint refuses the connection, the key or the model.
-        StoppedError: The disk is full, or an endpoint stopped answering. Finished shards stay valid.
+        StoppedError: The disk is full, or an endpoint stopped answering or refuses a prompt, which is named. Finished
+            shards stay valid.
     """
     settings = decoding_settings(temperatures, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
     require_at_least_one(max_new_tokens=max_new_tokens, num_completions=num_completions, batch_size=batch_size)
@@ -105,10 +110,15 @@ def generate_alignment_data(
     template_options = template_options or {}
     if source is None:
         source = str(prompts) if isinstance(prompts, str | Path) else type(prompts).__name__
+    if context_length is None:
+        if isinstance(target_model, str):
+            context_length = served_context(target_model, tokenizer)
+        else:
+            context_length = config_context(target_model.config)
     prompts, prompts_hash = check_prompts(
         load_prompts(prompts),
         tokenizer,
-        None if isinstance(target_model, str) else context_length(target_model.config),
+        context_length,
         max_new_tokens,
         skip_too_long=skip_too_long,
         template_options=template_options,
@@ -147,7 +157,11 @@ def generate_alignment_data(
     def make_shard(number: int, on_finished: Callable[[Completion], None]) -> Dataset:
         part = prompts.select(shards[number])
         ids = render_prompts(part, tokenizer, **template_options)
-        answers = answer_shard(ids, requests, answering.backend, (seed, number), on_finished)
+        try:
+            answers = answer_shard(ids, requests, answering.backend, (seed, number), on_finished)
+        except PromptFailedError as error:
+            row = shards[number][error.number]
+            raise StoppedError(_failed_prompt(error, row, prompts[row]["prompt"], len(prompts))) from None
         rows = alignment_rows(part, ids, answers, tokenizer, origin, answering.brought)
         return rows if answering.cache is None else add_cache_columns(rows, *answering.cache, batch_size)
 
@@ -175,12 +189,13 @@ def check_prompts(
         lengths += [len(each) for each in ids]
         # Hashing rows and ids covers the source, the template and the tokenizer at once.
         digests.append(text_hash(plain([row, each]) for row, each in zip(part, ids, strict=True)))
-
-    def beginning(row: int) -> str:
-        prompt = prompts[row]["prompt"]
-        return str(prompt if isinstance(prompt, str) else prompt[-1].get("content"))[:40]
-
-    fitting = fitting_rows(lengths, context, max_new_tokens, skip_too_long=skip_too_long, beginning=beginning)
+    fitting = fitting_rows(
+        lengths,
+        context,
+        max_new_tokens,
+        skip_too_long=skip_too_long,
+        beginning=lambda row: _beginning(prompts[row]["prompt"]),
+    )
     return (prompts.select(fitting) if len(fitting) < len(prompts) else prompts), text_hash(digests)
 
 
@@ -214,7 +229,11 @@ def answer_shard(
     for setting, count in requests.items():
         repeated = [ids for ids in prompt_ids for _ in range(count)]
         # The setting and not its position is hashed, so that one more temperature leaves the others' rows alone.
-        completions = backend(repeated, setting, derived_seed(*seed, setting), on_finished)
+        try:
+            completions = backend(repeated, setting, derived_seed(*seed, setting), on_finished)
+        except PromptFailedError as error:
+            error.number //= count
+            raise
         answers[setting] = [completions[start : start + count] for start in range(0, len(completions), count)]
     return answers
 
@@ -223,6 +242,19 @@ def derived_seed(*parts: Any) -> int:
     """One seed for a part of the work, the same on every machine."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # below 2**63, as torch wants it
+
+
+def _failed_prompt(error: PromptFailedError, row: int, prompt: Any, count: int) -> str:
+    return (
+        f"{str(error).rstrip('.')}. It was asked prompt {row} (from 0, of {count}), {_beginning(prompt)}. The same command would "
+        "stop there again: take this prompt out, and name another folder, since other prompts make other shards."
+    )
+
+
+def _beginning(prompt: Any) -> str:
+    """The first words, to know a prompt by: row numbers count what earlier filters have left."""
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+    return repr(text[:60]) + ("..." if len(text) > 60 else "")
 
 
 def require_at_least_one(**values: int) -> None:

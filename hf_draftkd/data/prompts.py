@@ -160,7 +160,7 @@ def fitting_rows(
         context: The target's context length; None is no limit.
         max_new_tokens: Room to leave, in tokens.
         skip_too_long: Leave longer prompts out and warn, instead of refusing them.
-        beginning: How the prompt of a row begins, for messages: rows are those left by earlier filters, not a file's.
+        beginning: How the prompt of a row begins, for messages.
 
     Raises:
         ValueError: Prompts are empty or too long; their row numbers are listed.
@@ -179,7 +179,7 @@ def fitting_rows(
     too_long = [row for row, length in enumerate(lengths) if length > room]
     if not too_long:
         return list(range(len(lengths)))
-    shown = "" if beginning is None else f"; the first of them begins {beginning(too_long[0])!r}"
+    shown = "" if beginning is None else f"; the first of them begins {beginning(too_long[0])}"
     text = (
         f"{row_numbers(too_long)} longer than {room} tokens (context {context} - max_new_tokens {max_new_tokens}; the "
         f"longest has {max(lengths)}{shown})"

@@ -119,6 +119,9 @@ def test_a_target_behind_an_endpoint(tmp_path, saved, capsys):
     with serving(make_target(), make_tokenizer()) as server:
         options = ["--endpoint", server.url, "--tokenizer", path, "--max_new_tokens", 4, "--concurrency", 2]
         command = ["generate", "--target_model", "tiny-target", "--dataset", prompts, *options]
+        assert run(*command, "--output_dir", tmp_path / "long", "--context_length", 14) == 2
+        assert "context 14" in capsys.readouterr().err
+        assert not server.requests
         assert run(*command, "--output_dir", tmp_path / "out") == 0
         server.die_after = len(server.requests) + 2
         assert run(*command, "--output_dir", tmp_path / "other", "--max_retries", 0, "--shard_size", 1) == 1

@@ -10,6 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_BROKEN = {
+    "half": b'{"id": "x", "object": "text_completion", "choices": [{"te',
+    "html": b"<html>The proxy is sorry.</html>",
+    "no choices": b'{"id": "x", "object": "text_completion", "choices": []}',
+    "no object": b'"later"',
+}
+
 
 class Server(ThreadingHTTPServer):
     """Answers `/v1/completions` token by token from its own greedy loop; what it was asked stands in `requests`."""
@@ -20,11 +27,15 @@ class Server(ThreadingHTTPServer):
     def __init__(self, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, logprobs: str | None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.target, self.tokenizer, self.logprobs = target, tokenizer, logprobs
-        self.faults: list[str] = []  # one is used up by each request: "429", "500", "cut", "hang"
+        self.faults: list[str] = []  # one is used up by each request: a key of `_BROKEN`, a status, "cut", "hang"
+        self.end_ids = {tokenizer.eos_token_id}
         self.key: str | None = None
+        self.repeats_key = False  # in its refusal
         self.die_after: int | None = None
         self.longest_prompt: int | None = None  # characters
         self.always_greedy = False
+        self.hides_end = False  # among the tokens with log-probabilities
+        self.finish_reasons: dict[str, str | None] = {}  # text in a prompt -> what its answer says instead
         self.requests: list[dict[str, Any]] = []
         self.lock = threading.Lock()
 
@@ -54,15 +65,21 @@ class Handler(BaseHTTPRequestHandler):
         if dead:
             self.connection.close()
         elif self.server.key and self.headers.get("Authorization") != f"Bearer {self.server.key}":
-            self._send(401, {"error": {"message": "wrong key"}})
+            repeated = f": {self.headers.get('Authorization')}" if self.server.repeats_key else ""
+            self._send(401, {"error": {"message": f"wrong key{repeated}"}})
         elif body["model"] != "tiny-target":
             self._send(404, {"error": {"message": f"no model {body['model']}"}})
         elif self.server.longest_prompt and len(body["prompt"]) > self.server.longest_prompt:
             self._send(400, {"detail": "this prompt is too long for me"})
-        elif fault in ("429", "500"):
+        elif fault and fault.isdigit():
             self._send(int(fault), {"error": {"message": "not now"}})
         elif fault == "hang":
             threading.Event().wait(3)
+        elif fault in _BROKEN:
+            self.send_response(200)  # without a length: the end of the connection is the end of the answer
+            self.send_header("Content-Type", "text/html" if fault == "html" else "application/json")
+            self.end_headers()
+            self.wfile.write(_BROKEN[fault])
         elif fault == "cut":
             self.send_response(200)
             self.send_header("Content-Length", "1000")
@@ -92,13 +109,16 @@ class Handler(BaseHTTPRequestHandler):
                 token = int(torch.multinomial(p, 1, generator=generator))
             steps.append(log_p)
             written.append(token)
-            if token == tokenizer.eos_token_id:
+            if token in self.server.end_ids:
                 reason = "stop"
                 break
         text = tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part, said in self.server.finish_reasons.items():
+            reason = said if part in str(prompt) else reason
         choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": None}
         if body.get("logprobs") and self.server.logprobs:
-            choice["logprobs"] = self._logprobs(written, steps, body["logprobs"])
+            shown = written[:-1] if reason == "stop" and self.server.hides_end else written
+            choice["logprobs"] = self._logprobs(shown, steps[: len(shown)], body["logprobs"])
         return {"id": "x", "object": "text_completion", "created": 0, "model": body["model"], "choices": [choice]}
 
     def _logprobs(self, written: list[int], steps: list[torch.Tensor], count: int) -> dict[str, Any]:

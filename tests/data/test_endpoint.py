@@ -1,21 +1,31 @@
 """A target behind HTTP: the same rows as the local target, and every fault of a server met."""
 
+import json
 import math
+import os
+import signal
 import socket
+import threading
+import time
+import traceback
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 pytest.importorskip("openai")
 
-from hf_draftkd.data.endpoint import prompt_text
+from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.endpoint import endpoint_backend, prompt_text
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import render_prompts
+from hf_draftkd.data.shards import StoppedError
 from hf_draftkd.data.target_cache import cache_target_distributions
 from tests.data.server import serving
 from tests.data.small import make_target, make_tokenizer
 
 CHATS = [[{"role": "user", "content": text}] for text in ("the cat", "on", "sat on the mat", "a mat", "cat")]
+BROKEN = ("half", "html", "no choices", "no object")
 FAST = {"max_retries": 3, "timeout": 20.0}
 
 
@@ -23,6 +33,7 @@ FAST = {"max_retries": 3, "timeout": 20.0}
 def _no_waiting(monkeypatch):
     """Back-off as the client does it, without its seconds; and no key from the machine the tests run on."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+    monkeypatch.setattr("hf_draftkd.data.endpoint._FIRST_WAIT", 0.001)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -62,15 +73,130 @@ def test_sampled_answers_differ_and_can_be_asked_for_again(readable_target, toke
     assert len({str(each) for each in rows[0]["completion"][:3]}) == 3
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "cut"])
+@pytest.mark.parametrize("fault", ["429", "500", "cut", *BROKEN])
 def test_passing_faults_are_tried_again(readable_target, tokenizer, fault):
-    """Too many requests, an internal error, and a connection cut in the middle of an answer."""
+    """Too many requests, an internal error, a connection cut in the middle of an answer, and broken answers."""
     with serving(readable_target, tokenizer) as server:
         expected = ask(server.url, tokenizer)
         before = len(server.requests)
-        server.faults = [fault, fault]
+        server.faults = ["none", fault, fault]
         assert ask(server.url, tokenizer)["completion_ids"] == expected["completion_ids"]
         assert len(server.requests) == before + 1 + len(CHATS) + 2
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_broken_answers_without_end_stop_the_run_and_not_with_a_bare_error(tmp_path, readable_target, tokenizer, fault):
+    """JSONDecodeError, AttributeError, IndexError; what was finished stays and the same call goes on."""
+    options = {"output_dir": tmp_path, "batch_size": 1, "shard_size": 1}
+    with serving(readable_target, tokenizer) as server:
+        server.faults = ["none", "none", *[fault] * 4]
+        with pytest.raises(StoppedError, match=r"gave no usable answer: it.* \(asked 4 times\).* run the same command"):
+            ask(server.url, tokenizer, **options)
+        assert len(server.requests) == 2 + 4
+        assert len(list(tmp_path.glob("data/train-*"))) == 1
+        assert len(ask(server.url, tokenizer, **options)) == len(CHATS)
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_an_address_that_never_answers_properly_is_said_at_once(readable_target, tokenizer, fault):
+    """Without /v1, a server often shows a page: no waiting for it to pass."""
+    with serving(readable_target, tokenizer) as server:
+        server.faults = [fault]
+        with pytest.raises(ValueError, match=r"does not answer as an OpenAI-compatible .* end in /v1\?"):
+            ask(server.url, tokenizer)
+        assert len(server.requests) == 1
+
+
+def test_an_interruption_waits_for_nothing(readable_target, tokenizer):
+    """All that was queued was still sent, and waited for: here two of five are in flight, and hang."""
+    with serving(readable_target, tokenizer) as server:
+        backend = endpoint_backend(server.url, "tiny-target", tokenizer, max_new_tokens=4, concurrency=2)
+        server.faults = ["hang"] * 5
+        interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+        interrupt.start()
+        start = time.monotonic()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                backend(render_prompts(CHATS, tokenizer), DecodingSetting(), 0, lambda _: None)
+        finally:
+            interrupt.cancel()  # or it would end the whole test run
+        assert time.monotonic() - start < 2.5  # an answer takes three seconds
+        assert len(server.requests) == 1 + 2
+
+
+@pytest.mark.parametrize(("reason", "times"), [("content_filter", 1), ("abort", 4), (None, 4), ("eos_token", 4)])
+def test_a_text_that_the_target_did_not_end_is_no_row(tmp_path, readable_target, tokenizer, reason, times):
+    """It was recorded as `stop`, with an end token that the target never wrote."""
+    with serving(readable_target, tokenizer) as server:
+        server.finish_reasons = {"a mat": reason}
+        message = rf"finish_reason is {reason!r}.*asked prompt 3 \(from 0, of 5\), 'a mat'"
+        with pytest.raises(StoppedError, match=message):
+            ask(server.url, tokenizer, output_dir=tmp_path, batch_size=1, shard_size=1, num_completions=2)
+        assert len(server.requests) == 1 + 3 + times
+    assert len(list(tmp_path.glob("data/train-*"))) == 3
+
+
+def test_a_server_of_other_finish_reasons_is_refused_before_any_work(tmp_path, readable_target, tokenizer):
+    with serving(readable_target, tokenizer) as server:
+        server.finish_reasons = {"Hello": "eos_token"}
+        with pytest.raises(ValueError, match=r"finish_reason is 'eos_token', and not 'stop' or 'length'\.$"):
+            ask(server.url, tokenizer, output_dir=tmp_path / "out")
+
+
+def test_the_prompt_of_one_of_several_completions_is_named(readable_target, tokenizer):
+    """The server counts requests, the user rows."""
+    with serving(readable_target, tokenizer) as server:
+        server.finish_reasons = {"sat on": "content_filter"}
+        with pytest.raises(StoppedError, match=r"asked prompt 2 \(from 0, of 5\), 'sat on the mat'"):
+            ask(server.url, tokenizer, temperatures=(1.0,), num_completions=3)
+
+
+def test_tokens_whose_end_is_hidden_are_not_called_exact(readable_target, tokenizer):
+    """Rows were `stop` and `generated` without the end token; those that a server shows whole stay exact."""
+    readable_target.lm_head.bias[1] = 2.5
+    with serving(readable_target, tokenizer, logprobs="ids") as server:
+        whole = ask(server.url, tokenizer, cache_distributions={"top_k": 5}, max_new_tokens=6)
+        server.hides_end = True
+        rows = ask(server.url, tokenizer, cache_distributions={"top_k": 5}, max_new_tokens=6)
+    assert set(rows["finish_reason"]) == {"stop", "length"}
+    for row, shown in zip(rows, whole, strict=True):
+        hidden = row["finish_reason"] == "stop"
+        assert shown["ids_source"] == "generated"
+        assert row["ids_source"] == ("retokenized" if hidden else "generated")
+        assert row["completion_ids"] == (shown["completion_ids"][:-1] if hidden else shown["completion_ids"])
+        assert len(row["target_logprobs"]) == len(row["completion_logprobs"]) == len(row["completion_ids"])
+
+
+def test_an_end_token_alone_and_hidden_is_no_lack_of_log_probabilities(readable_target, tokenizer):
+    """It leaves empty lists: nothing to complain of in the first answer, and a row of the end token alone."""
+    readable_target.lm_head.bias[1] = 4.0
+    with serving(readable_target, tokenizer, logprobs="ids") as server:
+        server.hides_end = True
+        rows = ask(server.url, tokenizer, cache_distributions={"top_k": 5})
+    assert rows["completion_ids"][0] == [1]
+    assert rows["ids_source"][0] == "retokenized"
+    assert rows["target_logprobs"][0] is None
+
+
+@pytest.mark.parametrize("kind", ["generation", "model"])
+def test_every_end_token_of_the_target_ends_its_text(tmp_path, readable_target, tokenizer, kind):
+    """Llama 3 names three: a text that ends with another than the tokenizer's is whole, and exact."""
+    letter = tokenizer.convert_tokens_to_ids("a")
+    readable_target.generation_config.eos_token_id = [1, letter]
+    readable_target.config.eos_token_id = [1, letter]
+    (readable_target.generation_config if kind == "generation" else readable_target.config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    beside = AutoTokenizer.from_pretrained(tmp_path)
+    assert beside.eos_token_id == 1
+    with serving(readable_target, tokenizer, logprobs="ids") as server:
+        server.end_ids = {1, letter}
+        expected, rows = (
+            ask(server.url, each, cache_distributions={"top_k": 5}, max_new_tokens=40) for each in (tokenizer, beside)
+        )
+    ended = [number for number, ids in enumerate(rows["completion_ids"]) if ids[-1] == letter]
+    assert ended
+    assert {rows["ids_source"][number] for number in ended} == {"generated"}
+    assert {expected["ids_source"][number] for number in ended} == {"retokenized"}
 
 
 def test_a_server_that_hangs_is_tried_again(readable_target, tokenizer):
@@ -158,6 +284,29 @@ def test_a_refused_key(readable_target, tokenizer):
         assert len(ask(server.url, tokenizer, endpoint_options={"api_key": "right"})) == len(CHATS)
 
 
+def test_a_key_from_a_file_is_sent_without_its_line_break(readable_target, tokenizer, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+    with serving(readable_target, tokenizer) as server:
+        server.key = "sk-secret"
+        assert len(ask(server.url, tokenizer)) == len(CHATS)
+
+
+@pytest.mark.parametrize("key", ["sk-secret\nsk-more", "sk secret", "sk-secr\u00e9t", "\n"])
+def test_a_key_that_no_header_takes_is_refused_unseen(tokenizer, key):
+    """The HTTP client would quote it: `Illegal header value b'Bearer sk-...'`."""
+    with pytest.raises(ValueError, match="The API key") as error:
+        ask("http://127.0.0.1:9/v1", tokenizer, endpoint_options={"api_key": key})
+    assert "sk" not in "".join(traceback.format_exception(error.value)).split("ValueError: ")[-1]
+
+
+def test_a_server_that_repeats_the_key_does_not_bring_it_into_the_message(readable_target, tokenizer):
+    with serving(readable_target, tokenizer) as server:
+        server.key, server.repeats_key = "right", True
+        with pytest.raises(ValueError, match=r"refuses the API key.*Bearer \*\*\*") as error:
+            ask(server.url, tokenizer, endpoint_options={"api_key": "sk-secret"})
+    assert "Bearer sk-secret" not in "".join(traceback.format_exception(error.value))
+
+
 def test_an_unknown_model_names_the_nearest(readable_target, tokenizer):
     with serving(readable_target, tokenizer) as server, pytest.raises(ValueError, match="Did you mean 'tiny-target'"):
         generate_alignment_data("tiny-taget", tokenizer, CHATS, endpoint=server.url, max_new_tokens=2)
@@ -188,10 +337,73 @@ def test_a_prompt_that_the_server_refuses_is_named(tmp_path, readable_target, to
     """A refusal is no outage: no talk of retries, but which prompt, and what the server said in its own form."""
     with serving(readable_target, tokenizer) as server:
         server.longest_prompt = len("<|user|>sat on the mat<|end|><|assistant|>") - 1
-        with pytest.raises(RuntimeError, match=r"refused the prompt '<\|user\|>sat on.*too long for me") as error:
+        with pytest.raises(
+            RuntimeError, match=r"refused the prompt: .*too long for me.*prompt 2 .*'sat on the mat'"
+        ) as error:
             ask(server.url, tokenizer, output_dir=tmp_path, batch_size=1, shard_size=1)
     assert "retries" not in str(error.value)
     assert len(list(tmp_path.glob("data/train-*"))) == 2
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_prompt_does_not_send_the_user_into_the_same_refusal(readable_target, tokenizer, status):
+    """`run the same command again` stopped at the same prompt for ever."""
+    with serving(readable_target, tokenizer) as server:
+        server.faults = ["none", str(status)]
+        with pytest.raises(StoppedError, match="take this prompt out, and name another folder") as error:
+            ask(server.url, tokenizer, endpoint_options={**FAST, "concurrency": 1})
+    assert "asked prompt 0 (from 0, of 5), 'the cat'" in str(error.value)
+    assert "`skip_too_long` with the server's `context_length`" in str(error.value)
+    assert "run the same command again" not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
+def test_what_is_wrong_with_the_account_is_not_blamed_on_a_prompt(readable_target, tokenizer, status):
+    with serving(readable_target, tokenizer) as server:
+        server.faults = ["none", "none", str(status)]
+        with pytest.raises(StoppedError, match=r"no longer serves 'tiny-target' .* run the same command again"):
+            ask(server.url, tokenizer)
+
+
+def test_the_context_of_the_config_beside_the_tokenizer_is_kept(tmp_path, readable_target, tokenizer):
+    """The server refuses a prompt that is too long only when its turn comes, hours later."""
+    readable_target.config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    beside = AutoTokenizer.from_pretrained(tmp_path)
+    chats = [*CHATS, [{"role": "user", "content": "the cat sat " * 20}]]
+    with serving(readable_target, tokenizer) as server:
+        with pytest.raises(ValueError, match=r"row 5 .*context 128"):
+            ask(server.url, beside, chats)
+        assert not server.requests
+        assert len(ask(server.url, beside, chats, skip_too_long=True)) == len(CHATS)
+        assert len(ask(server.url, beside, chats, context_length=1000)) == len(CHATS) + 1  # the user knows better
+
+
+def test_a_context_may_be_given(readable_target, tokenizer):
+    with serving(readable_target, tokenizer) as server:
+        with pytest.raises(ValueError, match=r"rows 0, 2 .*context 14"):
+            ask(server.url, tokenizer, context_length=14)
+        assert not server.requests
+        rows = ask(server.url, tokenizer, context_length=14, skip_too_long=True)
+    assert len(rows) == len(CHATS) - 2
+
+
+def test_a_server_that_comes_back_elsewhere_goes_on(tmp_path, readable_target, tokenizer):
+    """Another port was another setting, and nothing that was finished could be kept; another model still is."""
+    options = {"output_dir": tmp_path, "batch_size": 1, "shard_size": 1}
+    with serving(readable_target, tokenizer) as server:
+        expected = ask(server.url, tokenizer)
+        server.die_after = len(server.requests) + 1 + 3
+        with pytest.raises(StoppedError):
+            ask(server.url, tokenizer, **options, endpoint_options={"max_retries": 0})
+        assert json.loads((tmp_path / "manifest.json").read_text())["endpoint"] == server.url
+    with serving(readable_target, tokenizer) as other:
+        assert other.url != server.url
+        rows = ask(other.url, tokenizer, **options)
+        assert len(other.requests) == 1 + 2
+    assert rows["completion_ids"] == expected["completion_ids"]
+    with pytest.raises(ValueError, match="backend"):
+        generate_alignment_data(readable_target, tokenizer, CHATS, max_new_tokens=6, **options)
 
 
 def test_a_server_that_never_samples_is_found_out(readable_target, tokenizer):
