@@ -36,6 +36,7 @@ from hf_draftkd.hub.planning import DraftFolder
 from hf_draftkd.hub.summary import PROVENANCE_FILE
 from hf_draftkd.models.weights import WEIGHT_FILE
 
+_BENCHMARK_FILE = ".eval_results/draftkd.yaml"
 _AGAIN = "Nothing was published, nothing on disk has changed: the same command tries again."
 
 
@@ -258,7 +259,7 @@ def _plan(
     files += plots
     if task is not None:
         entries = eval_result_entries_to_yaml(benchmark_entries(known, task))
-        files.append(PlannedFile(".eval_results/draftkd.yaml", yaml.safe_dump(entries, sort_keys=False).encode()))
+        files.append(PlannedFile(_BENCHMARK_FILE, yaml.safe_dump(entries, sort_keys=False).encode()))
     new = {file.path for file in files}
     stale = tuple(name for name in remote.files if _is_ours(name) and name not in new)
     remarks = [*draft.remarks]
@@ -272,7 +273,8 @@ def _is_ours(name: str) -> bool:
 
     transformers prefers a single weight file over shards, and figures of other weights would mislead.
     """
-    return bool(WEIGHT_FILE.fullmatch(name)) or name == REPORT_FILE or name.startswith(f"{contents.PLOT_FOLDER}/")
+    is_figures = name in (REPORT_FILE, _BENCHMARK_FILE) or name.startswith(f"{contents.PLOT_FOLDER}/")
+    return is_figures or bool(WEIGHT_FILE.fullmatch(name))
 
 
 def _commit(api: HfApi, plan: Upload, remote: _Remote, message: str, token: str | None) -> Upload:

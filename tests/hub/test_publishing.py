@@ -159,6 +159,9 @@ class TestOneCommit:
         [entry] = parse_eval_result_entries(entries)
         assert (entry.dataset_id, entry.task_id, entry.value) == ("org/prompts", "function_calling", 2.5)
         assert "greedy" in entry.notes
+        upload = push(draft_folder)
+        assert upload.deleted == (".eval_results/draftkd.yaml",), "a leaderboard's figure of other weights"
+        assert ".eval_results/draftkd.yaml" not in hub.repos[ID].files()
         write_report(draft_folder, pair, prompts={"source": "prompts.jsonl", "count": 3, "sha256": "0"})
         with pytest.raises(ValueError, match="need prompts from a benchmark on the Hub"):
             push(draft_folder, benchmark_task="function_calling")
