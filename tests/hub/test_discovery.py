@@ -92,6 +92,26 @@ def test_missing_figures_and_other_revisions_are_said(hub: FakeHub, target_sha: 
     assert find_drafts(TARGET, revision="0" * 40)[0].repo_id == "b/older"
 
 
+def test_a_revision_means_its_commit(hub: FakeHub, target_sha: str):
+    """Catches figures of the very commit that are called another revision's, since its name differs."""
+    add_draft(hub, "a/older", about("0" * 40, alpha=0.9, tau=3.0))
+    add_draft(hub, "b/current", about(target_sha, alpha=0.3, tau=1.2))
+    other = ("figures were measured on another revision of the target",)
+    for revision in ("main", target_sha, target_sha[:8]):
+        found = find_drafts(TARGET, revision=revision)
+        assert [(draft.repo_id, draft.remarks) for draft in found] == [("b/current", ()), ("a/older", other)], revision
+    for revision in ("v9", "0" * 6):
+        with pytest.raises(ValueError, match=f"{TARGET} has no revision '{revision}'"):
+            find_drafts(TARGET, revision=revision)
+
+
+def test_a_branch_of_a_target_that_cannot_be_seen_is_compared_with_nothing(hub: FakeHub):
+    add_draft(hub, "a/draft", about("0" * 40, alpha=0.9, tau=3.0))
+    other = ("figures were measured on another revision of the target",)
+    found = {revision: find_drafts(TARGET, revision=revision)[0].remarks for revision in ("main", "0" * 9, "1" * 9)}
+    assert found == {"main": (), "0" * 9: (), "1" * 9: other}
+
+
 def test_drafts_of_the_base_model_come_last_and_say_so(hub: FakeHub, target_sha: str):
     base_sha = hub.repos["org/base"].refs["main"]
     add_draft(hub, "a/for-base", about(base_sha, alpha=0.95, tau=4.0, target="org/base"), target="org/base")
