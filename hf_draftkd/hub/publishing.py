@@ -24,6 +24,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_draftkd.data.visibility import make_repository, public_refusal
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub import contents, planning
 from hf_draftkd.hub.access import hub_errors, writing_token
@@ -36,6 +37,7 @@ from hf_draftkd.hub.planning import DraftFolder
 from hf_draftkd.hub.summary import PROVENANCE_FILE
 from hf_draftkd.models.weights import WEIGHT_FILE
 
+_VISIBILITY = {True: "private", False: "public", None: "new, public or private as its owner's default says"}
 _BENCHMARK_FILE = ".eval_results/draftkd.yaml"
 _AGAIN = "Nothing was published, nothing on disk has changed: the same command tries again."
 
@@ -50,7 +52,8 @@ class Upload:
         deleted: Paths of an older version in the repository that go out in the same commit.
         card: The model card among `files`.
         remarks: What a person should know before (or after) it happens.
-        private, revision, create_pr: As passed to `push_draft`.
+        private: Whether the repository is private, or will be; None before a new one is made by its owner's default.
+        revision, create_pr: As passed to `push_draft`.
         commit, url: The commit and where to see it; None in a dry run.
     """
 
@@ -69,7 +72,7 @@ class Upload:
         width = max(len(file.path) for file in self.files)
         where = f" (revision {self.revision})" if self.revision else ""
         kind = "pull request on" if self.create_pr else "commit to"
-        lines = [f"{kind} {self.repo_id}{where}, {'private' if self.private else 'public or as it is'}:"]
+        lines = [f"{kind} {self.repo_id}{where}, {_VISIBILITY[self.private]}:"]
         lines += [
             f"  {file.path:<{width}}  {file.size:>13,} bytes{f'  {file.remark}' if file.remark else ''}"
             for file in self.files
@@ -81,9 +84,10 @@ class Upload:
 
 @dataclass(frozen=True)
 class _Remote:
-    """The repository as it is: its last commit, its files, its card."""
+    """The repository as it is: its last commit, its files, its card, who can see it; all empty where there is none."""
 
     sha: str | None = None
+    private: bool | None = None
     files: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     card: str | None = None
@@ -118,7 +122,7 @@ def push_draft(
         language: Language code or codes for the metadata.
         tags: Further tags.
         private: Whether a new repository is private; None leaves it to the organisation's default. An existing one
-            keeps its visibility.
+            keeps its visibility; True refuses one that is public.
         revision: Branch to commit to; made where it does not exist.
         create_pr: Open a pull request instead of committing.
         commit_message: First line of the commit.
@@ -133,7 +137,8 @@ def push_draft(
         What was, or would be, published; `print` shows it.
 
     Raises:
-        ValueError: The folder, report, name, licence or login is not in order; says what to do.
+        ValueError: The folder, report, name, licence or login is not in order, or what should be private would be
+            public; says what to do.
         ConnectionError: The Hub or the network failed; nothing was published.
     """
     if prose not in (None, "hub", "local"):
@@ -151,6 +156,8 @@ def push_draft(
     api = HfApi(token=token)
     repo_id = _with_owner(api, repo_id, dry_run=dry_run, token=token)
     remote, remarks = _look_at_hub(api, repo_id, revision, dry_run=dry_run, token=token)
+    if private and remote.private is False:
+        raise ValueError(public_refusal(repo_id))
     if remote.files and not allow_mismatch and _holds_another_model(remote):
         raise ValueError(
             f"{repo_id} exists and holds a model that is not a draft (its card lacks the tag `draft-model`). Name "
@@ -159,7 +166,7 @@ def push_draft(
     words = {"license": license, "language": language, "tags": tags}
     plan = _plan(api, draft, repo_id, remote, words=words, task=benchmark_task, prose=prose, token=token)
     plan = dataclasses.replace(
-        plan, private=private, revision=revision, create_pr=create_pr, remarks=(*remarks, *plan.remarks)
+        plan, private=private if remote.private is None else remote.private, revision=revision, create_pr=create_pr, remarks=(*remarks, *plan.remarks)
     )
     contents.refuse_secrets(plan.files, token)
     return plan if dry_run else _commit(api, plan, remote, commit_message, token)
@@ -209,7 +216,7 @@ def _remote(api: HfApi, repo_id: str, revision: str | None) -> _Remote:
         if size > planning.MAX_CARD_BYTES:
             raise ValueError(f"The card of {repo_id} has {size:,} bytes; that is no card. Look at it on the Hub.")
         text = Path(api.hf_hub_download(repo_id, CARD_FILE, revision=info.sha)).read_text(encoding="utf-8-sig")
-    return _Remote(sha=info.sha, files=files, tags=tuple(info.tags or ()), card=text)
+    return _Remote(sha=info.sha, private=bool(info.private), files=files, tags=tuple(info.tags or ()), card=text)
 
 
 def _holds_another_model(remote: _Remote) -> bool:
@@ -284,7 +291,7 @@ def _commit(api: HfApi, plan: Upload, remote: _Remote, message: str, token: str 
     ]
     deletions = [CommitOperationDelete(path) for path in plan.deleted]
     with hub_errors(f"publishing {plan.repo_id}", afterwards=_AGAIN, token=token):
-        api.create_repo(plan.repo_id, private=plan.private, exist_ok=True)
+        is_private = make_repository(api, plan.repo_id, private=plan.private)
         if plan.revision and plan.revision != "main":
             api.create_branch(plan.repo_id, branch=plan.revision, exist_ok=True)
         done = api.create_commit(
@@ -296,4 +303,4 @@ def _commit(api: HfApi, plan: Upload, remote: _Remote, message: str, token: str 
             # The card was merged with what was there: if somebody edits it meanwhile, nothing is overwritten.
             parent_commit=remote.sha if not plan.create_pr else None,
         )
-    return dataclasses.replace(plan, commit=done.oid, url=done.pr_url or done.commit_url)
+    return dataclasses.replace(plan, private=is_private, commit=done.oid, url=done.pr_url or done.commit_url)

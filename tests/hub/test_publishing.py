@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import parse_eval_result_entries
+from huggingface_hub import HfApi, parse_eval_result_entries
 from safetensors.torch import load_file, save_file
 
 from hf_draftkd.cli import push as push_command
@@ -128,6 +128,42 @@ class TestOneCommit:
         with pytest.raises(ValueError, match="pull request"):
             push(draft_folder, create_pr=True, revision="v2")
 
+    @pytest.mark.parametrize("create_pr", [False, True])
+    def test_a_wish_for_privacy_never_ends_in_public(self, hub: FakeHub, draft_folder: Path, create_pr: bool):
+        """Catches `--private` that uploads to a public repository and prints "private"."""
+        push(draft_folder)
+        before = hub.repos[ID].files()
+        for dry_run in (True, False):
+            with pytest.raises(ValueError, match=r"me/draft exists and is public.*Make it private in its settings"):
+                push(draft_folder, private=True, tags=["new"], create_pr=create_pr, dry_run=dry_run)
+        assert hub.repos[ID].files() == before
+        assert set(hub.repos[ID].refs) == {"main"}
+
+    def test_nor_where_the_repository_appears_meanwhile(self, hub: FakeHub, draft_folder: Path, monkeypatch):
+        """Catches a check that is made once, long before the upload."""
+        original = HfApi.create_repo
+
+        def meanwhile(self, repo_id, **options):
+            hub.add(repo_id, {})
+            return original(self, repo_id, **options)
+
+        monkeypatch.setattr(HfApi, "create_repo", meanwhile)
+        with pytest.raises(ValueError, match="exists and is public"):
+            push(draft_folder, private=True)
+        assert hub.repos[ID].files() == {}
+        assert not hub.objects
+
+    def test_the_visibility_that_is_shown_is_the_real_one(self, hub: FakeHub, draft_folder: Path):
+        """Catches "public" for a repository that is private already, and "private" as a mere echo of the option."""
+        assert "me/draft, new, public or private as its owner's default says:" in str(push(draft_folder, dry_run=True))
+        assert str(push(draft_folder)).startswith("commit to me/draft, public:")
+        push(draft_folder, repo_id="me/own", private=True)
+        for private in (None, False, True):
+            for dry_run in (True, False):
+                upload = push(draft_folder, repo_id="me/own", private=private, dry_run=dry_run)
+                assert str(upload).startswith("commit to me/own, private:")
+        assert hub.repos["me/own"].private
+
     def test_a_bare_name_is_the_users_own(self, hub: FakeHub, draft_folder: Path):
         assert push(draft_folder, repo_id="mine").repo_id == "me/mine"
         assert "me/mine" in hub.repos
@@ -226,8 +262,6 @@ class TestCardOnTheHub:
     def test_an_edit_in_between_is_not_lost(self, hub: FakeHub, draft_folder: Path, monkeypatch):
         """Catches a push that overwrites what somebody wrote after the card was read."""
         push(draft_folder)
-        from huggingface_hub import HfApi
-
         original = HfApi.create_repo
 
         def meanwhile(self, *args, **kwargs):
