@@ -26,7 +26,9 @@ class FindOptions:
     target_model: str | None = field(default=None, metadata={"help": "Hub id of the target (may stand first, alone)."})
     revision: str | None = field(
         default=None,
-        metadata={"help": "Commit, branch or tag of the target the figures should be about. Default: its latest commit."},
+        metadata={
+            "help": "Commit, branch or tag of the target the figures should be about. Default: its latest commit."
+        },
     )
     include_base_models: bool = field(
         default=True, metadata={"help": "Also list drafts of the models the target derives from."}

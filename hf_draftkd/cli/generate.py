@@ -135,7 +135,9 @@ def run(argv: list[str]) -> int:
         write_card(Path(options.output_dir), rows)
         _print_summary(rows, options, perf_counter() - start)
         if options.push_to_hub:
-            address = push_alignment_data(options.output_dir, options.push_to_hub, rows=rows, private=options.private or None)
+            address = push_alignment_data(
+                options.output_dir, options.push_to_hub, rows=rows, private=options.private or None
+            )
             print(f"Published at {address}")
     return 0
 

@@ -5,10 +5,10 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
 
+from hf_draftkd.data.markdown import Markdown, code, dataset_link, fenced, model_link, one_line, text
+from hf_draftkd.data.public_names import is_public, public_name
 from hf_draftkd.hub import engines, figures
 from hf_draftkd.hub.citations import bibtex, papers_used
-from hf_draftkd.hub.markdown import Markdown, code, dataset_link, fenced, model_link, one_line, text
-from hf_draftkd.hub.names import is_public, public_name
 from hf_draftkd.hub.summary import COMPLETIONS, SIGNALS, PairFacts, Provenance, TrainingSummary
 
 Json = Mapping[str, Any]

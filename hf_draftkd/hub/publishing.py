@@ -166,7 +166,11 @@ def push_draft(
     words = {"license": license, "language": language, "tags": tags}
     plan = _plan(api, draft, repo_id, remote, words=words, task=benchmark_task, prose=prose, token=token)
     plan = dataclasses.replace(
-        plan, private=private if remote.private is None else remote.private, revision=revision, create_pr=create_pr, remarks=(*remarks, *plan.remarks)
+        plan,
+        private=private if remote.private is None else remote.private,
+        revision=revision,
+        create_pr=create_pr,
+        remarks=(*remarks, *plan.remarks),
     )
     contents.refuse_secrets(plan.files, token)
     return plan if dry_run else _commit(api, plan, remote, commit_message, token)
