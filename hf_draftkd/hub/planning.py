@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from hf_draftkd.data import card_sections as sections
 from hf_draftkd.data.markdown import is_hub_id
 from hf_draftkd.data.public_names import public_name, without_paths
+from hf_draftkd.data.repositories import MAX_CARD_BYTES
 from hf_draftkd.evaluation.report import ModelInfo, SpeculationReport
 from hf_draftkd.hub.access import redacted
 from hf_draftkd.hub.card import DraftModelCard
@@ -25,8 +26,6 @@ from hf_draftkd.hub.contents import CARD_FILE, REPORT_FILE, PlannedFile, check_f
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary, read_json
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
 from hf_draftkd.models.weights import count_parameters, weights_checksum
-
-MAX_CARD_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_draftkd.data.visibility import make_repository, public_refusal
+from hf_draftkd.data.repositories import make_repository, public_refusal, remote_card
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub import contents, planning
 from hf_draftkd.hub.access import hub_errors, writing_token
@@ -214,12 +214,7 @@ def _remote(api: HfApi, repo_id: str, revision: str | None) -> _Remote:
         branches = {branch.name: branch for branch in api.list_repo_refs(repo_id).branches}
         info = api.model_info(repo_id, revision=revision if revision in branches else None)
     files = tuple(sibling.rfilename for sibling in info.siblings or ())
-    text = None
-    if CARD_FILE in files:
-        size = sum(getattr(entry, "size", 0) for entry in api.get_paths_info(repo_id, CARD_FILE, revision=info.sha))
-        if size > planning.MAX_CARD_BYTES:
-            raise ValueError(f"The card of {repo_id} has {size:,} bytes; that is no card. Look at it on the Hub.")
-        text = Path(api.hf_hub_download(repo_id, CARD_FILE, revision=info.sha)).read_text(encoding="utf-8-sig")
+    text = remote_card(api, repo_id, files, info.sha)
     return _Remote(sha=info.sha, private=bool(info.private), files=files, tags=tuple(info.tags or ()), card=text)
 
 
@@ -295,7 +290,7 @@ def _commit(api: HfApi, plan: Upload, remote: _Remote, message: str, token: str 
     ]
     deletions = [CommitOperationDelete(path) for path in plan.deleted]
     with hub_errors(f"publishing {plan.repo_id}", afterwards=_AGAIN, token=token):
-        is_private = make_repository(api, plan.repo_id, private=plan.private)
+        _, is_private = make_repository(api, plan.repo_id, private=plan.private)
         if plan.revision and plan.revision != "main":
             api.create_branch(plan.repo_id, branch=plan.revision, exist_ok=True)
         done = api.create_commit(
