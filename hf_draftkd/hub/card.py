@@ -19,7 +19,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hf_draftkd.data import card_sections as sections
 from hf_draftkd.data.markdown import Markdown, fenced, text
-from hf_draftkd.data.public_names import public_name
 from hf_draftkd.hub import figures
 from hf_draftkd.hub.metadata import card_data, eval_results
 from hf_draftkd.hub.names import public_report
@@ -88,8 +87,8 @@ class DraftModelCard(ModelCard):
         data = card_data(
             name=context["name"].rsplit("/", 1)[-1],
             target=context["target"],
-            base_model=public_name(training.draft) if training and training.draft else None,
-            datasets=[public_name(training.dataset)] if training and training.dataset else [],
+            base_model=training.public_name("draft") if training else None,
+            datasets=[name for name in [training and training.public_name("dataset")] if name],
             license=license,
             language=language,
             tags=tags,

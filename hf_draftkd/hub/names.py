@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hf_draftkd.data.public_names import public_name, without_paths
+from hf_draftkd.data.public_names import public_name, public_source, without_paths
 from hf_draftkd.evaluation.report import SpeculationReport
 
 Json = Mapping[str, Any]
@@ -29,13 +29,11 @@ def public_report(report: Any) -> dict[str, Any]:
     for other in (*known.get("drafts", ()), *([known["baseline"]] if "baseline" in known else [])):
         other["draft"] = _public_model(other["draft"])
     if "source" in known.get("prompts", {}):
-        source = known["prompts"]["source"]
-        # The source may also be words ("given", "the demo's test queries"); only a path could tell something.
-        shown = public_name(source) if any(mark in source for mark in "/\\") else source
-        known["prompts"] = dict(known["prompts"]) | {"source": shown}
+        prompts = known["prompts"]
+        known["prompts"] = dict(prompts) | {"source": public_source(prompts["source"], prompts.get("is_local"))}
     known["warnings"] = list(map(without_paths, known.get("warnings", ())))
     return known
 
 
 def _public_model(model: Json) -> dict[str, Any]:
-    return dict(model) | {"name": public_name(model["name"])}
+    return dict(model) | {"name": public_name(model["name"], model.get("is_local"))}

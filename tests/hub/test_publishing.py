@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,55 @@ class TestCardOnTheHub:
         with pytest.raises(ValueError, match="at the same time"):
             push(draft_folder, tags=["new"])
         assert hub.repos[ID].files()["README.md"] == b"# edited meanwhile\n"
+
+    def test_what_was_a_folder_is_no_repository_elsewhere(
+        self, hub: FakeHub, draft_folder: Path, pair, tmp_path: Path, monkeypatch
+    ):
+        """Catches a card that, pushed from another folder, links to a stranger and takes over their licence."""
+        for name in ("models/draft0", "models/target", "data/prompts", "data/rows"):
+            hub.add(name, {"README.md": "---\nlicense: stolen\n---\n", "config.json": "{}"})
+        training = samples.training(
+            draft="models/draft0",
+            target="models/target",
+            dataset="data/rows",
+            draft_is_local=True,
+            target_is_local=True,
+            dataset_is_local=True,
+            draft_revision=None,
+            target_revision=None,
+        )
+        replaced(draft_folder, training=training)
+        parts = {"revision": None, "is_local": True, "num_parameters": pair[1].num_parameters()}
+        target = {key: value for key, value in parts.items() if value is not None} | {"name": "models/target"}
+        prompts = {"source": "data/prompts", "is_local": True, "count": 3, "sha256": "0"}
+        report = write_report(draft_folder, pair, target=target, prompts=prompts)
+        report["draft"] |= {"name": "models/new", "is_local": True}
+        (draft_folder / "report.json").write_text(json.dumps(report))
+        monkeypatch.chdir(tmp_path)
+        hub.requests.clear()
+        with pytest.raises(ValueError, match="does not start from a model on the Hub"):
+            push(draft_folder, license=None)
+        assert not [path for _, path in hub.requests if "models/target" in path], "a stranger's config was read"
+        upload = push(draft_folder)
+        for file in upload.files:
+            if file.path in ("README.md", "provenance.json", "report.json"):
+                text = file.read().decode()
+                assert not re.search(r"(?<!path/to/)(models|data)/(draft0|target|prompts|rows|new)", text), file.path
+        assert "path/to/draft0" in upload.card.text
+        assert upload.card.data.get("base_model") is None
+        with pytest.raises(ValueError, match="need prompts from a benchmark on the Hub"):
+            push(draft_folder, benchmark_task="function_calling")
+
+    def test_what_was_a_repository_is_none_of_the_folders_here(
+        self, hub: FakeHub, draft_folder: Path, tmp_path, monkeypatch
+    ):
+        """Catches a base model that gets lost where a folder of its name happens to lie."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "org" / "stock-draft").mkdir(parents=True)
+        replaced(draft_folder, training=samples.training())
+        assert push(draft_folder, dry_run=True).card.data.base_model == samples.TARGET, "an old record: looked up here"
+        replaced(draft_folder, training=samples.training(draft_is_local=False))
+        assert push(draft_folder, dry_run=True).card.data.base_model == "org/stock-draft"
 
     def test_licence_is_inherited_or_asked_for(self, hub: FakeHub, draft_folder: Path):
         with pytest.raises(ValueError, match=r"Which licence.*Pass `license`"):
