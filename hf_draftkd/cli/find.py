@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -12,6 +13,11 @@ from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.cli.options import parse, required
 from hf_draftkd.hub.discovery import FoundDraft, find_drafts
 
+_CAPTION = (
+    "Figures of the setting (T: temperature) in which a draft helps least; γ: tokens drafted per call; cost: time of a "
+    "draft step ÷ target step. All settings: --json."
+)
+
 
 @dataclass
 class FindOptions:
@@ -19,7 +25,10 @@ class FindOptions:
 
     target_model: str | None = field(default=None, metadata={"help": "Hub id of the target (may stand first, alone)."})
     revision: str | None = field(
-        default=None, metadata={"help": "Commit of the target the figures should be about. Default: its latest."}
+        default=None,
+        metadata={
+            "help": "Commit, branch or tag of the target the figures should be about. Default: its latest commit."
+        },
     )
     include_base_models: bool = field(
         default=True, metadata={"help": "Also list drafts of the models the target derives from."}
@@ -59,32 +68,47 @@ def run(argv: list[str]) -> int:
 
 
 def table(found: list[FoundDraft], target: str) -> Table:
-    """The drafts as a table; figures are those of the measured setting where a draft helps least."""
-    shown = Table(title=f"Drafts for {escape(target)}, best first")
+    """The drafts as a table; figures are those of the measured setting where a draft helps least.
+
+    A terminal may have no more than 80 columns: figures are never cut, so headings stand on two lines, what is no
+    figure stands below the name, and the name alone is folded.
+    """
+    shown = Table(title=f"Drafts for {escape(target)}, best first", caption=_CAPTION, box=SIMPLE_HEAD)
     shown.add_column("draft", overflow="fold")
-    for heading in ("acceptance", "tokens per call", "γ", "setting", "parameters", "cost", "downloads"):
-        shown.add_column(heading, justify="right" if heading != "setting" else "left")
-    shown.add_column("licence")
-    shown.add_column("remarks", overflow="fold")
+    for heading in ("accept-\nance", "tokens\nper call", "γ", "setting", "para-\nmeters", "down-\nloads"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for draft in found:
         figure = draft.typical
         setting = "-"
         if figure is not None:
-            setting = "greedy" if figure.temperature == 0 else f"temperature {_text(figure.temperature, 'g')}"
+            setting = "greedy" if figure.temperature == 0 else f"T {_text(figure.temperature, 'g')}"
         shown.add_row(
-            escape(draft.repo_id),
+            # Names and texts of strangers: square brackets are markup to rich.
+            escape("\n".join(filter(None, (draft.repo_id, _details(draft))))),
             _text(draft.acceptance_rate, ".3f"),
             _text(draft.block_efficiency, ".2f"),
             _text(figure.num_assistant_tokens if figure else None, "d"),
             setting,
-            _text(draft.num_parameters, ","),
-            _text(draft.relative_cost, ".3f"),
-            _text(draft.downloads, ","),
-            # Names and texts of strangers: square brackets are markup to rich.
-            escape(draft.license or "-"),
-            escape("; ".join(draft.remarks)),
+            _short(draft.num_parameters),
+            _short(draft.downloads),
         )
     return shown
+
+
+def _details(draft: FoundDraft) -> str:
+    cost = None if draft.relative_cost is None else f"cost {draft.relative_cost:.3f}"
+    return "; ".join(filter(None, (draft.license, cost, *draft.remarks)))
+
+
+def _short(count: int | None) -> str:
+    """A count in five characters: 1,234,567 is 1.23M."""
+    if count is None:
+        return "-"
+    for power, sign in ((12, "T"), (9, "B"), (6, "M"), (3, "k")):
+        # Three digits are shown: what they would round up to 1000 belongs to the next sign.
+        if count >= 10**power * 0.9995:
+            return f"{count / 10**power:.3g}{sign}"
+    return str(count)
 
 
 def _text(value: float | int | None, form: str) -> str:

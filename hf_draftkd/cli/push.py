@@ -21,7 +21,9 @@ class PushOptions:
     license: str | None = field(default=None, metadata={"help": "Licence. Default: that of the base model."})
     language: list[str] | None = field(default=None, metadata={"help": "Language codes for the card's metadata."})
     tags: list[str] = field(default_factory=list, metadata={"help": "Further tags."})
-    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    private: bool = field(
+        default=False, metadata={"help": "Make a new repository private; refuses an existing public one."}
+    )
     revision: str | None = field(default=None, metadata={"help": "Branch to commit to."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
     commit_message: str = field(default="Upload draft model", metadata={"help": "First line of the commit."})

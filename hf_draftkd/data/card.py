@@ -1,16 +1,25 @@
 """The dataset card of alignment data, and its way to the Hub."""
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from hf_draftkd.data.card_words import Prose, local_card, merged, read_card, updated
+from hf_draftkd.data.markdown import Markdown, code, fenced, model_link, python_string, text
+from hf_draftkd.data.public_names import is_public, public_name, public_source
+from hf_draftkd.data.public_shards import public_shards
+from hf_draftkd.data.repositories import CARD_FILE, make_repository, remote_card
 from hf_draftkd.data.shards import MANIFEST, unfinished_shards
 
-_TEMPLATE = Path(__file__).parent / "templates" / "alignment_data.md"
+_TEMPLATE = "alignment_data.md"
+_SHARDS = "data/train-*.parquet"
 _BARS = 20  # characters of the longest bar in the histogram
 
 _SCENARIOS = {
@@ -23,7 +32,8 @@ _COLUMNS = {
     "completion": "what the target wrote, without special tokens: text, or one assistant message",
     "prompt_ids": "the exact tokens the target read",
     "completion_ids": "the exact tokens it wrote, with the end token if it wrote one; do not tokenise the text again",
-    "ids_source": "`generated`: these very tokens were written; `retokenized`: encoded once from text",
+    "ids_source": "`generated`: these very tokens were written; `retokenized`: encoded once from text, or without the end "
+    "token, which a server did not show",
     "scenario": "`queries`, `curated` or `synthetic`",
     "target": "the model that wrote the completion",
     "target_revision": "its commit on the Hub, where known",
@@ -45,6 +55,9 @@ _COLUMNS = {
 def alignment_card(rows: Dataset, manifest: dict[str, Any], repo_id: str | None = None) -> DatasetCard:
     """The card of finished alignment data.
 
+    Names of columns, targets and sources are data that somebody else may have written: the template escapes all that
+    is not marked as `Markdown`, as the cards of drafts do.
+
     Args:
         rows: The data.
         manifest: The manifest beside its shards.
@@ -53,10 +66,7 @@ def alignment_card(rows: Dataset, manifest: dict[str, Any], repo_id: str | None 
     sizes: list[int] = []
     for part in rows.select_columns(["completion_ids"]).with_format("arrow").iter(10_000):
         sizes += pc.list_value_length(part["completion_ids"]).to_pylist()
-    target = manifest["target"]
-    is_local = Path(target).exists()
-    name = Path(target).name if is_local else target  # where it lies on one machine concerns nobody else
-    source = manifest["prompts"]["source"]
+    target = public_target(manifest) or "a model without a name"
     # No `configs`: the names of the shards say which split they are, and `datasets` 5.2 takes local folders of one name
     # whose card has `configs` for the same data set, and returns the first from its cache.
     data = DatasetCardData(
@@ -64,18 +74,17 @@ def alignment_card(rows: Dataset, manifest: dict[str, Any], repo_id: str | None 
         tags=["hf_draftkd", "speculative-decoding", "knowledge-distillation", "synthetic"],
         size_categories=[_size(len(rows))],
     )
-    return DatasetCard.from_template(
-        data,
-        template_path=str(_TEMPLATE),
-        repo_id=repo_id,
-        target=name,
-        target_link=name if is_local or "/" not in name else f"[{name}](https://huggingface.co/{name})",
+    body = _environment().get_template(_TEMPLATE)
+    rendered = body.render(
+        target=target,
+        target_link=model_link(target) if is_public(target) else code(target),
+        example=_example(repo_id or "PATH_OR_ID"),
         revision=manifest.get("target_revision"),
         rows=len(rows),
         prompts=manifest["prompts"]["count"],
         prompts_sha256=manifest["prompts"]["sha256"],
         prompt_counts=manifest.get("prompt_counts"),
-        source=f"`{Path(source).name if Path(source).exists() else source}`",
+        source=public_source(manifest["prompts"]["source"]),
         scenario=manifest["scenario"],
         scenario_text=_SCENARIOS[manifest["scenario"]],
         dtype=manifest.get("target_dtype"),
@@ -89,8 +98,31 @@ def alignment_card(rows: Dataset, manifest: dict[str, Any], repo_id: str | None 
         mean=f"{sum(sizes) / len(sizes):.1f}",
         stopped=sum(reason == "stop" for reason in rows["finish_reason"]),
         histogram=length_histogram(sizes),
-        columns=[(column, _COLUMNS.get(column, "carried along from the prompts")) for column in rows.column_names],
+        columns=[(name, Markdown(_COLUMNS.get(name, "carried along from the prompts"))) for name in rows.column_names],
     )
+    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{rendered}")
+
+
+def public_target(manifest: dict[str, Any]) -> str:
+    """The target's name for others: where it lies on one machine concerns nobody else. Empty where it has none."""
+    target = manifest["target"]
+    return public_name(target, manifest.get("target_is_local")) if target else ""
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("hf_draftkd.data", "templates"),
+        undefined=StrictUndefined,
+        finalize=text,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = code
+    return environment
+
+
+def _example(repo_id: str) -> Markdown:
+    load = f'data = load_dataset({python_string(repo_id)}, split="train")'
+    return fenced("python", f"from datasets import load_dataset\n\n{load}")
 
 
 def length_histogram(sizes: list[int], bins: int = 8) -> list[tuple[int, int, int, str]]:
@@ -108,38 +140,84 @@ def length_histogram(sizes: list[int], bins: int = 8) -> list[tuple[int, int, in
 
 
 def write_card(folder: Path, rows: Dataset, repo_id: str | None = None) -> None:
-    """Put the card beside finished shards, as their README."""
+    """Put the card beside finished shards, as their README; words and metadata that people added to it are kept.
+
+    Raises:
+        ValueError: There is a README whose metadata cannot be read.
+    """
     manifest = json.loads((folder / MANIFEST).read_text())
-    temporary = folder / ".README.md"
-    temporary.write_text(str(alignment_card(rows, manifest, repo_id)), encoding="utf-8")
-    temporary.replace(folder / "README.md")
+    card = updated(local_card(folder / CARD_FILE), alignment_card(rows, manifest, repo_id))
+    temporary = folder / f".{CARD_FILE}"
+    temporary.write_text(str(card), encoding="utf-8")
+    temporary.replace(folder / CARD_FILE)
 
 
 def push_alignment_data(
-    folder: "str | Path", repo_id: str, *, rows: Dataset, private: bool | None = None, token: str | None = None
+    folder: "str | Path",
+    repo_id: str,
+    *,
+    rows: Dataset,
+    private: bool | None = None,
+    prose: Prose | None = None,
+    token: str | None = None,
 ) -> str:
-    """Publish a finished folder of alignment data with its card; returns the address.
+    """Publish a finished folder of alignment data with its card, in one commit; returns the address.
+
+    The shards of an earlier push go out in the same commit. What people wrote into the card, on the Hub or in the
+    folder, is kept, its licence above all. Paths of this machine stay here: rows of a local target are uploaded with
+    its public name, from copies in a temporary folder beside the data, whose disk must hold them.
+
+    Args:
+        folder: What `generate_alignment_data` wrote.
+        repo_id: `user/name`.
+        rows: The data in it.
+        private: Whether a new repository is private; None leaves it to its owner's default. An existing one keeps its
+            visibility; True refuses one that is public.
+        prose: Whose words win where the card was edited on the Hub and in the folder: "hub" or "local".
+        token: Access token; by default the one that is logged in.
 
     Raises:
-        ValueError: The folder is not finished.
+        ValueError: The folder is not finished, what should be private would be public, or the card was edited on the
+            Hub and in the folder, differently. Nothing was published then.
     """
     folder = Path(folder)
+    if prose not in (None, "hub", "local"):
+        raise ValueError(f"`prose` must be 'hub' or 'local', got {prose!r}.")
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder} holds no {MANIFEST}, so it is no folder of alignment data.")
-    count = json.loads((folder / MANIFEST).read_text())["num_shards"]
+    manifest = json.loads((folder / MANIFEST).read_text())
+    count = manifest["num_shards"]
     if unfinished := unfinished_shards(folder, count):
         raise ValueError(f"{len(unfinished)} of {count} shards in {folder} are not finished. Go on with the run first.")
     write_card(folder, rows, repo_id)
     api = HfApi(token=token)
-    address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo_id,
-        repo_type="dataset",
-        folder_path=str(folder),
-        # The manifest names paths of this machine; the card says what concerns others.
-        allow_patterns=["README.md", "data/train-*.parquet"],
-        commit_message="Alignment data",
+    address, _ = make_repository(api, repo_id, private=private, repo_type="dataset")
+    held = api.dataset_info(address.repo_id)
+    files = [sibling.rfilename for sibling in held.siblings or ()]
+    there = remote_card(api, address.repo_id, files, held.sha, repo_type="dataset")
+    card = merged(
+        alignment_card(rows, manifest, repo_id),
+        local_card(folder / CARD_FILE),
+        read_card(there, f"the card of {repo_id}") if there else None,
+        prose,
     )
+    with TemporaryDirectory(prefix=".publishing-", dir=folder) as scratch:
+        shards = public_shards(folder, count, manifest["target"], public_target(manifest), Path(scratch))
+        # The manifest names paths of this machine and stays here; the card says what concerns others.
+        new = {CARD_FILE: str(card).encode()} | {f"data/{path.name}": str(path) for path in shards}
+        # Rows of an earlier push under other names would be loaded as if they belonged to these.
+        stale = [name for name in files if fnmatch(name, _SHARDS) and name not in new]
+        api.create_commit(
+            address.repo_id,
+            [
+                *(CommitOperationDelete(name) for name in stale),
+                *(CommitOperationAdd(name, content) for name, content in new.items()),
+            ],
+            repo_type="dataset",
+            commit_message="Alignment data",
+            # If somebody edits the card meanwhile, nothing is overwritten.
+            parent_commit=held.sha,
+        )
     return str(address)
 
 

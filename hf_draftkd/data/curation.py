@@ -13,6 +13,8 @@ from hf_draftkd.data.sources import open_dataset, unknown
 
 logger = logging.get_logger(__name__)
 
+_CHARACTERS_A_TOKEN = 16  # generous: few texts have more
+
 
 def curate_prompts(
     source: "str | Path | Dataset | list[Any]",
@@ -72,7 +74,7 @@ def curate_prompts(
         prompt = text.strip() if question_column else opening(text, tokenizer, opening_tokens)
         if not prompt:
             reason = "empty"
-        elif not question_column and len(tokenizer(text, add_special_tokens=False)["input_ids"]) < min_tokens:
+        elif not question_column and not has_tokens(text, tokenizer, min_tokens):
             reason = "too_short"
         elif prompt in seen:
             reason = "repeated"
@@ -93,11 +95,22 @@ def curate_prompts(
     return cut, dict(counts)
 
 
+def has_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> bool:
+    """Whether a text has so many tokens, found out on as little of it as it takes: it may be a whole book."""
+    size = max(count, 1) * _CHARACTERS_A_TOKEN
+    while len(tokenizer(text[:size], add_special_tokens=False)["input_ids"]) < count:
+        if size >= len(text):
+            return False
+        # Few tokens in many characters: long runs of spaces or of one sign can be single tokens.
+        size *= 4
+    return True
+
+
 def opening(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
     """The first tokens of a document as text, cut back to the end of a word where the script has spaces."""
     text = text.strip()
     # A few characters a token are enough; a whole book need not be tokenised for its first sentence.
-    start = text[: tokens * 16]
+    start = text[: tokens * _CHARACTERS_A_TOKEN]
     ids = tokenizer(start, add_special_tokens=False)["input_ids"]
     if len(ids) <= tokens and len(start) == len(text):
         return text

@@ -12,6 +12,7 @@ from hf_draftkd.data.answering import ids_without_token as ids_without_token  # 
 from hf_draftkd.data.answering import local_target, remote_target, served_context
 from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
 from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.markdown import is_hub_id
 from hf_draftkd.data.prompts import context_length as config_context
 from hf_draftkd.data.prompts import fitting_rows, load_prompts, render_prompts
 from hf_draftkd.data.provenance import package_versions, plain, template_hash, text_hash
@@ -152,6 +153,8 @@ def generate_alignment_data(
         "num_shards": len(shards),
         "versions": package_versions(),
     }
+    if _is_folder_like_an_id(target_model, answering.identity["target"]):
+        manifest["target_is_local"] = True
     origin |= {name: answering.identity[name] for name in ("target", "target_revision")}
 
     def make_shard(number: int, on_finished: Callable[[Completion], None]) -> Dataset:
@@ -244,10 +247,19 @@ def derived_seed(*parts: Any) -> int:
     return int.from_bytes(digest[:8], "big") >> 1  # below 2**63, as torch wants it
 
 
+def _is_folder_like_an_id(target_model: Any, name: str) -> bool:
+    """Whether a target's name is a local folder's that a card, written elsewhere, would take for an id on the Hub.
+
+    Recorded for such names only: a further key would keep folders begun without it from going on.
+    """
+    return not isinstance(target_model, str) and is_hub_id(name) and Path(name).is_dir()
+
+
 def _failed_prompt(error: PromptFailedError, row: int, prompt: Any, count: int) -> str:
     return (
-        f"{str(error).rstrip('.')}. It was asked prompt {row} (from 0, of {count}), {_beginning(prompt)}. The same command would "
-        "stop there again: take this prompt out, and name another folder, since other prompts make other shards."
+        f"{str(error).rstrip('.')}. It was asked prompt {row} (from 0, of {count}), {_beginning(prompt)}. The same "
+        "command would stop there again: take this prompt out, and name another folder, since other prompts make other "
+        "shards."
     )
 
 

@@ -1,5 +1,6 @@
 """The steps of an evaluation, in order: take texts, score drafts on them, time decoding, judge."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,7 +135,12 @@ class Measurement:
                 f"Only {count} prompt{'s' if count > 1 else ''}: intervals from fewer than {_FEW_PROMPTS} are too "
                 "narrow to be trusted."
             )
-        return PromptInfo(source=source or "given", count=count, sha256=content_hash(contents))
+        return PromptInfo(
+            source=source or "given",
+            is_local=os.path.exists(source) if source else None,
+            count=count,
+            sha256=content_hash(contents),
+        )
 
     def score(self, drafts: Sequence[PreTrainedModel], *, is_lossy: bool = False) -> list[DraftResult]:
         """One pass of target and drafts over every text set; `is_lossy` adds what `lossy_curve` needs."""

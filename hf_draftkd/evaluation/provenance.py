@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,8 +23,11 @@ def model_info(model: PreTrainedModel, name: str | None = None, *, weights_sha25
         name: What to call it where it was not loaded from anywhere.
         weights_sha256: Its checksum, where it was taken.
     """
+    name = name or model.config.name_or_path or type(model).__name__
     return ModelInfo(
-        name=name or model.config.name_or_path or type(model).__name__,
+        name=name,
+        # Recorded now: later, and in another folder, nobody can tell a relative path from an id on the Hub.
+        is_local=os.path.isdir(name),
         revision=model_revision(model),
         num_parameters=model.num_parameters(),
         dtype=_dtype_name(model),

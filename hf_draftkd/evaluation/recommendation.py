@@ -91,7 +91,7 @@ def recommend(setting: SettingResult, latency: LatencyResult, name: str) -> Reco
         )
     if measured is not None and setting.assisted is not None:
         reason += f" Measured with {_tokens(setting.assisted.num_assistant_tokens)}: {_times(measured)}."
-        if measured.low <= 1 <= measured.high:
+        if measured.low is not None and measured.high is not None and measured.low <= 1 <= measured.high:
             reason += " A gain and a loss both lie within this interval: more prompts would decide."
     return Recommendation(
         worth_it=worth_it,

@@ -21,6 +21,9 @@ class ModelInfo:
     """Which model was measured."""
 
     name: str = key("Hub id or path the model was loaded from.")
+    is_local: bool | None = key(
+        "Whether `name` was a folder where it was measured: `models/draft` may also be an id on the Hub.", default=None
+    )
     revision: str | None = key("Commit on the Hub; absent for a local path.", default=None)
     num_parameters: int = key("Parameters, tied weights counted once.")
     dtype: str | None = key("Number format of the weights that were measured.", default=None)
@@ -36,6 +39,7 @@ class PromptInfo:
     """Which prompts were answered."""
 
     source: str = key("Dataset id, file, or `given` for prompts passed in Python.")
+    is_local: bool | None = key("Whether `source` was a file or folder where it was measured.", default=None)
     count: int = key("Number of prompts.")
     domain: str | None = key("What the prompts are about, where the user said so.", default=None)
     sha256: str = key("Hash of the prompts' contents, in order: equal hashes are the same prompts.")

@@ -17,15 +17,17 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import PackageLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from hf_draftkd.hub import figures, sections
-from hf_draftkd.hub.markdown import Markdown, fenced, text
+from hf_draftkd.data import card_sections as sections
+from hf_draftkd.data.markdown import Markdown, fenced, text
+from hf_draftkd.hub import figures
 from hf_draftkd.hub.metadata import card_data, eval_results
-from hf_draftkd.hub.names import public_name, public_report
+from hf_draftkd.hub.names import public_report
 from hf_draftkd.hub.parts import card_context
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary, write_text
 
 Json = Mapping[str, Any]
 CARD_FILE = "README.md"
+SECTIONS = ("summary", "use", "figures", "training", "limits", "citation")
 TEMPLATE = "draft_model_card.md"
 
 
@@ -85,8 +87,8 @@ class DraftModelCard(ModelCard):
         data = card_data(
             name=context["name"].rsplit("/", 1)[-1],
             target=context["target"],
-            base_model=public_name(training.draft) if training and training.draft else None,
-            datasets=[public_name(training.dataset)] if training and training.dataset else [],
+            base_model=training.public_name("draft") if training else None,
+            datasets=[name for name in [training and training.public_name("dataset")] if name],
             license=license,
             language=language,
             tags=tags,
@@ -143,7 +145,7 @@ def _body(context: Json, source: str | None) -> str:
     environment = _environment()
     template = environment.from_string(source) if source is not None else environment.get_template(TEMPLATE)
     blocks = template.blocks
-    if source is not None and not set(blocks) & {"title", *sections.SECTIONS}:
+    if source is not None and not set(blocks) & {"title", *SECTIONS}:
         # A template without blocks is the whole body: all of it is prose then.
         return template.render(context).strip("\n") + "\n"
 
@@ -152,5 +154,5 @@ def _body(context: Json, source: str | None) -> str:
         return "".join(origin(template.new_context(dict(context)))).strip("\n")
 
     parts = [render("title") + "\n"]
-    parts += [sections.marked(name, content) for name in sections.SECTIONS if (content := render(name))]
+    parts += [sections.marked(name, content) for name in SECTIONS if (content := render(name))]
     return "\n".join(parts)

@@ -9,6 +9,7 @@ Figures are read from the `model-index` in the answer of one listing; no file of
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelInfo, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import ExpandModelProperty_T
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from hf_draftkd.data.markdown import is_hub_id, one_line
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.access import hub_errors
 from hf_draftkd.hub.contents import REPORT_FILE
-from hf_draftkd.hub.markdown import is_hub_id, one_line
 from hf_draftkd.hub.metadata import draft_for_tag
 from hf_draftkd.hub.summary import MAX_JSON_BYTES, read_json
 
@@ -37,6 +38,8 @@ _POSSIBLE = {
     "relative_cost": (0.0, 1e3),
 }
 _AGAIN = "Try again later, or search on https://huggingface.co/models?other=draft-model."
+# A commit, or the beginning of one as `git` and the Hub's pages shorten it.
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 # How far up a target's family to look: a fine-tune's base often has drafts already.
 _MAX_GENERATIONS = 3
 # Not `cardData`: huggingface_hub passes what a stranger wrote there to a constructor, and one that it cannot take (tags
@@ -149,13 +152,13 @@ def find_drafts(
 
     Args:
         target: Hub id.
-        revision: Commit of the target that figures should be about; by default its latest.
+        revision: Commit, branch or tag of the target that figures should be about; by default its latest commit.
         include_base_models: Also look for drafts of the models the target derives from.
         limit: At most so many per target.
         token: Access token, for private drafts; by default the one that is logged in.
 
     Raises:
-        ValueError: `target` is no Hub id.
+        ValueError: `target` is no Hub id, or has no such revision.
         ConnectionError: The Hub cannot be reached.
     """
     if not is_hub_id(target):
@@ -176,17 +179,44 @@ def find_drafts(
 
 
 def _family(api: HfApi, target: str, revision: str | None) -> Iterator[tuple[str, str | None, int | None]]:
-    """(name, latest commit, parameters) of the target and of what it derives from, nearest first."""
+    """(name, commit, parameters) of the target and of what it derives from, nearest first."""
     name: str | None = target
     seen: set[str] = set()
     while name and name not in seen and len(seen) < _MAX_GENERATIONS:
         seen.add(name)
         info = _info(api, name)
-        sha = revision if name == target and revision else info.sha if info else None
+        sha = _commit(api, target, revision) if name == target and revision else info.sha if info else None
         yield name, sha, _parameters(info)
         base = info.card_data.get("base_model") if info and info.card_data else None
         base = base[0] if isinstance(base, list) and base else base
         name = base if isinstance(base, str) and is_hub_id(base) else None
+
+
+def _commit(api: HfApi, name: str, revision: str) -> str | None:
+    """The commit that a revision means; figures record commits, so a branch's name would never equal one.
+
+    What the Hub does not resolve stands for itself if it is a commit or the beginning of one. None where a branch of a
+    repository that is not visible from here could mean any commit.
+
+    Raises:
+        ValueError: The repository has no such revision.
+    """
+    try:
+        return api.model_info(name, revision=revision, expand=["sha"]).sha
+    except RevisionNotFoundError:
+        if not _COMMIT.fullmatch(revision):
+            raise ValueError(
+                f"{name} has no revision {revision!r}. Give a branch, a tag or a commit (7 digits or more)."
+            ) from None
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403, 404):
+            raise
+    return revision if _COMMIT.fullmatch(revision) else None
+
+
+def _is_about(recorded: str | None, commit: str | None) -> bool:
+    """Whether a figure's commit is the one asked about, which may be shortened."""
+    return bool(recorded and commit) and str(recorded).startswith(str(commit))
 
 
 def _info(api: HfApi, name: str) -> ModelInfo | None:
@@ -221,7 +251,7 @@ def _read(info: ModelInfo, made_for: str, asked: str, sha: str | None) -> FoundD
     revisions = {figure.target_revision for figure in figures}
     if figures and None in revisions:
         remarks.append("the target's revision was not recorded")
-    if sha and any(revision and revision != sha for revision in revisions):
+    if sha and any(revision and not _is_about(revision, sha) for revision in revisions):
         remarks.append("figures were measured on another revision of the target")
     costs = [_measured(result) for result in results if result.metric_type == "relative_cost"]
     licenses = [tag.removeprefix("license:") for tag in info.tags or () if str(tag).startswith("license:")]
@@ -303,7 +333,7 @@ def _text(value: Any) -> str | None:
 def _rank(draft: FoundDraft, generation: int, sha: str | None, target_parameters: int | None) -> tuple:
     """Smaller is better."""
     typical = draft.typical
-    is_current = typical is not None and typical.target_revision is not None and typical.target_revision == sha
+    is_current = typical is not None and _is_about(typical.target_revision, sha)
     speedup = None
     if typical and typical.block_efficiency and typical.num_assistant_tokens:
         share = None

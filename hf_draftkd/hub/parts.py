@@ -5,10 +5,10 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
 
+from hf_draftkd.data.markdown import Markdown, code, dataset_link, fenced, model_link, one_line, text
+from hf_draftkd.data.public_names import is_public, public_name
 from hf_draftkd.hub import engines, figures
 from hf_draftkd.hub.citations import bibtex, papers_used
-from hf_draftkd.hub.markdown import Markdown, code, dataset_link, fenced, model_link, one_line, text
-from hf_draftkd.hub.names import is_public, public_name
 from hf_draftkd.hub.summary import COMPLETIONS, SIGNALS, PairFacts, Provenance, TrainingSummary
 
 Json = Mapping[str, Any]
@@ -36,7 +36,7 @@ def card_context(
     """
     target: str | None = report.get("target", {}).get("name")
     if target is None and training and training.target:
-        target = public_name(training.target)
+        target = training.public_name("target")
     revision = report.get("target", {}).get("revision") or (training.target_revision if training else None)
     shown = public_name(name) if name else report.get("draft", {}).get("name") or "path/to/draft"
     if "/" not in shown:
@@ -122,7 +122,7 @@ def _summary(
     share = Markdown(f" ({draft_size / target_size:.2%} of the target)") if draft_size and target_size else ""
     origin = None
     if training and training.draft:
-        origin = _model({"name": public_name(training.draft), "revision": training.draft_revision})
+        origin = _model({"name": training.public_name("draft"), "revision": training.draft_revision})
     elif training and training.built_from:
         origin = text(training.built_from)
     rows = [
@@ -157,9 +157,8 @@ def _training(training: TrainingSummary | None) -> Markdown | None:
         writer = f"{writer}; the draft writes a fraction of {training.lmbda:g}"
     if writer and training.skd_top_k is not None:
         writer += f"; of its tokens, those outside the target's top {training.skd_top_k} are replaced by the target's"
-    data = None
-    if training.dataset:
-        data = _dataset(public_name(training.dataset), training.dataset_revision)
+    dataset = training.public_name("dataset")
+    data = _dataset(dataset, training.dataset_revision) if dataset else None
     rows = [
         ("Data set", data),
         ("Scenario", ", ".join(training.scenarios) if training.scenarios else None),

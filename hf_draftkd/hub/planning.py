@@ -15,18 +15,17 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from hf_draftkd.data import card_sections as sections
+from hf_draftkd.data.markdown import is_hub_id
+from hf_draftkd.data.public_names import without_paths
+from hf_draftkd.data.repositories import MAX_CARD_BYTES
 from hf_draftkd.evaluation.report import ModelInfo, SpeculationReport
-from hf_draftkd.hub import sections
 from hf_draftkd.hub.access import redacted
 from hf_draftkd.hub.card import DraftModelCard
 from hf_draftkd.hub.contents import CARD_FILE, REPORT_FILE, PlannedFile, check_folder
-from hf_draftkd.hub.markdown import is_hub_id
-from hf_draftkd.hub.names import public_name, without_paths
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary, read_json
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
 from hf_draftkd.models.weights import count_parameters, weights_checksum
-
-MAX_CARD_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +168,11 @@ def pair_facts(draft: DraftFolder, generation: PlannedFile | None, token: str | 
     config = AutoConfig.from_pretrained(draft.path, trust_remote_code=False)
     training = draft.provenance.training or TrainingSummary()
     name = report.target.name if report else training.target
+    is_local = report.target.is_local if report else training.target_is_local
     revision = report.target.revision if report else training.target_revision
     target = None
-    if name is not None:
+    # A folder that does not lie here must not be looked for on the Hub: a stranger's repository may have its name.
+    if name is not None and (os.path.isdir(name) or not is_local):
         try:
             target = AutoConfig.from_pretrained(
                 name, revision=revision if is_hub_id(name) else None, token=token, trust_remote_code=False
@@ -192,8 +193,7 @@ def public_provenance(draft: DraftFolder, pair: PairFacts) -> Provenance:
     provenance = draft.provenance
     training = provenance.training
     if training is not None:
-        names: dict[str, Any] = {name: getattr(training, name) for name in ("target", "draft", "dataset")}
-        names = {name: public_name(value) for name, value in names.items() if value}
+        names: dict[str, Any] = {which: training.public_name(which) for which in ("target", "draft", "dataset")}
         training = dataclasses.replace(training, **names)
     notes = [*(provenance.notes or ()), *(f"Published although: {words}" for words in draft.contradictions)]
     return dataclasses.replace(

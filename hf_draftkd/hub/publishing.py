@@ -24,6 +24,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_draftkd.data.repositories import make_repository, public_refusal, remote_card
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub import contents, planning
 from hf_draftkd.hub.access import hub_errors, writing_token
@@ -36,6 +37,8 @@ from hf_draftkd.hub.planning import DraftFolder
 from hf_draftkd.hub.summary import PROVENANCE_FILE
 from hf_draftkd.models.weights import WEIGHT_FILE
 
+_VISIBILITY = {True: "private", False: "public", None: "new, public or private as its owner's default says"}
+_BENCHMARK_FILE = ".eval_results/draftkd.yaml"
 _AGAIN = "Nothing was published, nothing on disk has changed: the same command tries again."
 
 
@@ -49,7 +52,8 @@ class Upload:
         deleted: Paths of an older version in the repository that go out in the same commit.
         card: The model card among `files`.
         remarks: What a person should know before (or after) it happens.
-        private, revision, create_pr: As passed to `push_draft`.
+        private: Whether the repository is private, or will be; None before a new one is made by its owner's default.
+        revision, create_pr: As passed to `push_draft`.
         commit, url: The commit and where to see it; None in a dry run.
     """
 
@@ -68,7 +72,7 @@ class Upload:
         width = max(len(file.path) for file in self.files)
         where = f" (revision {self.revision})" if self.revision else ""
         kind = "pull request on" if self.create_pr else "commit to"
-        lines = [f"{kind} {self.repo_id}{where}, {'private' if self.private else 'public or as it is'}:"]
+        lines = [f"{kind} {self.repo_id}{where}, {_VISIBILITY[self.private]}:"]
         lines += [
             f"  {file.path:<{width}}  {file.size:>13,} bytes{f'  {file.remark}' if file.remark else ''}"
             for file in self.files
@@ -80,9 +84,10 @@ class Upload:
 
 @dataclass(frozen=True)
 class _Remote:
-    """The repository as it is: its last commit, its files, its card."""
+    """The repository as it is: its last commit, its files, its card, who can see it; all empty where there is none."""
 
     sha: str | None = None
+    private: bool | None = None
     files: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     card: str | None = None
@@ -117,7 +122,7 @@ def push_draft(
         language: Language code or codes for the metadata.
         tags: Further tags.
         private: Whether a new repository is private; None leaves it to the organisation's default. An existing one
-            keeps its visibility.
+            keeps its visibility; True refuses one that is public.
         revision: Branch to commit to; made where it does not exist.
         create_pr: Open a pull request instead of committing.
         commit_message: First line of the commit.
@@ -132,7 +137,8 @@ def push_draft(
         What was, or would be, published; `print` shows it.
 
     Raises:
-        ValueError: The folder, report, name, licence or login is not in order; says what to do.
+        ValueError: The folder, report, name, licence or login is not in order, or what should be private would be
+            public; says what to do.
         ConnectionError: The Hub or the network failed; nothing was published.
     """
     if prose not in (None, "hub", "local"):
@@ -150,6 +156,8 @@ def push_draft(
     api = HfApi(token=token)
     repo_id = _with_owner(api, repo_id, dry_run=dry_run, token=token)
     remote, remarks = _look_at_hub(api, repo_id, revision, dry_run=dry_run, token=token)
+    if private and remote.private is False:
+        raise ValueError(public_refusal(repo_id))
     if remote.files and not allow_mismatch and _holds_another_model(remote):
         raise ValueError(
             f"{repo_id} exists and holds a model that is not a draft (its card lacks the tag `draft-model`). Name "
@@ -158,7 +166,11 @@ def push_draft(
     words = {"license": license, "language": language, "tags": tags}
     plan = _plan(api, draft, repo_id, remote, words=words, task=benchmark_task, prose=prose, token=token)
     plan = dataclasses.replace(
-        plan, private=private, revision=revision, create_pr=create_pr, remarks=(*remarks, *plan.remarks)
+        plan,
+        private=private if remote.private is None else remote.private,
+        revision=revision,
+        create_pr=create_pr,
+        remarks=(*remarks, *plan.remarks),
     )
     contents.refuse_secrets(plan.files, token)
     return plan if dry_run else _commit(api, plan, remote, commit_message, token)
@@ -202,13 +214,8 @@ def _remote(api: HfApi, repo_id: str, revision: str | None) -> _Remote:
         branches = {branch.name: branch for branch in api.list_repo_refs(repo_id).branches}
         info = api.model_info(repo_id, revision=revision if revision in branches else None)
     files = tuple(sibling.rfilename for sibling in info.siblings or ())
-    text = None
-    if CARD_FILE in files:
-        size = sum(getattr(entry, "size", 0) for entry in api.get_paths_info(repo_id, CARD_FILE, revision=info.sha))
-        if size > planning.MAX_CARD_BYTES:
-            raise ValueError(f"The card of {repo_id} has {size:,} bytes; that is no card. Look at it on the Hub.")
-        text = Path(api.hf_hub_download(repo_id, CARD_FILE, revision=info.sha)).read_text(encoding="utf-8-sig")
-    return _Remote(sha=info.sha, files=files, tags=tuple(info.tags or ()), card=text)
+    text = remote_card(api, repo_id, files, info.sha)
+    return _Remote(sha=info.sha, private=bool(info.private), files=files, tags=tuple(info.tags or ()), card=text)
 
 
 def _holds_another_model(remote: _Remote) -> bool:
@@ -258,7 +265,7 @@ def _plan(
     files += plots
     if task is not None:
         entries = eval_result_entries_to_yaml(benchmark_entries(known, task))
-        files.append(PlannedFile(".eval_results/draftkd.yaml", yaml.safe_dump(entries, sort_keys=False).encode()))
+        files.append(PlannedFile(_BENCHMARK_FILE, yaml.safe_dump(entries, sort_keys=False).encode()))
     new = {file.path for file in files}
     stale = tuple(name for name in remote.files if _is_ours(name) and name not in new)
     remarks = [*draft.remarks]
@@ -272,7 +279,8 @@ def _is_ours(name: str) -> bool:
 
     transformers prefers a single weight file over shards, and figures of other weights would mislead.
     """
-    return bool(WEIGHT_FILE.fullmatch(name)) or name == REPORT_FILE or name.startswith(f"{contents.PLOT_FOLDER}/")
+    is_figures = name in (REPORT_FILE, _BENCHMARK_FILE) or name.startswith(f"{contents.PLOT_FOLDER}/")
+    return is_figures or bool(WEIGHT_FILE.fullmatch(name))
 
 
 def _commit(api: HfApi, plan: Upload, remote: _Remote, message: str, token: str | None) -> Upload:
@@ -282,7 +290,7 @@ def _commit(api: HfApi, plan: Upload, remote: _Remote, message: str, token: str 
     ]
     deletions = [CommitOperationDelete(path) for path in plan.deleted]
     with hub_errors(f"publishing {plan.repo_id}", afterwards=_AGAIN, token=token):
-        api.create_repo(plan.repo_id, private=plan.private, exist_ok=True)
+        _, is_private = make_repository(api, plan.repo_id, private=plan.private)
         if plan.revision and plan.revision != "main":
             api.create_branch(plan.repo_id, branch=plan.revision, exist_ok=True)
         done = api.create_commit(
@@ -294,4 +302,4 @@ def _commit(api: HfApi, plan: Upload, remote: _Remote, message: str, token: str 
             # The card was merged with what was there: if somebody edits it meanwhile, nothing is overwritten.
             parent_commit=remote.sha if not plan.create_pr else None,
         )
-    return dataclasses.replace(plan, commit=done.oid, url=done.pr_url or done.commit_url)
+    return dataclasses.replace(plan, private=is_private, commit=done.oid, url=done.pr_url or done.commit_url)

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+from hf_draftkd.data.public_names import public_name
 from hf_draftkd.evaluation.schema import from_plain, key, to_plain
 
 PROVENANCE_FILE = "provenance.json"
@@ -50,8 +51,10 @@ class TrainingSummary:
     """
 
     target: str | None = key("The model it was aligned with: Hub id or path.", default=None)
+    target_is_local: bool | None = key("Whether `target` was a folder where it was trained.", default=None)
     target_revision: str | None = key("The target's commit.", default=None)
     draft: str | None = key("Where the draft's weights started: Hub id or path.", default=None)
+    draft_is_local: bool | None = key("Whether `draft` was a folder where it was trained.", default=None)
     draft_revision: str | None = key("Its commit.", default=None)
     built_from: str | None = key("How a new draft was made, in words: `layers 0 and 7 of the target`.", default=None)
     signal: str | None = key("What was learned from: `white_box`, `cached` or `black_box`.", default=None)
@@ -66,6 +69,7 @@ class TrainingSummary:
         "SKD: tokens of the draft outside the target's so many likeliest were the target's own.", default=None
     )
     dataset: str | None = key("Training data: Hub id or path.", default=None)
+    dataset_is_local: bool | None = key("Whether `dataset` was a file or folder there.", default=None)
     dataset_revision: str | None = key("Its commit.", default=None)
     scenarios: list[str] | None = key("`queries`, `curated`, `synthetic`.", default=None)
     num_rows: int | None = key("Rows of training data.", default=None)
@@ -85,6 +89,12 @@ class TrainingSummary:
     def __post_init__(self) -> None:
         _one_of(SIGNALS, self.signal, "signal")
         _one_of(COMPLETIONS, self.completions, "completions")
+
+    def public_name(self, which: str) -> str | None:
+        """The `target`, `draft` or `dataset` as a stranger may read it; None where it is not known."""
+        name = getattr(self, which)
+        # What was recorded decides: whether a path of that name exists where the card is written says nothing.
+        return public_name(name, getattr(self, f"{which}_is_local")) if name else None
 
 
 @dataclass(frozen=True, kw_only=True)

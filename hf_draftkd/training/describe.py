@@ -1,6 +1,7 @@
 """What a run was, in the words of the model card: taken from the run itself, so that a card cannot claim another."""
 
 import datetime
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -134,13 +135,17 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
     metrics = {name: value for name, value in (figures[-1] if figures else {}).items() if name in _METRICS}
     training = TrainingSummary(
         target=trainer.target_name or None,
+        # Of a target that only wrote the data, its rows know the name alone.
+        target_is_local=_is_local(trainer.target_name) if target is not None else None,
         draft=trainer.draft_name or None,
+        draft_is_local=_is_local(trainer.draft_name),
         draft_revision=model_revision(draft),
         signal=trainer.signal.name if trainer.learns_from_target else "black_box",
         divergence=args.divergence,
         divergence_options=args.divergence_options or None,
         temperature=args.temperature,
         dataset=dataset_name,
+        dataset_is_local=_is_local(dataset_name),
         peft=_adapter(trainer.model),
         num_steps=trainer.state.global_step,
         num_epochs=trainer.state.epoch,
@@ -171,6 +176,11 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
         pair=pair,
         weights_sha256=checksum,
     )
+
+
+def _is_local(name: str | None) -> bool | None:
+    """Recorded where the run is: later, and elsewhere, nobody can tell a relative path from an id on the Hub."""
+    return os.path.exists(name) if name else None
 
 
 def _hardware(draft: Any, num_processes: int) -> str:

@@ -1,7 +1,7 @@
 import pytest
 from datasets import Dataset
 
-from hf_draftkd.data.curation import curate_prompts, opening
+from hf_draftkd.data.curation import curate_prompts, has_tokens, opening
 from hf_draftkd.data.generation import generate_alignment_data
 from tests.data.small import make_tokenizer
 
@@ -41,6 +41,37 @@ def test_documents_become_openings_and_are_counted(tokenizer):
     assert all(
         text.startswith(prompt) for text, prompt in zip((DOCUMENTS[0], DOCUMENTS[4]), prompts["prompt"], strict=True)
     )
+
+
+def test_a_book_is_not_tokenised_whole(tokenizer):
+    """Catches minutes of tokenising long documents of which a sentence is used."""
+    read = []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, text, **options):
+            read.append(len(text))
+            return tokenizer(text, **options)
+
+    _, counts = curate_prompts([{"text": "the cat sat " * 50_000}], Counting(), opening_tokens=8)
+    assert counts == {"kept": 1}
+    assert max(read) < 1000
+
+
+def test_tokens_are_counted_as_in_the_whole_text(tokenizer):
+    """Catches a document that is left out because its first characters make few tokens."""
+
+    def blanks_are_free(text, **options):
+        return {"input_ids": text.split()}
+
+    assert has_tokens(" " * 5000 + "a b c", blanks_are_free, 3)
+    assert not has_tokens(" " * 5000 + "a b c", blanks_are_free, 4)
+    for document in DOCUMENTS:
+        size = len(tokenizer(document, add_special_tokens=False)["input_ids"])
+        assert has_tokens(document, tokenizer, size)
+        assert not has_tokens(document, tokenizer, size + 1)
 
 
 def test_questions_are_asked(tokenizer):

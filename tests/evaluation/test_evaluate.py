@@ -1,6 +1,7 @@
 """The whole evaluation on tiny pairs, from Python."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,6 +237,18 @@ def test_the_report_names_the_weights_that_were_measured(tmp_path, pair):
     later = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], **quick)
     assert later.draft.name == str(tmp_path / "before")
     assert later.draft.weights_sha256 == weights_checksum(tmp_path / "after") != report.draft.weights_sha256
+
+
+def test_the_report_says_which_names_were_folders(tmp_path, pair, monkeypatch):
+    """Catches `models/draft`, a folder, that nobody can later tell from a repository on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    Path("models/draft").mkdir(parents=True)
+    Path("data").mkdir()
+    Path("data/prompts").touch()
+    draft, target = pair
+    draft.config.name_or_path, target.config.name_or_path = "models/draft", "org/target"
+    report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:4], source="data/prompts", **QUICK)
+    assert (report.draft.is_local, report.target.is_local, report.prompts.is_local) == (True, False, True)
 
 
 def test_padded_vocabularies_are_aligned_first(tmp_path):

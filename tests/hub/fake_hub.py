@@ -262,12 +262,12 @@ class _Handler(BaseHTTPRequestHandler):
         user = self.user(writing=True, owner=wanted.get("organization"))
         assert user is not None
         repo_id = f"{wanted.get('organization') or user.name}/{wanted['name']}"
+        kind = "datasets/" if wanted.get("type") == "dataset" else ""
         if repo_id in self.hub.repos:
-            self.send(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo_id}"})
+            self.send(409, {"error": "You already created this repo", "url": f"{self.hub.url}/{kind}{repo_id}"})
             return
         repo = self.hub.repos[repo_id] = Repo(private=wanted.get("visibility") == "private")
         repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
-        kind = "datasets/" if wanted.get("type") == "dataset" else ""
         self.send(200, {"url": f"{self.hub.url}/{kind}{repo_id}", "name": repo_id, "id": repo_id})
 
     def validate(self) -> None:

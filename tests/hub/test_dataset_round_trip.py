@@ -44,6 +44,8 @@ def test_push_and_load_alignment_data(hub: FakeHub, pair, tokenizer, tmp_path: P
     assert loaded.returncode == 0, loaded.stderr
     here, there = load_dataset(str(out), split="train"), load_dataset("parquet", data_files=str(back), split="train")
     assert there.features == here.features
-    assert there.to_list() == here.to_list()
+    # Where the target lies on this machine is the one thing that stays here.
+    assert there.remove_columns("target").to_list() == here.remove_columns("target").to_list()
+    assert (set(here["target"]), set(there["target"])) == ({str(target)}, {"path/to/target"})
     assert here.features["target_logprobs"].feature.feature.dtype == "float16"
     assert all(np.shape(row["target_token_ids"]) == (len(row["completion_ids"]), 4) for row in here)

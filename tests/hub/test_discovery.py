@@ -1,13 +1,17 @@
 """Finding drafts: the right ones, in the right order, and nothing believed that a stranger made up."""
 
+import dataclasses
+import io
 import json
+import re
 
 import pytest
+from rich.console import Console
 
 from hf_draftkd.cli import find as find_command
 from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.hub.card import DraftModelCard
-from hf_draftkd.hub.discovery import find_drafts
+from hf_draftkd.hub.discovery import Figure, FoundDraft, find_drafts
 from tests.hub import fake_hub, samples
 from tests.hub.fake_hub import FakeHub
 
@@ -90,6 +94,26 @@ def test_missing_figures_and_other_revisions_are_said(hub: FakeHub, target_sha: 
     assert found[2].acceptance_rate is None
     # Asked about that older revision, the other draft is the one that fits.
     assert find_drafts(TARGET, revision="0" * 40)[0].repo_id == "b/older"
+
+
+def test_a_revision_means_its_commit(hub: FakeHub, target_sha: str):
+    """Catches figures of the very commit that are called another revision's, since its name differs."""
+    add_draft(hub, "a/older", about("0" * 40, alpha=0.9, tau=3.0))
+    add_draft(hub, "b/current", about(target_sha, alpha=0.3, tau=1.2))
+    other = ("figures were measured on another revision of the target",)
+    for revision in ("main", target_sha, target_sha[:8]):
+        found = find_drafts(TARGET, revision=revision)
+        assert [(draft.repo_id, draft.remarks) for draft in found] == [("b/current", ()), ("a/older", other)], revision
+    for revision in ("v9", "0" * 6):
+        with pytest.raises(ValueError, match=f"{TARGET} has no revision '{revision}'"):
+            find_drafts(TARGET, revision=revision)
+
+
+def test_a_branch_of_a_target_that_cannot_be_seen_is_compared_with_nothing(hub: FakeHub):
+    add_draft(hub, "a/draft", about("0" * 40, alpha=0.9, tau=3.0))
+    other = ("figures were measured on another revision of the target",)
+    found = {revision: find_drafts(TARGET, revision=revision)[0].remarks for revision in ("main", "0" * 9, "1" * 9)}
+    assert found == {"main": (), "0" * 9: (), "1" * 9: other}
 
 
 def test_drafts_of_the_base_model_come_last_and_say_so(hub: FakeHub, target_sha: str):
@@ -216,6 +240,30 @@ class TestCommand:
         assert [draft["repo_id"] for draft in plain] == ["a/draft", "b/silent"]
         assert plain[0]["figures"][0]["acceptance_rate"] == 0.625
         assert "relative_cost" not in plain[1]
+
+    def test_no_figure_is_cut_on_a_narrow_terminal(self):
+        """Catches `14,8…`: a figure without its end is a false one."""
+        figure = Figure(temperature=0.7, verification="exact_match", acceptance_rate=0.625, block_efficiency=12.25)
+        figure = dataclasses.replace(figure, num_assistant_tokens=16)
+        name = "an-organisation-with-a-long-name/Qwen2.5-0.5B-Instruct-draft-for-72B"
+        known = {"num_parameters": 14_830_000_000, "relative_cost": 0.125, "license": "apache-2.0"}
+        remarks = ("figures were measured on another revision of the target",)
+        draft = FoundDraft(name, None, TARGET, (figure,), **known, downloads=1_234_567, remarks=remarks)
+        console = Console(file=io.StringIO(), width=80)
+        console.print(find_command.table([draft], TARGET))
+        text = console.file.getvalue()
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= 80
+        for part in ("0.625", "12.25", "16", "T 0.7", "14.8B", "1.23M", "apache-2.0", "cost 0.125"):
+            assert re.search(rf"(?<!\S){re.escape(part)}(?![^\s;])", text), part
+        # What is folded is whole: the first column, put together again.
+        end = next(line.index("accept-") for line in text.splitlines() if "accept-" in line)
+        left = "".join(line[:end].strip() for line in text.splitlines())
+        assert name in left
+
+    def test_counts_are_short(self):
+        counts = {None: "-", 0: "0", 999: "999", 1000: "1k", 999_499: "999k", 999_500: "1M", 10**9: "1B", 10**12: "1T"}
+        assert {count: find_command._short(count) for count in counts} == counts
 
     def test_none_found_is_not_an_error(self, hub: FakeHub, target_sha: str, capsys):
         assert find_command.run([TARGET]) == 0

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_draftkd.hub.card import SECTIONS
 from hf_draftkd.hub.metadata import TAGS, eval_results
-from hf_draftkd.hub.sections import SECTIONS
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
 from tests.hub import samples
 

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import parse_eval_result_entries
+from huggingface_hub import HfApi, parse_eval_result_entries
 from safetensors.torch import load_file, save_file
 
 from hf_draftkd.cli import push as push_command
@@ -128,6 +129,42 @@ class TestOneCommit:
         with pytest.raises(ValueError, match="pull request"):
             push(draft_folder, create_pr=True, revision="v2")
 
+    @pytest.mark.parametrize("create_pr", [False, True])
+    def test_a_wish_for_privacy_never_ends_in_public(self, hub: FakeHub, draft_folder: Path, create_pr: bool):
+        """Catches `--private` that uploads to a public repository and prints "private"."""
+        push(draft_folder)
+        before = hub.repos[ID].files()
+        for dry_run in (True, False):
+            with pytest.raises(ValueError, match=r"me/draft exists and is public.*Make it private in its settings"):
+                push(draft_folder, private=True, tags=["new"], create_pr=create_pr, dry_run=dry_run)
+        assert hub.repos[ID].files() == before
+        assert set(hub.repos[ID].refs) == {"main"}
+
+    def test_nor_where_the_repository_appears_meanwhile(self, hub: FakeHub, draft_folder: Path, monkeypatch):
+        """Catches a check that is made once, long before the upload."""
+        original = HfApi.create_repo
+
+        def meanwhile(self, repo_id, **options):
+            hub.add(repo_id, {})
+            return original(self, repo_id, **options)
+
+        monkeypatch.setattr(HfApi, "create_repo", meanwhile)
+        with pytest.raises(ValueError, match="exists and is public"):
+            push(draft_folder, private=True)
+        assert hub.repos[ID].files() == {}
+        assert not hub.objects
+
+    def test_the_visibility_that_is_shown_is_the_real_one(self, hub: FakeHub, draft_folder: Path):
+        """Catches "public" for a repository that is private already, and "private" as a mere echo of the option."""
+        assert "me/draft, new, public or private as its owner's default says:" in str(push(draft_folder, dry_run=True))
+        assert str(push(draft_folder)).startswith("commit to me/draft, public:")
+        push(draft_folder, repo_id="me/own", private=True)
+        for private in (None, False, True):
+            for dry_run in (True, False):
+                upload = push(draft_folder, repo_id="me/own", private=private, dry_run=dry_run)
+                assert str(upload).startswith("commit to me/own, private:")
+        assert hub.repos["me/own"].private
+
     def test_a_bare_name_is_the_users_own(self, hub: FakeHub, draft_folder: Path):
         assert push(draft_folder, repo_id="mine").repo_id == "me/mine"
         assert "me/mine" in hub.repos
@@ -159,6 +196,9 @@ class TestOneCommit:
         [entry] = parse_eval_result_entries(entries)
         assert (entry.dataset_id, entry.task_id, entry.value) == ("org/prompts", "function_calling", 2.5)
         assert "greedy" in entry.notes
+        upload = push(draft_folder)
+        assert upload.deleted == (".eval_results/draftkd.yaml",), "a leaderboard's figure of other weights"
+        assert ".eval_results/draftkd.yaml" not in hub.repos[ID].files()
         write_report(draft_folder, pair, prompts={"source": "prompts.jsonl", "count": 3, "sha256": "0"})
         with pytest.raises(ValueError, match="need prompts from a benchmark on the Hub"):
             push(draft_folder, benchmark_task="function_calling")
@@ -223,8 +263,6 @@ class TestCardOnTheHub:
     def test_an_edit_in_between_is_not_lost(self, hub: FakeHub, draft_folder: Path, monkeypatch):
         """Catches a push that overwrites what somebody wrote after the card was read."""
         push(draft_folder)
-        from huggingface_hub import HfApi
-
         original = HfApi.create_repo
 
         def meanwhile(self, *args, **kwargs):
@@ -235,6 +273,55 @@ class TestCardOnTheHub:
         with pytest.raises(ValueError, match="at the same time"):
             push(draft_folder, tags=["new"])
         assert hub.repos[ID].files()["README.md"] == b"# edited meanwhile\n"
+
+    def test_what_was_a_folder_is_no_repository_elsewhere(
+        self, hub: FakeHub, draft_folder: Path, pair, tmp_path: Path, monkeypatch
+    ):
+        """Catches a card that, pushed from another folder, links to a stranger and takes over their licence."""
+        for name in ("models/draft0", "models/target", "data/prompts", "data/rows"):
+            hub.add(name, {"README.md": "---\nlicense: stolen\n---\n", "config.json": "{}"})
+        training = samples.training(
+            draft="models/draft0",
+            target="models/target",
+            dataset="data/rows",
+            draft_is_local=True,
+            target_is_local=True,
+            dataset_is_local=True,
+            draft_revision=None,
+            target_revision=None,
+        )
+        replaced(draft_folder, training=training)
+        parts = {"revision": None, "is_local": True, "num_parameters": pair[1].num_parameters()}
+        target = {key: value for key, value in parts.items() if value is not None} | {"name": "models/target"}
+        prompts = {"source": "data/prompts", "is_local": True, "count": 3, "sha256": "0"}
+        report = write_report(draft_folder, pair, target=target, prompts=prompts)
+        report["draft"] |= {"name": "models/new", "is_local": True}
+        (draft_folder / "report.json").write_text(json.dumps(report))
+        monkeypatch.chdir(tmp_path)
+        hub.requests.clear()
+        with pytest.raises(ValueError, match="does not start from a model on the Hub"):
+            push(draft_folder, license=None)
+        assert not [path for _, path in hub.requests if "models/target" in path], "a stranger's config was read"
+        upload = push(draft_folder)
+        for file in upload.files:
+            if file.path in ("README.md", "provenance.json", "report.json"):
+                text = file.read().decode()
+                assert not re.search(r"(?<!path/to/)(models|data)/(draft0|target|prompts|rows|new)", text), file.path
+        assert "path/to/draft0" in upload.card.text
+        assert upload.card.data.get("base_model") is None
+        with pytest.raises(ValueError, match="need prompts from a benchmark on the Hub"):
+            push(draft_folder, benchmark_task="function_calling")
+
+    def test_what_was_a_repository_is_none_of_the_folders_here(
+        self, hub: FakeHub, draft_folder: Path, tmp_path, monkeypatch
+    ):
+        """Catches a base model that gets lost where a folder of its name happens to lie."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "org" / "stock-draft").mkdir(parents=True)
+        replaced(draft_folder, training=samples.training())
+        assert push(draft_folder, dry_run=True).card.data.base_model == samples.TARGET, "an old record: looked up here"
+        replaced(draft_folder, training=samples.training(draft_is_local=False))
+        assert push(draft_folder, dry_run=True).card.data.base_model == "org/stock-draft"
 
     def test_licence_is_inherited_or_asked_for(self, hub: FakeHub, draft_folder: Path):
         with pytest.raises(ValueError, match=r"Which licence.*Pass `license`"):

@@ -475,6 +475,9 @@ def test_the_card_says_how_the_draft_was_trained(tmp_path, saved_pair, tokenizer
     assert training["signal"] == "white_box"
     assert training["completions"] == "target"
     assert training["divergence_options"] == {"beta": 0.25}
+    # Recorded, since a relative path could later be taken for an id on the Hub.
+    assert (training["draft_is_local"], training["target_is_local"]) == (True, True)
+    assert "dataset_is_local" not in training
     assert training["num_tokens"] == sum(map(len, rows["completion_ids"]))
     assert training["metrics"]["eval_acceptance_rate"] == metrics["eval_acceptance_rate"]
     assert training["hyperparameters"]["learning_rate"] == 0.01

@@ -5,7 +5,6 @@ A mark is a whole line. Escaped data never makes a whole line of its own, so no 
 
 import re
 
-SECTIONS = ("summary", "use", "figures", "training", "limits", "citation")
 _HINT = "written by hf_draftkd; put your own text outside these marks"
 _SECTION = re.compile(
     r"^<!-- draftkd:begin (?P<name>[a-z]+)[^\n]*-->[ \t]*\r?\n(?P<content>.*?)"

@@ -1,0 +1,46 @@
+"""Names as strangers may read them: no path of this machine is published."""
+
+import os
+import re
+
+from hf_draftkd.data.markdown import is_hub_id, one_line
+
+# `/home/me/draft`, `~/draft`, `C:\\draft` inside a text; not the `/org/name` of an address or of `me/org/name`.
+_PATH = re.compile(r"(?<![\w:/.~\\-])(?:~?/|[A-Za-z]:[\\/])[^\s'\"`,;:()]*\w[^\s'\"`,;:()]*")
+
+# No repository of prompts is called so: a relative path, which may have existed elsewhere.
+_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
+
+
+def public_name(name: str, is_local: bool | None = None) -> str:
+    """A name as a stranger may read it: a Hub id as it is, a local path without the directories that lead to it.
+
+    Args:
+        name: Hub id or path.
+        is_local: Whether it was a path where it was recorded. `models/draft0` may be either, and None can only look
+            whether there is such a path here and now.
+    """
+    if is_hub_id(name) and not (os.path.exists(name) if is_local is None else is_local):
+        return name
+    # Both kinds of slash: a report may come from Windows.
+    last = re.split(r"[\\/]", one_line(name).rstrip("\\/"))[-1]
+    return f"path/to/{last or 'model'}"
+
+
+def without_paths(text: str) -> str:
+    """A text, or a command line, in which absolute paths tell no more than their last part."""
+    return _PATH.sub(lambda match: public_name(match[0].rstrip(".")) + "." * match[0].endswith("."), text)
+
+
+def is_public(name: str | None) -> bool:
+    """Whether a name that went through `public_name` is a Hub id."""
+    return is_hub_id(name) and not str(name).startswith("path/to/")
+
+
+def public_source(source: str, is_local: bool | None = None) -> str:
+    """As `public_name`, for what prompts come from: that may also be words ("given", "the demo's test queries")."""
+    if not any(mark in source for mark in "/\\"):
+        return one_line(source)
+    if is_local is None and source.lower().endswith(_DATA_SUFFIXES):
+        is_local = True
+    return public_name(source, is_local)

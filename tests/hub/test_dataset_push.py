@@ -1,0 +1,191 @@
+"""Publishing alignment data again, from elsewhere, over what people wrote, and where it must not be seen."""
+
+import io
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import DatasetCard, HfApi
+
+from hf_draftkd.data.card import push_alignment_data
+from hf_draftkd.data.generation import generate_alignment_data
+from tests.data.small import make_target, make_tokenizer
+from tests.hub.conftest import snapshot
+from tests.hub.fake_hub import FakeHub
+
+# huggingface_hub 2.4 sends LFS parts as `data=`, which its own HTTP client deprecates; users upload through Xet.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+
+ID = "me/mats"
+TEXTS = ["the cat", "sat", "on", "the mat", "cats", "mats"]
+
+
+@pytest.fixture(autouse=True)
+def _datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets_cache"))
+
+
+def generate(folder: Path, prompts: list[str], target: str = "tiny/target", **options):
+    model = make_target()
+    model.name_or_path = target
+    options = {"max_new_tokens": 3, "batch_size": 2, "shard_size": 2, "output_dir": folder} | options
+    return generate_alignment_data(model, make_tokenizer(), prompts, **options)
+
+
+def rows_of(hub: FakeHub) -> list[dict]:
+    files = hub.repos[ID].files()
+    shards = sorted(name for name in files if name.startswith("data/train-"))
+    return [row for name in shards for row in pq.read_table(io.BytesIO(files[name])).to_pylist()]
+
+
+def card_of(hub: FakeHub) -> str:
+    return hub.repos[ID].files()["README.md"].decode()
+
+
+def edit(hub: FakeHub, card: str) -> None:
+    hub.repos[ID].commit(hub.repos[ID].files() | {"README.md": card.encode()}, "edit on the Hub")
+
+
+def test_no_rows_of_an_earlier_push_stay(hub: FakeHub, tmp_path: Path):
+    """Catches old shards beside the new ones: `load_dataset` would return rows that the card does not speak of."""
+    push_alignment_data(tmp_path / "a", ID, rows=generate(tmp_path / "a", TEXTS))
+    assert len(rows_of(hub)) == 6
+    repo = hub.repos[ID]
+    repo.commit(repo.files() | {"data/test-00000-of-00001.parquet": b"mine", "notes.md": b"mine"}, "own files")
+    before = len(repo.messages)
+    push_alignment_data(tmp_path / "b", ID, rows=generate(tmp_path / "b", ["new one", "new two"]))
+    assert [row["prompt"] for row in rows_of(hub)] == ["new one", "new two"]
+    assert "2 completions of 2 prompts" in card_of(hub)
+    assert {"data/test-00000-of-00001.parquet", "notes.md"} <= set(repo.files())
+    assert len(repo.messages) == before + 1, "one commit: nobody ever sees half of each"
+
+
+def test_the_same_push_again_changes_nothing(hub: FakeHub, tmp_path: Path):
+    rows = generate(tmp_path / "a", TEXTS)
+    push_alignment_data(tmp_path / "a", ID, rows=rows)
+    messages = list(hub.repos[ID].messages)
+    push_alignment_data(tmp_path / "a", ID, rows=rows)
+    assert hub.repos[ID].messages == messages
+
+
+def test_licence_and_words_are_kept(hub: FakeHub, tmp_path: Path):
+    """Catches a rerun that publishes data without the licence somebody gave them, and without what they wrote."""
+    rows = generate(tmp_path / "a", TEXTS)
+    push_alignment_data(tmp_path / "a", ID, rows=rows)
+    edit(hub, card_of(hub).replace("---\n", "---\nlicense: cc-by-4.0\n", 1) + "\nWords on the Hub.\n")
+    local = tmp_path / "a" / "README.md"
+    local.write_text(local.read_text().replace("---\n", "---\npretty_name: Mats\n", 1))
+    push_alignment_data(tmp_path / "a", ID, rows=rows)
+    card = DatasetCard(card_of(hub))
+    assert (card.data.license, card.data.pretty_name) == ("cc-by-4.0", "Mats")
+    assert card.text.endswith("\nWords on the Hub.\n")
+    # From another folder, with other figures.
+    push_alignment_data(tmp_path / "b", ID, rows=generate(tmp_path / "b", TEXTS[:2]))
+    card = DatasetCard(card_of(hub))
+    assert card.data.license == "cc-by-4.0"
+    assert "Words on the Hub." in card.text
+    assert "2 completions of 2 prompts" in card.text
+    assert "6 completions" not in card.text
+
+
+def test_words_in_the_folder_are_published(hub: FakeHub, tmp_path: Path):
+    rows = generate(tmp_path / "a", TEXTS)
+    push_alignment_data(tmp_path / "a", ID, rows=rows)
+    local = tmp_path / "a" / "README.md"
+    local.write_text(local.read_text().replace("---\n", "---\nlicense: mit\n", 1) + "\nMy own words.\n")
+    push_alignment_data(tmp_path / "a", ID, rows=rows)
+    assert DatasetCard(card_of(hub)).data.license == "mit"
+    assert "My own words." in card_of(hub)
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "what"),
+    [("\nHERE\n", "\nTHERE\n", "the text"), ("license: mit\n", "license: gpl\n", "`license`")],
+)
+def test_words_on_both_sides_are_never_chosen_silently(hub: FakeHub, tmp_path: Path, here, there, what):
+    rows = generate(tmp_path / "a", TEXTS)
+    push_alignment_data(tmp_path / "a", ID, rows=rows)
+
+    def edited(text: str, words: str) -> str:
+        return text + words if words.startswith("\n") else text.replace("---\n", f"---\n{words}", 1)
+
+    local, before = tmp_path / "a" / "README.md", card_of(hub)
+    local.write_text(edited(local.read_text(), here))
+    edit(hub, edited(before, there))
+    held = hub.repos[ID].files()
+    with pytest.raises(ValueError, match=f"differently \\({what}\\).*prose='hub'"):
+        push_alignment_data(tmp_path / "a", ID, rows=rows)
+    assert hub.repos[ID].files() == held
+    push_alignment_data(tmp_path / "a", ID, rows=rows, prose="hub")
+    assert there.strip() in card_of(hub)
+    push_alignment_data(tmp_path / "a", ID, rows=rows, prose="local")
+    assert here.strip() in card_of(hub)
+    assert there.strip() not in card_of(hub)
+    with pytest.raises(ValueError, match="must be 'hub' or 'local', got 'mine'"):
+        push_alignment_data(tmp_path / "a", ID, rows=rows, prose="mine")
+
+
+def test_a_broken_card_on_the_hub_is_not_replaced(hub: FakeHub, tmp_path: Path):
+    hub.add(ID, {"README.md": "---\ntags: [a\n---\nmy words\n"})
+    with pytest.raises(ValueError, match=r"metadata of the card of me/mats cannot be read"):
+        push_alignment_data(tmp_path / "a", ID, rows=generate(tmp_path / "a", TEXTS))
+    assert "my words" in card_of(hub)
+
+
+def test_an_edit_in_between_is_not_lost(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = generate(tmp_path / "a", TEXTS)
+    original = HfApi.create_commit
+
+    def meanwhile(self, *args, **kwargs):
+        edit(hub, "# edited meanwhile\n")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", meanwhile)
+    with pytest.raises(Exception, match="412"):
+        push_alignment_data(tmp_path / "a", ID, rows=rows)
+    assert card_of(hub) == "# edited meanwhile\n"
+
+
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_no_path_of_this_machine_is_published(hub: FakeHub, tmp_path: Path, monkeypatch, is_relative: bool):
+    """Catches a home directory in every row, and a relative path that reads like a stranger's repository elsewhere."""
+    home = tmp_path / "home"
+    (home / "acme" / "secret").mkdir(parents=True)
+    monkeypatch.chdir(home)
+    name = "acme/secret" if is_relative else str(home / "acme" / "secret")
+    options = {"cache_distributions": {"top_k": 4}, "source": str(home / "acme" / "prompts.jsonl")}
+    rows = generate(tmp_path / "a", TEXTS, target=name, **options)
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path / "a")
+    push_alignment_data(tmp_path / "a", ID, rows=rows)
+    assert all(b"acme" not in body for body in hub.repos[ID].files().values())
+    assert {row["target"] for row in rows_of(hub)} == {"path/to/secret"}
+    assert "`path/to/secret`" in card_of(hub)
+    assert "`path/to/prompts.jsonl`" in card_of(hub)
+    # Nothing else changed on the way: same features, same numbers.
+    first = "data/train-00000-of-00003.parquet"
+    published = tmp_path / "published.parquet"
+    published.write_bytes(hub.repos[ID].files()[first])
+    there, here = (datasets.Dataset.from_parquet(str(path)) for path in (published, tmp_path / "a" / first))
+    assert there.features == here.features
+    assert there.remove_columns("target").to_list() == here.remove_columns("target").to_list()
+    # The data here know their target by its path, and nothing of the upload is left.
+    after = snapshot(tmp_path / "a")
+    assert {path for path in before if before[path] != after.get(path)} <= {"README.md"}
+    assert set(after) == {*before, "README.md"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"README.md", "data", "manifest.json"}
+    assert json.loads(after["manifest.json"])["target"] == name
+
+
+def test_a_wish_for_privacy_never_ends_in_public(hub: FakeHub, tmp_path: Path):
+    """Catches `--private` that uploads into a repository that everybody can see."""
+    rows = generate(tmp_path / "a", TEXTS)
+    hub.add(ID, {"README.md": "# mine"})
+    with pytest.raises(ValueError, match="me/mats exists and is public"):
+        push_alignment_data(tmp_path / "a", ID, rows=rows, private=True)
+    assert not hub.objects
+    assert card_of(hub) == "# mine"
+    push_alignment_data(tmp_path / "a", "me/own", rows=rows, private=True)
+    assert hub.repos["me/own"].private
