@@ -45,7 +45,7 @@ def updated(held: DatasetCard | None, fresh: DatasetCard) -> DatasetCard:
     """The figures of a fresh card in the words, and with the metadata, of one that people may have edited."""
     if held is None:
         return fresh
-    return _card(_metadata(_plain(held), fresh), with_sections(held.text, fresh.text))
+    return _card(_metadata(_plain(held), fresh), _text(held, fresh))
 
 
 def merged(
@@ -70,10 +70,10 @@ def merged(
             f"({', '.join(differing)}). Make both say the same (put the Hub's README.md into the folder, or the other "
             "way round), or call `push_alignment_data` with prose='hub' or prose='local'."
         )
-    remote_first = prose == "hub" or (prose is None and prose_of(remote.text) != prose_of(fresh.text))
+    remote_first = prose == "hub" or (prose is None and _words(remote, fresh) != _words(fresh, fresh))
     first, second = (remote, local) if remote_first else (local, remote)
     metadata = _metadata(_plain(second), fresh)
-    return _card(_metadata(_plain(first), _card(metadata, "")), with_sections(first.text, fresh.text))
+    return _card(_metadata(_plain(first), _card(metadata, "")), _text(first, fresh))
 
 
 def _contradictions(fresh: DatasetCard, local: DatasetCard, remote: DatasetCard) -> list[str]:
@@ -82,7 +82,7 @@ def _contradictions(fresh: DatasetCard, local: DatasetCard, remote: DatasetCard)
     differing = [
         f"`{key}`" for key in here if key in there and key not in (*_UNITED, *_ANEW) and here[key] != there[key]
     ]
-    words = {prose_of(card.text) for card in (fresh, local, remote)}
+    words = {_words(card, fresh) for card in (fresh, local, remote)}
     return [*differing, "the text"] if len(words) == 3 else differing
 
 
@@ -91,6 +91,15 @@ def _metadata(held: dict[str, Any], fresh: DatasetCard) -> dict[str, Any]:
     new = _plain(fresh)
     united = {key: list(dict.fromkeys([*_listed(held.get(key)), *_listed(new.get(key))])) for key in _UNITED}
     return {**new, **held, **united, **{key: new[key] for key in _ANEW}}
+
+
+def _words(card: DatasetCard, fresh: DatasetCard) -> str:
+    """What a card says outside its sections. The Hub's form for a new repository makes one of metadata alone."""
+    return prose_of(card.text) or prose_of(fresh.text)
+
+
+def _text(held: DatasetCard, fresh: DatasetCard) -> str:
+    return with_sections(held.text, fresh.text) if prose_of(held.text) else fresh.text
 
 
 def _plain(card: DatasetCard) -> dict[str, Any]:

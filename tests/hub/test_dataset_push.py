@@ -127,6 +127,17 @@ def test_words_on_both_sides_are_never_chosen_silently(hub: FakeHub, tmp_path: P
         push_alignment_data(tmp_path / "a", ID, rows=rows, prose="mine")
 
 
+def test_a_repository_made_by_hand_gets_the_whole_card(hub: FakeHub, tmp_path: Path):
+    """Catches a card without a title: the Hub's form for a new repository writes metadata alone."""
+    hub.add(ID, {"README.md": "---\nlicense: mit\n---\n"})
+    rows = generate(tmp_path / "a", TEXTS)
+    push_alignment_data(tmp_path / "a", ID, rows=rows)
+    card = DatasetCard(card_of(hub))
+    assert card.data.license == "mit"
+    assert card.text == DatasetCard.load(tmp_path / "a" / "README.md").text
+    assert card.text.startswith("\n# Alignment data\n")
+
+
 def test_a_broken_card_on_the_hub_is_not_replaced(hub: FakeHub, tmp_path: Path):
     hub.add(ID, {"README.md": "---\ntags: [a\n---\nmy words\n"})
     with pytest.raises(ValueError, match=r"metadata of the card of me/mats cannot be read"):
