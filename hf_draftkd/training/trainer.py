@@ -28,16 +28,24 @@ from hf_draftkd.training.checkpoints import WholeCheckpoints
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.describe import author, data_facts
 from hf_draftkd.training.evaluating import EvaluatesTexts
+from hf_draftkd.training.finite import StaysFinite, require_finite_loss
 from hf_draftkd.training.positions import TokenFigures, check_selection, check_weights, select_tokens, token_figures
 from hf_draftkd.training.preparing import PreparesRows
 from hf_draftkd.training.rollouts import WritesCompletions, check_writer, check_writing
 from hf_draftkd.training.saving import PlainDrafts, check_saving
 from hf_draftkd.training.signal import Distributions, check_cached, make_signal, model_inputs
-from hf_draftkd.training.watching import LogsAcceptance, require_finite
+from hf_draftkd.training.watching import LogsAcceptance
 
 
 class DraftDistillTrainer(
-    PreparesRows, WritesCompletions, EvaluatesTexts, LogsAcceptance, PlainDrafts, WholeCheckpoints, SFTTrainer
+    PreparesRows,
+    StaysFinite,
+    WritesCompletions,
+    EvaluatesTexts,
+    LogsAcceptance,
+    PlainDrafts,
+    WholeCheckpoints,
+    SFTTrainer,
 ):
     """Distils a target into a draft for speculative decoding.
 
@@ -94,7 +102,8 @@ class DraftDistillTrainer(
     Raises:
         ValueError: The pair does not fit, the data cannot be trained on, or a loss that compares distributions is
             asked for with neither a target nor cached distributions that serve it.
-        FloatingPointError: While training, a loss is not finite. The last checkpoint is left as it was.
+        FloatingPointError: While training, a loss, a gradient or the weights are not finite. The last checkpoint is
+            left as it was.
     """
 
     _tag_names: ClassVar[list[str]] = [
@@ -295,8 +304,11 @@ class DraftDistillTrainer(
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Sum of the weighted token losses ÷ completion tokens of the whole accumulation window on all processes."""
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Sum of the weighted token losses ÷ completion tokens of the whole accumulation window on all processes.
+
+        With `return_outputs` also `{"loss": loss}`: whole logits, which a model would return, are never held.
+        """
         keep = predicting_positions(inputs["labels"])
         target = self.signal.for_loss(inputs, keep) if self.learns_from_target else None
         reference = None if self._reference is None else self._reference.for_loss(inputs, keep)
@@ -312,10 +324,10 @@ class DraftDistillTrainer(
             result = loss_from(logits_at(model, model_inputs(inputs), keep)[:, : self._shared_vocab])
         else:
             result = loss_at(model, model_inputs(inputs), keep, self._arithmetic, self._shared_vocab, loss_from)
-        require_finite(result.loss, inputs, self)
+        require_finite_loss(result.loss, inputs, self)
         self._window.add(inputs, result)
         loss = result.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The tokens of every process were counted, and DDP averages gradients over processes.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        return loss
+        return (loss, {"loss": loss}) if return_outputs else loss
