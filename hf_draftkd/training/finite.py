@@ -69,13 +69,18 @@ def _row_starts(batches: Sequence[dict[str, Any]], trainer: Any) -> list[str]:
 def weight_not_finite(model: nn.Module) -> str | None:
     """Name of the first parameter with a NaN or infinity among what this process holds; None if there is none."""
     for name, parameter in model.named_parameters():
-        # ZeRO-3 leaves an empty parameter, and keeps this process's share beside it.
-        held = getattr(parameter, "ds_tensor", parameter).detach()
-        held = held.to_local() if isinstance(held, DTensor) else held
+        held = held_here(parameter)
         # The extremes of a tensor with a NaN are NaN: one pass, and no mask as large as the weights.
         if held.is_floating_point() and held.numel() and not torch.stack(held.aminmax()).isfinite().all():
             return name
     return None
+
+
+def held_here(parameter: nn.Parameter) -> Tensor:
+    """This process's share of a weight, without gradient: all of it, unless FSDP or ZeRO-3 shard it."""
+    # ZeRO-3 leaves an empty parameter, and keeps the share beside it.
+    held: Tensor = getattr(parameter, "ds_tensor", parameter).detach()
+    return held.to_local() if isinstance(held, DTensor) else held
 
 
 class StaysFinite(Trainer):
