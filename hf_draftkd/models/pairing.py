@@ -109,7 +109,7 @@ def check_weights_apart(draft: nn.Module, other: nn.Module, what: str = "target"
 
 def _places(parameter: nn.Parameter) -> set[tuple[str, int]]:
     """What tells a weight: the object, and where its numbers lie. A tensor without numbers lies nowhere."""
-    address = parameter.untyped_storage().data_ptr() if parameter.device.type != "meta" else 0
+    address = parameter.data_ptr() if parameter.device.type != "meta" else 0
     return {("object", id(parameter)), *({("address", address)} if address else ())}
 
 

@@ -223,9 +223,8 @@ def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Modul
 
 def warn_of_lost_updates(trainer: Any) -> None:
     """Say so where the weights that learn are too coarse for small updates, and nobody keeps finer ones beside them."""
-    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    if trainer.is_deepspeed_enabled or (plugin is not None and plugin.mixed_precision_policy is not None):
-        # Both then update float32 weights.
+    if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no"):
+        # They update float32 copies.
         return
     learning = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
     coarse = sorted(str(dtype).removeprefix("torch.") for dtype in learning & {torch.bfloat16, torch.float16})

@@ -30,7 +30,7 @@ text that was mixed in, stay as they are, and so does the text that `evaluate()`
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -52,7 +52,7 @@ from hf_draftkd.training.correcting import CorrectedByTarget
 
 DATA, TARGET, DRAFT = "data", "target", "draft"
 # Rows of one conversation each, of which TRL learns all tokens unless it is told otherwise.
-CHAT_COLUMNS = {"messages", "conversations"}
+CHAT_COLUMNS = ("messages", "conversations")
 _TALLIED = ("rows", "by_draft", "completions", "tokens", "cut", "seconds")
 
 
@@ -108,7 +108,7 @@ def check_writer(args: DraftDistillConfig, *, has_target: bool) -> None:
 
 
 def check_writing(
-    dataset: Any, args: DraftDistillConfig, context: float, *, sharded: bool = False, chats: bool = False
+    dataset: Any, args: DraftDistillConfig, context: float, *, sharded: bool = False, columns: Collection[str] = ()
 ) -> None:
     """Refuse completions that cannot be written: of these data, or by models laid out like this.
 
@@ -117,7 +117,7 @@ def check_writing(
         args: The configuration.
         context: Longest text that both models read, in tokens.
         sharded: Whether processes hold parts of the models.
-        chats: Whether rows are whole conversations.
+        columns: Of the rows as they were given.
 
     Raises:
         ValueError: No row has a prompt, one leaves no room for a completion, or the target cannot correct.
@@ -135,8 +135,10 @@ def check_writing(
     longest = max(map(last_prompt, rows), default=0)
     if longest == 0:
         instead = "Give rows with `prompt` and `completion`, chats, or what `draftkd generate` writes."
-        if chats and not args.assistant_only_loss:
-            instead = "Set `assistant_only_loss=True`: then the last answer of each chat is written anew."
+        if not args.assistant_only_loss and set(CHAT_COLUMNS) & set(columns):
+            # TRL takes the option with the one column only.
+            convert = "" if "messages" in columns else "Convert `conversations` to `messages` (`role`, `content`). "
+            instead = f"{convert}Set `assistant_only_loss=True`: then the last answer of each chat is written anew."
         raise ValueError(
             f"{_asked(args)} has completions written anew, but no row of the train dataset has a prompt to complete: "
             f"all its tokens are learned from. {instead}"

@@ -141,7 +141,7 @@ def check_adapter(model: Any) -> None:
     """Refuse an adapter that changes one of two tied weights: in the plain draft both would change, or neither.
 
     peft ties some such adapters (`ensure_weight_tying=True`), but then puts one on the head as well, which TRL refuses.
-    Whole copies (`modules_to_save`) and `trainable_token_indices` it keeps tied.
+    Whole copies (`modules_to_save`) and `trainable_token_indices` come out right.
 
     Raises:
         ValueError: The message names the module.
@@ -150,7 +150,8 @@ def check_adapter(model: Any) -> None:
         return
     base = model.get_base_model()
     ends = {"embeddings": base.get_input_embeddings(), "head": base.get_output_embeddings()}
-    if _plain_weight(ends["embeddings"]) is not _plain_weight(ends["head"]):
+    tied = _plain_weight(ends["embeddings"])
+    if tied is None or tied is not _plain_weight(ends["head"]):
         return
     names = {id(module): name for name, module in base.named_modules()}
     for what, module in ends.items():
@@ -159,7 +160,7 @@ def check_adapter(model: Any) -> None:
                 f"The adapter changes {names[id(module)]!r}, the draft's {what}, whose weight is also that of its "
                 f"{'head' if what == 'embeddings' else 'embeddings'} (`tie_word_embeddings`): merged into the plain "
                 "draft it would change both, and the saved draft would not be the trained one. Leave the module out "
-                f"of `target_modules`; to train it, name it in `modules_to_save` instead."
+                f"of `target_modules`; to train it, name it in `modules_to_save` instead, with `ensure_weight_tying=True`."
             )
 
 
@@ -167,7 +168,7 @@ def _plain_weight(module: Any) -> Any:
     """The weight below whatever PEFT put around a module."""
     while (inner := getattr(module, "base_layer", getattr(module, "original_module", None))) is not None:
         module = inner
-    return module.weight
+    return getattr(module, "weight", None)
 
 
 def merged(model: Any, weights: dict[str, torch.Tensor] | None = None) -> Any:

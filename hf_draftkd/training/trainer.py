@@ -33,7 +33,7 @@ from hf_draftkd.training.evaluating import EvaluatesTexts
 from hf_draftkd.training.finite import StaysFinite, require_finite_loss
 from hf_draftkd.training.positions import TokenFigures, check_selection, check_weights, select_tokens, token_figures
 from hf_draftkd.training.preparing import PreparesRows
-from hf_draftkd.training.rollouts import CHAT_COLUMNS, WritesCompletions, check_writer, check_writing
+from hf_draftkd.training.rollouts import WritesCompletions, check_writer, check_writing
 from hf_draftkd.training.saving import PlainDrafts, check_adapter, check_saving
 from hf_draftkd.training.signal import Distributions, check_cached, make_signal, model_inputs
 from hf_draftkd.training.watching import LogsAcceptance
@@ -228,8 +228,8 @@ class DraftDistillTrainer(
         self._arithmetic = preflight.draft_arithmetic(self)
         preflight.check_dataset_fits(preflight.named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
         self._context = preflight.context_length(models)
-        chats = train_dataset is not None and bool(CHAT_COLUMNS & set(get_dataset_column_names(train_dataset)))
-        check_writing(self.train_dataset, self.args, self._context, sharded=sharded, chats=chats)
+        columns = [] if train_dataset is None else get_dataset_column_names(train_dataset)
+        check_writing(self.train_dataset, self.args, self._context, sharded=sharded, columns=columns)
 
     # Loss ------------------------------------------------------------------------------------------------------------
 

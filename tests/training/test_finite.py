@@ -69,7 +69,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(tmp_path, pair, 
         callbacks=[AfterStep(2, lambda model: kept.append(weights(model)))],
         **SAVING | options,
     )
-    with pytest.raises(FloatingPointError, match=r"gradient is nan in optimizer step 3.*rows that begin with \['") as stop:
+    with pytest.raises(
+        FloatingPointError, match=r"gradient is nan in optimizer step 3.*rows that begin with \['"
+    ) as stop:
         trainer.train()
     batches = options.get("gradient_accumulation_steps", 1)
     assert str(stop.value).count("<s>") == 2 * batches, "all rows of the step, and no others"

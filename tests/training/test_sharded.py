@@ -86,7 +86,10 @@ def stop_alike(folder, out, **options):
     stops = [(DraftDistillTrainer, AfterStep(1, ruin if second else weights), "Nothing is saved")]
     if "deepspeed" not in options:
         stops.append((NoGradient, AfterStep(1, weights), "gradient is nan in optimizer step 3"))
-    pair, rows = (str(folder / "draft"), str(folder / "target")), alignment_rows(tiny_pair("llama")[1], tiny_tokenizer())
+    pair, rows = (
+        (str(folder / "draft"), str(folder / "target")),
+        alignment_rows(tiny_pair("llama")[1], tiny_tokenizer()),
+    )
     for kind, callback, message in stops:
         options |= {"save_strategy": "steps", "save_steps": 1, "use_cpu": True, "trainer_class": kind}
         trainer = build(out / kind.__name__, pair, tiny_tokenizer(), rows, callbacks=[callback], **options)
