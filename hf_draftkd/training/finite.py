@@ -77,7 +77,7 @@ def weight_not_finite(model: nn.Module) -> str | None:
 
 
 def held_here(parameter: nn.Parameter) -> Tensor:
-    """This process's share of a weight, without gradient: all of it, unless FSDP or ZeRO-3 shard it."""
+    """What this process holds of a weight, without gradient: all of it, unless FSDP or ZeRO-3 shard it."""
     # ZeRO-3 leaves an empty parameter, and keeps the share beside it.
     held: Tensor = getattr(parameter, "ds_tensor", parameter).detach()
     return held.to_local() if isinstance(held, DTensor) else held

@@ -32,8 +32,8 @@ _QUANTISED_DRAFT = (
     "finished draft can be quantised when it is loaded."
 )
 _NOTHING_TO_TRAIN = (
-    "Every parameter of the draft {name!r} is frozen: there is nothing to train. Call `draft.requires_grad_(True)`, load "
-    "an adapter with `is_trainable=True`, or give a `peft_config`."
+    "Every parameter of the draft {name!r} is frozen: there is nothing to train. Call `draft.requires_grad_(True)`, "
+    "load an adapter with `is_trainable=True`, or give a `peft_config`."
 )
 
 
@@ -180,8 +180,8 @@ def prepare_reference(
             f"`reference_model` predicts {rows} tokens, but draft and target share {needed}. Give a copy of the draft "
             "that was distilled from this target."
         )
-    check_weights_apart(pair[0], reference_model, "`reference_model`")
     frozen: PreTrainedModel = reference_model
+    check_weights_apart(pair[0], frozen, "`reference_model`")
     return frozen.eval().requires_grad_(False)
 
 

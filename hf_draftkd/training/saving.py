@@ -160,7 +160,7 @@ def check_adapter(model: Any) -> None:
                 f"The adapter changes {names[id(module)]!r}, the draft's {what}, whose weight is also that of its "
                 f"{'head' if what == 'embeddings' else 'embeddings'} (`tie_word_embeddings`): merged into the plain "
                 "draft it would change both, and the saved draft would not be the trained one. Leave the module out "
-                f"of `target_modules`; to train it, name it in `modules_to_save` instead, with `ensure_weight_tying=True`."
+                "of `target_modules`; to train it, name it in `modules_to_save`, with `ensure_weight_tying=True`."
             )
 
 

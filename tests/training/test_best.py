@@ -45,7 +45,7 @@ def without_a_setting(rows):
 
 @pytest.mark.parametrize("change", [of_another, as_text, without_a_setting])
 def test_block_efficiency_that_these_rows_cannot_give_is_refused(tmp_path, pair, tokenizer, change):
-    """transformers' KeyError, after an epoch."""
+    """A KeyError of transformers, after an epoch."""
     rows = alignment_rows(pair[1], tokenizer, count=4)
     options = BEST | {"metric_for_best_model": "eval_block_efficiency"}
     with pytest.raises(ValueError, match=r"left out: 4 evaluation rows do not say .*There are: eval_acceptance_rate"):

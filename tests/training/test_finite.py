@@ -154,7 +154,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, pair, tokenizer, pe
 def test_a_run_does_not_end_well_with_weights_that_are_not_finite(tmp_path, pair, tokenizer):
     """An exploding learning rate without checkpoints: `train()` returned as if all were well."""
     trainer = build(tmp_path, pair, tokenizer, learning_rate=1e39, max_steps=1, lr_scheduler_type="constant")
-    with pytest.raises(FloatingPointError, match="an update has ruined them.*Lower `learning_rate`"):
+    with pytest.raises(FloatingPointError, match=r"an update has ruined them.*Lower `learning_rate`"):
         trainer.train()
 
 
@@ -169,7 +169,7 @@ def test_evaluation_alone_speaks_of_no_step(tmp_path, pair, tokenizer, whose):
     """Nothing is trained, so no step failed and no update was held back."""
     rows = alignment_rows(pair[1], tokenizer, count=4)
     ruin(pair[whose == "target"])
-    with pytest.raises(FloatingPointError, match="in evaluation after 0 optimizer steps.*rows begin with") as stop:
+    with pytest.raises(FloatingPointError, match=r"in evaluation after 0 optimizer steps.*rows begin with") as stop:
         build(tmp_path, pair, tokenizer, eval_rows=rows).evaluate()
     cause = {"draft": "came with weights that are not finite", "target": "its own or the target's"}[whose]
     assert cause in str(stop.value)
