@@ -12,12 +12,20 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.models.loading import load_tokenizer
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint, tokenizer_size, vocabulary_difference
 
-__all__ = ["align_vocabulary", "check_tokenizers", "copy_special_ids", "shared_vocab_size", "tokenizer_fingerprint"]
+__all__ = [
+    "align_vocabulary",
+    "check_tokenizers",
+    "check_weights_apart",
+    "copy_special_ids",
+    "shared_vocab_size",
+    "tokenizer_fingerprint",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +85,32 @@ def check_own_tokenizer(
         logger.info("The tokenizer of %s could not be compared: %s", name, error)
         return
     check_tokenizers(own, tokenizer)
+
+
+def check_weights_apart(draft: nn.Module, other: nn.Module, what: str = "target") -> None:
+    """Make sure that teaching the draft changes no other model, and that freezing the other freezes no draft.
+
+    Args:
+        draft: The model that learns.
+        other: A model that stays as it is.
+        what: What messages call it.
+
+    Raises:
+        ValueError: They have a weight in common; the message names it.
+    """
+    theirs = {place for parameter in other.parameters() for place in _places(parameter)}
+    shared = next((name for name, parameter in draft.named_parameters() if theirs & _places(parameter)), None)
+    if shared is not None:
+        raise ValueError(
+            f"Draft and {what} share weights ({shared}): teaching the draft would change the {what}, which is frozen. "
+            "Load it twice, or copy what they share (`copy.deepcopy`)."
+        )
+
+
+def _places(parameter: nn.Parameter) -> set[tuple[str, int]]:
+    """What tells a weight: the object, and where its numbers lie. A tensor without numbers lies nowhere."""
+    address = parameter.data_ptr() if parameter.device.type != "meta" else 0
+    return {("object", id(parameter)), *({("address", address)} if address else ())}
 
 
 def shared_vocab_size(

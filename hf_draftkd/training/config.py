@@ -125,6 +125,11 @@ class DraftDistillConfig(SFTConfig):
 
         eval_num_assistant_tokens (`int`, *optional*, defaults to `5`):
             Draft length γ at which `eval_block_efficiency` is reported.
+        metric_for_best_model (`str`, *optional*):
+            As in [`~transformers.TrainingArguments`]: any figure of `evaluate()`, such as `eval_block_efficiency`; with
+            several evaluation sets by name, `eval_{name}_block_efficiency`. `load_best_model_at_end` chooses by `loss`
+            where nothing is said, and with `divergence="tvd_plus_plus"`, whose value says nothing, by
+            `eval_acceptance_rate`. A figure that the data cannot give is refused.
 
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]:
@@ -243,6 +248,9 @@ class DraftDistillConfig(SFTConfig):
         if self.gradient_checkpointing is None and self.activation_checkpointing is None:
             # Only here: a default of False in the field of the older name would be taken for the user's wish.
             self.activation_checkpointing = False
+        if self.load_best_model_at_end and self.metric_for_best_model is None and self.divergence == "tvd_plus_plus":
+            # transformers would choose by the loss. Block efficiency needs text that the target wrote, this does not.
+            self.metric_for_best_model = "eval_acceptance_rate"
         super().__post_init__()
         for name, (default, reason) in _REFUSED.items():
             if getattr(self, name) != default:

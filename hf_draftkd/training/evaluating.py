@@ -12,8 +12,8 @@ from hf_draftkd.data.formatting import DraftDistillCollator
 from hf_draftkd.losses import Unprojected
 from hf_draftkd.models.forward import HeadArithmetic, in_head, logits_at, predicting_positions
 from hf_draftkd.training.evaluation_sums import EvaluationSums, row_sums
+from hf_draftkd.training.finite import require_finite_loss
 from hf_draftkd.training.signal import Text, model_inputs
-from hf_draftkd.training.watching import require_finite
 
 
 class EvaluatesTexts(Trainer):
@@ -90,7 +90,7 @@ class EvaluatesTexts(Trainer):
                     lambda source: (sums_of(source), source.hidden[:0]),
                 )
         tokens, loss = sums[:, :2].sum(0)
-        require_finite(loss, inputs, self)
+        require_finite_loss(loss, inputs, self, evaluates=True)
         if self.accelerator.num_processes > 1:
             sums = sums.to(widest_float(keep.device)).to(keep.device)
         # Gathered here, row by row, so that rows repeated to fill the last batch are dropped.

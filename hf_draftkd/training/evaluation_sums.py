@@ -160,11 +160,7 @@ class EvaluationSums:
         if foreign_rows == 0:
             figures |= self._block_efficiencies(self._total, "")
         elif type(self._signal) is not Text:
-            warnings.warn(
-                f"eval_block_efficiency is left out: {int(foreign_rows)} evaluation rows do not say that they "
-                f"{self._signal.exact_text}. Make such rows with `draftkd generate` or `generate_alignment_data`.",
-                stacklevel=2,
-            )
+            warnings.warn(not_exact(int(foreign_rows), self._signal), stacklevel=2)
         for setting, total in sorted(self._by_setting.items(), key=lambda item: tuple(item[0].to_dict().values())):
             if setting.temperature in self._chosen:
                 figures |= self._block_efficiencies(total, setting_suffix(setting))
@@ -181,6 +177,14 @@ class EvaluationSums:
         # The target's likeliest token is known from any cache, so this is no bound.
         name = "acceptance_rate" if temperature == 0 else self._signal.acceptance_name
         return f"{name}_t{temperature:g}"
+
+
+def not_exact(foreign_rows: int, signal: Text) -> str:
+    """Why there is no block efficiency of all rows."""
+    return (
+        f"eval_block_efficiency is left out: {foreign_rows} evaluation rows do not say that they {signal.exact_text}. "
+        "Make such rows with `draftkd generate` or `generate_alignment_data`."
+    )
 
 
 def setting_suffix(setting: DecodingSetting) -> str:

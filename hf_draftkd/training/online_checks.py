@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_draftkd.models.checkpoints import check_config
 from hf_draftkd.models.forward import unwrapped
-from hf_draftkd.models.pairing import check_own_tokenizer
+from hf_draftkd.models.pairing import check_own_tokenizer, check_weights_apart
 
 # What a saved buffer depends on, and what to do where it differs.
 _REMEDIES = {
@@ -31,12 +31,7 @@ def check_pair(draft: Any, target: Any, tokenizer: PreTrainedTokenizerBase | Non
     if tokenizer is not None:
         for model in (draft, target):
             check_own_tokenizer(unwrapped(model), tokenizer)
-    theirs = {id(parameter) for parameter in target.parameters()}
-    shared = next((name for name, parameter in draft.named_parameters() if id(parameter) in theirs), None)
-    if shared is not None:
-        raise ValueError(
-            f"Draft and target share weights ({shared}): teaching the draft would change the target. Load it twice."
-        )
+    check_weights_apart(draft, target)
     if target.training:
         raise ValueError("The target is in training mode, in which dropout changes what it says: `target.eval()`.")
     if (

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from hf_draftkd.data.formatting import check_format, has_labels, longest_text
 from hf_draftkd.models.checkpoints import check_config, check_model
 from hf_draftkd.models.forward import HeadArithmetic, head_arithmetic, unwrapped
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
-from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, shared_vocab_size
+from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, check_weights_apart, shared_vocab_size
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.signal import NO_PLAIN_HEAD, WHOLE_LOGITS
 
@@ -29,6 +30,10 @@ _QUANTISED_DRAFT = (
     "The draft {name!r} is quantised, and what it learns could not be saved: merging an adapter into quantised weights "
     "rounds it. Load the draft dense, it is small; the target may be quantised (`target_model_init_kwargs`), and the "
     "finished draft can be quantised when it is loaded."
+)
+_NOTHING_TO_TRAIN = (
+    "Every parameter of the draft {name!r} is frozen: there is nothing to train. Call `draft.requires_grad_(True)`, "
+    "load an adapter with `is_trainable=True`, or give a `peft_config`."
 )
 
 
@@ -82,15 +87,26 @@ def prepare_pair(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     quantization_config: Any = None,
+    trains: bool = True,
+    adds_adapter: bool = False,
 ) -> tuple[Any, PreTrainedModel | None, PreTrainedTokenizerBase]:
     """Load what was given by name, and make draft and target a pair.
+
+    Args:
+        model: The draft, or its name.
+        target_model: The target, its name, or None.
+        args: The configuration.
+        tokenizer: Of both; loaded from the draft's name if not given.
+        quantization_config: Refused.
+        trains: Whether the draft is trained, not only evaluated.
+        adds_adapter: Whether an adapter will be put on it, which learns in its stead.
 
     Returns:
         The draft, the frozen target (None without one), and the tokenizer they share.
 
     Raises:
         ValueError: A model cannot be loaded, is no causal LM, its tokenizer differs from the other's, or the draft is
-            quantised.
+            quantised, has nothing to train, or shares weights with the target.
     """
     trusted = {"trust_remote_code": args.trust_remote_code}
     draft_kwargs: dict[str, Any] = {"dtype": "float32", **trusted, **_as_dict(args.model_init_kwargs)}
@@ -116,11 +132,16 @@ def prepare_pair(
     draft = load_draft(model, **draft_kwargs) if isinstance(model, str) else model
     if getattr(unwrapped(draft), "hf_quantizer", None) is not None:
         raise ValueError(_QUANTISED_DRAFT.format(name=model_name(unwrapped(draft))))
+    learns_itself = trains and not adds_adapter
+    if learns_itself and not any(parameter.requires_grad for parameter in draft.parameters()):
+        raise ValueError(_NOTHING_TO_TRAIN.format(name=model_name(unwrapped(draft))))
     if isinstance(target_model, str):
         target_kwargs: dict[str, Any] = {**trusted, **_as_dict(args.target_model_init_kwargs)}
         target_model = load_target(target_model, revision=args.target_model_revision, **target_kwargs)
     target: PreTrainedModel | None = target_model
     if target is not None:
+        if learns_itself:
+            check_weights_apart(draft, target)
         target.eval().requires_grad_(False)
         align_vocabulary(unwrapped(draft), target, tokenizer)
     return draft, target, tokenizer
@@ -160,6 +181,7 @@ def prepare_reference(
             "that was distilled from this target."
         )
     frozen: PreTrainedModel = reference_model
+    check_weights_apart(pair[0], frozen, "`reference_model`")
     return frozen.eval().requires_grad_(False)
 
 
@@ -197,6 +219,22 @@ def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Modul
         for tensor in (*target.parameters(), *target.buffers()):
             torch.distributed.broadcast(tensor.data, src=0)
     return target
+
+
+def warn_of_lost_updates(trainer: Any) -> None:
+    """Say so where the weights that learn are too coarse for small updates, and nobody keeps finer ones beside them."""
+    if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no"):
+        # They update float32 copies.
+        return
+    learning = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
+    coarse = sorted(str(dtype).removeprefix("torch.") for dtype in learning & {torch.bfloat16, torch.float16})
+    if coarse and trainer.is_world_process_zero():
+        warnings.warn(
+            f"The draft's weights are {coarse[0]}, in which small updates are lost to rounding: at the usual learning "
+            "rates most weights would never change. Load it in float32 (`dtype=torch.float32`, or give its name), and "
+            "leave the speed of half precision to `bf16=True`.",
+            stacklevel=3,
+        )
 
 
 def draft_arithmetic(trainer: Any) -> HeadArithmetic | None:

@@ -30,7 +30,7 @@ text that was mixed in, stay as they are, and so does the text that `evaluate()`
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -51,6 +51,8 @@ from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.correcting import CorrectedByTarget
 
 DATA, TARGET, DRAFT = "data", "target", "draft"
+# Rows of one conversation each, of which TRL learns all tokens unless it is told otherwise.
+CHAT_COLUMNS = ("messages", "conversations")
 _TALLIED = ("rows", "by_draft", "completions", "tokens", "cut", "seconds")
 
 
@@ -105,7 +107,9 @@ def check_writer(args: DraftDistillConfig, *, has_target: bool) -> None:
         )
 
 
-def check_writing(dataset: Any, args: DraftDistillConfig, context: float, *, sharded: bool = False) -> None:
+def check_writing(
+    dataset: Any, args: DraftDistillConfig, context: float, *, sharded: bool = False, columns: Collection[str] = ()
+) -> None:
     """Refuse completions that cannot be written: of these data, or by models laid out like this.
 
     Args:
@@ -113,6 +117,7 @@ def check_writing(dataset: Any, args: DraftDistillConfig, context: float, *, sha
         args: The configuration.
         context: Longest text that both models read, in tokens.
         sharded: Whether processes hold parts of the models.
+        columns: Of the rows as they were given.
 
     Raises:
         ValueError: No row has a prompt, one leaves no room for a completion, or the target cannot correct.
@@ -129,10 +134,14 @@ def check_writing(dataset: Any, args: DraftDistillConfig, context: float, *, sha
     rows = (labels for batch in dataset.select_columns(["labels"]).iter(batch_size=1000) for labels in batch["labels"])
     longest = max(map(last_prompt, rows), default=0)
     if longest == 0:
+        instead = "Give rows with `prompt` and `completion`, chats, or what `draftkd generate` writes."
+        if not args.assistant_only_loss and set(CHAT_COLUMNS) & set(columns):
+            # TRL takes the option with the one column only.
+            convert = "" if "messages" in columns else "Convert `conversations` to `messages` (`role`, `content`). "
+            instead = f"{convert}Set `assistant_only_loss=True`: then the last answer of each chat is written anew."
         raise ValueError(
             f"{_asked(args)} has completions written anew, but no row of the train dataset has a prompt to complete: "
-            "all its tokens are learned from. Give rows with `prompt` and `completion`, chats, or what "
-            "`draftkd generate` writes."
+            f"all its tokens are learned from. {instead}"
         )
     check_room(longest, args, context)
 
@@ -151,6 +160,21 @@ def check_room(longest: int, args: DraftDistillConfig, context: float) -> None:
         raise ValueError(
             f"The longest prompt has {longest} tokens, and `max_new_tokens={args.max_new_tokens}` are to be written "
             f"after it, but the models read {context:.0f} at most. Lower `max_new_tokens`, or leave out such rows."
+        )
+
+
+def check_batch(batch: dict[str, Any], args: DraftDistillConfig) -> None:
+    """Refuse batches of a collator of one's own out of which rows cannot be taken again.
+
+    Raises:
+        ValueError: The message says what is missing.
+    """
+    missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in batch]
+    if missing:
+        raise ValueError(
+            f"{_asked(args)} takes prompts out of padded batches, but `data_collator` returns no `{missing[0]}`, only "
+            f"{', '.join(map(repr, batch))}. Return it too (an `attention_mask` is 1 at tokens and 0 at padding), or "
+            "leave `data_collator` out."
         )
 
 
@@ -183,6 +207,7 @@ class WritesCompletions(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not (self.args.writes_completions and batches):
             return batches, num_items
+        check_batch(batches[0], self.args)
         who = writer(self.args, self.state.global_step)
         num_rows = sum(len(batch["input_ids"]) for batch in batches)
         self._note(rows=num_rows, by_draft=num_rows * (who == DRAFT))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer
 
 from hf_draftkd.evaluation.report import SpeculationReport
@@ -134,6 +135,40 @@ def check_saving(trainer: Trainer) -> None:
             reason = f"ZeRO-3. Set `{gathers}` to true (`zero3_save_16bit_model: true` in an accelerate configuration)"
     if reason is not None:
         raise ValueError(f"The draft could not be saved as a plain model: its weights stay sharded under {reason}.")
+
+
+def check_adapter(model: Any) -> None:
+    """Refuse an adapter that changes one of two tied weights: in the plain draft both would change, or neither.
+
+    peft ties some such adapters (`ensure_weight_tying=True`), but then puts one on the head as well, which TRL refuses.
+    Whole copies (`modules_to_save`) and `trainable_token_indices` come out right.
+
+    Raises:
+        ValueError: The message names the module.
+    """
+    if not is_peft_model(model):
+        return
+    base = model.get_base_model()
+    ends = {"embeddings": base.get_input_embeddings(), "head": base.get_output_embeddings()}
+    tied = _plain_weight(ends["embeddings"])
+    if tied is None or tied is not _plain_weight(ends["head"]):
+        return
+    names = {id(module): name for name, module in base.named_modules()}
+    for what, module in ends.items():
+        if isinstance(module, BaseTunerLayer):
+            raise ValueError(
+                f"The adapter changes {names[id(module)]!r}, the draft's {what}, whose weight is also that of its "
+                f"{'head' if what == 'embeddings' else 'embeddings'} (`tie_word_embeddings`): merged into the plain "
+                "draft it would change both, and the saved draft would not be the trained one. Leave the module out "
+                "of `target_modules`; to train it, name it in `modules_to_save`, with `ensure_weight_tying=True`."
+            )
+
+
+def _plain_weight(module: Any) -> Any:
+    """The weight below whatever PEFT put around a module."""
+    while (inner := getattr(module, "base_layer", getattr(module, "original_module", None))) is not None:
+        module = inner
+    return getattr(module, "weight", None)
 
 
 def merged(model: Any, weights: dict[str, torch.Tensor] | None = None) -> Any:

@@ -108,6 +108,10 @@ class Text:
         """
         return None
 
+    def judges(self, setting: DecodingSetting) -> bool:
+        """Whether `accepted` can tell of text written under this setting."""
+        return setting.is_greedy
+
     def accepted(
         self, draft_logits: Tensor, target: Distributions | None, written: Written, setting: DecodingSetting
     ) -> Tensor | None:
@@ -122,7 +126,7 @@ class Text:
         Returns:
             [n] a_t, or None if it cannot be told for this setting.
         """
-        if not setting.is_greedy:
+        if not self.judges(setting):
             return None
         # Greedy text needs no target: it wrote its likeliest token, and accepts what equals it.
         return (_processed(draft_logits, written, setting).argmax(-1) == written.tokens).float()
@@ -163,10 +167,13 @@ class CachedTarget(Text):
             return None
         return acceptance_upper_bound(draft_logits if temperature == 1 else draft_logits / temperature, target)
 
+    def judges(self, setting: DecodingSetting) -> bool:
+        return super().judges(setting) or (setting == _UNFILTERED and self._temperature == 1)
+
     def accepted(
         self, draft_logits: Tensor, target: Distributions | None, written: Written, setting: DecodingSetting
     ) -> Tensor | None:
-        if setting != _UNFILTERED or self._temperature != 1:
+        if setting.is_greedy or not self.judges(setting):
             return super().accepted(draft_logits, target, written, setting)
         # min(1, q / p) needs p of the written token alone, and that is always kept.
         assert written.logprobs is not None
@@ -216,6 +223,9 @@ class LiveTarget(Text):
         if temperature != 1:
             draft_logits, target = draft_logits / temperature, target / temperature
         return token_acceptance_rate(draft_logits, target)
+
+    def judges(self, setting: DecodingSetting) -> bool:
+        return True
 
     def accepted(
         self, draft_logits: Tensor, target: Distributions | None, written: Written, setting: DecodingSetting

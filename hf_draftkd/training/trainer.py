@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names
 
 from hf_draftkd.data.cache_lookup import CachedDistributions
 from hf_draftkd.data.formatting import DraftDistillCollator
@@ -23,21 +24,30 @@ from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, 
 from hf_draftkd.models.forward import logits_at, loss_at, predicting_positions, unwrapped
 from hf_draftkd.models.pairing import copy_special_ids, shared_vocab_size
 from hf_draftkd.training import preflight
+from hf_draftkd.training.best import check_best_metric
 from hf_draftkd.training.callbacks import KeepSpecialIds, with_acceptance
 from hf_draftkd.training.checkpoints import WholeCheckpoints
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.describe import author, data_facts
 from hf_draftkd.training.evaluating import EvaluatesTexts
+from hf_draftkd.training.finite import StaysFinite, require_finite_loss
 from hf_draftkd.training.positions import TokenFigures, check_selection, check_weights, select_tokens, token_figures
 from hf_draftkd.training.preparing import PreparesRows
 from hf_draftkd.training.rollouts import WritesCompletions, check_writer, check_writing
-from hf_draftkd.training.saving import PlainDrafts, check_saving
+from hf_draftkd.training.saving import PlainDrafts, check_adapter, check_saving
 from hf_draftkd.training.signal import Distributions, check_cached, make_signal, model_inputs
-from hf_draftkd.training.watching import LogsAcceptance, require_finite
+from hf_draftkd.training.watching import LogsAcceptance
 
 
 class DraftDistillTrainer(
-    PreparesRows, WritesCompletions, EvaluatesTexts, LogsAcceptance, PlainDrafts, WholeCheckpoints, SFTTrainer
+    PreparesRows,
+    StaysFinite,
+    WritesCompletions,
+    EvaluatesTexts,
+    LogsAcceptance,
+    PlainDrafts,
+    WholeCheckpoints,
+    SFTTrainer,
 ):
     """Distils a target into a draft for speculative decoding.
 
@@ -94,7 +104,8 @@ class DraftDistillTrainer(
     Raises:
         ValueError: The pair does not fit, the data cannot be trained on, or a loss that compares distributions is
             asked for with neither a target nor cached distributions that serve it.
-        FloatingPointError: While training, a loss is not finite. The last checkpoint is left as it was.
+        FloatingPointError: While training, a loss, a gradient or the weights are not finite. The last checkpoint is
+            left as it was.
     """
 
     _tag_names: ClassVar[list[str]] = [
@@ -151,7 +162,13 @@ class DraftDistillTrainer(
         callbacks, self._draft_lengths, self._temperatures = watched
 
         draft, target, processing_class = preflight.prepare_pair(
-            model, target_model, args, tokenizer=processing_class, quantization_config=quantization_config
+            model,
+            target_model,
+            args,
+            tokenizer=processing_class,
+            quantization_config=quantization_config,
+            trains=train_dataset is not None,
+            adds_adapter=peft_config is not None,
         )
         self.draft_name = preflight.model_name(unwrapped(draft))
         # Where the target is not at hand, its name is what the data says.
@@ -177,6 +194,10 @@ class DraftDistillTrainer(
             formatting_func=formatting_func,
         )
         check_saving(self)
+        if train_dataset is not None:
+            check_adapter(self.model)
+            if not isinstance(model, str):
+                preflight.warn_of_lost_updates(self)
         args.model_init_kwargs = model_init_kwargs
         if train_dataset is None:
             self.train_dataset = None
@@ -198,6 +219,8 @@ class DraftDistillTrainer(
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         in_parts = self.is_deepspeed_enabled or (self.is_fsdp_enabled and args.shard_target)
         self.signal = make_signal(self.target_model, self._cache, facts, self._shared_vocab, sharded=in_parts)
+        if train_dataset is not None and isinstance(self.data_collator, DraftDistillCollator):
+            check_best_metric(args, self.eval_dataset, self.signal, self._draft_lengths, self._temperatures)
         self._reference: Any = None
         if reference is not None:
             placed = preflight.place_target(reference, self)
@@ -205,7 +228,8 @@ class DraftDistillTrainer(
         self._arithmetic = preflight.draft_arithmetic(self)
         preflight.check_dataset_fits(preflight.named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
         self._context = preflight.context_length(models)
-        check_writing(self.train_dataset, self.args, self._context, sharded=sharded)
+        columns = [] if train_dataset is None else get_dataset_column_names(train_dataset)
+        check_writing(self.train_dataset, self.args, self._context, sharded=sharded, columns=columns)
 
     # Loss ------------------------------------------------------------------------------------------------------------
 
@@ -295,8 +319,11 @@ class DraftDistillTrainer(
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Sum of the weighted token losses ÷ completion tokens of the whole accumulation window on all processes."""
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Sum of the weighted token losses ÷ completion tokens of the whole accumulation window on all processes.
+
+        With `return_outputs` also `{"loss": loss}`: whole logits, which a model would return, are never held.
+        """
         keep = predicting_positions(inputs["labels"])
         target = self.signal.for_loss(inputs, keep) if self.learns_from_target else None
         reference = None if self._reference is None else self._reference.for_loss(inputs, keep)
@@ -312,10 +339,10 @@ class DraftDistillTrainer(
             result = loss_from(logits_at(model, model_inputs(inputs), keep)[:, : self._shared_vocab])
         else:
             result = loss_at(model, model_inputs(inputs), keep, self._arithmetic, self._shared_vocab, loss_from)
-        require_finite(result.loss, inputs, self)
+        require_finite_loss(result.loss, inputs, self)
         self._window.add(inputs, result)
         loss = result.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The tokens of every process were counted, and DDP averages gradients over processes.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        return loss
+        return (loss, {"loss": loss}) if return_outputs else loss

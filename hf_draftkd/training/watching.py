@@ -1,30 +1,13 @@
-"""What is watched in every training step: that the loss is a number, and the sums that the log is made of."""
+"""What is watched in every training step: the sums that the log is made of."""
 
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import Trainer
 
 from hf_draftkd.losses import DistillationLoss
 from hf_draftkd.training.signal import Text
-
-
-def require_finite(loss: Tensor, batch: dict[str, Any], trainer: Any) -> None:
-    """Stop before a loss that is no number reaches the weights.
-
-    Raises:
-        FloatingPointError: It is NaN or infinite; the message names step, process and batch.
-    """
-    if not torch.isfinite(loss):
-        starts = trainer.processing_class.batch_decode(batch["input_ids"][:, :16])
-        raise FloatingPointError(
-            f"The loss is {loss.item()} in optimizer step {trainer.state.global_step + 1}, process "
-            f"{trainer.accelerator.process_index}, in the batch whose rows begin with {starts}. The weights were not "
-            f"updated, and the last checkpoint in {trainer.args.output_dir!r} is untouched. Look for logits that are "
-            "not finite there, lower `learning_rate`, or train in float32."
-        )
 
 
 class LoggingWindow:

@@ -157,6 +157,7 @@ def test_a_chat_that_is_cut_before_its_first_answer_is_refused(tmp_path, pair):
 # Number formats and recomputation ------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:The draft's weights are bfloat16")
 def test_recomputed_activations_and_bf16_do_not_change_what_is_learned(tmp_path, tokenizer):
     """Positions chosen in front of the head that recomputation chooses again, or a loss summed in bf16."""
     rows = alignment_rows(tiny_pair("llama")[1], tokenizer, count=8)

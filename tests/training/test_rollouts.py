@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from safetensors.torch import load_file
+from trl import maybe_convert_to_chatml
 
 from hf_draftkd import DraftDistillTrainer
 from hf_draftkd.training.describe import describe_run
@@ -355,6 +356,29 @@ def test_data_that_cannot_be_completed_are_refused(tmp_path, pair, tokenizer):
         build(tmp_path, pair, tokenizer, rows, lmbda=1.0, max_new_tokens=100_000)
     with pytest.raises(ValueError, match="`target_model` is None"):
         build(tmp_path, (pair[0], None), tokenizer, rows, seq_kd=True, divergence="cross_entropy")
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_chat_learned_from_as_a_whole_says_how_to_learn_from_answers(tmp_path, pair, column):
+    """Sent to look for chats where the data are chats."""
+    keys = {"messages": ("role", "content"), "conversations": ("from", "value")}[column]
+    turns = [dict(zip(keys, turn, strict=True)) for turn in (("user", "Hi"), ("assistant", "Hello"))]
+    chats = Dataset.from_list([{column: turns}] * 4)
+    with pytest.raises(ValueError, match="Set `assistant_only_loss=True`") as refused:
+        build(tmp_path, pair, tiny_tokenizer(), chats, lmbda=1.0)
+    assert ("Convert `conversations` to `messages`" in str(refused.value)) == (column == "conversations")
+    if column == "conversations":
+        chats = chats.map(maybe_convert_to_chatml, remove_columns=column)
+    build(tmp_path, pair, tiny_tokenizer(), chats, lmbda=1.0, assistant_only_loss=True)
+
+
+def test_a_collator_of_ones_own_has_to_tell_tokens_from_padding(tmp_path, pair, tokenizer):
+    """A bare KeyError in the first step."""
+    trainer = build(tmp_path, pair, tokenizer, lmbda=1.0, max_new_tokens=4)
+    usual = trainer.data_collator
+    trainer.data_collator = lambda rows: {k: v for k, v in usual(rows).items() if k != "attention_mask"}
+    with pytest.raises(ValueError, match="`data_collator` returns no `attention_mask`, only 'input_ids'"):
+        trainer.train()
 
 
 # Two processes -------------------------------------------------------------------------------------------------------

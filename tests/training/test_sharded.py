@@ -14,12 +14,13 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 
-from hf_draftkd import load_draft
+from hf_draftkd import DraftDistillTrainer, load_draft
 from hf_draftkd.training.saving import check_saving, merged
 from tests.cli.run import ROOT
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
-from tests.training.test_trainer import build
+from tests.training.test_finite import AfterStep, NoGradient, ruin
+from tests.training.test_trainer import build, weights
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -78,11 +79,29 @@ def train(folder, out, world, *, lora=False, resume=None, **options):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def stop_alike(folder, out, **options):
+    """A share of one process holds an infinity, or its rows have no gradient: none may save, or go on alone."""
+    second = torch.distributed.get_rank() == 1
+    NoGradient.processes = (1,)
+    stops = [(DraftDistillTrainer, AfterStep(1, ruin if second else weights), "Nothing is saved")]
+    if "deepspeed" not in options:
+        stops.append((NoGradient, AfterStep(1, weights), "gradient is nan in optimizer step 3"))
+    pair, rows = (
+        (str(folder / "draft"), str(folder / "target")),
+        alignment_rows(tiny_pair("llama")[1], tiny_tokenizer()),
+    )
+    for kind, callback, message in stops:
+        options |= {"save_strategy": "steps", "save_steps": 1, "use_cpu": True, "trainer_class": kind}
+        trainer = build(out / kind.__name__, pair, tiny_tokenizer(), rows, callbacks=[callback], **options)
+        with pytest.raises(FloatingPointError, match=message):
+            trainer.train()
+
+
 SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-from tests.training.test_sharded import RUNS, offer_fsdp_on_cpu, train
+from tests.training.test_sharded import RUNS, offer_fsdp_on_cpu, stop_alike, train
 
 torch.set_num_threads(1)
 folder, kind, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
@@ -96,6 +115,7 @@ losses["resumed"] = train(
 )
 if kind == "fsdp":
     losses["replicated"] = train(folder, folder / kind / "replicated", 2, shard_target=False)
+stop_alike(folder, folder / kind / "stopped", **options)
 assert torch.distributed.get_world_size() == 2
 if torch.distributed.get_rank() == 0:
     (folder / f"{kind}.json").write_text(json.dumps(losses))

@@ -248,6 +248,23 @@ def test_a_loss_of_ones_own(tmp_path, pair, tokenizer):
     assert losses[-1] < losses[0] < 2
 
 
+def test_a_subclass_may_ask_for_the_outputs(tmp_path, pair, tokenizer):
+    """The usual line of a subclass of `Trainer`, which failed with "iteration over a 0-d tensor"."""
+
+    class Scaled(DraftDistillTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            assert outputs["loss"] is loss
+            return (2 * loss, outputs) if return_outputs else 2 * loss
+
+    rows = alignment_rows(pair[1], tokenizer)
+    losses = [
+        build(tmp_path, tiny_pair("llama"), tokenizer, rows, trainer_class=kind, max_steps=1).train().training_loss
+        for kind in (DraftDistillTrainer, Scaled)
+    ]
+    assert losses[1] == pytest.approx(2 * losses[0])
+
+
 def test_acceptance_is_logged_while_training(tmp_path, pair, tokenizer):
     """TVD++'s own value says nothing: without acceptance beside it nobody sees whether it learns."""
     rows = alignment_rows(pair[1], tokenizer)
