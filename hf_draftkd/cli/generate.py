@@ -143,7 +143,10 @@ def run(argv: list[str]) -> int:
         print(f"draftkd generate: {error}", file=sys.stderr)
         return 1
     if this_process().is_main_process:
-        write_card(Path(options.output_dir), rows)
+        try:
+            write_card(Path(options.output_dir), rows)
+        except ValueError as error:  # what somebody wrote into the card cannot be read
+            raise UsageError(str(error)) from error
         _print_summary(rows, options, perf_counter() - start)
         if options.push_to_hub:
             return _publish(options, rows)

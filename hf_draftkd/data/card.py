@@ -32,8 +32,8 @@ _COLUMNS = {
     "completion": "what the target wrote, without special tokens: text, or one assistant message",
     "prompt_ids": "the exact tokens the target read",
     "completion_ids": "the exact tokens it wrote, with the end token if it wrote one; do not tokenise the text again",
-    "ids_source": "`generated`: these very tokens were written; `retokenized`: encoded once from text, or without the end "
-    "token, which a server did not show",
+    "ids_source": "`generated`: these very tokens were written; `retokenized`: encoded once from text, or without the "
+    "end token, which a server did not show",
     "scenario": "`queries`, `curated` or `synthetic`",
     "target": "the model that wrote the completion",
     "target_revision": "its commit on the Hub, where known",
