@@ -211,25 +211,30 @@ class DraftDistillTrainer(
         # The loss normalises itself, whatever the draft's own forward accepts.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self.target_model = preflight.place_target(target, self)
         models = [unwrapped(draft), *([] if target is None else [target])]
         # Both distributions are compared over rows that stand for tokens: never over padding.
         self._shared_vocab = shared_vocab_size(models[0], models[-1], processing_class)
-        # Where the head is plain arithmetic, the loss takes hidden states, and no logits of all tokens are ever held.
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        in_parts = self.is_deepspeed_enabled or (self.is_fsdp_enabled and args.shard_target)
-        self.signal = make_signal(self.target_model, self._cache, facts, self._shared_vocab, sharded=in_parts)
-        if train_dataset is not None and isinstance(self.data_collator, DraftDistillCollator):
-            check_best_metric(args, self.eval_dataset, self.signal, self._draft_lengths, self._temperatures)
+        self._read_distributions(target, reference, facts)
+        preflight.check_dataset_fits(preflight.named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
+        self._context = preflight.context_length(models)
+        if train_dataset is not None:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            columns = get_dataset_column_names(train_dataset)
+            check_writing(self.train_dataset, self.args, self._context, sharded=sharded, columns=columns)
+            if isinstance(self.data_collator, DraftDistillCollator):
+                check_best_metric(args, self.eval_dataset, self.signal, self._draft_lengths, self._temperatures)
+
+    def _read_distributions(self, target: Any, reference: Any, facts: list[Any]) -> None:
+        """Put target and reference where they run, and settle how each model's distributions are read."""
+        sharded = self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.args.shard_target)
+        self.target_model = preflight.place_target(target, self)
+        self.signal = make_signal(self.target_model, self._cache, facts, self._shared_vocab, sharded=sharded)
         self._reference: Any = None
         if reference is not None:
             placed = preflight.place_target(reference, self)
-            self._reference = make_signal(placed, None, [], self._shared_vocab, sharded=in_parts)
+            self._reference = make_signal(placed, None, [], self._shared_vocab, sharded=sharded)
+        # Where the head is plain arithmetic, the loss takes hidden states, and no logits of all tokens are ever held.
         self._arithmetic = preflight.draft_arithmetic(self)
-        preflight.check_dataset_fits(preflight.named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
-        self._context = preflight.context_length(models)
-        columns = [] if train_dataset is None else get_dataset_column_names(train_dataset)
-        check_writing(self.train_dataset, self.args, self._context, sharded=sharded, columns=columns)
 
     # Loss ------------------------------------------------------------------------------------------------------------
 
