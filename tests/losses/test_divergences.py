@@ -19,6 +19,7 @@ from hf_draftkd.losses import (
     total_variation,
     tvd_plus_plus,
 )
+from hf_draftkd.losses.divergences import sample_tokens
 
 FULL = partial(tvd_plus_plus, estimator="full")
 PLAIN = {
@@ -296,3 +297,16 @@ class TestErrors:
     def test_tokens_with_the_full_estimator_are_refused(self):
         with pytest.raises(ValueError, match="estimator='sampled'"):
             FULL(torch.zeros(1, 3), torch.zeros(1, 3), tokens=torch.zeros(1, dtype=torch.long))
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says():
+    """An inverse of the running sum that is off by one, or that falls on a token which cannot be."""
+    probs = torch.tensor(
+        [[0.0, 0.2, 0.0, 0.5, 0.3, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]
+    )
+    torch.manual_seed(0)
+    drawn = sample_tokens(probs.expand(40_000, 3, 6))
+    assert drawn.shape == (40_000, 3)
+    shares = torch.nn.functional.one_hot(drawn, 6).double().mean(0)
+    assert (shares[probs == 0] == 0).all()
+    torch.testing.assert_close(shares, probs.double(), atol=0.01, rtol=0)
