@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from hf_draftkd.data.prompts import context_length
 from hf_draftkd.evaluation.texts import TextSet
+from hf_draftkd.models.revisions import model_revision
 
 # Below this share of tokens that the target could have written, a text was written by something else: rounding in
 # low precision moves a few in a hundred at most.
@@ -51,18 +52,31 @@ def by_this_target(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) 
     """Texts of another author give acceptance rates alone: what they say of block efficiency is nothing.
 
     Returns:
-        The text sets, those that name another target no longer exact; and what to say about them.
+        The text sets, those of which a row names another target, or another commit of this one, no longer exact; and
+        what to say about them.
     """
-    name = target_model.name_or_path
-    others = {texts.written_by for texts in text_sets} - {name, None}
+    own, commit = target_model.name_or_path, model_revision(target_model)
+
+    def is_other(author: tuple[str, str | None]) -> bool:
+        return author[0] != own or (None not in (author[1], commit) and author[1] != commit)
+
+    others = sorted(
+        _at(*author) for author in frozenset().union(*(texts.written_by for texts in text_sets)) if is_other(author)
+    )
     if not others:
         return list(text_sets), []
-    judged = [replace(texts, is_exact=texts.is_exact and texts.written_by in (name, None)) for texts in text_sets]
-    return judged, [
-        f"The texts were written by {', '.join(sorted(map(str, others)))}, the target here is {name}: acceptance rates "
-        "are given, block efficiencies are not. If it is the same model under another name, put that name into the "
-        "column `target`."
+    judged = [
+        replace(texts, is_exact=texts.is_exact and not any(map(is_other, texts.written_by))) for texts in text_sets
     ]
+    return judged, [
+        f"The texts were written by {', '.join(others)}, the target here is {_at(own, commit)}: acceptance rates are "
+        "given, block efficiencies are not. If it is the same model under another name, put that name into the column "
+        "`target`."
+    ]
+
+
+def _at(name: str, commit: str | None) -> str:
+    return name if commit is None else f"{name} at {commit}"
 
 
 def plausibility_warnings(target_model: PreTrainedModel, texts: TextSet, share: float) -> list[str]:

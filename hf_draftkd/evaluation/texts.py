@@ -1,6 +1,6 @@
 """The texts to measure on: written by the target now, or recorded earlier together with how they were written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ class TextSet:
         texts: Prompts and completions.
         prompts: For each text, which prompt it answers.
         groups: For each text its domain or category, where the data has such a column.
-        written_by: The target that the rows name; None where they name none.
+        written_by: Every target that the rows name, each with the commit they name beside it, or None.
         is_exact: Whether the texts are the target's own under this setting. Otherwise block efficiency means nothing.
     """
 
@@ -33,7 +33,7 @@ class TextSet:
     texts: list[Text]
     prompts: list[int]
     groups: list[str] | None = None
-    written_by: str | None = None
+    written_by: frozenset[tuple[str, str | None]] = frozenset()
     is_exact: bool = True
 
 
@@ -157,8 +157,16 @@ def _text_set(dataset: Dataset, setting: DecodingSetting) -> TextSet:
         texts=texts,
         prompts=prompts,
         groups=None if group is None else [str(dataset[group][row]) for row in kept],
-        written_by=dataset["target"][0] if "target" in dataset.column_names else None,
+        written_by=frozenset((name, commit) for name, commit in _authors(dataset.select(kept)) if name is not None),
     )
+
+
+def _authors(dataset: Dataset) -> Iterable[tuple[str | None, str | None]]:
+    names, commits = (
+        dataset[name] if name in dataset.column_names else [None] * len(dataset)
+        for name in ("target", "target_revision")
+    )
+    return zip(names, commits, strict=True)
 
 
 def _completion_ids(

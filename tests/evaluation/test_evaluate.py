@@ -197,6 +197,25 @@ def test_text_recorded_under_a_wrong_setting_gives_no_block_efficiency(pair):
     assert any("could have been written by this target" in text for text in report.warnings)
 
 
+@pytest.mark.parametrize("column", ["target", "target_revision"])
+def test_rows_of_several_authors_give_no_block_efficiency(pair, monkeypatch, column):
+    """Catches data put together from two targets, judged by the author of its first row: any sampled token is
+    plausible, so nothing else tells.
+    """
+    draft, target = pair
+    target.config.name_or_path = target.name_or_path = "org/target"
+    monkeypatch.setattr(target, "_draftkd_revision", "a" * 40, raising=False)
+    rows = generate_alignment_data(target, tiny_tokenizer(), PROMPTS[:6], max_new_tokens=8, temperatures=(1.0,))
+    own = evaluate_draft(draft, target, tiny_tokenizer(), dataset=rows, **QUICK)
+    assert own.settings[0].block_efficiency
+    other = {"target": "org/other", "target_revision": "b" * 40}[column]
+    mixed = rows.map(lambda row, number: {column: other} if number == 4 else {}, with_indices=True)
+    report = evaluate_draft(draft, target, tiny_tokenizer(), dataset=mixed, **QUICK)
+    assert report.settings[0].block_efficiency is None
+    assert report.settings[0].acceptance_rate == own.settings[0].acceptance_rate
+    assert any(other in text and "block efficiencies are not" in text for text in report.warnings)
+
+
 @pytest.mark.parametrize("kind", ["strings", "messages", "retokenized"])
 def test_other_text_gives_acceptance_alone(pair, kind):
     draft, target = pair
