@@ -1,5 +1,6 @@
 """Whether texts are what they claim to be, and what a reader of the figures must be told about them."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -46,6 +47,12 @@ def check_lengths(model: PreTrainedModel, text_sets: Sequence[TextSet]) -> None:
             f"The longest text has {longest} tokens, but {model.name_or_path or type(model).__name__!r} reads at most "
             f"{context}. Leave such texts out."
         )
+
+
+def shared_context(*models: PreTrainedModel) -> int:
+    """The longest text that every one of the models can read; without a limit, more than any text has."""
+    lengths = [context_length(model.config) for model in models]
+    return min((length for length in lengths if length is not None), default=sys.maxsize)
 
 
 def by_this_target(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) -> tuple[list[TextSet], list[str]]:

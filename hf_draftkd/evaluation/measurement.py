@@ -22,6 +22,7 @@ from hf_draftkd.evaluation.checks import (
     inherited_setting_warnings,
     own_penalty,
     plausibility_warnings,
+    shared_context,
 )
 from hf_draftkd.evaluation.estimates import (
     assisted_result,
@@ -126,8 +127,7 @@ class Measurement:
             source = source or (str(prompts) if isinstance(prompts, str | Path) else None)
         for model in (self.target_model, *drafts):
             check_lengths(model, self.text_sets)
-        contexts = [context_length(model.config) for model in (self.target_model, *drafts)]
-        self.context = min((length for length in contexts if length is not None), default=sys.maxsize)
+        self.context = shared_context(self.target_model, *drafts)
         self.warnings += inherited_setting_warnings(self.target_model, self.text_sets)
         count = max(len(set(texts.prompts)) for texts in self.text_sets)
         if count < _FEW_PROMPTS:
