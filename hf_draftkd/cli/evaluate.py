@@ -96,7 +96,12 @@ def run(argv: list[str]) -> int:
         out = new_directory(options.output_dir, overwrite=True)
         _check_write(options)
         check_options(
-            options.verification, options.max_new_tokens, options.num_assistant_tokens, options.num_speed_prompts
+            options.verification,
+            options.max_new_tokens,
+            options.num_assistant_tokens,
+            options.num_speed_prompts,
+            options.batch_size,
+            options.verify,
         )
         asked = _settings(options)
         rows = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)

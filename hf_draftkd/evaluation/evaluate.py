@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_draftkd.acceptance.blocks import DRAFT_LENGTHS
 from hf_draftkd.acceptance.token_rates import check_verification
 from hf_draftkd.data.decoding import DecodingSetting
-from hf_draftkd.data.generation import decoding_settings
+from hf_draftkd.data.generation import decoding_settings, require_at_least_one
 from hf_draftkd.data.provenance import package_versions
 from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.measurement import Measurement
@@ -85,7 +85,7 @@ def evaluate_draft(
     candidates = list(draft_model) if isinstance(draft_model, Sequence) else [draft_model]
     drafts = [*candidates, *([] if baseline is None else [baseline])]
     asked = _settings(target_model, temperatures, settings)
-    check_options(verification, max_new_tokens, num_assistant_tokens, num_speed_prompts)
+    check_options(verification, max_new_tokens, num_assistant_tokens, num_speed_prompts, batch_size, verify)
     _check(drafts, target_model, tokenizer, prompts, dataset)
     # Before a vocabulary is padded: that is the draft as it lies in its folder.
     checksums = [loaded_checksum(draft) for draft in drafts]
@@ -185,7 +185,12 @@ def _check(
 
 
 def check_options(
-    verification: Sequence[str], max_new_tokens: int, num_assistant_tokens: int | None, num_speed_prompts: int
+    verification: Sequence[str],
+    max_new_tokens: int,
+    num_assistant_tokens: int | None,
+    num_speed_prompts: int,
+    batch_size: int,
+    verify: int,
 ) -> None:
     """What can be known to be wrong before a model is loaded.
 
@@ -194,11 +199,19 @@ def check_options(
     """
     if not verification:
         raise ValueError("`verification` is empty: name at least one rule, such as rejection_sampling.")
+    if isinstance(verification, str):
+        raise ValueError(f"`verification` must be a list of rules, got the string {verification!r}: put it in a list.")
     for rule in verification:
         check_verification(rule)
-    if max_new_tokens < 1:
-        raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
-    if num_assistant_tokens is not None and num_assistant_tokens not in DRAFT_LENGTHS:
+    if len(set(verification)) < len(verification):
+        raise ValueError(f"`verification` names a rule twice: {', '.join(verification)}.")
+    require_at_least_one(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if verify < 0:
+        raise ValueError(f"`verify` must be a number of prompts, or 0 for no check, got {verify}.")
+    # 3.0 is equal to 3, and counts nothing.
+    if num_assistant_tokens is not None and (
+        num_assistant_tokens not in DRAFT_LENGTHS or not isinstance(num_assistant_tokens, int)
+    ):
         raise ValueError(f"`num_assistant_tokens` must be a whole number between 1 and 16, got {num_assistant_tokens}.")
     if num_speed_prompts < 1:
         raise ValueError(
