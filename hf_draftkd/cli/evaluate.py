@@ -63,7 +63,9 @@ class EvaluateOptions:
         default_factory=lambda: ["rejection_sampling"],
         metadata={"help": "Rules for sampled text: rejection_sampling, greedy_draft (vLLM), exact_match (llama.cpp)."},
     )
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest completion, in tokens."})
+    max_new_tokens: int = field(
+        default=128, metadata={"help": "Longest completion, in tokens; of alignment data, that of the data counts."}
+    )
     num_assistant_tokens: int | None = field(
         default=None, metadata={"help": "Draft length to decode with; by default the best one found."}
     )

@@ -73,7 +73,7 @@ def render_prompt(
     if not isinstance(prompt, str):
         return tokenizer.apply_chat_template(
             [clean_message(message) for message in prompt],
-            tools=json.loads(tools) if isinstance(tools, str) else (_without_nulls(tools) or None),
+            tools=tool_schemas(tools),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
@@ -192,6 +192,11 @@ def fitting_rows(
         raise ValueError(f"{text}: no prompt is left. Lower `max_new_tokens`.")
     logger.warning(f"Left out {text}.")
     return [row for row, length in enumerate(lengths) if length <= room]
+
+
+def tool_schemas(tools: Any) -> Any:
+    """A row's `tools` as a chat template takes them: read from their JSON, and without the keys that Arrow adds."""
+    return json.loads(tools) if isinstance(tools, str) else (_without_nulls(tools) or None)
 
 
 def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def evaluate_draft(
             target's own repetition penalty is applied to both models, and stated.
         settings: Whole decoding settings, instead of `temperatures`.
         verification: Rules for sampled text, of `VERIFICATION_RULES`. Greedy text is always verified exactly.
-        max_new_tokens: Longest completion, in tokens.
+        max_new_tokens: Longest completion, in tokens. With `dataset` it is the longest one found there.
         num_assistant_tokens: Draft length γ to decode with and to report figures by position for. By default real
             decoding uses the best one found, and positions are reported for 5.
         measure_speed: Take step times, time real decoding, and recommend. Without it these parts are absent.

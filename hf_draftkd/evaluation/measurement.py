@@ -100,7 +100,6 @@ class Measurement:
             self.text_sets = recorded_texts(dataset, settings)
             self.text_sets, found = by_this_target(self.target_model, self.text_sets)
             self.warnings += found
-            self.max_new_tokens = max(len(text.completion_ids) for texts in self.text_sets for text in texts.texts)
             contents: Any = dataset["prompt_ids"]
         elif dataset is not None:
             self.text_sets = other_texts(dataset, self.tokenizer, settings or defaults)
@@ -125,6 +124,8 @@ class Measurement:
             )
             contents = loaded["prompt"]
             source = source or (str(prompts) if isinstance(prompts, str | Path) else None)
+        if dataset is not None:
+            self.max_new_tokens = max(len(text.completion_ids) for texts in self.text_sets for text in texts.texts)
         for model in (self.target_model, *drafts):
             check_lengths(model, self.text_sets)
         self.context = shared_context(self.target_model, *drafts)

@@ -240,6 +240,23 @@ def test_other_text_gives_acceptance_alone(pair, kind):
     assert any("only acceptance rates are given" in text for text in report.warnings)
 
 
+def test_other_conversations_are_read_with_their_tools_and_to_their_end(pair):
+    """Catches a conversation with tools refused, and a report that calls the default length the longest measured."""
+    draft, target = pair
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + tokenizer.chat_template
+    row = {
+        "prompt": [{"role": "user", "content": "What is the capital of France?"}],
+        "completion": [{"role": "assistant", "content": "The capital of France is Paris."}],
+        "tools": [{"name": "sorted"}],
+    }
+    report = evaluate_draft(draft, target, tokenizer, dataset=Dataset.from_list([row]), temperatures=[1.0], **QUICK)
+    answer = tokenizer(row["completion"][0]["content"], add_special_tokens=False)["input_ids"]
+    assert report.max_new_tokens == report.settings[0].num_tokens == len(answer) + 1  # the end token is one to draft
+    with pytest.raises(ValueError, match="holds no rows"):
+        evaluate_draft(draft, target, tokenizer, dataset=Dataset.from_list([row]).select([]), **QUICK)
+
+
 def test_the_report_names_the_weights_that_were_measured(tmp_path, pair):
     """Catches a checksum of the folder a model was once loaded from, which training has left behind."""
     draft, target = pair
