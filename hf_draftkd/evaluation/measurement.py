@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +95,18 @@ class Measurement:
         source: str | None,
     ) -> PromptInfo:
         """Have the target answer the prompts, or take what it answered earlier."""
+        contents: Iterable[Any]
         defaults = decoding_settings(_DEFAULT_TEMPERATURES, repetition_penalty=own_penalty(self.target_model))
         if dataset is not None and is_recorded(dataset):
             self.text_sets = recorded_texts(dataset, settings)
             self.text_sets, found = by_this_target(self.target_model, self.text_sets)
             self.warnings += found
-            contents: Any = dataset["prompt_ids"]
         elif dataset is not None:
             self.text_sets = other_texts(dataset, self.tokenizer, settings or defaults)
             self.warnings.append(
                 "The texts do not say under which setting the target wrote these very tokens, so only acceptance rates "
                 "are given. Give prompts for block efficiency."
             )
-            contents = [text.prompt_ids for text in self.text_sets[0].texts]
         else:
             loaded = load_prompts(prompts)
             lengths = list(map(len, render_prompts(loaded, self.tokenizer)))
@@ -122,9 +121,11 @@ class Measurement:
                 batch_size=self.batch_size,
                 seed=self.seed,
             )
-            contents = loaded["prompt"]
+            contents = _contents(loaded)
             source = source or (str(prompts) if isinstance(prompts, str | Path) else None)
         if dataset is not None:
+            # Each prompt once, and only those whose answers are measured.
+            contents = dict.fromkeys(tuple(text.prompt_ids) for texts in self.text_sets for text in texts.texts)
             self.max_new_tokens = max(len(text.completion_ids) for texts in self.text_sets for text in texts.texts)
         for model in (self.target_model, *drafts):
             check_lengths(model, self.text_sets)
@@ -345,6 +346,12 @@ class Measurement:
             )
         count = min(count, len(unique))
         return [unique[place * len(unique) // count] for place in range(count)]
+
+
+def _contents(prompts: Dataset) -> Iterable[Any]:
+    """What tells prompts apart: their text, and what a chat template writes beside it."""
+    beside = [name for name in ("tools", "chat_template_kwargs") if name in prompts.column_names]
+    return prompts.select_columns(["prompt", *beside]) if beside else prompts["prompt"]
 
 
 def _has_blocks(texts: TextSet, scored: PassResult) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import generate_alignment_data
@@ -255,6 +255,28 @@ def test_other_conversations_are_read_with_their_tools_and_to_their_end(pair):
     assert report.max_new_tokens == report.settings[0].num_tokens == len(answer) + 1  # the end token is one to draft
     with pytest.raises(ValueError, match="holds no rows"):
         evaluate_draft(draft, target, tokenizer, dataset=Dataset.from_list([row]).select([]), **QUICK)
+
+
+def test_the_hash_tells_prompts_apart(pair):
+    """Catches equal hashes of other prompts: other tools, or rows of a dataset that were not the ones measured."""
+    draft, target = pair
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + tokenizer.chat_template
+    talk = [{"role": "user", "content": "What is the capital of France?"}]
+
+    def hashed(*prompts, **options):
+        return evaluate_draft(draft, target, tokenizer, *prompts, **QUICK, **options).prompts.sha256
+
+    given = [[{"prompt": talk, "tools": [{"name": name}]}] for name in ("sorted", "reversed")]
+    hashes = {hashed(Dataset.from_list(rows), temperatures=[0.0]) for rows in [*given, [{"prompt": talk}]]}
+    assert len(hashes) == 3
+    texts = [
+        generate_alignment_data(target, tokenizer, PROMPTS[part], max_new_tokens=8, temperatures=(temperature,))
+        for part, temperature in ((slice(3), 0.0), (slice(3, 6), 1.0))
+    ]
+    both = concatenate_datasets(texts)
+    assert hashed(dataset=both, temperatures=[0.0]) == hashed(dataset=texts[0])
+    assert hashed(dataset=both, temperatures=[0.0]) != hashed(dataset=both, temperatures=[1.0])
 
 
 def test_the_report_names_the_weights_that_were_measured(tmp_path, pair):
