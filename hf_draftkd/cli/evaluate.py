@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
+from rich.markup import escape
 from transformers import GenerationConfig
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
@@ -219,11 +220,11 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
         written.append(_store_length(Path(report.draft.name), report.recommendation.num_assistant_tokens))
     console.print(report.table())
     for warning in report.warnings:
-        console.print(f"[yellow]note:[/yellow] {warning}", highlight=False)
+        console.print(f"[yellow]note:[/yellow] {escape(warning)}", highlight=False)
     if report.self_check is not None:
         verdict = "agree" if report.self_check.equal else "DO NOT agree"
         console.print(f"Self-check on {report.self_check.prompts} prompts: computed and counted figures {verdict}.")
-    console.print(f"Written: {', '.join(map(str, written))}", highlight=False)
+    console.print(f"Written: {', '.join(map(str, written))}", highlight=False, markup=False)
 
 
 def _store_length(draft: Path, num_assistant_tokens: int) -> Path:
