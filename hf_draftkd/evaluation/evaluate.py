@@ -66,7 +66,9 @@ def evaluate_draft(
         max_new_tokens: Longest completion, in tokens. With `dataset` it is the longest one found there.
         num_assistant_tokens: Draft length γ to decode with and to report figures by position for. By default real
             decoding uses the best one found, and positions are reported for 5.
-        measure_speed: Take step times, time real decoding, and recommend. Without it these parts are absent.
+        measure_speed: Take step times, time real decoding, and recommend. Without it these parts are absent. Real
+            decoding verifies by rejection sampling: sampled settings are timed where `verification` names that rule,
+            and the overall recommendation is about it.
         num_speed_prompts: Prompts decoded both ways for each setting.
         verify: On how many prompts to check the computed figures against counted ones; 0 for none.
         lossy: Add the curve of lossy decoding at the sampled settings: acceptance against distance from the target.

@@ -283,23 +283,28 @@ class Measurement:
             seed=self.seed,
         )
         length = self.asked_length or overall_draft_length(result.settings, result.latency) or _DEFAULT_LENGTH
-        with logging.tqdm(total=len(prompts) * len(self.text_sets), desc="Timing decoding", unit="prompt") as bar:
-            for texts in self.text_sets:
+        # Real decoding is transformers': it says nothing about a rule of another engine.
+        timed = [
+            (setting, texts.setting)
+            for texts in self.text_sets
+            for setting in result.settings
+            if is_transformers_rule(setting) and _is_of(setting, texts.setting)
+        ]
+        with logging.tqdm(total=len(prompts) * len(timed), desc="Timing decoding", unit="prompt") as bar:
+            for setting, decoding in timed:
                 times = time_decoding(
                     self.target_model,
                     draft,
                     prompts,
-                    texts.setting,
+                    decoding,
                     max_new_tokens=self.max_new_tokens,
                     num_assistant_tokens=length,
                     suppress_tokens=self.suppressed,
                     seed=self.seed,
                     on_prompt=bar.update,
                 )
-                for setting in result.settings:
-                    if is_transformers_rule(setting) and _is_of(setting, texts.setting):
-                        setting.assisted = assisted_result(times, length)
-                        compare_with_prediction(setting, result.latency)
+                setting.assisted = assisted_result(times, length)
+                compare_with_prediction(setting, result.latency)
         for setting in result.settings:
             setting.recommendation = recommend(setting, result.latency, setting_name(setting))
         names = [setting_name(setting) for setting in result.settings]

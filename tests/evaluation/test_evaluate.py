@@ -9,6 +9,7 @@ from datasets import Dataset, concatenate_datasets
 
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import generate_alignment_data
+from hf_draftkd.evaluation import measurement
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.models.loading import load_draft
@@ -307,6 +308,32 @@ def test_the_report_says_which_names_were_folders(tmp_path, pair, monkeypatch):
     draft.config.name_or_path, target.config.name_or_path = "models/draft", "org/target"
     report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:4], source="data/prompts", **QUICK)
     assert (report.draft.is_local, report.target.is_local, report.prompts.is_local) == (True, False, True)
+
+
+def test_only_what_transformers_verifies_is_timed(pair, monkeypatch):
+    """Catches minutes of decoding under a setting whose rule is another engine's, thrown away afterwards."""
+    draft, target = pair
+    timed = []
+    real = measurement.time_decoding
+
+    def record(target, draft, prompts, setting, **options):
+        timed.append(setting.temperature)
+        return real(target, draft, prompts, setting, **options)
+
+    monkeypatch.setattr(measurement, "time_decoding", record)
+    report = evaluate_draft(
+        draft,
+        target,
+        tiny_tokenizer(),
+        PROMPTS[:2],
+        verification=["greedy_draft"],
+        max_new_tokens=8,
+        num_speed_prompts=1,
+    )
+    assert timed == [0]
+    assert [setting.assisted is not None for setting in report.settings] == [True, False]
+    assert report.settings[1].recommendation is not None
+    assert "temperature 1" not in report.recommendation.reason
 
 
 def test_padded_vocabularies_are_aligned_first(tmp_path):
