@@ -89,6 +89,8 @@ def evaluate_draft(
     asked = _settings(target_model, temperatures, settings)
     check_options(verification, max_new_tokens, num_assistant_tokens, num_speed_prompts, batch_size, verify)
     _check(drafts, target_model, tokenizer, prompts, dataset)
+    if measure_speed or verify:
+        _check_cache(target_model)
     # Before a vocabulary is padded: that is the draft as it lies in its folder.
     checksums = [loaded_checksum(draft) for draft in drafts]
     for draft in drafts:
@@ -184,6 +186,16 @@ def _check(
             raise ValueError(f"{draft.name_or_path!r} is an encoder-decoder model; a draft must be a causal LM.")
         check_own_tokenizer(draft, tokenizer)
     check_own_tokenizer(target_model, tokenizer)
+
+
+def _check_cache(target_model: PreTrainedModel) -> None:
+    kind = target_model.generation_config.cache_implementation or ""
+    if "static" in kind:
+        raise ValueError(
+            f"The target's generation config asks for a {kind!r} cache, with which transformers refuses to decode with a "
+            "draft. Set `target_model.generation_config.cache_implementation = None`, or leave out real decoding: "
+            "`measure_speed=False` and `verify=0`."
+        )
 
 
 def check_options(

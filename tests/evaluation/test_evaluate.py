@@ -401,6 +401,18 @@ def test_bad_input_is_refused_before_anything_runs(pair, monkeypatch, options, m
         evaluate_draft(draft, target, tiny_tokenizer(), **options)
 
 
+def test_a_cache_that_no_draft_can_be_used_with_is_refused_before_anything_runs(pair, monkeypatch):
+    """Catches transformers' own refusal, met after the target has answered every prompt."""
+    draft, target = pair
+    target.generation_config.cache_implementation = "static"
+    report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], temperatures=[0.0], **QUICK)
+    assert report.settings[0].block_efficiency
+    monkeypatch.setattr(target, "forward", None)
+    for options in ({"measure_speed": True}, {"verify": 1}):
+        with pytest.raises(ValueError, match="asks for a 'static' cache"):
+            evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], **QUICK | options)
+
+
 def test_a_contradicting_setting_is_refused():
     with pytest.raises(ValueError, match="greedy decoding, which `top_p`"):
         DecodingSetting(0.0, top_p=0.9)
