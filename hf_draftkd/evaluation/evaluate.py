@@ -84,8 +84,12 @@ def evaluate_draft(
         ValueError: The pair does not fit; prompts are missing, empty or too long; settings contradict themselves; a
             rule does not exist; or the texts do not belong to the pair's vocabulary.
     """
-    candidates = list(draft_model) if isinstance(draft_model, Sequence) else [draft_model]
+    is_list = isinstance(draft_model, Sequence) and not isinstance(draft_model, str)
+    candidates = list(draft_model) if is_list else [draft_model]
     drafts = [*candidates, *([] if baseline is None else [baseline])]
+    named = next((model for model in (target_model, *drafts) if isinstance(model, str)), None)
+    if named is not None:
+        raise ValueError(f"{named!r} is a name: load the model with `load_target`, or `load_draft`, and give that.")
     asked = _settings(target_model, temperatures, settings)
     check_options(verification, max_new_tokens, num_assistant_tokens, num_speed_prompts, batch_size, verify)
     _check(drafts, target_model, tokenizer, prompts, dataset)
@@ -192,7 +196,7 @@ def _check_cache(target_model: PreTrainedModel) -> None:
     kind = target_model.generation_config.cache_implementation or ""
     if "static" in kind:
         raise ValueError(
-            f"The target's generation config asks for a {kind!r} cache, with which transformers refuses to decode with a "
+            f"The target's generation config asks for a {kind!r} cache, with which transformers does not decode with a "
             "draft. Set `target_model.generation_config.cache_implementation = None`, or leave out real decoding: "
             "`measure_speed=False` and `verify=0`."
         )

@@ -401,6 +401,18 @@ def test_bad_input_is_refused_before_anything_runs(pair, monkeypatch, options, m
         evaluate_draft(draft, target, tiny_tokenizer(), **options)
 
 
+@pytest.mark.parametrize("place", ["draft", "list of drafts", "target", "baseline"])
+def test_names_in_place_of_models_are_refused(pair, place):
+    """The trainer takes names, so people give them here too: letter by letter they were drafts without a config."""
+    draft, target = pair
+    given = {"draft": "org/x", "list of drafts": [draft, "org/x"]}.get(place, draft)
+    baseline = "org/x" if place == "baseline" else None
+    with pytest.raises(ValueError, match=r"'org/x' is a name: load the model"):
+        evaluate_draft(
+            given, "org/x" if place == "target" else target, tiny_tokenizer(), PROMPTS[:2], baseline=baseline, **QUICK
+        )
+
+
 def test_a_cache_that_no_draft_can_be_used_with_is_refused_before_anything_runs(pair, monkeypatch):
     """Catches transformers' own refusal, met after the target has answered every prompt."""
     draft, target = pair
