@@ -127,3 +127,20 @@ def inherited_setting_warnings(target_model: PreTrainedModel, text_sets: Sequenc
             f"The target's generation config carries {', '.join(carried)}, which the settings measured here replace."
         )
     return found
+
+
+def suppressed_token_warnings(
+    draft_models: Sequence[PreTrainedModel], target_model: PreTrainedModel, vocab_size: int
+) -> list[str]:
+    """Drafts that `generate` keeps from proposing some tokens: the figures computed here know nothing of that."""
+    targets = set(target_model.generation_config.suppress_tokens or ())
+    found = []
+    for draft in draft_models:
+        own = {token for token in draft.generation_config.suppress_tokens or () if token < vocab_size} - targets
+        if own:
+            found.append(
+                f"The generation config of {draft.name_or_path or 'the draft'} suppresses {len(own)} "
+                f"token{'s' if len(own) > 1 else ''} of the vocabulary ({min(own)}{', ...' if len(own) > 1 else ''}), "
+                "which transformers then never drafts: computed figures are those of a draft that may propose them."
+            )
+    return found

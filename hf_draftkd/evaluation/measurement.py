@@ -23,6 +23,7 @@ from hf_draftkd.evaluation.checks import (
     own_penalty,
     plausibility_warnings,
     shared_context,
+    suppressed_token_warnings,
 )
 from hf_draftkd.evaluation.estimates import (
     assisted_result,
@@ -147,6 +148,7 @@ class Measurement:
     def score(self, drafts: Sequence[PreTrainedModel], *, is_lossy: bool = False) -> list[DraftResult]:
         """One pass of target and drafts over every text set; `is_lossy` adds what `lossy_curve` needs."""
         vocab_size = min(shared_vocab_size(draft, self.target_model, self.tokenizer) for draft in drafts)
+        self.warnings += suppressed_token_warnings(drafts, self.target_model, vocab_size)
         total = sum(len(texts.texts) for texts in self.text_sets)
         with logging.tqdm(total=total, desc="Scoring texts", unit="text") as bar:
             for texts in self.text_sets:

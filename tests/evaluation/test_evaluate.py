@@ -366,6 +366,18 @@ def test_what_the_targets_generation_config_carries_is_said(pair):
     assert report.settings[1].top_p == 1
 
 
+def test_tokens_that_a_draft_may_not_propose_are_said(pair):
+    """Catches computed figures that `generate` never reaches; padded rows, which alignment suppresses, are no such."""
+    _, target = pair
+    draft = tiny_llama(vocab_size=304, real_vocab_size=300)
+    draft.generation_config.suppress_tokens = [7, 8, 302]
+    report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], **QUICK)
+    assert any("suppresses 2 tokens of the vocabulary (7, ...)" in text for text in report.warnings)
+    target.generation_config.suppress_tokens = [7, 8]
+    report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], **QUICK)
+    assert not any("suppresses" in text for text in report.warnings)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
