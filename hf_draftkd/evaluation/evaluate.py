@@ -138,7 +138,7 @@ def evaluate_draft(
             groups=measured.groups(best, drafts[best]),
             drafts=[results[index] for index in ranking] if len(candidates) > 1 else None,
             self_check=measured.check_itself(drafts[best], verify) if verify else None,
-            lossy=measured.lossy_curve(best, drafts[best], first, num_speed_prompts) if lossy else None,
+            lossy=(measured.lossy_curve(best, drafts[best], first, num_speed_prompts) or None) if lossy else None,
             warnings=measured.warnings,
         )
 
@@ -183,6 +183,10 @@ def _check(
     """Everything that can be known to be wrong before any long work."""
     if (prompts is None) == (dataset is None):
         raise ValueError("Give `prompts` for the target to answer, or a `dataset` it wrote: one of them, not both.")
+    if dataset is not None and not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`dataset` must be one `datasets.Dataset`, got {type(dataset).__name__}: load it, or a split."
+        )
     if not drafts:
         raise ValueError("`draft_model` is an empty list: give at least one draft.")
     for draft in drafts:

@@ -102,6 +102,11 @@ class Measurement:
             self.text_sets = recorded_texts(dataset, settings)
             self.text_sets, found = by_this_target(self.target_model, self.text_sets)
             self.warnings += found
+            left_out = sum(source != "generated" for source in dataset["ids_source"])
+            if left_out:
+                self.warnings.append(
+                    f"{left_out} of {len(dataset)} rows do not hold the very tokens that a target wrote: left out."
+                )
         elif dataset is not None:
             self.text_sets = other_texts(dataset, self.tokenizer, settings or defaults)
             self.warnings.append(

@@ -75,13 +75,13 @@ def recorded_texts(dataset: Dataset, settings: Sequence[DecodingSetting] | None 
         settings: Settings to take; by default every one found.
 
     Raises:
-        ValueError: A setting asked for is not there.
+        ValueError: A setting asked for is not there, or a row records none.
     """
     dataset = dataset.select([row for row, source in enumerate(dataset["ids_source"]) if source == "generated"])
     columns = zip(*(dataset[name] for name in _SETTING_COLUMNS), strict=True)
     rows: dict[DecodingSetting, list[int]] = {}
     for row, values in enumerate(columns):
-        found = DecodingSetting(**dict(zip(_SETTING_COLUMNS, values, strict=True)))
+        found = DecodingSetting.from_row(dict(zip(_SETTING_COLUMNS, values, strict=True)))
         rows.setdefault(found, []).append(row)
     if settings is not None:
         absent = [setting for setting in settings if setting not in rows]

@@ -217,6 +217,22 @@ def test_rows_of_several_authors_give_no_block_efficiency(pair, monkeypatch, col
     assert any(other in text and "block efficiencies are not" in text for text in report.warnings)
 
 
+def test_recorded_rows_that_cannot_be_used_are_named(pair):
+    """Catches rows left out without a word, and a row without a setting met as a comparison with None."""
+    draft, target = pair
+    rows = generate_alignment_data(target, tiny_tokenizer(), PROMPTS[:4], max_new_tokens=8, temperatures=(0.0,))
+    some = rows.map(lambda row, number: {"ids_source": "retokenized"} if number == 1 else {}, with_indices=True)
+    report = evaluate_draft(draft, target, tiny_tokenizer(), dataset=some, **QUICK, lossy=True)
+    assert report.settings[0].num_texts == 3
+    assert any("1 of 4 rows" in text and "left out" in text for text in report.warnings)
+    assert report.lossy is None, "nothing is sampled here: the curve is absent, not empty"
+    unknown = rows.map(lambda row, number: {"temperature": None} if number == 1 else {}, with_indices=True)
+    with pytest.raises(ValueError, match="does not say how it was decoded: temperature missing"):
+        evaluate_draft(draft, target, tiny_tokenizer(), dataset=unknown, **QUICK)
+    with pytest.raises(ValueError, match=r"`datasets\.Dataset`, got dict"):
+        evaluate_draft(draft, target, tiny_tokenizer(), dataset={"train": rows}, **QUICK)
+
+
 @pytest.mark.parametrize("kind", ["strings", "messages", "retokenized"])
 def test_other_text_gives_acceptance_alone(pair, kind):
     draft, target = pair
