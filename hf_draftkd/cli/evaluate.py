@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
+from rich.markup import escape
 from transformers import GenerationConfig
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
@@ -63,7 +64,9 @@ class EvaluateOptions:
         default_factory=lambda: ["rejection_sampling"],
         metadata={"help": "Rules for sampled text: rejection_sampling, greedy_draft (vLLM), exact_match (llama.cpp)."},
     )
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest completion, in tokens."})
+    max_new_tokens: int = field(
+        default=128, metadata={"help": "Longest completion, in tokens; of alignment data, that of the data counts."}
+    )
     num_assistant_tokens: int | None = field(
         default=None, metadata={"help": "Draft length to decode with; by default the best one found."}
     )
@@ -96,7 +99,12 @@ def run(argv: list[str]) -> int:
         out = new_directory(options.output_dir, overwrite=True)
         _check_write(options)
         check_options(
-            options.verification, options.max_new_tokens, options.num_assistant_tokens, options.num_speed_prompts
+            options.verification,
+            options.max_new_tokens,
+            options.num_assistant_tokens,
+            options.num_speed_prompts,
+            options.batch_size,
+            options.verify,
         )
         asked = _settings(options)
         rows = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
@@ -212,11 +220,11 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
         written.append(_store_length(Path(report.draft.name), report.recommendation.num_assistant_tokens))
     console.print(report.table())
     for warning in report.warnings:
-        console.print(f"[yellow]note:[/yellow] {warning}", highlight=False)
+        console.print(f"[yellow]note:[/yellow] {escape(warning)}", highlight=False)
     if report.self_check is not None:
         verdict = "agree" if report.self_check.equal else "DO NOT agree"
         console.print(f"Self-check on {report.self_check.prompts} prompts: computed and counted figures {verdict}.")
-    console.print(f"Written: {', '.join(map(str, written))}", highlight=False)
+    console.print(f"Written: {', '.join(map(str, written))}", highlight=False, markup=False)
 
 
 def _store_length(draft: Path, num_assistant_tokens: int) -> Path:

@@ -73,7 +73,7 @@ def render_prompt(
     if not isinstance(prompt, str):
         return tokenizer.apply_chat_template(
             [clean_message(message) for message in prompt],
-            tools=json.loads(tools) if isinstance(tools, str) else (_without_nulls(tools) or None),
+            tools=tool_schemas(tools),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
@@ -157,7 +157,7 @@ def fitting_rows(
 
     Args:
         lengths: Tokens of each prompt.
-        context: The target's context length; None is no limit.
+        context: The model's context length; None is no limit.
         max_new_tokens: Room to leave, in tokens.
         skip_too_long: Leave longer prompts out and warn, instead of refusing them.
         beginning: How the prompt of a row begins, for messages.
@@ -173,7 +173,7 @@ def fitting_rows(
     room = context - max_new_tokens
     if room < 1:
         raise ValueError(
-            f"`max_new_tokens` is {max_new_tokens}, but the target reads at most {context} tokens, which leaves no "
+            f"`max_new_tokens` is {max_new_tokens}, but the model reads at most {context} tokens, which leaves no "
             f"room for a prompt. Use at most {context - 1}."
         )
     too_long = [row for row, length in enumerate(lengths) if length > room]
@@ -186,12 +186,18 @@ def fitting_rows(
     )
     if not skip_too_long:
         raise ValueError(
-            f"{text}. Shorten them, lower `max_new_tokens`, or pass `skip_too_long=True` to leave them out."
+            f"{text}. Shorten them, leave them out (when generating data, `skip_too_long=True` does), or lower "
+            "`max_new_tokens`."
         )
     if len(too_long) == len(lengths):
         raise ValueError(f"{text}: no prompt is left. Lower `max_new_tokens`.")
     logger.warning(f"Left out {text}.")
     return [row for row, length in enumerate(lengths) if length <= room]
+
+
+def tool_schemas(tools: Any) -> Any:
+    """A row's `tools` as a chat template takes them: read from their JSON, and without the keys that Arrow adds."""
+    return json.loads(tools) if isinstance(tools, str) else (_without_nulls(tools) or None)
 
 
 def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:

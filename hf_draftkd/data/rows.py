@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_draftkd.data.backends import Completion, cut_completion
 from hf_draftkd.data.decoding import DecodingSetting
-from hf_draftkd.data.prompts import clean_message, render_prompt
+from hf_draftkd.data.prompts import clean_message, render_prompt, tool_schemas
 from hf_draftkd.data.sources import unknown
 
 
@@ -85,8 +85,9 @@ def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
     rows serve training and caches, not block efficiency.
 
     Args:
-        dataset: Rows with `prompt` and `completion`, strings or lists of messages; or with `text`, of which the first
-            token becomes the prompt and all others, each predicted by those before it, the completion.
+        dataset: Rows with `prompt` and `completion`, strings or lists of messages, and `tools` and
+            `chat_template_kwargs` as in `render_prompts`; or with `text`, of which the first token becomes the prompt
+            and all others, each predicted by those before it, the completion.
         tokenizer: The target's tokenizer.
         **template_options: Further arguments of the chat template.
 
@@ -110,14 +111,15 @@ def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
             end = str(tokenizer.eos_token or "")
             ids = tokenizer(row["text"] if row["text"].endswith(end) else row["text"] + end)["input_ids"]
             return {**row, "prompt_ids": ids[:1], "completion_ids": ids[1:], "ids_source": "retokenized"}
-        options = {"tools": row.get("tools"), **template_options}
-        prompt_ids = render_prompt(row["prompt"], tokenizer, **options)
+        options = {**template_options, **(row.get("chat_template_kwargs") or {})}
+        prompt_ids = render_prompt(row["prompt"], tokenizer, tools=row.get("tools"), **options)
         if isinstance(row["prompt"], str):
             ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
             ids = ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
         else:
             messages = [clean_message(message) for message in [*row["prompt"], *row["completion"]]]
-            whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+            tools = tool_schemas(row.get("tools"))
+            whole = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False, **options)
             if whole[: len(prompt_ids)] != prompt_ids:
                 raise ValueError(
                     f"Row {number} (counted from 0): the chat template does not continue the rendered prompt when the "

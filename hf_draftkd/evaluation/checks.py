@@ -1,5 +1,6 @@
 """Whether texts are what they claim to be, and what a reader of the figures must be told about them."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_draftkd.data.prompts import context_length
 from hf_draftkd.evaluation.texts import TextSet
+from hf_draftkd.models.revisions import model_revision
 
 # Below this share of tokens that the target could have written, a text was written by something else: rounding in
 # low precision moves a few in a hundred at most.
@@ -47,22 +49,41 @@ def check_lengths(model: PreTrainedModel, text_sets: Sequence[TextSet]) -> None:
         )
 
 
+def shared_context(*models: PreTrainedModel) -> int:
+    """The longest text that every one of the models can read; without a limit, more than any text has."""
+    lengths = [context_length(model.config) for model in models]
+    return min((length for length in lengths if length is not None), default=sys.maxsize)
+
+
 def by_this_target(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) -> tuple[list[TextSet], list[str]]:
     """Texts of another author give acceptance rates alone: what they say of block efficiency is nothing.
 
     Returns:
-        The text sets, those that name another target no longer exact; and what to say about them.
+        The text sets, those of which a row names another target, or another commit of this one, no longer exact; and
+        what to say about them.
     """
-    name = target_model.name_or_path
-    others = {texts.written_by for texts in text_sets} - {name, None}
+    own, commit = target_model.name_or_path, model_revision(target_model)
+
+    def is_other(author: tuple[str, str | None]) -> bool:
+        return author[0] != own or (None not in (author[1], commit) and author[1] != commit)
+
+    others = sorted(
+        _at(*author) for author in frozenset().union(*(texts.written_by for texts in text_sets)) if is_other(author)
+    )
     if not others:
         return list(text_sets), []
-    judged = [replace(texts, is_exact=texts.is_exact and texts.written_by in (name, None)) for texts in text_sets]
-    return judged, [
-        f"The texts were written by {', '.join(sorted(map(str, others)))}, the target here is {name}: acceptance rates "
-        "are given, block efficiencies are not. If it is the same model under another name, put that name into the "
-        "column `target`."
+    judged = [
+        replace(texts, is_exact=texts.is_exact and not any(map(is_other, texts.written_by))) for texts in text_sets
     ]
+    return judged, [
+        f"The texts were written by {', '.join(others)}, the target here is {_at(own, commit)}: acceptance rates are "
+        "given, block efficiencies are not. If it is the same model under another name, put that name into the column "
+        "`target`."
+    ]
+
+
+def _at(name: str, commit: str | None) -> str:
+    return name if commit is None else f"{name} at {commit}"
 
 
 def plausibility_warnings(target_model: PreTrainedModel, texts: TextSet, share: float) -> list[str]:
@@ -105,4 +126,21 @@ def inherited_setting_warnings(target_model: PreTrainedModel, text_sets: Sequenc
         found.append(
             f"The target's generation config carries {', '.join(carried)}, which the settings measured here replace."
         )
+    return found
+
+
+def suppressed_token_warnings(
+    draft_models: Sequence[PreTrainedModel], target_model: PreTrainedModel, vocab_size: int
+) -> list[str]:
+    """Drafts that `generate` keeps from proposing some tokens: the figures computed here know nothing of that."""
+    targets = set(target_model.generation_config.suppress_tokens or ())
+    found = []
+    for draft in draft_models:
+        own = {token for token in draft.generation_config.suppress_tokens or () if token < vocab_size} - targets
+        if own:
+            found.append(
+                f"The generation config of {draft.name_or_path or 'the draft'} suppresses {len(own)} "
+                f"token{'s' if len(own) > 1 else ''} of the vocabulary ({min(own)}{', ...' if len(own) > 1 else ''}), "
+                "which transformers then never drafts: computed figures are those of a draft that may propose them."
+            )
     return found

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_draftkd.acceptance.blocks import DRAFT_LENGTHS
 from hf_draftkd.acceptance.token_rates import check_verification
 from hf_draftkd.data.decoding import DecodingSetting
-from hf_draftkd.data.generation import decoding_settings
+from hf_draftkd.data.generation import decoding_settings, require_at_least_one
 from hf_draftkd.data.provenance import package_versions
 from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.measurement import Measurement
@@ -63,10 +63,12 @@ def evaluate_draft(
             target's own repetition penalty is applied to both models, and stated.
         settings: Whole decoding settings, instead of `temperatures`.
         verification: Rules for sampled text, of `VERIFICATION_RULES`. Greedy text is always verified exactly.
-        max_new_tokens: Longest completion, in tokens.
+        max_new_tokens: Longest completion, in tokens. With `dataset` it is the longest one found there.
         num_assistant_tokens: Draft length γ to decode with and to report figures by position for. By default real
             decoding uses the best one found, and positions are reported for 5.
-        measure_speed: Take step times, time real decoding, and recommend. Without it these parts are absent.
+        measure_speed: Take step times, time real decoding, and recommend. Without it these parts are absent. Real
+            decoding verifies by rejection sampling: sampled settings are timed where `verification` names that rule,
+            and the overall recommendation is about it.
         num_speed_prompts: Prompts decoded both ways for each setting.
         verify: On how many prompts to check the computed figures against counted ones; 0 for none.
         lossy: Add the curve of lossy decoding at the sampled settings: acceptance against distance from the target.
@@ -82,11 +84,17 @@ def evaluate_draft(
         ValueError: The pair does not fit; prompts are missing, empty or too long; settings contradict themselves; a
             rule does not exist; or the texts do not belong to the pair's vocabulary.
     """
-    candidates = list(draft_model) if isinstance(draft_model, Sequence) else [draft_model]
+    is_list = isinstance(draft_model, Sequence) and not isinstance(draft_model, str)
+    candidates = list(draft_model) if is_list else [draft_model]
     drafts = [*candidates, *([] if baseline is None else [baseline])]
+    named = next((model for model in (target_model, *drafts) if isinstance(model, str)), None)
+    if named is not None:
+        raise ValueError(f"{named!r} is a name: load the model with `load_target`, or `load_draft`, and give that.")
     asked = _settings(target_model, temperatures, settings)
-    check_options(verification, max_new_tokens, num_assistant_tokens, num_speed_prompts)
+    check_options(verification, max_new_tokens, num_assistant_tokens, num_speed_prompts, batch_size, verify)
     _check(drafts, target_model, tokenizer, prompts, dataset)
+    if measure_speed or verify:
+        _check_cache(target_model)
     # Before a vocabulary is padded: that is the draft as it lies in its folder.
     checksums = [loaded_checksum(draft) for draft in drafts]
     for draft in drafts:
@@ -130,7 +138,7 @@ def evaluate_draft(
             groups=measured.groups(best, drafts[best]),
             drafts=[results[index] for index in ranking] if len(candidates) > 1 else None,
             self_check=measured.check_itself(drafts[best], verify) if verify else None,
-            lossy=measured.lossy_curve(best, drafts[best], first, num_speed_prompts) if lossy else None,
+            lossy=(measured.lossy_curve(best, drafts[best], first, num_speed_prompts) or None) if lossy else None,
             warnings=measured.warnings,
         )
 
@@ -175,6 +183,10 @@ def _check(
     """Everything that can be known to be wrong before any long work."""
     if (prompts is None) == (dataset is None):
         raise ValueError("Give `prompts` for the target to answer, or a `dataset` it wrote: one of them, not both.")
+    if dataset is not None and not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`dataset` must be one `datasets.Dataset`, got {type(dataset).__name__}: load it, or a split."
+        )
     if not drafts:
         raise ValueError("`draft_model` is an empty list: give at least one draft.")
     for draft in drafts:
@@ -184,8 +196,23 @@ def _check(
     check_own_tokenizer(target_model, tokenizer)
 
 
+def _check_cache(target_model: PreTrainedModel) -> None:
+    kind = target_model.generation_config.cache_implementation or ""
+    if "static" in kind:
+        raise ValueError(
+            f"The target's generation config asks for a {kind!r} cache, with which transformers does not decode with a "
+            "draft. Set `target_model.generation_config.cache_implementation = None`, or leave out real decoding: "
+            "`measure_speed=False` and `verify=0`."
+        )
+
+
 def check_options(
-    verification: Sequence[str], max_new_tokens: int, num_assistant_tokens: int | None, num_speed_prompts: int
+    verification: Sequence[str],
+    max_new_tokens: int,
+    num_assistant_tokens: int | None,
+    num_speed_prompts: int,
+    batch_size: int,
+    verify: int,
 ) -> None:
     """What can be known to be wrong before a model is loaded.
 
@@ -194,11 +221,19 @@ def check_options(
     """
     if not verification:
         raise ValueError("`verification` is empty: name at least one rule, such as rejection_sampling.")
+    if isinstance(verification, str):
+        raise ValueError(f"`verification` must be a list of rules, got the string {verification!r}: put it in a list.")
     for rule in verification:
         check_verification(rule)
-    if max_new_tokens < 1:
-        raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
-    if num_assistant_tokens is not None and num_assistant_tokens not in DRAFT_LENGTHS:
+    if len(set(verification)) < len(verification):
+        raise ValueError(f"`verification` names a rule twice: {', '.join(verification)}.")
+    require_at_least_one(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if verify < 0:
+        raise ValueError(f"`verify` must be a number of prompts, or 0 for no check, got {verify}.")
+    # 3.0 is equal to 3, and counts nothing.
+    if num_assistant_tokens is not None and (
+        num_assistant_tokens not in DRAFT_LENGTHS or not isinstance(num_assistant_tokens, int)
+    ):
         raise ValueError(f"`num_assistant_tokens` must be a whole number between 1 and 16, got {num_assistant_tokens}.")
     if num_speed_prompts < 1:
         raise ValueError(

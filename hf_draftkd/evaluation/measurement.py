@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from hf_draftkd.evaluation.checks import (
     inherited_setting_warnings,
     own_penalty,
     plausibility_warnings,
+    shared_context,
+    suppressed_token_warnings,
 )
 from hf_draftkd.evaluation.estimates import (
     assisted_result,
@@ -94,20 +96,23 @@ class Measurement:
         source: str | None,
     ) -> PromptInfo:
         """Have the target answer the prompts, or take what it answered earlier."""
+        contents: Iterable[Any]
         defaults = decoding_settings(_DEFAULT_TEMPERATURES, repetition_penalty=own_penalty(self.target_model))
         if dataset is not None and is_recorded(dataset):
             self.text_sets = recorded_texts(dataset, settings)
             self.text_sets, found = by_this_target(self.target_model, self.text_sets)
             self.warnings += found
-            self.max_new_tokens = max(len(text.completion_ids) for texts in self.text_sets for text in texts.texts)
-            contents: Any = dataset["prompt_ids"]
+            left_out = sum(source != "generated" for source in dataset["ids_source"])
+            if left_out:
+                self.warnings.append(
+                    f"{left_out} of {len(dataset)} rows do not hold the very tokens that a target wrote: left out."
+                )
         elif dataset is not None:
             self.text_sets = other_texts(dataset, self.tokenizer, settings or defaults)
             self.warnings.append(
                 "The texts do not say under which setting the target wrote these very tokens, so only acceptance rates "
                 "are given. Give prompts for block efficiency."
             )
-            contents = [text.prompt_ids for text in self.text_sets[0].texts]
         else:
             loaded = load_prompts(prompts)
             lengths = list(map(len, render_prompts(loaded, self.tokenizer)))
@@ -122,12 +127,15 @@ class Measurement:
                 batch_size=self.batch_size,
                 seed=self.seed,
             )
-            contents = loaded["prompt"]
+            contents = _contents(loaded)
             source = source or (str(prompts) if isinstance(prompts, str | Path) else None)
+        if dataset is not None:
+            # Each prompt once, and only those whose answers are measured.
+            contents = dict.fromkeys(tuple(text.prompt_ids) for texts in self.text_sets for text in texts.texts)
+            self.max_new_tokens = max(len(text.completion_ids) for texts in self.text_sets for text in texts.texts)
         for model in (self.target_model, *drafts):
             check_lengths(model, self.text_sets)
-        contexts = [context_length(model.config) for model in (self.target_model, *drafts)]
-        self.context = min((length for length in contexts if length is not None), default=sys.maxsize)
+        self.context = shared_context(self.target_model, *drafts)
         self.warnings += inherited_setting_warnings(self.target_model, self.text_sets)
         count = max(len(set(texts.prompts)) for texts in self.text_sets)
         if count < _FEW_PROMPTS:
@@ -145,6 +153,7 @@ class Measurement:
     def score(self, drafts: Sequence[PreTrainedModel], *, is_lossy: bool = False) -> list[DraftResult]:
         """One pass of target and drafts over every text set; `is_lossy` adds what `lossy_curve` needs."""
         vocab_size = min(shared_vocab_size(draft, self.target_model, self.tokenizer) for draft in drafts)
+        self.warnings += suppressed_token_warnings(drafts, self.target_model, vocab_size)
         total = sum(len(texts.texts) for texts in self.text_sets)
         with logging.tqdm(total=total, desc="Scoring texts", unit="text") as bar:
             for texts in self.text_sets:
@@ -281,23 +290,28 @@ class Measurement:
             seed=self.seed,
         )
         length = self.asked_length or overall_draft_length(result.settings, result.latency) or _DEFAULT_LENGTH
-        with logging.tqdm(total=len(prompts) * len(self.text_sets), desc="Timing decoding", unit="prompt") as bar:
-            for texts in self.text_sets:
+        # Real decoding is transformers': it says nothing about a rule of another engine.
+        timed = [
+            (setting, texts.setting)
+            for texts in self.text_sets
+            for setting in result.settings
+            if is_transformers_rule(setting) and _is_of(setting, texts.setting)
+        ]
+        with logging.tqdm(total=len(prompts) * len(timed), desc="Timing decoding", unit="prompt") as bar:
+            for setting, decoding in timed:
                 times = time_decoding(
                     self.target_model,
                     draft,
                     prompts,
-                    texts.setting,
+                    decoding,
                     max_new_tokens=self.max_new_tokens,
                     num_assistant_tokens=length,
                     suppress_tokens=self.suppressed,
                     seed=self.seed,
                     on_prompt=bar.update,
                 )
-                for setting in result.settings:
-                    if is_transformers_rule(setting) and _is_of(setting, texts.setting):
-                        setting.assisted = assisted_result(times, length)
-                        compare_with_prediction(setting, result.latency)
+                setting.assisted = assisted_result(times, length)
+                compare_with_prediction(setting, result.latency)
         for setting in result.settings:
             setting.recommendation = recommend(setting, result.latency, setting_name(setting))
         names = [setting_name(setting) for setting in result.settings]
@@ -344,6 +358,12 @@ class Measurement:
             )
         count = min(count, len(unique))
         return [unique[place * len(unique) // count] for place in range(count)]
+
+
+def _contents(prompts: Dataset) -> Iterable[Any]:
+    """What tells prompts apart: their text, and what a chat template writes beside it."""
+    beside = [name for name in ("tools", "chat_template_kwargs") if name in prompts.column_names]
+    return prompts.select_columns(["prompt", *beside]) if beside else prompts["prompt"]
 
 
 def _has_blocks(texts: TextSet, scored: PassResult) -> bool:

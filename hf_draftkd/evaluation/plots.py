@@ -125,9 +125,12 @@ def group_figure(report: SpeculationReport) -> "Figure":
     groups = report.groups or {}
     figure, axes = _figure(f"tokens per target call, γ = {report.num_assistant_tokens}", "")
     drawn = 0
+    # Not every group need have texts under every setting.
+    styles: dict[str, int] = {}
     for place, settings in enumerate(groups.values()):
-        for style, setting in enumerate(setting for setting in settings if setting.block_efficiency):
+        for setting in (setting for setting in settings if setting.block_efficiency):
             estimate = (setting.block_efficiency or {})[report.num_assistant_tokens]
+            style = styles.setdefault(setting_name(setting), len(styles))
             axes.errorbar(
                 estimate.value,
                 place + 0.15 * style,
@@ -135,11 +138,11 @@ def group_figure(report: SpeculationReport) -> "Figure":
                 fmt="o",
                 capsize=3,
                 color=_COLOURS[style % len(_COLOURS)],
-                label=setting_name(setting) if place == 0 else None,
+                label=setting_name(setting),
             )
             drawn += 1
     _require(drawn, "block efficiency by group")
-    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_yticks(range(len(groups)), [_literal(name) for name in groups])
     axes.invert_yaxis()
     _legend(figure, axes)
     return figure
@@ -263,7 +266,12 @@ def _legend(figure: "Figure", axes: Any) -> None:
 
 
 def _label(report: SpeculationReport, name: str, setting: SettingResult) -> str:
-    return f"{name}, {setting_name(setting)}" if len(named_settings(report)) > 1 else setting_name(setting)
+    return _literal(f"{name}, {setting_name(setting)}" if len(named_settings(report)) > 1 else setting_name(setting))
+
+
+def _literal(name: str) -> str:
+    """A name that a user chose, with its dollars: matplotlib reads what stands between two of them as a formula."""
+    return name.replace("$", r"\$")
 
 
 def _bounds(estimate: Estimate) -> list[list[float]]:

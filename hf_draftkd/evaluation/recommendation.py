@@ -54,7 +54,8 @@ def overall_draft_length(settings: Sequence[SettingResult], latency: LatencyResu
 def recommend(setting: SettingResult, latency: LatencyResult, name: str) -> Recommendation | None:
     """Judge one setting.
 
-    Where real decoding was timed, its speed-up decides; otherwise the predicted one does.
+    Where real decoding was timed, its speed-up decides; but a loss with another draft length than the recommended one
+    leaves it to the prediction.
 
     Args:
         setting: With block efficiency, and `assisted` where it was measured.
@@ -67,16 +68,19 @@ def recommend(setting: SettingResult, latency: LatencyResult, name: str) -> Reco
     times = generate_latency(latency)
     best = best_draft_length(efficiency, times)
     break_even = break_even_acceptance_rate(times, efficiency)
-    measured = setting.assisted.speedup if setting.assisted is not None else None
-    # To the two digits that are shown: 1.00 times the plain speed is worth nobody's while.
-    worth_it = round(best.predicted_speedup if measured is None else measured.value, 2) > 1
     length = best.num_assistant_tokens
+    worth_it = _gains(setting, length, best.predicted_speedup)
     cost = times.relative_cost
     if worth_it:
         reason = (
             f"Worth it for {name}: {_tokens(length)} a step give{'s' if length == 1 else ''} {efficiency[length]:.2f} "
             f"tokens per target call and {'is' if length == 1 else 'are'} predicted to decode "
             f"{best.predicted_speedup:.2f} times as fast here; a draft step takes {cost:.0%} of a target step."
+        )
+    elif _is_faster(best.predicted_speedup):
+        reason = (
+            f"Not worth it for {name}: {best.predicted_speedup:.2f} times the plain speed was predicted here for "
+            f"{_tokens(length)} a step, and real decoding did not gain."
         )
     else:
         need = (
@@ -89,10 +93,16 @@ def recommend(setting: SettingResult, latency: LatencyResult, name: str) -> Reco
             f"{best.predicted_speedup:.2f} times the plain speed here. A draft step takes {cost:.0%} of a target step; "
             f"of single drafted tokens {setting.acceptance_rate.value:.2f} are accepted, and {need}."
         )
+    measured = setting.assisted.speedup if setting.assisted is not None else None
     if measured is not None and setting.assisted is not None:
         reason += f" Measured with {_tokens(setting.assisted.num_assistant_tokens)}: {_times(measured)}."
-        if measured.low is not None and measured.high is not None and measured.low <= 1 <= measured.high:
-            reason += " A gain and a loss both lie within this interval: more prompts would decide."
+        if _is_open(measured):
+            why = (
+                "One prompt gives no interval"
+                if measured.low is None
+                else "A gain and a loss both lie within this interval"
+            )
+            reason += f" {why}: more prompts would decide."
     return Recommendation(
         worth_it=worth_it,
         num_assistant_tokens=length,
@@ -124,8 +134,8 @@ def recommend_overall(
     speedups = {
         name: predicted_speedup(expected_efficiency(setting)[length], length, times) for name, setting, _ in judged
     }
-    good = [name for name, _, found in judged if found.worth_it]
-    bad = [name for name, _, found in judged if not found.worth_it]
+    good = [name for name, setting, _ in judged if _gains(setting, length, speedups[name])]
+    bad = [name for name in speedups if name not in good]
     weakest = min(judged, key=lambda item: speedups[item[0]])
     if len(judged) == 1:
         return replace(weakest[2], num_assistant_tokens=length, predicted_speedup=speedups[weakest[0]])
@@ -136,13 +146,42 @@ def recommend_overall(
     else:
         verdict = f"Worth it for {' and '.join(good)}, not for {' and '.join(bad)}"
     parts = [f"{name} {_speedup_words(setting, speedups[name], length)}" for name, setting, _ in judged]
+    reason = f"{verdict}. With {_tokens(length)} a step: {'; '.join(parts)}."
+    undecided = [
+        name
+        for name, setting, _ in judged
+        if setting.assisted is not None and setting.assisted.speedup is not None and _is_open(setting.assisted.speedup)
+    ]
+    if undecided:
+        reason += f" More prompts would be needed to be sure for {' and '.join(undecided)}."
     return Recommendation(
         worth_it=not bad,
         num_assistant_tokens=length,
         predicted_speedup=speedups[weakest[0]],
         break_even_acceptance_rate=weakest[2].break_even_acceptance_rate,
-        reason=f"{verdict}. With {_tokens(length)} a step: {'; '.join(parts)}.",
+        reason=reason,
     )
+
+
+def _gains(setting: SettingResult, length: int, predicted: float) -> bool:
+    """Whether decoding with this draft is faster: as measured, or as predicted for a length that was not measured.
+
+    A gain measured with another length is a gain; a loss with another length says nothing about this one.
+    """
+    found = setting.assisted
+    if found is None or found.speedup is None:
+        return _is_faster(predicted)
+    return _is_faster(found.speedup.value) or (found.num_assistant_tokens != length and _is_faster(predicted))
+
+
+def _is_faster(speedup: float) -> bool:
+    # To the two digits that are shown: 1.00 times the plain speed is worth nobody's while.
+    return round(speedup, 2) > 1
+
+
+def _is_open(measured: Estimate) -> bool:
+    """Whether a measured speed-up leaves both a gain and a loss possible; that of one prompt has no interval."""
+    return measured.low is None or measured.high is None or measured.low <= 1 <= measured.high
 
 
 def _speedup_words(setting: SettingResult, predicted: float, length: int) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import PurePath
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from hf_draftkd.acceptance import Estimate
@@ -47,7 +48,7 @@ def report_table(report: SpeculationReport) -> Table:
     differences = report.paired_difference if not report.drafts else None
     length = report.num_assistant_tokens
     table = Table(
-        title=f"{PurePath(report.draft.name).name} for {PurePath(report.target.name).name}",
+        title=escape(f"{PurePath(report.draft.name).name} for {PurePath(report.target.name).name}"),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -57,21 +58,21 @@ def report_table(report: SpeculationReport) -> Table:
     )
     table.add_column("", no_wrap=True)
     for name, _ in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(escape(name), justify="right", no_wrap=True)
     if differences:
         table.add_column("difference", justify="right", no_wrap=True)
     for index, setting in enumerate(report.settings):
         difference = differences[index] if differences else None
         changes = (difference.acceptance_rate, (difference.block_efficiency or {}).get(length)) if difference else ()
         table.add_section()
-        table.add_row(f"[bold]{setting_name(setting)}[/bold]", *[""] * (len(table.columns) - 1))
+        table.add_row(f"[bold]{escape(setting_name(setting))}[/bold]", *[""] * (len(table.columns) - 1))
         for place, (label, show) in enumerate(_figures(length)):
             cells = [show(settings[index]) for _, settings in columns]
             change = [_signed(changes[place]) if place < len(changes) else ""] if differences else []
             if any(cells):
                 table.add_row(f" {label}", *cells, *change)
     if report.recommendation is not None:
-        table.caption = report.recommendation.reason
+        table.caption = escape(report.recommendation.reason)
     return table
 
 

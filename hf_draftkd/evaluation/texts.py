@@ -1,15 +1,14 @@
 """The texts to measure on: written by the target now, or recorded earlier together with how they were written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import generate_alignment_data
-from hf_draftkd.data.prompts import render_prompts
+from hf_draftkd.data.rows import with_token_ids
 from hf_draftkd.evaluation.teacher_forced import Text
 
 _SETTING_COLUMNS = ("temperature", "top_p", "top_k", "repetition_penalty")
@@ -25,7 +24,7 @@ class TextSet:
         texts: Prompts and completions.
         prompts: For each text, which prompt it answers.
         groups: For each text its domain or category, where the data has such a column.
-        written_by: The target that the rows name; None where they name none.
+        written_by: Every target that the rows name, each with the commit they name beside it, or None.
         is_exact: Whether the texts are the target's own under this setting. Otherwise block efficiency means nothing.
     """
 
@@ -33,7 +32,7 @@ class TextSet:
     texts: list[Text]
     prompts: list[int]
     groups: list[str] | None = None
-    written_by: str | None = None
+    written_by: frozenset[tuple[str, str | None]] = frozenset()
     is_exact: bool = True
 
 
@@ -76,13 +75,13 @@ def recorded_texts(dataset: Dataset, settings: Sequence[DecodingSetting] | None 
         settings: Settings to take; by default every one found.
 
     Raises:
-        ValueError: A setting asked for is not there.
+        ValueError: A setting asked for is not there, or a row records none.
     """
     dataset = dataset.select([row for row, source in enumerate(dataset["ids_source"]) if source == "generated"])
     columns = zip(*(dataset[name] for name in _SETTING_COLUMNS), strict=True)
     rows: dict[DecodingSetting, list[int]] = {}
     for row, values in enumerate(columns):
-        found = DecodingSetting(**dict(zip(_SETTING_COLUMNS, values, strict=True)))
+        found = DecodingSetting.from_row(dict(zip(_SETTING_COLUMNS, values, strict=True)))
         rows.setdefault(found, []).append(row)
     if settings is not None:
         absent = [setting for setting in settings if setting not in rows]
@@ -103,13 +102,15 @@ def other_texts(
 
     Args:
         dataset: Rows with `prompt` and `completion`, or with `prompt_ids` and `completion_ids`.
-        tokenizer: Encodes the former.
+        tokenizer: Encodes the former, with the end token.
         settings: Settings to report acceptance under.
 
     Raises:
-        ValueError: The columns are missing, or a chat template renders a conversation so that it does not begin with
-            its own prompt.
+        ValueError: The columns are missing, there are no rows, or a chat template renders a conversation so that it
+            does not begin with its own prompt.
     """
+    if len(dataset) == 0:
+        raise ValueError("The dataset holds no rows, so there is nothing to measure.")
     names = set(dataset.column_names)
     if not {"prompt_ids", "completion_ids"} <= names:
         if not {"prompt", "completion"} <= names:
@@ -118,15 +119,7 @@ def other_texts(
                 f"{', '.join(dataset.column_names)}). Give texts with their prompts, or `prompts` for the target to "
                 "answer here."
             )
-        prompt_ids = render_prompts(dataset, tokenizer)
-        completion_ids = [
-            _completion_ids(row["prompt"], ids, row["completion"], tokenizer, number)
-            for number, (row, ids) in enumerate(zip(dataset, prompt_ids, strict=True))
-        ]
-        kept = [name for name in _GROUP_COLUMNS if name in names]
-        dataset = Dataset.from_dict(
-            {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **{name: dataset[name] for name in kept}}
-        )
+        dataset = with_token_ids(dataset, tokenizer)
     return [replace(_text_set(dataset, setting), is_exact=False) for setting in settings]
 
 
@@ -157,22 +150,16 @@ def _text_set(dataset: Dataset, setting: DecodingSetting) -> TextSet:
         texts=texts,
         prompts=prompts,
         groups=None if group is None else [str(dataset[group][row]) for row in kept],
-        written_by=dataset["target"][0] if "target" in dataset.column_names else None,
+        written_by=frozenset((name, commit) for name, commit in _authors(dataset.select(kept)) if name is not None),
     )
 
 
-def _completion_ids(
-    prompt: Any, prompt_ids: list[int], completion: Any, tokenizer: PreTrainedTokenizerBase, number: int
-) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer(completion, add_special_tokens=False)["input_ids"]
-    whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=True, return_dict=False)
-    if whole[: len(prompt_ids)] != prompt_ids:
-        raise ValueError(
-            f"Row {number}: the chat template renders the conversation so that it does not begin with its prompt. Give "
-            "`prompt_ids` and `completion_ids`, or prompts for the target to answer here."
-        )
-    return whole[len(prompt_ids) :]
+def _authors(dataset: Dataset) -> Iterable[tuple[str | None, str | None]]:
+    names, commits = (
+        dataset[name] if name in dataset.column_names else [None] * len(dataset)
+        for name in ("target", "target_revision")
+    )
+    return zip(names, commits, strict=True)
 
 
 def _describe(setting: DecodingSetting) -> str:

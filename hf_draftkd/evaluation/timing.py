@@ -24,6 +24,7 @@ from hf_draftkd.evaluation.assisted import (
     observe_steps,
     synchronize_accelerator,
 )
+from hf_draftkd.evaluation.checks import shared_context
 from hf_draftkd.evaluation.processing import logits_processors, process_logits
 from hf_draftkd.evaluation.report import DecodingDifference, GenerateOverhead, LatencyResult
 from hf_draftkd.models.modes import seeded
@@ -177,20 +178,20 @@ def measure_latency(
         target_model: The target.
         draft_model: The draft.
         prompts: Token ids of prompts like those the pair will answer; their median length fills the cache.
-        max_new_tokens: Longest completion; the cache holds half of it besides the prompt.
+        max_new_tokens: Longest completion; the cache holds half of it besides the prompt, as far as the models read.
         draft_lengths: γ whose verification (γ + 1 tokens at once) is timed.
         suppress_tokens: Ids never to write.
         num_repeats: Times each figure is taken, in turns; see `LatencyResult` for what is made of them.
         seed: Of the sampled continuations that are used to time `generate`.
     """
-    prompt_length = int(median(len(prompt) for prompt in prompts))
-    # Which tokens stand in the cache does not matter to its speed.
-    context = [token for prompt in prompts for token in prompt][: prompt_length + max_new_tokens // 2]
-    context = (context * (1 + (prompt_length + max_new_tokens // 2) // len(context)))[
-        : prompt_length + max_new_tokens // 2
-    ]
-    target, draft = _StepClock(target_model, context), _StepClock(draft_model, context)
     sizes = [1, *(length + 1 for length in draft_lengths)]
+    length = int(median(len(prompt) for prompt in prompts)) + max_new_tokens // 2
+    # Behind the cache there must be room for the longest pass: learned positions end where the context does.
+    length = max(1, min(length, shared_context(target_model, draft_model) - max(sizes)))
+    # Which tokens stand in the cache does not matter to its speed.
+    tokens = [token for prompt in prompts for token in prompt]
+    context = (tokens * (1 + length // len(tokens)))[:length]
+    target, draft = _StepClock(target_model, context), _StepClock(draft_model, context)
     verify: dict[int, list[float]] = {size: [] for size in sizes}
     draft_step: list[float] = []
     for size in sizes:  # the first pass of each size pays for compilation and memory

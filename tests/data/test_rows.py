@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from datasets import Dataset
 
@@ -55,3 +57,19 @@ def test_columns_of_the_prompts_give_way_to_those_of_the_rows(target, tokenizer)
     assert row["completion"] == tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
     assert row["seed"] == 0
     assert row["domain"] == "mats"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_tools_and_template_options_stand_in_prompt_and_conversation(as_json):
+    """Catches a conversation rendered without what its prompt was rendered with: refused as if its template did it."""
+    tokenizer = make_tokenizer(
+        "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{{ mood }}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tools = [{"name": "sat", "on": "mat"}, {"name": "the"}]  # Arrow gives the second tool a null
+    row = CHAT | {"tools": json.dumps(tools) if as_json else tools, "chat_template_kwargs": {"mood": "cat"}}
+    (found,) = with_token_ids(Dataset.from_list([row]), tokenizer)
+    assert tokenizer.decode(found["completion_ids"]) == "sat<|end|>"
+    text = tokenizer.apply_chat_template(CHAT["prompt"], tools=tools, mood="cat", add_generation_prompt=True)
+    assert found["prompt_ids"] == list(text["input_ids"])

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import generate_alignment_data
+from hf_draftkd.evaluation import measurement
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.models.loading import load_draft
@@ -197,6 +198,41 @@ def test_text_recorded_under_a_wrong_setting_gives_no_block_efficiency(pair):
     assert any("could have been written by this target" in text for text in report.warnings)
 
 
+@pytest.mark.parametrize("column", ["target", "target_revision"])
+def test_rows_of_several_authors_give_no_block_efficiency(pair, monkeypatch, column):
+    """Catches data put together from two targets, judged by the author of its first row: any sampled token is
+    plausible, so nothing else tells.
+    """
+    draft, target = pair
+    target.config.name_or_path = target.name_or_path = "org/target"
+    monkeypatch.setattr(target, "_draftkd_revision", "a" * 40, raising=False)
+    rows = generate_alignment_data(target, tiny_tokenizer(), PROMPTS[:6], max_new_tokens=8, temperatures=(1.0,))
+    own = evaluate_draft(draft, target, tiny_tokenizer(), dataset=rows, **QUICK)
+    assert own.settings[0].block_efficiency
+    other = {"target": "org/other", "target_revision": "b" * 40}[column]
+    mixed = rows.map(lambda row, number: {column: other} if number == 4 else {}, with_indices=True)
+    report = evaluate_draft(draft, target, tiny_tokenizer(), dataset=mixed, **QUICK)
+    assert report.settings[0].block_efficiency is None
+    assert report.settings[0].acceptance_rate == own.settings[0].acceptance_rate
+    assert any(other in text and "block efficiencies are not" in text for text in report.warnings)
+
+
+def test_recorded_rows_that_cannot_be_used_are_named(pair):
+    """Catches rows left out without a word, and a row without a setting met as a comparison with None."""
+    draft, target = pair
+    rows = generate_alignment_data(target, tiny_tokenizer(), PROMPTS[:4], max_new_tokens=8, temperatures=(0.0,))
+    some = rows.map(lambda row, number: {"ids_source": "retokenized"} if number == 1 else {}, with_indices=True)
+    report = evaluate_draft(draft, target, tiny_tokenizer(), dataset=some, **QUICK, lossy=True)
+    assert report.settings[0].num_texts == 3
+    assert any("1 of 4 rows" in text and "left out" in text for text in report.warnings)
+    assert report.lossy is None, "nothing is sampled here: the curve is absent, not empty"
+    unknown = rows.map(lambda row, number: {"temperature": None} if number == 1 else {}, with_indices=True)
+    with pytest.raises(ValueError, match="does not say how it was decoded: temperature missing"):
+        evaluate_draft(draft, target, tiny_tokenizer(), dataset=unknown, **QUICK)
+    with pytest.raises(ValueError, match=r"`datasets\.Dataset`, got dict"):
+        evaluate_draft(draft, target, tiny_tokenizer(), dataset={"train": rows}, **QUICK)
+
+
 @pytest.mark.parametrize("kind", ["strings", "messages", "retokenized"])
 def test_other_text_gives_acceptance_alone(pair, kind):
     draft, target = pair
@@ -219,6 +255,45 @@ def test_other_text_gives_acceptance_alone(pair, kind):
     assert all(setting.block_efficiency is None for setting in report.settings)
     assert all(0 < setting.acceptance_rate.value < 1 for setting in report.settings[1:])
     assert any("only acceptance rates are given" in text for text in report.warnings)
+
+
+def test_other_conversations_are_read_with_their_tools_and_to_their_end(pair):
+    """Catches a conversation with tools refused, and a report that calls the default length the longest measured."""
+    draft, target = pair
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + tokenizer.chat_template
+    row = {
+        "prompt": [{"role": "user", "content": "What is the capital of France?"}],
+        "completion": [{"role": "assistant", "content": "The capital of France is Paris."}],
+        "tools": [{"name": "sorted"}],
+    }
+    report = evaluate_draft(draft, target, tokenizer, dataset=Dataset.from_list([row]), temperatures=[1.0], **QUICK)
+    answer = tokenizer(row["completion"][0]["content"], add_special_tokens=False)["input_ids"]
+    assert report.max_new_tokens == report.settings[0].num_tokens == len(answer) + 1  # the end token is one to draft
+    with pytest.raises(ValueError, match="holds no rows"):
+        evaluate_draft(draft, target, tokenizer, dataset=Dataset.from_list([row]).select([]), **QUICK)
+
+
+def test_the_hash_tells_prompts_apart(pair):
+    """Catches equal hashes of other prompts: other tools, or rows of a dataset that were not the ones measured."""
+    draft, target = pair
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + tokenizer.chat_template
+    talk = [{"role": "user", "content": "What is the capital of France?"}]
+
+    def hashed(*prompts, **options):
+        return evaluate_draft(draft, target, tokenizer, *prompts, **QUICK, **options).prompts.sha256
+
+    given = [[{"prompt": talk, "tools": [{"name": name}]}] for name in ("sorted", "reversed")]
+    hashes = {hashed(Dataset.from_list(rows), temperatures=[0.0]) for rows in [*given, [{"prompt": talk}]]}
+    assert len(hashes) == 3
+    texts = [
+        generate_alignment_data(target, tokenizer, PROMPTS[part], max_new_tokens=8, temperatures=(temperature,))
+        for part, temperature in ((slice(3), 0.0), (slice(3, 6), 1.0))
+    ]
+    both = concatenate_datasets(texts)
+    assert hashed(dataset=both, temperatures=[0.0]) == hashed(dataset=texts[0])
+    assert hashed(dataset=both, temperatures=[0.0]) != hashed(dataset=both, temperatures=[1.0])
 
 
 def test_the_report_names_the_weights_that_were_measured(tmp_path, pair):
@@ -251,6 +326,32 @@ def test_the_report_says_which_names_were_folders(tmp_path, pair, monkeypatch):
     assert (report.draft.is_local, report.target.is_local, report.prompts.is_local) == (True, False, True)
 
 
+def test_only_what_transformers_verifies_is_timed(pair, monkeypatch):
+    """Catches minutes of decoding under a setting whose rule is another engine's, thrown away afterwards."""
+    draft, target = pair
+    timed = []
+    real = measurement.time_decoding
+
+    def record(target, draft, prompts, setting, **options):
+        timed.append(setting.temperature)
+        return real(target, draft, prompts, setting, **options)
+
+    monkeypatch.setattr(measurement, "time_decoding", record)
+    report = evaluate_draft(
+        draft,
+        target,
+        tiny_tokenizer(),
+        PROMPTS[:2],
+        verification=["greedy_draft"],
+        max_new_tokens=8,
+        num_speed_prompts=1,
+    )
+    assert timed == [0]
+    assert [setting.assisted is not None for setting in report.settings] == [True, False]
+    assert report.settings[1].recommendation is not None
+    assert "temperature 1" not in report.recommendation.reason
+
+
 def test_padded_vocabularies_are_aligned_first(tmp_path):
     draft, target = tiny_pair("qwen3", draft_vocab_size=304, target_vocab_size=320, real_vocab_size=300)
     draft.save_pretrained(tmp_path)
@@ -281,6 +382,18 @@ def test_what_the_targets_generation_config_carries_is_said(pair):
     assert report.settings[1].top_p == 1
 
 
+def test_tokens_that_a_draft_may_not_propose_are_said(pair):
+    """Catches computed figures that `generate` never reaches; padded rows, which alignment suppresses, are no such."""
+    _, target = pair
+    draft = tiny_llama(vocab_size=304, real_vocab_size=300)
+    draft.generation_config.suppress_tokens = [7, 8, 302]
+    report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], **QUICK)
+    assert any("suppresses 2 tokens of the vocabulary (7, ...)" in text for text in report.warnings)
+    target.generation_config.suppress_tokens = [7, 8]
+    report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], **QUICK)
+    assert not any("suppresses" in text for text in report.warnings)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -289,6 +402,11 @@ def test_what_the_targets_generation_config_carries_is_said(pair):
         ({"prompts": [""]}, "empty"),
         ({"verification": ["greedy_drafts"]}, "Did you mean 'greedy_draft'"),
         ({"verification": []}, "at least one rule"),
+        ({"verification": "greedy_draft"}, "put it in a list"),
+        ({"verification": ["greedy_draft", "greedy_draft"]}, "names a rule twice"),
+        ({"verify": -1}, "`verify` must be"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"num_assistant_tokens": 3.0}, "between 1 and 16"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 300}, "leaves no room"),
         ({"num_assistant_tokens": 17}, "between 1 and 16"),
@@ -309,6 +427,30 @@ def test_bad_input_is_refused_before_anything_runs(pair, monkeypatch, options, m
     options = {"prompts": PROMPTS[:2], **options}
     with pytest.raises(ValueError, match=message):
         evaluate_draft(draft, target, tiny_tokenizer(), **options)
+
+
+@pytest.mark.parametrize("place", ["draft", "list of drafts", "target", "baseline"])
+def test_names_in_place_of_models_are_refused(pair, place):
+    """The trainer takes names, so people give them here too: letter by letter they were drafts without a config."""
+    draft, target = pair
+    given = {"draft": "org/x", "list of drafts": [draft, "org/x"]}.get(place, draft)
+    baseline = "org/x" if place == "baseline" else None
+    with pytest.raises(ValueError, match=r"'org/x' is a name: load the model"):
+        evaluate_draft(
+            given, "org/x" if place == "target" else target, tiny_tokenizer(), PROMPTS[:2], baseline=baseline, **QUICK
+        )
+
+
+def test_a_cache_that_no_draft_can_be_used_with_is_refused_before_anything_runs(pair, monkeypatch):
+    """Catches transformers' own refusal, met after the target has answered every prompt."""
+    draft, target = pair
+    target.generation_config.cache_implementation = "static"
+    report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], temperatures=[0.0], **QUICK)
+    assert report.settings[0].block_efficiency
+    monkeypatch.setattr(target, "forward", None)
+    for options in ({"measure_speed": True}, {"verify": 1}):
+        with pytest.raises(ValueError, match="asks for a 'static' cache"):
+            evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], **QUICK | options)
 
 
 def test_a_contradicting_setting_is_refused():

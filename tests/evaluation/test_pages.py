@@ -8,6 +8,7 @@ import pytest
 
 from hf_draftkd.evaluation import plots
 from hf_draftkd.evaluation.html import render_page, save_page
+from hf_draftkd.evaluation.report import DraftResult, ModelInfo
 from tests.evaluation import samples
 
 FIGURES = [
@@ -49,6 +50,27 @@ def test_block_efficiency_is_drawn_as_reported():
     line = lines["draft, temperature 1"]
     assert list(line.get_xdata()) == list(range(1, 17))
     assert list(line.get_ydata()) == [report.settings[1].block_efficiency[length].value for length in range(1, 17)]
+
+
+def test_a_group_without_texts_under_a_setting_keeps_the_others_colours():
+    """Catches sampled figures drawn in the colour that the legend gives to greedy ones."""
+    report = samples.report()
+    report.groups = {"both": [samples.setting(0.8), samples.setting(0.6, 1.0)], "sampled": [samples.setting(0.5, 1.0)]}
+    (axes,) = plots.group_figure(report).axes
+    handles, labels = axes.get_legend_handles_labels()
+    colours = [(label, handle.lines[0].get_color()) for label, handle in zip(labels, handles, strict=True)]
+    assert [label for label, _ in colours] == ["greedy", "temperature 1", "temperature 1"]
+    assert colours[1] == colours[2] != colours[0]
+
+
+def test_names_with_dollars_are_names():
+    """Catches a draft's or a group's name read as a formula, which no page survives that is none."""
+    report = samples.report()
+    report.groups = {"from $5_ to $9^": [samples.setting(0.8)]}
+    report.drafts = [DraftResult(draft=ModelInfo(name="runs/$a_$b", num_parameters=1), settings=report.settings)]
+    page = render_page(report)
+    assert "from $5_ to $9^" in page
+    assert "$a_$b" in page[page.index("<svg") : page.index("</svg>")]
 
 
 def test_missing_matplotlib_names_the_install(monkeypatch):

@@ -58,6 +58,40 @@ def test_an_interval_around_one_is_said_to_decide_nothing(low, high, open_questi
     assert ("A gain and a loss both lie within this interval" in found.reason) == open_question
 
 
+def test_a_measured_loss_is_not_put_down_to_the_prediction():
+    """Catches "even the best draft length is predicted to reach 1.85 times", given as the reason against."""
+    reason = recommend(setting(0.7, assisted=assisted(0.9)), latency(), "greedy").reason
+    assert reason.startswith("Not worth it for greedy: 1.85 times the plain speed was predicted")
+    assert "real decoding did not gain" in reason
+    assert "break even" not in reason
+
+
+@pytest.mark.parametrize("measured", [0.7, 1.4])
+def test_another_draft_lengths_loss_does_not_decide(measured):
+    """Catches a draft condemned at its best length because a user had it timed at one that is far too long."""
+    timed = setting(0.7, assisted=assisted(measured, num_assistant_tokens=16))
+    timed.recommendation = recommend(timed, latency(), "greedy")
+    for found in (timed.recommendation, recommend_overall([timed], ["greedy"], latency())):
+        assert found.worth_it
+        assert found.num_assistant_tokens == 4
+        assert f"Measured with 16 draft tokens: {measured:.2f} times" in found.reason
+    slow = setting(0.7, assisted=assisted(measured, num_assistant_tokens=16))
+    assert recommend(slow, latency(draft=9e-3), "greedy").worth_it == (measured > 1)
+
+
+@pytest.mark.parametrize(("bounds", "is_sure"), [((1.2, 1.6), True), ((0.9, 1.6), False), ((None, None), False)])
+def test_the_overall_verdict_says_what_is_not_decided(bounds, is_sure):
+    """Catches a bare "Worth it" over several settings, where an interval holds 1 or there is none."""
+    settings = [setting(0.7, temperature, assisted=assisted(1.4)) for temperature in (0.0, 1.0)]
+    settings[1].assisted.speedup = Estimate(1.4, *bounds)
+    for entry in settings:
+        entry.recommendation = recommend(entry, latency(), "it")
+    found = recommend_overall(settings, ["greedy", "temperature 1"], latency())
+    assert found.worth_it
+    assert ("More prompts would be needed to be sure for temperature 1." in found.reason) != is_sure
+    assert ("more prompts would decide" in settings[1].recommendation.reason) != is_sure
+
+
 def test_the_setting_that_gains_least_decides():
     """One draft length is stored for all settings: it must not ruin the weaker one."""
     settings = [setting(0.95), setting(0.2, 1.0)]

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.evaluation import report as report_module
-from hf_draftkd.evaluation.report import SCHEMA_VERSION, SpeculationReport
+from hf_draftkd.evaluation.report import SCHEMA_VERSION, DraftResult, SpeculationReport
 from hf_draftkd.evaluation.schema import key_help
 from tests.evaluation import samples
 
@@ -134,3 +134,16 @@ def test_the_table_of_a_bare_report_has_no_empty_rows():
     assert "acceptance rate" in text
     assert "tokens/call" not in text
     assert "predicted" not in text
+
+
+def test_the_table_shows_names_as_they_are():
+    """Catches brackets in a folder's name taken for console markup: swallowed, or an error after all the work."""
+    report = samples.report()
+    report.draft.name, report.recommendation.reason = "runs/draft[lr=1e-3]", "Worth it [/bold]."
+    report.drafts = [DraftResult(draft=report.draft, settings=report.settings)]
+    console = Console(width=90, record=True, file=StringIO())
+    console.print(report.table())
+    text = console.export_text()
+    assert "draft[lr=1e-3] for target" in text
+    assert "1. draft[lr=1e-3]" in text
+    assert "Worth it [/bold]." in text
