@@ -318,7 +318,7 @@ class SpeculationReport:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:  # the latter: brackets within brackets, by thousands
             raise ValueError(f"`{where}` is not JSON: {error}. Expected the contents of a `report.json`.") from None
         return cls.from_dict(data, where)
 
