@@ -16,6 +16,7 @@ from hf_draftkd.data.generation import decoding_settings
 from hf_draftkd.data.prompts import load_prompts, open_dataset
 from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.evaluate import check_options, evaluate_draft
+from hf_draftkd.evaluation.plots import figure_class
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
 from hf_draftkd.models.checkpoints import check_model
@@ -95,8 +96,15 @@ def run(argv: list[str]) -> int:
         # Its own files are replaced, nothing else is touched.
         out = new_directory(options.output_dir, overwrite=True)
         _check_write(options)
+        if options.html:
+            figure_class()  # before the work that the page would show
         check_options(
-            options.verification, options.max_new_tokens, options.num_assistant_tokens, options.num_speed_prompts
+            options.verification,
+            options.max_new_tokens,
+            options.num_assistant_tokens,
+            options.num_speed_prompts,
+            batch_size=options.batch_size,
+            verify=options.verify,
         )
         asked = _settings(options)
         rows = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
@@ -205,7 +213,7 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
     console = Console()
     written = [report.save(out / "report.json")]
     if options.html:
-        from hf_draftkd.evaluation.html import save_page  # needs matplotlib
+        from hf_draftkd.evaluation.html import save_page
 
         written.append(save_page(report, out / "report.html"))
     if options.write and report.recommendation is not None:

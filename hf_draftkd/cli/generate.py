@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
-from hf_draftkd.cli.options import parse, required
+from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.data.answering import served_context
 from hf_draftkd.data.card import push_alignment_data, write_card
 from hf_draftkd.data.curation import curate_prompts
@@ -166,7 +166,7 @@ def _look_at_everything(
     require_at_least_one(
         max_new_tokens=options.max_new_tokens, num_completions=options.num_completions, batch_size=options.batch_size
     )
-    check_folder(Path(options.output_dir))  # type: ignore[arg-type]
+    check_folder(new_directory(str(options.output_dir), overwrite=True))
     if options.push_to_hub:
         _check_publishing(options.push_to_hub)
     trusted = {"trust_remote_code": options.trust_remote_code}

@@ -36,6 +36,7 @@ def parse(command: str, dataclass_types: Sequence[type], argv: list[str], descri
         # TRL's own classes have their own ideas: `lora_target_modules` may be one word.
         if type(instance).__module__.startswith("hf_draftkd.cli"):
             _one_is_a_list_of_one(instance)
+            _expand_home(instance)
     for option in unknown:
         if option.startswith("--"):
             name = option.split("=", 1)[0]
@@ -138,6 +139,16 @@ def _one_is_a_list_of_one(options: Any) -> None:
             setattr(options, item.name, [value])
 
 
+def _expand_home(options: Any) -> None:
+    """`~/drafts` in a YAML file, or behind an equals sign, where no shell expands it."""
+
+    def expanded(value: Any) -> Any:
+        return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+    for name, value in vars(options).items():
+        setattr(options, name, [expanded(each) for each in value] if isinstance(value, list) else expanded(value))
+
+
 def required(**options: Any) -> None:
     """Refuse options that were not given. They are not positional, so that `--config` may hold them."""
     missing = [f"--{name}" for name, value in options.items() if value is None]
@@ -149,12 +160,15 @@ def new_directory(path: str, *, overwrite: bool = False) -> Path:
     """A directory that results may be written to.
 
     Raises:
-        UsageError: It is a file, or holds something and `overwrite` is off.
+        UsageError: It is a file, it cannot be written, or it holds something and `overwrite` is off.
     """
     directory = Path(path)
-    for part in (directory, *directory.absolute().parents):
-        if part.exists() and not part.is_dir():
-            raise UsageError(f"`--output_dir {path}` cannot be a directory: {part} is a file. Name another.")
+    existing = next(part for part in (directory, *directory.absolute().parents) if part.exists())
+    if not existing.is_dir():
+        raise UsageError(f"`--output_dir {path}` cannot be a directory: {existing} is a file. Name another.")
+    # Results are written last: hours later would be too late to find out.
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"`--output_dir {path}` cannot be written: no permission in {existing}. Name another.")
     if not overwrite and directory.is_dir() and any(directory.iterdir()):
         raise UsageError(
             f"`--output_dir {path}` is not empty. Name another directory, or pass `--overwrite_output_dir`."

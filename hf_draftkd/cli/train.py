@@ -8,7 +8,7 @@ from typing import Any
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
-from hf_draftkd.cli.options import parse, required
+from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.data.prompts import open_dataset
 from hf_draftkd.training.checkpoints import UNFINISHED, last_complete_checkpoint
 from hf_draftkd.training.config import DraftDistillConfig
@@ -122,9 +122,7 @@ def build_trainer(options: TrainOptions, args: DraftDistillConfig, model_config:
 
 def _where_to_start(args: DraftDistillConfig, *, overwrite: bool) -> Any:
     """The checkpoint to go on from, None for a start; refuses to write over anything else."""
-    directory = Path(args.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"`--output_dir {directory}` is a file. Name a directory.")
+    directory = new_directory(args.output_dir, overwrite=True)
     wanted = args.resume_from_checkpoint
     # `true`, as YAML and transformers' own scripts have it, means what is done anyway: the newest complete one.
     if wanted is not None and str(wanted).lower() != "true":

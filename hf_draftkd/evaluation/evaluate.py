@@ -85,7 +85,11 @@ def evaluate_draft(
     candidates = list(draft_model) if isinstance(draft_model, Sequence) else [draft_model]
     drafts = [*candidates, *([] if baseline is None else [baseline])]
     asked = _settings(target_model, temperatures, settings)
-    check_options(verification, max_new_tokens, num_assistant_tokens, num_speed_prompts)
+    check_options(
+        verification, max_new_tokens, num_assistant_tokens, num_speed_prompts, batch_size=batch_size, verify=verify
+    )
+    if lossy and asked is not None and all(setting.is_greedy for setting in asked):
+        raise ValueError("`lossy` is about sampled text, and every setting here is greedy. Add a temperature above 0.")
     _check(drafts, target_model, tokenizer, prompts, dataset)
     # Before a vocabulary is padded: that is the draft as it lies in its folder.
     checksums = [loaded_checksum(draft) for draft in drafts]
@@ -185,7 +189,13 @@ def _check(
 
 
 def check_options(
-    verification: Sequence[str], max_new_tokens: int, num_assistant_tokens: int | None, num_speed_prompts: int
+    verification: Sequence[str],
+    max_new_tokens: int,
+    num_assistant_tokens: int | None,
+    num_speed_prompts: int,
+    *,
+    batch_size: int = 1,
+    verify: int = 0,
 ) -> None:
     """What can be known to be wrong before a model is loaded.
 
@@ -196,8 +206,13 @@ def check_options(
         raise ValueError("`verification` is empty: name at least one rule, such as rejection_sampling.")
     for rule in verification:
         check_verification(rule)
-    if max_new_tokens < 1:
-        raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
+    for name, value, least in (
+        ("max_new_tokens", max_new_tokens, 1),
+        ("batch_size", batch_size, 1),
+        ("verify", verify, 0),
+    ):
+        if value < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
     if num_assistant_tokens is not None and num_assistant_tokens not in DRAFT_LENGTHS:
         raise ValueError(f"`num_assistant_tokens` must be a whole number between 1 and 16, got {num_assistant_tokens}.")
     if num_speed_prompts < 1:

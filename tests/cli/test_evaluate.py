@@ -1,6 +1,7 @@
 """`draftkd evaluate`, from paths, as a user runs it."""
 
 import json
+import sys
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -104,6 +105,9 @@ def test_recorded_answers_are_taken_as_they_are(files, pair, tmp_path, capsys):
         ({"max_new_tokens": 1000}, "leaves no room"),
         ({"num_asistant_tokens": 3}, "Did you mean `--num_assistant_tokens`"),
         ({"dtype": "float3"}, "float3"),
+        ({"verify": -1}, "`verify` must be at least 0, got -1"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"temperatures": 0, "lossy": True}, "`lossy` is about sampled text"),
     ],
 )
 def test_bad_usage_is_one_message_and_exit_code_2(files, tmp_path, capsys, change, message):
@@ -141,6 +145,13 @@ def test_an_adapter_without_its_base_is_refused(files, tmp_path, capsys):
 def test_write_needs_a_local_draft_and_times(files, tmp_path, capsys):
     assert dispatch(options(files, tmp_path / "out", "--write", "--no_measure_speed")) == 2
     assert "--measure_speed" in capsys.readouterr().err
+
+
+def test_a_page_without_matplotlib_is_refused_before_the_work(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("hf_draftkd.cli.evaluate.load_target", lambda *_, **__: pytest.fail("too late"))
+    assert dispatch(options(files, tmp_path / "out", "--html")) == 2
+    assert 'pip install "hf_draftkd[plots]"' in capsys.readouterr().err
 
 
 def test_other_files_in_the_output_directory_are_left_alone(files, tmp_path):

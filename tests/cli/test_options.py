@@ -7,7 +7,7 @@ import pytest
 from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.cli.evaluate import EvaluateOptions
 from hf_draftkd.cli.init import InitOptions
-from hf_draftkd.cli.options import parse
+from hf_draftkd.cli.options import new_directory, parse
 from hf_draftkd.cli.push import PushOptions
 from hf_draftkd.cli.train import TrainOptions
 from hf_draftkd.training.config import DraftDistillConfig
@@ -101,3 +101,21 @@ def test_every_kind_of_field_of_ours_is_understood(read):
     options = read(Options, "one: null\nmany: [1, 2]\nshare: 1\nno_flag: true")
     assert (options.one, options.many, options.share, options.flag) == (None, [1, 2], 1, False)
     assert read(TrainOptions, "model: a\neval_dataset: null").eval_dataset is None
+
+
+def test_home_is_where_a_shell_would_find_it(read, tmp_path, monkeypatch):
+    """A folder named `~` in the working directory, with the results of a night in it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = read(EvaluateOptions, "output_dir: ~/out\nmodel: [~/draft, org/draft]\nmax_new_tokens: 3")
+    assert options.output_dir == f"{tmp_path}/out"
+    assert options.model == [f"{tmp_path}/draft", "org/draft"]
+
+
+def test_an_output_directory_that_cannot_be_written_is_found_out_first(tmp_path, monkeypatch):
+    """PermissionError after hours of work: results are written last."""
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UsageError, match=f"cannot be written: no permission in {tmp_path}"):
+        new_directory(str(tmp_path / "deep" / "out"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file is a file"):
+        new_directory(str(tmp_path / "file" / "out"))
