@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     HTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -144,7 +145,7 @@ def check_checkpoint(checkpoint: Checkpoint, *, trust_remote_code: bool = False)
         config = AutoConfig.from_pretrained(
             checkpoint.name, revision=checkpoint.revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, StrictDataclassError) as error:
         raise ValueError(f"The {CONFIG_NAME} of {checkpoint.name!r} cannot be read: {error}") from error
     check_config(config, checkpoint.name)
     return config
@@ -186,11 +187,18 @@ def adapter_base(checkpoint: Checkpoint) -> tuple[str, str | None]:
     """The base model an adapter was trained on, and that base's revision.
 
     Raises:
-        ValueError: The adapter does not say, or is of a kind that cannot become part of the base's weights.
+        ValueError: The adapter does not say, its config cannot be read, or it is of a kind that cannot become part of
+            the base's weights.
     """
     from peft import PeftConfig, PromptLearningConfig
 
-    config = PeftConfig.from_pretrained(checkpoint.name, revision=checkpoint.revision)
+    try:
+        config = PeftConfig.from_pretrained(checkpoint.name, revision=checkpoint.revision)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The {ADAPTER_CONFIG_NAME} of {checkpoint.name!r} cannot be read ({type(error).__name__}: {error}). Save "
+            "the adapter again, or update peft if a newer one wrote it."
+        ) from error
     if isinstance(config, PromptLearningConfig):
         raise ValueError(
             f"{checkpoint.name!r} is a {config.peft_type.value} adapter, which cannot be merged into a plain model. "
