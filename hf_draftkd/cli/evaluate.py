@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
@@ -109,6 +109,8 @@ def run(argv: list[str]) -> int:
         asked = _settings(options)
         rows = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
         texts = _texts(rows, options)
+        if "dataset" in texts and asked is None:
+            _refuse_other_settings(options)
         trusted = {"trust_remote_code": options.trust_remote_code}
         named = [(options.target_model, options.target_model_revision)]
         named += [(path, options.model_revision) for path in options.model]
@@ -189,6 +191,16 @@ def _texts(rows: Dataset, options: EvaluateOptions) -> dict[str, Any]:
     return {"prompts": load_prompts(rows)}
 
 
+def _refuse_other_settings(options: EvaluateOptions) -> None:
+    """Recorded answers were written under the settings in their rows, whatever is asked for beside them."""
+    for name in ("top_p", "top_k", "repetition_penalty"):
+        if getattr(options, name) != getattr(EvaluateOptions, name):
+            raise UsageError(
+                f"`--{name}` would do nothing: the data records the settings its answers were written under. Leave it "
+                "out, or let the target answer anew with `--regenerate`."
+            )
+
+
 def _check_write(options: EvaluateOptions) -> None:
     if not options.write:
         return
@@ -217,7 +229,8 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
 
         written.append(save_page(report, out / "report.html"))
     if options.write and report.recommendation is not None:
-        written.append(_store_length(Path(report.draft.name), report.recommendation.num_assistant_tokens))
+        length = report.recommendation.num_assistant_tokens
+        written.append(_store_length(Path(report.draft.name), length, trust_remote_code=options.trust_remote_code))
     console.print(report.table())
     for warning in report.warnings:
         console.print(f"[yellow]note:[/yellow] {warning}", highlight=False)
@@ -227,12 +240,12 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
     console.print(f"Written: {', '.join(map(str, written))}", highlight=False)
 
 
-def _store_length(draft: Path, num_assistant_tokens: int) -> Path:
+def _store_length(draft: Path, num_assistant_tokens: int, **trusted: bool) -> Path:
     """The draft's generation config with the tuned length; everything else in it stays."""
     try:
         config = GenerationConfig.from_pretrained(draft)
     except OSError:  # a draft saved without one: transformers then derives it from the model's config
-        config = GenerationConfig()
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(draft, **trusted))
     config.update(**draft_length_settings(num_assistant_tokens))
     config.save_pretrained(draft)
     return draft / "generation_config.json"

@@ -49,6 +49,21 @@ _SAME = (
 )
 
 
+# Options that say something about one kind of run, by the option that asks for it.
+_ONLY_WITH = {
+    "--dataset": ("dataset_config", "dataset_split", "max_prompts"),
+    "--scenario queries": ("prompt_column", "drop_last_answer", "skip_invalid"),
+    "--scenario curated": ("text_column", "question_column", "opening_tokens", "instruction"),
+    "--scenario synthetic": (
+        *("num_prompts", "query_max_new_tokens", "query_temperature", "query_top_p", "system_prompt"),
+        *("min_characters", "max_characters", "script"),
+    ),
+    "--endpoint": ("tokenizer", "concurrency", "timeout", "max_retries", "send_ids"),
+    "--cache_distributions": ("cache_temperature", "cache_dtype"),
+    "--push_to_hub": ("private",),
+}
+
+
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -129,6 +144,7 @@ def run(argv: list[str]) -> int:
         raise UsageError("the scenario `synthetic` takes no --dataset: the target writes the queries itself.")
     elif options.endpoint is not None:
         raise UsageError("a target behind --endpoint cannot be fed an open turn exactly; synthesize with a local one.")
+    _refuse_what_would_do_nothing(options)
     start = perf_counter()
     with usage_errors():
         tokenizer, prompts, counts, cache = _look_at_everything(options)
@@ -151,6 +167,19 @@ def run(argv: list[str]) -> int:
         if options.push_to_hub:
             return _publish(options, rows)
     return 0
+
+
+def _refuse_what_would_do_nothing(options: GenerateOptions) -> None:
+    """A system prompt that no query is written under, or a tokenizer beside a target that has its own."""
+    defaults = GenerateOptions()
+    for wanted, names in _ONLY_WITH.items():
+        name, _, value = wanted.removeprefix("--").partition(" ")
+        asked = getattr(options, name)
+        if asked == value if value else asked is not None:
+            continue
+        for idle in names:
+            if getattr(options, idle) != getattr(defaults, idle):
+                raise UsageError(f"`--{idle}` would do nothing without `{wanted}`. Leave it out, or add that.")
 
 
 def _look_at_everything(

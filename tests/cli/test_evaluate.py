@@ -154,6 +154,25 @@ def test_a_page_without_matplotlib_is_refused_before_the_work(files, tmp_path, c
     assert 'pip install "hf_draftkd[plots]"' in capsys.readouterr().err
 
 
+def test_a_length_is_written_beside_the_special_ids_of_the_config(files, tmp_path):
+    """A draft without a generation config lost its end of sequence with the first `--write`."""
+    (files["model"] / "generation_config.json").unlink()
+    assert dispatch(options(files, tmp_path / "out", "--write", temperatures=0, limit=2)) == 0
+    stored = GenerationConfig.from_pretrained(files["model"])
+    assert (stored.bos_token_id, stored.eos_token_id, stored.pad_token_id) == (0, 1, 2)
+    assert stored.num_assistant_tokens_schedule == "constant"
+
+
+@pytest.mark.parametrize("change", [{"top_p": 0.9}, {"top_k": 5}, {"repetition_penalty": 1.2}])
+def test_a_setting_beside_recorded_answers_is_refused(files, tmp_path, capsys, change, pair, tokenizer):
+    """It was left out silently: the answers have been written."""
+    rows = generate_alignment_data(pair[1], tokenizer, PROMPTS[:2], max_new_tokens=4)
+    rows.to_json(tmp_path / "rows.jsonl")
+    files["dataset"] = tmp_path / "rows.jsonl"
+    assert dispatch(options({**files, **change}, tmp_path / "out")) == 2
+    assert f"`--{next(iter(change))}` would do nothing" in capsys.readouterr().err
+
+
 def test_other_files_in_the_output_directory_are_left_alone(files, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
