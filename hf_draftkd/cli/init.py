@@ -52,7 +52,9 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"give exactly one of {', '.join(f'--{name}' for name in ways)}; {given}")
     trusted = {"trust_remote_code": options.trust_remote_code}
     with usage_errors():
-        directory = new_directory(options.output_dir, overwrite=options.overwrite_output_dir)
+        directory = new_directory(
+            options.output_dir, overwrite=options.overwrite_output_dir, target_model=options.target_model
+        )
         target_config = check_model(options.target_model, revision=options.target_model_revision, **trusted)
         tokenizer = load_tokenizer(options.target_model, revision=options.target_model_revision, **trusted)
         config = None if options.draft_config is None else AutoConfig.from_pretrained(options.draft_config, **trusted)

@@ -156,11 +156,16 @@ def required(**options: Any) -> None:
         raise UsageError(f"missing: {', '.join(missing)}")
 
 
-def new_directory(path: str, *, overwrite: bool = False) -> Path:
+def new_directory(path: str, *, overwrite: bool = False, target_model: str | None = None) -> Path:
     """A directory that results may be written to.
 
+    Args:
+        path: Where the user wants them.
+        overwrite: Whether it may hold something.
+        target_model: The target, where a draft is written: it must not be replaced by its own draft.
+
     Raises:
-        UsageError: It is a file, it cannot be written, or it holds something and `overwrite` is off.
+        UsageError: It is a file or the target, it cannot be written, or it holds something and `overwrite` is off.
     """
     directory = Path(path)
     existing = next(part for part in (directory, *directory.absolute().parents) if part.exists())
@@ -169,6 +174,8 @@ def new_directory(path: str, *, overwrite: bool = False) -> Path:
     # Results are written last: hours later would be too late to find out.
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"`--output_dir {path}` cannot be written: no permission in {existing}. Name another.")
+    if target_model is not None and directory.is_dir() and directory.resolve() == Path(target_model).resolve():
+        raise UsageError(f"`--output_dir {path}` is the target itself, which the draft would replace. Name another.")
     if not overwrite and directory.is_dir() and any(directory.iterdir()):
         raise UsageError(
             f"`--output_dir {path}` is not empty. Name another directory, or pass `--overwrite_output_dir`."

@@ -62,6 +62,7 @@ def run(argv: list[str]) -> int:
     if model_config.model_name_or_path is not None:
         raise UsageError("name the draft with `--model`; `--model_name_or_path` is not used")
     with usage_errors():
+        new_directory(args.output_dir, overwrite=True, target_model=options.target_model)
         checkpoint = _where_to_start(args, overwrite=options.overwrite_output_dir)
         trainer = build_trainer(options, args, model_config)
     if options.overwrite_output_dir and trainer.is_world_process_zero():
@@ -122,7 +123,7 @@ def build_trainer(options: TrainOptions, args: DraftDistillConfig, model_config:
 
 def _where_to_start(args: DraftDistillConfig, *, overwrite: bool) -> Any:
     """The checkpoint to go on from, None for a start; refuses to write over anything else."""
-    directory = new_directory(args.output_dir, overwrite=True)
+    directory = Path(args.output_dir)
     wanted = args.resume_from_checkpoint
     # `true`, as YAML and transformers' own scripts have it, means what is done anyway: the newest complete one.
     if wanted is not None and str(wanted).lower() != "true":

@@ -7,6 +7,7 @@ import pytest
 from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.cli.evaluate import EvaluateOptions
 from hf_draftkd.cli.init import InitOptions
+from hf_draftkd.cli.main import dispatch
 from hf_draftkd.cli.options import new_directory, parse
 from hf_draftkd.cli.push import PushOptions
 from hf_draftkd.cli.train import TrainOptions
@@ -116,6 +117,23 @@ def test_an_output_directory_that_cannot_be_written_is_found_out_first(tmp_path,
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
     with pytest.raises(UsageError, match=f"cannot be written: no permission in {tmp_path}"):
         new_directory(str(tmp_path / "deep" / "out"))
+    monkeypatch.undo()
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="file is a file"):
         new_directory(str(tmp_path / "file" / "out"))
+
+
+@pytest.mark.parametrize("command", ["init", "train"])
+def test_a_draft_does_not_replace_its_target(saved_pair, tmp_path, capsys, command):
+    """`--output_dir TARGET --overwrite_output_dir`: the large model is gone, and nothing was said."""
+    draft, target = saved_pair
+    before = (target / "model.safetensors").read_bytes()
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    argv = {
+        "init": ["--num_layers", "1"],
+        "train": ["--model", str(draft), "--dataset", str(tmp_path / "rows.jsonl"), "--max_steps", "1"],
+    }[command]
+    argv += ["--target_model", str(target), "--output_dir", f"{target}/../target", "--overwrite_output_dir"]
+    assert dispatch([command, *argv]) == 2
+    assert "is the target itself, which the draft would replace" in capsys.readouterr().err
+    assert (target / "model.safetensors").read_bytes() == before
