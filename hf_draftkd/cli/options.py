@@ -62,6 +62,12 @@ class _Parser(TrlParser):
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         hints = {name: hint for each in self.dataclass_types for name, hint in get_type_hints(each).items()}
+        ours = {
+            name
+            for each in self.dataclass_types
+            if each.__module__.startswith("hf_draftkd")
+            for name in vars(each).get("__annotations__", {})
+        }
         read: dict[str, Any] = {}
         for key, value in config.items():
             # By every name that the command line knows: `output-dir`, `no_measure_speed`.
@@ -69,9 +75,11 @@ class _Parser(TrlParser):
             name = action.dest if action is not None else key
             if name in read:
                 raise UsageError(f"the YAML file names `{name}` twice, once as `{key}`: leave one of them out.")
-            # transformers' own scripts give it true or false as well.
-            if action is not None and name in hints and name != "resume_from_checkpoint":
-                _check_value(key, value, action, hints[name])
+            if action is not None and name in hints:
+                # What transformers calls text may be more: `fsdp: true`, `resume_from_checkpoint: true`.
+                is_only_called_text = name not in ours and set(_alternatives(hints[name])) <= {str, NoneType}
+                if not (is_only_called_text and isinstance(value, bool | list)):
+                    _check_value(key, value, action, hints[name])
                 value = not value if isinstance(action, _StoreFalseAction) else value
             read[name] = value
         return super().set_defaults_with_config(**read)

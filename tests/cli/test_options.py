@@ -59,6 +59,17 @@ def test_an_option_has_every_name_that_the_command_line_knows(read):
     assert read(EvaluateOptions, "no_measure_speed: false").measure_speed
 
 
+def test_text_that_transformers_takes_as_a_switch(read, tmp_path, monkeypatch):
+    """`fsdp: true`, as its help has it, beside an annotation of `str | None`."""
+    monkeypatch.setattr(DraftDistillConfig, "__post_init__", lambda self: None)
+    for text, value in (
+        ("fsdp: true", True),
+        ("fsdp: [full_shard]", ["full_shard"]),
+        ("fsdp: full_shard", "full_shard"),
+    ):
+        assert read(DraftDistillConfig, f"output_dir: {tmp_path}\n{text}").fsdp == value
+
+
 def test_what_trl_and_transformers_take_is_taken(read, tmp_path):
     """The check of values refuses what other people's YAML files hold."""
     text = (
