@@ -20,7 +20,7 @@ from hf_draftkd.evaluation.plots import figure_class
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
 from hf_draftkd.models.checkpoints import check_model
-from hf_draftkd.models.draft_length import draft_length_settings
+from hf_draftkd.models.draft_length import draft_length_settings, drop_idle_sampling
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import check_own_tokenizer
 
@@ -246,6 +246,7 @@ def _store_length(draft: Path, num_assistant_tokens: int, **trusted: bool) -> Pa
         config = GenerationConfig.from_pretrained(draft)
     except OSError:  # a draft saved without one: transformers then derives it from the model's config
         config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(draft, **trusted))
+    drop_idle_sampling(config)
     config.update(**draft_length_settings(num_assistant_tokens))
     config.save_pretrained(draft)
     return draft / "generation_config.json"

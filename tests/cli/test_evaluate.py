@@ -163,6 +163,14 @@ def test_a_length_is_written_beside_the_special_ids_of_the_config(files, tmp_pat
     assert stored.num_assistant_tokens_schedule == "constant"
 
 
+def test_a_length_is_written_beside_a_temperature_that_does_nothing(files, tmp_path):
+    """Transformers refuses to save such a config once it was changed: after the whole measurement."""
+    (files["model"] / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.6, "top_p": 0.9}')
+    assert dispatch(options(files, tmp_path / "out", "--write", temperatures=0, limit=2)) == 0
+    stored = GenerationConfig.from_pretrained(files["model"])
+    assert (stored.eos_token_id, stored.num_assistant_tokens_schedule) == (1, "constant")
+
+
 @pytest.mark.parametrize("change", [{"top_p": 0.9}, {"top_k": 5}, {"repetition_penalty": 1.2}])
 def test_a_setting_beside_recorded_answers_is_refused(files, tmp_path, capsys, change, pair, tokenizer):
     """It was left out silently: the answers have been written."""
