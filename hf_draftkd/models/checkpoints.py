@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_SAFE_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -148,7 +148,20 @@ def check_checkpoint(checkpoint: Checkpoint, *, trust_remote_code: bool = False)
     except (OSError, json.JSONDecodeError, StrictDataclassError) as error:
         raise ValueError(f"The {CONFIG_NAME} of {checkpoint.name!r} cannot be read: {error}") from error
     check_config(config, checkpoint.name)
+    _check_generation_config(checkpoint)
     return config
+
+
+def _check_generation_config(checkpoint: Checkpoint) -> None:
+    """A broken one is passed over by transformers, and with it the ids that end a chat model's answer."""
+    path = Path(checkpoint.name) / GENERATION_CONFIG_NAME
+    if checkpoint.is_local and path.is_file():
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not valid JSON: {error}. Save it again, or delete it to do without."
+            ) from error
 
 
 def check_config(config: PreTrainedConfig, name: str) -> None:
