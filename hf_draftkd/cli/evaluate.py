@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.markup import escape
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
@@ -17,10 +17,11 @@ from hf_draftkd.data.generation import decoding_settings
 from hf_draftkd.data.prompts import load_prompts, open_dataset
 from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.evaluate import check_options, evaluate_draft
+from hf_draftkd.evaluation.plots import figure_class
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
 from hf_draftkd.models.checkpoints import check_model
-from hf_draftkd.models.draft_length import draft_length_settings
+from hf_draftkd.models.draft_length import draft_length_settings, drop_idle_sampling
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import check_own_tokenizer
 
@@ -98,17 +99,21 @@ def run(argv: list[str]) -> int:
         # Its own files are replaced, nothing else is touched.
         out = new_directory(options.output_dir, overwrite=True)
         _check_write(options)
+        if options.html:
+            figure_class()  # before the work that the page would show
         check_options(
             options.verification,
             options.max_new_tokens,
             options.num_assistant_tokens,
             options.num_speed_prompts,
-            options.batch_size,
-            options.verify,
+            batch_size=options.batch_size,
+            verify=options.verify,
         )
         asked = _settings(options)
         rows = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
         texts = _texts(rows, options)
+        if "dataset" in texts and asked is None:
+            _refuse_other_settings(options)
         trusted = {"trust_remote_code": options.trust_remote_code}
         named = [(options.target_model, options.target_model_revision)]
         named += [(path, options.model_revision) for path in options.model]
@@ -189,6 +194,16 @@ def _texts(rows: Dataset, options: EvaluateOptions) -> dict[str, Any]:
     return {"prompts": load_prompts(rows)}
 
 
+def _refuse_other_settings(options: EvaluateOptions) -> None:
+    """Recorded answers were written under the settings in their rows, whatever is asked for beside them."""
+    for name in ("top_p", "top_k", "repetition_penalty"):
+        if getattr(options, name) != getattr(EvaluateOptions, name):
+            raise UsageError(
+                f"`--{name}` would do nothing: the data records the settings its answers were written under. Leave it "
+                "out, or let the target answer anew with `--regenerate`."
+            )
+
+
 def _check_write(options: EvaluateOptions) -> None:
     if not options.write:
         return
@@ -213,11 +228,12 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
     console = Console()
     written = [report.save(out / "report.json")]
     if options.html:
-        from hf_draftkd.evaluation.html import save_page  # needs matplotlib
+        from hf_draftkd.evaluation.html import save_page
 
         written.append(save_page(report, out / "report.html"))
     if options.write and report.recommendation is not None:
-        written.append(_store_length(Path(report.draft.name), report.recommendation.num_assistant_tokens))
+        length = report.recommendation.num_assistant_tokens
+        written.append(_store_length(Path(report.draft.name), length, trust_remote_code=options.trust_remote_code))
     console.print(report.table())
     for warning in report.warnings:
         console.print(f"[yellow]note:[/yellow] {escape(warning)}", highlight=False)
@@ -227,12 +243,13 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
     console.print(f"Written: {', '.join(map(str, written))}", highlight=False, markup=False)
 
 
-def _store_length(draft: Path, num_assistant_tokens: int) -> Path:
+def _store_length(draft: Path, num_assistant_tokens: int, **trusted: bool) -> Path:
     """The draft's generation config with the tuned length; everything else in it stays."""
     try:
         config = GenerationConfig.from_pretrained(draft)
     except OSError:  # a draft saved without one: transformers then derives it from the model's config
-        config = GenerationConfig()
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(draft, **trusted))
+    drop_idle_sampling(config)
     config.update(**draft_length_settings(num_assistant_tokens))
     config.save_pretrained(draft)
     return draft / "generation_config.json"

@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
-from hf_draftkd.cli.options import parse, required
+from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.data.answering import served_context
 from hf_draftkd.data.card import push_alignment_data, write_card
 from hf_draftkd.data.curation import curate_prompts
@@ -47,6 +47,21 @@ _SAME = (
     ),
     *("scenario", "shard_size", "skip_too_long", "context_length", "continuous_batching", "endpoint"),
 )
+
+
+# Options that say something about one kind of run, by the option that asks for it.
+_ONLY_WITH = {
+    "--dataset": ("dataset_config", "dataset_split", "max_prompts"),
+    "--scenario queries": ("prompt_column", "drop_last_answer", "skip_invalid"),
+    "--scenario curated": ("text_column", "question_column", "opening_tokens", "instruction"),
+    "--scenario synthetic": (
+        *("num_prompts", "query_max_new_tokens", "query_temperature", "query_top_p", "system_prompt"),
+        *("min_characters", "max_characters", "script"),
+    ),
+    "--endpoint": ("tokenizer", "concurrency", "timeout", "max_retries", "send_ids"),
+    "--cache_distributions": ("cache_temperature", "cache_dtype"),
+    "--push_to_hub": ("private",),
+}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -129,6 +144,7 @@ def run(argv: list[str]) -> int:
         raise UsageError("the scenario `synthetic` takes no --dataset: the target writes the queries itself.")
     elif options.endpoint is not None:
         raise UsageError("a target behind --endpoint cannot be fed an open turn exactly; synthesize with a local one.")
+    _refuse_what_would_do_nothing(options)
     start = perf_counter()
     with usage_errors():
         tokenizer, prompts, counts, cache = _look_at_everything(options)
@@ -153,6 +169,19 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _refuse_what_would_do_nothing(options: GenerateOptions) -> None:
+    """A system prompt that no query is written under, or a tokenizer beside a target that has its own."""
+    defaults = GenerateOptions()
+    for wanted, names in _ONLY_WITH.items():
+        name, _, value = wanted.removeprefix("--").partition(" ")
+        asked = getattr(options, name)
+        if asked == value if value else asked is not None:
+            continue
+        for idle in names:
+            if getattr(options, idle) != getattr(defaults, idle):
+                raise UsageError(f"`--{idle}` would do nothing without `{wanted}`. Leave it out, or add that.")
+
+
 def _look_at_everything(
     options: GenerateOptions,
 ) -> tuple[PreTrainedTokenizerBase, Dataset | None, dict[str, int] | None, dict[str, Any] | None]:
@@ -166,7 +195,7 @@ def _look_at_everything(
     require_at_least_one(
         max_new_tokens=options.max_new_tokens, num_completions=options.num_completions, batch_size=options.batch_size
     )
-    check_folder(Path(options.output_dir))  # type: ignore[arg-type]
+    check_folder(new_directory(str(options.output_dir), overwrite=True))
     if options.push_to_hub:
         _check_publishing(options.push_to_hub)
     trusted = {"trust_remote_code": options.trust_remote_code}

@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
-from hf_draftkd.models.building import build_draft
+from hf_draftkd.models.building import build_draft, check_plan
 from hf_draftkd.models.checkpoints import check_model
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
@@ -52,18 +52,27 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"give exactly one of {', '.join(f'--{name}' for name in ways)}; {given}")
     trusted = {"trust_remote_code": options.trust_remote_code}
     with usage_errors():
-        directory = new_directory(options.output_dir, overwrite=options.overwrite_output_dir)
-        check_model(options.target_model, revision=options.target_model_revision, **trusted)
+        directory = new_directory(
+            options.output_dir, overwrite=options.overwrite_output_dir, target_model=options.target_model
+        )
+        target_config = check_model(options.target_model, revision=options.target_model_revision, **trusted)
         tokenizer = load_tokenizer(options.target_model, revision=options.target_model_revision, **trusted)
+        config = None if options.draft_config is None else AutoConfig.from_pretrained(options.draft_config, **trusted)
         if options.model is not None:
+            check_model(options.model, **trusted)
             check_tokenizers(load_tokenizer(options.model, **trusted), tokenizer)
+        else:
+            check_plan(
+                target_config,
+                num_layers=options.num_layers,
+                layers=options.layers,
+                share=options.share,
+                config=config,
+            )
         target = load_target(options.target_model, revision=options.target_model_revision, **trusted)
         if options.model is not None:
             draft = align_vocabulary(load_draft(options.model, dtype=options.dtype, **trusted), target, tokenizer)
         else:
-            config = (
-                None if options.draft_config is None else AutoConfig.from_pretrained(options.draft_config, **trusted)
-            )
             draft = build_draft(
                 target,
                 num_layers=options.num_layers,

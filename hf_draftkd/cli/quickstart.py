@@ -14,11 +14,11 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-from hf_draftkd.cli.errors import UsageError, usage_errors
-from hf_draftkd.cli.options import parse
+from hf_draftkd.cli.errors import usage_errors
+from hf_draftkd.cli.options import new_directory, parse
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import load_prompts
-from hf_draftkd.evaluation.evaluate import evaluate_draft
+from hf_draftkd.evaluation.evaluate import check_options, evaluate_draft
 from hf_draftkd.evaluation.plots import block_efficiency_figure, save_figure
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.models.demo import demo_path
@@ -48,10 +48,9 @@ def run(argv: list[str]) -> int:
     (options,) = parse("quickstart", (QuickstartOptions,), argv, "Distil and measure a draft on the bundled demo pair.")
     # The table needs the room, also where the output goes to a file.
     console = Console(width=max(Console().width, 110))
-    out = Path(options.output_dir)
     with usage_errors():
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"`--output_dir {out}` is a file. Name a directory.")
+        out = new_directory(options.output_dir, overwrite=True)
+        check_options(["rejection_sampling"], options.max_new_tokens, None, options.num_speed_prompts)
         tokenizer = load_tokenizer(demo_path("target"))
         # float32: the fastest format on most CPUs, and one in which greedy decoding has hardly any ties.
         target = load_target(demo_path("target"), dtype=torch.float32)

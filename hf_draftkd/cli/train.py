@@ -8,7 +8,7 @@ from typing import Any
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
-from hf_draftkd.cli.options import parse, required
+from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.data.prompts import open_dataset
 from hf_draftkd.training.checkpoints import UNFINISHED, last_complete_checkpoint
 from hf_draftkd.training.config import DraftDistillConfig
@@ -62,6 +62,7 @@ def run(argv: list[str]) -> int:
     if model_config.model_name_or_path is not None:
         raise UsageError("name the draft with `--model`; `--model_name_or_path` is not used")
     with usage_errors():
+        new_directory(args.output_dir, overwrite=True, target_model=options.target_model)
         checkpoint = _where_to_start(args, overwrite=options.overwrite_output_dir)
         trainer = build_trainer(options, args, model_config)
     if options.overwrite_output_dir and trainer.is_world_process_zero():
@@ -123,11 +124,14 @@ def build_trainer(options: TrainOptions, args: DraftDistillConfig, model_config:
 def _where_to_start(args: DraftDistillConfig, *, overwrite: bool) -> Any:
     """The checkpoint to go on from, None for a start; refuses to write over anything else."""
     directory = Path(args.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"`--output_dir {directory}` is a file. Name a directory.")
     wanted = args.resume_from_checkpoint
     # `true`, as YAML and transformers' own scripts have it, means what is done anyway: the newest complete one.
     if wanted is not None and str(wanted).lower() != "true":
+        if str(wanted).lower() == "false":
+            raise UsageError(
+                "`resume_from_checkpoint: false` is not needed: a run starts where there is no checkpoint. To start "
+                "anew where there is one, pass `--overwrite_output_dir`."
+            )
         if not Path(str(wanted)).is_dir():
             raise UsageError(f"`--resume_from_checkpoint {wanted}` is not a directory.")
         return wanted

@@ -91,7 +91,11 @@ def evaluate_draft(
     if named is not None:
         raise ValueError(f"{named!r} is a name: load the model with `load_target`, or `load_draft`, and give that.")
     asked = _settings(target_model, temperatures, settings)
-    check_options(verification, max_new_tokens, num_assistant_tokens, num_speed_prompts, batch_size, verify)
+    check_options(
+        verification, max_new_tokens, num_assistant_tokens, num_speed_prompts, batch_size=batch_size, verify=verify
+    )
+    if lossy and asked is not None and all(setting.is_greedy for setting in asked):
+        raise ValueError("`lossy` is about sampled text, and every setting here is greedy. Add a temperature above 0.")
     _check(drafts, target_model, tokenizer, prompts, dataset)
     if measure_speed or verify:
         _check_cache(target_model)
@@ -211,8 +215,9 @@ def check_options(
     max_new_tokens: int,
     num_assistant_tokens: int | None,
     num_speed_prompts: int,
-    batch_size: int,
-    verify: int,
+    *,
+    batch_size: int = 1,
+    verify: int = 0,
 ) -> None:
     """What can be known to be wrong before a model is loaded.
 
@@ -229,7 +234,7 @@ def check_options(
         raise ValueError(f"`verification` names a rule twice: {', '.join(verification)}.")
     require_at_least_one(max_new_tokens=max_new_tokens, batch_size=batch_size)
     if verify < 0:
-        raise ValueError(f"`verify` must be a number of prompts, or 0 for no check, got {verify}.")
+        raise ValueError(f"`verify` must be at least 0, got {verify}: a number of prompts, or 0 for no check.")
     # 3.0 is equal to 3, and counts nothing.
     if num_assistant_tokens is not None and (
         num_assistant_tokens not in DRAFT_LENGTHS or not isinstance(num_assistant_tokens, int)

@@ -241,12 +241,21 @@ _TRAINING_FIGURE = re.compile(
 )
 
 
-def _figure(x_label: str, y_label: str, rows: int = 1) -> tuple["Figure", Any]:
+def figure_class() -> type["Figure"]:
+    """Matplotlib's figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('Plots need matplotlib: pip install "hf_draftkd[plots]".') from error
-    figure = Figure(figsize=(6.4, 1.2 + 3.6 * rows), layout="constrained")
+    return Figure
+
+
+def _figure(x_label: str, y_label: str, rows: int = 1) -> tuple["Figure", Any]:
+    figure = figure_class()(figsize=(6.4, 1.2 + 3.6 * rows), layout="constrained")
     panels = figure.subplots(rows, squeeze=False)[:, 0]
     for axes in panels:
         axes.set_xlabel(x_label)

@@ -24,7 +24,7 @@ from transformers import (
 
 from hf_draftkd.models.checkpoints import check_config
 from hf_draftkd.models.pairing import align_vocabulary
-from hf_draftkd.models.sizing import cut_layers, evenly_spread, sized_config
+from hf_draftkd.models.sizing import check_share, cut_layers, evenly_spread, sized_config
 
 
 def build_draft(
@@ -65,14 +65,15 @@ def build_draft(
         ValueError: No way or several were named, a value is out of range, or the target cannot be copied from.
     """
     _check_request(num_layers, layers, config, share, tie_word_embeddings)
+    check_plan(target_model.config, num_layers=num_layers, layers=layers, config=config, share=share)
     depth = target_model.config.get_text_config().num_hidden_layers
     if share is not None:
         new_config = sized_config(target_model, share, num_layers=num_layers, tie_word_embeddings=tie_word_embeddings)
     elif config is not None:
-        new_config = _given_config(config, target_model)
+        new_config = copy.deepcopy(config)
     else:
         _check_copyable(target_model)
-        chosen = evenly_spread(num_layers, depth) if num_layers is not None else _check_layers(layers or [], depth)
+        chosen = evenly_spread(num_layers, depth) if num_layers is not None else _checked_layers(layers or [], depth)
         new_config = cut_layers(target_model.config, chosen)
 
     draft = _new_model(new_config, target_model, dtype, seed)
@@ -80,6 +81,30 @@ def build_draft(
         _copy_weights(draft, target_model, chosen)
     draft.generation_config = GenerationConfig()
     return align_vocabulary(draft, target_model, tokenizer)
+
+
+def check_plan(
+    target_config: PreTrainedConfig,
+    *,
+    num_layers: int | None = None,
+    layers: list[int] | None = None,
+    config: PreTrainedConfig | None = None,
+    share: float | None = None,
+) -> None:
+    """What of `build_draft`'s arguments can be known to be wrong before the target is loaded.
+
+    Raises:
+        ValueError: A value is out of range, or `config` is of no causal LM or of another vocabulary.
+    """
+    depth = target_config.get_text_config().num_hidden_layers
+    if num_layers is not None:
+        evenly_spread(num_layers, depth)
+    if layers is not None:
+        _checked_layers(layers, depth)
+    if share is not None:
+        check_share(share)
+    if config is not None:
+        _check_given_config(config, target_config)
 
 
 def _new_model(
@@ -150,7 +175,7 @@ def _check_request(num_layers: Any, layers: Any, config: Any, share: Any, tie_wo
         )
 
 
-def _check_layers(layers: list[int], depth: int) -> list[int]:
+def _checked_layers(layers: list[int], depth: int) -> list[int]:
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, int) or not -depth <= layer < depth:
             raise ValueError(
@@ -165,15 +190,14 @@ def _check_layers(layers: list[int], depth: int) -> list[int]:
     return chosen
 
 
-def _given_config(config: PreTrainedConfig, target_model: PreTrainedModel) -> PreTrainedConfig:
+def _check_given_config(config: PreTrainedConfig, target_config: PreTrainedConfig) -> None:
     check_config(config, "config")
-    given, wanted = (c.get_text_config().vocab_size for c in (config, target_model.config))
+    given, wanted = (c.get_text_config().vocab_size for c in (config, target_config))
     if given != wanted:
         raise ValueError(
             f"`config` has vocab_size={given} and the target {wanted}: a draft needs the target's tokenizer and so its "
             f"vocabulary. Set `config.vocab_size = {wanted}`."
         )
-    return copy.deepcopy(config)
 
 
 def _check_copyable(target_model: PreTrainedModel) -> None:

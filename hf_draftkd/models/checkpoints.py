@@ -21,10 +21,11 @@ from huggingface_hub.errors import (
     HTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_SAFE_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -144,10 +145,23 @@ def check_checkpoint(checkpoint: Checkpoint, *, trust_remote_code: bool = False)
         config = AutoConfig.from_pretrained(
             checkpoint.name, revision=checkpoint.revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, StrictDataclassError) as error:
         raise ValueError(f"The {CONFIG_NAME} of {checkpoint.name!r} cannot be read: {error}") from error
     check_config(config, checkpoint.name)
+    _check_generation_config(checkpoint)
     return config
+
+
+def _check_generation_config(checkpoint: Checkpoint) -> None:
+    """A broken one is passed over by transformers, and with it the ids that end a chat model's answer."""
+    path = Path(checkpoint.name) / GENERATION_CONFIG_NAME
+    if checkpoint.is_local and path.is_file():
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not valid JSON: {error}. Save it again, or delete it to do without."
+            ) from error
 
 
 def check_config(config: PreTrainedConfig, name: str) -> None:
@@ -186,11 +200,18 @@ def adapter_base(checkpoint: Checkpoint) -> tuple[str, str | None]:
     """The base model an adapter was trained on, and that base's revision.
 
     Raises:
-        ValueError: The adapter does not say, or is of a kind that cannot become part of the base's weights.
+        ValueError: The adapter does not say, its config cannot be read, or it is of a kind that cannot become part of
+            the base's weights.
     """
     from peft import PeftConfig, PromptLearningConfig
 
-    config = PeftConfig.from_pretrained(checkpoint.name, revision=checkpoint.revision)
+    try:
+        config = PeftConfig.from_pretrained(checkpoint.name, revision=checkpoint.revision)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The {ADAPTER_CONFIG_NAME} of {checkpoint.name!r} cannot be read ({type(error).__name__}: {error}). Save "
+            "the adapter again, or update peft if a newer one wrote it."
+        ) from error
     if isinstance(config, PromptLearningConfig):
         raise ValueError(
             f"{checkpoint.name!r} is a {config.peft_type.value} adapter, which cannot be merged into a plain model. "

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 
 def draft_length_settings(num_assistant_tokens: int) -> dict[str, Any]:
@@ -23,6 +23,22 @@ def draft_length_settings(num_assistant_tokens: int) -> dict[str, Any]:
     }
 
 
+# What transformers' own check calls meaningless while `do_sample` is off.
+_SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
+
+
+def drop_idle_sampling(config: GenerationConfig) -> None:
+    """Take sampling settings out of a draft's generation config that does not sample, as it cannot be saved with them.
+
+    Published configs often hold a temperature without `do_sample`. transformers writes such a config back as long as
+    nothing else in it was changed, and a draft's special ids and its length are.
+    """
+    if config.do_sample is not True:
+        for name in _SAMPLING:
+            setattr(config, name, None)
+
+
 def store_draft_length(draft_model: PreTrainedModel, num_assistant_tokens: int) -> None:
     """Keep γ in the draft's generation config, where `generate(assistant_model=...)` and `save_pretrained` find it."""
+    drop_idle_sampling(draft_model.generation_config)
     draft_model.generation_config.update(**draft_length_settings(num_assistant_tokens))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_draftkd.losses import DistillationLoss, LinearHead, Unprojected
+from hf_draftkd.models.modes import evaluating
 
 
 def predicting_positions(labels: Tensor) -> Tensor:
@@ -93,11 +94,8 @@ def head_arithmetic(model: nn.Module) -> HeadArithmetic | None:
         return None
     probe = torch.logspace(-4, 6, head.weight.shape[0], device=head.weight.device)
     probe[::2] *= -1
-    was_training = inner.training
-    inner.eval()
-    with _instead_of_head(head, lambda _: probe[None, None].clone()):
+    with evaluating(inner), _instead_of_head(head, lambda _: probe[None, None].clone()):
         found = inner(torch.zeros(1, 1, dtype=torch.long, device=inner.device), use_cache=False).logits
-    inner.train(was_training)
     if found.shape != (1, 1, len(probe)):
         return None
     # Not every accelerator has float64.

@@ -9,6 +9,7 @@ Only safetensors are read, and code that comes with a model runs only when asked
 
 import difflib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_bitsandbytes_available
 
-from hf_draftkd.models.checkpoints import TOKENIZER_FILES, Checkpoint, adapter_base, check_checkpoint, find_checkpoint
+from hf_draftkd.models.checkpoints import (
+    ADAPTER_CONFIG_NAME,
+    TOKENIZER_FILES,
+    Checkpoint,
+    adapter_base,
+    check_checkpoint,
+    find_checkpoint,
+)
 from hf_draftkd.models.revisions import remember_revision
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -99,10 +107,15 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer by local directory, Hub id, or an object with `repo_id` and `revision`.
 
+    A PEFT adapter that has none of its own has that of its base model.
+
     Raises:
         ValueError: Nothing is there, no tokenizer is among the files, or they cannot be read.
     """
     checkpoint = find_checkpoint(name_or_path, revision)
+    if checkpoint.is_adapter and not checkpoint.files & set(TOKENIZER_FILES):
+        base, base_revision = adapter_base(checkpoint)
+        return load_tokenizer(base, revision=base_revision, trust_remote_code=trust_remote_code)
     instead = "Save the target's there: `tokenizer.save_pretrained(directory)`; a draft shares its target's tokenizer."
     if not checkpoint.files & set(TOKENIZER_FILES):
         raise ValueError(f"{checkpoint.name!r} has no tokenizer ({TOKENIZER_FILES[0]} or the like). {instead}")
@@ -137,23 +150,38 @@ def _load(name_or_path: Any, *, revision: str | None, dtype: str | torch.dtype, 
     _check_quantization(options["quantization_config"])
     checkpoint = find_checkpoint(name_or_path, revision)
     check_checkpoint(checkpoint, trust_remote_code=options["trust_remote_code"])
-    if checkpoint.is_adapter:
-        return _load_merged(checkpoint, options)
-    model = _load_plain(checkpoint.name, checkpoint.revision, options)
+    return _load_found(checkpoint, options)
+
+
+def _load_found(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedModel:
+    load = _load_merged if checkpoint.is_adapter else _load_plain
+    model = load(checkpoint, options)
     remember_revision(model, checkpoint.name, checkpoint.revision)
     return model
 
 
-def _load_plain(name: str, revision: str | None, options: dict[str, Any]) -> PreTrainedModel:
+def _load_plain(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedModel:
+    name = checkpoint.name
     given = {key: value for key, value in options.items() if value is not None}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, use_safetensors=True, output_loading_info=True, **given
+            name,
+            revision=checkpoint.revision,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **given,
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:  # the last two: a broken index
+        reason = f"no {error} in its index" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise ValueError(
-            f"The weights of {name!r} cannot be read: {error} Download or save the model again."
+            f"The weights of {name!r} cannot be read: {reason}. Download or save the model again."
         ) from error
+    for key, stored, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"The weights of {name!r} do not fit its config: {key} is {list(stored)} in the file and {list(expected)} "
+            "by the config. Give back the config that was saved with them, or save the model again."
+        )
     # transformers fills what a checkpoint lacks with random numbers and goes on.
     missing = sorted(set(info["missing_keys"]) & {key for key, _ in model.named_parameters()})
     if missing:
@@ -172,9 +200,34 @@ def _load_merged(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedM
         )
     from peft import PeftModel
 
-    base = _load_plain(*adapter_base(checkpoint), options)
-    adapted = PeftModel.from_pretrained(base, checkpoint.name, revision=checkpoint.revision)
-    return adapted.merge_and_unload(safe_merge=True)
+    base_checkpoint = find_checkpoint(*adapter_base(checkpoint))
+    base = _load_found(base_checkpoint, options)
+    another = (
+        f"Was the adapter trained on {base_checkpoint.name!r}? Correct `base_model_name_or_path` in its "
+        f"{ADAPTER_CONFIG_NAME}, or save the adapter again."
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(base, checkpoint.name, revision=checkpoint.revision)
+            # PEFT goes on without weights that it does not find, or finds no place for; only a second loading says so.
+            found = adapted.load_adapter(checkpoint.name, adapted.active_adapter, revision=checkpoint.revision)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        # torch adds a line for each weight that does not fit.
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2]).rstrip(".")
+        raise ValueError(f"The weights of adapter {checkpoint.name!r} cannot be read: {reason}. {another}") from error
+    unfit = sorted([*found.missing_keys, *found.unexpected_keys])
+    if unfit:
+        raise ValueError(
+            f"The weights of adapter {checkpoint.name!r} do not fit its base model, and would be applied in part: "
+            f"{', '.join(unfit[:2])}{', ...' if len(unfit) > 2 else ''}. {another}"
+        )
+    merged = adapted.merge_and_unload(safe_merge=True)
+    # Another model than its base: figures and data must not be recorded under the base's name.
+    merged.name_or_path = merged.config.name_or_path = checkpoint.name
+    return merged
 
 
 def _check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_draftkd.models.draft_length import drop_idle_sampling
 from hf_draftkd.models.loading import load_tokenizer
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint, tokenizer_size, vocabulary_difference
 
@@ -142,7 +143,8 @@ def align_vocabulary(
     - Padded ids go into the draft's `generation_config.suppress_tokens`, which assisted decoding honours: a zero row
       has logit 0, which is likelier than many a token. (What a target does with its own padded rows is left as it
       is: speculative decoding must not change the target's output.)
-    - bos, eos and pad ids are copied into the draft's config and generation config.
+    - bos, eos and pad ids are copied into the draft's config and generation config; sampling settings that do nothing
+      there, because `do_sample` is off, are taken out: transformers would refuse to save them.
 
     All of it is saved with the draft. Doing it twice changes nothing more. Do it before making an optimiser and
     before adding adapters, since embedding and head may be replaced.
@@ -167,6 +169,7 @@ def align_vocabulary(
     first_padded = min(old_size, new_size) if tokenizer is None else tokenizer_size(tokenizer)
     _suppress(draft_model, range(first_padded, new_size), new_size)
     copy_special_ids(draft_model, target_model)
+    drop_idle_sampling(draft_model.generation_config)
     return draft_model
 
 

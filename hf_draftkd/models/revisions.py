@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+_CONFIGS = ("config.json", "adapter_config.json")
 _ATTRIBUTE = "_draftkd_revision"
 
 
@@ -14,11 +15,11 @@ def resolved_revision(name_or_path: str, revision: str | None = None) -> str | N
     if not name_or_path or Path(name_or_path).exists():
         return None
     try:
-        path = try_to_load_from_cache(name_or_path, "config.json", revision=revision)
+        found = [try_to_load_from_cache(name_or_path, name, revision=revision) for name in _CONFIGS]
     except HFValidationError:  # a name that cannot be a repository
         return None
     # .../models--org--name/snapshots/COMMIT/config.json
-    return Path(path).parent.name if isinstance(path, str) else None
+    return next((Path(path).parent.name for path in found if isinstance(path, str)), None)
 
 
 def remember_revision(model: Any, name_or_path: str, revision: str | None) -> None:

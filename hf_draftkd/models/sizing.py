@@ -82,8 +82,7 @@ def sized_config(
     Raises:
         ValueError: `share` is out of range or beyond `num_layers`, or the embeddings alone are larger.
     """
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-        raise ValueError(f"`share` must lie between 0 and 1 (0.0164 is 1.64% of the target), got {share!r}.")
+    check_share(share)
     base = plain_copy(target_model.config)
     text = base.get_text_config()
     if any((getattr(text, name, None) or 0) > 1 for name in _EXPERTS):
@@ -109,6 +108,16 @@ def sized_config(
             break
     assert best is not None
     return best[1]
+
+
+def check_share(share: float) -> None:
+    """Refuse a share of the target's parameters that is none.
+
+    Raises:
+        ValueError: It does not lie between 0 and 1.
+    """
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+        raise ValueError(f"`share` must lie between 0 and 1 (0.0164 is 1.64% of the target), got {share!r}.")
 
 
 def plain_copy(config: PreTrainedConfig) -> PreTrainedConfig:

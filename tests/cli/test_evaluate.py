@@ -1,6 +1,7 @@
 """`draftkd evaluate`, from paths, as a user runs it."""
 
 import json
+import sys
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -104,6 +105,9 @@ def test_recorded_answers_are_taken_as_they_are(files, pair, tmp_path, capsys):
         ({"max_new_tokens": 1000}, "leaves no room"),
         ({"num_asistant_tokens": 3}, "Did you mean `--num_assistant_tokens`"),
         ({"dtype": "float3"}, "float3"),
+        ({"verify": -1}, "`verify` must be at least 0, got -1"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"temperatures": 0, "lossy": True}, "`lossy` is about sampled text"),
     ],
 )
 def test_bad_usage_is_one_message_and_exit_code_2(files, tmp_path, capsys, change, message):
@@ -141,6 +145,40 @@ def test_an_adapter_without_its_base_is_refused(files, tmp_path, capsys):
 def test_write_needs_a_local_draft_and_times(files, tmp_path, capsys):
     assert dispatch(options(files, tmp_path / "out", "--write", "--no_measure_speed")) == 2
     assert "--measure_speed" in capsys.readouterr().err
+
+
+def test_a_page_without_matplotlib_is_refused_before_the_work(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("hf_draftkd.cli.evaluate.load_target", lambda *_, **__: pytest.fail("too late"))
+    assert dispatch(options(files, tmp_path / "out", "--html")) == 2
+    assert 'pip install "hf_draftkd[plots]"' in capsys.readouterr().err
+
+
+def test_a_length_is_written_beside_the_special_ids_of_the_config(files, tmp_path):
+    """A draft without a generation config lost its end of sequence with the first `--write`."""
+    (files["model"] / "generation_config.json").unlink()
+    assert dispatch(options(files, tmp_path / "out", "--write", temperatures=0, limit=2)) == 0
+    stored = GenerationConfig.from_pretrained(files["model"])
+    assert (stored.bos_token_id, stored.eos_token_id, stored.pad_token_id) == (0, 1, 2)
+    assert stored.num_assistant_tokens_schedule == "constant"
+
+
+def test_a_length_is_written_beside_a_temperature_that_does_nothing(files, tmp_path):
+    """Transformers refuses to save such a config once it was changed: after the whole measurement."""
+    (files["model"] / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.6, "top_p": 0.9}')
+    assert dispatch(options(files, tmp_path / "out", "--write", temperatures=0, limit=2)) == 0
+    stored = GenerationConfig.from_pretrained(files["model"])
+    assert (stored.eos_token_id, stored.num_assistant_tokens_schedule) == (1, "constant")
+
+
+@pytest.mark.parametrize("change", [{"top_p": 0.9}, {"top_k": 5}, {"repetition_penalty": 1.2}])
+def test_a_setting_beside_recorded_answers_is_refused(files, tmp_path, capsys, change, pair, tokenizer):
+    """It was left out silently: the answers have been written."""
+    rows = generate_alignment_data(pair[1], tokenizer, PROMPTS[:2], max_new_tokens=4)
+    rows.to_json(tmp_path / "rows.jsonl")
+    files["dataset"] = tmp_path / "rows.jsonl"
+    assert dispatch(options({**files, **change}, tmp_path / "out")) == 2
+    assert f"`--{next(iter(change))}` would do nothing" in capsys.readouterr().err
 
 
 def test_other_files_in_the_output_directory_are_left_alone(files, tmp_path):

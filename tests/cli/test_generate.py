@@ -183,6 +183,11 @@ def test_before_the_target_writes_queries(tmp_path, saved, capsys, monkeypatch, 
         ({"--batch_siz": "3"}, "Did you mean `--batch_size`"),
         ({"--endpoint": "http://127.0.0.1:9/v1", "--tokenizer": "TARGET", "--max_retries": "0"}, "does not answer"),
         ({"--output_dir": "PROMPTS"}, "is a file"),
+        ({"--system_prompt": "Ask about tax."}, "`--system_prompt` would do nothing without `--scenario synthetic`"),
+        ({"--tokenizer": "PROMPTS"}, "`--tokenizer` would do nothing without `--endpoint`"),
+        ({"--instruction": "Go on: {text}"}, "`--instruction` would do nothing without `--scenario curated`"),
+        ({"--cache_dtype": "float32"}, "`--cache_dtype` would do nothing without `--cache_distributions`"),
+        ({"--scenario": "synthetic", "--dataset": None, "--max_prompts": "3"}, "would do nothing without `--dataset`"),
     ],
 )
 def test_bad_input_ends_with_two_before_the_target_is_loaded(tmp_path, saved, capsys, monkeypatch, options, message):

@@ -73,7 +73,7 @@ def test_a_mix_in_yaml_needs_quotes(files, tmp_path, capsys):
     settings = {**{name: str(value) for name, value in files.items()}, "output_dir": str(tmp_path / "out")}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, "mix_dataset": "x.txt"}) + "mix: 9:1\n")
     assert dispatch(["train", "--config", str(tmp_path / "run.yaml")]) == 2
-    assert "A mix is text such as '9:1', got 541" in capsys.readouterr().err
+    assert "`mix` must be text, got 541 in the YAML file. YAML reads 9:1, no and" in capsys.readouterr().err
 
 
 def test_lora_ends_in_a_plain_model(files, tmp_path, capsys):
@@ -151,6 +151,7 @@ def test_resuming_by_true_takes_the_newest_checkpoint(files, tmp_path, capsys):
     ("change", "message"),
     [
         ({"resume_from_checkpoint": "nope"}, "`--resume_from_checkpoint nope` is not a directory"),
+        ({"resume_from_checkpoint": "False"}, "To start anew where there is one, pass `--overwrite_output_dir`"),
         ({"model": "no/such/path"}, "no/such/path"),
         ({"target_model": "./nowhere"}, "nowhere"),
         ({"dataset": "missing.jsonl"}, "missing.jsonl"),

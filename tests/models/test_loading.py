@@ -276,6 +276,40 @@ def test_truncated_weights(saved):
         load_target(saved)
 
 
+@pytest.mark.parametrize("change", [{"vocab_size": 310}, {"intermediate_size": 64}])
+def test_weights_of_another_size_than_the_config_says(saved, change):
+    """A RuntimeError that points to "the above report"."""
+    config = json.loads((saved / "config.json").read_text()) | change
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"do not fit its config: \S+ is \[.*\] in the file and \[.*\] by the config"):
+        load_target(saved)
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": "two"}, {"num_attention_heads": 3}])
+def test_a_config_that_contradicts_itself(saved, no_weights_read, change):
+    """An exception of huggingface_hub's own that nobody catches."""
+    config = json.loads((saved / "config.json").read_text()) | change
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"The config\.json of .* cannot be read"):
+        load_target(saved)
+
+
+def test_a_broken_generation_config(saved, no_weights_read):
+    """Transformers goes on without it: a chat target then writes past its end of turn."""
+    (saved / "generation_config.json").write_text('{"eos_token_id": [1, ')
+    with pytest.raises(ValueError, match=r"generation_config\.json is not valid JSON"):
+        load_target(saved)
+
+
+@pytest.mark.parametrize("index", ["{", "{}"])
+def test_a_broken_index(saved, index):
+    """A KeyError, or a parser's words about no file in particular."""
+    (saved / "model.safetensors").unlink()
+    (saved / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"The weights of .* cannot be read"):
+        load_target(saved)
+
+
 # PEFT reads an attribute that transformers 5.23 has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 class TestAdapters:
@@ -304,6 +338,64 @@ class TestAdapters:
         assert not (tmp_path / "merged" / "adapter_config.json").exists()
         again = load_draft(tmp_path / "merged").state_dict()
         assert all(torch.equal(value, again[name]) for name, value in draft.state_dict().items())
+
+    def test_it_goes_by_its_own_name(self, adapter, saved):
+        """A report on the adapter that names the base, and answers of the one taken for those of the other."""
+        path, _ = adapter
+        draft = load_draft(path)
+        assert draft.name_or_path == draft.config.name_or_path == str(path)
+        assert load_draft(saved).name_or_path == str(saved)
+
+    def test_its_tokenizer_is_its_own_or_that_of_its_base(self, adapter, saved):
+        """`save_pretrained` of an adapter writes none, so every adapter was refused for its tokenizer."""
+        path, _ = adapter
+        assert load_tokenizer(path).get_vocab() == load_tokenizer(saved).get_vocab()
+        tiny_tokenizer(280).save_pretrained(path)
+        assert len(load_tokenizer(path)) == 280
+
+    def test_an_adapter_on_an_adapter(self, adapter, saved):
+        """The lower one dropped, or applied unmerged."""
+        lower, _ = adapter
+        upper = lower.parent / "upper"
+        shutil.copytree(lower, upper)
+        config = json.loads((upper / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(lower)}
+        (upper / "adapter_config.json").write_text(json.dumps(config))
+        base, once, twice = (load_draft(path).state_dict() for path in (saved, lower, upper))
+        for name, weight in twice.items():
+            torch.testing.assert_close(weight - once[name], once[name] - base[name], atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("found", "replacement"), [("layers.1", "layers.7"), ("self_attn", "attn")], ids=["other layers", "other names"]
+    )
+    def test_weights_that_fit_in_part_are_refused(self, adapter, found, replacement):
+        """PEFT warns, or says nothing, and half an adapter is measured."""
+        path, _ = adapter
+        weights = load_file(path / "adapter_model.safetensors")
+        renamed = {name.replace(found, replacement): weight for name, weight in weights.items()}
+        save_file(renamed, path / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match="do not fit its base model, and would be applied in part"):
+            load_draft(path)
+
+    def test_a_shorter_base_is_refused(self, adapter, saved):
+        """The adapter's weights for the other layers were left out without a word."""
+        path, _ = adapter
+        tiny_llama(num_layers=1).save_pretrained(saved)
+        with pytest.raises(ValueError, match=r"would be applied in part: .*layers\.1\."):
+            load_draft(path)
+
+    def test_what_cannot_be_read_is_named(self, adapter, saved):
+        """Tracebacks of peft, torch and safetensors."""
+        path, _ = adapter
+        tiny_llama(hidden_size=32).save_pretrained(saved)
+        with pytest.raises(ValueError, match=r"weights of adapter .* cannot be read.*Was the adapter trained on"):
+            load_draft(path)
+        (path / "adapter_model.safetensors").write_bytes(b"x")
+        with pytest.raises(ValueError, match=r"weights of adapter .* cannot be read"):
+            load_draft(path)
+        for text in ("{", '{"r": 1}', '{"peft_type": "TOMORROW"}'):
+            (path / "adapter_config.json").write_text(text)
+            with pytest.raises(ValueError, match=r"The adapter_config\.json of .* cannot be read"):
+                check_model(path)
 
     def test_without_its_base(self, adapter, saved, no_weights_read):
         path, _ = adapter

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 from hf_draftkd.models.pairing import align_vocabulary, shared_vocab_size
 from tests.tiny import ARCHITECTURES, tiny_llama, tiny_pair, tiny_prompts, tiny_qwen3, tiny_tokenizer
@@ -193,3 +193,17 @@ def test_shared_vocabulary_is_what_all_three_have():
     assert shared_vocab_size(small, large, tokenizer) == 300
     assert shared_vocab_size(large, small) == 304
     assert shared_vocab_size(tiny_llama(vocab_size=290), large, tokenizer) == 290
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "do_sample": False}])
+def test_a_draft_whose_config_samples_without_do_sample_can_be_saved(pair, tokenizer, tmp_path, sampling):
+    """Transformers refuses to save a changed config with idle settings: found at the first checkpoint."""
+    draft, target = pair
+    draft.generation_config = GenerationConfig(**sampling)
+    target.generation_config.eos_token_id = [1, 5]
+    align_vocabulary(draft, target, tokenizer).save_pretrained(tmp_path)
+    stored = GenerationConfig.from_pretrained(tmp_path)
+    assert (stored.temperature, stored.eos_token_id) == (None, [1, 5])
+    draft.generation_config = GenerationConfig(do_sample=True, temperature=0.6)
+    align_vocabulary(draft, target, tokenizer)
+    assert draft.generation_config.temperature == 0.6

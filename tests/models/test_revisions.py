@@ -28,3 +28,12 @@ def test_the_commit_comes_from_the_cache(tmp_path, monkeypatch):
     assert model_revision(model) is None
     remember_revision(model, "org/target", "v2")
     assert model_revision(model) == "b" * 40
+
+
+def test_an_adapter_has_a_commit_too(tmp_path, monkeypatch):
+    """Its repository holds no `config.json`, so figures of an adapter named no commit, or that of its base."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--org--adapter" / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "adapter_config.json").write_text("{}")
+    assert resolved_revision("org/adapter", "c" * 40) == "c" * 40

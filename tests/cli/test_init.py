@@ -1,0 +1,38 @@
+"""`draftkd init` and `draftkd quickstart`: what is refused, and when."""
+
+import pytest
+
+from hf_draftkd.cli.main import dispatch
+from tests.tiny import tiny_llama
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num_layers", "5"], "`num_layers` must be a whole number from 1 to 2"),
+        (["--layers", "1", "0"], "in ascending order"),
+        (["--share", "5"], "`share` must lie between 0 and 1"),
+        (["--draft_config", "CONFIG"], "`config` has vocab_size=310 and the target 300"),
+        (["--model", "PICKLED"], "has a config.json but no weights"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_target_is_loaded(
+    saved_pair, tmp_path, capsys, monkeypatch, words, message
+):
+    """A target of 70 B parameters is read for minutes before a number out of range is found."""
+    monkeypatch.setattr("hf_draftkd.cli.init.load_target", lambda *_, **__: pytest.fail("too late"))
+    draft, target = saved_pair
+    tiny_llama(vocab_size=310).config.save_pretrained(tmp_path / "CONFIG")
+    (draft / "model.safetensors").unlink()
+    places = {"CONFIG": str(tmp_path / "CONFIG"), "PICKLED": str(draft)}
+    words = [places.get(word, word) for word in words]
+    assert dispatch(["init", "--target_model", str(target), "--output_dir", str(tmp_path / "new"), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_quickstart_refuses_before_it_trains(tmp_path, capsys, monkeypatch):
+    """A traceback after two minutes of training, for a number that was wrong from the start."""
+    monkeypatch.setattr("hf_draftkd.cli.quickstart.generate_alignment_data", lambda *_, **__: pytest.fail("too late"))
+    for option in ("--num_speed_prompts", "--max_new_tokens"):
+        assert dispatch(["quickstart", option, "0", "--output_dir", str(tmp_path / "out")]) == 2
+        assert f"`{option[2:]}` must be at least 1, got 0" in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""Options in a YAML file: they mean what the same words on the command line mean, and are refused as those are."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from hf_draftkd.cli.errors import UsageError
+from hf_draftkd.cli.evaluate import EvaluateOptions
+from hf_draftkd.cli.init import InitOptions
+from hf_draftkd.cli.main import dispatch
+from hf_draftkd.cli.options import new_directory, parse
+from hf_draftkd.cli.push import PushOptions
+from hf_draftkd.cli.train import TrainOptions
+from hf_draftkd.training.config import DraftDistillConfig
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Options of a class from the text of a YAML file and further words."""
+
+    def read(kind, text, *words):
+        path = tmp_path / "run with spaces.yaml"
+        path.write_text(text)
+        (options,) = parse("command", (kind,), ["--config", str(path), *words], "")
+        return options
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (EvaluateOptions, "temperatures: ['0']", r"`temperatures` must be a list, each a number, got \['0'\]"),
+        (EvaluateOptions, "limit: 2.5", "`limit` must be a whole number, got 2.5"),
+        (EvaluateOptions, "max_new_tokens: null", "`max_new_tokens` must be a whole number, got None"),
+        (EvaluateOptions, "target_model: [a, b]", r"`target_model` must be text, got \['a', 'b'\]"),
+        (EvaluateOptions, "html: 2", "`html` must be true or false, got 2"),
+        (InitOptions, "num_layers: true", "`num_layers` must be a whole number, got True"),
+        (InitOptions, "dtype: fp16", "`dtype` must be one of float32, bfloat16, float16, got 'fp16'"),
+        (InitOptions, "target_model_revision: 1.10", "must be text, got 1.1 .*put it in quotes"),
+        (PushOptions, "prose: mine", "`prose` must be one of hub, local, got 'mine'"),
+        (DraftDistillConfig, "learning_rate: null", "`learning_rate` must be a number, got None"),
+        (DraftDistillConfig, "per_device_train_batch_size: 2.5", "must be a whole number, got 2.5"),
+        (DraftDistillConfig, "save_strategy: no", "`save_strategy` must be text, got False .*put it in quotes"),
+        (DraftDistillConfig, "max_steps: 1\nmax-steps: 2", "names `max_steps` twice, once as `max-steps`"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_name(read, kind, text, message):
+    """A traceback from the middle of a run, since TRL takes whatever YAML makes of a value."""
+    with pytest.raises(UsageError, match=message):
+        read(kind, text)
+
+
+def test_an_option_has_every_name_that_the_command_line_knows(read):
+    """`output-dir` and `no_measure_speed` stand in --help, and were "no option: did you mean `--output-dir`?"."""
+    options = read(EvaluateOptions, "output-dir: out\nno_measure_speed: true\nmodel: one\ntemperatures: 0")
+    assert (options.output_dir, options.measure_speed) == ("out", False)
+    assert (options.model, options.temperatures) == (["one"], [0])
+    assert read(EvaluateOptions, "no_measure_speed: false").measure_speed
+
+
+def test_text_that_transformers_takes_as_a_switch(read, tmp_path, monkeypatch):
+    """`fsdp: true`, as its help has it, beside an annotation of `str | None`."""
+    monkeypatch.setattr(DraftDistillConfig, "__post_init__", lambda self: None)
+    for text, value in (
+        ("fsdp: true", True),
+        ("fsdp: [full_shard]", ["full_shard"]),
+        ("fsdp: full_shard", "full_shard"),
+    ):
+        assert read(DraftDistillConfig, f"output_dir: {tmp_path}\n{text}").fsdp == value
+
+
+def test_what_trl_and_transformers_take_is_taken(read, tmp_path):
+    """The check of values refuses what other people's YAML files hold."""
+    text = (
+        f"output_dir: {tmp_path}\nlearning_rate: 3e-4\nlogging_steps: 0.5\nreport_to: [none]\nmax_length: null\n"
+        "model_init_kwargs: {dtype: float32}\nlr_scheduler_type: cosine\nlr_scheduler_kwargs: {}\nmax_steps: 1\n"
+        "bf16: false\nfsdp: ''\nsave_strategy: 'no'\nnum_train_epochs: 1\nwarmup_steps: 2\noptim: adafactor\n"
+        'resume_from_checkpoint: true\ntarget_model_init_kwargs: \'{"dtype": "float32"}\'\n'
+    )
+    args = read(DraftDistillConfig, text)
+    assert (args.learning_rate, args.max_length, args.warmup_steps) == (3e-4, None, 2)
+    assert args.target_model_init_kwargs == {"dtype": "float32"}
+    assert args.resume_from_checkpoint is True
+
+
+def test_the_command_line_wins_over_the_file(read):
+    assert read(EvaluateOptions, "limit: 3\nhtml: true", "--limit", "4").limit == 4
+
+
+def test_config_with_an_equals_sign_and_without_a_file(tmp_path, monkeypatch):
+    """`--config=FILE` was "no option"; `--config` alone was an IndexError."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("limit: 3")
+    for word in (f"--config={tmp_path / 'run.yaml'}", "--config=~/run.yaml"):
+        (options,) = parse("command", (EvaluateOptions,), [word], "")
+        assert options.limit == 3
+    for words in (["--config"], ["--config", "--html"]):
+        with pytest.raises(UsageError, match="`--config` needs the name of a YAML file"):
+            parse("command", (EvaluateOptions,), words, "")
+
+
+def test_every_kind_of_field_of_ours_is_understood(read):
+    """An annotation that the check does not know would refuse every value."""
+
+    @dataclass
+    class Options:
+        one: str | None = None
+        many: list[int] | None = None
+        share: float = 0.5
+        flag: bool = field(default=True)
+
+    options = read(Options, "one: null\nmany: [1, 2]\nshare: 1\nno_flag: true")
+    assert (options.one, options.many, options.share, options.flag) == (None, [1, 2], 1, False)
+    assert read(TrainOptions, "model: a\neval_dataset: null").eval_dataset is None
+
+
+def test_home_is_where_a_shell_would_find_it(read, tmp_path, monkeypatch):
+    """A folder named `~` in the working directory, with the results of a night in it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = read(EvaluateOptions, "output_dir: ~/out\nmodel: [~/draft, org/draft]\nmax_new_tokens: 3")
+    assert options.output_dir == f"{tmp_path}/out"
+    assert options.model == [f"{tmp_path}/draft", "org/draft"]
+
+
+def test_an_output_directory_that_cannot_be_written_is_found_out_first(tmp_path, monkeypatch):
+    """PermissionError after hours of work: results are written last."""
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UsageError, match=f"cannot be written: no permission in {tmp_path}"):
+        new_directory(str(tmp_path / "deep" / "out"))
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file is a file"):
+        new_directory(str(tmp_path / "file" / "out"))
+
+
+@pytest.mark.parametrize("command", ["init", "train"])
+def test_a_draft_does_not_replace_its_target(saved_pair, tmp_path, capsys, command):
+    """`--output_dir TARGET --overwrite_output_dir`: the large model is gone, and nothing was said."""
+    draft, target = saved_pair
+    before = (target / "model.safetensors").read_bytes()
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    argv = {
+        "init": ["--num_layers", "1"],
+        "train": ["--model", str(draft), "--dataset", str(tmp_path / "rows.jsonl"), "--max_steps", "1"],
+    }[command]
+    argv += ["--target_model", str(target), "--output_dir", f"{target}/../target", "--overwrite_output_dir"]
+    assert dispatch([command, *argv]) == 2
+    assert "is the target itself, which the draft would replace" in capsys.readouterr().err
+    assert (target / "model.safetensors").read_bytes() == before
