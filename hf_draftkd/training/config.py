@@ -10,6 +10,7 @@ from trl import SFTConfig
 
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.mixing import parse_mix
+from hf_draftkd.data.shards import launched_on_cpus
 from hf_draftkd.losses import DIVERGENCES, get_divergence
 from hf_draftkd.training.positions import TOKEN_SELECTIONS
 
@@ -146,6 +147,7 @@ class DraftDistillConfig(SFTConfig):
     >   the inherited 2e-5 is meant for. Smaller ones take more: the ablation's, of 0.7 M parameters, is best at 3e-3.
     > - `max_length`: `2048`. A row is a prompt and an answer; 1024 would cut ordinary chat answers.
     > - `bf16`: stays off where no accelerator computes in bf16, so that no argument is needed on a CPU.
+    > - `use_cpu`: `True` in each of several processes without an accelerator, which would else not know of each other.
     > - `dataloader_pin_memory`: off without an accelerator, where it only makes torch warn.
     > - `eval_strategy`: `"no"` becomes `"epoch"` where an `eval_dataset` is given, which would otherwise lie unused.
     > - `hub_strategy`: `"end"`. Half-trained drafts and adapters are not what somebody else can load.
@@ -243,6 +245,8 @@ class DraftDistillConfig(SFTConfig):
     def __post_init__(self) -> None:
         # Checked first: a wrong value should be named before anything else is set up.
         self._check_distillation_values()
+        # Otherwise each process would train on its own, into the others' folder.
+        self.use_cpu = self.use_cpu or launched_on_cpus()
         if self.bf16 is None and not self.fp16:
             # TRL would turn bf16 on, and transformers then refuses to start without an accelerator.
             self.bf16 = bf16_is_usable() and not self.use_cpu
