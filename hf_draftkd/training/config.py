@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -155,7 +156,8 @@ class DraftDistillConfig(SFTConfig):
     > - `logging_nan_inf_filter`: `False`. A loss that is not finite stops the run instead of being hidden.
     >
     > Refused, since they would do nothing here: `loss_type`, `label_smoothing_factor`, `router_aux_loss_coef`,
-    > `use_liger_kernel`, `batch_eval_metrics`, `include_for_metrics`, `truncation_mode="keep_end"`.
+    > `use_liger_kernel`, `batch_eval_metrics`, `include_for_metrics`, `truncation_mode="keep_end"`. Refused as
+    > well: a `chat_template_path` that is no `.jinja` file, since it would give the draft another vocabulary.
 
     Raises:
         ValueError: A value is out of range or of an unknown name, or a refused option is set.
@@ -263,6 +265,13 @@ class DraftDistillConfig(SFTConfig):
             # transformers would choose by the loss. Block efficiency needs text that the target wrote, this does not.
             self.metric_for_best_model = "eval_acceptance_rate"
         super().__post_init__()
+        template = self.chat_template_path
+        if template is not None and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
+            raise ValueError(
+                f"`chat_template_path={template!r}` is no `.jinja` file. From a model TRL would take tokens as well, "
+                "and resize the draft's vocabulary, which must stay the target's. Save the template in a file, or "
+                "set it: `tokenizer.chat_template`."
+            )
         for name, (default, reason) in _REFUSED.items():
             if getattr(self, name) != default:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` has no meaning when distilling. {reason}")
