@@ -87,7 +87,8 @@ class DraftDistillTrainer(
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
             As `train_dataset`. Never packed: figures are sums over whole texts.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer that both models share. Loaded from the draft's name if not given.
+            The tokenizer that both models share. If not given it is loaded by the target's name, in whose chat
+            template it will be asked, or by the draft's where there is no target.
         mix_dataset ([`~datasets.Dataset`], *optional*):
             Rows to strew into the training data, so that the draft does not forget what lies outside them: `args.mix`
             says how many. Ordinarily plain text (`text`), learnt from on all its tokens.
@@ -139,6 +140,11 @@ class DraftDistillTrainer(
     ) -> None:
         if args is None:
             args = DraftDistillConfig(f"{preflight.model_name(model).split('/')[-1] or 'draft'}-DraftDistill")
+        if not isinstance(args, DraftDistillConfig):
+            raise ValueError(
+                f"`args` must be a `DraftDistillConfig`, got a `{type(args).__name__}`. It takes the same arguments, "
+                "and those of distilling."
+            )
         train_dataset = mixed_in(train_dataset, mix_dataset, args.mix, args.seed, text_field=args.dataset_text_field)
         check_writer(args, has_target=target_model is not None)
         datasets = preflight.check_datasets(train_dataset, eval_dataset, args, format_known=formatting_func is None)
