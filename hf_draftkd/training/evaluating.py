@@ -11,6 +11,7 @@ from hf_draftkd.acceptance._checks import widest_float
 from hf_draftkd.data.formatting import DraftDistillCollator
 from hf_draftkd.losses import Unprojected
 from hf_draftkd.models.forward import HeadArithmetic, in_head, logits_at, predicting_positions
+from hf_draftkd.training.callbacks import asked_figures
 from hf_draftkd.training.evaluation_sums import EvaluationSums, row_sums
 from hf_draftkd.training.finite import require_finite_loss
 from hf_draftkd.training.signal import Text, model_inputs
@@ -23,9 +24,6 @@ class EvaluatesTexts(Trainer):
     data_collator: Any
     _arithmetic: HeadArithmetic | None
     _shared_vocab: int
-    # Draft lengths beside `args.eval_num_assistant_tokens`, and temperatures: what `AcceptanceCallback` asked for.
-    _draft_lengths: tuple[int, ...] = ()
-    _temperatures: tuple[float, ...] = ()
     _eval_sums: EvaluationSums | None = None
 
     def _distillation_loss(self, draft: Any, target: Any, tokens: Tensor) -> Any:
@@ -44,7 +42,8 @@ class EvaluatesTexts(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Adds the figures that come from sums over all texts: see [`EvaluationSums`]."""
         gamma = self.args.eval_num_assistant_tokens
-        self._eval_sums = EvaluationSums(self.signal, gamma, self._draft_lengths, self._temperatures)
+        # Asked now, since callbacks may have been added or removed.
+        self._eval_sums = EvaluationSums(self.signal, gamma, *asked_figures(self.callback_handler.callbacks, gamma))
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         figures = self._eval_sums.figures()
         self._eval_sums = None

@@ -25,7 +25,7 @@ from hf_draftkd.models.forward import logits_at, loss_at, predicting_positions, 
 from hf_draftkd.models.pairing import copy_special_ids, shared_vocab_size
 from hf_draftkd.training import preflight
 from hf_draftkd.training.best import check_best_metric
-from hf_draftkd.training.callbacks import KeepSpecialIds, with_acceptance
+from hf_draftkd.training.callbacks import KeepSpecialIds, asked_figures, with_acceptance
 from hf_draftkd.training.checkpoints import WholeCheckpoints
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.describe import author, data_facts
@@ -164,8 +164,7 @@ class DraftDistillTrainer(
             knows_distributions=self.learns_from_target,
             from_draws=any(fact.top_k is None for fact in facts),
         )
-        watched = with_acceptance(callbacks, args, evaluates=eval_dataset is not None)
-        callbacks, self._draft_lengths, self._temperatures = watched
+        callbacks = with_acceptance(callbacks, args, evaluates=eval_dataset is not None)
 
         draft, target, processing_class = preflight.prepare_pair(
             model,
@@ -228,7 +227,8 @@ class DraftDistillTrainer(
             columns = get_dataset_column_names(train_dataset)
             check_writing(self.train_dataset, self.args, self._context, sharded=sharded, columns=columns)
             if isinstance(self.data_collator, DraftDistillCollator):
-                check_best_metric(args, self.eval_dataset, self.signal, self._draft_lengths, self._temperatures)
+                asked = asked_figures(self.callback_handler.callbacks, args.eval_num_assistant_tokens)
+                check_best_metric(args, self.eval_dataset, self.signal, *asked)
 
     def _read_distributions(self, target: Any, reference: Any, facts: list[Any]) -> None:
         """Put target and reference where they run, and settle how each model's distributions are read."""
