@@ -1,5 +1,7 @@
 """How a trainer evaluates: text by text, a chunk of positions at a time, figures divided once at the end."""
 
+import warnings
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from hf_draftkd.data.formatting import DraftDistillCollator
 from hf_draftkd.losses import Unprojected
 from hf_draftkd.models.forward import HeadArithmetic, in_head, logits_at, predicting_positions
 from hf_draftkd.training.callbacks import asked_figures
-from hf_draftkd.training.evaluation_sums import EvaluationSums, row_sums
+from hf_draftkd.training.evaluation_sums import EvaluationSums, not_exact, row_sums
 from hf_draftkd.training.finite import require_finite_loss
 from hf_draftkd.training.signal import Text, model_inputs
 
@@ -25,6 +27,11 @@ class EvaluatesTexts(Trainer):
     _arithmetic: HeadArithmetic | None
     _shared_vocab: int
     _eval_sums: EvaluationSums | None = None
+
+    @cached_property
+    def _explained(self) -> set[str]:
+        """The evaluation sets of which was said why they have no block efficiency."""
+        return set()
 
     def _distillation_loss(self, draft: Any, target: Any, tokens: Tensor) -> Any:
         raise NotImplementedError
@@ -45,8 +52,12 @@ class EvaluatesTexts(Trainer):
         # Asked now, since callbacks may have been added or removed.
         self._eval_sums = EvaluationSums(self.signal, gamma, *asked_figures(self.callback_handler.callbacks, gamma))
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        figures = self._eval_sums.figures()
+        figures, foreign_rows = self._eval_sums.figures(), self._eval_sums.foreign_rows
         self._eval_sums = None
+        if figures and foreign_rows and type(self.signal) is not Text and metric_key_prefix not in self._explained:
+            # Here, and not by Python's own memory of warnings, which forgets with each checkpoint.
+            self._explained.add(metric_key_prefix)
+            warnings.warn(not_exact(foreign_rows, self.signal, metric_key_prefix), stacklevel=2)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 

@@ -56,6 +56,29 @@ def test_callbacks_added_and_removed_later_count(tmp_path, pair, tokenizer):
     assert "eval_block_efficiency_at_2" in trainer.evaluate(rows)
 
 
+def test_why_block_efficiency_is_missing_is_said_once_for_each_set(tmp_path, pair, tokenizer):
+    """It was said at every evaluation that followed a checkpoint, and of a set named `b` as if it were the only one."""
+    rows = alignment_rows(pair[1], tokenizer, count=2)
+    sets = {"a": rows, "b": alignment_rows(pair[1], tokenizer, count=2, name="another")}
+    trainer = build(
+        tmp_path,
+        pair,
+        tokenizer,
+        rows,
+        sets,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    with pytest.warns(UserWarning, match="is left out") as said:
+        trainer.train()
+    messages = [str(each.message) for each in said if "is left out" in str(each.message)]
+    assert len(messages) == 1
+    assert messages[0].startswith("eval_b_block_efficiency is left out: 2 ")
+
+
 def test_no_callback_without_held_out_data(tmp_path, pair, tokenizer):
     trainer = build(tmp_path, pair, tokenizer)
     assert not [each for each in trainer.callback_handler.callbacks if isinstance(each, AcceptanceCallback)]
