@@ -39,12 +39,16 @@ class StoppedError(RuntimeError):
 
 
 def this_process() -> PartialState:
-    """One process among those that `accelerate launch` or `torchrun` started.
+    """One process among those that `accelerate launch` or `torchrun` started."""
+    return PartialState(cpu=launched_on_cpus())
+
+
+def launched_on_cpus() -> bool:
+    """Whether this is one of several processes without an accelerator.
 
     accelerate takes each process that `torchrun` started on a CPU for the only one, unless it is told about the CPU.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return PartialState(cpu=launched and not torch.accelerator.is_available())
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
 
 
 def cut_shards(num_prompts: int, batch_size: int, shard_size: int | None = None) -> list[range]:

@@ -197,7 +197,7 @@ def _check(
         if draft.config.is_encoder_decoder:
             raise ValueError(f"{draft.name_or_path!r} is an encoder-decoder model; a draft must be a causal LM.")
         check_own_tokenizer(draft, tokenizer)
-    check_own_tokenizer(target_model, tokenizer)
+    check_own_tokenizer(target_model, tokenizer, is_target=True)
 
 
 def _check_cache(target_model: PreTrainedModel) -> None:

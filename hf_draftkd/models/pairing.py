@@ -60,6 +60,7 @@ def check_own_tokenizer(
     model: "str | PreTrainedModel",
     tokenizer: PreTrainedTokenizerBase,
     *,
+    is_target: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -68,6 +69,7 @@ def check_own_tokenizer(
     Args:
         model: A model, or the id or path of one.
         tokenizer: The tokenizer to be used with it.
+        is_target: Whether it is the target: the message then speaks of `tokenizer` as the draft's.
         revision: Of the model, where it is named.
         trust_remote_code: Whether code that comes with its tokenizer may run.
 
@@ -85,7 +87,7 @@ def check_own_tokenizer(
             raise
         logger.info("The tokenizer of %s could not be compared: %s", name, error)
         return
-    check_tokenizers(own, tokenizer)
+    check_tokenizers(*((tokenizer, own) if is_target else (own, tokenizer)))
 
 
 def check_weights_apart(draft: nn.Module, other: nn.Module, what: str = "target") -> None:

@@ -19,19 +19,22 @@ PLOT = "training.png"
 
 def with_acceptance(
     callbacks: list[TrainerCallback] | None, args: Any, *, evaluates: bool
-) -> tuple[list[TrainerCallback] | None, tuple[int, ...], tuple[float, ...]]:
-    """The callbacks, with one for acceptance where there is data to measure it on; its draft lengths, temperatures."""
+) -> list[TrainerCallback] | None:
+    """The callbacks, with one for acceptance where there is data to measure it on."""
     if not evaluates:
-        return callbacks, (), ()
-    given = [callback for callback in callbacks or () if isinstance(callback, AcceptanceCallback)]
-    if not given:
-        given = [AcceptanceCallback()]
-        callbacks = [*(callbacks or ()), *given]
+        return callbacks
     if args.eval_strategy == IntervalStrategy.NO:
         args.eval_strategy = IntervalStrategy.EPOCH
-    lengths = {length for callback in given for length in callback.num_assistant_tokens}
-    temperatures = {temperature for callback in given for temperature in callback.temperatures}
-    return callbacks, tuple(sorted(lengths - {args.eval_num_assistant_tokens})), tuple(sorted(temperatures))
+    given = callbacks or []
+    return given if any(isinstance(each, AcceptanceCallback) for each in given) else [*given, AcceptanceCallback()]
+
+
+def asked_figures(callbacks: list[TrainerCallback], usual_length: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The draft lengths beside `usual_length`, and the temperatures, that a trainer's present callbacks ask for."""
+    asking = [callback for callback in callbacks if isinstance(callback, AcceptanceCallback)]
+    lengths = {length for callback in asking for length in callback.num_assistant_tokens}
+    temperatures = {temperature for callback in asking for temperature in callback.temperatures}
+    return tuple(sorted(lengths - {usual_length})), tuple(sorted(temperatures))
 
 
 class KeepSpecialIds(TrainerCallback):

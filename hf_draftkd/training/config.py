@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from trl import SFTConfig
 
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.mixing import parse_mix
+from hf_draftkd.data.shards import launched_on_cpus
 from hf_draftkd.losses import DIVERGENCES, get_divergence
 from hf_draftkd.training.positions import TOKEN_SELECTIONS
 
@@ -146,6 +148,7 @@ class DraftDistillConfig(SFTConfig):
     >   the inherited 2e-5 is meant for. Smaller ones take more: the ablation's, of 0.7 M parameters, is best at 3e-3.
     > - `max_length`: `2048`. A row is a prompt and an answer; 1024 would cut ordinary chat answers.
     > - `bf16`: stays off where no accelerator computes in bf16, so that no argument is needed on a CPU.
+    > - `use_cpu`: `True` in each of several processes without an accelerator, which would else not know of each other.
     > - `dataloader_pin_memory`: off without an accelerator, where it only makes torch warn.
     > - `eval_strategy`: `"no"` becomes `"epoch"` where an `eval_dataset` is given, which would otherwise lie unused.
     > - `hub_strategy`: `"end"`. Half-trained drafts and adapters are not what somebody else can load.
@@ -153,7 +156,8 @@ class DraftDistillConfig(SFTConfig):
     > - `logging_nan_inf_filter`: `False`. A loss that is not finite stops the run instead of being hidden.
     >
     > Refused, since they would do nothing here: `loss_type`, `label_smoothing_factor`, `router_aux_loss_coef`,
-    > `use_liger_kernel`, `batch_eval_metrics`, `include_for_metrics`, `truncation_mode="keep_end"`.
+    > `use_liger_kernel`, `batch_eval_metrics`, `include_for_metrics`, `truncation_mode="keep_end"`. Refused as
+    > well: a `chat_template_path` that is no `.jinja` file, since it would give the draft another vocabulary.
 
     Raises:
         ValueError: A value is out of range or of an unknown name, or a refused option is set.
@@ -243,6 +247,8 @@ class DraftDistillConfig(SFTConfig):
     def __post_init__(self) -> None:
         # Checked first: a wrong value should be named before anything else is set up.
         self._check_distillation_values()
+        # Otherwise each process would train on its own, into the others' folder.
+        self.use_cpu = self.use_cpu or launched_on_cpus()
         if self.bf16 is None and not self.fp16:
             # TRL would turn bf16 on, and transformers then refuses to start without an accelerator.
             self.bf16 = bf16_is_usable() and not self.use_cpu
@@ -259,6 +265,13 @@ class DraftDistillConfig(SFTConfig):
             # transformers would choose by the loss. Block efficiency needs text that the target wrote, this does not.
             self.metric_for_best_model = "eval_acceptance_rate"
         super().__post_init__()
+        template = self.chat_template_path
+        if template is not None and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
+            raise ValueError(
+                f"`chat_template_path={template!r}` is no `.jinja` file. From a model TRL would take tokens as well, "
+                "and resize the draft's vocabulary, which must stay the target's. Save the template in a file, or "
+                "set it: `tokenizer.chat_template`."
+            )
         for name, (default, reason) in _REFUSED.items():
             if getattr(self, name) != default:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` has no meaning when distilling. {reason}")

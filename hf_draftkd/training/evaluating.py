@@ -1,5 +1,7 @@
 """How a trainer evaluates: text by text, a chunk of positions at a time, figures divided once at the end."""
 
+import warnings
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from hf_draftkd.acceptance._checks import widest_float
 from hf_draftkd.data.formatting import DraftDistillCollator
 from hf_draftkd.losses import Unprojected
 from hf_draftkd.models.forward import HeadArithmetic, in_head, logits_at, predicting_positions
-from hf_draftkd.training.evaluation_sums import EvaluationSums, row_sums
+from hf_draftkd.training.callbacks import asked_figures
+from hf_draftkd.training.evaluation_sums import EvaluationSums, not_exact, row_sums
 from hf_draftkd.training.finite import require_finite_loss
 from hf_draftkd.training.signal import Text, model_inputs
 
@@ -23,10 +26,12 @@ class EvaluatesTexts(Trainer):
     data_collator: Any
     _arithmetic: HeadArithmetic | None
     _shared_vocab: int
-    # Draft lengths beside `args.eval_num_assistant_tokens`, and temperatures: what `AcceptanceCallback` asked for.
-    _draft_lengths: tuple[int, ...] = ()
-    _temperatures: tuple[float, ...] = ()
     _eval_sums: EvaluationSums | None = None
+
+    @cached_property
+    def _explained(self) -> set[str]:
+        """The evaluation sets of which was said why they have no block efficiency."""
+        return set()
 
     def _distillation_loss(self, draft: Any, target: Any, tokens: Tensor) -> Any:
         raise NotImplementedError
@@ -44,10 +49,15 @@ class EvaluatesTexts(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Adds the figures that come from sums over all texts: see [`EvaluationSums`]."""
         gamma = self.args.eval_num_assistant_tokens
-        self._eval_sums = EvaluationSums(self.signal, gamma, self._draft_lengths, self._temperatures)
+        # Asked now, since callbacks may have been added or removed.
+        self._eval_sums = EvaluationSums(self.signal, gamma, *asked_figures(self.callback_handler.callbacks, gamma))
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        figures = self._eval_sums.figures()
+        figures, foreign_rows = self._eval_sums.figures(), self._eval_sums.foreign_rows
         self._eval_sums = None
+        if figures and foreign_rows and type(self.signal) is not Text and metric_key_prefix not in self._explained:
+            # Here, and not by Python's own memory of warnings, which forgets with each checkpoint.
+            self._explained.add(metric_key_prefix)
+            warnings.warn(not_exact(foreign_rows, self.signal, metric_key_prefix), stacklevel=2)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 

@@ -1,7 +1,6 @@
 """What `trainer.evaluate()` reports: sums over every text on every process, divided once at the end."""
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -136,6 +135,11 @@ class EvaluationSums:
         for setting, rows in decoding_settings(exact[:, _SETTING]).items():
             self._by_setting[setting] = self._by_setting.get(setting, 0) + exact[rows].sum(0)
 
+    @property
+    def foreign_rows(self) -> int:
+        """Rows for which block efficiency is not exact."""
+        return int(self._total[2])
+
     def figures(self) -> dict[str, float]:
         """`loss` per completion token and, as far as the signal can tell, acceptance rates and block efficiencies.
 
@@ -144,12 +148,12 @@ class EvaluationSums:
           is not known.
         - `block_efficiency` (tokens per target call, bonus token included), `block_efficiency_at_3` at draft length 3:
           of all texts, each under the setting it was recorded with. It is exact for text that the target wrote and
-          means nothing for other text: with such rows in the data it is left out, with a warning.
+          means nothing for other text: with such rows in the data (`foreign_rows`) it is left out.
         - `block_efficiency_t0`, `block_efficiency_at_3_t0`: of the texts written at temperature 0 (see
           `setting_suffix`), for each setting with a chosen temperature.
         """
         num_rates = 2 * len(self.temperatures)
-        tokens, loss, foreign_rows = self._total[:3].tolist()
+        tokens, loss = self._total[:2].tolist()
         if tokens == 0:
             return {}
         figures = {"loss": loss / tokens}
@@ -157,10 +161,8 @@ class EvaluationSums:
         for temperature, (rated, acceptance) in zip(self.temperatures, sums, strict=True):
             if rated:
                 figures[self._rate_name(temperature)] = acceptance / rated
-        if foreign_rows == 0:
+        if self.foreign_rows == 0:
             figures |= self._block_efficiencies(self._total, "")
-        elif type(self._signal) is not Text:
-            warnings.warn(not_exact(int(foreign_rows), self._signal), stacklevel=2)
         for setting, total in sorted(self._by_setting.items(), key=lambda item: tuple(item[0].to_dict().values())):
             if setting.temperature in self._chosen:
                 figures |= self._block_efficiencies(total, setting_suffix(setting))
@@ -179,11 +181,11 @@ class EvaluationSums:
         return f"{name}_t{temperature:g}"
 
 
-def not_exact(foreign_rows: int, signal: Text) -> str:
+def not_exact(foreign_rows: int, signal: Text, prefix: str = "eval") -> str:
     """Why there is no block efficiency of all rows."""
     return (
-        f"eval_block_efficiency is left out: {foreign_rows} evaluation rows do not say that they {signal.exact_text}. "
-        "Make such rows with `draftkd generate` or `generate_alignment_data`."
+        f"{prefix}_block_efficiency is left out: {foreign_rows} evaluation rows do not say that they "
+        f"{signal.exact_text}. Make such rows with `draftkd generate` or `generate_alignment_data`."
     )
 
 

@@ -29,8 +29,8 @@ def check_pair(draft: Any, target: Any, tokenizer: PreTrainedTokenizerBase | Non
     for model in (draft, target):
         check_config(model.config, model.name_or_path or type(model).__name__)
     if tokenizer is not None:
-        for model in (draft, target):
-            check_own_tokenizer(unwrapped(model), tokenizer)
+        check_own_tokenizer(unwrapped(draft), tokenizer)
+        check_own_tokenizer(unwrapped(target), tokenizer, is_target=True)
     check_weights_apart(draft, target)
     if target.training:
         raise ValueError("The target is in training mode, in which dropout changes what it says: `target.eval()`.")

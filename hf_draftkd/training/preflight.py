@@ -96,7 +96,7 @@ def prepare_pair(
         model: The draft, or its name.
         target_model: The target, its name, or None.
         args: The configuration.
-        tokenizer: Of both; loaded from the draft's name if not given.
+        tokenizer: Of both; loaded by the target's name if not given, else by the draft's.
         quantization_config: Refused.
         trains: Whether the draft is trained, not only evaluated.
         adds_adapter: Whether an adapter will be put on it, which learns in its stead.
@@ -122,10 +122,11 @@ def prepare_pair(
     if model is target_model:
         raise ValueError("`model` and `target_model` are the same object; the target is frozen. Load the model twice.")
     if tokenizer is None:
-        tokenizer = load_tokenizer(model_name(model), revision=revision, **trusted)
+        of_target = None if target_model is None else (target_model, args.target_model_revision)
+        tokenizer = _shared_tokenizer(model_name(model), revision, of_target, **trusted)
     check_own_tokenizer(model, tokenizer, revision=revision, **trusted)
     if target_model is not None:
-        check_own_tokenizer(target_model, tokenizer, revision=args.target_model_revision, **trusted)
+        check_own_tokenizer(target_model, tokenizer, is_target=True, revision=args.target_model_revision, **trusted)
     for option in (*draft_kwargs, *_as_dict(args.target_model_init_kwargs)):
         if option not in _LOADING:
             raise ValueError(f"Models are loaded with {', '.join(_LOADING)}; there is no {option!r}.")
@@ -145,6 +146,24 @@ def prepare_pair(
         target.eval().requires_grad_(False)
         align_vocabulary(unwrapped(draft), target, tokenizer)
     return draft, target, tokenizer
+
+
+def _shared_tokenizer(
+    draft_name: str, revision: str | None, target: tuple[str | PreTrainedModel, str | None] | None, **trusted: bool
+) -> PreTrainedTokenizerBase:
+    """The target's, if it has one: chats are put to the target in its own template, and end with its own token.
+
+    Raises:
+        ValueError: The target was named and has none; or there is no target, and the draft has none.
+    """
+    if target is not None and (name := model_name(target[0])):
+        try:
+            return load_tokenizer(name, revision=target[1], **trusted)
+        except ValueError:
+            # A model in memory may come from where no tokenizer lies.
+            if name is target[0]:
+                raise
+    return load_tokenizer(draft_name, revision=revision, **trusted)
 
 
 def prepare_reference(

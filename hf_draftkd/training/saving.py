@@ -138,7 +138,8 @@ def check_saving(trainer: Trainer) -> None:
 
 
 def check_adapter(model: Any) -> None:
-    """Refuse an adapter that changes one of two tied weights: in the plain draft both would change, or neither.
+    """Refuse an adapter that no plain draft can hold: one that is no change of weights, or that changes one of two tied
+    weights, since in the plain draft both would change, or neither.
 
     peft ties some such adapters (`ensure_weight_tying=True`), but then puts one on the head as well, which TRL refuses.
     Whole copies (`modules_to_save`) and `trainable_token_indices` come out right.
@@ -148,6 +149,11 @@ def check_adapter(model: Any) -> None:
     """
     if not is_peft_model(model):
         return
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"An adapter of type {model.active_peft_config.peft_type.value} cannot be merged into a plain draft, which "
+            "is what `generate(assistant_model=...)` needs. Choose one that changes weights, such as `LoraConfig`."
+        )
     base = model.get_base_model()
     ends = {"embeddings": base.get_input_embeddings(), "head": base.get_output_embeddings()}
     tied = _plain_weight(ends["embeddings"])

@@ -25,7 +25,7 @@ from hf_draftkd.models.forward import logits_at, loss_at, predicting_positions, 
 from hf_draftkd.models.pairing import copy_special_ids, shared_vocab_size
 from hf_draftkd.training import preflight
 from hf_draftkd.training.best import check_best_metric
-from hf_draftkd.training.callbacks import KeepSpecialIds, with_acceptance
+from hf_draftkd.training.callbacks import KeepSpecialIds, asked_figures, with_acceptance
 from hf_draftkd.training.checkpoints import WholeCheckpoints
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.describe import author, data_facts
@@ -87,7 +87,8 @@ class DraftDistillTrainer(
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
             As `train_dataset`. Never packed: figures are sums over whole texts.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer that both models share. Loaded from the draft's name if not given.
+            The tokenizer that both models share. If not given it is loaded by the target's name, in whose chat
+            template it will be asked, or by the draft's where there is no target.
         mix_dataset ([`~datasets.Dataset`], *optional*):
             Rows to strew into the training data, so that the draft does not forget what lies outside them: `args.mix`
             says how many. Ordinarily plain text (`text`), learnt from on all its tokens.
@@ -139,6 +140,11 @@ class DraftDistillTrainer(
     ) -> None:
         if args is None:
             args = DraftDistillConfig(f"{preflight.model_name(model).split('/')[-1] or 'draft'}-DraftDistill")
+        if not isinstance(args, DraftDistillConfig):
+            raise ValueError(
+                f"`args` must be a `DraftDistillConfig`, got a `{type(args).__name__}`. It takes the same arguments, "
+                "and those of distilling."
+            )
         train_dataset = mixed_in(train_dataset, mix_dataset, args.mix, args.seed, text_field=args.dataset_text_field)
         check_writer(args, has_target=target_model is not None)
         datasets = preflight.check_datasets(train_dataset, eval_dataset, args, format_known=formatting_func is None)
@@ -158,8 +164,7 @@ class DraftDistillTrainer(
             knows_distributions=self.learns_from_target,
             from_draws=any(fact.top_k is None for fact in facts),
         )
-        watched = with_acceptance(callbacks, args, evaluates=eval_dataset is not None)
-        callbacks, self._draft_lengths, self._temperatures = watched
+        callbacks = with_acceptance(callbacks, args, evaluates=eval_dataset is not None)
 
         draft, target, processing_class = preflight.prepare_pair(
             model,
@@ -222,7 +227,8 @@ class DraftDistillTrainer(
             columns = get_dataset_column_names(train_dataset)
             check_writing(self.train_dataset, self.args, self._context, sharded=sharded, columns=columns)
             if isinstance(self.data_collator, DraftDistillCollator):
-                check_best_metric(args, self.eval_dataset, self.signal, self._draft_lengths, self._temperatures)
+                asked = asked_figures(self.callback_handler.callbacks, args.eval_num_assistant_tokens)
+                check_best_metric(args, self.eval_dataset, self.signal, *asked)
 
     def _read_distributions(self, target: Any, reference: Any, facts: list[Any]) -> None:
         """Put target and reference where they run, and settle how each model's distributions are read."""

@@ -186,7 +186,7 @@ def test_init_refuses_a_directory_that_is_not_empty(files, tmp_path, capsys):
 
 
 def test_two_processes_take_the_steps_of_one(files, tmp_path):
-    """A loss that changes with the number of processes; a launcher that started only one would show as well."""
+    """A loss that changes with the number of processes; each of two took itself for the only one, without `use_cpu`."""
     more = {"max_steps": 3, "optim": "sgd", "eval_dataset": files["dataset"], "save_strategy": "steps", "save_steps": 2}
     one = draftkd("train", *options(files, tmp_path / "one", per_device_train_batch_size=4, **more))
     assert one.returncode == 0, one.stderr
@@ -194,7 +194,7 @@ def test_two_processes_take_the_steps_of_one(files, tmp_path):
     launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     two = draftkd(
         "train",
-        *options(files, tmp_path / "two", per_device_train_batch_size=2, use_cpu="true", **more),
+        *options(files, tmp_path / "two", per_device_train_batch_size=2, **more),
         launcher=launcher,
     )
     assert two.returncode == 0, two.stderr

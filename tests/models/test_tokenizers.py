@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_draftkd.models.pairing import check_tokenizers, tokenizer_fingerprint
+from hf_draftkd.models.pairing import check_own_tokenizer, check_tokenizers, tokenizer_fingerprint
 from hf_draftkd.models.tokenizers import tokenizer_size
-from tests.tiny import TEXT, tiny_tokenizer
+from tests.tiny import TEXT, tiny_llama, tiny_tokenizer
 
 OTHER_TEXT = [line[::-1] for line in TEXT]
 
@@ -110,6 +110,18 @@ def test_a_token_only_the_target_has_is_named_with_its_own_remedy():
     with pytest.raises(ValueError, match=r"'<\|tool\|>' is id 300 in the draft's and absent") as caught:
         check_tokenizers(target, tiny_tokenizer())
     assert "resize_token_embeddings" not in str(caught.value)
+
+
+def test_a_targets_own_tokenizer_is_called_the_targets(tmp_path):
+    """Draft and target changed places in the message, and with them the remedy."""
+    own = tiny_tokenizer()
+    own.add_special_tokens({"additional_special_tokens": ["<|tool|>"]}, replace_extra_special_tokens=False)
+    own.save_pretrained(tmp_path)
+    tiny_llama().config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="absent from the draft's and id 300 in the target's"):
+        check_own_tokenizer(str(tmp_path), tiny_tokenizer(), is_target=True)
+    with pytest.raises(ValueError, match="id 300 in the draft's and absent from the target's"):
+        check_own_tokenizer(str(tmp_path), tiny_tokenizer())
 
 
 def test_merges_and_normalizer_are_compared_where_the_vocabulary_agrees():

@@ -62,7 +62,7 @@ def test_of_several_evaluation_sets_one_has_to_be_named(tmp_path, pair, tokenize
         build(tmp_path, pair, tokenizer, rows, several, **BEST, metric_for_best_model="eval_code_block_efficiency")
     right = {"metric_for_best_model": "eval_chat_block_efficiency"}
     trainer = build(tmp_path, pair, tokenizer, rows, several, **BEST, **right)
-    with pytest.warns(UserWarning, match="eval_block_efficiency is left out"):
+    with pytest.warns(UserWarning, match="eval_code_block_efficiency is left out"):
         trainer.train()
     assert trainer.state.best_metric >= 1
 

@@ -44,6 +44,41 @@ def test_figures_at_each_draft_length_are_those_of_that_length(tmp_path, pair, t
     assert not any(name in found for name in ("eval_block_efficiency_at_1", "eval_block_efficiency_at_4"))
 
 
+def test_callbacks_added_and_removed_later_count(tmp_path, pair, tokenizer):
+    """One removed still gave its figures, one added later or given without held-out data never did."""
+    rows = alignment_rows(pair[1], tokenizer, count=2)
+    trainer = build(tmp_path, pair, tokenizer, eval_rows=rows)
+    trainer.remove_callback(AcceptanceCallback)
+    assert "eval_block_efficiency_at_3" not in trainer.evaluate()
+    trainer.add_callback(AcceptanceCallback([2], temperatures=[0.7]))
+    assert {"eval_block_efficiency_at_2", "eval_acceptance_rate_t0.7"} <= trainer.evaluate().keys()
+    trainer = build(tmp_path, pair, tokenizer, rows, callbacks=[AcceptanceCallback([2])])
+    assert "eval_block_efficiency_at_2" in trainer.evaluate(rows)
+
+
+def test_why_block_efficiency_is_missing_is_said_once_for_each_set(tmp_path, pair, tokenizer):
+    """It was said at every evaluation that followed a checkpoint, and of a set named `b` as if it were the only one."""
+    rows = alignment_rows(pair[1], tokenizer, count=2)
+    sets = {"a": rows, "b": alignment_rows(pair[1], tokenizer, count=2, name="another")}
+    trainer = build(
+        tmp_path,
+        pair,
+        tokenizer,
+        rows,
+        sets,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    with pytest.warns(UserWarning, match="is left out") as said:
+        trainer.train()
+    messages = [str(each.message) for each in said if "is left out" in str(each.message)]
+    assert len(messages) == 1
+    assert messages[0].startswith("eval_b_block_efficiency is left out: 2 ")
+
+
 def test_no_callback_without_held_out_data(tmp_path, pair, tokenizer):
     trainer = build(tmp_path, pair, tokenizer)
     assert not [each for each in trainer.callback_handler.callbacks if isinstance(each, AcceptanceCallback)]

@@ -40,6 +40,8 @@ def test_gradient_checkpointing_can_still_be_asked_for(tmp_path):
         ("loss_type", "dft", "Choose the loss with `divergence`"),
         ("label_smoothing_factor", 0.1, "has no meaning when distilling"),
         ("router_aux_loss_coef", 0.1, "has no meaning when distilling"),
+        # TRL would take the model's tokens too: the saved draft had 384 rows, its target 330.
+        ("chat_template_path", "org/other-model", "must stay the target's"),
     ],
 )
 def test_values_that_cannot_work_are_named(tmp_path, name, value, message):

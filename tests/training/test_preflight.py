@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_draftkd.models.pairing import check_weights_apart
@@ -65,6 +65,13 @@ def test_a_draft_in_half_precision_warns_once(tmp_path, pair, tokenizer):
     # Warnings are errors: none where nothing learns, or where the adapter does, which is float32.
     build(tmp_path, (draft, pair[1]), tokenizer, eval_rows=rows)
     build(tmp_path, (draft, pair[1]), tokenizer, rows, peft=LORA)
+
+
+def test_an_adapter_that_no_plain_draft_can_hold_is_refused(tmp_path, pair, tokenizer):
+    """Virtual tokens: training failed at a mask of another shape, and saving had nothing to merge."""
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="type PROMPT_TUNING cannot be merged"):
+        build(tmp_path, pair, tokenizer, peft=prompt)
 
 
 # Adapters on tied weights --------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig
 
-from hf_draftkd import DraftDistillConfig, DraftDistillTrainer
+from hf_draftkd import DraftDistillConfig, DraftDistillTrainer, load_target
 from tests.tiny import tiny_llama, tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows, reference_forward_kl
 
@@ -570,6 +571,46 @@ def test_different_tokenizers_are_refused_before_the_models_are_read(tmp_path, s
             target_model=str(target_path),
             args=config(tmp_path),
             train_dataset=Dataset.from_list([{"text": "a"}]),
+        )
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_chats_are_put_in_the_targets_template_where_no_tokenizer_is_given(tmp_path, saved_pair, in_memory):
+    """A stock draft has a template of its own, or none: it learnt texts that its target is never asked to write."""
+    draft_path, target_path = map(str, saved_pair)
+    stock = tiny_tokenizer()
+    stock.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    stock.save_pretrained(draft_path)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    trainer = DraftDistillTrainer(
+        model=draft_path,
+        target_model=load_target(target_path) if in_memory else target_path,
+        args=config(tmp_path),
+        train_dataset=Dataset.from_list([{"messages": chat}]),
+    )
+    text = trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
+    assert text == "<s><|user|>a</s><|assistant|>b</s>"
+
+
+def test_a_target_in_memory_may_come_from_where_no_tokenizer_lies(tmp_path, saved_pair):
+    draft_path, target_path = saved_pair
+    target = load_target(str(target_path))
+    for path in target_path.glob("*token*"):
+        path.unlink()
+    rows = Dataset.from_list([{"text": "a few words"}])
+    trainer = DraftDistillTrainer(model=str(draft_path), target_model=target, args=config(tmp_path), train_dataset=rows)
+    assert trainer.processing_class.get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_the_configuration_of_another_trainer_is_refused_by_name(tmp_path, pair, tokenizer):
+    """It failed at the first field of ours: no attribute 'mix'."""
+    with pytest.raises(ValueError, match="must be a `DraftDistillConfig`, got a `SFTConfig`"):
+        DraftDistillTrainer(
+            model=pair[0],
+            target_model=pair[1],
+            args=SFTConfig(str(tmp_path), bf16=False, activation_checkpointing=False),
+            train_dataset=alignment_rows(pair[1], tokenizer, count=2),
+            processing_class=tokenizer,
         )
 
 
