@@ -51,7 +51,10 @@ def load_prompts(
         _check_list(source)
     dataset = open_dataset(source, split=split, config=config, text_column=column)
     if column not in dataset.column_names:
-        raise ValueError(unknown("column", column, dataset.column_names))
+        raise ValueError(
+            f"{unknown('column', column, dataset.column_names)} Say which holds the prompts: `load_prompts(..., "
+            "column=...)`, or `draftkd generate --prompt_column ...`."
+        )
     if column != "prompt":
         dataset = dataset.remove_columns([name for name in ["prompt"] if name in dataset.column_names])
         dataset = dataset.rename_column(column, "prompt")
@@ -231,7 +234,7 @@ def prompt_problem(prompt: Any) -> str | None:
     if not any(message.get("content") for message in prompt):
         return "is empty"
     if prompt[-1]["role"] == "assistant":
-        return "ends with the assistant's answer (pass `drop_last_answer=True` to have the target answer anew)"
+        return "ends with the assistant's answer (with `drop_last_answer` the target answers anew)"
     return None
 
 

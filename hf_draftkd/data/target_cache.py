@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_draftkd.data.provenance import weights_fingerprint
+from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.tokenizers import tokenizer_size
 
 logger = logging.get_logger(__name__)
@@ -67,6 +68,7 @@ def cache_target_distributions(
     Raises:
         ValueError: Columns are missing, both forms are asked for, or a value is out of range.
     """
+    require_loaded(target_model)
     missing = [name for name in ("prompt_ids", "completion_ids") if name not in dataset.column_names]
     if missing:
         raise ValueError(

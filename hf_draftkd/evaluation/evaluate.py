@@ -16,6 +16,7 @@ from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.measurement import Measurement
 from hf_draftkd.evaluation.provenance import hardware_info, model_info
 from hf_draftkd.evaluation.report import DraftResult, SpeculationReport
+from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.modes import evaluating
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
 from hf_draftkd.models.weights import loaded_checksum
@@ -87,9 +88,7 @@ def evaluate_draft(
     is_list = isinstance(draft_model, Sequence) and not isinstance(draft_model, str)
     candidates = list(draft_model) if is_list else [draft_model]
     drafts = [*candidates, *([] if baseline is None else [baseline])]
-    named = next((model for model in (target_model, *drafts) if isinstance(model, str)), None)
-    if named is not None:
-        raise ValueError(f"{named!r} is a name: load the model with `load_target`, or `load_draft`, and give that.")
+    require_loaded(target_model, *drafts)
     asked = _settings(target_model, temperatures, settings)
     check_options(
         verification, max_new_tokens, num_assistant_tokens, num_speed_prompts, batch_size=batch_size, verify=verify

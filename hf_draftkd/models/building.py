@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hf_draftkd.models.checkpoints import check_config
+from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import align_vocabulary
 from hf_draftkd.models.sizing import check_share, cut_layers, evenly_spread, sized_config
 
@@ -64,6 +65,7 @@ def build_draft(
     Raises:
         ValueError: No way or several were named, a value is out of range, or the target cannot be copied from.
     """
+    require_loaded(target_model)
     _check_request(num_layers, layers, config, share, tie_word_embeddings)
     check_plan(target_model.config, num_layers=num_layers, layers=layers, config=config, share=share)
     depth = target_model.config.get_text_config().num_hidden_layers

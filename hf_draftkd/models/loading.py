@@ -31,6 +31,19 @@ from hf_draftkd.models.revisions import remember_revision
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+def require_loaded(*models: Any) -> None:
+    """Refuse a name or a path where a model is needed.
+
+    Raises:
+        ValueError: One of them is a name.
+    """
+    for model in models:
+        if isinstance(model, str | Path):
+            raise ValueError(
+                f"{str(model)!r} is a name: load the model with `load_target`, or `load_draft`, and give that."
+            )
+
+
 def load_target(
     name_or_path: Any,
     *,

@@ -155,6 +155,11 @@ def test_bad_options_are_refused(target, data, options, message):
         cache_target_distributions(data, target, **options)
 
 
+def test_a_name_in_place_of_the_target_is_refused(data):
+    with pytest.raises(ValueError, match="'org/target' is a name: load the model"):
+        cache_target_distributions(data, "org/target")
+
+
 def test_data_without_tokens_are_refused(target):
     with pytest.raises(ValueError, match="no completion_ids"):
         cache_target_distributions(Dataset.from_list([{"prompt_ids": [1], "text": "x"}]), target)

@@ -280,6 +280,12 @@ def test_bad_requests_are_explained(request_, message):
         build_draft(tiny_llama(), **request_)
 
 
+def test_a_name_in_place_of_the_target_is_refused():
+    """Catches `'str' object has no attribute 'config'`: the trainer takes names, so people give them here too."""
+    with pytest.raises(ValueError, match="'org/target' is a name: load the model"):
+        build_draft("org/target", num_layers=1)
+
+
 def test_targets_that_cannot_be_copied_are_refused_with_the_remedy():
     quantised = tiny_llama()
     quantised.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
