@@ -112,6 +112,8 @@ def test_an_interruption_waits_for_nothing(readable_target, tokenizer):
     with serving(readable_target, tokenizer) as server:
         backend = endpoint_backend(server.url, "tiny-target", tokenizer, max_new_tokens=4, concurrency=2)
         server.faults = ["hang"] * 5
+        # A shell without a terminal starts background jobs with Ctrl-C ignored, and a test run may be one.
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
         interrupt.start()
         start = time.monotonic()
@@ -120,6 +122,7 @@ def test_an_interruption_waits_for_nothing(readable_target, tokenizer):
                 backend(render_prompts(CHATS, tokenizer), DecodingSetting(), 0, lambda _: None)
         finally:
             interrupt.cancel()  # or it would end the whole test run
+            signal.signal(signal.SIGINT, handler)
         assert time.monotonic() - start < 2.5  # an answer takes three seconds
         assert len(server.requests) == 1 + 2
 
