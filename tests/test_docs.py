@@ -16,6 +16,7 @@ STAND_INS = {
     '"org/draft"': repr(demo_path("draft")),
     '"org/target"': repr(demo_path("target")),
     "test_size=32": "test_size=8",
+    "max_new_tokens=96": "max_new_tokens=16",
     "output_dir=": "max_steps=2, output_dir=",
 }
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
