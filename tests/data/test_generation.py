@@ -120,7 +120,8 @@ def test_rows_follow_from_the_arguments_alone(target, tokenizer):
     assert both.filter(lambda row: row["temperature"] == 1)["completion_ids"] == first["completion_ids"]
     assert rows(seed=2)["completion_ids"] != first["completion_ids"]
     # As YAML writes numbers: the manifest calls them equal, so a run may go on with them.
-    assert rows(temperatures=(1,), top_p=1, top_k=0.0, repetition_penalty=1)["completion_ids"] == first["completion_ids"]
+    whole = {"temperatures": (1,), "top_p": 1, "top_k": 0.0, "repetition_penalty": 1}
+    assert rows(**whole)["completion_ids"] == first["completion_ids"]
     torch.set_rng_state(state)
     rows()
     assert torch.equal(torch.get_rng_state(), state)

@@ -213,7 +213,8 @@ def test_each_filter_is_counted_by_its_name():
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("What is 12+5?", "What is 12*5?"), ("2 + 2", "2 - 2"), ("C", "C++"), ("दिन", "दान"), ("ไก่", "ไก")]
+    ("first", "second"),
+    [("What is 12+5?", "What is 12*5?"), ("2 + 2", "2 - 2"), ("C", "C++"), ("दिन", "दान"), ("ไก่", "ไก")],
 )
 def test_signs_that_mean_something_make_another_query(first, second):
     """Catches sums, names of languages and words of scripts with vowel signs that fall as repeated."""
