@@ -47,8 +47,6 @@ def load_prompts(
         ValueError: Nothing there, no rows, no such column or split, a line that is not JSON, or malformed prompts
             (with their row numbers, counted from 0).
     """
-    if isinstance(source, Sequence) and not isinstance(source, str):
-        _check_list(source)
     dataset = open_dataset(source, split=split, config=config, text_column=column)
     if column not in dataset.column_names:
         raise ValueError(unknown("column", column, dataset.column_names))
@@ -228,22 +226,17 @@ def prompt_problem(prompt: Any) -> str | None:
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
             return "holds a message whose content is not text"
-    if not any(message.get("content") for message in prompt):
+    if all(_is_blank(message.get("content")) for message in prompt):
         return "is empty"
+    if prompt[-1]["role"] == "user" and _is_blank(prompt[-1].get("content")):
+        return "ends with an empty message of the user"
     if prompt[-1]["role"] == "assistant":
         return "ends with the assistant's answer (pass `drop_last_answer=True` to have the target answer anew)"
     return None
 
 
-def _check_list(prompts: Sequence[Any]) -> None:
-    # Before Arrow sees them: it refuses what does not fit together in words that name neither row nor reason.
-    if not prompts or all(isinstance(item, Mapping) and "role" not in item for item in prompts):
-        return
-    problems = [(row, problem) for row, item in enumerate(prompts) if (problem := prompt_problem(item))]
-    if problems:
-        raise ValueError(_listing(problems, "The list of prompts"))
-    if len({isinstance(item, str) for item in prompts}) > 1:
-        raise ValueError("The list mixes strings and message lists. Give one kind, or generate in two runs.")
+def _is_blank(content: Any) -> bool:
+    return not (content.strip() if isinstance(content, str) else content)
 
 
 def _check_prompts(dataset: Dataset, name: str, skip_invalid: bool) -> Dataset:
@@ -271,7 +264,8 @@ def _check_prompts(dataset: Dataset, name: str, skip_invalid: bool) -> Dataset:
 def _with_plain_type(dataset: Dataset) -> Dataset:
     # What stood among prompts that are left out made the whole column JSON; now text is text and messages are messages.
     prompts = Dataset.from_dict({"prompt": dataset["prompt"][:]}, on_mixed_types="use_json")
-    return concatenate_datasets([prompts, dataset.remove_columns("prompt")], axis=1)
+    others = dataset.remove_columns("prompt")
+    return concatenate_datasets([prompts, others], axis=1) if others.column_names else prompts
 
 
 def _without_last_answer(row: dict[str, Any]) -> dict[str, Any]:
