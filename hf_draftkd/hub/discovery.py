@@ -297,12 +297,8 @@ def _figures(results: list[EvalResult]) -> tuple[Figure, ...]:
             "target": _text(args.get("target")),
             "target_revision": _text(args.get("target_revision")),
         }
-        identity = (
-            _text(result.dataset_config),
-            *shared.values(),
-            _number(args.get("top_p")),
-            _number(args.get("top_k")),
-        )
+        filters = (_number(args.get(name)) for name in ("top_p", "top_k", "repetition_penalty"))
+        identity = (_text(result.dataset_config), *shared.values(), *filters)
         held = settings.setdefault(identity, shared)
         held[result.metric_type] = value
         if result.metric_type == "block_efficiency":

@@ -66,6 +66,16 @@ def test_best_first_with_everything_recorded(hub: FakeHub, target_sha: str):
     assert best.figures[0].num_assistant_tokens == 5
 
 
+def test_settings_that_differ_in_one_value_stay_apart(hub: FakeHub, target_sha: str):
+    """Catches figures with a repetition penalty that overwrite those without."""
+    report = about(target_sha, alpha=0.4, tau=1.6)
+    for change in ({"repetition_penalty": 1.2}, {"temperature": 1.0}, {"top_p": 0.9}, {"top_k": 5}):
+        report["settings"].append(samples.setting(0.0, "greedy_draft", 0.7, 2.0) | change)
+    add_draft(hub, "a/draft", report)
+    (found,) = find_drafts(TARGET)
+    assert [figure.acceptance_rate for figure in found.figures] == [0.4, 0.7, 0.7, 0.7, 0.7]
+
+
 def test_only_drafts_of_this_target(hub: FakeHub, target_sha: str):
     add_draft(hub, "a/mine", about(target_sha, alpha=0.4, tau=1.6))
     add_draft(hub, "b/others", about("0" * 40, alpha=0.9, tau=3.0, target="org/other"), target="org/other")
