@@ -120,7 +120,8 @@ def synthesize_prompts(
         template_options: Further arguments of the chat template.
 
     Returns:
-        The prompts (column `prompt`), and how many queries were `kept` and how many fell to each filter.
+        The prompts (column `prompt`), and how many queries were `kept`, how many fell to each filter, and how many
+        were `surplus`: good, but more than wanted, in the last round.
 
     Raises:
         ValueError: The template cannot be opened, or no query was kept.
@@ -167,6 +168,8 @@ def synthesize_prompts(
             if len(kept) >= num_prompts:
                 break
     counts = dict(accept.counts)
+    if (surplus := len(kept) - num_prompts) > 0:
+        counts |= {"kept": num_prompts, "surplus": surplus}
     _report(kept, num_prompts, counts)
     kept = kept[:num_prompts]
     if turn is None:

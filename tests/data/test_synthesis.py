@@ -95,7 +95,7 @@ def test_an_aligned_target_writes_its_queries(tokenizer):
         text = prompt[0]["content"]
         assert text == text.strip() != ""
         assert "<|" not in text
-    assert counts["kept"] >= 20
+    assert counts["kept"] == 20, "what the card says beside the number of prompts"
     assert counts["unfinished"] > 0
     assert sum(counts.values()) % 16 == 0
     again, _ = synthesize_prompts(target, tokenizer, 20, max_new_tokens=30, seed=1)
