@@ -22,7 +22,7 @@ from hf_draftkd.data.repositories import MAX_CARD_BYTES
 from hf_draftkd.evaluation.report import ModelInfo, SpeculationReport
 from hf_draftkd.hub.access import redacted
 from hf_draftkd.hub.card import DraftModelCard
-from hf_draftkd.hub.contents import CARD_FILE, REPORT_FILE, PlannedFile, check_folder
+from hf_draftkd.hub.contents import CARD_FILE, PLOT_FOLDER, REPORT_FILE, PlannedFile, check_folder
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary, read_json
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
 from hf_draftkd.models.weights import count_parameters, weights_checksum
@@ -36,7 +36,7 @@ class DraftFolder:
         path: The folder.
         parameters: Parameters stored in it.
         provenance: Its `provenance.json`, empty where there is none.
-        report: Its report, if any, and `report_folder`: where that lies, and its plots with it.
+        report: Its report, if any, and `report_folder`: where the plots of that lie, if they lie elsewhere.
         contradictions: Where these do not fit together, one sentence each.
         remarks: What a person should know besides.
     """
@@ -79,7 +79,8 @@ def find_report(folder: Path, given: str | Path | SpeculationReport | None) -> t
     """The report and the folder that its plots may lie in.
 
     Args:
-        folder: The draft's folder; `report.json` is looked for there and beside it (where the quickstart puts it).
+        folder: The draft's folder; `report.json` is looked for there and beside it (where the quickstart puts it). What
+            lies beside the folder nobody named: of its pictures, those in `plots` count.
         given: The report, or its file, where the user named one.
 
     Raises:
@@ -92,8 +93,9 @@ def find_report(folder: Path, given: str | Path | SpeculationReport | None) -> t
     candidates = [Path(given)] if given else [folder / REPORT_FILE, folder.resolve().parent / REPORT_FILE]
     for path in candidates:
         if path.is_file():
-            beside = folder if path.parent == folder else path.resolve().parent
-            return SpeculationReport.from_dict(read_json(path), str(path)), beside
+            beside = path.resolve().parent if given else path.resolve().parent / PLOT_FOLDER
+            found = SpeculationReport.from_dict(read_json(path), str(path))
+            return found, folder if path.parent == folder else beside
     return None, folder
 
 

@@ -564,6 +564,17 @@ class TestMismatch:
         write_report(draft_folder.parent, pair, draft=about | {"weights_sha256": loaded_checksum(draft)})
         assert "report.json" in {file.path for file in push(draft_folder, dry_run=True).files}
 
+    def test_pictures_beside_the_folder_stay_at_home(self, hub: FakeHub, draft_folder: Path, pair):
+        """Catches a holiday in public: the folder above a draft may be anybody's home, and nobody named it."""
+        (draft_folder / "report.json").unlink()
+        above = draft_folder.parent
+        write_report(above, pair)
+        (above / "plots").mkdir()
+        for name in ("holiday.png", "plots/speed.png"):
+            (above / name).write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(9))
+        plots = {"plots/block_efficiency.png", "plots/speed.png"}
+        assert {file.path for file in push(draft_folder, dry_run=True).files if file.path.endswith(".png")} == plots
+
     def test_one_folder_has_many_paths(self, hub: FakeHub, draft_folder: Path, pair, monkeypatch):
         """Catches `./target` in training and its absolute path in evaluation taken for two targets."""
         folder = draft_folder.parent / "target"
