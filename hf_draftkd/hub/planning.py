@@ -16,7 +16,7 @@ from huggingface_hub.errors import HTTPError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from hf_draftkd.data import card_sections as sections
-from hf_draftkd.data.markdown import is_hub_id
+from hf_draftkd.data.markdown import is_hub_id, one_line
 from hf_draftkd.data.public_names import without_paths
 from hf_draftkd.data.repositories import MAX_CARD_BYTES
 from hf_draftkd.evaluation.report import ModelInfo, SpeculationReport
@@ -266,17 +266,26 @@ def _without_title(prose: str) -> str:
     return "\n".join(line for line in prose.splitlines() if not line.startswith("# "))
 
 
-def inherited_license(api: HfApi, base_model: Any, token: str | None) -> str:
-    """Raises: ValueError: the base model's licence cannot be found out, so a person has to say one."""
+def inherited_license(api: HfApi, base_model: Any, token: str | None) -> dict[str, str]:
+    """The base model's licence as metadata: `license`, and which it is where that is "other".
+
+    Raises:
+        ValueError: It cannot be found out, so a person has to say one.
+    """
     reason = "the draft does not start from a model on the Hub that it could inherit one from"
     if isinstance(base_model, str):
         try:
-            data = api.model_info(base_model).card_data
+            data = api.model_info(base_model, expand=["cardData"]).card_data
             if data is not None and isinstance(data.get("license"), str):
-                return data["license"]
+                named = {key: data.get(key) for key in ("license", "license_name", "license_link")}
+                if not str(named["license_link"]).startswith("https://"):  # a file of the base's own repository
+                    del named["license_link"]
+                return {key: one_line(value) for key, value in named.items() if isinstance(value, str)}
             reason = f"the card of {base_model} names none"
+        except TypeError:
+            # huggingface_hub passes metadata of others to a constructor, which cannot take all of it.
+            reason = f"the metadata of {base_model} cannot be read"
         except (HTTPError, ConnectionError) as error:
-            reason = (
-                f"{base_model} could not be asked ({type(error).__name__}: {redacted(error, token).splitlines()[0]})"
-            )
+            said = redacted(error, token).splitlines()[0]
+            reason = f"the model {base_model} could not be asked ({type(error).__name__}: {said})"
     raise ValueError(f"Which licence? {reason[0].upper()}{reason[1:]}. Pass `license`, for instance 'apache-2.0'.")

@@ -18,7 +18,7 @@ from hf_draftkd.hub.publishing import push_draft
 from hf_draftkd.hub.summary import Provenance
 from hf_draftkd.models.loading import load_draft
 from hf_draftkd.models.weights import count_parameters, loaded_checksum, weights_checksum
-from tests.hub import samples
+from tests.hub import fake_hub, samples
 from tests.hub.conftest import READER, WRITER, replaced, snapshot, write_report
 from tests.hub.fake_hub import FakeHub
 
@@ -329,6 +329,24 @@ class TestCardOnTheHub:
         hub.add(samples.TARGET, {"README.md": "---\nlicense: gemma\n---\n"})
         push(draft_folder, license=None)
         assert "license: gemma" in hub.repos[ID].files()["README.md"].decode()
+
+    def test_a_licence_of_its_own_is_inherited_with_its_name(self, hub: FakeHub, draft_folder: Path):
+        """Catches `license: other` alone, which tells nobody what they may do."""
+        named = "license: other\nlicense_name: research\nlicense_link: https://huggingface.co/org/x/blob/main/LICENSE\n"
+        hub.add(samples.TARGET, {"README.md": f"---\n{named}---\n"})
+        data = push(draft_folder, license=None, dry_run=True).card.data.to_dict()
+        assert named == "".join(f"{key}: {data[key]}\n" for key in ("license", "license_name", "license_link"))
+
+    def test_metadata_that_the_client_cannot_take_is_no_crash(self, hub: FakeHub, draft_folder: Path, monkeypatch):
+        """Catches a TypeError of huggingface_hub about tags that are a number, in the base's card or one's own."""
+        info_of = fake_hub._Handler.info_of
+        odd = {"cardData": {"license": "mit", "tags": 3}}
+        monkeypatch.setattr(fake_hub._Handler, "info_of", lambda *asked: info_of(*asked) | odd)
+        hub.add(samples.TARGET, {"README.md": "x"})
+        hub.add(ID, {"README.md": "my words"})
+        with pytest.raises(ValueError, match=f"Which licence. The metadata of {samples.TARGET} cannot be read"):
+            push(draft_folder, license=None)
+        assert "my words" in push(draft_folder).card.text
 
     def test_metadata_the_hub_refuses_is_said_before_anything_is_uploaded(self, hub: FakeHub, draft_folder: Path):
         hub.fail("POST", "/api/validate-yaml", status=400)
