@@ -194,8 +194,7 @@ def push_alignment_data(
     write_card(folder, rows, repo_id)
     api = HfApi(token=token)
     address, _ = make_repository(api, repo_id, private=private, repo_type="dataset")
-    # Not the metadata, which huggingface_hub may be unable to take: the card itself is read.
-    held = api.dataset_info(address.repo_id, expand=["sha", "siblings"])
+    held = api.dataset_info(address.repo_id)
     files = [sibling.rfilename for sibling in held.siblings or ()]
     there = remote_card(api, address.repo_id, files, held.sha, repo_type="dataset")
     card = merged(

@@ -12,7 +12,6 @@ from huggingface_hub import DatasetCard, HfApi
 from hf_draftkd.data.card import push_alignment_data
 from hf_draftkd.data.generation import generate_alignment_data
 from tests.data.small import make_target, make_tokenizer
-from tests.hub import fake_hub
 from tests.hub.conftest import snapshot
 from tests.hub.fake_hub import FakeHub
 
@@ -143,15 +142,6 @@ def test_a_broken_card_on_the_hub_is_not_replaced(hub: FakeHub, tmp_path: Path):
     hub.add(ID, {"README.md": "---\ntags: [a\n---\nmy words\n"})
     with pytest.raises(ValueError, match=r"metadata of the card of me/mats cannot be read"):
         push_alignment_data(tmp_path / "a", ID, rows=generate(tmp_path / "a", TEXTS))
-    assert "my words" in card_of(hub)
-
-
-def test_metadata_that_the_client_cannot_take_is_no_crash(hub: FakeHub, tmp_path: Path, monkeypatch):
-    """Catches a TypeError of huggingface_hub, which no message of ours explains."""
-    info_of = fake_hub._Handler.info_of
-    monkeypatch.setattr(fake_hub._Handler, "info_of", lambda *asked: info_of(*asked) | {"cardData": {"tags": 3}})
-    hub.add(ID, {"README.md": "my words"})
-    push_alignment_data(tmp_path / "a", ID, rows=generate(tmp_path / "a", TEXTS))
     assert "my words" in card_of(hub)
 
 
