@@ -1,7 +1,9 @@
 """Prompts in: from the Hub, a file, a folder or memory, checked before anything runs, rendered to token ids once."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from hf_draftkd.data.sources import open_dataset, row_numbers, unknown
 logger = logging.get_logger(__name__)
 
 Prompt = str | list[dict[str, Any]]
+# How a chat template asks for the date.
+_CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<form>.*?)(?P=quote)\s*\)""")
 
 
 def load_prompts(
@@ -136,6 +140,19 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
             f"The prompts are chat messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template. Give "
             "the prompts as plain strings, or use a chat-tuned target, or set `tokenizer.chat_template`."
         )
+
+
+def dated(tokenizer: PreTrainedTokenizerBase, day: str) -> dict[str, Any]:
+    """Template options under which a template shows a given day (ISO) as today's; none where it shows no date.
+
+    Those of Llama 3.2 and gpt-oss write the date into every prompt, so that a run which goes on the next day would read
+    other tokens than it was begun with. transformers gives templates nothing but plain data, so the day stands in them.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str) or not _CLOCK.search(template):
+        return {}
+    moment = datetime.fromisoformat(day)
+    return {"chat_template": _CLOCK.sub(lambda call: json.dumps(moment.strftime(call["form"])), template)}
 
 
 def context_length(config: PretrainedConfig) -> int | None:

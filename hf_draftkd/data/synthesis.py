@@ -19,8 +19,17 @@ from hf_draftkd.data.backends import STOP, Completion, pipeline_backend
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.filters import QueryFilter
 from hf_draftkd.data.generation import derived_seed
+from hf_draftkd.data.prompts import dated
 from hf_draftkd.data.provenance import package_versions, template_hash, weights_fingerprint
-from hf_draftkd.data.shards import completion_progress, open_folder, read_round, this_process, write_round
+from hf_draftkd.data.shards import (
+    DAY,
+    completion_progress,
+    day_begun,
+    open_folder,
+    read_round,
+    this_process,
+    write_round,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -126,8 +135,12 @@ def synthesize_prompts(
     Raises:
         ValueError: The template cannot be opened, or no query was kept.
     """
+    folder = None if output_dir is None else Path(output_dir)
+    day = day_begun(folder)
+    clock = dated(tokenizer, day)
+    options = clock | (template_options or {})
     turn, start = check_synthesis(
-        tokenizer, num_prompts, temperature=temperature, system=system, template_options=template_options
+        tokenizer, num_prompts, temperature=temperature, system=system, template_options=options
     )
     accept = QueryFilter(min_characters=min_characters, max_characters=max_characters, script=script, keep=keep)
     setting = DecodingSetting(temperature=temperature, top_p=top_p)
@@ -140,7 +153,6 @@ def synthesize_prompts(
     )
     size = 2 * batch_size
     rounds = max_rounds if max_rounds is not None else 10 * -(-num_prompts // size)
-    folder = None if output_dir is None else Path(output_dir)
     state = this_process()
     if folder is None and state.num_processes > 1:
         raise ValueError("Several processes meet in a folder: give an `output_dir` that all of them can write to.")
@@ -154,6 +166,8 @@ def synthesize_prompts(
             "settings": {**setting.to_dict(), "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed},
             "versions": package_versions(),
         }
+        if clock:
+            manifest[DAY] = day
         open_folder(folder, manifest, write=state.is_main_process)
 
     kept: list[str] = []
