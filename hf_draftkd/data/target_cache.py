@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_draftkd.data.provenance import weights_fingerprint
+from hf_draftkd.models.modes import evaluating
 from hf_draftkd.models.tokenizers import tokenizer_size
 
 logger = logging.get_logger(__name__)
@@ -248,10 +249,8 @@ def _completion_logits(
         kept["logits_to_keep"] = torch.arange(first, longest, device=model.device)
     else:
         first = 0
-    was_training = model.training
-    model.eval()
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
-    model.train(was_training)
+    with evaluating(model):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
     return [
         logits[row, len(prompt) - 1 - first : len(text) - 1 - first]
         for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))

@@ -422,6 +422,15 @@ def test_a_server_that_comes_back_elsewhere_goes_on(tmp_path, readable_target, t
         generate_alignment_data(readable_target, tokenizer, CHATS, max_new_tokens=6, **options)
 
 
+def test_fields_of_each_request_decide_the_rows(readable_target, tokenizer, tmp_path):
+    """Catches a run that goes on under another `min_p`, of which the manifest knew nothing."""
+    with serving(readable_target, tokenizer) as server:
+        for extra in ({"min_p": 0.1}, {"min_p": 0.1}):
+            ask(server.url, tokenizer, output_dir=tmp_path, endpoint_options={**FAST, "extra_body": extra})
+        with pytest.raises(ValueError, match=r'extra_body: \{"min_p": 0.1\} there, not set now'):
+            ask(server.url, tokenizer, output_dir=tmp_path)
+
+
 def test_a_server_that_never_samples_is_found_out(readable_target, tokenizer):
     """As `transformers serve` for a model whose generation config is greedy: it must not be recorded as sampled."""
     with serving(readable_target, tokenizer) as server:
