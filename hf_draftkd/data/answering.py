@@ -99,6 +99,8 @@ def remote_target(
     )
     brought = None if top_logprobs is None else cache_features(tokenizer_size(tokenizer), None, "float16")
     identity = {"target": name, "target_revision": None, "backend": "endpoint", "endpoint": endpoint}
+    if extra := (options or {}).get("extra_body"):  # may steer the sampling
+        identity["extra_body"] = extra
     return Answering(backend, identity, brought=brought)
 
 

@@ -94,6 +94,8 @@ def alignment_card(rows: Dataset, manifest: dict[str, Any], repo_id: str | None 
         seed=manifest["seed"],
         versions=manifest["versions"],
         settings=manifest["settings"],
+        is_served=manifest.get("backend") == "endpoint",
+        all_exact=rows.unique("ids_source") == ["generated"],
         tokens=sum(sizes),
         mean=f"{sum(sizes) / len(sizes):.1f}",
         stopped=sum(reason == "stop" for reason in rows["finish_reason"]),

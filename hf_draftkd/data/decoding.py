@@ -77,6 +77,9 @@ class DecodingSetting:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        # Rows are seeded by the setting as it is written out: 1 in a YAML file is the 1.0 of the command line.
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         # `not (... )` rather than the opposite comparison, so that nan is refused as well.
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"`temperature` must be 0 (greedy) or a positive number, got {self.temperature}.")
@@ -86,6 +89,7 @@ class DecodingSetting:
             raise ValueError(
                 f"`top_k` must be a whole number, 0 or above, got {self.top_k}. Use 0 to keep every token."
             )
+        object.__setattr__(self, "top_k", int(self.top_k))
         if not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"`repetition_penalty` must be positive, got {self.repetition_penalty}. Use 1.0 for none.")
         if self.is_greedy and (self.top_p < 1 or self.top_k > 0):

@@ -1,12 +1,12 @@
 """What keeps a synthetic query out of the data, counted by name."""
 
 import hashlib
-import re
 import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
 
+_PUNCTUATION = ".,;:!?…\"'`“”‘’«»()[]{}¿¡।。、，；：！？（）「」『』؟،"
 _SHINGLE = 5  # characters
 _BANDS, _ROWS = 16, 4  # 64 hashes: two texts with 70% of their shingles in common meet in a band 99% of the time
 _SIMILAR = 0.7  # estimated share of common shingles from which two queries are near-duplicates
@@ -71,7 +71,9 @@ class QueryFilter:
         return self._duplicate(query)
 
     def _duplicate(self, query: str) -> str | None:
-        plain = " ".join(re.findall(r"\w+", query.casefold())) or query.strip()
+        # Signs at the ends of words do not count; inside of them they do ("2+2", "2-2"), as vowel signs do anywhere.
+        words = (word.strip(_PUNCTUATION) for word in query.casefold().split())
+        plain = " ".join(filter(None, words)) or query.strip()
         if plain in self._seen:
             return "repeated"
         signature = _signature(plain)

@@ -14,10 +14,10 @@ from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.markdown import is_hub_id
 from hf_draftkd.data.prompts import context_length as config_context
-from hf_draftkd.data.prompts import fitting_rows, load_prompts, render_prompts
+from hf_draftkd.data.prompts import dated, fitting_rows, load_prompts, render_prompts
 from hf_draftkd.data.provenance import package_versions, plain, template_hash, text_hash
 from hf_draftkd.data.rows import alignment_rows
-from hf_draftkd.data.shards import StoppedError, cut_shards, run_shards
+from hf_draftkd.data.shards import DAY, StoppedError, cut_shards, day_begun, run_shards
 from hf_draftkd.data.target_cache import add_cache_columns
 
 SCENARIOS = ("queries", "curated", "synthetic")
@@ -109,6 +109,8 @@ def generate_alignment_data(
             f"`target_model` is a name ({target_model!r}). Load it with `load_target`, or give `endpoint`."
         )
     template_options = template_options or {}
+    day = day_begun(None if output_dir is None else Path(output_dir))
+    clock = dated(tokenizer, day)
     if source is None:
         source = str(prompts) if isinstance(prompts, str | Path) else type(prompts).__name__
     if context_length is None:
@@ -122,7 +124,7 @@ def generate_alignment_data(
         context_length,
         max_new_tokens,
         skip_too_long=skip_too_long,
-        template_options=template_options,
+        template_options=clock | template_options,
     )
     if isinstance(target_model, str):
         answering = remote_target(
@@ -155,11 +157,13 @@ def generate_alignment_data(
     }
     if _is_folder_like_an_id(target_model, answering.identity["target"]):
         manifest["target_is_local"] = True
+    if clock:
+        manifest[DAY] = day
     origin |= {name: answering.identity[name] for name in ("target", "target_revision")}
 
     def make_shard(number: int, on_finished: Callable[[Completion], None]) -> Dataset:
         part = prompts.select(shards[number])
-        ids = render_prompts(part, tokenizer, **template_options)
+        ids = render_prompts(part, tokenizer, **(clock | template_options))
         try:
             answers = answer_shard(ids, requests, answering.backend, (seed, number), on_finished)
         except PromptFailedError as error:

@@ -1,7 +1,9 @@
 """Prompts in: from the Hub, a file, a folder or memory, checked before anything runs, rendered to token ids once."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from hf_draftkd.data.sources import open_dataset, row_numbers, unknown
 logger = logging.get_logger(__name__)
 
 Prompt = str | list[dict[str, Any]]
+# How a chat template asks for the date.
+_CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<form>.*?)(?P=quote)\s*\)""")
 
 
 def load_prompts(
@@ -47,8 +51,6 @@ def load_prompts(
         ValueError: Nothing there, no rows, no such column or split, a line that is not JSON, or malformed prompts
             (with their row numbers, counted from 0).
     """
-    if isinstance(source, Sequence) and not isinstance(source, str):
-        _check_list(source)
     dataset = open_dataset(source, split=split, config=config, text_column=column)
     if column not in dataset.column_names:
         raise ValueError(
@@ -143,6 +145,19 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def dated(tokenizer: PreTrainedTokenizerBase, day: str) -> dict[str, Any]:
+    """Template options under which a template shows a given day (ISO) as today's; none where it shows no date.
+
+    Those of Llama 3.2 and gpt-oss write the date into every prompt, so that a run which goes on the next day would read
+    other tokens than it was begun with. transformers gives templates nothing but plain data, so the day stands in them.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str) or not _CLOCK.search(template):
+        return {}
+    moment = datetime.fromisoformat(day)
+    return {"chat_template": _CLOCK.sub(lambda call: json.dumps(moment.strftime(call["form"])), template)}
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """The longest text a model can read, in tokens; None where its config does not say."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -231,22 +246,17 @@ def prompt_problem(prompt: Any) -> str | None:
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
             return "holds a message whose content is not text"
-    if not any(message.get("content") for message in prompt):
+    if all(_is_blank(message.get("content")) for message in prompt):
         return "is empty"
+    if prompt[-1]["role"] == "user" and _is_blank(prompt[-1].get("content")):
+        return "ends with an empty message of the user"
     if prompt[-1]["role"] == "assistant":
         return "ends with the assistant's answer (with `drop_last_answer` the target answers anew)"
     return None
 
 
-def _check_list(prompts: Sequence[Any]) -> None:
-    # Before Arrow sees them: it refuses what does not fit together in words that name neither row nor reason.
-    if not prompts or all(isinstance(item, Mapping) and "role" not in item for item in prompts):
-        return
-    problems = [(row, problem) for row, item in enumerate(prompts) if (problem := prompt_problem(item))]
-    if problems:
-        raise ValueError(_listing(problems, "The list of prompts"))
-    if len({isinstance(item, str) for item in prompts}) > 1:
-        raise ValueError("The list mixes strings and message lists. Give one kind, or generate in two runs.")
+def _is_blank(content: Any) -> bool:
+    return not (content.strip() if isinstance(content, str) else content)
 
 
 def _check_prompts(dataset: Dataset, name: str, skip_invalid: bool) -> Dataset:
@@ -274,7 +284,8 @@ def _check_prompts(dataset: Dataset, name: str, skip_invalid: bool) -> Dataset:
 def _with_plain_type(dataset: Dataset) -> Dataset:
     # What stood among prompts that are left out made the whole column JSON; now text is text and messages are messages.
     prompts = Dataset.from_dict({"prompt": dataset["prompt"][:]}, on_mixed_types="use_json")
-    return concatenate_datasets([prompts, dataset.remove_columns("prompt")], axis=1)
+    others = dataset.remove_columns("prompt")
+    return concatenate_datasets([prompts, others], axis=1) if others.column_names else prompts
 
 
 def _without_last_answer(row: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A wish for privacy must never end in a public upload, and what people wrote ther
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, RepoUrl
 
@@ -29,7 +30,9 @@ def make_repository(
     """
     url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
     # `exist_ok` takes a public repository for a private one: what it is, only the Hub knows.
-    is_private = bool(api.repo_info(url.repo_id, repo_type=repo_type).private)
+    # Asked for alone: metadata that somebody wrote may be more than huggingface_hub can take.
+    expand: Any = ["private"]  # annotated there as a single one
+    is_private = bool(api.repo_info(url.repo_id, repo_type=repo_type, expand=expand).private)
     if private and not is_private:
         raise ValueError(public_refusal(url.repo_id))
     return url, is_private

@@ -10,6 +10,7 @@ from hf_draftkd.data.backends import Completion, cut_completion
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.prompts import clean_message, render_prompt, tool_schemas
 from hf_draftkd.data.sources import unknown
+from hf_draftkd.data.target_cache import CACHE_COLUMNS, TEMPERATURE_COLUMN
 
 
 def alignment_rows(
@@ -75,7 +76,9 @@ def alignment_features(prompt_features: Features) -> Features:
         "seed": Value("int64"),
         "finish_reason": text,
     }
-    return Features({**own, **{name: kind for name, kind in prompt_features.items() if name not in own}})
+    # Prompts may come from older alignment data: its distributions are of completions that are now written anew.
+    left_behind = {*own, *CACHE_COLUMNS, TEMPERATURE_COLUMN}
+    return Features({**own, **{name: kind for name, kind in prompt_features.items() if name not in left_behind}})
 
 
 def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **template_options: Any) -> Dataset:

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,6 +30,7 @@ from hf_draftkd.data.backends import Completion
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
+DAY = "template_date"  # key of the manifest, where the chat template shows the date
 _LARGEST_SHARD = 256
 # Another version may still give the same rows: said, not refused. A server that comes back has another address.
 _NOT_COMPARED = ("versions", "endpoint")
@@ -136,6 +138,13 @@ def open_folder(folder: Path, manifest: dict[str, Any], *, write: bool = True) -
         (folder / "data").mkdir(parents=True, exist_ok=True)
         with _replacing(path) as temporary:
             temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def day_begun(folder: Path | None) -> str:
+    """The day on which a folder was begun, as its manifest records it; today where there is none."""
+    path = None if folder is None else folder / MANIFEST
+    there = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    return there.get(DAY) or date.today().isoformat()
 
 
 def check_folder(folder: Path) -> None:

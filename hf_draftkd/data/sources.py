@@ -43,8 +43,12 @@ def open_dataset(
         if not source:
             raise ValueError("The list of prompts is empty, so there is nothing to answer.")
         if all(isinstance(item, Mapping) and "role" not in item for item in source):
-            return Dataset.from_list([dict(item) for item in source])
-        return Dataset.from_dict({text_column: list(source)})
+            # `Dataset.from_list` would drop every column that the first row lacks.
+            names = dict.fromkeys(name for item in source for name in item)
+            columns = {name: [item.get(name) for item in source] for name in names}
+        else:
+            columns = {text_column: list(source)}
+        return Dataset.from_dict(columns, on_mixed_types="use_json")
     raise ValueError(
         f"Prompts must be a Hub id, a path, a `datasets.Dataset` or a list, got {type(source).__name__}. An "
         "`IterableDataset` has no row numbers to resume from: save it first, or load it without `streaming=True`."
@@ -85,6 +89,9 @@ def _read_file(path: Path, column: str) -> Dataset:
         reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
         raise ValueError(f"{path} cannot be read as {builder}: {reason}.{_changes(kinds)}") from error
     if builder == "text":
+        # A byte order mark, which Windows puts in front of a file, is no part of the first prompt.
+        if dataset and dataset[0]["text"].startswith("\ufeff"):
+            dataset = dataset.map(lambda row: {"text": row["text"].removeprefix("\ufeff")})
         dataset = dataset.filter(lambda row: row["text"].strip() != "")
         return dataset if column == "text" else dataset.rename_column("text", column)
     return dataset

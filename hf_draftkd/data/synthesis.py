@@ -19,8 +19,17 @@ from hf_draftkd.data.backends import STOP, Completion, pipeline_backend
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.filters import QueryFilter
 from hf_draftkd.data.generation import derived_seed
+from hf_draftkd.data.prompts import dated
 from hf_draftkd.data.provenance import package_versions, template_hash, weights_fingerprint
-from hf_draftkd.data.shards import completion_progress, open_folder, read_round, this_process, write_round
+from hf_draftkd.data.shards import (
+    DAY,
+    completion_progress,
+    day_begun,
+    open_folder,
+    read_round,
+    this_process,
+    write_round,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -120,13 +129,18 @@ def synthesize_prompts(
         template_options: Further arguments of the chat template.
 
     Returns:
-        The prompts (column `prompt`), and how many queries were `kept` and how many fell to each filter.
+        The prompts (column `prompt`), and how many queries were `kept`, how many fell to each filter, and how many
+        were `surplus`: good, but more than wanted, in the last round.
 
     Raises:
         ValueError: The template cannot be opened, or no query was kept.
     """
+    folder = None if output_dir is None else Path(output_dir)
+    day = day_begun(folder)
+    clock = dated(tokenizer, day)
+    options = clock | (template_options or {})
     turn, start = check_synthesis(
-        tokenizer, num_prompts, temperature=temperature, system=system, template_options=template_options
+        tokenizer, num_prompts, temperature=temperature, system=system, template_options=options
     )
     accept = QueryFilter(min_characters=min_characters, max_characters=max_characters, script=script, keep=keep)
     setting = DecodingSetting(temperature=temperature, top_p=top_p)
@@ -139,7 +153,6 @@ def synthesize_prompts(
     )
     size = 2 * batch_size
     rounds = max_rounds if max_rounds is not None else 10 * -(-num_prompts // size)
-    folder = None if output_dir is None else Path(output_dir)
     state = this_process()
     if folder is None and state.num_processes > 1:
         raise ValueError("Several processes meet in a folder: give an `output_dir` that all of them can write to.")
@@ -153,6 +166,8 @@ def synthesize_prompts(
             "settings": {**setting.to_dict(), "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed},
             "versions": package_versions(),
         }
+        if clock:
+            manifest[DAY] = day
         open_folder(folder, manifest, write=state.is_main_process)
 
     kept: list[str] = []
@@ -167,6 +182,8 @@ def synthesize_prompts(
             if len(kept) >= num_prompts:
                 break
     counts = dict(accept.counts)
+    if (surplus := len(kept) - num_prompts) > 0:
+        counts |= {"kept": num_prompts, "surplus": surplus}
     _report(kept, num_prompts, counts)
     kept = kept[:num_prompts]
     if turn is None:

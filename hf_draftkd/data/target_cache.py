@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from hf_draftkd.data.provenance import weights_fingerprint
 from hf_draftkd.models.loading import require_loaded
+from hf_draftkd.models.modes import evaluating
 from hf_draftkd.models.tokenizers import tokenizer_size
 
 logger = logging.get_logger(__name__)
@@ -118,8 +119,10 @@ def check_cache_options(
     if top_k is not None and sampled is not None:
         raise ValueError(f"Choose one form of cache, got top_k={top_k} and sampled={sampled}.")
     if sampled is not None:
-        if sampled < 1:
-            raise ValueError(f"`sampled` must be at least 1, got {sampled}. 50 keeps about 12 distinct tokens.")
+        if not 1 <= sampled < 2**16:  # counts are kept in two bytes at most
+            raise ValueError(
+                f"`sampled` must lie between 1 and {2**16 - 1:,}, got {sampled:,}. 50 keeps about 12 distinct tokens."
+            )
     else:
         top_k = min(64, vocab_size) if top_k is None else top_k
         if not 1 <= top_k <= vocab_size:
@@ -250,10 +253,8 @@ def _completion_logits(
         kept["logits_to_keep"] = torch.arange(first, longest, device=model.device)
     else:
         first = 0
-    was_training = model.training
-    model.eval()
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
-    model.train(was_training)
+    with evaluating(model):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
     return [
         logits[row, len(prompt) - 1 - first : len(text) - 1 - first]
         for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))

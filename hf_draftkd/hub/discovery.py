@@ -68,6 +68,10 @@ class Figure:
     hardware: str | None = None
     target: str | None = None
     target_revision: str | None = None
+    domain: str | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
 
 
 @dataclass(frozen=True)
@@ -292,22 +296,15 @@ def _figures(results: list[EvalResult]) -> tuple[Figure, ...]:
         if value is None:
             continue
         shared = {
-            "temperature": _number(args.get("temperature")),
-            "verification": _text(args.get("verification")),
-            "target": _text(args.get("target")),
-            "target_revision": _text(args.get("target_revision")),
+            "domain": _text(result.dataset_config),
+            **{name: _number(args.get(name)) for name in ("temperature", "top_p", "repetition_penalty")},
+            "top_k": _count(args.get("top_k")),
+            **{name: _text(args.get(name)) for name in ("verification", "target", "target_revision")},
         }
-        identity = (
-            _text(result.dataset_config),
-            *shared.values(),
-            _number(args.get("top_p")),
-            _number(args.get("top_k")),
-        )
-        held = settings.setdefault(identity, shared)
+        held = settings.setdefault(tuple(shared.values()), shared)
         held[result.metric_type] = value
         if result.metric_type == "block_efficiency":
-            length = _number(args.get("num_assistant_tokens"))
-            held["num_assistant_tokens"] = int(length) if length and length >= 1 else None
+            held["num_assistant_tokens"] = _count(args.get("num_assistant_tokens")) or None
         if result.metric_type == "speedup":
             held["hardware"] = _text(args.get("hardware"))
     return tuple(Figure(**held) for held in settings.values())
@@ -324,6 +321,11 @@ def _number(value: Any) -> float | None:
     # Compared before it is converted: JSON has whole numbers that no float can hold.
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return float(value) if is_number else None
+
+
+def _count(value: Any) -> int | None:
+    number = _number(value)
+    return int(number) if number is not None and number >= 0 else None
 
 
 def _text(value: Any) -> str | None:

@@ -16,13 +16,13 @@ from huggingface_hub.errors import HTTPError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from hf_draftkd.data import card_sections as sections
-from hf_draftkd.data.markdown import is_hub_id
+from hf_draftkd.data.markdown import is_hub_id, one_line
 from hf_draftkd.data.public_names import without_paths
 from hf_draftkd.data.repositories import MAX_CARD_BYTES
 from hf_draftkd.evaluation.report import ModelInfo, SpeculationReport
 from hf_draftkd.hub.access import redacted
 from hf_draftkd.hub.card import DraftModelCard
-from hf_draftkd.hub.contents import CARD_FILE, REPORT_FILE, PlannedFile, check_folder
+from hf_draftkd.hub.contents import CARD_FILE, PLOT_FOLDER, REPORT_FILE, PlannedFile, check_folder
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary, read_json
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
 from hf_draftkd.models.weights import count_parameters, weights_checksum
@@ -36,7 +36,7 @@ class DraftFolder:
         path: The folder.
         parameters: Parameters stored in it.
         provenance: Its `provenance.json`, empty where there is none.
-        report: Its report, if any, and `report_folder`: where that lies, and its plots with it.
+        report: Its report, if any, and `report_folder`: where the plots of that lie, if they lie elsewhere.
         contradictions: Where these do not fit together, one sentence each.
         remarks: What a person should know besides.
     """
@@ -79,7 +79,8 @@ def find_report(folder: Path, given: str | Path | SpeculationReport | None) -> t
     """The report and the folder that its plots may lie in.
 
     Args:
-        folder: The draft's folder; `report.json` is looked for there and beside it (where the quickstart puts it).
+        folder: The draft's folder; `report.json` is looked for there and beside it (where the quickstart puts it). What
+            lies beside the folder nobody named: of its pictures, those in `plots` count.
         given: The report, or its file, where the user named one.
 
     Raises:
@@ -92,8 +93,9 @@ def find_report(folder: Path, given: str | Path | SpeculationReport | None) -> t
     candidates = [Path(given)] if given else [folder / REPORT_FILE, folder.resolve().parent / REPORT_FILE]
     for path in candidates:
         if path.is_file():
-            beside = folder if path.parent == folder else path.resolve().parent
-            return SpeculationReport.from_dict(read_json(path), str(path)), beside
+            beside = path.resolve().parent if given else path.resolve().parent / PLOT_FOLDER
+            found = SpeculationReport.from_dict(read_json(path), str(path))
+            return found, folder if path.parent == folder else beside
     return None, folder
 
 
@@ -264,17 +266,26 @@ def _without_title(prose: str) -> str:
     return "\n".join(line for line in prose.splitlines() if not line.startswith("# "))
 
 
-def inherited_license(api: HfApi, base_model: Any, token: str | None) -> str:
-    """Raises: ValueError: the base model's licence cannot be found out, so a person has to say one."""
+def inherited_license(api: HfApi, base_model: Any, token: str | None) -> dict[str, str]:
+    """The base model's licence as metadata: `license`, and which it is where that is "other".
+
+    Raises:
+        ValueError: It cannot be found out, so a person has to say one.
+    """
     reason = "the draft does not start from a model on the Hub that it could inherit one from"
     if isinstance(base_model, str):
         try:
-            data = api.model_info(base_model).card_data
+            data = api.model_info(base_model, expand=["cardData"]).card_data
             if data is not None and isinstance(data.get("license"), str):
-                return data["license"]
+                named = {key: data.get(key) for key in ("license", "license_name", "license_link")}
+                if not str(named["license_link"]).startswith("https://"):  # a file of the base's own repository
+                    del named["license_link"]
+                return {key: one_line(value) for key, value in named.items() if isinstance(value, str)}
             reason = f"the card of {base_model} names none"
+        except TypeError:
+            # huggingface_hub passes metadata of others to a constructor, which cannot take all of it.
+            reason = f"the metadata of {base_model} cannot be read"
         except (HTTPError, ConnectionError) as error:
-            reason = (
-                f"{base_model} could not be asked ({type(error).__name__}: {redacted(error, token).splitlines()[0]})"
-            )
+            said = redacted(error, token).splitlines()[0]
+            reason = f"the model {base_model} could not be asked ({type(error).__name__}: {said})"
     raise ValueError(f"Which licence? {reason[0].upper()}{reason[1:]}. Pass `license`, for instance 'apache-2.0'.")

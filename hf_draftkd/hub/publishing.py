@@ -22,6 +22,7 @@ from huggingface_hub import (
     get_token,
 )
 from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.hf_api import ExpandModelProperty_T
 from huggingface_hub.utils import validate_repo_id
 
 from hf_draftkd.data.repositories import make_repository, public_refusal, remote_card
@@ -39,6 +40,8 @@ from hf_draftkd.models.weights import WEIGHT_FILE
 
 _VISIBILITY = {True: "private", False: "public", None: "new, public or private as its owner's default says"}
 _BENCHMARK_FILE = ".eval_results/draftkd.yaml"
+# Not `cardData`, which huggingface_hub may be unable to take: the card itself is read.
+_EXPAND: list[ExpandModelProperty_T] = ["private", "sha", "siblings", "tags"]
 _AGAIN = "Nothing was published, nothing on disk has changed: the same command tries again."
 
 
@@ -204,7 +207,7 @@ def _look_at_hub(
 
 def _remote(api: HfApi, repo_id: str, revision: str | None) -> _Remote:
     try:
-        info = api.model_info(repo_id)
+        info = api.model_info(repo_id, expand=_EXPAND)
     except RepositoryNotFoundError as error:
         # The Hub answers 401 for a repository that does not exist to anybody whose token it does not know.
         if error.response.status_code == 401 and api.token:
@@ -212,7 +215,7 @@ def _remote(api: HfApi, repo_id: str, revision: str | None) -> _Remote:
         return _Remote()
     if revision and revision != "main":
         branches = {branch.name: branch for branch in api.list_repo_refs(repo_id).branches}
-        info = api.model_info(repo_id, revision=revision if revision in branches else None)
+        info = api.model_info(repo_id, revision=revision if revision in branches else None, expand=_EXPAND)
     files = tuple(sibling.rfilename for sibling in info.siblings or ())
     text = remote_card(api, repo_id, files, info.sha)
     return _Remote(sha=info.sha, private=bool(info.private), files=files, tags=tuple(info.tags or ()), card=text)
@@ -255,7 +258,8 @@ def _plan(
     if not card.data.get("license") and local_card is not None and local_card.data.get("license"):
         card.data["license"] = local_card.data["license"]
     if not card.data.get("license"):
-        card.data["license"] = planning.inherited_license(api, fresh.data.get("base_model"), token)
+        for key, value in planning.inherited_license(api, fresh.data.get("base_model"), token).items():
+            card.data[key] = value
     files = [PlannedFile(CARD_FILE, card.render().encode(), card_remark)]
     if known:
         files.append(PlannedFile(REPORT_FILE, json_bytes(known)))

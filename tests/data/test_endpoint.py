@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 pytest.importorskip("openai")
 
+from hf_draftkd.data.card import write_card
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.endpoint import endpoint_backend, prompt_text
 from hf_draftkd.data.generation import generate_alignment_data
@@ -63,6 +64,21 @@ def test_greedy_rows_equal_those_of_the_local_target(readable_target, tokenizer)
         assert remote[name] == local[name], name
     assert set(remote["ids_source"]) == {"retokenized"}
     assert set(remote["target"]) == {"tiny-target"}
+
+
+def test_the_card_of_served_rows_claims_no_more_than_is_known(readable_target, tokenizer, tmp_path):
+    """Catches a card that vouches for exact tokens and bare sampling, which only a target on this machine allows."""
+    with serving(readable_target, tokenizer) as server:
+        rows = ask(server.url, tokenizer, output_dir=tmp_path / "remote")
+    write_card(tmp_path / "remote", rows)
+    rows = generate_alignment_data(readable_target, tokenizer, CHATS, max_new_tokens=6, output_dir=tmp_path / "local")
+    write_card(tmp_path / "local", rows)
+    local, remote = (" ".join((tmp_path / name / "README.md").read_text().split()) for name in ("local", "remote"))
+    for claim in ("with the exact tokens it read and wrote", "Nothing else steered the sampling"):
+        assert claim in local
+        assert claim not in remote
+    assert "exactly those it wrote where `ids_source` is `generated`" in remote
+    assert "This is what the server was asked for." in remote
 
 
 def test_sampled_answers_differ_and_can_be_asked_for_again(readable_target, tokenizer):
@@ -407,6 +423,15 @@ def test_a_server_that_comes_back_elsewhere_goes_on(tmp_path, readable_target, t
     assert rows["completion_ids"] == expected["completion_ids"]
     with pytest.raises(ValueError, match="backend"):
         generate_alignment_data(readable_target, tokenizer, CHATS, max_new_tokens=6, **options)
+
+
+def test_fields_of_each_request_decide_the_rows(readable_target, tokenizer, tmp_path):
+    """Catches a run that goes on under another `min_p`, of which the manifest knew nothing."""
+    with serving(readable_target, tokenizer) as server:
+        for extra in ({"min_p": 0.1}, {"min_p": 0.1}):
+            ask(server.url, tokenizer, output_dir=tmp_path, endpoint_options={**FAST, "extra_body": extra})
+        with pytest.raises(ValueError, match=r'extra_body: \{"min_p": 0.1\} there, not set now'):
+            ask(server.url, tokenizer, output_dir=tmp_path)
 
 
 def test_a_server_that_never_samples_is_found_out(readable_target, tokenizer):

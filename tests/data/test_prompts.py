@@ -42,6 +42,30 @@ def test_lists_of_strings_and_of_messages():
     assert load_prompts(CHAT)["prompt"] == CHAT
 
 
+def test_rows_of_a_list_keep_what_the_first_lacks():
+    """Catches tools that a later row brings: without them its prompt is another one."""
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    loaded = load_prompts([{"prompt": "a"}, {"prompt": "b", "tools": tools, "domain": "x"}])
+    assert loaded["domain"] == [None, "x"]
+    assert loaded[1]["tools"] == tools
+
+
+def test_a_list_is_checked_row_by_row():
+    """Catches a bare error of Arrow for rows that do not fit together, and `skip_invalid` refused for lists."""
+    for rows in ([{"prompt": "a"}, {"prompt": 3}], ["a", 3]):
+        with pytest.raises(ValueError, match=r"row 1 .* is neither text nor a list of messages \(int\)"):
+            load_prompts(rows)
+    with pytest.raises(ValueError, match="mixes strings and message lists"):
+        load_prompts([{"prompt": "a"}, {"prompt": CHAT[0]}])
+    assert load_prompts(["a", "", 3, None, "b"], skip_invalid=True)[:] == {"prompt": ["a", "b"]}
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    for name, content in (("x.txt", "a\r\n\r\nb"), ("x.jsonl", '{"prompt": "a"}\r\n\r\n{"prompt": "b"}')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+        assert load_prompts(tmp_path / name)["prompt"] == ["a", "b"]
+
+
 def test_folders_and_splits(tmp_path):
     as_file(tmp_path, "jsonl", [{"prompt": "a"}])
     assert load_prompts(tmp_path)["prompt"] == ["a"]
@@ -149,6 +173,10 @@ def test_unusable_prompts_are_listed_with_their_rows():
         load_prompts(Dataset.from_dict({"prompt": ["a", "", "  \n"]}))
     with pytest.raises(ValueError, match=r"row 0 .* is neither text nor a list of messages \(int\)"):
         load_prompts(Dataset.from_dict({"prompt": [3]}))
+    with pytest.raises(ValueError, match=r"row 0 .* is empty"):
+        load_prompts([[{"role": "user", "content": " \n"}]])
+    with pytest.raises(ValueError, match=r"row 0 .* ends with an empty message of the user"):
+        load_prompts([[{"role": "system", "content": "be brief"}, {"role": "user", "content": ""}]])
     with pytest.raises(ValueError, match=r"row 1 .* without a role"):
         load_prompts([CHAT[0], [{"content": "x"}]])
     with pytest.raises(ValueError, match=r"row 0 .* content is not text"):

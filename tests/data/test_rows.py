@@ -59,6 +59,16 @@ def test_columns_of_the_prompts_give_way_to_those_of_the_rows(target, tokenizer)
     assert row["domain"] == "mats"
 
 
+@pytest.mark.parametrize("cache", [None, {"top_k": 4}])
+def test_distributions_of_old_completions_do_not_stand_beside_new_ones(target, tokenizer, cache):
+    """Catches alignment data whose prompts are answered again: a draft would learn from the old answers' p."""
+    options = {"max_new_tokens": 3, "temperatures": (1.0,)}
+    old = generate_alignment_data(target, tokenizer, ["the cat"], cache_distributions={"sampled": 2}, **options)
+    new = generate_alignment_data(target, tokenizer, old, seed=1, cache_distributions=cache, **options)
+    fresh = generate_alignment_data(target, tokenizer, ["the cat"], seed=1, cache_distributions=cache, **options)
+    assert new[:] == fresh[:]
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_tools_and_template_options_stand_in_prompt_and_conversation(as_json):
     """Catches a conversation rendered without what its prompt was rendered with: refused as if its template did it."""

@@ -1,5 +1,6 @@
 """Shards on disk: killed, resumed, shared between processes, refused, and cut off by a full disk."""
 
+import datetime
 import json
 import os
 import signal
@@ -14,7 +15,9 @@ from datasets import load_dataset
 
 from hf_draftkd.data import shards
 from hf_draftkd.data.generation import generate_alignment_data
-from tests.data.small import make_target
+from hf_draftkd.data.synthesis import synthesize_prompts
+from tests.data.small import TEMPLATE, make_target, make_tokenizer
+from tests.data.test_synthesis import writing_target
 
 TEXTS = [f"{'the cat ' * (number % 4)}{number}" for number in range(20)]
 OPTIONS = {"max_new_tokens": 6, "temperatures": (0.0, 1.0), "batch_size": 2, "shard_size": 4, "seed": 3}
@@ -90,6 +93,30 @@ def test_a_finished_folder_is_not_answered_again(tmp_path, target, tokenizer):
     target.generate = None
     again = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
     assert again.to_list() == first.to_list()
+
+
+def test_a_run_goes_on_the_next_day_where_the_template_shows_the_date(tmp_path, target, monkeypatch):
+    """Catches a killed run that is refused after midnight: Llama 3.2 and gpt-oss write the date into every prompt."""
+    tokenizer = make_tokenizer(TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}{{ strftime_now('%d %b %Y %f') }}"))
+    chats = [[{"role": "user", "content": text}] for text in ("cat", "mat", "on")]
+    options = {"max_new_tokens": 6, "batch_size": 1, "shard_size": 1}
+
+    class Past(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2020, 2, 29)
+
+    monkeypatch.setattr(shards, "date", Past)
+    first = generate_alignment_data(target, tokenizer, chats, output_dir=tmp_path / "out", **options)
+    written = synthesize_prompts(writing_target(2.0), tokenizer, 2, max_new_tokens=20, output_dir=tmp_path / "queries")
+    monkeypatch.undo()
+    again = synthesize_prompts(writing_target(2.0), tokenizer, 2, max_new_tokens=20, output_dir=tmp_path / "queries")
+    assert again[0][:] == written[0][:]
+    assert tokenizer.decode(first[0]["prompt_ids"]).startswith("<s>29 Feb 2020 000000<|user|>cat")
+    shards.shard_path(tmp_path / "out", 1, 3).unlink()
+    assert generate_alignment_data(target, tokenizer, chats, output_dir=tmp_path / "out", **options)[:] == first[:]
+    today = generate_alignment_data(target, tokenizer, chats, output_dir=tmp_path / "today", **options)
+    assert today["prompt_ids"] != first["prompt_ids"]
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_an_aligned_target_writes_its_queries(tokenizer):
         text = prompt[0]["content"]
         assert text == text.strip() != ""
         assert "<|" not in text
-    assert counts["kept"] >= 20
+    assert counts["kept"] == 20, "what the card says beside the number of prompts"
     assert counts["unfinished"] > 0
     assert sum(counts.values()) % 16 == 0
     again, _ = synthesize_prompts(target, tokenizer, 20, max_new_tokens=30, seed=1)
@@ -210,6 +210,18 @@ def test_each_filter_is_counted_by_its_name():
         "repeated": 2,
         "near_duplicate": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("What is 12+5?", "What is 12*5?"), ("2 + 2", "2 - 2"), ("C", "C++"), ("दिन", "दान"), ("ไก่", "ไก")],
+)
+def test_signs_that_mean_something_make_another_query(first, second):
+    """Catches sums, names of languages and words of scripts with vowel signs that fall as repeated."""
+    accept = QueryFilter()
+    assert accept(first)
+    assert accept(second)
+    assert not accept(f'"{second}"!')
 
 
 def test_near_duplicates_are_found_among_many():

@@ -144,7 +144,8 @@ def test_ids_take_the_smallest_type_that_fits():
         ({"top_k": 5, "sampled": 5}, "one form"),
         ({"top_k": 0}, "between 1 and the vocabulary's 264"),
         ({"top_k": 265}, "between 1 and the vocabulary's 264"),
-        ({"sampled": 0}, "at least 1"),
+        ({"sampled": 0}, "between 1 and 65,535"),
+        ({"sampled": 65_536}, "between 1 and 65,535"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"dtype": "bfloat16"}, "float16"),
@@ -169,3 +170,13 @@ def test_a_target_with_broken_weights_is_named(target, data):
     target.lm_head.weight.data[5] = math.nan
     with pytest.raises(FloatingPointError, match="NaN"):
         cache_target_distributions(data, target, top_k=5)
+
+
+def test_a_pass_that_fails_leaves_the_targets_mode(target, tokenizer, monkeypatch):
+    """Catches a target that was training and is not any more, since the memory ran out in between."""
+    rows = generate_alignment_data(target, tokenizer, ["the cat"], max_new_tokens=3)
+    target.train()
+    monkeypatch.setattr(target.lm_head, "forward", lambda _: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        cache_target_distributions(rows, target)
+    assert target.training

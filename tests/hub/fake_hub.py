@@ -335,7 +335,10 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, repo_id: str, revision: str = "main") -> None:
         repo = self.repo(repo_id)
         self.commit_id(repo, revision)
-        self.send(200, self.info_of(repo_id, revision))
+        info = self.info_of(repo_id, revision)
+        # As on the real Hub, only what is asked for is sent, if anything is.
+        wanted = {"id", *self.query.get("expand", info)}
+        self.send(200, {key: value for key, value in info.items() if key in wanted})
 
     def list_models(self) -> None:
         user = self.user()

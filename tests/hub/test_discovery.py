@@ -66,6 +66,26 @@ def test_best_first_with_everything_recorded(hub: FakeHub, target_sha: str):
     assert best.figures[0].num_assistant_tokens == 5
 
 
+def test_settings_that_differ_in_one_value_stay_apart(hub: FakeHub, target_sha: str):
+    """Catches figures with a repetition penalty that overwrite those without, and lists that name no such value."""
+    report = about(target_sha, alpha=0.4, tau=1.6)
+    for change in ({"repetition_penalty": 1.2}, {"temperature": 1.0}, {"top_p": 0.9}, {"top_k": 5}):
+        report["settings"].append(samples.setting(0.0, "greedy_draft", 0.7, 2.0) | change)
+    report["groups"] = {"maths": [samples.setting(0.0, "greedy_draft", 0.7, 2.0, num_texts=9)], "law": []}
+    add_draft(hub, "a/draft", report)
+    (found,) = find_drafts(TARGET)
+    assert [figure.acceptance_rate for figure in found.figures] == [0.4, 0.7, 0.7, 0.7, 0.7, 0.7]
+    names = ("domain", "temperature", "top_p", "top_k", "repetition_penalty")
+    assert [tuple(figure[name] for name in names) for figure in found.to_dict()["figures"]] == [
+        ("function calling", 0.0, 1.0, 0, 1.0),
+        ("function calling", 0.0, 1.0, 0, 1.2),
+        ("function calling", 1.0, 1.0, 0, 1.0),
+        ("function calling", 0.0, 0.9, 0, 1.0),
+        ("function calling", 0.0, 1.0, 5, 1.0),
+        ("maths", 0.0, 1.0, 0, 1.0),
+    ]
+
+
 def test_only_drafts_of_this_target(hub: FakeHub, target_sha: str):
     add_draft(hub, "a/mine", about(target_sha, alpha=0.4, tau=1.6))
     add_draft(hub, "b/others", about("0" * 40, alpha=0.9, tau=3.0, target="org/other"), target="org/other")

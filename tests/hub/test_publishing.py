@@ -18,7 +18,7 @@ from hf_draftkd.hub.publishing import push_draft
 from hf_draftkd.hub.summary import Provenance
 from hf_draftkd.models.loading import load_draft
 from hf_draftkd.models.weights import count_parameters, loaded_checksum, weights_checksum
-from tests.hub import samples
+from tests.hub import fake_hub, samples
 from tests.hub.conftest import READER, WRITER, replaced, snapshot, write_report
 from tests.hub.fake_hub import FakeHub
 
@@ -330,6 +330,24 @@ class TestCardOnTheHub:
         push(draft_folder, license=None)
         assert "license: gemma" in hub.repos[ID].files()["README.md"].decode()
 
+    def test_a_licence_of_its_own_is_inherited_with_its_name(self, hub: FakeHub, draft_folder: Path):
+        """Catches `license: other` alone, which tells nobody what they may do."""
+        named = "license: other\nlicense_name: research\nlicense_link: https://huggingface.co/org/x/blob/main/LICENSE\n"
+        hub.add(samples.TARGET, {"README.md": f"---\n{named}---\n"})
+        data = push(draft_folder, license=None, dry_run=True).card.data.to_dict()
+        assert named == "".join(f"{key}: {data[key]}\n" for key in ("license", "license_name", "license_link"))
+
+    def test_metadata_that_the_client_cannot_take_is_no_crash(self, hub: FakeHub, draft_folder: Path, monkeypatch):
+        """Catches a TypeError of huggingface_hub about tags that are a number, in the base's card or one's own."""
+        info_of = fake_hub._Handler.info_of
+        odd = {"cardData": {"license": "mit", "tags": 3}}
+        monkeypatch.setattr(fake_hub._Handler, "info_of", lambda *asked: info_of(*asked) | odd)
+        hub.add(samples.TARGET, {"README.md": "x"})
+        hub.add(ID, {"README.md": "my words"})
+        with pytest.raises(ValueError, match=f"Which licence. The metadata of {samples.TARGET} cannot be read"):
+            push(draft_folder, license=None)
+        assert "my words" in push(draft_folder).card.text
+
     def test_metadata_the_hub_refuses_is_said_before_anything_is_uploaded(self, hub: FakeHub, draft_folder: Path):
         hub.fail("POST", "/api/validate-yaml", status=400)
         with pytest.raises(ValueError, match=r"(?s).*"):
@@ -563,6 +581,17 @@ class TestMismatch:
             push(draft_folder, report=draft_folder.parent / "report.json")
         write_report(draft_folder.parent, pair, draft=about | {"weights_sha256": loaded_checksum(draft)})
         assert "report.json" in {file.path for file in push(draft_folder, dry_run=True).files}
+
+    def test_pictures_beside_the_folder_stay_at_home(self, hub: FakeHub, draft_folder: Path, pair):
+        """Catches a holiday in public: the folder above a draft may be anybody's home, and nobody named it."""
+        (draft_folder / "report.json").unlink()
+        above = draft_folder.parent
+        write_report(above, pair)
+        (above / "plots").mkdir()
+        for name in ("holiday.png", "plots/speed.png"):
+            (above / name).write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(9))
+        plots = {"plots/block_efficiency.png", "plots/speed.png"}
+        assert {file.path for file in push(draft_folder, dry_run=True).files if file.path.endswith(".png")} == plots
 
     def test_one_folder_has_many_paths(self, hub: FakeHub, draft_folder: Path, pair, monkeypatch):
         """Catches `./target` in training and its absolute path in evaluation taken for two targets."""
