@@ -1,6 +1,8 @@
 """How a trainer evaluates: text by text, a chunk of positions at a time, figures divided once at the end."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -36,15 +38,24 @@ class EvaluatesTexts(Trainer):
     def _distillation_loss(self, draft: Any, target: Any, tokens: Tensor) -> Any:
         raise NotImplementedError
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+    @contextmanager
+    def _padding(self) -> Iterator[None]:
+        """Figures are sums over texts, one a row, so evaluation batches are always padded."""
         usual = self.data_collator
         if isinstance(usual, DraftDistillCollator):
-            # Figures are sums over texts, one a row, so evaluation batches are always padded.
             self.data_collator = usual.padded()
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.data_collator = usual
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        with self._padding():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        with self._padding():
+            return super().get_test_dataloader(test_dataset)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Adds the figures that come from sums over all texts: see [`EvaluationSums`]."""

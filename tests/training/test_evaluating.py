@@ -34,6 +34,16 @@ def logits(model, row) -> torch.Tensor:
         return model(ids).logits[0, len(row["prompt_ids"]) - 1 : -1].double()
 
 
+def test_predict_reads_padded_batches_as_evaluate_does(tmp_path, pair, tokenizer):
+    """Padding-free batches in `predict`, whose texts are then one row that no setting is known of."""
+    rows = alignment_rows(pair[1], tokenizer, count=4)
+    trainer = build(tmp_path, pair, tokenizer, eval_rows=rows, padding_free=True, max_length=None)
+    expected = trainer.evaluate()
+    found = trainer.predict(trainer.eval_dataset).metrics
+    for name in ("loss", "acceptance_rate", "block_efficiency", "block_efficiency_at_3"):
+        assert found[f"test_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-6)
+
+
 # Temperatures --------------------------------------------------------------------------------------------------------
 
 
