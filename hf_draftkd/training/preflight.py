@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import get_dataset_column_names
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
@@ -78,6 +78,15 @@ def check_datasets(
         raise ValueError("`eval_packing=True` would cut texts apart, but figures are sums over whole texts.")
     args.eval_packing = False
     return datasets
+
+
+def stand_in(datasets: dict[str, Any]) -> Dataset:
+    """What SFTTrainer takes for training data where only `evaluate()` is wanted: it insists on some.
+
+    Of a stream one row, since a stream to train on needs `max_steps`.
+    """
+    first = next(iter(datasets.values()))
+    return Dataset.from_list([next(iter(first))]) if isinstance(first, IterableDataset) else first
 
 
 def prepare_pair(
