@@ -65,6 +65,15 @@ def check_datasets(
     datasets = named_datasets(train_dataset, eval_dataset)
     if not datasets:
         raise ValueError("Neither `train_dataset` nor `eval_dataset` was given. Give at least one.")
+    for name, dataset in datasets.items():
+        if not isinstance(dataset, Dataset | IterableDataset):
+            instead = "Make one, with `Dataset.from_list` for instance."
+            if isinstance(dataset, dict):
+                instead = f"Choose one of its splits: {', '.join(map(repr, dataset))}."
+            raise ValueError(
+                f"The {name} dataset must be a `datasets.Dataset` or `IterableDataset`, got a "
+                f"`{type(dataset).__name__}`. {instead}"
+            )
     if format_known:
         for name, dataset in datasets.items():
             check_format(dataset, name, text_field=args.dataset_text_field)
