@@ -152,6 +152,7 @@ class DraftDistillConfig(SFTConfig):
     > - `dataloader_pin_memory`: off without an accelerator, where it only makes torch warn.
     > - `eval_strategy`: `"no"` becomes `"epoch"` where an `eval_dataset` is given, which would otherwise lie unused.
     > - `hub_strategy`: `"end"`. Half-trained drafts and adapters are not what somebody else can load.
+    > - `accelerator_config["dispatch_batches"]`: `False`, of evaluation data too. Each process reads a stream itself.
     > - `ddp_find_unused_parameters`: `False`. Every parameter of a causal LM is used in every step.
     > - `logging_nan_inf_filter`: `False`. A loss that is not finite stops the run instead of being hidden.
     >
@@ -265,6 +266,10 @@ class DraftDistillConfig(SFTConfig):
             # transformers would choose by the loss. Block efficiency needs text that the target wrote, this does not.
             self.metric_for_best_model = "eval_acceptance_rate"
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # Batches of several processes are padded to different lengths, and cannot be cut out of one. SFTTrainer
+            # sees to it where the training data is a stream, not where the evaluation data is.
+            self.accelerator_config.dispatch_batches = False
         template = self.chat_template_path
         if template is not None and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
             raise ValueError(

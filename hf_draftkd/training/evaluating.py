@@ -1,11 +1,13 @@
 """How a trainer evaluates: text by text, a chunk of positions at a time, figures divided once at the end."""
 
 import warnings
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -17,6 +19,29 @@ from hf_draftkd.training.callbacks import asked_figures
 from hf_draftkd.training.evaluation_sums import EvaluationSums, not_exact, row_sums
 from hf_draftkd.training.finite import require_finite_loss
 from hf_draftkd.training.signal import Text, model_inputs
+
+
+class FilledUp(IterableDataset):
+    """A stream that ends with rows in which nothing counts, so that all processes have as many batches.
+
+    accelerate would repeat rows from its beginning instead: of a stream, whose length is not known, they are not
+    dropped again. Or it would give each process shards of its own, and wait for ever where some have more rows.
+
+    Args:
+        rows: The prepared rows.
+        multiple: Their number becomes one of this.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]], multiple: int) -> None:
+        self._rows, self._multiple = rows, multiple
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        count, row = 0, None
+        for row in self._rows:
+            count += 1
+            yield row
+        if row is not None:
+            yield from [row | {"labels": [-100] * len(row["input_ids"])}] * (-count % self._multiple)
 
 
 class EvaluatesTexts(Trainer):
@@ -36,13 +61,16 @@ class EvaluatesTexts(Trainer):
     def _distillation_loss(self, draft: Any, target: Any, tokens: Tensor) -> Any:
         raise NotImplementedError
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """Figures are sums over texts: what is evaluated comes one text a row, and each text once."""
         usual = self.data_collator
-        if isinstance(usual, DraftDistillCollator):
-            # Figures are sums over texts, one a row, so evaluation batches are always padded.
-            self.data_collator = usual.padded()
+        if not is_training:
+            if isinstance(usual, DraftDistillCollator):
+                self.data_collator = usual.padded()
+            if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
+                dataset = FilledUp(dataset, self.args.eval_batch_size * self.accelerator.num_processes)
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         finally:
             self.data_collator = usual
 
@@ -103,6 +131,6 @@ class EvaluatesTexts(Trainer):
         require_finite_loss(loss, inputs, self, evaluates=True)
         if self.accelerator.num_processes > 1:
             sums = sums.to(widest_float(keep.device)).to(keep.device)
-        # Gathered here, row by row, so that rows repeated to fill the last batch are dropped.
+        # Gathered here, row by row, so that rows repeated to fill the last batch are dropped (see also `FilledUp`).
         figures.add(self.accelerator.gather_for_metrics(sums))
         return (loss / tokens.clamp(min=1)).float().to(keep.device), None, None

@@ -83,7 +83,7 @@ def row_sums(
     calls = sums[:, sums.shape[1] - len(draft_lengths) :]
     sums[:, 0] = lengths
     sums[:, 1].index_add_(0, row_of_token, losses.cpu().double())
-    sums[:, 2] = 1
+    sums[:, 2] = lengths > 0
     sums[:, _SETTING] = math.nan
     for setting, rows in settings.items():
         sums[rows, _SETTING] = torch.tensor(list(setting.to_dict().values()), dtype=torch.float64)

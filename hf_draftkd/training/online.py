@@ -27,7 +27,7 @@ from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.provenance import weights_fingerprint
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.pairing import align_vocabulary, shared_vocab_size
-from hf_draftkd.training.online_checks import check_pair, check_request, check_state
+from hf_draftkd.training.online_checks import check_decoding, check_pair, check_request, check_state
 from hf_draftkd.training.online_config import OnlineDistillConfig
 from hf_draftkd.training.online_learning import Learner, acceptance_of
 from hf_draftkd.training.online_state import has_state, load_state, save_state
@@ -140,12 +140,13 @@ class OnlineDraftDistiller:
             What `target_model.generate` returned, also where the update or the saving after it failed.
 
         Raises:
-            ValueError: More than one request, no token ids, or another `assistant_model` was given; the output
-                directory holds a state that `resume` was not called for; or this is inside `count_acceptance`, whose
-                figures are `counts`.
+            ValueError: More than one request, no token ids, or another `assistant_model` was given; the request
+                decodes with beams or guidance; the output directory holds a state that `resume` was not called for; or
+                this is inside `count_acceptance`, whose figures are `counts`.
         """
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         check_request(ids, kwargs)
+        check_decoding(self.target_model, self.draft_model, generation_config, kwargs)
         self._claim_output_dir()
         setting = served_setting(self.target_model, generation_config, kwargs)
         kept: dict[str, Any] = {"top_k": self._top_k, "temperature": self.args.temperature}

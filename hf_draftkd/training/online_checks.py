@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.generation.configuration_utils import GenerationMode
 
 from hf_draftkd.models.checkpoints import check_config
 from hf_draftkd.models.forward import unwrapped
@@ -63,6 +64,33 @@ def check_request(ids: Tensor | None, kwargs: dict[str, Any]) -> None:
         raise ValueError(
             f"Assisted decoding serves one request at a time, `input_ids` [1, L], got shape {tuple(ids.shape)}. Call "
             "`generate` for each of them."
+        )
+
+
+def check_decoding(target: Any, draft: Any, generation_config: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse decoding in which the draft has no part, or the target is asked for more than to check it.
+
+    Args:
+        target: Whose `generate` is called.
+        draft: The draft.
+        generation_config: As the call gives it.
+        kwargs: The call's other arguments.
+
+    Raises:
+        ValueError: Beams and the like, for which transformers leaves `assistant_model` unused; or classifier-free
+            guidance, whose own calls of the target would be taken for those that check the draft.
+    """
+    config, _ = unwrapped(target)._prepare_generation_config(generation_config, **kwargs)
+    mode = config.get_generation_mode(draft)
+    if mode != GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            f"This request decodes by {mode.value.replace('_', ' ')}, in which a draft has no part. Leave out what "
+            "asks for it (`num_beams`, say), or call `target_model.generate` for such requests."
+        )
+    if config.guidance_scale not in (None, 1):
+        raise ValueError(
+            f"`guidance_scale={config.guidance_scale}` has the target read each text twice, and what it says without "
+            "the prompt is nothing to learn from. Call `target_model.generate` for such requests."
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import get_dataset_column_names
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
@@ -65,6 +65,15 @@ def check_datasets(
     datasets = named_datasets(train_dataset, eval_dataset)
     if not datasets:
         raise ValueError("Neither `train_dataset` nor `eval_dataset` was given. Give at least one.")
+    for name, dataset in datasets.items():
+        if not isinstance(dataset, Dataset | IterableDataset):
+            instead = "Make one, with `Dataset.from_list` for instance."
+            if isinstance(dataset, dict):
+                instead = f"Choose one of its splits: {', '.join(map(repr, dataset))}."
+            raise ValueError(
+                f"The {name} dataset must be a `datasets.Dataset` or `IterableDataset`, got a "
+                f"`{type(dataset).__name__}`. {instead}"
+            )
     if format_known:
         for name, dataset in datasets.items():
             check_format(dataset, name, text_field=args.dataset_text_field)
@@ -78,6 +87,15 @@ def check_datasets(
         raise ValueError("`eval_packing=True` would cut texts apart, but figures are sums over whole texts.")
     args.eval_packing = False
     return datasets
+
+
+def stand_in(datasets: dict[str, Any]) -> Dataset:
+    """What SFTTrainer takes for training data where only `evaluate()` is wanted: it insists on some.
+
+    Of a stream one row, since a stream to train on needs `max_steps`.
+    """
+    first = next(iter(datasets.values()))
+    return Dataset.from_list([next(iter(first))]) if isinstance(first, IterableDataset) else first
 
 
 def prepare_pair(

@@ -188,8 +188,7 @@ class DraftDistillTrainer(
             model=draft,
             args=args,
             data_collator=data_collator,
-            # SFTTrainer insists on training data. For `evaluate()` alone any prepared dataset stands in.
-            train_dataset=train_dataset if train_dataset is not None else next(iter(datasets.values())),
+            train_dataset=train_dataset if train_dataset is not None else preflight.stand_in(datasets),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import EarlyStoppingCallback
 
-from hf_draftkd import AcceptanceCallback
+from hf_draftkd import AcceptanceCallback, DraftDistillConfig, DraftDistillTrainer
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.formatting import DraftDistillCollator, decoding_settings
 from hf_draftkd.data.target_cache import cache_target_distributions
@@ -32,6 +32,32 @@ def logits(model, row) -> torch.Tensor:
     ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
     with torch.no_grad():
         return model(ids).logits[0, len(row["prompt_ids"]) - 1 : -1].double()
+
+
+def test_predict_reads_padded_batches_as_evaluate_does(tmp_path, pair, tokenizer):
+    """Padding-free batches in `predict`, whose texts are then one row that no setting is known of."""
+    rows = alignment_rows(pair[1], tokenizer, count=4)
+    trainer = build(tmp_path, pair, tokenizer, eval_rows=rows, padding_free=True, max_length=None)
+    expected = trainer.evaluate()
+    found = trainer.predict(trainer.eval_dataset).metrics
+    for name in ("loss", "acceptance_rate", "block_efficiency", "block_efficiency_at_3"):
+        assert found[f"test_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-6)
+
+
+def test_a_stream_alone_is_evaluated_as_its_rows_are(tmp_path, pair, tokenizer):
+    """`max_steps` asked for where nothing is trained."""
+    rows = alignment_rows(pair[1], tokenizer, count=4)
+    found, expected = (
+        DraftDistillTrainer(
+            *pair,
+            args=DraftDistillConfig(str(tmp_path), report_to="none"),
+            eval_dataset=dataset,
+            processing_class=tokenizer,
+        ).evaluate()
+        for dataset in (rows.to_iterable_dataset(), rows)
+    )
+    for name in ("eval_loss", "eval_block_efficiency"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
 
 
 # Temperatures --------------------------------------------------------------------------------------------------------

@@ -637,6 +637,22 @@ def test_requests_that_cannot_be_served_are_refused(pair, tokenizer):
     assert distiller.num_requests == 0
 
 
+def test_decoding_that_the_draft_has_no_part_in_is_refused(pair, tokenizer):
+    """Beams leave the draft unused, which was found when the answer was written, and lost it; guidance has the target
+    read the text without its prompt, and what it said there was learnt from.
+    """
+    prompt = tiny_prompts(tokenizer)[0]
+    distiller = distiller_for(pair)
+    for options in ({"num_beams": 2}, {"generation_config": GenerationConfig(num_beams=2, max_new_tokens=4)}):
+        with pytest.raises(ValueError, match="decodes by beam search, in which a draft has no part"):
+            distiller.generate(**request(prompt, **options))
+    with pytest.raises(ValueError, match="guidance_scale"):
+        distiller.generate(**request(prompt, guidance_scale=1.5))
+    assert distiller.num_requests == 0
+    distiller.generate(**request(prompt, num_beams=1, guidance_scale=1))
+    assert distiller.num_requests == 1
+
+
 def test_pairs_that_cannot_learn_are_refused(pair):
     draft, target = pair
     with pytest.raises(ValueError, match="share weights"):

@@ -38,6 +38,17 @@ def train_steps(out, world, *, resume=None):
     return trainer
 
 
+def compare_streamed(trainer):
+    """Figures of a stream, as it is and in parts that are not of one size, beside those of the same rows."""
+    tokenizer, (_, target) = tiny_tokenizer(), tiny_pair("llama")
+    rows = alignment_rows(target, tokenizer, count=5)
+    expected = trainer.evaluate(rows)
+    for num_shards in (1, 3):
+        found = trainer.evaluate(rows.to_iterable_dataset(num_shards))
+        for name in ("eval_loss", "eval_acceptance_rate", "eval_block_efficiency"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-6), (name, num_shards)
+
+
 def loss_and_gradients(draft, target_logits, ids, labels, arithmetic):
     """The chunked loss, computed where the model would have projected its hidden states."""
     keep = predicting_positions(labels)
@@ -92,7 +103,7 @@ def compare_sharded():
 SCRIPT = """
 import sys
 import torch
-from tests.training.test_scale import compare_sharded, train_steps
+from tests.training.test_scale import compare_sharded, compare_streamed, train_steps
 
 torch.set_num_threads(1)
 out, checkpoint = sys.argv[1:]
@@ -101,12 +112,15 @@ for name, resume in (("straight", None), ("resumed", checkpoint)):
     if trainer.is_world_process_zero():
         torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), f"{out}/{name}.pt")
 assert torch.distributed.get_world_size() == 2
+compare_streamed(trainer)
 compare_sharded()
 """
 
 
 def test_runs_go_on_in_another_number_of_processes_and_sharded_drafts_learn_the_same(tmp_path):
-    """Rows seen twice or left out after resuming, an optimiser begun anew, gradients lost on a sharded head."""
+    """Rows seen twice or left out after resuming, an optimiser begun anew, gradients lost on a sharded head; rows of a
+    stream that are evaluated twice to fill the last batch, or processes that wait for another one's.
+    """
     one = train_steps(tmp_path / "one", 1)
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -551,6 +551,18 @@ def test_data_that_cannot_be_learnt_from(tmp_path, pair, tokenizer, rows, messag
     dataset = Dataset.from_list(rows) if rows else Dataset.from_dict({name: [] for name in columns})
     with pytest.raises(ValueError, match=message):
         build(tmp_path, pair, tokenizer, dataset)
+
+
+def test_what_is_no_data_set_is_refused_by_name(tmp_path, pair, tokenizer):
+    """A missing attribute instead of an answer, or the splits taken for columns."""
+    rows = alignment_rows(pair[1], tokenizer, count=2)
+    with pytest.raises(ValueError, match=r"train dataset must be .* got a `list`. Make one, with `Dataset.from_list`"):
+        build(tmp_path, pair, tokenizer, rows.to_list())
+    splits = DatasetDict(train=rows, test=rows)
+    with pytest.raises(ValueError, match=r"got a `DatasetDict`. Choose one of its splits: 'train', 'test'"):
+        build(tmp_path, pair, tokenizer, splits)
+    # To evaluate on, several are welcome.
+    assert "eval_test_loss" in build(tmp_path, pair, tokenizer, rows, splits).evaluate()
 
 
 def test_a_row_longer_than_the_context_is_refused(tmp_path, pair, tokenizer):
