@@ -9,6 +9,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from hf_draftkd.models.checkpoints import check_config
 from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import check_own_tokenizer, check_weights_apart
 
 # What a saved buffer depends on, and what to do where it differs.
@@ -27,6 +28,7 @@ def check_pair(draft: Any, target: Any, tokenizer: PreTrainedTokenizerBase | Non
         ValueError: The tokenizers differ, weights are shared, the target is in training mode, or there are several
             processes.
     """
+    require_loaded(draft, target)
     for model in (draft, target):
         check_config(model.config, model.name_or_path or type(model).__name__)
     if tokenizer is not None:

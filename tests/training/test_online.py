@@ -108,6 +108,14 @@ def test_what_is_kept_equals_output_logits(pair, tokenizer):
     torch.testing.assert_close(one.target.tail_logprob, tail)
 
 
+@pytest.mark.parametrize("place", ["draft", "target"])
+def test_a_name_in_place_of_a_model_is_refused(pair, place):
+    draft, target = pair
+    models = {"draft": ("org/x", target), "target": (draft, "org/x")}[place]
+    with pytest.raises(ValueError, match="'org/x' is a name: load the model"):
+        OnlineDraftDistiller(*models)
+
+
 def test_padding_is_no_part_of_a_prompt(pair, tokenizer):
     """A left-padded request learnt from with its padding."""
     prompt = tiny_prompts(tokenizer)[0]
