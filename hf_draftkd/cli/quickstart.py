@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-from hf_draftkd.cli.errors import usage_errors
+from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import load_prompts
@@ -50,6 +50,8 @@ def run(argv: list[str]) -> int:
     console = Console(width=max(Console().width, 110))
     with usage_errors():
         out = new_directory(options.output_dir, overwrite=True)
+        if not 0 <= options.seed < 2**32:  # numpy's bounds, met when training begins
+            raise UsageError(f"`--seed` must lie between 0 and {2**32 - 1:,}, got {options.seed}.")
         check_options(["rejection_sampling"], options.max_new_tokens, None, options.num_speed_prompts)
         tokenizer = load_tokenizer(demo_path("target"))
         # float32: the fastest format on most CPUs, and one in which greedy decoding has hardly any ties.

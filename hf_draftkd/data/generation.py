@@ -210,6 +210,8 @@ def decoding_settings(
     temperatures: Sequence[float], *, top_p: float = 1.0, top_k: int = 0, repetition_penalty: float = 1.0
 ) -> list[DecodingSetting]:
     """One setting a temperature; the sampling filters apply above 0 only."""
+    if isinstance(temperatures, int | float):
+        raise ValueError(f"`temperatures` must be a list, got the number {temperatures}: write ({temperatures},).")
     if not temperatures:
         raise ValueError("`temperatures` is empty. Give at least one, such as 0 for greedy decoding.")
     if len(set(temperatures)) < len(temperatures):

@@ -53,8 +53,9 @@ class TokenTexts:
                 self.ids[text] = number if self.ids.get(text, number) == number else None
 
     def __call__(self, token: str) -> int | None:
-        if token.startswith("token_id:"):
-            return int(token.removeprefix("token_id:"))
+        number = token.removeprefix("token_id:")
+        if number != token and number.isdecimal():
+            return int(number)
         return self.ids.get(token)
 
 

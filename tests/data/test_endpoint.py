@@ -20,6 +20,7 @@ from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.endpoint import endpoint_backend, prompt_text
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import render_prompts
+from hf_draftkd.data.server_answers import TokenTexts
 from hf_draftkd.data.shards import StoppedError
 from hf_draftkd.data.target_cache import cache_target_distributions
 from tests.data.server import serving
@@ -121,6 +122,12 @@ def test_an_address_that_never_answers_properly_is_said_at_once(readable_target,
         with pytest.raises(ValueError, match=r"does not answer as an OpenAI-compatible .* end in /v1\?"):
             ask(server.url, tokenizer)
         assert len(server.requests) == 1
+
+
+def test_a_token_named_by_no_number_is_no_id(tokenizer):
+    """Catches a bare `invalid literal for int()` in the middle of a run."""
+    ids_of = TokenTexts(tokenizer)
+    assert [ids_of(token) for token in ("token_id:7", "token_id:x", "token_id:")] == [7, None, None]
 
 
 def test_an_interruption_waits_for_nothing(readable_target, tokenizer):

@@ -193,6 +193,7 @@ def test_sampling_filters_leave_greedy_decoding_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"temperatures": 0.7}, r"must be a list.*write \(0\.7,\)"),
         ({"temperatures": ()}, "empty"),
         ({"temperatures": (1.0, 1.0)}, "repeats"),
         ({"temperatures": (-1.0,)}, "temperature"),
