@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hf_draftkd.data.card_words import Prose, local_card, merged, read_card, updated
+from hf_draftkd.data.files import write_text
 from hf_draftkd.data.markdown import Markdown, code, fenced, model_link, python_string, text
 from hf_draftkd.data.public_names import is_public, public_name, public_source
 from hf_draftkd.data.public_shards import public_shards
@@ -147,11 +148,9 @@ def write_card(folder: Path, rows: Dataset, repo_id: str | None = None) -> None:
     Raises:
         ValueError: There is a README whose metadata cannot be read.
     """
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     card = updated(local_card(folder / CARD_FILE), alignment_card(rows, manifest, repo_id))
-    temporary = folder / f".{CARD_FILE}"
-    temporary.write_text(str(card), encoding="utf-8")
-    temporary.replace(folder / CARD_FILE)
+    write_text(folder / CARD_FILE, str(card))
 
 
 def push_alignment_data(
@@ -187,7 +186,7 @@ def push_alignment_data(
         raise ValueError(f"`prose` must be 'hub' or 'local', got {prose!r}.")
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder} holds no {MANIFEST}, so it is no folder of alignment data.")
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     count = manifest["num_shards"]
     if unfinished := unfinished_shards(folder, count):
         raise ValueError(f"{len(unfinished)} of {count} shards in {folder} are not finished. Go on with the run first.")

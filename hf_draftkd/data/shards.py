@@ -26,6 +26,7 @@ from datasets.utils import are_progress_bars_disabled
 from transformers.utils import logging
 
 from hf_draftkd.data.backends import Completion
+from hf_draftkd.data.files import replacing, write_text
 
 logger = logging.get_logger(__name__)
 
@@ -129,21 +130,20 @@ def open_folder(folder: Path, manifest: dict[str, Any], *, write: bool = True) -
     """
     path = folder / MANIFEST
     if path.exists():
-        _compare(json.loads(path.read_text()), manifest, folder)
+        _compare(json.loads(path.read_text(encoding="utf-8")), manifest, folder)
     elif not write:
         _wait_until(path.exists)
-        _compare(json.loads(path.read_text()), manifest, folder)
+        _compare(json.loads(path.read_text(encoding="utf-8")), manifest, folder)
     else:
         check_folder(folder)
         (folder / "data").mkdir(parents=True, exist_ok=True)
-        with _replacing(path) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def day_begun(folder: Path | None) -> str:
     """The day on which a folder was begun, as its manifest records it; today where there is none."""
     path = None if folder is None else folder / MANIFEST
-    there = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    there = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
     return there.get(DAY) or date.today().isoformat()
 
 
@@ -178,11 +178,14 @@ def write_shard(folder: Path, number: int, count: int, rows: Dataset) -> None:
     def finished() -> str:
         return f"{count - len(unfinished_shards(folder, count))} of {count} shards are finished and stay valid"
 
-    with (
-        _told_of_a_full_disk(f"shard {number}", folder, finished),
-        _replacing(shard_path(folder, number, count)) as temporary,
-    ):
-        write_parquet(rows, temporary)
+    path = shard_path(folder, number, count)
+    try:
+        with _told_of_a_full_disk(f"shard {number}", folder, finished), replacing(path) as temporary:
+            write_parquet(rows, temporary)
+    except FileNotFoundError:
+        # Another run of the same command finished this shard too, and all others, and cleared the folder.
+        if not path.exists():
+            raise
 
 
 @contextmanager
@@ -225,8 +228,8 @@ def remove_leftovers(folder: Path) -> None:
 def write_round(folder: Path, number: int, queries: list[tuple[str, bool]]) -> None:
     """Keep one round of synthetic queries: (text, whether it came to an end)."""
     path = folder / "data" / f"round-{number:05d}.json"
-    with _told_of_a_full_disk(f"round {number} of the queries", folder), _replacing(path) as temporary:
-        temporary.write_text(json.dumps(queries, ensure_ascii=False))
+    with _told_of_a_full_disk(f"round {number} of the queries", folder):
+        write_text(path, json.dumps(queries, ensure_ascii=False))
 
 
 def read_round(folder: Path, number: int, wait: bool = False) -> list[tuple[str, bool]] | None:
@@ -234,7 +237,9 @@ def read_round(folder: Path, number: int, wait: bool = False) -> list[tuple[str,
     path = folder / "data" / f"round-{number:05d}.json"
     if wait:
         _wait_until(path.exists)
-    return [(text, finished) for text, finished in json.loads(path.read_text())] if path.exists() else None
+    return (
+        [(text, finished) for text, finished in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else None
+    )
 
 
 def _compare(there: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
@@ -258,16 +263,6 @@ def _compare(there: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
 
 def _shown(manifest: dict[str, Any], name: str) -> str:
     return json.dumps(manifest[name], ensure_ascii=False) if name in manifest else "not set"
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_draftkd.acceptance import Estimate
+from hf_draftkd.data.files import write_text
 from hf_draftkd.evaluation import plots
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.tables import named_settings, setting_name
@@ -72,12 +73,7 @@ def render_page(report: SpeculationReport) -> str:
 
 def save_page(report: SpeculationReport, path: str | os.PathLike[str]) -> Path:
     """Write the page; a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(render_page(report), encoding="utf-8")
-    unfinished.replace(path)
-    return path
+    return write_text(Path(path), render_page(report))
 
 
 def _inline_svg(figure: "Figure", title: str, salt: str) -> Markup:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_draftkd.acceptance import Estimate
+from hf_draftkd.data.files import write_text
 from hf_draftkd.evaluation.schema import from_plain, key, to_plain
 
 SCHEMA_VERSION = 1
@@ -286,12 +287,7 @@ class SpeculationReport:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the JSON; a reader never sees half a file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_text(self.to_json(), encoding="utf-8")
-        unfinished.replace(path)
-        return path
+        return write_text(Path(path), self.to_json())
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "report") -> "SpeculationReport":

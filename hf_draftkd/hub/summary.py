@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+from hf_draftkd.data.files import write_text
 from hf_draftkd.data.public_names import public_name
 from hf_draftkd.evaluation.schema import from_plain, key, to_plain
 
@@ -202,15 +203,3 @@ def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> An
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
-
-
-def write_text(path: Path, content: str) -> Path:
-    """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8", newline="")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import os
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.evaluation import report as report_module
+from hf_draftkd.evaluation.html import save_page
 from hf_draftkd.evaluation.report import SCHEMA_VERSION, DraftResult, SpeculationReport
 from hf_draftkd.evaluation.schema import key_help
 from tests.evaluation import samples
@@ -106,6 +109,31 @@ def test_saving_leaves_one_whole_file(tmp_path):
     assert json.loads(path.read_text())["prompts"]["domain"] == "function calling"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("save", [SpeculationReport.save, save_page], ids=["report", "page"])
+def test_a_full_disk_leaves_the_report_before_and_nothing_beside_it(tmp_path, monkeypatch, save):
+    """Half a file that stays keeps a full disk full; two evaluations met under one temporary name."""
+    (tmp_path / "report").write_text("the one before")
+    write = Path.write_text
+
+    def onto_a_full_device(path, *args, **kwargs):
+        path.symlink_to("/dev/full")
+        return write(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", onto_a_full_device)
+    with pytest.raises(OSError, match="No space"):
+        save(samples.report(), tmp_path / "report")
+    assert [(item.name, item.read_text()) for item in tmp_path.iterdir()] == [("report", "the one before")]
+
+
+def test_a_name_that_is_no_text_costs_no_report(tmp_path):
+    """A folder named in Latin-1: hours of measuring, and then a UnicodeEncodeError."""
+    report = samples.report()
+    report.draft.name = os.fsdecode(b"drafts/caf\xe9")
+    assert SpeculationReport.load(report.save(tmp_path / "report.json")) == report
+    assert "caf" in save_page(report, tmp_path / "report.html").read_text()
+
+
 def test_every_key_is_documented():
     for item in vars(report_module).values():
         if dataclasses.is_dataclass(item) and item.__module__ == report_module.__name__:
@@ -140,11 +168,12 @@ def test_the_table_of_a_bare_report_has_no_empty_rows():
 def test_the_table_shows_names_as_they_are():
     """Catches brackets in a folder's name taken for console markup: swallowed, or an error after all the work."""
     report = samples.report()
-    report.draft.name, report.recommendation.reason = "runs/draft[lr=1e-3]", "Worth it [/bold]."
+    report.draft.name, report.recommendation.reason = "runs/draft[lr=1e-3]", "\x1b[2J\x9b\u202eWorth it [/bold]."
     report.drafts = [DraftResult(draft=report.draft, settings=report.settings)]
     console = Console(width=90, record=True, file=StringIO())
     console.print(report.table())
     text = console.export_text()
     assert "draft[lr=1e-3] for target" in text
+    assert not {"\x1b", "\x9b", "\u202e"} & set(text)
     assert "1. draft[lr=1e-3]" in text
     assert "Worth it [/bold]." in text
