@@ -14,6 +14,7 @@ from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import decoding_settings
+from hf_draftkd.data.markdown import printable
 from hf_draftkd.data.prompts import load_prompts, open_dataset
 from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.evaluate import check_options, evaluate_draft
@@ -236,11 +237,11 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
         written.append(_store_length(Path(report.draft.name), length, trust_remote_code=options.trust_remote_code))
     console.print(report.table())
     for warning in report.warnings:
-        console.print(f"[yellow]note:[/yellow] {escape(warning)}", highlight=False)
+        console.print(f"[yellow]note:[/yellow] {escape(printable(warning))}", highlight=False)
     if report.self_check is not None:
         verdict = "agree" if report.self_check.equal else "DO NOT agree"
         console.print(f"Self-check on {report.self_check.prompts} prompts: computed and counted figures {verdict}.")
-    console.print(f"Written: {', '.join(map(str, written))}", highlight=False, markup=False)
+    console.print(f"Written: {', '.join(map(printable, written))}", highlight=False, markup=False)
 
 
 def _store_length(draft: Path, num_assistant_tokens: int, **trusted: bool) -> Path:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.cli.options import parse, required
+from hf_draftkd.data.markdown import printable
 from hf_draftkd.hub.discovery import FoundDraft, find_drafts
 
 _CAPTION = (
@@ -51,7 +52,7 @@ def run(argv: list[str]) -> int:
             limit=options.limit,
         )
     except ConnectionError as error:
-        print(f"draftkd find: {error}", file=sys.stderr)
+        print(f"draftkd find: {printable(error)}", file=sys.stderr)
         return 1
     except ValueError as error:
         raise UsageError(str(error)) from error

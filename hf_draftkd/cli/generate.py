@@ -24,6 +24,7 @@ from hf_draftkd.data.generation import (
     generate_alignment_data,
     require_at_least_one,
 )
+from hf_draftkd.data.markdown import printable
 from hf_draftkd.data.prompts import context_length, load_prompts
 from hf_draftkd.data.shards import StoppedError, check_folder, this_process
 from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
@@ -156,7 +157,7 @@ def run(argv: list[str]) -> int:
     ) as error:  # settings that the folder or the endpoint refuses; the work itself raises none
         raise UsageError(str(error)) from error
     except StoppedError as error:  # a full disk, or a server that stopped answering: finished shards stay
-        print(f"draftkd generate: {error}", file=sys.stderr)
+        print(f"draftkd generate: {printable(error)}", file=sys.stderr)
         return 1
     if this_process().is_main_process:
         try:
@@ -354,7 +355,7 @@ def _publish(options: GenerateOptions, rows: Dataset) -> int:
         with hub_errors(f"publishing {options.push_to_hub}", afterwards=afterwards):
             address = push_alignment_data(options.output_dir, options.push_to_hub, rows=rows, private=private)  # type: ignore[arg-type]
     except ConnectionError as error:
-        print(f"draftkd generate: {error}", file=sys.stderr)
+        print(f"draftkd generate: {printable(error)}", file=sys.stderr)
         return 1
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -57,12 +57,12 @@ def dispatch(argv: list[str]) -> int:
         return 2
     try:
         return import_module(f"hf_draftkd.cli.{command}").run(options)
-    except UsageError as error:
-        print(f"draftkd {command}: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"draftkd {command}: {error}", file=sys.stderr)
-        return 1
+    except (UsageError, FloatingPointError) as error:
+        from hf_draftkd.data.markdown import printable
+
+        # It may quote a stranger's file, template or server.
+        print(f"draftkd {command}: {printable(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print(f"draftkd {command}: interrupted", file=sys.stderr)
         return 130

@@ -6,6 +6,7 @@ from typing import Literal
 
 from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.cli.options import parse, required
+from hf_draftkd.data.markdown import printable
 from hf_draftkd.hub.publishing import push_draft
 
 
@@ -51,13 +52,13 @@ def run(argv: list[str]) -> int:
         upload = push_draft(folder, repo_id, **given)
     except ConnectionError as error:
         # The Hub or the network failed: nothing the user typed was wrong.
-        print(f"draftkd push: {error}", file=sys.stderr)
+        print(f"draftkd push: {printable(error)}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
-    print(upload)
+    print(printable(upload))
     if options.dry_run:
-        print(f"\n{'-' * 20} README.md {'-' * 20}\n{upload.card.render()}")
+        print(f"\n{'-' * 20} README.md {'-' * 20}\n{printable(upload.card.render())}")
         print("dry run: nothing was uploaded")
     else:
         print(f"published: {upload.url}")

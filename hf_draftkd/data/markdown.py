@@ -1,4 +1,4 @@
-"""Names and texts from others, made harmless for a Markdown page.
+"""Names and texts from others, made harmless for a Markdown page and for a terminal.
 
 A model name, a domain, a reason in a report: all of it is data that somebody else may have written. Whatever is put
 into a card goes through one of these functions; what they return is marked as `Markdown`, and the card's template
@@ -28,6 +28,11 @@ class Markdown(str):
 def one_line(value: object) -> str:
     """A value as a single line without control characters or invisible direction marks."""
     return _CONTROL.sub(" ", str(value)).strip()
+
+
+def printable(value: object) -> str:
+    """Lines for a terminal, which takes control characters for commands: what they held stays, and they go."""
+    return "\n".join(_CONTROL.sub(" ", line) for line in str(value).split("\n"))
 
 
 def text(value: object) -> Markdown:

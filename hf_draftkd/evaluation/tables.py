@@ -8,10 +8,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_draftkd.acceptance import Estimate
+from hf_draftkd.data.markdown import one_line
 from hf_draftkd.evaluation.report import LossyPoint, PairedDifference, SettingResult, SpeculationReport
 
 # The rules that are not transformers' own: those are what a bare temperature means.
 _RULES = {"greedy_draft": "greedy draft", "exact_match": "exact match"}
+
+
+def _plain(words: str) -> str:
+    """A report may be a stranger's: square brackets are markup to rich, control characters commands to a terminal."""
+    return escape(one_line(words))
 
 
 def setting_name(setting: SettingResult | PairedDifference | LossyPoint) -> str:
@@ -48,7 +54,7 @@ def report_table(report: SpeculationReport) -> Table:
     differences = report.paired_difference if not report.drafts else None
     length = report.num_assistant_tokens
     table = Table(
-        title=escape(f"{PurePath(report.draft.name).name} for {PurePath(report.target.name).name}"),
+        title=_plain(f"{PurePath(report.draft.name).name} for {PurePath(report.target.name).name}"),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -58,21 +64,21 @@ def report_table(report: SpeculationReport) -> Table:
     )
     table.add_column("", no_wrap=True)
     for name, _ in columns:
-        table.add_column(escape(name), justify="right", no_wrap=True)
+        table.add_column(_plain(name), justify="right", no_wrap=True)
     if differences:
         table.add_column("difference", justify="right", no_wrap=True)
     for index, setting in enumerate(report.settings):
         difference = differences[index] if differences else None
         changes = (difference.acceptance_rate, (difference.block_efficiency or {}).get(length)) if difference else ()
         table.add_section()
-        table.add_row(f"[bold]{escape(setting_name(setting))}[/bold]", *[""] * (len(table.columns) - 1))
+        table.add_row(f"[bold]{_plain(setting_name(setting))}[/bold]", *[""] * (len(table.columns) - 1))
         for place, (label, show) in enumerate(_figures(length)):
             cells = [show(settings[index]) for _, settings in columns]
             change = [_signed(changes[place]) if place < len(changes) else ""] if differences else []
             if any(cells):
                 table.add_row(f" {label}", *cells, *change)
     if report.recommendation is not None:
-        table.caption = escape(report.recommendation.reason)
+        table.caption = _plain(report.recommendation.reason)
     return table
 
 

@@ -40,6 +40,29 @@ def test_every_command_has_a_module_and_a_public_name_a_home():
         hf_draftkd.DraftDistilTrainer  # noqa: B018
 
 
+def test_what_a_message_quotes_is_no_command_to_the_terminal(capsys, tmp_path):
+    """A chat template, a column or a server's refusal with escape codes in it: the title set, the screen wiped."""
+    assert (
+        main.dispatch(
+            [
+                "evaluate",
+                "--model",
+                "x",
+                "--target_model",
+                "y",
+                "--dataset",
+                "\x1b]0;z\x07\u202e",
+                "--output_dir",
+                str(tmp_path),
+            ]
+        )
+        == 2
+    )
+    said = capsys.readouterr().err
+    assert said.endswith("\n")
+    assert said.removesuffix("\n").replace("\n", "").isprintable()
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
