@@ -17,7 +17,7 @@ from transformers import (
 
 from hf_draftkd.data.backends import Backend, continuous_backend, pipeline_backend
 from hf_draftkd.data.decoding import DecodingSetting
-from hf_draftkd.data.endpoint import endpoint_backend, endpoint_logprobs
+from hf_draftkd.data.endpoint import endpoint_backend, endpoint_logprobs, without_login
 from hf_draftkd.data.prompts import context_length
 from hf_draftkd.data.provenance import weights_fingerprint
 from hf_draftkd.data.target_cache import (
@@ -98,7 +98,7 @@ def remote_target(
         **{"end_ids": served_end_ids(name, tokenizer), **(options or {})},
     )
     brought = None if top_logprobs is None else cache_features(tokenizer_size(tokenizer), None, "float16")
-    identity = {"target": name, "target_revision": None, "backend": "endpoint", "endpoint": endpoint}
+    identity = {"target": name, "target_revision": None, "backend": "endpoint", "endpoint": without_login(endpoint)[0]}
     if extra := (options or {}).get("extra_body"):  # may steer the sampling
         identity["extra_body"] = extra
     return Answering(backend, identity, brought=brought)

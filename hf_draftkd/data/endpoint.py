@@ -9,17 +9,20 @@ import json
 import os
 import re
 import time
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
 from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.data.markdown import printable
 from hf_draftkd.data.server_answers import FaultyAnswerError, TokenTexts, read_completion, require_usable
 from hf_draftkd.data.shards import StoppedError
 
@@ -49,7 +52,7 @@ def endpoint_backend(
     """Answers from a server, many requests in flight. A few tokens are asked for at once, to find what is wrong early.
 
     Args:
-        url: Base address, such as `http://localhost:8000/v1`.
+        url: Base address, such as `http://localhost:8000/v1`. A `name:password@` in it is sent and shown nowhere.
         model: The name by which the server knows the target.
         tokenizer: The target's tokenizer.
         max_new_tokens: Longest completion, in tokens.
@@ -78,9 +81,9 @@ def endpoint_backend(
         return _first_answer(server, partial(server.complete, hello, max_tokens, setting, seed))
 
     for setting in settings:
-        _require_logprobs(url, first_answer(1, setting), top_logprobs)
+        _require_logprobs(server.url, first_answer(1, setting), top_logprobs)
     if not all(setting.is_greedy for setting in settings):
-        _require_sampling(url, first_answer)
+        _require_sampling(server.url, first_answer)
     ids_of = TokenTexts(tokenizer)
     ends = frozenset(token for token in [tokenizer.eos_token_id, *(end_ids or [])] if token is not None)
 
@@ -112,7 +115,7 @@ def endpoint_backend(
 
 
 class _Server:
-    """The client of one server, and what it says, without the key."""
+    """The client of one server, and what it says, without key or password."""
 
     def __init__(
         self,
@@ -130,11 +133,21 @@ class _Server:
             )
         import openai
 
-        self.openai, self.url, self.model, self.max_retries = openai, url, model, max_retries
+        self.openai, self.model, self.max_retries = openai, model, max_retries
+        self.url, login = without_login(url)
         self.top_logprobs, self.extra_body = top_logprobs, extra_body
         self.key, self.has_answered = _sendable_key(api_key), False
         # Servers of one's own want no key, but the client insists on one.
-        self.client = openai.OpenAI(base_url=url, timeout=timeout, max_retries=max_retries, api_key=self.key or "none")
+        # A name and password go in the header that they become anyway: addresses are logged, and quoted in errors.
+        encoded = b64encode(login.encode()).decode() if login else ""
+        self.secrets = [secret for secret in (self.key, encoded, (login or "").partition(":")[2]) if secret]
+        self.client = openai.OpenAI(
+            base_url=self.url,
+            timeout=timeout,
+            max_retries=max_retries,
+            api_key=self.key or "none",
+            default_headers={"Authorization": f"Basic {encoded}"} if login else None,
+        )
 
     def complete(self, *request: Any) -> Any:
         """A usable answer to `(prompt, max_tokens, setting, seed)`.
@@ -206,7 +219,17 @@ class _Server:
         return known if not detail or " - " in known else f"{known.rstrip('.')} ({detail})"
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self.key, "***") if self.key else text
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        # A stranger's words, which end in a terminal.
+        return printable(text)
+
+
+def without_login(url: str) -> tuple[str, str | None]:
+    """The address of a server as it may be shown, and the `name:password` that stood in it."""
+    parts = urlsplit(url)
+    login, at, host = parts.netloc.rpartition("@")
+    return (urlunsplit(parts._replace(netloc=host)), unquote(login)) if at else (url, None)
 
 
 def _sendable_key(api_key: str | None) -> str | None:

@@ -43,6 +43,10 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
 
+    @property
+    def authorization(self) -> str:
+        return self.key if self.key and " " in self.key else f"Bearer {self.key}"
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Connections cut on purpose are no news."""
 
@@ -64,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
             dead = self.server.die_after is not None and len(self.server.requests) > self.server.die_after
         if dead:
             self.connection.close()
-        elif self.server.key and self.headers.get("Authorization") != f"Bearer {self.server.key}":
+        elif self.server.key and self.headers.get("Authorization") != self.server.authorization:
             repeated = f": {self.headers.get('Authorization')}" if self.server.repeats_key else ""
             self._send(401, {"error": {"message": f"wrong key{repeated}"}})
         elif body["model"] != "tiny-target":
