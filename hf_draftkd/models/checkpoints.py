@@ -25,7 +25,13 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_SAFE_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -148,8 +154,26 @@ def check_checkpoint(checkpoint: Checkpoint, *, trust_remote_code: bool = False)
     except (OSError, json.JSONDecodeError, StrictDataclassError) as error:
         raise ValueError(f"The {CONFIG_NAME} of {checkpoint.name!r} cannot be read: {error}") from error
     check_config(config, checkpoint.name)
+    _check_index(checkpoint)
     _check_generation_config(checkpoint)
     return config
+
+
+def _check_index(checkpoint: Checkpoint) -> None:
+    """Refuse shards that are no safetensors: transformers reads whatever file the index names, pickles too."""
+    if SAFE_WEIGHTS_NAME in checkpoint.files or SAFE_WEIGHTS_INDEX_NAME not in checkpoint.files:
+        return
+    try:
+        index = cached_file(checkpoint.name, SAFE_WEIGHTS_INDEX_NAME, revision=checkpoint.revision)
+        shards = set(json.loads(Path(str(index)).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # one that cannot be read is refused when the weights are
+    other = sorted(str(shard) for shard in shards if not str(shard).endswith(".safetensors"))
+    if other:
+        raise ValueError(
+            f"The {SAFE_WEIGHTS_INDEX_NAME} of {checkpoint.name!r} names {other[0]!r}, which is no safetensors file. "
+            "Only those are read, since a pickle can run code: save the model again, where you trust it."
+        )
 
 
 def _check_generation_config(checkpoint: Checkpoint) -> None:

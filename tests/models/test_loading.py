@@ -180,6 +180,17 @@ class TestNoModelThere:
         with pytest.raises(ValueError, match=r"only as pickle \(pytorch_model.bin\).*Convert it once"):
             load_target(saved)
 
+    def test_an_index_that_names_a_pickle_is_refused_unread(self, saved):
+        """Transformers reads whatever file the index of the safetensors names, as what its ending says it is."""
+        (saved / "pytorch_model-1.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+        keys = load_file(saved / "model.safetensors")
+        (saved / "model.safetensors").unlink()
+        index = {"metadata": {}, "weight_map": dict.fromkeys(keys, "pytorch_model-1.bin")}
+        (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+        for look in (check_model, load_target):
+            with pytest.raises(ValueError, match=r"names 'pytorch_model-1\.bin', which is no safetensors file"):
+                look(saved)
+
     def test_a_broken_config(self, saved):
         (saved / "config.json").write_text("{")
         with pytest.raises(ValueError, match="not a valid JSON"):
