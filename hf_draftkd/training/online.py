@@ -30,7 +30,7 @@ from hf_draftkd.models.pairing import align_vocabulary, shared_vocab_size
 from hf_draftkd.training.online_checks import check_decoding, check_pair, check_request, check_state
 from hf_draftkd.training.online_config import OnlineDistillConfig
 from hf_draftkd.training.online_learning import Learner, acceptance_of
-from hf_draftkd.training.online_state import has_state, load_state, save_state
+from hf_draftkd.training.online_state import has_state, load_state, save_state, saved_by
 from hf_draftkd.training.replay import ReplayBuffer
 from hf_draftkd.training.serving import Served, ServedRequest, prompt_of, served_setting, serving
 
@@ -124,6 +124,9 @@ class OnlineDraftDistiller:
         self._window = AcceptanceCounts()
         self._requests_at_step = 0
         self._saved_updates: int | None = None
+        # Whose saving lies in the output directory: not from torch's or Python's random state, which are the user's.
+        self._name = os.urandom(8).hex()
+        self._last_writer: str | None = None
         self._owns_output_dir = self.args.output_dir is None
 
     # Serving ---------------------------------------------------------------------------------------------------------
@@ -277,12 +280,19 @@ class OnlineDraftDistiller:
             directory: By default `args.output_dir`.
 
         Raises:
-            ValueError: Neither is given, or `args.output_dir` holds the state of an earlier run.
+            ValueError: Neither is given, or `args.output_dir` holds the state of an earlier run, or of another
+                process that saves there too.
         """
         directory = self._named(directory)
         is_own = self._is_own(directory)
+        writer = saved_by(directory)
         if is_own:
             self._claim_output_dir()
+            if writer not in (None, self._last_writer):
+                raise ValueError(
+                    f"Another process has saved its state in `output_dir={directory!r}` since, which would be "
+                    "overwritten. Two cannot learn into one directory: `save` this one elsewhere."
+                )
         tensors, settings = self._buffer.pack()
         facts = {
             **self._identity,
@@ -295,13 +305,15 @@ class OnlineDraftDistiller:
             "history": list(self.history),
             "counts": vars(self.counts),
             "window": vars(self._window),
+            "writer": self._name,
         }
         tensors["generator"] = self._generator.get_state()
-        # The draft only changes with an update that is kept.
-        draft = None if is_own and self._saved_updates == self.num_updates else self._learner.state()
+        # The draft only changes with an update that is kept. Where the folder was emptied meanwhile, it is gone too.
+        is_there = is_own and writer is not None and self._saved_updates == self.num_updates
+        draft = None if is_there else self._learner.state()
         save_state(directory, draft, tensors, facts, self.num_updates)
         if is_own:
-            self._saved_updates = self.num_updates
+            self._saved_updates, self._last_writer = self.num_updates, self._name
 
     @torch.inference_mode(False)
     def resume(self, directory: str | None = None) -> bool:
@@ -336,6 +348,7 @@ class OnlineDraftDistiller:
         self.counts, self._window = AcceptanceCounts(**facts["counts"]), AcceptanceCounts(**facts["window"])
         if self._is_own(directory):
             self._owns_output_dir, self._saved_updates = True, self.num_updates
+            self._last_writer = str(facts.get("writer"))
         return True
 
     def _named(self, directory: str | None) -> str:

@@ -52,6 +52,15 @@ def has_state(directory: str | os.PathLike[str]) -> bool:
     return Path(directory, REQUESTS).is_file()
 
 
+def saved_by(directory: str | os.PathLike[str]) -> str | None:
+    """The `writer` among the facts of the state that lies here; None where none can be read."""
+    try:
+        with safe_open(Path(directory, REQUESTS), framework="pt") as file:
+            return str(json.loads((file.metadata() or {})["facts"]).get("writer"))
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return None
+
+
 def load_state(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """Read what `save_state` wrote.
 

@@ -595,6 +595,42 @@ def test_an_earlier_run_is_not_overwritten(pair, tokenizer, tmp_path):
         second.save()
 
 
+@pytest.mark.parametrize("resumed", [False, True], ids=["started", "resumed"])
+def test_two_servers_on_one_directory_do_not_overwrite_each_other(tokenizer, tmp_path, resumed):
+    """The second removes the first one's draft, the first writes requests that name it: nothing could be resumed."""
+    if resumed:
+        distiller_for(tiny_pair("llama"), output_dir=str(tmp_path)).save()
+    first, second = (
+        distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=1, update_every=2, holdout_share=0)
+        for _ in range(2)
+    )
+    assert [first.resume(), second.resume()] == [resumed, resumed]
+    if not resumed:  # both found nothing, and serve
+        first._claim_output_dir()
+        second._claim_output_dir()
+    serve(first, tokenizer, 3)
+    serve(second, tokenizer, 1)
+    assert "Another process has saved" in second.history[-1]["error"]
+    with pytest.raises(ValueError, match="Another process has saved"):
+        second.save()
+    second.save(str(tmp_path / "elsewhere"))
+    first.save()
+    again = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path))
+    assert again.resume()
+    assert (again.num_requests, again.num_updates) == (3, 1)
+
+
+def test_a_directory_emptied_under_a_server_is_filled_again(tokenizer, tmp_path):
+    """Requests alone, naming a draft that was taken to be there."""
+    distiller = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=100)
+    serve(distiller, tokenizer, 1)
+    distiller.save()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    distiller.save()
+    assert distiller_for(tiny_pair("llama"), output_dir=str(tmp_path)).resume()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
