@@ -10,7 +10,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.data.prompts import open_dataset
-from hf_draftkd.training.checkpoints import UNFINISHED, last_complete_checkpoint
+from hf_draftkd.training.checkpoints import UNFINISHED, last_complete_checkpoint, only_run
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.trainer import DraftDistillTrainer
 
@@ -65,6 +65,9 @@ def run(argv: list[str]) -> int:
         new_directory(args.output_dir, overwrite=True, target_model=options.target_model)
         checkpoint = _where_to_start(args, overwrite=options.overwrite_output_dir)
         trainer = build_trainer(options, args, model_config)
+        if trainer.is_world_process_zero():
+            with only_run(args.output_dir):  # asked now: with `--overwrite_output_dir` its checkpoints would go next
+                pass
     if options.overwrite_output_dir and trainer.is_world_process_zero():
         # Checkpoints of an earlier run would be taken for this run's own when it is resumed. They go only now, when
         # nothing more can be refused.

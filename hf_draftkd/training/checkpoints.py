@@ -11,6 +11,9 @@ import logging
 import os
 import re
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,16 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+with suppress(ImportError):  # Windows has none
+    import fcntl
+
 logger = logging.getLogger(__name__)
 
 # Below the run's own folder, so that renaming never copies.
 UNFINISHED = "_unfinished"
 # An older checkpoint of the same step, which lies beside the new one while that takes its name.
 _REPLACED = "replaced-"
+_PATIENCE = 10  # seconds to wait for the lock of a run that may just have died
 
 
 class WholeCheckpoints(Trainer):
@@ -37,7 +44,7 @@ class WholeCheckpoints(Trainer):
         """As in transformers; `True` takes the newest checkpoint in `args.output_dir` that is complete.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There is none, or another run is training into `args.output_dir`.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint, skipped = last_complete_checkpoint(self.args.output_dir)
@@ -49,7 +56,8 @@ class WholeCheckpoints(Trainer):
                     + (f" ({'; '.join(skipped)})." if skipped else ".")
                     + " Train without it to start anew."
                 )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with only_run(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         directory = super()._get_output_dir(trial)
@@ -92,6 +100,41 @@ class WholeCheckpoints(Trainer):
         best = run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if step == self.state.global_step or best.is_dir():
             self.state.best_model_checkpoint = str(best)
+
+
+@contextmanager
+def only_run(directory: str | Path) -> Iterator[None]:
+    """Keep other runs out of a folder until this one ends, however it ends. Call it on one process of a run.
+
+    Two would write their checkpoints into one unfinished folder, and remove each other's files there. The system's lock
+    on the folder leaves no file behind; where there is no such lock (Windows, some network disks), nothing is kept out.
+
+    Raises:
+        ValueError: Another run is in the folder.
+    """
+    handle = None
+    try:
+        os.makedirs(directory, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+        # The workers of a run that was killed hold its lock until they notice.
+        for attempt in range(_PATIENCE + 1):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == _PATIENCE:
+                    raise ValueError(
+                        f"Another run is training into {str(directory)!r}, and the checkpoints of both would mix. Wait "
+                        "for it to end, stop it, or name another `output_dir`."
+                    ) from None
+                time.sleep(1)
+    except OSError:
+        pass  # no lock, or no folder to write into, which the first checkpoint will say
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _take_name(finished: Path, name: Path) -> None:

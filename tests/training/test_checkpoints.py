@@ -198,3 +198,20 @@ def test_two_processes_that_finish_the_renaming_at_once(dies_between_renames, mo
 
     monkeypatch.setattr(checkpoints.os, "replace", slower)
     assert last_complete_checkpoint(run) == (str(run / "checkpoint-6"), [])
+
+
+def test_two_runs_into_one_folder(tmp_path, pair, tokenizer, monkeypatch):
+    """Each removed the other's unfinished checkpoint while it was written, and a run begun anew the finished ones."""
+    rows = alignment_rows(pair[1], tokenizer)
+    monkeypatch.setattr(checkpoints, "_PATIENCE", 0)
+    hold = "import sys, time; from hf_draftkd.training.checkpoints import only_run\n"
+    hold += "with only_run(sys.argv[1]): print('in', flush=True); time.sleep(120)"
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(ValueError, match=r"Another run is training into .*name another `output_dir`"):
+            build(tmp_path, pair, tokenizer, rows, **SAVING).train()
+        other.kill()
+    assert not list(tmp_path.iterdir()), "a lock that stays keeps the next run out"
+    build(tmp_path, pair, tokenizer, rows, **SAVING).train()
+    build(tmp_path, pair, tokenizer, rows, **SAVING).train(resume_from_checkpoint=True)
