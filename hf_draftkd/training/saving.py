@@ -33,6 +33,14 @@ class PlainDrafts(Trainer):
             self._saving_checkpoint = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # transformers pickles all arguments into `training_args.bin`, beside what people share.
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            self._save_draft(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+
+    def _save_draft(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
         if self._saving_checkpoint or not is_peft_model(self.model):
             super()._save(output_dir, state_dict)
             return

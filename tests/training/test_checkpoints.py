@@ -215,3 +215,13 @@ def test_two_runs_into_one_folder(tmp_path, pair, tokenizer, monkeypatch):
     assert not list(tmp_path.iterdir()), "a lock that stays keeps the next run out"
     build(tmp_path, pair, tokenizer, rows, **SAVING).train()
     build(tmp_path, pair, tokenizer, rows, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_no_token_is_saved_with_a_draft(tmp_path, pair, tokenizer):
+    """Pickled by transformers among its arguments: `hub_token` in plain letters, beside what people share."""
+    token = f"hf_{'A' * 34}"
+    trainer = build(tmp_path, pair, tokenizer, alignment_rows(pair[1], tokenizer), hub_token=token, **SAVING)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.args.hub_token == token
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
