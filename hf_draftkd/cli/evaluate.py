@@ -227,15 +227,17 @@ def _device_map() -> dict[str, Any] | None:
 
 def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> None:
     console = Console()
-    written = [report.save(out / "report.json")]
-    if options.html:
-        from hf_draftkd.evaluation.html import save_page
+    try:
+        written = [report.save(out / "report.json")]
+        if options.html:
+            from hf_draftkd.evaluation.html import save_page
 
-        written.append(save_page(report, out / "report.html"))
-    if options.write and report.recommendation is not None:
-        length = report.recommendation.num_assistant_tokens
-        written.append(_store_length(Path(report.draft.name), length, trust_remote_code=options.trust_remote_code))
-    console.print(report.table())
+            written.append(save_page(report, out / "report.html"))
+        if options.write and report.recommendation is not None:
+            length = report.recommendation.num_assistant_tokens
+            written.append(_store_length(Path(report.draft.name), length, trust_remote_code=options.trust_remote_code))
+    finally:  # hours of measuring are shown, even where a full disk takes no file
+        console.print(report.table())
     for warning in report.warnings:
         console.print(f"[yellow]note:[/yellow] {escape(printable(warning))}", highlight=False)
     if report.self_check is not None:

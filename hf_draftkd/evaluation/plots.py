@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_draftkd.acceptance import Estimate
+from hf_draftkd.data.markdown import one_line
 from hf_draftkd.evaluation.report import SettingResult, SpeculationReport
 from hf_draftkd.evaluation.tables import named_settings, setting_name
 
@@ -279,8 +280,8 @@ def _label(report: SpeculationReport, name: str, setting: SettingResult) -> str:
 
 
 def _literal(name: str) -> str:
-    """A name that a user chose, with its dollars: matplotlib reads what stands between two of them as a formula."""
-    return name.replace("$", r"\$")
+    """A name as it is: matplotlib reads what stands between two dollars as a formula, and no halves of characters."""
+    return one_line(name).replace("$", r"\$")
 
 
 def _bounds(estimate: Estimate) -> list[list[float]]:

@@ -31,6 +31,18 @@ def options(files, out, *words, **more):
     return ["evaluate", *(str(word) for name, value in pairs.items() for word in (f"--{name}", value)), *words]
 
 
+def test_what_cannot_be_saved_is_printed(files, tmp_path, capsys, monkeypatch):
+    """A disk that is full after hours of measuring took the figures with it."""
+
+    def full(report, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SpeculationReport, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        dispatch(options(files, tmp_path / "out", "--no_measure_speed", temperatures=0))
+    assert "acceptance rate" in capsys.readouterr().out
+
+
 def test_it_writes_and_prints_the_report(files, tmp_path):
     """In a process of its own, with every part switched on."""
     stock = tmp_path / "stock"

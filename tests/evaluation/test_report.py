@@ -130,6 +130,7 @@ def test_a_name_that_is_no_text_costs_no_report(tmp_path):
     """A folder named in Latin-1: hours of measuring, and then a UnicodeEncodeError."""
     report = samples.report()
     report.draft.name = os.fsdecode(b"drafts/caf\xe9")
+    report.drafts = [DraftResult(draft=report.draft, settings=report.settings)] * 2  # a plot's legend names them
     assert SpeculationReport.load(report.save(tmp_path / "report.json")) == report
     assert "caf" in save_page(report, tmp_path / "report.html").read_text()
 
