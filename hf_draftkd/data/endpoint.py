@@ -140,7 +140,8 @@ class _Server:
         # Servers of one's own want no key, but the client insists on one.
         # A name and password go in the header that they become anyway: addresses are logged, and quoted in errors.
         encoded = b64encode(login.encode()).decode() if login else ""
-        self.secrets = [secret for secret in (self.key, encoded, (login or "").partition(":")[2]) if secret]
+        name, _, password = (login or "").partition(":")
+        self.secrets = [secret for secret in (self.key, encoded, password or name) if secret]  # a key may be the name
         self.client = openai.OpenAI(
             base_url=self.url,
             timeout=timeout,
@@ -229,7 +230,8 @@ def without_login(url: str) -> tuple[str, str | None]:
     """The address of a server as it may be shown, and the `name:password` that stood in it."""
     parts = urlsplit(url)
     login, at, host = parts.netloc.rpartition("@")
-    return (urlunsplit(parts._replace(netloc=host)), unquote(login)) if at else (url, None)
+    name, _, password = login.partition(":")  # the colon is sent without a password, too
+    return (urlunsplit(parts._replace(netloc=host)), f"{unquote(name)}:{unquote(password)}") if at else (url, None)
 
 
 def _sendable_key(api_key: str | None) -> str | None:

@@ -325,19 +325,22 @@ def test_a_key_that_no_header_takes_is_refused_unseen(tokenizer, key):
     assert "sk" not in "".join(traceback.format_exception(error.value)).split("ValueError: ")[-1]
 
 
-def test_a_password_in_the_address_is_sent_and_shown_nowhere(readable_target, tokenizer, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("login", "sent"), [("me:sk%2Dsecret", "bWU6c2stc2VjcmV0"), ("sk-secret", "c2stc2VjcmV0Og==")], ids=["both", "key"]
+)
+def test_a_password_in_the_address_is_sent_and_shown_nowhere(readable_target, tokenizer, tmp_path, caplog, login, sent):
     """It stood in the manifest, in every message about the server, and in the HTTP client's log of addresses."""
     caplog.set_level("DEBUG")
     with serving(readable_target, tokenizer) as server:
-        url = server.url.replace("127", "me:sk%2Dsecret@127")
-        server.key = "Basic bWU6c2stc2VjcmV0"
+        url = server.url.replace("127", f"{login}@127")
+        server.key = f"Basic {sent}"
         assert len(ask(url, tokenizer, output_dir=tmp_path)) == len(CHATS)
         server.key, server.repeats_key = "right", True
         with pytest.raises(ValueError, match=r"127.0.0.1.* refuses the API key.*Basic \*\*\*") as error:
             ask(url, tokenizer)
     assert json.loads((tmp_path / "manifest.json").read_text())["endpoint"] == server.url
     shown = "".join(traceback.format_exception(error.value)).split("ValueError: ")[-1] + caplog.text
-    assert not [secret for secret in ("secret", "bWU6c2st") if secret in shown]
+    assert not [secret for secret in ("secret", sent) if secret in shown]
 
 
 def test_a_server_that_repeats_the_key_does_not_bring_it_into_the_message(readable_target, tokenizer):
