@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_draftkd.acceptance import Estimate
+from hf_draftkd.data.files import replacing
 from hf_draftkd.data.markdown import one_line
 from hf_draftkd.evaluation.report import SettingResult, SpeculationReport
 from hf_draftkd.evaluation.tables import named_settings, setting_name
@@ -185,9 +186,8 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> Path:
     """Write a figure in the format its name ends with; a reader never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    figure.savefig(unfinished, dpi=150)
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=150, format=path.suffix.removeprefix(".") or None)
     return path
 
 

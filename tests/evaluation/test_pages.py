@@ -31,6 +31,20 @@ def test_figures_are_drawn_without_global_effects(draw, tmp_path):
     assert dict(mpl.rcParams) == before
 
 
+def test_a_figure_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    """Half a picture that stays on a full disk, and would be what the next upload of the folder finds."""
+    figure = plots.speed_figure(samples.report())
+
+    def full(path, **_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", full)
+    with pytest.raises(OSError, match="No space"):
+        plots.save_figure(figure, tmp_path / "figure.png")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("draw", FIGURES)
 def test_nothing_to_draw_is_said(draw):
     report = samples.report()
