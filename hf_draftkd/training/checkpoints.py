@@ -134,6 +134,9 @@ def only_run(directory: str | Path) -> Iterator[None]:
         yield
     finally:
         if handle is not None:
+            with suppress(OSError, NameError):
+                # Closing is not enough: persistent workers of the data loader hold the same lock.
+                fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
 
 

@@ -217,6 +217,15 @@ def test_two_runs_into_one_folder(tmp_path, pair, tokenizer, monkeypatch):
     build(tmp_path, pair, tokenizer, rows, **SAVING).train(resume_from_checkpoint=True)
 
 
+def test_workers_that_stay_do_not_keep_the_lock(tmp_path, pair, tokenizer, monkeypatch):
+    """Forked while the lock was held, they kept it, and the same trainer could not go on."""
+    monkeypatch.setattr(checkpoints, "_PATIENCE", 0)
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = build(tmp_path, pair, tokenizer, alignment_rows(pair[1], tokenizer), **workers, **SAVING)
+    trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+
+
 def test_no_token_is_saved_with_a_draft(tmp_path, pair, tokenizer):
     """Pickled by transformers among its arguments: `hub_token` in plain letters, beside what people share."""
     token = f"hf_{'A' * 34}"
