@@ -53,11 +53,15 @@ def distil(selection, reference=None):
 reference, stock, everything = distil("all")
 _, _, selected = distil("adaspec", reference)
 
-print("| draft | tokens per target call, γ = 5 | γ = 8 | acceptance rate, greedy |\n|---|---|---|---|")
+# Draft length -> figure: the one that --eval_num_assistant_tokens asks for is there once, under the plain name.
+efficiency = {8: "block_efficiency_at_8"} | {args.eval_num_assistant_tokens: "block_efficiency"}
+columns = {f"tokens per target call, γ = {length}": name for length, name in sorted(efficiency.items())}
+columns["acceptance rate, greedy"] = "acceptance_rate_t0"
+print(f"| draft | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
 for name, figures in (
     ("stock", stock),
     ("distilled on all tokens (the reference)", everything),
     (f"distilled on {args.selected_share:.0%} of the tokens", selected),
 ):
-    values = [figures[f"eval_{key}"] for key in ("block_efficiency", "block_efficiency_at_8", "acceptance_rate_t0")]
+    values = [figures[f"eval_{key}"] for key in columns.values()]
     print(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |")

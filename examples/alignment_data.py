@@ -61,8 +61,12 @@ def show(title: str, rows: Dataset, seconds: float) -> None:
     print(f"   {len(row['prompt_ids'])} tokens read, {len(row['completion_ids'])} written, {row['ids_source']}")
 
 
-def killed_and_resumed(folder: Path, options: list[str], shards_before: int) -> int:
-    """Start `draftkd generate`, kill it once it has so many shards, start it again; returns the shards that it had."""
+def killed_and_resumed(folder: Path, options: list[str], shards_before: int) -> int | None:
+    """Start `draftkd generate`, kill it once it has so many shards, start it again.
+
+    Returns:
+        The shards that it had when it was killed; None where it had ended before.
+    """
     command = [sys.executable, "-m", "hf_draftkd", "generate", *options, "--output_dir", str(folder)]
     environment = os.environ | {"PYTHONPATH": str(Path(hf_draftkd.__file__).parents[1])}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -70,7 +74,7 @@ def killed_and_resumed(folder: Path, options: list[str], shards_before: int) -> 
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = len(list(folder.glob("data/train-*")))
+    before = len(list(folder.glob("data/train-*"))) if process.returncode == -signal.SIGKILL else None
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
     return before
 
@@ -81,6 +85,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="prompts of each kind")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     options = parser.parse_args()
+    if options.output_dir.is_dir() and any(options.output_dir.iterdir()):
+        parser.error(f"{options.output_dir} is not empty: rows that are there would be read, and reading be timed.")
     # float32: few CPUs compute in bfloat16, and emulating it takes several times as long.
     target, tokenizer = load_target(demo_path("target"), dtype="float32"), load_tokenizer(demo_path("target"))
     settings = {"max_new_tokens": options.max_new_tokens, "batch_size": 16, "seed": 0}
@@ -143,7 +149,8 @@ def main() -> None:
         load_dataset(str(options.output_dir / name), split="train") for name in ("killed", "undisturbed")
     )
     equal = killed.to_list() == undisturbed.to_list()
-    print(f"\n== killed with {before} shards done, resumed: {len(killed)} rows, equal to the undisturbed run: {equal}")
+    how = "ended before it could be killed" if before is None else f"killed with {before} shards done, resumed"
+    print(f"\n== {how}: {len(killed)} rows, equal to the undisturbed run: {equal}")
     if not equal:
         raise SystemExit(1)
 

@@ -22,7 +22,8 @@ args.report_to, args.save_strategy = [], "no"
 target = load_target(demo_path("target"), dtype="float32")
 tokenizer = load_tokenizer(demo_path("target"))
 prompts = load_prompts(demo_path("train.jsonl"), limit=128)
-answers = generate_alignment_data(target, tokenizer, prompts, max_new_tokens=96, batch_size=32).train_test_split(0.25)
+answers = generate_alignment_data(target, tokenizer, prompts, max_new_tokens=96, batch_size=32)
+answers = answers.train_test_split(0.25, seed=args.seed)
 trainer = HellingerTrainer(
     model=load_draft(demo_path("draft"), dtype="float32"),
     target_model=target,

@@ -13,7 +13,8 @@ The recipe of the Llama 2 chat drafter, with the demo target in the place of Lla
    KLD (`forward_kl`), TVD (`total_variation`) and TVD++ (`tvd_plus_plus`).
 
 Every draft is measured on queries that nothing was trained on, and on documentation to be continued, which is outside
-what the target was asked in training: there the paper's drafts fell behind their pretrained start.
+what the target was asked in training: there the paper's drafts fell behind their pretrained start. Some of these
+docstrings stand in the pretraining text of all drafts; what is compared is the target's own continuation of them.
 
 Prints tokens per target call with 95% intervals over prompts; writes `direct_alignment.json`.
 """

@@ -161,8 +161,10 @@ def main() -> None:
     names = ("steps", "batch_size", "seeds", "train", "held_out", "max_new_tokens")
     sizes = {name: getattr(options, name) for name in names}
     folder: Path = options.output_dir.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
     record, lines = folder / "sizes.json", folder / "runs.jsonl"
+    if options.report and not record.is_file():
+        parser.error(f"nothing was run in {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
     if record.is_file():
         found = json.loads(record.read_text())
         if options.report:

@@ -33,11 +33,13 @@ def main() -> None:
     parser.add_argument("--dataset", help="prompts; the demo pair's test queries by default")
     parser.add_argument("--num_texts", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--num_assistant_tokens", type=int, default=5)
+    parser.add_argument("--num_assistant_tokens", type=int, default=5, choices=DRAFT_LENGTHS, metavar="LENGTH")
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_seconds", type=float, default=300.0)
     options = parser.parse_args()
+    if options.num_texts < 2:
+        parser.error(f"--num_texts must be 2 or more, since one text has no interval, got {options.num_texts}.")
 
     target_path = options.target_model or demo_path("target")
     tokenizer = load_tokenizer(target_path)
@@ -89,7 +91,8 @@ def main() -> None:
             break  # decoding again would give the same text: both intervals are equal already
         counted = bootstrap_ratio(*zip(*per_text, strict=True))
     counted = bootstrap_ratio(*zip(*per_text, strict=True))
-    needed = seconds * max(1.0, (_width(counted) / _width(computed)) ** 2)
+    is_as_narrow = _width(counted) <= _width(computed)
+    needed = seconds if is_as_narrow else seconds * (_width(counted) / _width(computed)) ** 2
 
     print(f"tokens per target call at γ = {options.num_assistant_tokens}, temperature {options.temperature:g}")
     print(f"exact    {_show(computed)}  {len(texts)} existing texts, {exact_seconds:.2f} s (all 16 draft lengths)")

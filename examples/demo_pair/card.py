@@ -1,5 +1,9 @@
-"""The pair's card, written from its provenance, so that no figure in it is typed by hand."""
+"""The pair's card, written from its provenance, so that no figure in it is typed by hand.
 
+What a person has to say of a run stands in `provenance.json` too: `notes` on how it went, `limits` of its target.
+"""
+
+import textwrap
 from typing import Any
 
 _CARD = """---
@@ -38,7 +42,7 @@ Everything comes from the standard library of Python {python}: no other data was
 
 Hardware: {hardware}. Seeds, versions, settings and the weights' sha256 are in `provenance.json`. The run is
 deterministic up to the order of floating-point sums, which depends on the number of threads.
-
+{notes}
 ## Queries
 
 `train.jsonl`, `dev.jsonl` and `test.jsonl` hold {rows} queries. A query lists three or four
@@ -80,14 +84,18 @@ The weights are stored in bfloat16; the figures are those of the stored weights,
 
 ## Limits
 
-The target knows one task in one wording family; outside it, it writes text that looks like Python. Arguments are drawn
-by rule from a parameter's name and default: they are the right kind of thing, not always what the function would
-accept. Answers contain much fixed JSON, as function calls do; acceptance on free text is lower.
+{limits}
 
 ## Licence
 
 The weights are under Apache-2.0. They were trained on, and the queries quote, the source and documentation of Python's
 standard library, copyright the Python Software Foundation, licensed under PSF-2.0.
+"""
+
+_LIMITS = """
+The target knows one task in one wording family; outside it, it writes text that looks like Python. Arguments are drawn
+by rule from a parameter's name and default: they are the right kind of thing, not always what the function would
+accept. Answers contain much fixed JSON, as function calls do; acceptance on free text is lower.
 """
 
 
@@ -104,7 +112,10 @@ def render_card(provenance: dict[str, Any]) -> str:
         for name in ("base", "target", "draft")
         for short, key in (("nats", "nats_per_token"), ("bits", "bits_per_byte"))
     }
+    notes = provenance.get("notes")
     return _CARD.format(
+        notes=f"\n{textwrap.fill(f'How this run went: {notes}', 120)}\n" if notes else "",
+        limits=textwrap.fill(f"{provenance.get('limits', '')}{_LIMITS}".strip(), 120),
         **losses,
         call_rows=calls,
         acceptance=figures["stock_acceptance_rate"],

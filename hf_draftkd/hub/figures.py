@@ -156,6 +156,7 @@ def speed_table(settings: Sequence[Json]) -> Markdown | None:
     """Counted acceptance and wall-clock of real `generate(assistant_model=...)`, per setting that was run."""
     headers = [
         "Decoding",
+        "Prompts",
         "Draft length",
         "Plain, tokens/s",
         "Assisted, tokens/s",
@@ -170,6 +171,7 @@ def speed_table(settings: Sequence[Json]) -> Markdown | None:
             rows.append(
                 [
                     decoding_name(setting),
+                    run.get("num_prompts"),
                     run.get("num_assistant_tokens"),
                     estimate_text(run.get("plain_tokens_per_second"), 1),
                     estimate_text(run.get("tokens_per_second"), 1),

@@ -2,10 +2,12 @@
 
 import importlib
 import shlex
+import subprocess
 import sys
 
 import pytest
 
+from hf_draftkd.models.demo import demo_path
 from tests.cli.run import ROOT
 from tests.test_docs import run
 
@@ -33,6 +35,30 @@ BENCHMARKS = ROOT / "examples" / "benchmarks"
 def test_the_benchmark_runs(script, options, tmp_path):
     """A script behind a figure that no longer runs, so that nobody can make the figure again."""
     assert run([sys.executable, str(BENCHMARKS / script), *shlex.split(options)], tmp_path).strip()
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "said"),
+    [
+        ("ablation.py", ["--report", "--output_dir", "typo"], "nothing was run in"),
+        ("exact_vs_counted.py", ["--num_texts", "1"], "one text has no interval"),
+        ("exact_vs_counted.py", ["--num_assistant_tokens", "17"], "invalid choice"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_runs(script, options, said, tmp_path):
+    """A table of nothing under sizes that nobody ran, or a traceback after minutes of decoding."""
+    command = [sys.executable, str(BENCHMARKS / script), *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_draft_that_needs_no_interval_is_compared(tmp_path):
+    """A division by the width 0, after everything was measured."""
+    sizes = shlex.split("--temperature 0 --num_texts 2 --max_new_tokens 4")
+    command = [sys.executable, str(BENCHMARKS / "exact_vs_counted.py"), "--model", demo_path("target"), *sizes]
+    assert "times as fast" in run(command, tmp_path)
 
 
 TINY = "--vocab_size 300 --batch_size 2 --prompt_tokens 4 --completion_tokens 4 --draft_width 64 --steps 1 --rounds 1"

@@ -1,5 +1,6 @@
 """The shipped demo pair and the script that makes it."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -67,6 +68,14 @@ def test_template_marks_answer_and_its_end_for_assistant_only_loss():
     assert tokenizer.decode(marked) == "a<|end|>"
     opening = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True, return_dict=True)["input_ids"]
     assert encoded["input_ids"][: len(opening)] == opening
+
+
+def test_the_card_is_what_the_script_makes_of_its_provenance(monkeypatch):
+    """A card edited by hand, whose words are lost when it is written again."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    card = importlib.import_module("demo_pair.card")
+    provenance = json.loads((DEMO / "provenance.json").read_text(encoding="utf-8"))
+    assert card.render_card(provenance) == (DEMO / "README.md").read_text(encoding="utf-8")
 
 
 def test_pair_fits_into_the_package():

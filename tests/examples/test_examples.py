@@ -1,5 +1,7 @@
 """Every example runs as its docstring says, at a size that shows nothing but that it does."""
 
+import importlib
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +13,11 @@ from tests.test_docs import run
 @pytest.mark.parametrize(
     ("script", "options"),
     [
-        ("adaspec.py", "--prompts 8 --answer_tokens 8 --max_steps 1 --eval_strategy no"),
+        # 8 is a draft length of the table anyway.
+        (
+            "adaspec.py",
+            "--prompts 8 --answer_tokens 8 --max_steps 1 --eval_strategy no --eval_num_assistant_tokens 8",
+        ),
         ("alignment_data.py", "--prompts 2 --max_new_tokens 8"),
         (
             "direct_alignment.py",
@@ -29,3 +35,20 @@ def test_the_example_runs(script, options, tmp_path):
     """A script behind a figure that no longer runs, so that nobody can make the figure again."""
     where = ["--output_dir", str(tmp_path / "out")]
     assert run([sys.executable, str(ROOT / "examples" / script), *options.split(), *where], tmp_path).strip()
+
+
+def test_alignment_data_is_timed_while_it_is_written(tmp_path):
+    """Rows of an earlier run read from the disk, and that called the target's speed."""
+    (tmp_path / "queries").mkdir()
+    command = [sys.executable, str(ROOT / "examples" / "alignment_data.py"), "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2
+    assert "is not empty" in done.stderr
+
+
+def test_a_run_that_ended_by_itself_is_not_called_killed(tmp_path, monkeypatch):
+    """A proof that killed runs lose nothing, where nothing was killed."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = importlib.import_module("alignment_data")
+    monkeypatch.setattr(example.sys, "executable", "true")
+    assert example.killed_and_resumed(tmp_path, [], shards_before=1) is None
