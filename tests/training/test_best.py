@@ -7,7 +7,7 @@ from hf_draftkd import AcceptanceCallback
 from hf_draftkd.data.target_cache import cache_target_distributions
 from tests.tiny import tiny_pair
 from tests.training.rows import alignment_rows
-from tests.training.test_trainer import build, config
+from tests.training.trainers import build, config
 
 STEPS = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
 BEST = STEPS | {"load_best_model_at_end": True}

@@ -12,7 +12,7 @@ from hf_draftkd.data.cache_lookup import CachedDistributions, addresses
 from hf_draftkd.data.target_cache import cache_target_distributions
 from tests.tiny import VOCAB_SIZE, tiny_pair
 from tests.training.rows import alignment_rows
-from tests.training.test_trainer import build, weights
+from tests.training.trainers import build, weights
 
 COLLATIONS = {
     "padded": {},

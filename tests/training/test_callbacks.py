@@ -4,7 +4,7 @@ import pytest
 
 from hf_draftkd import AcceptanceCallback
 from tests.training.rows import alignment_rows
-from tests.training.test_trainer import build
+from tests.training.trainers import build
 
 
 def test_held_out_figures_are_logged_without_being_asked_for(tmp_path, pair, tokenizer):

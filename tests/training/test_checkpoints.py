@@ -16,7 +16,7 @@ from hf_draftkd.training import checkpoints
 from hf_draftkd.training.checkpoints import UNFINISHED, last_complete_checkpoint
 from tests.tiny import tiny_pair
 from tests.training.rows import alignment_rows
-from tests.training.test_trainer import assert_same, build, weights
+from tests.training.trainers import assert_same, build, weights
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "sgd"}
 
@@ -26,7 +26,7 @@ import torch
 from pathlib import Path
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
-from tests.training.test_trainer import build
+from tests.training.trainers import build
 from tests.training.test_checkpoints import SAVING
 
 def deadly(thing, file, *args, save=torch.save, **kwargs):

@@ -15,9 +15,9 @@ from hf_draftkd.data.formatting import DraftDistillCollator, decoding_settings
 from hf_draftkd.data.target_cache import cache_target_distributions
 from hf_draftkd.losses import scanning
 from hf_draftkd.training.evaluation_sums import setting_suffix
-from tests.tiny import tiny_pair
+from tests.tiny import tiny_llama, tiny_pair
 from tests.training.rows import alignment_rows
-from tests.training.test_trainer import build
+from tests.training.trainers import build
 
 ALL = (0, 0.7, 1)
 
@@ -274,3 +274,93 @@ def test_the_plot_is_drawn_from_losses_alone(tmp_path, pair, tokenizer):
     trainer.train()
     assert not any("acceptance" in name or "block" in name for entry in trainer.state.log_history for name in entry)
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_acceptance_rate_is_the_definition_at_temperature_one(tmp_path, pair, tokenizer):
+    """Rates averaged over batches, prompt tokens counted, or the loss temperature used."""
+    rows = alignment_rows(pair[1], tokenizer, count=5)
+    total = tokens = 0
+    for row in rows:
+        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+        q, p = (torch.softmax(model(ids).logits[0].double(), -1).detach() for model in pair)
+        for t in range(len(row["prompt_ids"]), ids.shape[1]):
+            total += float(torch.minimum(p[t - 1], q[t - 1]).sum())
+            tokens += 1
+    trainer = build(tmp_path, pair, tokenizer, eval_rows=rows, temperature=2.0)
+    assert trainer.evaluate()["eval_acceptance_rate"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [1, 3])
+def test_block_efficiency_equals_counting_assisted_generation(tmp_path, pair, tokenizer, gamma):
+    """The figure that picks the checkpoint must be the one decoding gives: tokens ÷ target calls."""
+    draft, target = pair
+    rows = alignment_rows(target, tokenizer, count=6, max_new_tokens=16)
+    draft.generation_config.num_assistant_tokens = gamma
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    calls = tokens = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    handle = target.register_forward_hook(count)
+    for row in rows:
+        ids = torch.tensor([row["prompt_ids"]])
+        out = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, assistant_model=draft)
+        assert out[0, ids.shape[1] :].tolist() == row["completion_ids"]
+        tokens += len(row["completion_ids"])
+    handle.remove()
+    trainer = build(tmp_path, pair, tokenizer, eval_rows=rows, eval_num_assistant_tokens=gamma)
+    assert trainer.evaluate()["eval_block_efficiency"] == tokens / calls
+
+
+def test_figures_do_not_depend_on_the_evaluation_batch_size(tmp_path, pair, tokenizer):
+    rows = alignment_rows(pair[1], tokenizer, count=7, temperature=0.7)
+    figures = [
+        build(tmp_path, pair, tokenizer, eval_rows=rows, per_device_eval_batch_size=size).evaluate()
+        for size in (1, 3, 7)
+    ]
+    for name in ("eval_loss", "eval_acceptance_rate", "eval_block_efficiency"):
+        assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-5)
+        assert figures[2][name] == pytest.approx(figures[0][name], rel=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"target": "another/target"}, {"ids_source": "retokenized"}])
+def test_no_block_efficiency_for_text_the_target_did_not_write(tmp_path, pair, tokenizer, change):
+    """A figure that looks exact, from text it says nothing about: left out, with one warning."""
+    rows = Dataset.from_list([row | change for row in alignment_rows(pair[1], tokenizer, count=3)])
+    trainer = build(tmp_path, pair, tokenizer, eval_rows=rows)
+    with pytest.warns(UserWarning, match="eval_block_efficiency is left out: 3 evaluation rows"):
+        metrics = trainer.evaluate()
+    assert "eval_block_efficiency" not in metrics
+    assert 0 < metrics["eval_acceptance_rate"] < 1
+
+
+def test_a_draft_that_is_its_target_is_accepted_entirely(tmp_path, tokenizer):
+    rows = alignment_rows(tiny_llama(), tokenizer, count=4, max_new_tokens=12)
+    lengths = [len(row["completion_ids"]) for row in rows]
+    metrics = build(tmp_path, (tiny_llama(), tiny_llama()), tokenizer, eval_rows=rows).evaluate()
+    assert metrics["eval_acceptance_rate"] == 1.0
+    assert metrics["eval_block_efficiency"] == sum(lengths) / sum(-(-length // 6) for length in lengths)
+
+
+def test_best_checkpoint_by_block_efficiency(tmp_path, pair, tokenizer):
+    """The name has to reach transformers' own choice of the best checkpoint."""
+    rows = alignment_rows(pair[1], tokenizer)
+    trainer = build(
+        tmp_path,
+        pair,
+        tokenizer,
+        rows,
+        rows,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        metric_for_best_model="eval_block_efficiency",
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    best = max(entry["eval_block_efficiency"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert trainer.state.best_metric == best

@@ -15,7 +15,7 @@ from hf_draftkd.training.finite import held_here
 from tests.cli.run import ROOT
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
-from tests.training.test_trainer import assert_same, build, weights
+from tests.training.trainers import assert_same, build, weights
 
 
 class NoGradient(DraftDistillTrainer):

@@ -11,7 +11,7 @@ from hf_draftkd import DraftDistillTrainer, cache_target_distributions
 from hf_draftkd.data.mixing import mix_datasets
 from hf_draftkd.data.rows import with_token_ids
 from tests.training.rows import alignment_rows
-from tests.training.test_trainer import build, config
+from tests.training.trainers import build, config
 
 WORDS = ["one two three", "four", "five six seven eight nine", "ten eleven", "twelve thirteen fourteen"]
 

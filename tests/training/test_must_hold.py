@@ -15,7 +15,7 @@ from hf_draftkd.training.callbacks import PLOT
 from tests.cli.run import ROOT
 from tests.tiny import CHAT_TEMPLATE, tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
-from tests.training.test_trainer import assert_same, build, weights
+from tests.training.trainers import assert_same, build, weights
 
 SELECTIONS = ("all", "after_first_rejection")
 

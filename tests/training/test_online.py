@@ -2,57 +2,31 @@
 
 import copy
 import logging
-import os
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper
 
-from hf_draftkd import OnlineDistillConfig, OnlineDraftDistiller, count_acceptance
+from hf_draftkd import OnlineDraftDistiller, count_acceptance
 from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.losses import DIVERGENCES
 from hf_draftkd.training import online_state
 from hf_draftkd.training.replay import ReplayBuffer
 from hf_draftkd.training.serving import ServedRequest, served_setting
 from tests.tiny import VOCAB_SIZE, tiny_pair, tiny_prompts
-
-SETTINGS = {"learning_rate": 3e-3, "update_every": 4, "batch_size": 2, "holdout_share": 0.3}
-SAMPLED = {"do_sample": True, "temperature": 0.5, "top_k": 20, "top_p": 0.9}
-UNFILTERED = {"do_sample": True, "temperature": 1.0, "top_k": 0}
-
-
-def distiller_for(pair, tokenizer=None, *, on_log=None, **settings):
-    return OnlineDraftDistiller(*pair, tokenizer, args=OnlineDistillConfig(**(SETTINGS | settings)), on_log=on_log)
-
-
-def request(prompt, **options):
-    return {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "max_new_tokens": 12} | options
-
-
-def serve(distiller, tokenizer, count, start=0, **options):
-    return [distiller.generate(**request(p, **options)) for p in tiny_prompts(tokenizer, start + count)[start:]]
-
-
-def weights_of(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_same(left, right):
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
-
-
-def kept_by(distiller):
-    return [*distiller._buffer.training, *distiller._buffer.held_out]
-
-
-def target_rows(target, request):
-    """[T, V] float64 log p of the tokens after the prompt: position t - 1 speaks of token t."""
-    ids = torch.cat([request.prompt_ids, request.completion_ids])
-    with torch.no_grad():
-        return target(ids[None]).logits[0].double().log_softmax(-1)[len(request.prompt_ids) - 1 : -1]
-
+from tests.training.online import (
+    SAMPLED,
+    UNFILTERED,
+    assert_same,
+    distiller_for,
+    kept_by,
+    request,
+    serve,
+    target_rows,
+    weights_of,
+    without_seconds,
+)
 
 # Serving -------------------------------------------------------------------------------------------------------------
 
@@ -525,212 +499,3 @@ def test_an_adapter_learns_and_its_base_does_not(pair, tokenizer):
     now = dict(wrapped.named_parameters())
     assert_same(frozen, {name: now[name] for name in frozen})
     assert all("lora_" in name for name in distiller._learner.state())
-
-
-# State ---------------------------------------------------------------------------------------------------------------
-
-
-def without_seconds(distiller):
-    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in distiller.history]
-
-
-def test_a_resumed_server_goes_on_as_if_nothing_had_happened(tokenizer, tmp_path):
-    """Optimiser, buffer, counters or random state forgotten in a saving."""
-    straight = distiller_for(tiny_pair("llama"))
-    serve(straight, tokenizer, 12)
-    assert {entry["kept"] for entry in straight.history} == {True, False}
-    distiller = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=3)
-    serve(distiller, tokenizer, 8)
-    resumed = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=3)
-    assert resumed.resume()
-    assert resumed.num_requests == 6, "a crash loses what came after the last saving"
-    serve(resumed, tokenizer, 6, start=6)
-    assert without_seconds(resumed) == without_seconds(straight)
-    assert resumed.counts == straight.counts
-    assert_same(weights_of(resumed.draft_model), weights_of(straight.draft_model))
-    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
-    assert len(list(tmp_path.glob("draft-*"))) == 1, "drafts of earlier savings are removed"
-
-
-@pytest.mark.parametrize("dies_at", [0, 1], ids=["draft", "requests"])
-def test_dying_in_mid_save_leaves_the_state_before(tokenizer, tmp_path, monkeypatch, dies_at):
-    """Weights of one saving beside the buffer of another."""
-    distiller = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=100, holdout_share=0)
-    serve(distiller, tokenizer, 5)
-    distiller.save()
-    saved = {name: value.clone() for name, value in distiller._learner.state().items()}
-    serve(distiller, tokenizer, 5, start=5)
-    assert distiller.num_updates > 1
-
-    calls, replace = [], os.replace
-
-    def dies(source, destination):
-        calls.append(destination)
-        if len(calls) == dies_at + 1:
-            raise KeyboardInterrupt
-        replace(source, destination)
-
-    monkeypatch.setattr(online_state.os, "replace", dies)
-    with pytest.raises(KeyboardInterrupt):
-        distiller.save()
-    monkeypatch.undo()
-    again = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), holdout_share=0)
-    assert again.resume()
-    assert again.num_requests == 5
-    assert_same(saved, {name: value.clone() for name, value in again._learner.state().items()})
-    # What the interrupted saving left behind goes with the next one.
-    again.save()
-    assert len(list(tmp_path.glob("draft-*"))) == 1
-
-
-def test_an_earlier_run_is_not_overwritten(pair, tokenizer, tmp_path):
-    """A server that is restarted by a script that forgets to resume."""
-    first = distiller_for(pair, output_dir=str(tmp_path), save_every=1)
-    assert not first.resume(), "there is nothing yet"
-    serve(first, tokenizer, 1)
-    second = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=1)
-    with pytest.raises(ValueError, match="Call `resume"):
-        serve(second, tokenizer, 1)
-    with pytest.raises(ValueError, match="Call `resume"):
-        second.save()
-
-
-@pytest.mark.parametrize("resumed", [False, True], ids=["started", "resumed"])
-def test_two_servers_on_one_directory_do_not_overwrite_each_other(tokenizer, tmp_path, resumed):
-    """The second removes the first one's draft, the first writes requests that name it: nothing could be resumed."""
-    if resumed:
-        distiller_for(tiny_pair("llama"), output_dir=str(tmp_path)).save()
-    first, second = (
-        distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=1, update_every=2, holdout_share=0)
-        for _ in range(2)
-    )
-    assert [first.resume(), second.resume()] == [resumed, resumed]
-    if not resumed:  # both found nothing, and serve
-        first._claim_output_dir()
-        second._claim_output_dir()
-    serve(first, tokenizer, 3)
-    serve(second, tokenizer, 1)
-    assert "Another process has saved" in second.history[-1]["error"]
-    with pytest.raises(ValueError, match="Another process has saved"):
-        second.save()
-    second.save(str(tmp_path / "elsewhere"))
-    first.save()
-    again = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path))
-    assert again.resume()
-    assert (again.num_requests, again.num_updates) == (3, 1)
-
-
-def test_a_directory_emptied_under_a_server_is_filled_again(tokenizer, tmp_path):
-    """Requests alone, naming a draft that was taken to be there."""
-    distiller = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=100)
-    serve(distiller, tokenizer, 1)
-    distiller.save()
-    for path in tmp_path.iterdir():
-        path.unlink()
-    distiller.save()
-    assert distiller_for(tiny_pair("llama"), output_dir=str(tmp_path)).resume()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"seed": 5}, "target="),
-        ({"num_layers": 1}, "another draft: model.layers.1"),
-        ({"top_k": 8}, "top_k=64, and here it is 8"),
-        ({"temperature": 2.0}, "temperature=1.0, and here it is 2.0"),
-    ],
-    ids=["target", "draft", "top_k", "temperature"],
-)
-def test_a_state_of_something_else_is_refused(tokenizer, tmp_path, change, message):
-    """Distributions of another target, or at another temperature, learnt from without a word."""
-    distiller_for(tiny_pair("llama"), output_dir=str(tmp_path)).save()
-    draft, target = tiny_pair("llama", **{name: change[name] for name in ("seed",) if name in change})
-    if "num_layers" in change:
-        draft = tiny_pair("llama", num_layers=1)[0]
-    settings = {name: change[name] for name in ("top_k", "temperature") if name in change}
-    other = distiller_for((draft, target), output_dir=str(tmp_path), **settings)
-    with pytest.raises(ValueError, match=message):
-        other.resume()
-
-
-def test_a_broken_state_is_named(pair, tmp_path):
-    distiller_for(pair, output_dir=str(tmp_path)).save()
-    next(tmp_path.glob("draft-*")).unlink()
-    again = distiller_for(pair, output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="cannot be read"):
-        again.resume()
-    (tmp_path / "requests.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="cannot be read"):
-        again.resume()
-
-
-# What is refused -----------------------------------------------------------------------------------------------------
-
-
-def test_requests_that_cannot_be_served_are_refused(pair, tokenizer):
-    prompt = tiny_prompts(tokenizer)[0]
-    distiller = distiller_for(pair)
-    with pytest.raises(ValueError, match="one request at a time"):
-        distiller.generate(prompt.repeat(2, 1))
-    with pytest.raises(ValueError, match="token ids"):
-        distiller.generate(inputs_embeds=torch.zeros(1, 2, 16))
-    with pytest.raises(ValueError, match="leave it out"):
-        distiller.generate(prompt, assistant_model=pair[0])
-    with pytest.raises(ValueError, match="output_dir"):
-        distiller.save()
-    assert distiller.num_requests == 0
-
-
-def test_decoding_that_the_draft_has_no_part_in_is_refused(pair, tokenizer):
-    """Beams leave the draft unused, which was found when the answer was written, and lost it; guidance has the target
-    read the text without its prompt, and what it said there was learnt from.
-    """
-    prompt = tiny_prompts(tokenizer)[0]
-    distiller = distiller_for(pair)
-    for options in ({"num_beams": 2}, {"generation_config": GenerationConfig(num_beams=2, max_new_tokens=4)}):
-        with pytest.raises(ValueError, match="decodes by beam search, in which a draft has no part"):
-            distiller.generate(**request(prompt, **options))
-    with pytest.raises(ValueError, match="guidance_scale"):
-        distiller.generate(**request(prompt, guidance_scale=1.5))
-    assert distiller.num_requests == 0
-    distiller.generate(**request(prompt, num_beams=1, guidance_scale=1))
-    assert distiller.num_requests == 1
-
-
-def test_pairs_that_cannot_learn_are_refused(pair):
-    draft, target = pair
-    with pytest.raises(ValueError, match="share weights"):
-        distiller_for((target, target))
-    tied = copy.deepcopy(draft)
-    tied.set_input_embeddings(target.get_input_embeddings())
-    with pytest.raises(ValueError, match="share weights"):
-        distiller_for((tied, target))
-    with pytest.raises(ValueError, match="training mode"):
-        distiller_for((draft, copy.deepcopy(target).train()))
-    with pytest.raises(ValueError, match="float16"):
-        distiller_for((copy.deepcopy(draft).half(), target))
-    with pytest.raises(ValueError, match="can be trained"):
-        distiller_for((copy.deepcopy(draft).requires_grad_(False), target))
-    with torch.inference_mode():
-        made_there = tiny_pair("llama")[0]
-    with pytest.raises(ValueError, match=r"made under `torch.inference_mode\(\)`"):
-        distiller_for((made_there, target))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"update_every": 0}, "update_every"),
-        ({"buffer_size": 2.5}, "buffer_size"),
-        ({"learning_rate": 0.0}, "learning_rate"),
-        ({"holdout_share": 0.9}, "holdout_share"),
-        ({"replay_ratio": float("nan")}, "replay_ratio"),
-        ({"divergence": "forward_k"}, "Did you mean"),
-        ({"divergence_options": {"beta": 0.1}}, "beta"),
-        ({"divergence": "cross_entropy", "temperature": 2.0}, "no temperature"),
-        ({"seed": -1}, "seed"),
-    ],
-)
-def test_wrong_values_are_named(settings, message):
-    with pytest.raises(ValueError, match=message):
-        OnlineDistillConfig(**settings)

@@ -12,7 +12,7 @@ from hf_draftkd.models.forward import predicting_positions
 from hf_draftkd.training.positions import adaspec_weights, completion_places, rejected_by
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_pair
 from tests.training.rows import alignment_rows
-from tests.training.test_trainer import assert_same, build, weights
+from tests.training.trainers import assert_same, build, weights
 
 PLACING = {
     "padded": {},

@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig
 
+from hf_draftkd import DraftDistillTrainer, load_target
 from hf_draftkd.models.pairing import check_weights_apart
-from tests.tiny import tiny_pair
+from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
-from tests.training.test_trainer import build
+from tests.training.trainers import build, config
 
 LORA = LoraConfig(target_modules=["q_proj"])
 
@@ -127,3 +130,118 @@ def test_adapters_that_are_not_refused_are_saved_as_trained(tmp_path, tokenizer,
         stock = tiny_pair(architecture)[0](ids).logits
     torch.testing.assert_close(loaded, trained, atol=1e-4, rtol=0)
     assert (trained - stock).abs().max() > 0.1, "nothing was trained"
+
+
+def test_white_box_without_a_target_is_refused(tmp_path, pair, tokenizer):
+    rows = alignment_rows(pair[1], tokenizer)
+    with pytest.raises(ValueError, match="`target_model` is None"):
+        build(tmp_path, (pair[0], None), tokenizer, rows)
+
+
+def test_black_box_needs_no_target(tmp_path, pair, tokenizer):
+    rows = alignment_rows(pair[1], tokenizer)
+    trainer = build(tmp_path, (pair[0], None), tokenizer, rows, rows, divergence="cross_entropy", max_steps=20)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert set(trainer.evaluate()) >= {"eval_loss"}
+    assert "eval_acceptance_rate" not in trainer.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "train dataset is empty"),
+        ([{"question": "a", "answer": "b"}], r"columns \['question', 'answer'\], none of which can be trained on"),
+        ([{"input_ids": [0, 1, 2], "labels": [-100, -100, -100]}], "Nothing is left to learn from in the train"),
+        ([{"prompt_ids": [0] * 300, "completion_ids": [5]}], "Nothing is left to learn from in the train"),
+    ],
+)
+def test_data_that_cannot_be_learnt_from(tmp_path, pair, tokenizer, rows, message):
+    columns = list(rows[0]) if rows else ["text"]
+    dataset = Dataset.from_list(rows) if rows else Dataset.from_dict({name: [] for name in columns})
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, pair, tokenizer, dataset)
+
+
+def test_what_is_no_data_set_is_refused_by_name(tmp_path, pair, tokenizer):
+    """A missing attribute instead of an answer, or the splits taken for columns."""
+    rows = alignment_rows(pair[1], tokenizer, count=2)
+    with pytest.raises(ValueError, match=r"train dataset must be .* got a `list`. Make one, with `Dataset.from_list`"):
+        build(tmp_path, pair, tokenizer, rows.to_list())
+    splits = DatasetDict(train=rows, test=rows)
+    with pytest.raises(ValueError, match=r"got a `DatasetDict`. Choose one of its splits: 'train', 'test'"):
+        build(tmp_path, pair, tokenizer, splits)
+    # To evaluate on, several are welcome.
+    assert "eval_test_loss" in build(tmp_path, pair, tokenizer, rows, splits).evaluate()
+
+
+def test_a_row_longer_than_the_context_is_refused(tmp_path, pair, tokenizer):
+    rows = Dataset.from_list([{"prompt_ids": [0] * 200, "completion_ids": [5] * 100}])
+    with pytest.raises(ValueError, match="300 tokens, but the models read 256 at most"):
+        build(tmp_path, pair, tokenizer, rows, max_length=512)
+
+
+def test_different_tokenizers_are_refused_before_the_models_are_read(tmp_path, saved_pair):
+    draft_path, target_path = saved_pair
+    tiny_tokenizer(
+        text=["Entirely other words make entirely other merges, so ids mean other things now." * 3]
+    ).save_pretrained(draft_path)
+    (target_path / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(ValueError, match="token"):
+        DraftDistillTrainer(
+            model=str(draft_path),
+            target_model=str(target_path),
+            args=config(tmp_path),
+            train_dataset=Dataset.from_list([{"text": "a"}]),
+        )
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_chats_are_put_in_the_targets_template_where_no_tokenizer_is_given(tmp_path, saved_pair, in_memory):
+    """A stock draft has a template of its own, or none: it learnt texts that its target is never asked to write."""
+    draft_path, target_path = map(str, saved_pair)
+    stock = tiny_tokenizer()
+    stock.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    stock.save_pretrained(draft_path)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    trainer = DraftDistillTrainer(
+        model=draft_path,
+        target_model=load_target(target_path) if in_memory else target_path,
+        args=config(tmp_path),
+        train_dataset=Dataset.from_list([{"messages": chat}]),
+    )
+    text = trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
+    assert text == "<s><|user|>a</s><|assistant|>b</s>"
+
+
+def test_a_target_in_memory_may_come_from_where_no_tokenizer_lies(tmp_path, saved_pair):
+    draft_path, target_path = saved_pair
+    target = load_target(str(target_path))
+    for path in target_path.glob("*token*"):
+        path.unlink()
+    rows = Dataset.from_list([{"text": "a few words"}])
+    trainer = DraftDistillTrainer(model=str(draft_path), target_model=target, args=config(tmp_path), train_dataset=rows)
+    assert trainer.processing_class.get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_the_configuration_of_another_trainer_is_refused_by_name(tmp_path, pair, tokenizer):
+    """It failed at the first field of ours: no attribute 'mix'."""
+    with pytest.raises(ValueError, match="must be a `DraftDistillConfig`, got a `SFTConfig`"):
+        DraftDistillTrainer(
+            model=pair[0],
+            target_model=pair[1],
+            args=SFTConfig(str(tmp_path), bf16=False, activation_checkpointing=False),
+            train_dataset=alignment_rows(pair[1], tokenizer, count=2),
+            processing_class=tokenizer,
+        )
+
+
+def test_models_given_by_path(tmp_path, saved_pair, pair, tokenizer):
+    draft_path, target_path = map(str, saved_pair)
+    rows = alignment_rows(pair[1], tokenizer, name=target_path)
+    trainer = DraftDistillTrainer(
+        model=draft_path, target_model=target_path, args=config(tmp_path), train_dataset=rows, eval_dataset=rows
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_block_efficiency"] >= 1

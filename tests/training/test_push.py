@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.hub.conftest import hub as hub  # the fixture
 from tests.training.rows import alignment_rows
-from tests.training.test_trainer import build
+from tests.training.trainers import build
 
 # huggingface_hub 2.4 sends LFS parts as `data=`, which its own HTTP client deprecates; users upload through Xet.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")

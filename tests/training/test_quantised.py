@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig
 from hf_draftkd import DraftDistillTrainer, load_draft, load_target
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows, reference_forward_kl
-from tests.training.test_trainer import build, config
+from tests.training.trainers import build, config
 
 FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 

@@ -18,7 +18,7 @@ from hf_draftkd.training.rollouts import check_writing, last_prompt, writer
 from tests.cli.run import ROOT
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows, reference_forward_kl
-from tests.training.test_trainer import assert_same, build, config, weights
+from tests.training.trainers import assert_same, build, config, weights
 
 GREEDY = {"generation_temperature": 0.0, "max_new_tokens": 6}
 

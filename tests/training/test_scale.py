@@ -16,7 +16,7 @@ from hf_draftkd.training import preflight
 from tests.cli.run import ROOT
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
-from tests.training.test_trainer import assert_same, build
+from tests.training.trainers import assert_same, build
 
 # Over processes ------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from tests.cli.run import ROOT
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
 from tests.training.test_finite import AfterStep, NoGradient, ruin
-from tests.training.test_trainer import build, weights
+from tests.training.trainers import build, weights
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",

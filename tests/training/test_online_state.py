@@ -1,0 +1,139 @@
+"""What an online draft saves and goes on from: whole states, each its own."""
+
+import os
+
+import pytest
+
+from hf_draftkd.training import online_state
+from tests.tiny import tiny_pair
+from tests.training.online import assert_same, distiller_for, serve, weights_of, without_seconds
+
+
+def test_a_resumed_server_goes_on_as_if_nothing_had_happened(tokenizer, tmp_path):
+    """Optimiser, buffer, counters or random state forgotten in a saving."""
+    straight = distiller_for(tiny_pair("llama"))
+    serve(straight, tokenizer, 12)
+    assert {entry["kept"] for entry in straight.history} == {True, False}
+    distiller = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=3)
+    serve(distiller, tokenizer, 8)
+    resumed = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=3)
+    assert resumed.resume()
+    assert resumed.num_requests == 6, "a crash loses what came after the last saving"
+    serve(resumed, tokenizer, 6, start=6)
+    assert without_seconds(resumed) == without_seconds(straight)
+    assert resumed.counts == straight.counts
+    assert_same(weights_of(resumed.draft_model), weights_of(straight.draft_model))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
+    assert len(list(tmp_path.glob("draft-*"))) == 1, "drafts of earlier savings are removed"
+
+
+@pytest.mark.parametrize("dies_at", [0, 1], ids=["draft", "requests"])
+def test_dying_in_mid_save_leaves_the_state_before(tokenizer, tmp_path, monkeypatch, dies_at):
+    """Weights of one saving beside the buffer of another."""
+    distiller = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=100, holdout_share=0)
+    serve(distiller, tokenizer, 5)
+    distiller.save()
+    saved = {name: value.clone() for name, value in distiller._learner.state().items()}
+    serve(distiller, tokenizer, 5, start=5)
+    assert distiller.num_updates > 1
+
+    calls, replace = [], os.replace
+
+    def dies(source, destination):
+        calls.append(destination)
+        if len(calls) == dies_at + 1:
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    monkeypatch.setattr(online_state.os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        distiller.save()
+    monkeypatch.undo()
+    again = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), holdout_share=0)
+    assert again.resume()
+    assert again.num_requests == 5
+    assert_same(saved, {name: value.clone() for name, value in again._learner.state().items()})
+    # What the interrupted saving left behind goes with the next one.
+    again.save()
+    assert len(list(tmp_path.glob("draft-*"))) == 1
+
+
+def test_an_earlier_run_is_not_overwritten(pair, tokenizer, tmp_path):
+    """A server that is restarted by a script that forgets to resume."""
+    first = distiller_for(pair, output_dir=str(tmp_path), save_every=1)
+    assert not first.resume(), "there is nothing yet"
+    serve(first, tokenizer, 1)
+    second = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=1)
+    with pytest.raises(ValueError, match="Call `resume"):
+        serve(second, tokenizer, 1)
+    with pytest.raises(ValueError, match="Call `resume"):
+        second.save()
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["started", "resumed"])
+def test_two_servers_on_one_directory_do_not_overwrite_each_other(tokenizer, tmp_path, resumed):
+    """The second removes the first one's draft, the first writes requests that name it: nothing could be resumed."""
+    if resumed:
+        distiller_for(tiny_pair("llama"), output_dir=str(tmp_path)).save()
+    first, second = (
+        distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=1, update_every=2, holdout_share=0)
+        for _ in range(2)
+    )
+    assert [first.resume(), second.resume()] == [resumed, resumed]
+    if not resumed:  # both found nothing, and serve
+        first._claim_output_dir()
+        second._claim_output_dir()
+    serve(first, tokenizer, 3)
+    serve(second, tokenizer, 1)
+    assert "Another process has saved" in second.history[-1]["error"]
+    with pytest.raises(ValueError, match="Another process has saved"):
+        second.save()
+    second.save(str(tmp_path / "elsewhere"))
+    first.save()
+    again = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path))
+    assert again.resume()
+    assert (again.num_requests, again.num_updates) == (3, 1)
+
+
+def test_a_directory_emptied_under_a_server_is_filled_again(tokenizer, tmp_path):
+    """Requests alone, naming a draft that was taken to be there."""
+    distiller = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=100)
+    serve(distiller, tokenizer, 1)
+    distiller.save()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    distiller.save()
+    assert distiller_for(tiny_pair("llama"), output_dir=str(tmp_path)).resume()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 5}, "target="),
+        ({"num_layers": 1}, "another draft: model.layers.1"),
+        ({"top_k": 8}, "top_k=64, and here it is 8"),
+        ({"temperature": 2.0}, "temperature=1.0, and here it is 2.0"),
+    ],
+    ids=["target", "draft", "top_k", "temperature"],
+)
+def test_a_state_of_something_else_is_refused(tokenizer, tmp_path, change, message):
+    """Distributions of another target, or at another temperature, learnt from without a word."""
+    distiller_for(tiny_pair("llama"), output_dir=str(tmp_path)).save()
+    draft, target = tiny_pair("llama", **{name: change[name] for name in ("seed",) if name in change})
+    if "num_layers" in change:
+        draft = tiny_pair("llama", num_layers=1)[0]
+    settings = {name: change[name] for name in ("top_k", "temperature") if name in change}
+    other = distiller_for((draft, target), output_dir=str(tmp_path), **settings)
+    with pytest.raises(ValueError, match=message):
+        other.resume()
+
+
+def test_a_broken_state_is_named(pair, tmp_path):
+    distiller_for(pair, output_dir=str(tmp_path)).save()
+    next(tmp_path.glob("draft-*")).unlink()
+    again = distiller_for(pair, output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="cannot be read"):
+        again.resume()
+    (tmp_path / "requests.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="cannot be read"):
+        again.resume()
