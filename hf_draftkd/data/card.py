@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import PackageLoader, StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hf_draftkd.data.card_words import Prose, local_card, merged, read_card, updated
 from hf_draftkd.data.files import write_text
@@ -112,8 +113,8 @@ def public_target(manifest: dict[str, Any]) -> str:
     return public_name(target, manifest.get("target_is_local")) if target else ""
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
         loader=PackageLoader("hf_draftkd.data", "templates"),
         undefined=StrictUndefined,
         finalize=text,
