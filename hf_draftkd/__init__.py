@@ -14,8 +14,8 @@ _HOMES = {
     "DraftDistillConfig": "hf_draftkd.training.config",
     "DraftDistillTrainer": "hf_draftkd.training.trainer",
     "AcceptanceCallback": "hf_draftkd.training.callbacks",
-    "OnlineDistillConfig": "hf_draftkd.training.online_config",
-    "OnlineDraftDistiller": "hf_draftkd.training.online",
+    "OnlineDistillConfig": "hf_draftkd.online.config",
+    "OnlineDraftDistiller": "hf_draftkd.online.distiller",
     "build_draft": "hf_draftkd.models.building",
     "align_vocabulary": "hf_draftkd.models.pairing",
     "load_target": "hf_draftkd.models.loading",
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
     from hf_draftkd.models.loading import load_draft as load_draft
     from hf_draftkd.models.loading import load_target as load_target
     from hf_draftkd.models.pairing import align_vocabulary as align_vocabulary
+    from hf_draftkd.online.config import OnlineDistillConfig as OnlineDistillConfig
+    from hf_draftkd.online.distiller import OnlineDraftDistiller as OnlineDraftDistiller
     from hf_draftkd.training.callbacks import AcceptanceCallback as AcceptanceCallback
     from hf_draftkd.training.config import DraftDistillConfig as DraftDistillConfig
-    from hf_draftkd.training.online import OnlineDraftDistiller as OnlineDraftDistiller
-    from hf_draftkd.training.online_config import OnlineDistillConfig as OnlineDistillConfig
     from hf_draftkd.training.trainer import DraftDistillTrainer as DraftDistillTrainer
 
 

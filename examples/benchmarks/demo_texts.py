@@ -82,7 +82,7 @@ def figures(draft: Any, folder: Path, split: str = "test") -> dict[str, dict[str
         Setting -> `tokens` and `calls` of each text at γ = 5, in the order of the prompts: their sums' ratio is block
         efficiency.
     """
-    from hf_draftkd.data.decoding import DecodingSetting
+    from hf_draftkd.decoding.setting import DecodingSetting
     from hf_draftkd.evaluation.teacher_forced import score_texts
 
     rows, result = texts(folder, split), {}

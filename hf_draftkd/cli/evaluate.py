@@ -12,10 +12,9 @@ from transformers import AutoConfig, GenerationConfig
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
-from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import decoding_settings
-from hf_draftkd.data.markdown import printable
 from hf_draftkd.data.prompts import load_prompts, open_dataset
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.evaluate import check_options, evaluate_draft
 from hf_draftkd.evaluation.plots import figure_class
@@ -25,6 +24,7 @@ from hf_draftkd.models.checkpoints import check_model
 from hf_draftkd.models.draft_length import draft_length_settings, drop_idle_sampling
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import check_own_tokenizer
+from hf_draftkd.utils.text import printable
 
 _RECORDED = {"prompt_ids", "completion_ids", "temperature", "top_p", "top_k", "repetition_penalty"}
 

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.cli.options import parse, required
-from hf_draftkd.data.markdown import printable
 from hf_draftkd.hub.discovery import FoundDraft, find_drafts
+from hf_draftkd.utils.text import printable
 
 _CAPTION = (
     "Figures of the setting (T: temperature) in which a draft helps least; γ: tokens drafted per call; cost: time of a "

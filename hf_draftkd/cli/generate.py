@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.data.answering import served_context
-from hf_draftkd.data.card import push_alignment_data, write_card
 from hf_draftkd.data.curation import curate_prompts
 from hf_draftkd.data.filters import QueryFilter
 from hf_draftkd.data.generation import (
@@ -24,15 +23,16 @@ from hf_draftkd.data.generation import (
     generate_alignment_data,
     require_at_least_one,
 )
-from hf_draftkd.data.markdown import printable
 from hf_draftkd.data.prompts import context_length, load_prompts
 from hf_draftkd.data.shards import StoppedError, check_folder, this_process
 from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
 from hf_draftkd.data.target_cache import check_cache_options
 from hf_draftkd.hub.access import hub_errors, writing_token
+from hf_draftkd.hub.dataset_card import push_alignment_data, write_card
 from hf_draftkd.models.checkpoints import check_checkpoint, find_checkpoint
 from hf_draftkd.models.loading import load_target, load_tokenizer
 from hf_draftkd.models.tokenizers import tokenizer_size
+from hf_draftkd.utils.text import printable
 
 # Options that are arguments of `generate_alignment_data` by the same name.
 _SAME = (

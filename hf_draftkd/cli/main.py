@@ -58,7 +58,7 @@ def dispatch(argv: list[str]) -> int:
     try:
         return import_module(f"hf_draftkd.cli.{command}").run(options)
     except (UsageError, FloatingPointError) as error:
-        from hf_draftkd.data.markdown import printable
+        from hf_draftkd.utils.text import printable
 
         # It may quote a stranger's file, template or server.
         print(f"draftkd {command}: {printable(error)}", file=sys.stderr)

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.pipelines.pt_utils import KeyDataset
 
-from hf_draftkd.data.decoding import DecodingSetting, end_token_ids
+from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
 from hf_draftkd.models.modes import evaluating, seeded
 
 STOP, LENGTH = "stop", "length"

@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
-from hf_draftkd.data.decoding import DecodingSetting
-from hf_draftkd.data.markdown import printable
 from hf_draftkd.data.server_answers import FaultyAnswerError, TokenTexts, read_completion, require_usable
 from hf_draftkd.data.shards import StoppedError
+from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.utils.text import printable
 
 logger = logging.get_logger(__name__)
 

@@ -20,7 +20,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_draftkd.data.cache_lookup import CachedDistributions, addresses
-from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.decoding.setting import DecodingSetting
 
 logger = logging.getLogger(__name__)
 

@@ -11,14 +11,14 @@ from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTo
 from hf_draftkd.data.answering import ids_without_token as ids_without_token  # evaluation leaves out the same ids
 from hf_draftkd.data.answering import local_target, remote_target, served_context
 from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
-from hf_draftkd.data.decoding import DecodingSetting
-from hf_draftkd.data.markdown import is_hub_id
 from hf_draftkd.data.prompts import context_length as config_context
 from hf_draftkd.data.prompts import dated, fitting_rows, load_prompts, render_prompts
 from hf_draftkd.data.provenance import package_versions, plain, template_hash, text_hash
 from hf_draftkd.data.rows import alignment_rows
 from hf_draftkd.data.shards import DAY, StoppedError, cut_shards, day_begun, run_shards
 from hf_draftkd.data.target_cache import add_cache_columns
+from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.models.names import is_hub_id
 
 SCENARIOS = ("queries", "curated", "synthetic")
 _CHUNK = 1000  # prompts rendered at a time while checking

@@ -7,10 +7,10 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_draftkd.data.backends import Completion, cut_completion
-from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.prompts import clean_message, render_prompt, tool_schemas
 from hf_draftkd.data.sources import unknown
 from hf_draftkd.data.target_cache import CACHE_COLUMNS, TEMPERATURE_COLUMN
+from hf_draftkd.decoding.setting import DecodingSetting
 
 
 def alignment_rows(

@@ -26,7 +26,7 @@ from datasets.utils import are_progress_bars_disabled
 from transformers.utils import logging
 
 from hf_draftkd.data.backends import Completion
-from hf_draftkd.data.files import replacing, write_text
+from hf_draftkd.utils.files import replacing, write_text
 
 logger = logging.get_logger(__name__)
 

@@ -16,7 +16,6 @@ from transformers.utils import logging
 
 from hf_draftkd.data.answering import ids_without_token
 from hf_draftkd.data.backends import STOP, Completion, pipeline_backend
-from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.filters import QueryFilter
 from hf_draftkd.data.generation import derived_seed
 from hf_draftkd.data.prompts import dated
@@ -30,6 +29,7 @@ from hf_draftkd.data.shards import (
     this_process,
     write_round,
 )
+from hf_draftkd.decoding.setting import DecodingSetting
 
 logger = logging.get_logger(__name__)
 

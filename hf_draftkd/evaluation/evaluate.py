@@ -9,9 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.acceptance.blocks import DRAFT_LENGTHS
 from hf_draftkd.acceptance.token_rates import check_verification
-from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import decoding_settings, require_at_least_one
 from hf_draftkd.data.provenance import package_versions
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.measurement import Measurement
 from hf_draftkd.evaluation.provenance import hardware_info, model_info

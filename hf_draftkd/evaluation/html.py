@@ -11,10 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_draftkd.acceptance import Estimate
-from hf_draftkd.data.files import write_text
 from hf_draftkd.evaluation import plots
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.tables import named_settings, setting_name
+from hf_draftkd.utils.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

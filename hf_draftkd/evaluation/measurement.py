@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_draftkd.acceptance import LENIENCE_FORMS, bootstrap_ratio
-from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import decoding_settings, ids_without_token
 from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.checks import (
     PLAUSIBLE,
     by_this_target,

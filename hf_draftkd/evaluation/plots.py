@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_draftkd.acceptance import Estimate
-from hf_draftkd.data.files import replacing
-from hf_draftkd.data.markdown import one_line
 from hf_draftkd.evaluation.report import SettingResult, SpeculationReport
 from hf_draftkd.evaluation.tables import named_settings, setting_name
+from hf_draftkd.utils.files import replacing
+from hf_draftkd.utils.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

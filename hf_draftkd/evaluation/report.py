@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_draftkd.acceptance import Estimate
-from hf_draftkd.data.files import write_text
 from hf_draftkd.evaluation.schema import from_plain, key, to_plain
+from hf_draftkd.utils.files import write_text
 
 SCHEMA_VERSION = 1
 

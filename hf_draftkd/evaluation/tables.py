@@ -8,8 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_draftkd.acceptance import Estimate
-from hf_draftkd.data.markdown import one_line
 from hf_draftkd.evaluation.report import LossyPoint, PairedDifference, SettingResult, SpeculationReport
+from hf_draftkd.utils.text import one_line
 
 # The rules that are not transformers' own: those are what a bare temperature means.
 _RULES = {"greedy_draft": "greedy draft", "exact_match": "exact match"}

@@ -19,8 +19,8 @@ from hf_draftkd.acceptance import (
     expected_target_calls_by_length,
     token_acceptance_rate,
 )
-from hf_draftkd.data.decoding import DecodingSetting
-from hf_draftkd.evaluation.processing import logits_processors, process_logits, transformers_draft_processors
+from hf_draftkd.decoding.processors import logits_processors, process_logits, transformers_draft_processors
+from hf_draftkd.decoding.setting import DecodingSetting
 
 EXACT = "exact_match"  # how greedy text is verified, whatever the engine
 AS_TRANSFORMERS = "as_transformers"

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.rows import with_token_ids
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.teacher_forced import Text
 
 _SETTING_COLUMNS = ("temperature", "top_p", "top_k", "repetition_penalty")

@@ -16,7 +16,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
 from hf_draftkd.acceptance import DRAFT_LENGTHS, AcceptanceCounts
-from hf_draftkd.data.decoding import DecodingSetting, end_token_ids
+from hf_draftkd.decoding.processors import logits_processors, process_logits
+from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
 from hf_draftkd.evaluation.assisted import (
     AssistedStep,
     count_acceptance,
@@ -25,7 +26,6 @@ from hf_draftkd.evaluation.assisted import (
     synchronize_accelerator,
 )
 from hf_draftkd.evaluation.checks import shared_context
-from hf_draftkd.evaluation.processing import logits_processors, process_logits
 from hf_draftkd.evaluation.report import DecodingDifference, GenerateOverhead, LatencyResult
 from hf_draftkd.models.modes import seeded
 

@@ -17,14 +17,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import PackageLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from hf_draftkd.data import card_sections as sections
-from hf_draftkd.data.files import write_text
-from hf_draftkd.data.markdown import Markdown, fenced, text
+from hf_draftkd.hub import card_sections as sections
 from hf_draftkd.hub import figures
+from hf_draftkd.hub.markdown import Markdown, fenced, text
 from hf_draftkd.hub.metadata import card_data, eval_results
 from hf_draftkd.hub.names import public_report
 from hf_draftkd.hub.parts import card_context
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
+from hf_draftkd.utils.files import write_text
 
 Json = Mapping[str, Any]
 CARD_FILE = "README.md"

@@ -21,12 +21,13 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import ExpandModelProperty_T
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from hf_draftkd.data.markdown import is_hub_id, one_line
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.access import hub_errors
 from hf_draftkd.hub.contents import REPORT_FILE
 from hf_draftkd.hub.metadata import draft_for_tag
 from hf_draftkd.hub.summary import MAX_JSON_BYTES, read_json
+from hf_draftkd.models.names import is_hub_id
+from hf_draftkd.utils.text import one_line
 
 # More than any model has; what claims more is no count that arithmetic should meet.
 _MAX_PARAMETERS = 10**15

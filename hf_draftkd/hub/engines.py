@@ -15,7 +15,7 @@ import json
 import shlex
 from dataclasses import dataclass
 
-from hf_draftkd.data.markdown import python_string
+from hf_draftkd.hub.markdown import python_string
 from hf_draftkd.hub.summary import PairFacts
 from hf_draftkd.models.draft_length import draft_length_settings
 

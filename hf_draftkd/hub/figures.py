@@ -7,7 +7,7 @@ column out, where a figure is absent.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hf_draftkd.data.markdown import Markdown, code, text
+from hf_draftkd.hub.markdown import Markdown, code, text
 
 Json = Mapping[str, Any]
 SETTING_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty", "verification")

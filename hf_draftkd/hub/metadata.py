@@ -5,8 +5,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
-from hf_draftkd.data.markdown import is_hub_id, one_line
 from hf_draftkd.hub.figures import SETTING_KEYS, decoding_name, domains, hardware_text, shown_length
+from hf_draftkd.models.names import is_hub_id
+from hf_draftkd.utils.text import one_line
 
 Json = Mapping[str, Any]
 # `draft-model` is the tag `find_drafts` filters by, together with `draft_for_tag`.

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hf_draftkd.data.public_names import public_name, public_source, without_paths
 from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.hub.public_names import public_name, public_source, without_paths
 
 Json = Mapping[str, Any]
 

@@ -5,11 +5,12 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
 
-from hf_draftkd.data.markdown import Markdown, code, dataset_link, fenced, model_link, one_line, text
-from hf_draftkd.data.public_names import is_public, public_name
 from hf_draftkd.hub import engines, figures
 from hf_draftkd.hub.citations import bibtex, papers_used
+from hf_draftkd.hub.markdown import Markdown, code, dataset_link, fenced, model_link, text
+from hf_draftkd.hub.public_names import is_public, public_name
 from hf_draftkd.hub.summary import COMPLETIONS, SIGNALS, PairFacts, Provenance, TrainingSummary
+from hf_draftkd.utils.text import one_line
 
 Json = Mapping[str, Any]
 

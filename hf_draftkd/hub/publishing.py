@@ -25,7 +25,6 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import ExpandModelProperty_T
 from huggingface_hub.utils import validate_repo_id
 
-from hf_draftkd.data.repositories import make_repository, public_refusal, remote_card
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub import contents, planning
 from hf_draftkd.hub.access import hub_errors, writing_token
@@ -35,6 +34,7 @@ from hf_draftkd.hub.figures import tuned_length
 from hf_draftkd.hub.metadata import benchmark_entries
 from hf_draftkd.hub.names import public_report
 from hf_draftkd.hub.planning import DraftFolder
+from hf_draftkd.hub.repositories import make_repository, public_refusal, remote_card
 from hf_draftkd.hub.summary import PROVENANCE_FILE
 from hf_draftkd.models.weights import WEIGHT_FILE
 

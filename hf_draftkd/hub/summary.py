@@ -14,9 +14,9 @@ from typing import Any, Self
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from hf_draftkd.data.files import write_text
-from hf_draftkd.data.public_names import public_name
 from hf_draftkd.evaluation.schema import from_plain, key, to_plain
+from hf_draftkd.hub.public_names import public_name
+from hf_draftkd.utils.files import write_text
 
 PROVENANCE_FILE = "provenance.json"
 # Far above any honest file; a limit on what is read into memory from a stranger's repository.

@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.formatting import UNKNOWN_SETTING, decoding_settings
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.evaluation_sums import not_exact, setting_suffix
 from hf_draftkd.training.signal import Text

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from trl import SFTConfig
 
-from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.mixing import parse_mix
 from hf_draftkd.data.shards import launched_on_cpus
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import DIVERGENCES, get_divergence
 from hf_draftkd.training.positions import TOKEN_SELECTIONS
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from hf_draftkd.data.decoding import DecodingSetting
-from hf_draftkd.evaluation.processing import logits_processors
+from hf_draftkd.decoding.processors import logits_processors
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.models.forward import unwrapped
 
 

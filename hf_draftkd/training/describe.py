@@ -8,9 +8,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.mixing import split_by_format
 from hf_draftkd.data.provenance import package_versions
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.provenance import hardware_info
 from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.models.forward import unwrapped

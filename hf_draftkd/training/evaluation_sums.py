@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_draftkd.acceptance import expected_target_calls_by_length
-from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.formatting import decoding_settings
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses.scanning import scan
 from hf_draftkd.training.signal import Text, Written
 

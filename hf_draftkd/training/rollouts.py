@@ -44,7 +44,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
 from hf_draftkd.data.backends import LENGTH, cut_completion
-from hf_draftkd.data.decoding import DecodingSetting, end_token_ids
+from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.modes import evaluating, seeded
 from hf_draftkd.training.config import DraftDistillConfig

@@ -21,8 +21,8 @@ from hf_draftkd.data.cache_lookup import (
     missing_cache_columns,
     rows_with_distributions,
 )
-from hf_draftkd.data.decoding import DecodingSetting
-from hf_draftkd.evaluation.processing import logits_processors, process_logits
+from hf_draftkd.decoding.processors import logits_processors, process_logits
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.teacher_forced import token_scores
 from hf_draftkd.losses import SampledTarget, SparseTarget, Unprojected, acceptance_upper_bound
 from hf_draftkd.losses.sparse import check_sampled

@@ -15,14 +15,14 @@ from transformers import AutoTokenizer
 
 pytest.importorskip("openai")
 
-from hf_draftkd.data.card import write_card
-from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.endpoint import endpoint_backend, prompt_text
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import render_prompts
 from hf_draftkd.data.server_answers import TokenTexts
 from hf_draftkd.data.shards import StoppedError
 from hf_draftkd.data.target_cache import cache_target_distributions
+from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.hub.dataset_card import write_card
 from tests.data.server import serving
 from tests.data.small import make_target, make_tokenizer
 

@@ -4,10 +4,10 @@ from datasets import Dataset
 from transformers import ContinuousBatchingConfig, pipeline
 
 from hf_draftkd.data.backends import AlignmentPipeline, cut_completion
-from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import cut_shards, decoding_settings, generate_alignment_data
 from hf_draftkd.data.prompts import render_prompts
 from hf_draftkd.data.rows import alignment_features
+from hf_draftkd.decoding.setting import DecodingSetting
 from tests.data.small import make_target, make_tokenizer
 
 COLUMNS = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TextIteratorStreamer, pipeline
 
-from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.assisted import AssistedStep, count_acceptance, fixed_draft_length, observe_steps
 from hf_draftkd.evaluation.timing import single_text_config
 from tests.tiny import tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer

@@ -7,8 +7,8 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.generation import generate_alignment_data
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation import measurement
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.report import SpeculationReport

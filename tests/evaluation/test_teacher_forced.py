@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hf_draftkd.acceptance import DRAFT_LENGTHS
-from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.decoding.processors import logits_processors, process_logits, transformers_draft_processors
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation import teacher_forced
-from hf_draftkd.evaluation.processing import logits_processors, process_logits, transformers_draft_processors
 from hf_draftkd.evaluation.teacher_forced import EXACT, Text, TokenScores, score_texts, sum_texts, token_scores
 from hf_draftkd.evaluation.timing import single_text_config
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation import timing
 from hf_draftkd.evaluation.timing import generate_text, measure_latency, single_text_config, time_decoding
 from tests.tiny import tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer

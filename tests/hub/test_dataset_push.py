@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import DatasetCard, HfApi
 
-from hf_draftkd.data.card import push_alignment_data
 from hf_draftkd.data.generation import generate_alignment_data
+from hf_draftkd.hub.dataset_card import push_alignment_data
 from tests.data.small import make_target, make_tokenizer
 from tests.hub.conftest import snapshot
 from tests.hub.fake_hub import FakeHub

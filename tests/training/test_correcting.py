@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.training.correcting import CorrectedByTarget, corrected_distribution
 from tests.tiny import tiny_pair
 

@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import EarlyStoppingCallback
 
 from hf_draftkd import AcceptanceCallback, DraftDistillConfig, DraftDistillTrainer
-from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.formatting import DraftDistillCollator, decoding_settings
 from hf_draftkd.data.target_cache import cache_target_distributions
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import scanning
 from hf_draftkd.training.evaluation_sums import setting_suffix
 from tests.tiny import tiny_llama, tiny_pair

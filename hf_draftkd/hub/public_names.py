@@ -3,7 +3,8 @@
 import os
 import re
 
-from hf_draftkd.data.markdown import is_hub_id, one_line
+from hf_draftkd.models.names import is_hub_id
+from hf_draftkd.utils.text import one_line
 
 # `/home/me/draft`, `~/draft`, `C:\\draft` inside a text; not the `/org/name` of an address or of `me/org/name`.
 _PATH = re.compile(r"(?<![\w:/.~\\-])(?:~?/|[A-Za-z]:[\\/])[^\s'\"`,;:()]*\w[^\s'\"`,;:()]*")

@@ -9,13 +9,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper
 
 from hf_draftkd import OnlineDraftDistiller, count_acceptance
-from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import DIVERGENCES
-from hf_draftkd.training import online_state
-from hf_draftkd.training.replay import ReplayBuffer
-from hf_draftkd.training.serving import ServedRequest, served_setting
-from tests.tiny import VOCAB_SIZE, tiny_pair, tiny_prompts
-from tests.training.online import (
+from hf_draftkd.online import state as online_state
+from hf_draftkd.online.buffer import ReplayBuffer
+from hf_draftkd.online.capture import ServedRequest, served_setting
+from tests.online.serving import (
     SAMPLED,
     UNFILTERED,
     assert_same,
@@ -27,6 +26,7 @@ from tests.training.online import (
     weights_of,
     without_seconds,
 )
+from tests.tiny import VOCAB_SIZE, tiny_pair, tiny_prompts
 
 # Serving -------------------------------------------------------------------------------------------------------------
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses.sparse import SparseTarget
-from hf_draftkd.training.serving import ServedRequest
+from hf_draftkd.online.capture import ServedRequest
 
 _RAGGED = ("prompt_ids", "completion_ids")
 

@@ -7,11 +7,11 @@ import torch
 from transformers import GenerationConfig
 
 from hf_draftkd import OnlineDistillConfig
-from tests.tiny import tiny_pair, tiny_prompts
-from tests.training.online import (
+from tests.online.serving import (
     distiller_for,
     request,
 )
+from tests.tiny import tiny_pair, tiny_prompts
 
 
 def test_requests_that_cannot_be_served_are_refused(pair, tokenizer):

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from hf_draftkd.data.markdown import code, one_line, text
 from hf_draftkd.hub.figures import table
+from hf_draftkd.hub.markdown import code, text
+from hf_draftkd.utils.text import one_line
 
 
 @pytest.mark.parametrize("escape", [code, text])

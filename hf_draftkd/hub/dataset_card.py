@@ -12,15 +12,15 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 from jinja2 import PackageLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from hf_draftkd.data.card_words import Prose, local_card, merged, read_card, updated
-from hf_draftkd.data.files import write_text
-from hf_draftkd.data.markdown import Markdown, code, fenced, model_link, python_string, text
-from hf_draftkd.data.public_names import is_public, public_name, public_source
-from hf_draftkd.data.public_shards import public_shards
-from hf_draftkd.data.repositories import CARD_FILE, make_repository, remote_card
 from hf_draftkd.data.shards import MANIFEST, unfinished_shards
+from hf_draftkd.hub.card_words import Prose, local_card, merged, read_card, updated
+from hf_draftkd.hub.markdown import Markdown, code, fenced, model_link, python_string, text
+from hf_draftkd.hub.public_names import is_public, public_name, public_source
+from hf_draftkd.hub.public_shards import public_shards
+from hf_draftkd.hub.repositories import CARD_FILE, make_repository, remote_card
+from hf_draftkd.utils.files import write_text
 
-_TEMPLATE = "alignment_data.md"
+_TEMPLATE = "alignment_data_card.md"
 _SHARDS = "data/train-*.parquet"
 _BARS = 20  # characters of the longest bar in the histogram
 
@@ -115,7 +115,7 @@ def public_target(manifest: dict[str, Any]) -> str:
 
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        loader=PackageLoader("hf_draftkd.data", "templates"),
+        loader=PackageLoader("hf_draftkd.hub", "templates"),
         undefined=StrictUndefined,
         finalize=text,
         keep_trailing_newline=True,

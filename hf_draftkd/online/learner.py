@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.teacher_forced import Text, score_texts
 from hf_draftkd.losses import DistillationLoss, SparseTarget, Unprojected, distillation_loss
 from hf_draftkd.losses.objective import IGNORED
 from hf_draftkd.models.forward import head_arithmetic, logits_at, loss_at, predicting_positions
-from hf_draftkd.training.online_config import OnlineDistillConfig
-from hf_draftkd.training.serving import ServedRequest
+from hf_draftkd.online.capture import ServedRequest
+from hf_draftkd.online.config import OnlineDistillConfig
 
 # How a held-out text is judged whose own decoding cannot be written as a setting (`min_p`, processors of one's own).
 _UNFILTERED = DecodingSetting(temperature=1.0)

@@ -23,16 +23,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.acceptance import AcceptanceCounts
-from hf_draftkd.data.decoding import DecodingSetting
 from hf_draftkd.data.provenance import weights_fingerprint
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.pairing import align_vocabulary, shared_vocab_size
-from hf_draftkd.training.online_checks import check_decoding, check_pair, check_request, check_state
-from hf_draftkd.training.online_config import OnlineDistillConfig
-from hf_draftkd.training.online_learning import Learner, acceptance_of
-from hf_draftkd.training.online_state import has_state, load_state, save_state, saved_by
-from hf_draftkd.training.replay import ReplayBuffer
-from hf_draftkd.training.serving import Served, ServedRequest, prompt_of, served_setting, serving
+from hf_draftkd.online.buffer import ReplayBuffer
+from hf_draftkd.online.capture import Served, ServedRequest, prompt_of, served_setting, serving
+from hf_draftkd.online.checks import check_decoding, check_pair, check_request, check_state
+from hf_draftkd.online.config import OnlineDistillConfig
+from hf_draftkd.online.learner import Learner, acceptance_of
+from hf_draftkd.online.state import has_state, load_state, save_state, saved_by
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.decoding.setting import DecodingSetting
 
 
 def logits_processors(setting: DecodingSetting, target_model: PreTrainedModel | None = None) -> LogitsProcessorList:

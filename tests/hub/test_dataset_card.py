@@ -7,9 +7,9 @@ from datasets import Dataset, load_dataset
 from huggingface_hub import DatasetCard
 from markdown_it import MarkdownIt
 
-from hf_draftkd.data.card import length_histogram, push_alignment_data, write_card
-from hf_draftkd.data.card_sections import sections_of
 from hf_draftkd.data.generation import generate_alignment_data
+from hf_draftkd.hub.card_sections import sections_of
+from hf_draftkd.hub.dataset_card import length_histogram, push_alignment_data, write_card
 
 TEXTS = ["the cat", "on", "sat on the mat, the cat", "a"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_draftkd.acceptance import AcceptanceCounts
-from hf_draftkd.data.decoding import DecodingSetting
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.assisted import AssistedStep, observe_steps
 from hf_draftkd.losses.sparse import SparseTarget, top_k_target
 from hf_draftkd.models.forward import unwrapped

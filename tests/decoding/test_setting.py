@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from hf_draftkd.data.decoding import DecodingSetting, end_token_ids
+from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
 from tests.data.small import make_target
 
 # What a model could be published with, and what would change its text if it leaked.

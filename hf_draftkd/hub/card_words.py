@@ -6,8 +6,8 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from hf_draftkd.data.card_sections import prose_of, with_sections
-from hf_draftkd.data.repositories import MAX_CARD_BYTES
+from hf_draftkd.hub.card_sections import prose_of, with_sections
+from hf_draftkd.hub.repositories import MAX_CARD_BYTES
 
 Prose = Literal["hub", "local"]
 # Metadata that says what the data are: written anew, or united with what people added. All else is theirs.

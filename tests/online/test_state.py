@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from hf_draftkd.training import online_state
+from hf_draftkd.online import state as online_state
+from tests.online.serving import assert_same, distiller_for, serve, weights_of, without_seconds
 from tests.tiny import tiny_pair
-from tests.training.online import assert_same, distiller_for, serve, weights_of, without_seconds
 
 
 def test_a_resumed_server_goes_on_as_if_nothing_had_happened(tokenizer, tmp_path):

@@ -10,29 +10,15 @@ import json
 import re
 from urllib.parse import quote
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from hf_draftkd.models.names import is_hub_id
+from hf_draftkd.utils.text import one_line
 
 # The characters that begin or end Markdown inside a line. Escaping more would only make the source harder to read.
 _ACTIVE = re.compile(r"([\\`*_\[\]|~$!#])")
-# Control characters, invisible marks and tags, and halves of characters, which JSON can hold and UTF-8 cannot.
-_CONTROL = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\U000e0000-\U000e007f]+"
-)
 
 
 class Markdown(str):
     """Text that may stand in a card as it is: it was escaped, or written by this package."""
-
-
-def one_line(value: object) -> str:
-    """A value as a single line without control characters or invisible direction marks."""
-    return _CONTROL.sub(" ", str(value)).strip()
-
-
-def printable(value: object) -> str:
-    """Lines for a terminal, which takes control characters for commands: what they held stays, and they go."""
-    return "\n".join(_CONTROL.sub(" ", line) for line in str(value).split("\n"))
 
 
 def text(value: object) -> Markdown:
@@ -66,17 +52,6 @@ def fenced(language: str, content: str) -> Markdown:
 def python_string(value: str) -> str:
     """A Python literal in double quotes, whatever the value holds."""
     return json.dumps(one_line(value), ensure_ascii=False)
-
-
-def is_hub_id(name: object) -> bool:
-    """Whether a name can be the id of a repository on the Hub (`org/name` or `name`), as opposed to a local path."""
-    if not isinstance(name, str) or name.startswith((".", "/", "~")):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def model_link(name: str) -> Markdown:

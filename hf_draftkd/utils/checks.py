@@ -1,0 +1,66 @@
+"""Checks of values that users give: each returns the value, or raises a `ValueError` that repeats what was given."""
+
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+
+def nearest(name: object, valid: Iterable[str]) -> str | None:
+    """The valid name that was probably meant, or None: `"jsd"` → `"generalized_jsd"`, `"--modle"` → `"--model"`."""
+    names = list(valid)
+    near = get_close_matches(str(name), names, n=1, cutoff=0.6)
+    # A short form is far from its name in letters, but part of it.
+    near = near or [each for each in names if str(name) and str(name) in each]
+    near = near or get_close_matches(str(name), names, n=1, cutoff=0.4)
+    return near[0] if near else None
+
+
+def did_you_mean(name: object, valid: Iterable[str]) -> str:
+    """`" Did you mean 'model'?"`, or nothing where no valid name is near."""
+    near = nearest(name, valid)
+    return f" Did you mean {near!r}?" if near else ""
+
+
+def one_of(kind: str, value: Any, valid: Iterable[str]) -> Any:
+    """Refuse a name that does not exist, suggesting the nearest one that does.
+
+    Args:
+        kind: What the name is of, e.g. `"verification rule"` or "`cache_dtype`".
+        value: What was given.
+        valid: The names that exist.
+
+    Raises:
+        ValueError: `value` is not one of `valid`.
+    """
+    names = list(valid)
+    if value not in names:
+        raise ValueError(f"Unknown {kind} {value!r}.{did_you_mean(value, names)} Choose one of: {', '.join(names)}.")
+    return value
+
+
+def in_range(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+    """Refuse what is not a finite number in [low, high], or in (low, high] with `open_low`.
+
+    Values read from YAML may be strings (`"1e-1"`), booleans or nan: none of them is a number in range.
+
+    Raises:
+        ValueError: `value` is not such a number.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not (low < value if open_low else low <= value) or value > high:
+        interval = f"{'(' if open_low else '['}{low:g}, {'∞)' if math.isinf(high) else f'{high:g}]'}"
+        raise ValueError(f"`{name}` must be a number in {interval}, got {value!r}.")
+    return value
+
+
+def whole_number(name: str, value: Any, low: int = 1, high: int | None = None) -> int:
+    """Refuse what is not an integer in [low, high]; booleans and floats such as 3.0 are not integers.
+
+    Raises:
+        ValueError: `value` is not such an integer.
+    """
+    if type(value) is not int or value < low or (high is not None and value > high):
+        wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"`{name}` must be a whole number {wanted}, got {value!r}.")
+    return value
