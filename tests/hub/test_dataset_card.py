@@ -10,8 +10,19 @@ from markdown_it import MarkdownIt
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.hub.card_sections import sections_of
 from hf_draftkd.hub.dataset_card import length_histogram, push_alignment_data, write_card
+from tests.data.small import make_target, make_tokenizer
 
 TEXTS = ["the cat", "on", "sat on the mat, the cat", "a"]
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def target():
+    return make_target()
 
 
 @pytest.fixture
