@@ -25,10 +25,10 @@ from hf_draftkd import (
 )
 from hf_draftkd.data.prompts import load_prompts
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.hub.contents import json_bytes
 from hf_draftkd.hub.names import public_report
 from hf_draftkd.hub.planning import DraftFolder, public_provenance
-from hf_draftkd.hub.summary import Provenance
+from hf_draftkd.hub.provenance import Provenance
+from hf_draftkd.hub.upload_files import json_bytes
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.draft_length import store_draft_length
 from hf_draftkd.models.loading import load_tokenizer

@@ -26,9 +26,9 @@ _HOMES = {
     "evaluate_draft": "hf_draftkd.evaluation.evaluate",
     "count_acceptance": "hf_draftkd.evaluation.assisted",
     "SpeculationReport": "hf_draftkd.evaluation.report",
-    "DraftModelCard": "hf_draftkd.hub.card",
-    "push_draft": "hf_draftkd.hub.publishing",
-    "find_drafts": "hf_draftkd.hub.discovery",
+    "DraftModelCard": "hf_draftkd.hub.model_card",
+    "push_draft": "hf_draftkd.hub.push",
+    "find_drafts": "hf_draftkd.hub.find",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from hf_draftkd.evaluation.assisted import count_acceptance as count_acceptance
     from hf_draftkd.evaluation.evaluate import evaluate_draft as evaluate_draft
     from hf_draftkd.evaluation.report import SpeculationReport as SpeculationReport
-    from hf_draftkd.hub.card import DraftModelCard as DraftModelCard
-    from hf_draftkd.hub.discovery import find_drafts as find_drafts
-    from hf_draftkd.hub.publishing import push_draft as push_draft
+    from hf_draftkd.hub.find import find_drafts as find_drafts
+    from hf_draftkd.hub.model_card import DraftModelCard as DraftModelCard
+    from hf_draftkd.hub.push import push_draft as push_draft
     from hf_draftkd.models.building import build_draft as build_draft
     from hf_draftkd.models.loading import load_draft as load_draft
     from hf_draftkd.models.loading import load_target as load_target

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.cli.options import parse, required
-from hf_draftkd.hub.discovery import FoundDraft, find_drafts
+from hf_draftkd.hub.find import FoundDraft, find_drafts
 from hf_draftkd.utils.text import printable
 
 _CAPTION = (

@@ -6,7 +6,7 @@ from typing import Literal
 
 from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.cli.options import parse, required
-from hf_draftkd.hub.publishing import push_draft
+from hf_draftkd.hub.push import push_draft
 from hf_draftkd.utils.text import printable
 
 

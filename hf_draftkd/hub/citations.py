@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hf_draftkd.hub.summary import TrainingSummary
+from hf_draftkd.hub.provenance import TrainingSummary
 
 # Key -> (title, authors, year, arXiv number).
 PAPERS: dict[str, tuple[str, str, int, str]] = {

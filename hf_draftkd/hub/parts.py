@@ -5,11 +5,11 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
 
-from hf_draftkd.hub import engines, figures
+from hf_draftkd.hub import report_tables, serving_commands
 from hf_draftkd.hub.citations import bibtex, papers_used
 from hf_draftkd.hub.markdown import Markdown, code, dataset_link, fenced, model_link, text
+from hf_draftkd.hub.provenance import COMPLETIONS, SIGNALS, PairFacts, Provenance, TrainingSummary
 from hf_draftkd.hub.public_names import is_public, public_name
-from hf_draftkd.hub.summary import COMPLETIONS, SIGNALS, PairFacts, Provenance, TrainingSummary
 from hf_draftkd.utils.text import one_line
 
 Json = Mapping[str, Any]
@@ -44,8 +44,8 @@ def card_context(
         # A draft that was given a name but no owner is not on the Hub: nobody could load it by that name.
         shown = f"path/to/{shown}"
     # What evaluation recommends wins over what a config still holds from before.
-    length = figures.tuned_length(report) or pair.num_assistant_tokens
-    commands = engines.commands(
+    length = report_tables.tuned_length(report) or pair.num_assistant_tokens
+    commands = serving_commands.commands(
         shown,
         target or "path/to/target",
         target_revision=revision if is_public(target) and _is_commit(revision) else None,
@@ -67,15 +67,15 @@ def card_context(
         "sizes_differ": None not in sizes and len(sizes) == 2,
         "has_engines": any(command.language == "bash" for command in commands),
         "draft_length": length,
-        "untuned_length": engines.UNTUNED_LENGTH,
+        "untuned_length": serving_commands.UNTUNED_LENGTH,
         "prompts_text": _prompts(report.get("prompts", {})),
         "figures": parts,
         "has_stock": bool(report.get("baseline", {}).get("settings")),
         "stock": _model(report.get("baseline", {}).get("draft", {})),
-        "speed": figures.speed_table(report.get("settings", ())),
-        "hardware": figures.hardware_text(report.get("hardware")),
-        "relative_cost": figures.estimate_text(latency.get("relative_cost"), 3),
-        "verdicts": figures.verdict_rows(report),
+        "speed": report_tables.speed_table(report.get("settings", ())),
+        "hardware": report_tables.hardware_text(report.get("hardware")),
+        "relative_cost": report_tables.estimate_text(latency.get("relative_cost"), 3),
+        "verdicts": report_tables.verdict_rows(report),
         "plots": [(caption, Markdown(quote(one_line(path)))) for caption, path in plots.items()],
         "training_metrics": _pairs(training.metrics if training else None, header=("Metric", "Value")),
         "training_table": _training(training),
@@ -92,9 +92,9 @@ def _is_commit(revision: Any) -> bool:
 
 def _parts(report: Json) -> list[dict[str, Any]]:
     parts = []
-    for index, (domain, settings) in enumerate(figures.domains(report)):
-        acceptance = figures.acceptance_table(report, settings, is_whole=index == 0)
-        lengths = figures.length_table(settings)
+    for index, (domain, settings) in enumerate(report_tables.domains(report)):
+        acceptance = report_tables.acceptance_table(report, settings, is_whole=index == 0)
+        lengths = report_tables.length_table(settings)
         if acceptance or lengths:
             parts.append({"title": domain, "acceptance": acceptance, "lengths": lengths})
     return parts
@@ -134,7 +134,8 @@ def _summary(
         ("Tokenizer", code(pair.tokenizer_fingerprint) if pair.tokenizer_fingerprint else None),
         ("Tuned draft length", length),
     ]
-    return figures.table(("", ""), [row for row in rows if row[1] is not None]) if any(row[1] for row in rows) else None
+    rows = [row for row in rows if row[1] is not None]
+    return report_tables.table(("", ""), rows) if rows else None
 
 
 def _prompts(prompts: Json) -> Markdown:
@@ -166,7 +167,7 @@ def _training(training: TrainingSummary | None) -> Markdown | None:
         ("Rows", training.num_rows and f"{training.num_rows:,}"),
         ("Mixed in", _mixed_in(training)),
         ("Completion tokens", training.num_tokens and f"{training.num_tokens:,}"),
-        ("Decoding of the data", "; ".join(map(figures.decoding_name, training.sampling or ())) or None),
+        ("Decoding of the data", "; ".join(map(report_tables.decoding_name, training.sampling or ())) or None),
         ("Who wrote the completions", writer),
         ("Signal", SIGNALS[training.signal] if training.signal else None),
         ("Divergence", divergence),
@@ -177,7 +178,7 @@ def _training(training: TrainingSummary | None) -> Markdown | None:
         ("Seed", training.seed),
     ]
     rows = [row for row in rows if row[1] is not None]
-    return figures.table(("", ""), rows) if rows else None
+    return report_tables.table(("", ""), rows) if rows else None
 
 
 def _mixed_in(training: TrainingSummary) -> str | None:
@@ -194,7 +195,7 @@ def _dataset(name: str, revision: str | None) -> Markdown:
 def _pairs(values: Json | None, *, header: tuple[str, str]) -> Markdown | None:
     if not values:
         return None
-    return figures.table(header, [(code(name), _number(value)) for name, value in values.items()])
+    return report_tables.table(header, [(code(name), _number(value)) for name, value in values.items()])
 
 
 def _number(value: Any) -> Markdown:
@@ -224,10 +225,10 @@ def _limits(report: Json, training: TrainingSummary | None, target: str | None, 
         )
         found.append(f"{so_far} with this draft yet: whether it helps is not known.")
     else:
-        names = [str(name) for name, _ in figures.domains(report) if name]
+        names = [str(name) for name, _ in report_tables.domains(report) if name]
         where = f"on {text(', '.join(names))}" if names else "on the prompts above"
         found.append(f"It was tested {where} only. On other topics or languages acceptance is likely to be lower.")
-        tested = dict.fromkeys(figures.decoding_name(setting) for setting in settings)
+        tested = dict.fromkeys(report_tables.decoding_name(setting) for setting in settings)
         found.append(f"Decoding settings tested: {text('; '.join(tested))}. Others were not measured.")
         if not any("assisted" in setting for setting in settings):
             found.append("No speed-up was measured: whether it pays depends on the hardware.")

@@ -18,11 +18,11 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from hf_draftkd.evaluation.report import ModelInfo, SpeculationReport
 from hf_draftkd.hub import card_sections as sections
 from hf_draftkd.hub.access import redacted
-from hf_draftkd.hub.card import DraftModelCard
-from hf_draftkd.hub.contents import CARD_FILE, PLOT_FOLDER, REPORT_FILE, PlannedFile, check_folder
+from hf_draftkd.hub.model_card import DraftModelCard
+from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary, read_json
 from hf_draftkd.hub.public_names import without_paths
 from hf_draftkd.hub.repositories import MAX_CARD_BYTES
-from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary, read_json
+from hf_draftkd.hub.upload_files import CARD_FILE, PLOT_FOLDER, REPORT_FILE, PlannedFile, check_folder
 from hf_draftkd.models.names import is_hub_id
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
 from hf_draftkd.models.weights import count_parameters, weights_checksum

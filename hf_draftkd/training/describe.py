@@ -12,7 +12,7 @@ from hf_draftkd.data.mixing import split_by_format
 from hf_draftkd.data.provenance import package_versions
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.provenance import hardware_info
-from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
+from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.revisions import model_revision
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint

@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer
 
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.hub.card import DraftModelCard
-from hf_draftkd.hub.publishing import push_draft
+from hf_draftkd.hub.model_card import DraftModelCard
+from hf_draftkd.hub.push import push_draft
 from hf_draftkd.training.describe import describe_run
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_draftkd.hub.summary import Provenance, TrainingSummary
+from hf_draftkd.hub.provenance import Provenance, TrainingSummary
 from hf_draftkd.models.weights import weights_checksum
 from tests import tiny
 from tests.hub import samples

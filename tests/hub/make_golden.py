@@ -1,8 +1,8 @@
 """Rewrite the golden cards after a change that was meant: `python -m tests.hub.make_golden`, then read the diff."""
 
-from hf_draftkd.hub.card import DraftModelCard
+from hf_draftkd.hub.model_card import DraftModelCard
 from tests.hub import samples
-from tests.hub.test_card import GOLDEN, full_card
+from tests.hub.test_model_card import GOLDEN, full_card
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)

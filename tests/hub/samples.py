@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
+from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 
 TARGET = "org/target-7b"
 REVISION = "0123456789abcdef0123456789abcdef01234567"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_draftkd.hub.card import SECTIONS
 from hf_draftkd.hub.metadata import TAGS, eval_results
-from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
+from hf_draftkd.hub.model_card import SECTIONS
+from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 from tests.hub import samples
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from tests.hub import fake_hub, samples
 from tests.hub.conftest import replaced, write_report
 from tests.hub.fake_hub import FakeHub
-from tests.hub.publishing import ID, push
+from tests.hub.pushing import ID, push
 
 # huggingface_hub 2.4 sends LFS parts as `data=`, which its own HTTP client deprecates; users upload through Xet.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")

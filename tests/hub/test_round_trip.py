@@ -68,7 +68,7 @@ def test_push_find_load_generate(
 
     code = f"""
 import torch
-from hf_draftkd.hub.discovery import find_drafts
+from hf_draftkd.hub.find import find_drafts
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 [found] = find_drafts({samples.TARGET!r})
 draft, target, tokenizer = load_draft(found), load_target({samples.TARGET!r}), load_tokenizer(found)
@@ -89,7 +89,7 @@ print(assisted.tolist())
 @pytest.fixture
 def card_commands(hub: FakeHub, draft_folder: Path, published_target: str, tmp_path: Path) -> list[str]:
     """The Python blocks of a published card, made to name the folders that a reader would have downloaded."""
-    from hf_draftkd.hub.publishing import push_draft
+    from hf_draftkd.hub.push import push_draft
 
     upload = push_draft(draft_folder, "me/draft", license="mit")
     blocks = re.findall(r"```python\n(.*?)```", upload.card.text, re.DOTALL)
@@ -127,7 +127,7 @@ def test_the_first_command_is_assisted(card_commands: list[str], monkeypatch):
 
 def test_a_downloaded_draft_is_the_one_that_was_pushed(hub: FakeHub, draft_folder: Path, pair, tmp_path: Path):
     """Catches weights or tokenizer that change on the way."""
-    from hf_draftkd.hub.publishing import push_draft
+    from hf_draftkd.hub.push import push_draft
 
     push_draft(draft_folder, "me/draft", license="mit")
     draft = AutoModelForCausalLM.from_pretrained("me/draft", use_safetensors=True)

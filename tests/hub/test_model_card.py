@@ -7,11 +7,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_draftkd.hub.card import DraftModelCard
 from hf_draftkd.hub.citations import papers_used
 from hf_draftkd.hub.metadata import eval_results
+from hf_draftkd.hub.model_card import DraftModelCard
+from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.hub.public_names import public_name, without_paths
-from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
 from tests.hub import samples
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from hf_draftkd.cli import find as find_command
-from hf_draftkd.hub.discovery import find_drafts
+from hf_draftkd.hub.find import find_drafts
 from tests.hub import fake_hub
 from tests.hub.fake_hub import FakeHub
-from tests.hub.test_discovery import TARGET, about, add_draft
+from tests.hub.test_find import TARGET, about, add_draft
 
 
 @pytest.fixture

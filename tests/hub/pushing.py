@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hf_draftkd.hub.publishing import push_draft
+from hf_draftkd.hub.push import push_draft
 
 ID = "me/draft"
 PUBLISHED = {

@@ -16,7 +16,7 @@ import shlex
 from dataclasses import dataclass
 
 from hf_draftkd.hub.markdown import python_string
-from hf_draftkd.hub.summary import PairFacts
+from hf_draftkd.hub.provenance import PairFacts
 from hf_draftkd.models.draft_length import draft_length_settings
 
 LLAMA_CPP_MAX_VOCAB_DIFFERENCE = 128

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hf_draftkd.hub.summary import Provenance
+from hf_draftkd.hub.provenance import Provenance
 from hf_draftkd.models.loading import load_draft
 from hf_draftkd.models.weights import count_parameters, loaded_checksum
 from tests.hub import samples
 from tests.hub.conftest import replaced, write_report
 from tests.hub.fake_hub import FakeHub
-from tests.hub.publishing import ID, push
+from tests.hub.pushing import ID, push
 
 # huggingface_hub 2.4 sends LFS parts as `data=`, which its own HTTP client deprecates; users upload through Xet.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from hf_draftkd.cli import find as find_command
 from hf_draftkd.cli.errors import UsageError
-from hf_draftkd.hub.card import DraftModelCard
-from hf_draftkd.hub.discovery import Figure, FoundDraft, find_drafts
+from hf_draftkd.hub.find import Figure, FoundDraft, find_drafts
+from hf_draftkd.hub.model_card import DraftModelCard
 from tests.hub import fake_hub, samples
 from tests.hub.fake_hub import FakeHub
 

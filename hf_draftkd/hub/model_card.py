@@ -18,12 +18,12 @@ from jinja2 import PackageLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hf_draftkd.hub import card_sections as sections
-from hf_draftkd.hub import figures
+from hf_draftkd.hub import report_tables
 from hf_draftkd.hub.markdown import Markdown, fenced, text
 from hf_draftkd.hub.metadata import card_data, eval_results
 from hf_draftkd.hub.names import public_report
 from hf_draftkd.hub.parts import card_context
-from hf_draftkd.hub.summary import PairFacts, Provenance, TrainingSummary
+from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.utils.files import write_text
 
 Json = Mapping[str, Any]
@@ -134,7 +134,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["estimate"] = figures.estimate_text
+    environment.filters["estimate"] = report_tables.estimate_text
     environment.filters["block"] = lambda command: fenced(command.language, command.content)
     # For texts of this package only (titles and remarks of commands); data never goes through it.
     environment.filters["markdown"] = Markdown

@@ -26,16 +26,16 @@ from huggingface_hub.hf_api import ExpandModelProperty_T
 from huggingface_hub.utils import validate_repo_id
 
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.hub import contents, planning
+from hf_draftkd.hub import planning, upload_files
 from hf_draftkd.hub.access import hub_errors, writing_token
-from hf_draftkd.hub.card import DraftModelCard
-from hf_draftkd.hub.contents import CARD_FILE, REPORT_FILE, PlannedFile, json_bytes
-from hf_draftkd.hub.figures import tuned_length
 from hf_draftkd.hub.metadata import benchmark_entries
+from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.names import public_report
 from hf_draftkd.hub.planning import DraftFolder
+from hf_draftkd.hub.provenance import PROVENANCE_FILE
+from hf_draftkd.hub.report_tables import tuned_length
 from hf_draftkd.hub.repositories import make_repository, public_refusal, remote_card
-from hf_draftkd.hub.summary import PROVENANCE_FILE
+from hf_draftkd.hub.upload_files import CARD_FILE, REPORT_FILE, PlannedFile, json_bytes
 from hf_draftkd.models.weights import WEIGHT_FILE
 
 _VISIBILITY = {True: "private", False: "public", None: "new, public or private as its owner's default says"}
@@ -175,7 +175,7 @@ def push_draft(
         create_pr=create_pr,
         remarks=(*remarks, *plan.remarks),
     )
-    contents.refuse_secrets(plan.files, token)
+    upload_files.refuse_secrets(plan.files, token)
     return plan if dry_run else _commit(api, plan, remote, commit_message, token)
 
 
@@ -238,10 +238,10 @@ def _plan(
     token: str | None,
 ) -> Upload:
     known = public_report(draft.report)
-    generation = contents.generation_config_file(draft.path, tuned_length(known))
+    generation = upload_files.generation_config_file(draft.path, tuned_length(known))
     pair = planning.pair_facts(draft, generation, token)
     stored = planning.public_provenance(draft, pair)
-    plots = contents.plot_files(draft.path, draft.report_folder)
+    plots = upload_files.plot_files(draft.path, draft.report_folder)
     old_card = planning.read_card(remote.card, f"the card of {repo_id}") if remote.card else None
     local_card = planning.local_card(draft.path)
     fresh = DraftModelCard.from_report(
@@ -264,7 +264,7 @@ def _plan(
     if known:
         files.append(PlannedFile(REPORT_FILE, json_bytes(known)))
     files.append(PlannedFile(PROVENANCE_FILE, json_bytes(stored.to_dict())))
-    files += contents.model_files(draft.path)
+    files += upload_files.model_files(draft.path)
     files += [generation] if generation else []
     files += plots
     if task is not None:
@@ -283,7 +283,7 @@ def _is_ours(name: str) -> bool:
 
     transformers prefers a single weight file over shards, and figures of other weights would mislead.
     """
-    is_figures = name in (REPORT_FILE, _BENCHMARK_FILE) or name.startswith(f"{contents.PLOT_FOLDER}/")
+    is_figures = name in (REPORT_FILE, _BENCHMARK_FILE) or name.startswith(f"{upload_files.PLOT_FOLDER}/")
     return is_figures or bool(WEIGHT_FILE.fullmatch(name))
 
 

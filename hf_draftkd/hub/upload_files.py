@@ -14,7 +14,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from hf_draftkd.hub.access import holds_token
-from hf_draftkd.hub.summary import read_json
+from hf_draftkd.hub.provenance import read_json
 from hf_draftkd.models.checkpoints import TOKENIZER_FILES, check_model
 from hf_draftkd.models.draft_length import draft_length_settings
 from hf_draftkd.models.weights import weight_files

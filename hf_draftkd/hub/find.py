@@ -23,9 +23,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.access import hub_errors
-from hf_draftkd.hub.contents import REPORT_FILE
 from hf_draftkd.hub.metadata import draft_for_tag
-from hf_draftkd.hub.summary import MAX_JSON_BYTES, read_json
+from hf_draftkd.hub.provenance import MAX_JSON_BYTES, read_json
+from hf_draftkd.hub.upload_files import REPORT_FILE
 from hf_draftkd.models.names import is_hub_id
 from hf_draftkd.utils.text import one_line
 
