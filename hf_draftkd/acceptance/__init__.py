@@ -29,7 +29,6 @@ from hf_draftkd.acceptance.speedup import (
 from hf_draftkd.acceptance.token_rates import (
     VERIFICATION_RULES,
     accepted_given_output,
-    check_verification,
     greedy_logits,
     token_acceptance_rate,
     token_logprob,
@@ -54,7 +53,6 @@ __all__ = [
     "bootstrap_paired_ratio_quotient",
     "bootstrap_ratio",
     "break_even_acceptance_rate",
-    "check_verification",
     "expected_block_efficiency",
     "expected_target_calls",
     "expected_target_calls_by_length",

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from hf_draftkd.acceptance._checks import check_draft_length, widest_float
+from hf_draftkd.acceptance.tensors import widest_float
+from hf_draftkd.utils.checks import whole_number
 
 DRAFT_LENGTHS: tuple[int, ...] = tuple(range(1, 17))
 """The draft lengths of a report, γ = 1 … 16."""
@@ -174,7 +175,7 @@ def _check(
     if not draft_lengths:
         raise ValueError("draft_lengths is empty; name at least one draft length.")
     for length in draft_lengths:
-        check_draft_length(length)
+        whole_number("num_assistant_tokens", length)
     if accepted.ndim != 2:
         raise ValueError(
             f"accepted must have shape [texts, tokens], got {tuple(accepted.shape)}. A single text is one row: "

@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import torch
 
-from hf_draftkd.acceptance._checks import check_same_shape, unknown_name
+from hf_draftkd.acceptance.tensors import check_same_shape
+from hf_draftkd.utils.checks import one_of
 
 LENIENCE_FORMS: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {
     "linear": lambda p, q, lenience: p / lenience,
@@ -58,8 +59,7 @@ def lenient_rates(q: torch.Tensor, p: torch.Tensor, form: str, lenience: float) 
         ValueError: If the shapes differ, lenience is out of range or there is no such form.
     """
     check_same_shape(q, p)
-    if form not in LENIENCE_FORMS:
-        raise unknown_name("form of lenience", form, LENIENCE_FORMS)
+    one_of("form of lenience", form, LENIENCE_FORMS)
     if not 0 < lenience <= 1:
         raise ValueError(f"Lenience must lie in (0, 1], 1 being lossless, got {lenience!r}.")
     kept = torch.minimum(q, LENIENCE_FORMS[form](p, q, lenience))

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from hf_draftkd.acceptance._checks import check_draft_length
 from hf_draftkd.acceptance.blocks import DRAFT_LENGTHS
+from hf_draftkd.utils.checks import whole_number
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Latency:
         Returns:
             Seconds.
         """
-        check_draft_length(num_assistant_tokens)
+        whole_number("num_assistant_tokens", num_assistant_tokens)
         return num_assistant_tokens * self.draft_step_seconds + self.verify(num_assistant_tokens + 1)
 
 
@@ -130,7 +130,7 @@ def expected_block_efficiency(acceptance_rate: float, num_assistant_tokens: int)
     Raises:
         ValueError: If an argument is out of its range.
     """
-    check_draft_length(num_assistant_tokens)
+    whole_number("num_assistant_tokens", num_assistant_tokens)
     if not 0 <= acceptance_rate <= 1:
         raise ValueError(f"acceptance_rate must lie in [0, 1], got {acceptance_rate!r}.")
     # The sum rather than the quotient: exact at α = 1 and without cancellation near it.
@@ -226,7 +226,7 @@ def _solve_acceptance_rate(block_efficiency: float, num_assistant_tokens: int) -
 
 
 def _check_efficiency(block_efficiency: float, num_assistant_tokens: int) -> None:
-    check_draft_length(num_assistant_tokens)
+    whole_number("num_assistant_tokens", num_assistant_tokens)
     # Sums of probabilities carry rounding.
     if not 1 - 1e-9 <= block_efficiency <= (num_assistant_tokens + 1) * (1 + 1e-9):
         raise ValueError(

@@ -17,22 +17,10 @@ At temperature 0 all three agree: 1 where both models like the same token best, 
 
 import torch
 
-from hf_draftkd.acceptance._checks import at_least_float32, check_same_shape, unknown_name
+from hf_draftkd.acceptance.tensors import at_least_float32, check_same_shape
+from hf_draftkd.utils.checks import one_of
 
 VERIFICATION_RULES: tuple[str, ...] = ("rejection_sampling", "exact_match", "greedy_draft")
-
-
-def check_verification(verification: str) -> None:
-    """Refuse a verification rule that does not exist.
-
-    Args:
-        verification: One of `VERIFICATION_RULES`.
-
-    Raises:
-        ValueError: If it is none of them; the message suggests the nearest.
-    """
-    if verification not in VERIFICATION_RULES:
-        raise unknown_name("verification rule", verification, VERIFICATION_RULES)
 
 
 def greedy_logits(logits: torch.Tensor) -> torch.Tensor:
@@ -68,7 +56,7 @@ def token_acceptance_rate(
     Raises:
         ValueError: If the shapes differ or the rule does not exist.
     """
-    check_verification(verification)
+    one_of("verification rule", verification, VERIFICATION_RULES)
     check_same_shape(draft_logits, target_logits)
     target_probs = at_least_float32(target_logits).softmax(dim=-1)
     if verification == "rejection_sampling":
@@ -105,7 +93,7 @@ def accepted_given_output(
     Raises:
         ValueError: If shapes differ, a token is outside the vocabulary or the rule does not exist.
     """
-    check_verification(verification)
+    one_of("verification rule", verification, VERIFICATION_RULES)
     check_same_shape(draft_logits, target_logits)
     if tokens.shape != draft_logits.shape[:-1]:
         raise ValueError(

@@ -1,6 +1,5 @@
 """The target answers the prompts: alignment data, one row a completion, with the exact tokens it read and wrote."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from hf_draftkd.data.shards import DAY, StoppedError, cut_shards, day_begun, run
 from hf_draftkd.data.target_cache import add_cache_columns
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.models.names import is_hub_id
+from hf_draftkd.utils.hashing import derived_seed
 
 SCENARIOS = ("queries", "curated", "synthetic")
 _CHUNK = 1000  # prompts rendered at a time while checking
@@ -245,12 +245,6 @@ def answer_shard(
             raise
         answers[setting] = [completions[start : start + count] for start in range(0, len(completions), count)]
     return answers
-
-
-def derived_seed(*parts: Any) -> int:
-    """One seed for a part of the work, the same on every machine."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1  # below 2**63, as torch wants it
 
 
 def _is_folder_like_an_id(target_model: Any, name: str) -> bool:

@@ -1,9 +1,8 @@
 """Where data come from, in values that can be compared: hashes of prompts, template, tokenizer and weights."""
 
-import hashlib
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd import __version__
+from hf_draftkd.utils.hashing import sha256
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 _SAMPLED = 64  # numbers looked at in each weight
@@ -21,16 +21,15 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 
     Targets may have hundreds of gigabytes, so not every number is read; training moves all of them.
     """
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if weight.is_meta:  # offloaded by accelerate
-            continue
-        flat = weight.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLED)
-        # Bytes rather than floats: quantised weights are integers, and rounding must not hide a difference.
-        digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+
+    def pieces() -> Iterator[str | torch.Tensor]:
+        for name, weight in sorted(model.state_dict().items()):
+            yield f"{name} {tuple(weight.shape)} {weight.dtype}"
+            if not weight.is_meta:  # offloaded by accelerate
+                flat = weight.detach().reshape(-1)
+                yield flat[:: max(1, flat.numel() // _SAMPLED)]
+
+    return sha256(pieces())[:16]
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -40,11 +39,8 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def text_hash(texts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        # The length keeps ["ab", "c"] apart from ["a", "bc"].
-        digest.update(f"{len(text)}:".encode() + text.encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()[:16]
+    """A hash of texts, in order; their lengths keep ["ab", "c"] apart from ["a", "bc"]."""
+    return sha256(f"{len(text)}:{text}" for text in texts)[:16]
 
 
 def package_versions() -> dict[str, str]:

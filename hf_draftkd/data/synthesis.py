@@ -17,7 +17,6 @@ from transformers.utils import logging
 from hf_draftkd.data.answering import ids_without_token
 from hf_draftkd.data.backends import STOP, Completion, pipeline_backend
 from hf_draftkd.data.filters import QueryFilter
-from hf_draftkd.data.generation import derived_seed
 from hf_draftkd.data.prompts import dated
 from hf_draftkd.data.provenance import package_versions, template_hash, weights_fingerprint
 from hf_draftkd.data.shards import (
@@ -30,6 +29,7 @@ from hf_draftkd.data.shards import (
     write_round,
 )
 from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.utils.hashing import derived_seed
 
 logger = logging.get_logger(__name__)
 

@@ -11,7 +11,6 @@ Log-probabilities are float16 by default: each is off by at most 2**-11 of its s
 than 0.04% of the probability of any token with p > 0.5 and 1.1% at p = 1e-10. Ask for float32 where that matters.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from hf_draftkd.data.provenance import weights_fingerprint
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.modes import evaluating
 from hf_draftkd.models.tokenizers import tokenizer_size
+from hf_draftkd.utils.hashing import derived_seed, sha256
 
 logger = logging.get_logger(__name__)
 
@@ -91,7 +91,7 @@ def cache_target_distributions(
 
     # `map` would pickle the target to name its result; this names it by what decides it.
     options = (dataset._fingerprint, weights_fingerprint(target_model), top_k, sampled, temperature, dtype, seed)
-    fingerprint = hashlib.sha256(repr((*options, vocab_size)).encode()).hexdigest()[:16]
+    fingerprint = sha256([repr((*options, vocab_size))])[:16]
     return dataset.map(
         add,
         batched=True,
@@ -263,5 +263,4 @@ def _completion_logits(
 
 def _generator(seed: int, prompt: Sequence[int], completion: Sequence[int]) -> torch.Generator:
     # Seeded by the row itself, so that neither the batch size nor the order of rows changes its draws.
-    digest = hashlib.sha256(repr((seed, list(prompt), list(completion))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(derived_seed(seed, list(prompt), list(completion)))

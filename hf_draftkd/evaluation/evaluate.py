@@ -7,8 +7,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_draftkd.acceptance import VERIFICATION_RULES
 from hf_draftkd.acceptance.blocks import DRAFT_LENGTHS
-from hf_draftkd.acceptance.token_rates import check_verification
 from hf_draftkd.data.generation import decoding_settings, require_at_least_one
 from hf_draftkd.data.provenance import package_versions
 from hf_draftkd.decoding.setting import DecodingSetting
@@ -20,6 +20,7 @@ from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.modes import evaluating
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
 from hf_draftkd.models.weights import loaded_checksum
+from hf_draftkd.utils.checks import one_of
 
 
 def evaluate_draft(
@@ -228,7 +229,7 @@ def check_options(
     if isinstance(verification, str):
         raise ValueError(f"`verification` must be a list of rules, got the string {verification!r}: put it in a list.")
     for rule in verification:
-        check_verification(rule)
+        one_of("verification rule", rule, VERIFICATION_RULES)
     if len(set(verification)) < len(verification):
         raise ValueError(f"`verification` names a rule twice: {', '.join(verification)}.")
     require_at_least_one(max_new_tokens=max_new_tokens, batch_size=batch_size)

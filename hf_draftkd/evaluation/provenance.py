@@ -1,6 +1,5 @@
 """Where a figure comes from: models, machine, versions, prompts. A number without these cannot be compared."""
 
-import hashlib
 import json
 import os
 import platform
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_draftkd.evaluation.report import HardwareInfo, ModelInfo
 from hf_draftkd.models.revisions import model_revision
+from hf_draftkd.utils.hashing import sha256
 
 
 def model_info(model: PreTrainedModel, name: str | None = None, *, weights_sha256: str | None = None) -> ModelInfo:
@@ -50,10 +50,7 @@ def hardware_info(model: PreTrainedModel) -> HardwareInfo:
 
 def content_hash(items: Iterable[Any]) -> str:
     """SHA-256 over JSON-ready items, in order."""
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(json.dumps(item, ensure_ascii=False, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
+    return sha256(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n" for item in items)
 
 
 def _dtype_name(model: PreTrainedModel) -> str:

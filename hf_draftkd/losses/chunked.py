@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_draftkd.acceptance._checks import at_least_float32
+from hf_draftkd.acceptance.tensors import at_least_float32
 from hf_draftkd.losses.gradients import Twin
 from hf_draftkd.losses.memory import Reused
 

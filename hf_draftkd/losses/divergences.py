@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from hf_draftkd.acceptance._checks import at_least_float32, check_same_shape, unknown_name
+from hf_draftkd.acceptance.tensors import at_least_float32, check_same_shape
+from hf_draftkd.utils.checks import one_of
 
 LOG_FLOOR = -1e4
 """The log-probability that stands for an impossible token of the target."""
@@ -257,9 +258,7 @@ def get_divergence(name: str) -> Callable[..., torch.Tensor]:
     Raises:
         ValueError: If there is none; the message suggests the nearest name.
     """
-    if name not in DIVERGENCES:
-        raise unknown_name("divergence", name, DIVERGENCES)
-    return DIVERGENCES[name]
+    return DIVERGENCES[one_of("divergence", name, DIVERGENCES)]
 
 
 def check_divergence(name: str, options: Mapping[str, Any] | None = None) -> None:
@@ -283,7 +282,7 @@ def check_divergence(name: str, options: Mapping[str, Any] | None = None) -> Non
         if option not in known:
             if not known:
                 raise ValueError(f"The divergence {name!r} takes no options, got {option!r}.")
-            raise unknown_name(f"option of {name!r}", option, known)
+            one_of(f"option of {name!r}", option, known)
     if name != "cross_entropy":
         # The functions check their own values: one place per rule.
         function(torch.zeros(1, 2), torch.zeros(1, 2), **options)
@@ -303,10 +302,8 @@ def check_eta(eta: float) -> None:
 
 def check_tvd_options(estimator: str, statistics: str, tokens: torch.Tensor | None, eps: float) -> None:
     """Raise a `ValueError` unless these are possible options of `tvd_plus_plus`."""
-    if estimator not in ("sampled", "full"):
-        raise unknown_name("estimator of 'tvd_plus_plus'", estimator, ("sampled", "full"))
-    if statistics not in ("batch", "token"):
-        raise unknown_name("statistics of 'tvd_plus_plus'", statistics, ("batch", "token"))
+    one_of("estimator of 'tvd_plus_plus'", estimator, ("sampled", "full"))
+    one_of("statistics of 'tvd_plus_plus'", statistics, ("batch", "token"))
     if tokens is not None and estimator == "full":
         raise ValueError("tokens are only for estimator='sampled'; estimator='full' sums over the vocabulary.")
     if not 0 < eps < 1:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_draftkd.acceptance._checks import at_least_float32
+from hf_draftkd.acceptance.tensors import at_least_float32
 from hf_draftkd.losses.chunked import Reused, Unprojected, chunk_rows, logits_of, prepared
 
 # Logits of one chunk and one model, in elements: 64 MiB of float32 on a CPU. What looks at them makes a few copies.

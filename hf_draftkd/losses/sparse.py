@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from hf_draftkd.acceptance import token_acceptance_rate
-from hf_draftkd.acceptance._checks import at_least_float32
+from hf_draftkd.acceptance.tensors import at_least_float32
 from hf_draftkd.losses.divergences import get_divergence
 from hf_draftkd.losses.gradients import Divergence, Twin, softmax, value_and_gradient
 from hf_draftkd.losses.memory import Reused

@@ -1,10 +1,11 @@
 """What a tokenizer is, apart from how its files are written: the contents that give token ids their meaning."""
 
-import hashlib
 import json
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from hf_draftkd.utils.hashing import sha256
 
 # Cut up and put together by both tokenizers where their pipelines are written differently: case, accents and other
 # normalisation, leading, inner and trailing space, digits, code, scripts without spaces, emoji, no text at all.
@@ -39,7 +40,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         SHA-256, 64 hexadecimal digits.
     """
     text = json.dumps(_contents(tokenizer), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256([text])
 
 
 def vocabulary_difference(draft: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> str | None:

@@ -1,6 +1,5 @@
 """The weights of a saved model, looked at without loading it: their names, their number, and their checksum."""
 
-import hashlib
 import json
 import re
 import tempfile
@@ -12,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from hf_draftkd.utils.hashing import sha256
 
 logger = logging.get_logger(__name__)
 
@@ -82,15 +83,17 @@ def weights_checksum(folder: Path, dtype: str | torch.dtype | None = None) -> st
         ValueError: There are no weights, a file is damaged, or `dtype` is not a floating format of torch.
     """
     wanted = _floating(dtype) if dtype is not None else None
-    digest = hashlib.sha256()
-    for path, name in sorted(((path, name) for path, name, _ in _tensors(folder)), key=lambda item: item[1]):
-        with safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor(name)
-        if wanted is not None and tensor.is_floating_point():
-            tensor = tensor.to(wanted)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+
+    def pieces() -> Iterator[str | torch.Tensor]:
+        for path, name in sorted(((path, name) for path, name, _ in _tensors(folder)), key=lambda item: item[1]):
+            with safe_open(path, framework="pt") as file:
+                tensor = file.get_tensor(name)
+            if wanted is not None and tensor.is_floating_point():
+                tensor = tensor.to(wanted)
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n"
+            yield tensor
+
+    return sha256(pieces())
 
 
 def loaded_checksum(model: PreTrainedModel) -> str | None:

@@ -6,7 +6,6 @@ arise, call by call, and cut to the k likeliest tokens at once, so that learning
 float32 until the text ends, with those of rejected tokens beside them.)
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.assisted import AssistedStep, observe_steps
 from hf_draftkd.losses.sparse import SparseTarget, top_k_target
 from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.utils.hashing import hash_number
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class ServedRequest:
 
     def is_held_out(self, share: float, seed: int) -> bool:
         """Whether its prompt belongs to the share of prompts that is never learnt from."""
-        digest = hashlib.sha256(f"{seed}:{self.prompt_ids.tolist()}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < share * 2**64
+        return hash_number(f"{seed}:{self.prompt_ids.tolist()}") < share * 2**64
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whoever else writes beside, and whatever stops the writing."""
+"""Files that are either whole or absent, whoever else writes there and whatever interrupts the writing."""
 
 import os
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write under, which becomes `path` in one step; after a failure nothing of it stays.
+    """Give a temporary name to write under, which becomes `path` in one step; after a failure nothing of it stays.
 
-    Half a file on a full disk would keep it full. The name is this process's own: two may write the same file.
+    Half a file on a full disk would keep the disk full. The process id in the name keeps two writers apart.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -21,10 +21,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, content: str) -> Path:
-    """Write UTF-8; a reader never sees half of it. Folders are made.
+    r"""Write UTF-8 so that a reader never sees half of it; missing folders are made.
 
-    Halves of characters, with which Python stands for what in a file's name is no text, become `\\udcff`: in JSON
-    that is what they are. Nothing that took hours may be lost to the name of a folder.
+    File names that are not UTF-8 reach Python as lone surrogates, which are written as `\udcff`, their form in JSON: a
+    report that took hours must not be lost because of a folder's name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:

@@ -15,7 +15,7 @@ from hf_draftkd.acceptance import (
     expected_target_calls,
     expected_target_calls_by_length,
 )
-from hf_draftkd.acceptance._checks import widest_float
+from hf_draftkd.acceptance.tensors import widest_float
 
 
 def run_blocks(accepts: tuple[bool, ...], gamma: int) -> tuple[int, list[int], list[int]]:
@@ -171,7 +171,7 @@ def test_a_text_of_no_positions():
 class TestErrors:
     @pytest.mark.parametrize("gamma", [0, -1, 2.0, True, "5"])
     def test_draft_length(self, gamma):
-        with pytest.raises(ValueError, match="num_assistant_tokens must be a whole number"):
+        with pytest.raises(ValueError, match="`num_assistant_tokens` must be a whole number"):
             expected_target_calls(torch.ones(1, 3), gamma)
 
     def test_no_draft_lengths(self):

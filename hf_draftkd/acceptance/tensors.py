@@ -1,28 +1,6 @@
-"""Checks of what users hand in, shared by the two foundation rooms."""
-
-from collections.abc import Iterable
-from difflib import get_close_matches
+"""What the functions of `acceptance` and `losses` do with logits first: compare shapes, choose a precision."""
 
 import torch
-
-
-def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
-    """Return the error for a name that does not exist; it suggests the nearest one that does.
-
-    Args:
-        kind: What the name is of, e.g. `"verification rule"`.
-        name: What was given.
-        valid: The names that exist.
-
-    Returns:
-        A `ValueError`, to be raised by the caller.
-    """
-    names = list(valid)
-    # A short form ("jsd") is far from its name in letters, but part of it.
-    near = get_close_matches(str(name), names, n=1, cutoff=0.6) or [valid for valid in names if str(name) in valid]
-    near = near or get_close_matches(str(name), names, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"Unknown {kind} {name!r}.{hint} Choose one of: {', '.join(names)}.")
 
 
 def check_same_shape(draft_logits: torch.Tensor, target_logits: torch.Tensor) -> None:
@@ -46,19 +24,6 @@ def check_same_shape(draft_logits: torch.Tensor, target_logits: torch.Tensor) ->
             "both to the shared vocabulary first: logits[..., :shared_vocab_size]."
         )
     raise ValueError(f"Draft and target logits must cover the same positions, got {given}.")
-
-
-def check_draft_length(num_assistant_tokens: int) -> None:
-    """Refuse a draft length that is not a whole number of at least one.
-
-    Args:
-        num_assistant_tokens: The draft length γ.
-
-    Raises:
-        ValueError: If it is not an integer ≥ 1.
-    """
-    if isinstance(num_assistant_tokens, bool) or not isinstance(num_assistant_tokens, int) or num_assistant_tokens < 1:
-        raise ValueError(f"num_assistant_tokens must be a whole number of at least 1, got {num_assistant_tokens!r}.")
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
