@@ -40,7 +40,7 @@ def cells() -> dict[str, dict[str, Any]]:
         changes += [own | {"lmbda": 1.0} | rate for rate in ({}, {"learning_rate": 1e-3})]
     changes += [{"source": source, "learning_rate": 1e-3} for source in ("greedy", "T=1")]
     changes += [{"divergence": "reverse_kl", "learning_rate": 1e-3}]
-    changes += [{"temperature": 0.5}, {"temperature": 2.0}]
+    changes += [{"loss_temperature": 0.5}, {"loss_temperature": 2.0}]
     changes += [{"cross_entropy_weight": 0.1}, {"cross_entropy_weight": 0.5}]
     changes += [{"token_selection": name} for name in ("after_first_rejection", "after_first_mismatch", "adaspec")]
     changes += [{"divergence": "generalized_jsd", "beta": beta} for beta in (0.1, 0.9)]

@@ -275,8 +275,8 @@ def parse_cache(options: GenerateOptions) -> dict[str, Any] | None:
             f"`--cache_distributions` is written as top_k=64 or sampled=50, got {options.cache_distributions!r}."
         )
     if options.endpoint is not None:
-        return {name: int(number), "temperature": options.cache_temperature}
-    return {name: int(number), "temperature": options.cache_temperature, "dtype": options.cache_dtype}
+        return {name: int(number), "loss_temperature": options.cache_temperature}
+    return {name: int(number), "loss_temperature": options.cache_temperature, "dtype": options.cache_dtype}
 
 
 def _answer(

@@ -138,14 +138,14 @@ def _read(kind: Any, place: str) -> Any:
 def _prepare_cache(
     target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
 ) -> tuple[CacheRows, Features]:
-    options = {"top_k": None, "sampled": None, "temperature": 1.0, "dtype": "float16", **options}
-    known = {"top_k", "sampled", "temperature", "dtype", "seed"}
+    options = {"top_k": None, "sampled": None, "loss_temperature": 1.0, "dtype": "float16", **options}
+    known = {"top_k", "sampled", "loss_temperature", "dtype", "seed"}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"`cache_distributions` does not know {unknown[0]!r}; it takes {', '.join(sorted(known))}.")
     vocab_size = real_vocab_size(target_model, tokenizer)
     dtype = options.pop("dtype")
     options["top_k"] = check_cache_options(
-        options["top_k"], options["sampled"], options["temperature"], dtype, vocab_size
+        options["top_k"], options["sampled"], options["loss_temperature"], dtype, vocab_size
     )
     features = cache_features(vocab_size, options["sampled"], dtype)
     return distribution_cache(target_model, vocab_size=vocab_size, **options), features

@@ -35,11 +35,11 @@ class CacheFacts:
 
     Attributes:
         top_k: How many of the likeliest tokens were kept; None for draws.
-        temperature: The loss temperature that the distributions were kept at.
+        loss_temperature: The one that the distributions were kept at.
     """
 
     top_k: int | None
-    temperature: float
+    loss_temperature: float
 
 
 def missing_cache_columns(dataset: Dataset | IterableDataset) -> list[str]:

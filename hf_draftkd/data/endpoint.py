@@ -252,12 +252,12 @@ def endpoint_logprobs(cache_options: dict[str, Any] | None) -> int | None:
     """How many log-probabilities to ask a server for, from the options of the cache."""
     if cache_options is None:
         return None
-    if set(cache_options) - {"top_k", "temperature"} or not cache_options.get("top_k"):
+    if set(cache_options) - {"top_k", "loss_temperature"} or not cache_options.get("top_k"):
         raise ValueError(
             f"A server returns its likeliest tokens and nothing else: give `top_k` alone, got {cache_options}. "
             "OpenAI's servers return 5 at most, vLLM 20 unless started with more."
         )
-    if cache_options.get("temperature", 1.0) != 1.0:
+    if cache_options.get("loss_temperature", 1.0) != 1.0:
         raise ValueError("A server returns log-probabilities at temperature 1, and a tail cannot be re-tempered.")
     return int(cache_options["top_k"])
 

@@ -78,8 +78,8 @@ def generate_alignment_data(
         continuous_batching: Use transformers' continuous batching, with a config if one is given. Its ids are exact;
             sampled rows can not be repeated, and its cache takes most of the free memory unless the config says less.
         cache_distributions: Also keep the target's distributions, with these options of `cache_target_distributions`:
-            `{"top_k": 64}` or `{"sampled": 50}`, and `temperature` and `dtype`. With `endpoint`, `{"top_k": 5}` keeps
-            the top log-probabilities that the server returns.
+            `{"top_k": 64}` or `{"sampled": 50}`, and `loss_temperature` and `dtype`. With `endpoint`, `{"top_k": 5}`
+            keeps the top log-probabilities that the server returns.
         endpoint: An OpenAI-compatible server (`http://localhost:8000/v1`) that runs the target.
         endpoint_options: Options of `endpoint_backend`: `api_key`, `concurrency`, `timeout`, `max_retries`.
         target_revision: The revision that the target was loaded at, if not the Hub's `main`: its commit is recorded.

@@ -41,7 +41,7 @@ def cache_target_distributions(
     *,
     top_k: int | None = None,
     sampled: int | None = None,
-    temperature: float = 1.0,
+    loss_temperature: float = 1.0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "float16",
     batch_size: int = 8,
@@ -54,8 +54,8 @@ def cache_target_distributions(
         target_model: The target that wrote them, V tokens.
         top_k: Keep the k likeliest tokens and the tail. 64 unless `sampled` is given.
         sampled: Keep this many draws from p instead.
-        temperature: The loss temperature: p is softmax(logits / temperature). Training at another one is refused,
-            since neither a tail nor draws can be re-tempered.
+        loss_temperature: p is softmax(logits / loss_temperature). Training at another one is refused, since
+            neither a tail nor draws can be re-tempered.
         tokenizer: Its tokenizer; ids beyond it are padding, and left out of p. By default all V rows count.
         dtype: `float16` or `float32` for the log-probabilities.
         batch_size: Rows a forward pass.
@@ -78,11 +78,11 @@ def cache_target_distributions(
             "`with_token_ids`."
         )
     vocab_size = real_vocab_size(target_model, tokenizer)
-    top_k = check_cache_options(top_k, sampled, temperature, dtype, vocab_size)
+    top_k = check_cache_options(top_k, sampled, loss_temperature, dtype, vocab_size)
     if len(dataset) == 0:
         raise ValueError("The dataset is empty, so there is nothing to cache.")
     cache_rows = distribution_cache(
-        target_model, vocab_size=vocab_size, top_k=top_k, sampled=sampled, temperature=temperature, seed=seed
+        target_model, vocab_size=vocab_size, top_k=top_k, sampled=sampled, loss_temperature=loss_temperature, seed=seed
     )
     features = Features({**dataset.features, **cache_features(vocab_size, sampled, dtype)})
 
@@ -90,7 +90,7 @@ def cache_target_distributions(
         return {**rows, **cache_rows(rows["prompt_ids"], rows["completion_ids"])}
 
     # `map` would pickle the target to name its result; this names it by what decides it.
-    options = (dataset._fingerprint, weights_fingerprint(target_model), top_k, sampled, temperature, dtype, seed)
+    options = (dataset._fingerprint, weights_fingerprint(target_model), top_k, sampled, loss_temperature, dtype, seed)
     fingerprint = sha256([repr((*options, vocab_size))])[:16]
     return dataset.map(
         add,
@@ -113,7 +113,7 @@ def add_cache_columns(rows: Dataset, cache_rows: CacheRows, features: Features, 
 
 
 def check_cache_options(
-    top_k: int | None, sampled: int | None, temperature: float, dtype: str, vocab_size: int
+    top_k: int | None, sampled: int | None, loss_temperature: float, dtype: str, vocab_size: int
 ) -> int | None:
     """Refuse what cannot work; returns the top-k to use, None for draws."""
     if top_k is not None and sampled is not None:
@@ -127,8 +127,8 @@ def check_cache_options(
         top_k = min(64, vocab_size) if top_k is None else top_k
         if not 1 <= top_k <= vocab_size:
             raise ValueError(f"`top_k` must lie between 1 and the vocabulary's {vocab_size}, got {top_k}.")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"The loss `temperature` must be a positive number, got {temperature}.")
+    if not 0 < loss_temperature < float("inf"):
+        raise ValueError(f"`loss_temperature` must be a positive number, got {loss_temperature}.")
     if dtype not in ("float16", "float32"):
         raise ValueError(f"`dtype` must be 'float16' or 'float32', got {dtype!r}.")
     return top_k
@@ -177,7 +177,7 @@ def distribution_cache(
     vocab_size: int,
     top_k: int | None = None,
     sampled: int | None = None,
-    temperature: float = 1.0,
+    loss_temperature: float = 1.0,
     seed: int = 0,
 ) -> CacheRows:
     """A function from rows to their cache columns. Options as in `cache_target_distributions`, already checked."""
@@ -192,11 +192,11 @@ def distribution_cache(
             for start in range(0, max(len(completion), 1), _POSITIONS):
                 written = torch.tensor(completion[start : start + _POSITIONS], dtype=torch.long)
                 part = logits[start : start + _POSITIONS, :vocab_size].float().cpu()
-                for name, values in _keep(part, written, top_k, sampled, temperature, generator).items():
+                for name, values in _keep(part, written, top_k, sampled, loss_temperature, generator).items():
                     row.setdefault(name, []).extend(values)
             for name, values in row.items():
                 columns.setdefault(name, []).append(values)
-            columns.setdefault(TEMPERATURE_COLUMN, []).append(temperature)
+            columns.setdefault(TEMPERATURE_COLUMN, []).append(loss_temperature)
         return columns
 
     return cache_rows
@@ -207,11 +207,11 @@ def _keep(
     written: torch.Tensor,
     top_k: int | None,
     sampled: int | None,
-    temperature: float,
+    loss_temperature: float,
     generator: torch.Generator | None,
 ) -> dict[str, list[Any]]:
     """What is kept of `logits` [T, V] at `written` [T] tokens."""
-    log_p = torch.log_softmax(logits / temperature, dim=-1)
+    log_p = torch.log_softmax(logits / loss_temperature, dim=-1)
     if not torch.isfinite(log_p.amax(-1)).all():
         raise FloatingPointError("The target's logits hold NaN or infinite values; check its weights and dtype.")
     kept = {"completion_logprobs": log_p.gather(-1, written[:, None]).squeeze(-1).tolist()}

@@ -171,7 +171,7 @@ def _training(training: TrainingSummary | None) -> Markdown | None:
         ("Who wrote the completions", writer),
         ("Signal", SIGNALS[training.signal] if training.signal else None),
         ("Divergence", divergence),
-        ("Loss temperature", training.temperature),
+        ("Loss temperature", training.loss_temperature),
         ("Adapter, merged", training.peft),
         ("Optimiser steps", training.num_steps),
         ("Epochs", training.num_epochs),

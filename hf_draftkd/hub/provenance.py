@@ -61,7 +61,7 @@ class TrainingSummary:
     signal: str | None = key("What was learned from: `white_box`, `cached` or `black_box`.", default=None)
     divergence: str | None = key("Name of the loss as in `hf_draftkd.losses`.", default=None)
     divergence_options: dict[str, Any] | None = key("Its options: `beta`, `eta`, ...", default=None)
-    temperature: float | None = key("Loss temperature (not a sampling temperature).", default=None)
+    loss_temperature: float | None = key("Loss temperature (not a sampling temperature).", default=None)
     completions: str | None = key(
         "Who wrote the completions: `data`, `target`, `draft`, `mixed` or `data_and_draft`.", default=None
     )

@@ -67,13 +67,13 @@ class Served:
 
 
 @contextmanager
-def serving(target_model: PreTrainedModel, *, top_k: int, temperature: float, vocab_size: int) -> Iterator[Served]:
+def serving(target_model: PreTrainedModel, *, top_k: int, loss_temperature: float, vocab_size: int) -> Iterator[Served]:
     """Count, and keep the target's distributions, around one assisted `generate` call. The output is untouched.
 
     Args:
         target_model: The model whose `generate` is called, wrapped or not.
         top_k: Likeliest tokens to keep, at most `vocab_size`.
-        temperature: Loss temperature of what is kept.
+        loss_temperature: Of what is kept.
         vocab_size: Tokens that draft and target share.
 
     Yields:
@@ -96,7 +96,7 @@ def serving(target_model: PreTrainedModel, *, top_k: int, temperature: float, vo
         served.counts.record(step.num_draft_tokens, step.num_accepted_tokens, step.num_new_tokens)
         # The logits end with one row for each drafted token and one more; the first of these chose the new tokens.
         rows = logits[0, -(step.num_draft_tokens + 1) :][: step.num_new_tokens, :vocab_size]
-        served.parts.append(top_k_target(rows, top_k, temperature))
+        served.parts.append(top_k_target(rows, top_k, loss_temperature))
         logits = None
 
     with observe_steps(target_model, keep):

@@ -17,7 +17,7 @@ _REMEDIES = {
     "target": "Serve the target it was saved with",
     "vocab_size": "Give the same tokenizer",
     "top_k": "Set it as it was",
-    "temperature": "Set it as it was",
+    "loss_temperature": "Set it as it was",
 }
 
 
@@ -102,7 +102,7 @@ def check_state(directory: str, there: dict[str, Any], here: dict[str, Any]) -> 
     Args:
         directory: Where it lies.
         there: Its facts.
-        here: The same of this process: `target`, `vocab_size`, `top_k` and `temperature`.
+        here: The same of this process: `target`, `vocab_size`, `top_k` and `loss_temperature`.
 
     Raises:
         ValueError: One of them differs.

@@ -49,7 +49,7 @@ class OnlineDistillConfig:
         divergence_options (`dict[str, Any]`, *optional*):
             What the divergence takes: `{"beta": 0.1}` for `generalized_jsd`, `{"eta": 3.0}` for `lk_hybrid`,
             `{"estimator": "full"}` for `tvd_plus_plus`.
-        temperature (`float`, *optional*, defaults to `1.0`):
+        loss_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature both distributions are softened with inside the loss. It has nothing to do with sampling, and
             is fixed when a distribution is kept.
         cross_entropy_weight (`float`, *optional*, defaults to `0.0`):
@@ -96,7 +96,7 @@ class OnlineDistillConfig:
 
     divergence: str = "forward_kl"
     divergence_options: dict[str, Any] = field(default_factory=dict)
-    temperature: float = 1.0
+    loss_temperature: float = 1.0
     cross_entropy_weight: float = 0.0
     learning_rate: float = 3e-4
     weight_decay: float = 0.0
@@ -123,7 +123,7 @@ class OnlineDistillConfig:
             ("cross_entropy_weight", 0, 1, "[0, 1]"),
             ("weight_decay", 0, math.inf, "[0, ∞)"),
             ("holdout_share", 0, 0.5, "[0, 0.5]: the other requests are what is learnt from"),
-            ("temperature", math.ulp(0.0), math.inf, "(0, ∞)"),
+            ("loss_temperature", math.ulp(0.0), math.inf, "(0, ∞)"),
             ("learning_rate", math.ulp(0.0), math.inf, "(0, ∞)"),
             ("max_grad_norm", math.ulp(0.0), math.inf, "(0, ∞)"),
         ):
@@ -132,8 +132,10 @@ class OnlineDistillConfig:
             if not is_number or not low <= value <= high:
                 raise ValueError(f"`{name}` must be a number in {within}, got {value!r}.")
         check_divergence(self.divergence, self.divergence_options)
-        if not self.needs_target and self.temperature != 1:
-            raise ValueError(f"Cross-entropy on text has no temperature, got `temperature={self.temperature}`.")
+        if not self.needs_target and self.loss_temperature != 1:
+            raise ValueError(
+                f"Cross-entropy on text has no temperature, got `loss_temperature={self.loss_temperature}`."
+            )
 
     @property
     def needs_target(self) -> bool:

@@ -152,7 +152,7 @@ class OnlineDraftDistiller:
         check_decoding(self.target_model, self.draft_model, generation_config, kwargs)
         self._claim_output_dir()
         setting = served_setting(self.target_model, generation_config, kwargs)
-        kept: dict[str, Any] = {"top_k": self._top_k, "temperature": self.args.temperature}
+        kept: dict[str, Any] = {"top_k": self._top_k, "loss_temperature": self.args.loss_temperature}
         with serving(self.target_model, vocab_size=self._vocab_size, **kept) as served:
             output = self.target_model.generate(
                 inputs, generation_config=generation_config, assistant_model=self.draft_model, **kwargs
@@ -326,7 +326,7 @@ class OnlineDraftDistiller:
             False if nothing was ever saved there; the distiller is then as it was.
 
         Raises:
-            ValueError: The state cannot be read, or belongs to another draft, target, `top_k` or `temperature`.
+            ValueError: The state cannot be read, or belongs to another draft, target, `top_k` or `loss_temperature`.
         """
         directory = self._named(directory)
         if not has_state(directory):
@@ -368,7 +368,7 @@ class OnlineDraftDistiller:
             "target": weights_fingerprint(unwrapped(self.target_model)),
             "vocab_size": self._vocab_size,
             "top_k": self._top_k,
-            "temperature": self.args.temperature,
+            "loss_temperature": self.args.loss_temperature,
         }
 
     def _claim_output_dir(self) -> None:

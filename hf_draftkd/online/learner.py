@@ -122,7 +122,7 @@ class Learner:
             tokens,
             divergence=self._args.divergence,
             options=self._args.divergence_options,
-            temperature=self._args.temperature,
+            temperature=self._args.loss_temperature,
             cross_entropy_weight=self._args.cross_entropy_weight,
         )
 

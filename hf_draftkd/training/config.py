@@ -65,8 +65,8 @@ class DraftDistillConfig(SFTConfig):
             `generalized_jsd`, `total_variation`, `tvd_plus_plus`, `negative_log_acceptance`, `lk_hybrid`, or
             `cross_entropy` on the completion's own tokens (black box: needs no target). Ablation: none is ahead but
             `negative_log_acceptance`, by 1% (greedy) and 3% (T=1) at this learning rate, and not at ten times as much.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature both distributions are softened with inside the loss. It has nothing to do with sampling.
+        loss_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature that both distributions are softened with inside the loss. It has nothing to do with sampling.
             Ablation: 0.5 serves greedy decoding a little and costs sampling much, 2 the other way round.
         beta (`float`, *optional*, defaults to `0.5`):
             Mixture weight of `generalized_jsd`, m = beta * p + (1 - beta) * q, in [0, 1]. 0 is forward KL, 1 reverse.
@@ -196,7 +196,7 @@ class DraftDistillConfig(SFTConfig):
         default="forward_kl",
         metadata={"help": f"How draft and target are compared at each token: {', '.join(DIVERGENCES)}."},
     )
-    temperature: float = field(
+    loss_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of both distributions inside the loss; unrelated to sampling."}
     )
     beta: float = field(
@@ -284,7 +284,7 @@ class DraftDistillConfig(SFTConfig):
     def _check_distillation_values(self) -> None:
         get_divergence(self.divergence)
         for name, low, high, open_low in (
-            ("temperature", 0.0, math.inf, True),
+            ("loss_temperature", 0.0, math.inf, True),
             ("beta", 0.0, 1.0, False),
             ("eta", 0.0, math.inf, False),
             ("cross_entropy_weight", 0.0, 1.0, False),
@@ -292,8 +292,10 @@ class DraftDistillConfig(SFTConfig):
             ("lmbda", 0.0, 1.0, False),
         ):
             _check_number(name, getattr(self, name), low, high, open_low=open_low)
-        if not self.needs_target and self.temperature != 1:
-            raise ValueError(f"Cross-entropy on text has no temperature, got `temperature={self.temperature}`.")
+        if not self.needs_target and self.loss_temperature != 1:
+            raise ValueError(
+                f"Cross-entropy on text has no temperature, got `loss_temperature={self.loss_temperature}`."
+            )
         if self.mix is not None:
             parse_mix(self.mix)
         _check_count("eval_num_assistant_tokens", self.eval_num_assistant_tokens, "a draft length")

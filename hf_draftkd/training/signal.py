@@ -146,7 +146,7 @@ class CachedTarget(Text):
     def __init__(self, facts: list[CacheFacts], vocab_size: int) -> None:
         self._whole = all(fact.top_k == vocab_size for fact in facts)
         self.acceptance_name = "acceptance_rate" if self._whole else "acceptance_rate_upper_bound"
-        self._temperature = facts[0].temperature
+        self._temperature = facts[0].loss_temperature
 
     def distributions(self, batch: dict[str, Any], keep: Tensor) -> SparseTarget | SampledTarget:
         ids = batch["target_token_ids"]
@@ -299,11 +299,11 @@ def check_cached(
     rows = {name: rows_with_distributions(dataset, name, warn=False) for name, dataset in datasets.items()}
     facts = {name: cache_facts(dataset, name) for name, dataset in rows.items()}
     for name, fact in facts.items():
-        if fact.temperature != args.temperature:
+        if fact.loss_temperature != args.loss_temperature:
             raise ValueError(
-                f"The distributions of the {name} dataset were cached at temperature {fact.temperature:g}, but "
-                f"`temperature={args.temperature:g}` was asked for. What was left out of the cache cannot be "
-                f"re-tempered: set `temperature={fact.temperature:g}`, or cache again."
+                f"The distributions of the {name} dataset were cached at `loss_temperature={fact.loss_temperature:g}`, "
+                f"but `loss_temperature={args.loss_temperature:g}` was asked for. What was left out of the cache "
+                f"cannot be re-tempered: set `loss_temperature={fact.loss_temperature:g}`, or cache again."
             )
         if fact.top_k is None:
             check_sampled("a `token_loss` of your own" if own_loss else args.divergence)

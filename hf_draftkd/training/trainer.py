@@ -248,8 +248,8 @@ class DraftDistillTrainer(
 
         Args:
             draft_logits: [n, V] next-token logits of the draft over the shared vocabulary, with gradient, divided by
-                `args.temperature`. From a cache of the k likeliest tokens: [n, k + 1], the last one standing for all
-                other tokens.
+                `args.loss_temperature`. From a cache of the k likeliest tokens: [n, k + 1], the last one
+                standing for all other tokens.
             target_logits: The same of the target, without gradient.
 
         Returns:
@@ -297,7 +297,7 @@ class DraftDistillTrainer(
             tokens,
             divergence=divergence,
             options=options,
-            temperature=args.temperature,
+            temperature=args.loss_temperature,
             cross_entropy_weight=args.cross_entropy_weight if target is not None else 0.0,
             token_weights=token_weights,
             num_items=num_items,

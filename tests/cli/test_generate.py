@@ -223,7 +223,7 @@ def test_the_help_answers():
 
 def test_the_cache_is_written_as_name_and_number():
     options = GenerateOptions(cache_distributions="sampled=50", cache_temperature=2.0)
-    assert parse_cache(options) == {"sampled": 50, "temperature": 2.0, "dtype": "float16"}
+    assert parse_cache(options) == {"sampled": 50, "loss_temperature": 2.0, "dtype": "float16"}
     assert parse_cache(GenerateOptions()) is None
 
 

@@ -132,8 +132,8 @@ def test_cached_distributions_need_no_target(files, tmp_path, pair, tokenizer, c
     assert 0 < metrics["eval_acceptance_rate_upper_bound"] < 1
     assert metrics["eval_block_efficiency"] > 1
     assert json.loads((out / "provenance.json").read_text())["training"]["signal"] == "cached"
-    assert dispatch(["train", *options(files, tmp_path / "no", divergence="forward_kl", temperature=2)]) == 2
-    assert "cached at temperature 1" in capsys.readouterr().err
+    assert dispatch(["train", *options(files, tmp_path / "no", divergence="forward_kl", loss_temperature=2)]) == 2
+    assert "cached at `loss_temperature=1`" in capsys.readouterr().err
 
 
 def test_resuming_by_true_takes_the_newest_checkpoint(files, tmp_path, capsys):
@@ -156,7 +156,7 @@ def test_resuming_by_true_takes_the_newest_checkpoint(files, tmp_path, capsys):
         ({"target_model": "./nowhere"}, "nowhere"),
         ({"dataset": "missing.jsonl"}, "missing.jsonl"),
         ({"dataset_split": "tset"}, "tset"),
-        ({"temperature": 0}, "`temperature` must be a number"),
+        ({"loss_temperature": 0}, "`loss_temperature` must be a number"),
         ({"load_in_4bit": True}, "is quantised, and what it learns could not be saved"),
         ({"max_length": 4}, "Nothing is left to learn from"),
     ],

@@ -287,7 +287,7 @@ def test_a_server_without_log_probabilities_is_found_out_by_its_answer(readable_
         assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("options", [{"sampled": 5}, {"top_k": 5, "temperature": 2.0}, {}])
+@pytest.mark.parametrize("options", [{"sampled": 5}, {"top_k": 5, "loss_temperature": 2.0}, {}])
 def test_what_a_server_cannot_cache_is_refused_without_a_request(tokenizer, options):
     with pytest.raises(ValueError, match="server returns"):
         ask("http://127.0.0.1:9/v1", tokenizer, cache_distributions=options)

@@ -34,7 +34,7 @@ def log_p(model, row, temperature=1.0, vocab_size=None):
 def test_top_k_and_tail_are_those_of_the_target(target, data, temperature, batch_size):
     """Off by one, padded or tempered wrongly, the cache would teach another distribution (faults 2 and 5)."""
     cached = cache_target_distributions(
-        data, target, top_k=5, temperature=temperature, dtype="float32", batch_size=batch_size
+        data, target, top_k=5, loss_temperature=temperature, dtype="float32", batch_size=batch_size
     )
     for row in cached:
         expected = log_p(target, row, temperature)
@@ -146,8 +146,8 @@ def test_ids_take_the_smallest_type_that_fits():
         ({"top_k": 265}, "between 1 and the vocabulary's 264"),
         ({"sampled": 0}, "between 1 and 65,535"),
         ({"sampled": 65_536}, "between 1 and 65,535"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"temperature": math.nan}, "temperature"),
+        ({"loss_temperature": 0.0}, "temperature"),
+        ({"loss_temperature": math.nan}, "temperature"),
         ({"dtype": "bfloat16"}, "float16"),
     ],
 )

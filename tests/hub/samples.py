@@ -122,7 +122,7 @@ def training(**changes: Any) -> TrainingSummary:
         "draft_revision": "e" * 40,
         "signal": "white_box",
         "divergence": "forward_kl",
-        "temperature": 1.0,
+        "loss_temperature": 1.0,
         "completions": "target",
         "dataset": "org/alignment-data",
         "scenarios": ["queries"],

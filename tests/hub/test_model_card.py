@@ -416,7 +416,7 @@ def test_summary_and_provenance_survive_the_file(tmp_path):
         ('{"command": 3}', "must be a string"),
         ('{"training": {"num_rows": "many"}}', "must be a whole number"),
         ('{"training": {"signal": "whitebox"}}', "Did you mean 'white_box'"),
-        ('{"training": {"temperature": NaN}}', "not a JSON number"),
+        ('{"training": {"loss_temperature": NaN}}', "not a JSON number"),
         ("[" * 100_000, "not valid JSON"),
     ],
 )

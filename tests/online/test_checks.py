@@ -74,7 +74,7 @@ def test_pairs_that_cannot_learn_are_refused(pair):
         ({"replay_ratio": float("nan")}, "replay_ratio"),
         ({"divergence": "forward_k"}, "Did you mean"),
         ({"divergence_options": {"beta": 0.1}}, "beta"),
-        ({"divergence": "cross_entropy", "temperature": 2.0}, "no temperature"),
+        ({"divergence": "cross_entropy", "loss_temperature": 2.0}, "no temperature"),
         ({"seed": -1}, "seed"),
     ],
 )

@@ -112,9 +112,9 @@ def test_a_directory_emptied_under_a_server_is_filled_again(tokenizer, tmp_path)
         ({"seed": 5}, "target="),
         ({"num_layers": 1}, "another draft: model.layers.1"),
         ({"top_k": 8}, "top_k=64, and here it is 8"),
-        ({"temperature": 2.0}, "temperature=1.0, and here it is 2.0"),
+        ({"loss_temperature": 2.0}, "loss_temperature=1.0, and here it is 2.0"),
     ],
-    ids=["target", "draft", "top_k", "temperature"],
+    ids=["target", "draft", "top_k", "loss_temperature"],
 )
 def test_a_state_of_something_else_is_refused(tokenizer, tmp_path, change, message):
     """Distributions of another target, or at another temperature, learnt from without a word."""
@@ -122,7 +122,7 @@ def test_a_state_of_something_else_is_refused(tokenizer, tmp_path, change, messa
     draft, target = tiny_pair("llama", **{name: change[name] for name in ("seed",) if name in change})
     if "num_layers" in change:
         draft = tiny_pair("llama", num_layers=1)[0]
-    settings = {name: change[name] for name in ("top_k", "temperature") if name in change}
+    settings = {name: change[name] for name in ("top_k", "loss_temperature") if name in change}
     other = distiller_for((draft, target), output_dir=str(tmp_path), **settings)
     with pytest.raises(ValueError, match=message):
         other.resume()

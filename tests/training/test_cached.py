@@ -66,7 +66,7 @@ def test_the_whole_vocabulary_gives_the_live_loss_and_gradient(tmp_path, tokeniz
     [
         {"divergence": "reverse_kl"},
         {"divergence": "generalized_jsd", "beta": 0.3},
-        {"divergence": "lk_hybrid", "temperature": 2.0},
+        {"divergence": "lk_hybrid", "loss_temperature": 2.0},
         {"divergence": "tvd_plus_plus", "tvd_estimator": "full"},
         {"divergence": "forward_kl", "cross_entropy_weight": 0.25},
     ],
@@ -76,7 +76,7 @@ def test_every_divergence_has_its_live_gradient(tmp_path, tokenizer, options):
     """A divergence that the cached path computes in another way, or at another temperature."""
     draft, target = tiny_pair("llama")
     rows = alignment_rows(target, tokenizer, count=3)
-    data = cached(rows, target, top_k=VOCAB_SIZE, temperature=options.get("temperature", 1.0))
+    data = cached(rows, target, top_k=VOCAB_SIZE, loss_temperature=options.get("loss_temperature", 1.0))
     loss, gradients = loss_and_gradients(tmp_path, tiny_pair("llama"), tokenizer, rows, **options)
     cached_loss, cached_gradients = loss_and_gradients(tmp_path, (draft, None), tokenizer, data, **options)
     assert cached_loss == pytest.approx(loss, rel=1e-4, abs=1e-5)
@@ -180,8 +180,8 @@ def test_acceptance_from_top_k_is_called_an_upper_bound(tmp_path, pair, tokenize
 def test_no_block_efficiency_where_the_cache_cannot_tell(tmp_path, pair, tokenizer, written_at, cached_at):
     """min(1, q/p) with p and q of another temperature than the text was written at."""
     rows = alignment_rows(pair[1], tokenizer, count=3, temperature=written_at)
-    data = cached(rows, pair[1], top_k=4, temperature=cached_at)
-    trainer = build(tmp_path, (pair[0], None), tokenizer, eval_rows=data, temperature=cached_at)
+    data = cached(rows, pair[1], top_k=4, loss_temperature=cached_at)
+    trainer = build(tmp_path, (pair[0], None), tokenizer, eval_rows=data, loss_temperature=cached_at)
     with pytest.warns(UserWarning, match="eval_block_efficiency is left out: 3 evaluation rows"):
         found = trainer.evaluate()
     assert "eval_block_efficiency" not in found
@@ -261,8 +261,8 @@ def test_draws_serve_forward_kl_only(refused, divergence):
 
 def test_another_temperature_than_the_cache_has_is_refused(refused):
     """The tail cannot be re-tempered: the loss would be that of no distribution."""
-    refused("cached at temperature 1, but `temperature=2`", {"top_k": 4}, temperature=2.0)
-    refused("cached at temperature 2, but `temperature=1`", {"top_k": 4, "temperature": 2.0})
+    refused("cached at `loss_temperature=1`, but `loss_temperature=2`", {"top_k": 4}, loss_temperature=2.0)
+    refused("cached at `loss_temperature=2`, but `loss_temperature=1`", {"top_k": 4, "loss_temperature": 2.0})
 
 
 def test_rows_without_distributions_are_refused(refused):

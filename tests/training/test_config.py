@@ -26,9 +26,9 @@ def test_gradient_checkpointing_can_still_be_asked_for(tmp_path):
     [
         ("divergence", "foward_kl", "forward_kl"),
         ("divergence", "mse", "forward_kl"),
-        ("temperature", 0.0, r"`temperature` must be a number in \(0, ∞\), got 0.0"),
-        ("temperature", float("nan"), "`temperature` must be a number"),
-        ("temperature", "1.0", "`temperature` must be a number"),
+        ("loss_temperature", 0.0, r"`loss_temperature` must be a number in \(0, ∞\), got 0.0"),
+        ("loss_temperature", float("nan"), "`loss_temperature` must be a number"),
+        ("loss_temperature", "1.0", "`loss_temperature` must be a number"),
         ("beta", 1.5, r"`beta` must be a number in \[0, 1\], got 1.5"),
         ("beta", -0.1, "`beta`"),
         ("eta", -1.0, "`eta`"),
@@ -52,8 +52,8 @@ def test_values_that_cannot_work_are_named(tmp_path, name, value, message):
 def test_values_from_yaml_are_checked_as_well(tmp_path):
     """YAML given by `--config` bypasses argparse's types and choices."""
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"output_dir": str(tmp_path), "temperature": -1, "divergence": "reverse_kl"}))
-    with pytest.raises(Exception, match="`temperature` must be a number"):
+    path.write_text(yaml.safe_dump({"output_dir": str(tmp_path), "loss_temperature": -1, "divergence": "reverse_kl"}))
+    with pytest.raises(Exception, match="`loss_temperature` must be a number"):
         parse("train", (DraftDistillConfig,), ["--config", str(path)], "")
 
 

@@ -97,7 +97,7 @@ def test_acceptance_at_any_temperature_is_the_definition_on_any_text(tmp_path, p
                 shares = torch.minimum((q / temperature).softmax(-1), (p / temperature).softmax(-1))
                 expected[temperature] += float(shares.sum())
     callbacks = [AcceptanceCallback(temperatures=ALL)]
-    found = build(tmp_path, pair, tokenizer, eval_rows=rows, callbacks=callbacks, temperature=2.0).evaluate()
+    found = build(tmp_path, pair, tokenizer, eval_rows=rows, callbacks=callbacks, loss_temperature=2.0).evaluate()
     assert found["eval_acceptance_rate"] == pytest.approx(expected[1] / tokens, rel=1e-5)
     assert found["eval_acceptance_rate_t0"] == pytest.approx(expected[0] / tokens, rel=1e-6)
     assert found["eval_acceptance_rate_t0.7"] == pytest.approx(expected[0.7] / tokens, rel=1e-5)
@@ -110,8 +110,8 @@ def test_a_cache_tells_what_it_can(tmp_path, pair, tokenizer):
     callbacks = [AcceptanceCallback(temperatures=ALL)]
     live = build(tmp_path, pair, tokenizer, eval_rows=rows, callbacks=callbacks).evaluate()
     for temperature in (1.0, 0.7):
-        data = cache_target_distributions(rows, pair[1], top_k=4, temperature=temperature, dtype="float32")
-        options = {"callbacks": [AcceptanceCallback(temperatures=ALL)], "temperature": temperature}
+        data = cache_target_distributions(rows, pair[1], top_k=4, loss_temperature=temperature, dtype="float32")
+        options = {"callbacks": [AcceptanceCallback(temperatures=ALL)], "loss_temperature": temperature}
         trainer = build(tmp_path, (pair[0], None), tokenizer, eval_rows=data, **options)
         if temperature == 1:
             found = trainer.evaluate()
@@ -286,7 +286,7 @@ def test_acceptance_rate_is_the_definition_at_temperature_one(tmp_path, pair, to
         for t in range(len(row["prompt_ids"]), ids.shape[1]):
             total += float(torch.minimum(p[t - 1], q[t - 1]).sum())
             tokens += 1
-    trainer = build(tmp_path, pair, tokenizer, eval_rows=rows, temperature=2.0)
+    trainer = build(tmp_path, pair, tokenizer, eval_rows=rows, loss_temperature=2.0)
     assert trainer.evaluate()["eval_acceptance_rate"] == pytest.approx(total / tokens, rel=1e-5)
 
 

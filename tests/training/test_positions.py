@@ -225,7 +225,7 @@ def test_weights_of_ones_own(tmp_path, pair, tokenizer):
             seen.append(figures)
             return super().token_weights(figures) * (figures.positions % 2) * figures.acceptance
 
-    trainer = build(tmp_path, pair, tokenizer, rows, trainer_class=Flat, reference_model=other, temperature=1.0)
+    trainer = build(tmp_path, pair, tokenizer, rows, trainer_class=Flat, reference_model=other, loss_temperature=1.0)
     found = loss_and_gradients(trainer)
 
     def weigh(row, log_p, log_q):

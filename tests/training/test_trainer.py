@@ -102,7 +102,7 @@ def test_temperature_reaches_the_loss(tmp_path, pair, tokenizer):
     """A loss temperature that is accepted and never used (GKD's fault)."""
     rows = alignment_rows(pair[1], tokenizer, count=4)
     losses = [
-        build(tmp_path, pair, tokenizer, eval_rows=rows, temperature=t).evaluate()["eval_loss"] for t in (1.0, 3.0)
+        build(tmp_path, pair, tokenizer, eval_rows=rows, loss_temperature=t).evaluate()["eval_loss"] for t in (1.0, 3.0)
     ]
     assert losses[1] < 0.7 * losses[0]
 
