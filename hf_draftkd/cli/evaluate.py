@@ -12,9 +12,8 @@ from transformers import AutoConfig, GenerationConfig
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
-from hf_draftkd.data.generation import decoding_settings
 from hf_draftkd.data.prompts import load_prompts, open_dataset
-from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.decoding.setting import DecodingSetting, settings_at
 from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.evaluate import check_options, evaluate_draft
 from hf_draftkd.evaluation.plots import figure_class
@@ -174,7 +173,7 @@ def _settings(
             "temperature 0 is greedy decoding, which `--top_p` and `--top_k` cannot change. Leave them out, or give a "
             "temperature above 0."
         )
-    return decoding_settings(
+    return settings_at(
         temperatures,
         top_p=options.top_p,
         top_k=options.top_k,

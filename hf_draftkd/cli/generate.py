@@ -13,23 +13,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
-from hf_draftkd.data.answering import served_context
 from hf_draftkd.data.curation import curate_prompts
 from hf_draftkd.data.filters import QueryFilter
 from hf_draftkd.data.generation import (
     SCENARIOS,
     check_prompts,
-    decoding_settings,
     generate_alignment_data,
     require_at_least_one,
 )
-from hf_draftkd.data.prompts import context_length, load_prompts
-from hf_draftkd.data.shards import StoppedError, check_folder, this_process
+from hf_draftkd.data.prompts import load_prompts
+from hf_draftkd.data.shards import StoppedError, check_shard_folder, this_process
 from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
 from hf_draftkd.data.target_cache import check_cache_options
+from hf_draftkd.data.targets import served_context
+from hf_draftkd.decoding.setting import settings_at
 from hf_draftkd.hub.access import hub_errors, writing_token
 from hf_draftkd.hub.dataset_card import push_alignment_data, write_card
 from hf_draftkd.models.checkpoints import check_checkpoint, find_checkpoint
+from hf_draftkd.models.context import context_length
 from hf_draftkd.models.loading import load_target, load_tokenizer
 from hf_draftkd.models.tokenizers import tokenizer_size
 from hf_draftkd.utils.text import printable
@@ -187,7 +188,7 @@ def _look_at_everything(
     options: GenerateOptions,
 ) -> tuple[PreTrainedTokenizerBase, Dataset | None, dict[str, int] | None, dict[str, Any] | None]:
     """Read and check all there is, before the target is loaded."""
-    decoding_settings(
+    settings_at(
         options.temperatures,
         top_p=options.top_p,
         top_k=options.top_k,
@@ -196,7 +197,7 @@ def _look_at_everything(
     require_at_least_one(
         max_new_tokens=options.max_new_tokens, num_completions=options.num_completions, batch_size=options.batch_size
     )
-    check_folder(new_directory(str(options.output_dir), overwrite=True))
+    check_shard_folder(new_directory(str(options.output_dir), overwrite=True))
     if options.push_to_hub:
         _check_publishing(options.push_to_hub)
     trusted = {"trust_remote_code": options.trust_remote_code}

@@ -7,18 +7,19 @@ from typing import Any
 from datasets import Dataset
 from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_draftkd.data.answering import ids_without_token as ids_without_token  # evaluation leaves out the same ids
-from hf_draftkd.data.answering import local_target, remote_target, served_context
 from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
-from hf_draftkd.data.prompts import context_length as config_context
+from hf_draftkd.data.fingerprints import plain, template_hash, text_hash
 from hf_draftkd.data.prompts import dated, fitting_rows, load_prompts, render_prompts
-from hf_draftkd.data.provenance import package_versions, plain, template_hash, text_hash
 from hf_draftkd.data.rows import alignment_rows
 from hf_draftkd.data.shards import DAY, StoppedError, cut_shards, day_begun, run_shards
 from hf_draftkd.data.target_cache import add_cache_columns
-from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.data.targets import ids_without_token as ids_without_token  # evaluation leaves out the same ids
+from hf_draftkd.data.targets import local_target, remote_target, served_context
+from hf_draftkd.decoding.setting import DecodingSetting, settings_at
+from hf_draftkd.models.context import context_length as model_context
 from hf_draftkd.models.names import is_hub_id
 from hf_draftkd.utils.hashing import derived_seed
+from hf_draftkd.utils.versions import package_versions
 
 SCENARIOS = ("queries", "curated", "synthetic")
 _CHUNK = 1000  # prompts rendered at a time while checking
@@ -100,7 +101,7 @@ def generate_alignment_data(
         StoppedError: The disk is full, or an endpoint stopped answering or refuses a prompt, which is named. Finished
             shards stay valid.
     """
-    settings = decoding_settings(temperatures, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
+    settings = settings_at(temperatures, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
     require_at_least_one(max_new_tokens=max_new_tokens, num_completions=num_completions, batch_size=batch_size)
     if scenario not in SCENARIOS:
         raise ValueError(f"`scenario` must be one of {', '.join(SCENARIOS)}, got {scenario!r}.")
@@ -117,7 +118,7 @@ def generate_alignment_data(
         if isinstance(target_model, str):
             context_length = served_context(target_model, tokenizer)
         else:
-            context_length = config_context(target_model.config)
+            context_length = model_context(target_model)
     prompts, prompts_hash = check_prompts(
         load_prompts(prompts),
         tokenizer,
@@ -204,26 +205,6 @@ def check_prompts(
         beginning=lambda row: _beginning(prompts[row]["prompt"]),
     )
     return (prompts.select(fitting) if len(fitting) < len(prompts) else prompts), text_hash(digests)
-
-
-def decoding_settings(
-    temperatures: Sequence[float], *, top_p: float = 1.0, top_k: int = 0, repetition_penalty: float = 1.0
-) -> list[DecodingSetting]:
-    """One setting a temperature; the sampling filters apply above 0 only."""
-    if isinstance(temperatures, int | float):
-        raise ValueError(f"`temperatures` must be a list, got the number {temperatures}: write ({temperatures},).")
-    if not temperatures:
-        raise ValueError("`temperatures` is empty. Give at least one, such as 0 for greedy decoding.")
-    if len(set(temperatures)) < len(temperatures):
-        raise ValueError(
-            f"`temperatures` repeats a value: {list(temperatures)}. Use `num_completions` for several completions."
-        )
-    filters = {"top_p": top_p, "top_k": top_k}
-    DecodingSetting(temperature=1.0, **filters)  # type: ignore[arg-type]  # a bad filter is refused even if unused
-    return [
-        DecodingSetting(temperature=value, repetition_penalty=repetition_penalty, **({} if value == 0 else filters))  # type: ignore[arg-type]
-        for value in temperatures
-    ]
 
 
 def answer_shard(

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 
-from hf_draftkd.data.formatting import FORMATS
+from hf_draftkd.data.formats import FORMATS
 from hf_draftkd.data.sources import row_numbers
 
 # Columns that SFTTrainer reads beside those of a format.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Json, concatenate_datasets
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_draftkd.data.sources import open_dataset, row_numbers, unknown
@@ -156,11 +156,6 @@ def dated(tokenizer: PreTrainedTokenizerBase, day: str) -> dict[str, Any]:
         return {}
     moment = datetime.fromisoformat(day)
     return {"chat_template": _CLOCK.sub(lambda call: json.dumps(moment.strftime(call["form"])), template)}
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """The longest text a model can read, in tokens; None where its config does not say."""
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def fitting_rows(

@@ -135,7 +135,7 @@ def open_folder(folder: Path, manifest: dict[str, Any], *, write: bool = True) -
         _wait_until(path.exists)
         _compare(json.loads(path.read_text(encoding="utf-8")), manifest, folder)
     else:
-        check_folder(folder)
+        check_shard_folder(folder)
         (folder / "data").mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
@@ -147,7 +147,7 @@ def day_begun(folder: Path | None) -> str:
     return there.get(DAY) or date.today().isoformat()
 
 
-def check_folder(folder: Path) -> None:
+def check_shard_folder(folder: Path) -> None:
     """Refuse what no shards can go to.
 
     Raises:

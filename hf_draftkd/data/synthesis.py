@@ -14,11 +14,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_draftkd.data.answering import ids_without_token
 from hf_draftkd.data.backends import STOP, Completion, pipeline_backend
 from hf_draftkd.data.filters import QueryFilter
+from hf_draftkd.data.fingerprints import template_hash, weights_fingerprint
 from hf_draftkd.data.prompts import dated
-from hf_draftkd.data.provenance import package_versions, template_hash, weights_fingerprint
 from hf_draftkd.data.shards import (
     DAY,
     completion_progress,
@@ -28,8 +27,10 @@ from hf_draftkd.data.shards import (
     this_process,
     write_round,
 )
+from hf_draftkd.data.targets import ids_without_token
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.utils.hashing import derived_seed
+from hf_draftkd.utils.versions import package_versions
 
 logger = logging.get_logger(__name__)
 

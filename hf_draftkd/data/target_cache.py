@@ -12,14 +12,19 @@ than 0.04% of the probability of any token with p > 0.5 and 1.1% at p = 1e-10. A
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from accelerate import PartialState
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+from trl.data_utils import get_dataset_column_names
 
-from hf_draftkd.data.provenance import weights_fingerprint
+from hf_draftkd.data.fingerprints import weights_fingerprint
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.modes import evaluating
 from hf_draftkd.models.tokenizers import tokenizer_size
@@ -29,6 +34,8 @@ logger = logging.get_logger(__name__)
 
 CACHE_COLUMNS = ("completion_logprobs", "target_token_ids", "target_logprobs", "target_tail_logprob", "target_counts")
 TEMPERATURE_COLUMN = "target_temperature"
+_TOP_K = ("completion_logprobs", "target_token_ids", "target_logprobs", "target_tail_logprob")
+_DRAWS = ("completion_logprobs", "target_token_ids", "target_counts")
 _POSITIONS = 256  # positions turned to float32 at a time: a vocabulary of 152,000 takes 0.15 GB of them
 
 CacheRows = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], dict[str, list[Any]]]
@@ -264,3 +271,111 @@ def _completion_logits(
 def _generator(seed: int, prompt: Sequence[int], completion: Sequence[int]) -> torch.Generator:
     # Seeded by the row itself, so that neither the batch size nor the order of rows changes its draws.
     return torch.Generator().manual_seed(derived_seed(seed, list(prompt), list(completion)))
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """What all rows of one data set's cache share.
+
+    Attributes:
+        top_k: How many of the likeliest tokens were kept; None for draws.
+        loss_temperature: The one that the distributions were kept at.
+    """
+
+    top_k: int | None
+    loss_temperature: float
+
+
+def missing_cache_columns(dataset: Dataset | IterableDataset) -> list[str]:
+    """The columns that training from cached distributions needs and this data lacks; empty if it can be done."""
+    columns = set(get_dataset_column_names(dataset))
+    form = _DRAWS if "target_counts" in columns else _TOP_K
+    needed = ("prompt_ids", "completion_ids", *form, TEMPERATURE_COLUMN)
+    return [name for name in needed if name not in columns]
+
+
+def rows_with_distributions(
+    dataset: Dataset | IterableDataset, name: str, *, warn: bool = True
+) -> Dataset | IterableDataset:
+    """Leave out answers of a server that came without usable log-probabilities, and warn how many they are.
+
+    Other rows without distributions are not meant to be there: `cache_facts` refuses them.
+
+    Args:
+        dataset: The rows.
+        name: What messages call the data set.
+        warn: Whether to say so.
+    """
+    columns = ["completion_ids", "target", "target_token_ids"]
+    if isinstance(dataset, IterableDataset) or not set(columns) <= set(dataset.column_names):
+        return dataset
+    kept = []
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        written = pc.and_(*(pc.is_valid(table[column]) for column in columns[:2]))
+        kept.append(~pc.and_(written, pc.is_null(table["target_token_ids"])).to_numpy())
+    keep = np.flatnonzero(np.concatenate(kept)) if kept else np.arange(0)
+    if len(keep) in (0, len(dataset)):  # none at all: said by `cache_facts`
+        return dataset
+    if warn and PartialState().is_main_process:
+        logger.warning(
+            "%d of %d rows of the %s dataset are left out: their answers came without usable log-probabilities. To "
+            'learn from them too, give the target, or learn from text with `divergence="cross_entropy"`.',
+            len(dataset) - len(keep),
+            len(dataset),
+            name,
+        )
+    return dataset.select(keep)
+
+
+def cache_facts(dataset: Dataset | IterableDataset, name: str) -> CacheFacts:
+    """Check the cache of a data set that has all its columns.
+
+    Args:
+        dataset: The rows.
+        name: What messages call the data set.
+
+    Raises:
+        ValueError: It is a stream, a row has no distributions or not one for each completion token, or rows were cached
+            with different options.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"The {name} dataset is a stream, but cached distributions are looked up by row. Load it without "
+            "`streaming=True`: it is read from disk as needed, not into memory."
+        )
+    draws = "target_counts" in dataset.column_names
+    columns = ["completion_ids", "completion_logprobs", "target_token_ids"]
+    seen: set[int] = set()
+    first = 0
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        lengths = [pc.fill_null(pc.list_value_length(table[column]), -1).to_numpy() for column in columns]
+        wrong = np.flatnonzero((lengths[0] != lengths[1]) | (lengths[0] != lengths[2]))
+        if len(uncached := np.flatnonzero(lengths[0] < 0)):
+            raise ValueError(
+                f"Row {first + int(uncached[0])} of the {name} dataset is text without the target's distributions, but "
+                "`target_model` is None: give the target, or mix in "
+                "`cache_target_distributions(with_token_ids(text, tokenizer), target, ...)`."
+            )
+        if len(wrong):
+            row = int(wrong[0])
+            raise ValueError(
+                f"Row {first + row} of the {name} dataset has {lengths[0][row]} completion tokens, but "
+                f"{'no distributions' if lengths[2][row] < 0 else f'{lengths[2][row]} distributions'}. Cache them with "
+                "`cache_target_distributions` as the last step, after mixing and editing."
+            )
+        if not draws:
+            for chunk in table["target_token_ids"].chunks:
+                seen.update(pc.unique(pc.list_value_length(chunk.flatten())).to_pylist())
+        first += len(table)
+    if len(seen) > 1:
+        raise ValueError(
+            f"Rows of the {name} dataset keep different numbers of tokens ({sorted(seen)[:5]}): they were cached with "
+            "different `top_k`. Cache all of them with one."
+        )
+    temperatures = dataset.unique(TEMPERATURE_COLUMN)
+    if len(temperatures) > 1:
+        raise ValueError(
+            f"Rows of the {name} dataset were cached at different temperatures ({temperatures[:5]}). Cache all of "
+            "them at one."
+        )
+    return CacheFacts(None if draws else seen.pop() if seen else 0, temperatures[0])

@@ -4,7 +4,7 @@ Block efficiency holds only for text that the target wrote under the very settin
 recorded with every row and compared as a value.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -175,6 +175,34 @@ class DecodingSetting:
             **sampling,
         }
         return CompleteGenerationConfig(**(values | overrides))
+
+
+SETTING_COLUMNS = tuple(field.name for field in fields(DecodingSetting))
+"""Columns in which a row records its setting, in the order of the fields."""
+
+
+def settings_at(
+    temperatures: Sequence[float], *, top_p: float = 1.0, top_k: int = 0, repetition_penalty: float = 1.0
+) -> list[DecodingSetting]:
+    """One setting per temperature; the sampling filters apply above 0 only.
+
+    Raises:
+        ValueError: There is no temperature, one is given twice, or a value is out of range.
+    """
+    if isinstance(temperatures, int | float):
+        raise ValueError(f"`temperatures` must be a list, got the number {temperatures}: write ({temperatures},).")
+    if not temperatures:
+        raise ValueError("`temperatures` is empty. Give at least one, such as 0 for greedy decoding.")
+    if len(set(temperatures)) < len(temperatures):
+        raise ValueError(
+            f"`temperatures` repeats a value: {list(temperatures)}. Use `num_completions` for several completions."
+        )
+    filters = {"top_p": top_p, "top_k": top_k}
+    DecodingSetting(temperature=1.0, **filters)  # type: ignore[arg-type]  # a bad filter is refused even if unused
+    return [
+        DecodingSetting(temperature=value, repetition_penalty=repetition_penalty, **({} if value == 0 else filters))  # type: ignore[arg-type]
+        for value in temperatures
+    ]
 
 
 def end_token_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from hf_draftkd.data.prompts import context_length
 from hf_draftkd.evaluation.texts import TextSet
+from hf_draftkd.models.context import context_length
 from hf_draftkd.models.revisions import model_revision
 
 # Below this share of tokens that the target could have written, a text was written by something else: rounding in
@@ -40,7 +40,7 @@ def check_lengths(model: PreTrainedModel, text_sets: Sequence[TextSet]) -> None:
     Raises:
         ValueError: Such a text is found.
     """
-    context = context_length(model.config)
+    context = context_length(model)
     longest = max(sum(map(len, text)) for texts in text_sets for text in texts.texts)
     if context is not None and longest > context:
         raise ValueError(
@@ -51,7 +51,7 @@ def check_lengths(model: PreTrainedModel, text_sets: Sequence[TextSet]) -> None:
 
 def shared_context(*models: PreTrainedModel) -> int:
     """The longest text that every one of the models can read; without a limit, more than any text has."""
-    lengths = [context_length(model.config) for model in models]
+    lengths = [context_length(model) for model in models]
     return min((length for length in lengths if length is not None), default=sys.maxsize)
 
 

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.acceptance import VERIFICATION_RULES
 from hf_draftkd.acceptance.blocks import DRAFT_LENGTHS
-from hf_draftkd.data.generation import decoding_settings, require_at_least_one
-from hf_draftkd.data.provenance import package_versions
-from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.data.generation import require_at_least_one
+from hf_draftkd.decoding.setting import DecodingSetting, settings_at
 from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.measurement import Measurement
 from hf_draftkd.evaluation.provenance import hardware_info, model_info
@@ -21,6 +20,7 @@ from hf_draftkd.models.modes import evaluating
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
 from hf_draftkd.models.weights import loaded_checksum
 from hf_draftkd.utils.checks import one_of
+from hf_draftkd.utils.versions import package_versions
 
 
 def evaluate_draft(
@@ -174,7 +174,7 @@ def _settings(
         return list(settings)
     if temperatures is None:
         return None
-    return decoding_settings(temperatures, repetition_penalty=own_penalty(target_model))
+    return settings_at(temperatures, repetition_penalty=own_penalty(target_model))
 
 
 def _check(

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_draftkd.acceptance import LENIENCE_FORMS, bootstrap_ratio
-from hf_draftkd.data.generation import decoding_settings, ids_without_token
-from hf_draftkd.data.prompts import context_length, fitting_rows, load_prompts, render_prompts
-from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.data.generation import ids_without_token
+from hf_draftkd.data.prompts import fitting_rows, load_prompts, render_prompts
+from hf_draftkd.decoding.setting import DecodingSetting, settings_at
 from hf_draftkd.evaluation.checks import (
     PLAUSIBLE,
     by_this_target,
@@ -55,6 +55,7 @@ from hf_draftkd.evaluation.tables import setting_name
 from hf_draftkd.evaluation.teacher_forced import AS_TRANSFORMERS, EXACT, PassResult, score_texts
 from hf_draftkd.evaluation.texts import TextSet, generated_texts, is_recorded, other_texts, recorded_texts
 from hf_draftkd.evaluation.timing import measure_latency, time_decoding
+from hf_draftkd.models.context import context_length
 from hf_draftkd.models.pairing import shared_vocab_size
 
 _FEW_PROMPTS = 20
@@ -97,7 +98,7 @@ class Measurement:
     ) -> PromptInfo:
         """Have the target answer the prompts, or take what it answered earlier."""
         contents: Iterable[Any]
-        defaults = decoding_settings(_DEFAULT_TEMPERATURES, repetition_penalty=own_penalty(self.target_model))
+        defaults = settings_at(_DEFAULT_TEMPERATURES, repetition_penalty=own_penalty(self.target_model))
         if dataset is not None and is_recorded(dataset):
             self.text_sets = recorded_texts(dataset, settings)
             self.text_sets, found = by_this_target(self.target_model, self.text_sets)
@@ -117,7 +118,7 @@ class Measurement:
             loaded = load_prompts(prompts)
             lengths = list(map(len, render_prompts(loaded, self.tokenizer)))
             for model in (self.target_model, *drafts):
-                fitting_rows(lengths, context_length(model.config), self.max_new_tokens)
+                fitting_rows(lengths, context_length(model), self.max_new_tokens)
             self.text_sets = generated_texts(
                 self.target_model,
                 self.tokenizer,

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.acceptance import AcceptanceCounts
-from hf_draftkd.data.provenance import weights_fingerprint
+from hf_draftkd.data.fingerprints import weights_fingerprint
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.pairing import align_vocabulary, shared_vocab_size

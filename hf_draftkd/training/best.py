@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_draftkd.data.formatting import UNKNOWN_SETTING, decoding_settings
+from hf_draftkd.data.collator import UNKNOWN_SETTING, rows_by_setting
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.evaluation_sums import not_exact, setting_suffix
@@ -93,4 +93,4 @@ def _exact_rows(dataset: Dataset, signal: Text) -> dict[DecodingSetting, list[in
     if "decoding" not in dataset.column_names:
         return {}
     settings = torch.tensor([row or UNKNOWN_SETTING for row in dataset["decoding"]], dtype=torch.float32)
-    return {setting: rows for setting, rows in decoding_settings(settings).items() if signal.judges(setting)}
+    return {setting: rows for setting, rows in rows_by_setting(settings).items() if signal.judges(setting)}

@@ -9,7 +9,6 @@ from typing import Any
 from datasets import Dataset
 
 from hf_draftkd.data.mixing import split_by_format
-from hf_draftkd.data.provenance import package_versions
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.provenance import hardware_info
 from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
@@ -18,6 +17,7 @@ from hf_draftkd.models.revisions import model_revision
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
 from hf_draftkd.models.weights import weights_checksum
 from hf_draftkd.training.config import DraftDistillConfig
+from hf_draftkd.utils.versions import package_versions
 
 # Arguments that shape the weights. A list of what may be shown, since others hold tokens and paths.
 _SHOWN = (

@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_draftkd.acceptance.tensors import widest_float
-from hf_draftkd.data.formatting import DraftDistillCollator
+from hf_draftkd.data.collator import DraftDistillCollator
 from hf_draftkd.losses import Unprojected
 from hf_draftkd.models.forward import HeadArithmetic, in_head, logits_at, predicting_positions
 from hf_draftkd.training.callbacks import asked_figures

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_draftkd.acceptance import expected_target_calls_by_length
-from hf_draftkd.data.formatting import decoding_settings
+from hf_draftkd.data.collator import rows_by_setting
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses.scanning import scan
 from hf_draftkd.training.signal import Text, Written
@@ -53,7 +53,7 @@ def row_sums(
         Σα; if block efficiency is exact, the text's expected target calls at each γ, else zeros.
     """
     written = Written.of(batch, keep)
-    settings = decoding_settings(batch["decoding"]) if "decoding" in batch else {}
+    settings = rows_by_setting(batch["decoding"]) if "decoding" in batch else {}
     setting_of_row = torch.full(keep.shape[:1], -1, device=keep.device)
     for index, rows in enumerate(settings.values()):
         setting_of_row[rows] = index
@@ -132,7 +132,7 @@ class EvaluationSums:
         sums = sums.cpu()
         self._total += sums.nan_to_num().sum(0)
         exact = sums[sums[:, 2] == 0]
-        for setting, rows in decoding_settings(exact[:, _SETTING]).items():
+        for setting, rows in rows_by_setting(exact[:, _SETTING]).items():
             self._by_setting[setting] = self._by_setting.get(setting, 0) + exact[rows].sum(0)
 
     @property

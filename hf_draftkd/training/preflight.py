@@ -13,8 +13,9 @@ from trl.data_utils import get_dataset_column_names
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
-from hf_draftkd.data.formatting import check_format, has_labels, longest_text
+from hf_draftkd.data.formats import check_format, has_labels, longest_text
 from hf_draftkd.models.checkpoints import check_config, check_model
+from hf_draftkd.models.context import context_length
 from hf_draftkd.models.forward import HeadArithmetic, head_arithmetic, unwrapped
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, check_weights_apart, shared_vocab_size
@@ -294,7 +295,7 @@ def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftD
     Raises:
         ValueError: Every token of a dataset is masked, or a row exceeds the context of a model.
     """
-    context = context_length(models)
+    context = shortest_context(models)
     for name, dataset in datasets.items():
         if isinstance(dataset, IterableDataset):
             continue
@@ -311,7 +312,6 @@ def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftD
             )
 
 
-def context_length(models: list[Any]) -> float:
+def shortest_context(models: list[Any]) -> float:
     """The longest text, in tokens, that all of `models` read; infinite where none says a limit."""
-    known = (getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models)
-    return min((length or math.inf for length in known), default=math.inf)
+    return min((context_length(model) or math.inf for model in models), default=math.inf)

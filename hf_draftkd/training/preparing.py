@@ -11,9 +11,10 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl.trainer.utils import global_then_local_main_first
 
-from hf_draftkd.data.cache_lookup import CachedDistributions, rows_with_distributions
-from hf_draftkd.data.formatting import exact_features, packed, warn_of_cuts
+from hf_draftkd.data.collator import CachedDistributions
+from hf_draftkd.data.formats import exact_features, packed, warn_of_cuts
 from hf_draftkd.data.mixing import rejoined, split_by_format
+from hf_draftkd.data.target_cache import rows_with_distributions
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.signal import check_cached
 

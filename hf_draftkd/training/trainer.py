@@ -17,8 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
-from hf_draftkd.data.cache_lookup import CachedDistributions
-from hf_draftkd.data.formatting import DraftDistillCollator
+from hf_draftkd.data.collator import CachedDistributions, DraftDistillCollator
 from hf_draftkd.data.mixing import mixed_in
 from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, get_divergence
 from hf_draftkd.models.forward import logits_at, loss_at, predicting_positions, unwrapped
@@ -220,7 +219,7 @@ class DraftDistillTrainer(
         self._shared_vocab = shared_vocab_size(models[0], models[-1], processing_class)
         self._read_distributions(target, reference, facts)
         preflight.check_dataset_fits(preflight.named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
-        self._context = preflight.context_length(models)
+        self._context = preflight.shortest_context(models)
         if train_dataset is not None:
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             columns = get_dataset_column_names(train_dataset)

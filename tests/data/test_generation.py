@@ -4,10 +4,10 @@ from datasets import Dataset
 from transformers import ContinuousBatchingConfig, pipeline
 
 from hf_draftkd.data.backends import AlignmentPipeline, cut_completion
-from hf_draftkd.data.generation import cut_shards, decoding_settings, generate_alignment_data
+from hf_draftkd.data.generation import cut_shards, generate_alignment_data
 from hf_draftkd.data.prompts import render_prompts
 from hf_draftkd.data.rows import alignment_features
-from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.decoding.setting import DecodingSetting, settings_at
 from tests.data.small import make_target, make_tokenizer
 
 COLUMNS = [
@@ -186,7 +186,7 @@ def test_shards_cover_the_prompts_once_in_whole_batches():
 
 
 def test_sampling_filters_leave_greedy_decoding_alone():
-    greedy, sampled = decoding_settings((0, 0.7), top_p=0.9, top_k=5)
+    greedy, sampled = settings_at((0, 0.7), top_p=0.9, top_k=5)
     assert (greedy.top_p, greedy.top_k, sampled.top_p, sampled.top_k) == (1.0, 0, 0.9, 5)
 
 

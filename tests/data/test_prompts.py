@@ -3,8 +3,8 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hf_draftkd.data.prompts import clean_message, context_length, fitting_rows, load_prompts, render_prompts
-from tests.data.small import make_target, make_tokenizer
+from hf_draftkd.data.prompts import clean_message, fitting_rows, load_prompts, render_prompts
+from tests.data.small import make_tokenizer
 
 CHAT = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "on the mat?"}]]
 
@@ -310,7 +310,3 @@ def test_prompts_longer_than_the_context_are_listed():
         fitting_rows([1], context=128, max_new_tokens=128)
     with pytest.raises(ValueError, match=r"row 1 .* no tokens at all"):
         fitting_rows([1, 0], context=128, max_new_tokens=8)
-
-
-def test_the_context_is_that_of_the_model():
-    assert context_length(make_target(max_position_embeddings=77).config) == 77

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from hf_draftkd import DraftDistillTrainer
-from hf_draftkd.data.cache_lookup import CachedDistributions, addresses
+from hf_draftkd.data.collator import CachedDistributions, addresses
 from hf_draftkd.data.target_cache import cache_target_distributions
 from tests.tiny import VOCAB_SIZE, tiny_pair
 from tests.training.rows import alignment_rows

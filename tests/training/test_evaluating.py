@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import EarlyStoppingCallback
 
 from hf_draftkd import AcceptanceCallback, DraftDistillConfig, DraftDistillTrainer
-from hf_draftkd.data.formatting import DraftDistillCollator, decoding_settings
+from hf_draftkd.data.collator import DraftDistillCollator, rows_by_setting
 from hf_draftkd.data.target_cache import cache_target_distributions
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import scanning
@@ -155,7 +155,7 @@ def test_a_recorded_setting_survives_the_precision_of_the_batch():
     row = {"input_ids": [0, 5, 6], "labels": [-100, 5, 6], "decoding": [0.7, 0.95, 50.0, 1.05]}
     batch = DraftDistillCollator(pad_token_id=2)([row, row | {"decoding": [1 / 3, 1.0, 0.0, 1.0]}])
     assert all(value.dtype != torch.float64 for value in batch.values())
-    assert next(iter(decoding_settings(batch["decoding"]))) == DecodingSetting(0.7, 0.95, 50, 1.05)
+    assert next(iter(rows_by_setting(batch["decoding"]))) == DecodingSetting(0.7, 0.95, 50, 1.05)
 
 
 @pytest.mark.parametrize("temperature", [-1, float("nan"), float("inf"), "1", True])

@@ -1,31 +1,24 @@
-"""From dataset columns to token ids and labels, and from rows to batches.
+"""From dataset columns to token ids and labels.
 
 `SFTTrainer` prepares every format that it knows. What it does not know is done here, before it looks: alignment rows
 carry the exact tokens that the target read and wrote, and must never be tokenised a second time.
 """
 
-import copy
 import logging
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.compute as pc
-import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from trl import pack_dataset
 from trl.data_utils import get_dataset_column_names
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hf_draftkd.data.cache_lookup import CachedDistributions, addresses
-from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.data.collator import UNKNOWN_SETTING, addresses, setting_feature
+from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
 
 logger = logging.getLogger(__name__)
 
-# The order in which a row's `decoding` feature holds its setting.
-_SETTING = ("temperature", "top_p", "top_k", "repetition_penalty")
 # What one of these sets of columns makes trainable. The first that is present is used.
 FORMATS: tuple[tuple[str, ...], ...] = (
     ("prompt_ids", "completion_ids"),
@@ -35,8 +28,7 @@ FORMATS: tuple[tuple[str, ...], ...] = (
     ("conversations",),
 )
 # What a row of alignment data is read for.
-_READ = {"prompt_ids", "completion_ids", "ids_source", "target", *_SETTING}
-UNKNOWN_SETTING = [math.nan] * len(_SETTING)
+_READ = {"prompt_ids", "completion_ids", "ids_source", "target", *SETTING_COLUMNS}
 
 
 def check_format(dataset: Dataset | IterableDataset, name: str, *, text_field: str = "text") -> None:
@@ -116,65 +108,6 @@ def packed(dataset: Dataset, length: int | None, map_kwargs: dict[str, Any]) -> 
     return pack_dataset(dataset.select_columns(["input_ids", "labels", "cache_index"]), length, "bfd", map_kwargs)
 
 
-def _recorded_setting(row: dict[str, Any], target_name: str | None) -> list[float]:
-    exact = row.get("ids_source") == "generated" and row.get("target") == target_name
-    values = [float(value) for name in _SETTING if (value := row.get(name)) is not None]
-    return values if exact and len(values) == len(_SETTING) else UNKNOWN_SETTING
-
-
-def decoding_settings(decoding: torch.Tensor) -> dict[DecodingSetting, list[int]]:
-    """Which rows of a batch were written under which setting.
-
-    Args:
-        decoding: [B, 4] as made by `exact_features`.
-
-    Returns:
-        Setting -> row indices; rows without a known setting are in none.
-    """
-    groups: dict[DecodingSetting, list[int]] = {}
-    for index, values in enumerate(decoding.tolist()):
-        # In float32, 0.7 is 0.699999988: six digits are what it keeps of any number.
-        temperature, top_p, top_k, penalty = (float(f"{value:.6g}") for value in values)
-        if not math.isnan(temperature):
-            groups.setdefault(DecodingSetting(temperature, top_p, int(top_k), penalty), []).append(index)
-    return groups
-
-
-@dataclass
-class DraftDistillCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, which also gives the target's cached distributions and each row's decoding setting.
-
-    Args:
-        cache: Where the distributions lie. The batch then holds them for its N completion tokens, in row-major order
-            of the positions that predict one: see `CachedDistributions.lookup`.
-    """
-
-    cache: CachedDistributions | None = None
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: `input_ids`, `labels` [B, L], ..., `decoding` [B, 4] unless it is padding-free, cache columns."""
-        batch = super().torch_call(examples)
-        if not self.padding_free:
-            rows = [example.get("decoding") or UNKNOWN_SETTING for example in examples]
-            # In float32, since not every accelerator has float64.
-            batch["decoding"] = torch.tensor(rows, dtype=torch.float32)
-        if self.cache is not None:
-            # SFTTrainer truncates `input_ids` and `labels` only; what it cut off is at the end.
-            kept = [torch.tensor(row["cache_index"][: len(row["input_ids"])]) for row in examples]
-            labels = batch["labels"]
-            index = torch.full_like(labels, -1)
-            for row, places in zip(index, [torch.cat(kept)] if self.padding_free else kept, strict=True):
-                row[: len(places)] = places
-            batch |= self.cache.lookup(index[:, 1:][labels[:, 1:] != -100])
-        return batch
-
-    def padded(self) -> "DraftDistillCollator":
-        """The same for one text a row."""
-        made = copy.copy(self)
-        made.padding_free = False
-        return made
-
-
 def has_labels(dataset: Dataset) -> bool:
     """Whether any token of prepared rows is learnt from. The first of a row is predicted by nothing."""
     return any(label != -100 for labels in _column(dataset, "labels") for label in labels[1:])
@@ -214,3 +147,10 @@ def longest_text(dataset: Dataset) -> int:
 
 def _column(dataset: Dataset, name: str) -> Iterable[Any]:
     return (row for batch in dataset.select_columns([name]).iter(batch_size=1000) for row in batch[name])
+
+
+def _recorded_setting(row: dict[str, Any], target_name: str | None) -> list[float]:
+    is_exact = row.get("ids_source") == "generated" and row.get("target") == target_name
+    if not is_exact or any(row.get(name) is None for name in SETTING_COLUMNS):
+        return UNKNOWN_SETTING
+    return setting_feature(DecodingSetting.from_row(row))

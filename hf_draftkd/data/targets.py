@@ -17,8 +17,7 @@ from transformers import (
 
 from hf_draftkd.data.backends import Backend, continuous_backend, pipeline_backend
 from hf_draftkd.data.endpoint import endpoint_backend, endpoint_logprobs, without_login
-from hf_draftkd.data.prompts import context_length
-from hf_draftkd.data.provenance import weights_fingerprint
+from hf_draftkd.data.fingerprints import weights_fingerprint
 from hf_draftkd.data.target_cache import (
     CacheRows,
     cache_features,
@@ -27,6 +26,7 @@ from hf_draftkd.data.target_cache import (
     real_vocab_size,
 )
 from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.models.context import context_length
 from hf_draftkd.models.revisions import model_revision, resolved_revision
 from hf_draftkd.models.tokenizers import tokenizer_size
 

@@ -1,18 +1,14 @@
-"""Where data come from, in values that can be compared: hashes of prompts, template, tokenizer and weights."""
+"""Hashes that tell whether two runs read the same prompts, chat template and weights."""
 
 import json
-import platform
 from collections.abc import Iterable, Iterator
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_draftkd import __version__
 from hf_draftkd.utils.hashing import sha256
 
-_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 _SAMPLED = 64  # numbers looked at in each weight
 
 
@@ -41,15 +37,6 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def text_hash(texts: Iterable[str]) -> str:
     """A hash of texts, in order; their lengths keep ["ab", "c"] apart from ["a", "bc"]."""
     return sha256(f"{len(text)}:{text}" for text in texts)[:16]
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    return {
-        "python": platform.python_version(),
-        "hf_draftkd": __version__,
-        **{name: version(name) for name in _PACKAGES},
-    }
 
 
 def plain(value: Any) -> str:
