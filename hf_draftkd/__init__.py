@@ -17,6 +17,7 @@ _HOMES = {
     "OnlineDistillConfig": "hf_draftkd.online.config",
     "OnlineDraftDistiller": "hf_draftkd.online.distiller",
     "build_draft": "hf_draftkd.models.building",
+    "extract_text_model": "hf_draftkd.models.text_model",
     "align_vocabulary": "hf_draftkd.models.pairing",
     "load_target": "hf_draftkd.models.loading",
     "load_draft": "hf_draftkd.models.loading",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from hf_draftkd.models.loading import load_draft as load_draft
     from hf_draftkd.models.loading import load_target as load_target
     from hf_draftkd.models.pairing import align_vocabulary as align_vocabulary
+    from hf_draftkd.models.text_model import extract_text_model as extract_text_model
     from hf_draftkd.online.config import OnlineDistillConfig as OnlineDistillConfig
     from hf_draftkd.online.distiller import OnlineDraftDistiller as OnlineDraftDistiller
     from hf_draftkd.training.callbacks import AcceptanceCallback as AcceptanceCallback

@@ -1,0 +1,158 @@
+"""The language model inside a multimodal checkpoint, as an ordinary causal LM.
+
+    text = extract_text_model("org/vision-language")    # or a model in memory
+    text.save_pretrained("text-only")
+
+Gemma 3, Mistral 3, Llava, SmolVLM, Qwen3-VL and similar models are a causal LM with a vision or audio tower beside it.
+Draft and target are compared on text alone, so the tower is left out. Whether what remains computes the same is not
+taken on trust: both models read a probe, and logits that differ in a single bit are an error.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from hf_draftkd.models.modes import evaluating
+
+# Text models without a causal LM class, the model type that computes the same on text alone, and what its config must
+# say besides.
+_EQUAL_ON_TEXT: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_vl_text": ("qwen2", {}),
+    "qwen2_5_vl_text": ("qwen2", {}),
+    "qwen3_vl_text": ("qwen3", {}),
+    "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
+}
+_PROBE_LENGTH = 24
+
+
+def extract_text_model(model_or_path: Any, **options: Any) -> PreTrainedModel:
+    """The causal LM of a multimodal model: the text layers and the head, without vision or audio tower.
+
+    Args:
+        model_or_path: A multimodal model, in plain weights on one device; or the local directory or Hub id of one.
+        options: For a path: of `from_pretrained`, such as `revision` and `dtype`.
+
+    Returns:
+        The model, in eval mode. It shares its weights with a `model_or_path` that is a model: nothing is copied. Its
+        config says "tied" exactly where embedding and head are one matrix, whatever the multimodal config says.
+
+    Raises:
+        ValueError: There is no text model that can stand alone, or its logits are not those of the whole.
+    """
+    model = model_or_path if isinstance(model_or_path, PreTrainedModel) else _load_whole(model_or_path, options)
+    name = repr(model.name_or_path or type(model).__name__)
+    if not is_multimodal(model.config):
+        raise ValueError(f"{name} is a text model already ({model.config.model_type!r}): use it as it is.")
+    _check_plain(model, name)
+    text_class, config = _class_and_config(model.config, name)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    tied = head.weight is model.get_input_embeddings().weight
+    config.tie_word_embeddings = tied
+    config.architectures = [text_class.__name__]
+    config._attn_implementation = decoder.config._attn_implementation
+
+    with init_empty_weights(include_buffers=False):
+        text = text_class(config)
+    text.base_model.load_state_dict(decoder.state_dict(), strict=False, assign=True)
+    text.get_output_embeddings().load_state_dict(head.state_dict(), assign=True)
+    if tied:
+        text.tie_weights()
+    empty = [key for key, parameter in text.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ValueError(f"The text model of {name} cannot stand alone: it has no weights for {empty[0]}.")
+    _share_buffers(text.base_model, decoder)
+    text.to(model.device)
+    text.generation_config = copy.deepcopy(model.generation_config)
+    text.name_or_path = text.config.name_or_path = model.name_or_path
+    text.eval()
+    _check_equal(text, model, name)
+    return text
+
+
+def is_multimodal(config: PreTrainedConfig) -> bool:
+    """Whether the language model is only a part of what this config describes."""
+    towers = ("vision_config", "audio_config")
+    return config.get_text_config(decoder=True) is not config or any(getattr(config, t, None) for t in towers)
+
+
+def text_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The causal LM class of a multimodal config's text part; None where none of transformers computes the same."""
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        return None
+    equal, _ = _EQUAL_ON_TEXT.get(text.model_type, (None, {}))
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[equal] if equal else type(text), None)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _load_whole(path: Any, options: dict[str, Any]) -> PreTrainedModel:
+    config = transformers.AutoConfig.from_pretrained(path, revision=options.get("revision"))
+    # The class it was saved as: the automatic classes take some of these checkpoints for text models.
+    whole_class = getattr(transformers, (config.architectures or [""])[0], None)
+    if whole_class is None:
+        raise ValueError(
+            f"{str(path)!r} does not say which class of transformers it was saved as (architectures: "
+            f"{config.architectures}). Load it yourself and give the model to `extract_text_model`."
+        )
+    return whole_class.from_pretrained(path, use_safetensors=True, **options).eval()
+
+
+def _check_plain(model: PreTrainedModel, name: str) -> None:
+    instead = (
+        "Extract and save the text model once, on the CPU in plain weights (`draftkd init --text_of MODEL`, or "
+        "`extract_text_model(path).save_pretrained(directory)`), and load that as you like."
+    )
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{name} is quantised, and its text model cannot be taken out of packed weights. {instead}")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        raise ValueError(f"{name} is spread over several devices. {instead}")
+
+
+def _class_and_config(config: PreTrainedConfig, name: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    text, found = config.get_text_config(decoder=True), text_class(config)
+    if found is None:
+        raise ValueError(
+            f"The text part of {name} ({text.model_type!r}) has no causal LM class in transformers that computes the "
+            "same on text. Choose a text-only model of the same family."
+        )
+    if text.model_type not in _EQUAL_ON_TEXT:
+        new = copy.deepcopy(text)
+    else:
+        values = {key: value for key, value in text.to_dict().items() if key != "model_type"}
+        # Sections for time, height and width: on text all three positions are equal.
+        values["rope_parameters"] = {k: v for k, v in text.rope_parameters.items() if not k.startswith("mrope")}
+        new = found.config_class(**values, **_EQUAL_ON_TEXT[text.model_type][1])
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(new, key, None) is None:
+            setattr(new, key, getattr(config, key, None))
+    return found, new
+
+
+def _share_buffers(text: nn.Module, decoder: nn.Module) -> None:
+    """Tables that are never saved, such as rotary frequencies: the decoder's may have another precision or device."""
+    ours = dict(text.named_buffers())
+    for name, buffer in decoder.named_buffers():
+        if name in ours:
+            owner, _, key = name.rpartition(".")
+            setattr(text.get_submodule(owner), key, buffer)
+
+
+@torch.no_grad()
+def _check_equal(text: PreTrainedModel, whole: PreTrainedModel, name: str) -> None:
+    special = {value for key, value in vars(whole.config).items() if key.endswith(("_id", "_index"))}
+    plain = [i for i in range(min(text.config.vocab_size, 1000)) if i not in special]
+    ids = torch.tensor([[plain[7 * i % len(plain)] for i in range(_PROBE_LENGTH)]], device=whole.device)
+    with evaluating(whole):
+        wanted = whole(input_ids=ids, use_cache=False).logits
+    got = text(input_ids=ids, use_cache=False).logits
+    if not torch.equal(got, wanted):
+        raise ValueError(
+            f"The text model taken out of {name} is not equal to the whole: logits differ by up to "
+            f"{(got - wanted).abs().max():.3g}. Choose a text-only model of the same family."
+        )

@@ -1,0 +1,103 @@
+"""The text model of a multimodal checkpoint: the same logits, bit for bit, and an ordinary causal LM ever after."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
+
+from hf_draftkd.models.text_model import extract_text_model
+from tests.multimodal import MULTIMODAL, tiny_multimodal
+from tests.tiny import tiny_llama
+
+IDS = torch.arange(3, 290).reshape(7, 41)
+
+
+def _logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def _shaken(model):
+    """Every weight random, norms and biases too: at their start values they cannot be told from forgotten ones."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter + 0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_logits_are_those_of_the_whole_and_stay_so_when_saved(name, tied, tmp_path):
+    whole = _shaken(tiny_multimodal(name, tied=tied))
+    text = extract_text_model(whole)
+    assert torch.equal(_logits(text), _logits(whole))
+    assert text.config.tie_word_embeddings == tied
+    text.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(text)
+    assert torch.equal(_logits(again), _logits(whole))
+    assert not any("vision" in key or "visual" in key for key in again.state_dict())
+    prompt = IDS[:1, :9]
+    plain = whole.generate(input_ids=prompt, max_new_tokens=8, do_sample=False)
+    assert torch.equal(again.generate(prompt, max_new_tokens=8, do_sample=False), plain)
+
+
+@pytest.mark.parametrize(("tied", "tied_text"), [(False, True), (True, False)])
+@pytest.mark.parametrize("name", ["Gemma3", "Llava", "Mistral3", "Qwen3VL", "SmolVLM"])
+def test_configs_that_disagree_on_tying(name, tied, tied_text, tmp_path):
+    """Untied outside and tied in `text_config`: taking the text config's word gave logits 5.7 off, silently."""
+    whole = _shaken(tiny_multimodal(name, tied=tied, tied_text=tied_text))
+    whole.save_pretrained(tmp_path / "whole")
+    text = extract_text_model(tmp_path / "whole")
+    assert torch.equal(_logits(text), _logits(whole))
+    text.save_pretrained(tmp_path / "text")
+    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "text")), _logits(whole))
+
+
+def test_settings_of_the_whole_come_along(tmp_path):
+    """Ends of turn stand in the generation config of the whole; precision is that of the file."""
+    whole = tiny_multimodal("Gemma3").to(torch.bfloat16)
+    whole.generation_config.eos_token_id = [1, 5]
+    whole.save_pretrained(tmp_path)
+    text = extract_text_model(str(tmp_path), dtype="auto")
+    assert text.generation_config.eos_token_id == [1, 5]
+    assert text.dtype == torch.bfloat16
+    assert not text.training
+    assert text.name_or_path == str(tmp_path)
+
+
+def test_a_model_in_memory_shares_its_weights():
+    """A 27B model must not be held twice."""
+    whole = tiny_multimodal("Qwen3VL").train()
+    text = extract_text_model(whole)
+    places = {parameter.data_ptr() for parameter in whole.parameters()}
+    assert {parameter.data_ptr() for parameter in text.parameters()} <= places
+    assert whole.training
+
+
+def test_what_is_not_equal_is_refused(monkeypatch):
+    """A text model that scales its embeddings otherwise would load, and be wrong."""
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", _doubled(Qwen3ForCausalLM.forward))
+    with pytest.raises(ValueError, match="not equal to the whole: logits differ"):
+        extract_text_model(tiny_multimodal("Qwen3VL"))
+
+
+def _doubled(forward):
+    def wrapped(self, **inputs):
+        output = forward(self, **inputs)
+        output.logits = 2 * output.logits
+        return output
+
+    return wrapped
+
+
+def test_what_cannot_be_extracted_says_why():
+    with pytest.raises(ValueError, match="a text model already"):
+        extract_text_model(tiny_llama())
+    quantised = tiny_multimodal("Llava")
+    quantised.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ValueError, match="on the CPU in plain weights"):
+        extract_text_model(quantised)
+    alone = tiny_multimodal("Qwen3VL")
+    alone.config.text_config.model_type = "qwen9_vl_text"
+    with pytest.raises(ValueError, match="no causal LM class in transformers"):
+        extract_text_model(alone)
