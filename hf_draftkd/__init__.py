@@ -21,6 +21,8 @@ _HOMES = {
     "align_vocabulary": "hf_draftkd.models.pairing",
     "load_target": "hf_draftkd.models.loading",
     "load_draft": "hf_draftkd.models.loading",
+    "load_tokenizer": "hf_draftkd.models.loading",
+    "load_prompts": "hf_draftkd.data.prompts",
     "generate_alignment_data": "hf_draftkd.data.generation",
     "synthesize_prompts": "hf_draftkd.data.synthesis",
     "cache_target_distributions": "hf_draftkd.data.target_cache",
@@ -36,6 +38,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from hf_draftkd.data.generation import generate_alignment_data as generate_alignment_data
+    from hf_draftkd.data.prompts import load_prompts as load_prompts
     from hf_draftkd.data.synthesis import synthesize_prompts as synthesize_prompts
     from hf_draftkd.data.target_cache import cache_target_distributions as cache_target_distributions
     from hf_draftkd.evaluation.assisted import count_acceptance as count_acceptance
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from hf_draftkd.models.building import build_draft as build_draft
     from hf_draftkd.models.loading import load_draft as load_draft
     from hf_draftkd.models.loading import load_target as load_target
+    from hf_draftkd.models.loading import load_tokenizer as load_tokenizer
     from hf_draftkd.models.pairing import align_vocabulary as align_vocabulary
     from hf_draftkd.models.text_model import extract_text_model as extract_text_model
     from hf_draftkd.online.config import OnlineDistillConfig as OnlineDistillConfig

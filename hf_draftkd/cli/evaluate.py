@@ -19,10 +19,10 @@ from hf_draftkd.evaluation.evaluate import check_options, evaluate_draft
 from hf_draftkd.evaluation.plots import figure_class
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
-from hf_draftkd.models.checkpoints import check_model
 from hf_draftkd.models.draft_length import draft_length_settings, drop_idle_sampling
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import check_own_tokenizer
+from hf_draftkd.models.resolve import check_model
 from hf_draftkd.utils.text import printable
 
 _RECORDED = {"prompt_ids", "completion_ids", "temperature", "top_p", "top_k", "repetition_penalty"}

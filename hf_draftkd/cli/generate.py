@@ -29,9 +29,9 @@ from hf_draftkd.data.targets import served_context
 from hf_draftkd.decoding.setting import settings_at
 from hf_draftkd.hub.access import hub_errors, writing_token
 from hf_draftkd.hub.dataset_card import push_alignment_data, write_card
-from hf_draftkd.models.checkpoints import check_checkpoint, find_checkpoint
 from hf_draftkd.models.context import context_length
 from hf_draftkd.models.loading import load_target, load_tokenizer
+from hf_draftkd.models.resolve import resolve
 from hf_draftkd.models.tokenizers import tokenizer_size
 from hf_draftkd.utils.text import printable
 
@@ -203,8 +203,8 @@ def _look_at_everything(
     trusted = {"trust_remote_code": options.trust_remote_code}
     context = None
     if options.endpoint is None:
-        checkpoint = find_checkpoint(options.target_model, options.target_model_revision)
-        context = context_length(check_checkpoint(checkpoint, **trusted))
+        target = resolve(options.target_model, revision=options.target_model_revision, **trusted)
+        context = context_length(target.config)
     name = options.tokenizer or options.target_model
     revision = None if options.tokenizer else options.target_model_revision
     tokenizer = load_tokenizer(name, revision=revision, **trusted)

@@ -8,9 +8,9 @@ from transformers import AutoConfig
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.models.building import build_draft, check_plan
-from hf_draftkd.models.checkpoints import check_model
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
+from hf_draftkd.models.resolve import check_model
 
 
 @dataclass

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.pipelines.pt_utils import KeyDataset
 
 from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
-from hf_draftkd.models.modes import evaluating, seeded
+from hf_draftkd.models.forward import evaluating, seeded
 
 STOP, LENGTH = "stop", "length"
 

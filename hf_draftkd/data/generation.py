@@ -17,7 +17,7 @@ from hf_draftkd.data.targets import ids_without_token as ids_without_token  # ev
 from hf_draftkd.data.targets import local_target, remote_target, served_context
 from hf_draftkd.decoding.setting import DecodingSetting, settings_at
 from hf_draftkd.models.context import context_length as model_context
-from hf_draftkd.models.names import is_hub_id
+from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.utils.hashing import derived_seed
 from hf_draftkd.utils.versions import package_versions
 

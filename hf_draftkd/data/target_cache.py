@@ -25,8 +25,8 @@ from transformers.utils import logging
 from trl.data_utils import get_dataset_column_names
 
 from hf_draftkd.data.fingerprints import weights_fingerprint
+from hf_draftkd.models.forward import evaluating
 from hf_draftkd.models.loading import require_loaded
-from hf_draftkd.models.modes import evaluating
 from hf_draftkd.models.tokenizers import tokenizer_size
 from hf_draftkd.utils.hashing import derived_seed, sha256
 

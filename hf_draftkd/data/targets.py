@@ -27,7 +27,7 @@ from hf_draftkd.data.target_cache import (
 )
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.models.context import context_length
-from hf_draftkd.models.revisions import model_revision, resolved_revision
+from hf_draftkd.models.identity import model_revision, resolved_revision
 from hf_draftkd.models.tokenizers import tokenizer_size
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_draftkd.evaluation.texts import TextSet
 from hf_draftkd.models.context import context_length
-from hf_draftkd.models.revisions import model_revision
+from hf_draftkd.models.identity import model_revision
 
 # Below this share of tokens that the target could have written, a text was written by something else: rounding in
 # low precision moves a few in a hundred at most.

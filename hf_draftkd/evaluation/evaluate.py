@@ -15,10 +15,10 @@ from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.measurement import Measurement
 from hf_draftkd.evaluation.provenance import hardware_info, model_info
 from hf_draftkd.evaluation.report import DraftResult, SpeculationReport
+from hf_draftkd.models.forward import evaluating
+from hf_draftkd.models.identity import loaded_checksum
 from hf_draftkd.models.loading import require_loaded
-from hf_draftkd.models.modes import evaluating
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
-from hf_draftkd.models.weights import loaded_checksum
 from hf_draftkd.utils.checks import one_of
 from hf_draftkd.utils.versions import package_versions
 

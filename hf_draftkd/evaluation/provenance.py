@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_draftkd.evaluation.report import HardwareInfo, ModelInfo
-from hf_draftkd.models.revisions import model_revision
+from hf_draftkd.models.identity import model_revision
 from hf_draftkd.utils.hashing import sha256
 
 

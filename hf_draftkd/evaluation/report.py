@@ -29,7 +29,7 @@ class ModelInfo:
     num_parameters: int = key("Parameters, tied weights counted once.")
     dtype: str | None = key("Number format of the weights that were measured.", default=None)
     weights_sha256: str | None = key(
-        "Of a draft: checksum of the weights that were measured, as `hf_draftkd.models.weights.weights_checksum` of "
+        "Of a draft: checksum of the weights that were measured, as `hf_draftkd.models.identity.weights_checksum` of "
         "their folder gives it in this number format. `push` compares it. Absent for quantised weights.",
         default=None,
     )

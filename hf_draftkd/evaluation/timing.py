@@ -27,7 +27,7 @@ from hf_draftkd.evaluation.assisted import (
 )
 from hf_draftkd.evaluation.checks import shared_context
 from hf_draftkd.evaluation.report import DecodingDifference, GenerateOverhead, LatencyResult
-from hf_draftkd.models.modes import seeded
+from hf_draftkd.models.forward import seeded
 
 # Draft lengths at which `generate` itself is timed: far enough apart to tell the cost of a token from that of a call.
 _CALIBRATION_LENGTHS = (1, 8)

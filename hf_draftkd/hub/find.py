@@ -26,7 +26,7 @@ from hf_draftkd.hub.access import hub_errors
 from hf_draftkd.hub.metadata import draft_for_tag
 from hf_draftkd.hub.provenance import MAX_JSON_BYTES, read_json
 from hf_draftkd.hub.upload_files import REPORT_FILE
-from hf_draftkd.models.names import is_hub_id
+from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.utils.text import one_line
 
 # More than any model has; what claims more is no count that arithmetic should meet.

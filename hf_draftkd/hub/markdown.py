@@ -10,7 +10,7 @@ import json
 import re
 from urllib.parse import quote
 
-from hf_draftkd.models.names import is_hub_id
+from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.utils.text import one_line
 
 # The characters that begin or end Markdown inside a line. Escaping more would only make the source harder to read.

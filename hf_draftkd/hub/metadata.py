@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
 from hf_draftkd.hub.report_tables import SETTING_KEYS, decoding_name, domains, hardware_text, shown_length
-from hf_draftkd.models.names import is_hub_id
+from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.utils.text import one_line
 
 Json = Mapping[str, Any]

@@ -23,9 +23,9 @@ from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary, re
 from hf_draftkd.hub.public_names import without_paths
 from hf_draftkd.hub.repositories import MAX_CARD_BYTES
 from hf_draftkd.hub.upload_files import CARD_FILE, PLOT_FOLDER, REPORT_FILE, PlannedFile, check_folder
-from hf_draftkd.models.names import is_hub_id
+from hf_draftkd.models.identity import count_parameters, weights_checksum
+from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
-from hf_draftkd.models.weights import count_parameters, weights_checksum
 from hf_draftkd.utils.text import one_line
 
 

@@ -3,7 +3,7 @@
 import os
 import re
 
-from hf_draftkd.models.names import is_hub_id
+from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.utils.text import one_line
 
 # `/home/me/draft`, `~/draft`, `C:\\draft` inside a text; not the `/org/name` of an address or of `me/org/name`.

@@ -36,7 +36,7 @@ from hf_draftkd.hub.provenance import PROVENANCE_FILE
 from hf_draftkd.hub.report_tables import tuned_length
 from hf_draftkd.hub.repositories import make_repository, public_refusal, remote_card
 from hf_draftkd.hub.upload_files import CARD_FILE, REPORT_FILE, PlannedFile, json_bytes
-from hf_draftkd.models.weights import WEIGHT_FILE
+from hf_draftkd.models.identity import WEIGHT_FILE
 
 _VISIBILITY = {True: "private", False: "public", None: "new, public or private as its owner's default says"}
 _BENCHMARK_FILE = ".eval_results/draftkd.yaml"

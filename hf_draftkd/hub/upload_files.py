@@ -15,9 +15,9 @@ from transformers import GenerationConfig
 
 from hf_draftkd.hub.access import holds_token
 from hf_draftkd.hub.provenance import read_json
-from hf_draftkd.models.checkpoints import TOKENIZER_FILES, check_model
 from hf_draftkd.models.draft_length import draft_length_settings
-from hf_draftkd.models.weights import weight_files
+from hf_draftkd.models.identity import weight_files
+from hf_draftkd.models.resolve import TOKENIZER_FILES, check_model
 
 REPORT_FILE = "report.json"
 CARD_FILE = "README.md"

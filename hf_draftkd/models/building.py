@@ -22,9 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_draftkd.models.checkpoints import check_config
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import align_vocabulary
+from hf_draftkd.models.resolve import check_config
 from hf_draftkd.models.sizing import check_share, cut_layers, evenly_spread, sized_config
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_draftkd.losses import DistillationLoss, LinearHead, Unprojected
-from hf_draftkd.models.modes import evaluating
 
 
 def predicting_positions(labels: Tensor) -> Tensor:
@@ -204,3 +203,25 @@ def unwrapped(model: nn.Module) -> Any:
 
     inner = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
     return inner.get_base_model() if is_peft_model(inner) else inner
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Dropout off, and every model's mode put back afterwards."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers that follow from `seed`; the global state on the CPU and on `device` is left alone."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield

@@ -9,6 +9,7 @@ pair with unequal `vocab_size` for a pair with unequal tokenizers; `align_vocabu
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.models.draft_length import drop_idle_sampling
-from hf_draftkd.models.loading import load_tokenizer
-from hf_draftkd.models.tokenizers import tokenizer_fingerprint, tokenizer_size, vocabulary_difference
-
-__all__ = [
-    "align_vocabulary",
-    "check_tokenizers",
-    "check_weights_apart",
-    "copy_special_ids",
-    "shared_vocab_size",
-    "tokenizer_fingerprint",
-]
+from hf_draftkd.models.identity import checkpoint_of
+from hf_draftkd.models.resolve import Checkpoint, resolve
+from hf_draftkd.models.tokenizers import tokenizer_size, vocabulary_difference
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +50,7 @@ def check_tokenizers(draft_tokenizer: PreTrainedTokenizerBase, target_tokenizer:
 
 
 def check_own_tokenizer(
-    model: "str | PreTrainedModel",
+    model: "str | Path | Checkpoint | PreTrainedModel",
     tokenizer: PreTrainedTokenizerBase,
     *,
     is_target: bool = False,
@@ -67,26 +60,26 @@ def check_own_tokenizer(
     """Make sure that `tokenizer` is the one a model was trained with, by the files the model was loaded from.
 
     Args:
-        model: A model, or the id or path of one.
+        model: A loaded model, or the checkpoint, id or path of one.
         tokenizer: The tokenizer to be used with it.
         is_target: Whether it is the target: the message then speaks of `tokenizer` as the draft's.
-        revision: Of the model, where it is named.
-        trust_remote_code: Whether code that comes with its tokenizer may run.
+        revision: Of the model, where an id is given.
+        trust_remote_code: Whether code that comes with its tokenizer may run, where an id or a path is given.
 
     Raises:
-        ValueError: The two differ, or a named model has no tokenizer. A model in memory may come from where none
-            lies: that is logged.
+        ValueError: The two differ, or a checkpoint has no tokenizer. A loaded model may come from a place that has
+            none: that is logged.
     """
-    name = model if isinstance(model, str) else model.name_or_path
-    if not name:
+    if isinstance(model, str | Path | Checkpoint):
+        own = resolve(model, revision=revision, trust_remote_code=trust_remote_code).tokenizer
+    elif not model.name_or_path:
         return
-    try:
-        own = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        if isinstance(model, str):
-            raise
-        logger.info("The tokenizer of %s could not be compared: %s", name, error)
-        return
+    else:
+        try:
+            own = checkpoint_of(model).tokenizer
+        except ValueError as error:
+            logger.info("The tokenizer of %s could not be compared: %s", model.name_or_path, error)
+            return
     check_tokenizers(*((tokenizer, own) if is_target else (own, tokenizer)))
 
 

@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import GenerationMode
 
-from hf_draftkd.models.checkpoints import check_config
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import check_own_tokenizer, check_weights_apart
+from hf_draftkd.models.resolve import check_config
 
 # What a saved buffer depends on, and what to do where it differs.
 _REMEDIES = {

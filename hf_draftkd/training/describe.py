@@ -13,9 +13,8 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.provenance import hardware_info
 from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.models.forward import unwrapped
-from hf_draftkd.models.revisions import model_revision
+from hf_draftkd.models.identity import model_revision, weights_checksum
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
-from hf_draftkd.models.weights import weights_checksum
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.utils.versions import package_versions
 

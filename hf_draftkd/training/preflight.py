@@ -14,11 +14,11 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
 from hf_draftkd.data.formats import check_format, has_labels, longest_text
-from hf_draftkd.models.checkpoints import check_config, check_model
 from hf_draftkd.models.context import context_length
 from hf_draftkd.models.forward import HeadArithmetic, head_arithmetic, unwrapped
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, check_weights_apart, shared_vocab_size
+from hf_draftkd.models.resolve import check_config, check_model
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.signal import NO_PLAIN_HEAD, WHOLE_LOGITS
 

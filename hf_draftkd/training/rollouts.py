@@ -45,8 +45,7 @@ from trl.trainer.utils import pad
 
 from hf_draftkd.data.backends import LENGTH, cut_completion
 from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
-from hf_draftkd.models.forward import unwrapped
-from hf_draftkd.models.modes import evaluating, seeded
+from hf_draftkd.models.forward import evaluating, seeded, unwrapped
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.correcting import CorrectedByTarget
 

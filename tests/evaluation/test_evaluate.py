@@ -12,8 +12,8 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation import measurement
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.models.identity import weights_checksum
 from hf_draftkd.models.loading import load_draft
-from hf_draftkd.models.weights import weights_checksum
 from tests.tiny import TEXT, tiny_llama, tiny_pair, tiny_tokenizer
 
 PROMPTS = [f"{text[: 15 + number]} {number}" for number in range(4) for text in TEXT]

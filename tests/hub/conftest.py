@@ -12,7 +12,7 @@ from huggingface_hub.utils import _http
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_draftkd.hub.provenance import Provenance, TrainingSummary
-from hf_draftkd.models.weights import weights_checksum
+from hf_draftkd.models.identity import weights_checksum
 from tests import tiny
 from tests.hub import samples
 from tests.hub.fake_hub import FakeHub, User

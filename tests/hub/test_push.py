@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, parse_eval_result_entries
 from hf_draftkd.cli import push as push_command
 from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.hub.model_card import DraftModelCard
-from hf_draftkd.models.weights import weights_checksum
+from hf_draftkd.models.identity import weights_checksum
 from tests.hub.conftest import READER, WRITER, replaced, snapshot, write_report
 from tests.hub.fake_hub import FakeHub
 from tests.hub.pushing import ID, PUBLISHED, push

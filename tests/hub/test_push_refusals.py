@@ -7,8 +7,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from hf_draftkd.hub.provenance import Provenance
+from hf_draftkd.models.identity import count_parameters, loaded_checksum
 from hf_draftkd.models.loading import load_draft
-from hf_draftkd.models.weights import count_parameters, loaded_checksum
 from tests.hub import samples
 from tests.hub.conftest import replaced, write_report
 from tests.hub.fake_hub import FakeHub

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_draftkd.models.pairing import check_own_tokenizer, check_tokenizers, tokenizer_fingerprint
-from hf_draftkd.models.tokenizers import tokenizer_size
+from hf_draftkd.models.pairing import check_own_tokenizer, check_tokenizers
+from hf_draftkd.models.tokenizers import tokenizer_fingerprint, tokenizer_size
 from tests.tiny import TEXT, tiny_llama, tiny_tokenizer
 
 OTHER_TEXT = [line[::-1] for line in TEXT]

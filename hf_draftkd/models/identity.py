@@ -1,17 +1,23 @@
-"""The weights of a saved model, looked at without loading it: their names, their number, and their checksum."""
+"""Which model is this: the commit a loaded model comes from, and the checksum of weights, loaded or in a folder.
 
-import json
+A reported number without its commit or checksum cannot be checked by anybody else.
+"""
+
+import math
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from hf_draftkd.models.resolve import ADAPTER_CONFIG_NAME, Checkpoint, is_hub_id, read_index, resolve
 from hf_draftkd.utils.hashing import sha256
 
 logger = logging.get_logger(__name__)
@@ -20,6 +26,41 @@ WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 # safetensors' names of number formats that a plain, dense checkpoint consists of.
 _DENSE = {"F64", "F32", "F16", "BF16"}
 _ADAPTER_KEY = re.compile(r"\b(lora_[AB]|lora_embedding_[AB]|base_layer|modules_to_save|lora_magnitude_vector)\b")
+_ATTRIBUTE = "_draftkd_checkpoint"
+
+
+def remember_checkpoint(model: Any, checkpoint: Checkpoint) -> None:
+    """Keep on a model where it was loaded from; its name alone would later stand for the newest commit."""
+    setattr(model, _ATTRIBUTE, checkpoint)
+
+
+def checkpoint_of(model: Any) -> Checkpoint:
+    """Where a loaded model comes from: remembered by `load_target` and `load_draft`, else looked up by its name.
+
+    Raises:
+        ValueError: There is nothing under its name any more.
+    """
+    return getattr(model, _ATTRIBUTE, None) or resolve(model.name_or_path)
+
+
+def model_revision(model: Any) -> str | None:
+    """The commit of a loaded model; None for one from a local directory or made in code.
+
+    A model that was not loaded by `load_target` or `load_draft` is assumed to be the newest commit in the local cache.
+    """
+    checkpoint = getattr(model, _ATTRIBUTE, None)
+    return checkpoint.revision if checkpoint is not None else resolved_revision(model.name_or_path)
+
+
+def resolved_revision(name_or_path: str, revision: str | None = None) -> str | None:
+    """The commit of a model that was loaded from the Hub, as the local cache knows it; None for a local directory."""
+    if not is_hub_id(name_or_path) or Path(name_or_path).exists():
+        return None
+    found = (
+        try_to_load_from_cache(name_or_path, name, revision=revision) for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)
+    )
+    # .../models--org--name/snapshots/COMMIT/config.json
+    return next((Path(path).parent.name for path in found if isinstance(path, str)), None)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -32,13 +73,10 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} cannot be read: {type(error).__name__}: {error}. Save the model again.") from error
+    names = read_index(index)
     # The index is data: a name in it must not lead out of the folder.
     for name in names:
-        if not (isinstance(name, str) and WEIGHT_FILE.fullmatch(name) and (folder / name).is_file()):
+        if not (WEIGHT_FILE.fullmatch(name) and (folder / name).is_file()):
             raise ValueError(f"{index} names {name!r}, which is not a weight file in {folder}. Save the model again.")
     return [*(folder / name for name in names), index]
 
@@ -62,10 +100,7 @@ def count_parameters(folder: Path) -> int:
                 f"{path} holds {name} as {piece.get_dtype()}: these weights are quantised. Push the dense weights; "
                 "whoever uses the draft can quantise on loading."
             )
-        size = 1
-        for length in piece.get_shape():
-            size *= length
-        total += size
+        total += math.prod(piece.get_shape())
     return total
 
 
@@ -82,7 +117,9 @@ def weights_checksum(folder: Path, dtype: str | torch.dtype | None = None) -> st
     Raises:
         ValueError: There are no weights, a file is damaged, or `dtype` is not a floating format of torch.
     """
-    wanted = _floating(dtype) if dtype is not None else None
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise ValueError(f"{dtype!r} is not a floating number format of torch, such as 'bfloat16'.")
 
     def pieces() -> Iterator[str | torch.Tensor]:
         for path, name in sorted(((path, name) for path, name, _ in _tensors(folder)), key=lambda item: item[1]):
@@ -111,7 +148,7 @@ def loaded_checksum(model: PreTrainedModel) -> str | None:
     if is_adapted or getattr(model, "hf_quantizer", None) is not None:
         return None
     try:
-        with tempfile.TemporaryDirectory() as folder, _without_bars():
+        with tempfile.TemporaryDirectory() as folder, without_progress_bars():
             model.save_pretrained(folder)
             return weights_checksum(Path(folder), model.dtype)
     except OSError as error:
@@ -120,8 +157,8 @@ def loaded_checksum(model: PreTrainedModel) -> str | None:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Nobody asked for a file to be written, so nobody should see one being written."""
+def without_progress_bars() -> Iterator[None]:
+    """Switch off transformers' bars ("Loading weights", "Writing model shards") and put the user's choice back."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -129,13 +166,6 @@ def _without_bars() -> Iterator[None]:
     finally:
         if was_enabled:
             logging.enable_progress_bar()
-
-
-def _floating(dtype: str | torch.dtype) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"{dtype!r} is not a floating number format of torch, such as 'bfloat16'.")
-    return found
 
 
 def _tensors(folder: Path) -> Iterator[tuple[Path, str, safe_open]]:

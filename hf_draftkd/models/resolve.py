@@ -1,0 +1,408 @@
+"""Look a checkpoint up once: a local directory or a Hub id becomes a `Checkpoint` that everything else takes.
+
+    checkpoint = resolve("org/name")    # lists its files and pins the commit
+    checkpoint.config                   # its config; a ValueError says why this is not a usable causal LM
+    checkpoint.tokenizer
+    load_target(checkpoint)             # as are the config and the tokenizer, the files are not looked up again
+
+Everything that can be seen without the weights is checked here, so that a long run never starts with a bad name.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+
+# HTTPError is that of huggingface_hub's own HTTP client, which has changed its package before.
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
+
+from hf_draftkd.utils.checks import nearest
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_SAFE_WEIGHTS_NAME = "adapter_model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+_HUB_TIMEOUT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that was looked up: where its files are and what they are called. Config and tokenizer are read once.
+
+    Args:
+        name: Local directory or Hub id.
+        revision: The commit on the Hub; None for a local directory.
+        files: File names; of a directory those at its top level.
+        is_local: Whether `name` is a directory on this machine.
+        trust_remote_code: Whether code that comes with the model may run.
+    """
+
+    name: str
+    revision: str | None
+    files: frozenset[str]
+    is_local: bool
+    trust_remote_code: bool = False
+
+    @property
+    def has_weights(self) -> bool:
+        return bool(self.files & {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME})
+
+    @property
+    def is_adapter(self) -> bool:
+        return ADAPTER_CONFIG_NAME in self.files and not self.has_weights
+
+    @cached_property
+    def base(self) -> "Checkpoint":
+        """Of a PEFT adapter: the model it was trained on.
+
+        Raises:
+            ValueError: The adapter does not say, its config cannot be read, it cannot become part of the base's
+                weights, or there is no base under that name.
+        """
+        name, revision = _base_of_adapter(self)
+        try:
+            return resolve(name, revision=revision, trust_remote_code=self.trust_remote_code)
+        except ValueError as error:
+            raise ValueError(_unusable_base(self, error)) from error
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The config of this model, or of an adapter's base, once it is clear that a causal LM can be loaded.
+
+        Raises:
+            ValueError: The weights are missing or only a pickle, or this is not a decoder-only language model.
+        """
+        _check_files(self)
+        if self.is_adapter:
+            base = self.base
+            try:
+                return base.config
+            except ValueError as error:
+                raise ValueError(_unusable_base(self, error)) from error
+        check_config(self._config, self.name)
+        if SAFE_WEIGHTS_NAME not in self.files:
+            # transformers reads whatever file the index names, pickles too.
+            read_index(Path(str(cached_file(self.name, SAFE_WEIGHTS_INDEX_NAME, revision=self.revision))))
+        _check_generation_config(self)
+        return self._config
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; of an adapter that was saved without one, that of its base.
+
+        Raises:
+            ValueError: No tokenizer is among the files, or they cannot be read.
+        """
+        instead = (
+            "Save the target's there: `tokenizer.save_pretrained(directory)`; a draft shares its target's tokenizer."
+        )
+        if not self.files & set(TOKENIZER_FILES):
+            if self.is_adapter:
+                return self.base.tokenizer
+            raise ValueError(f"{self.name!r} has no tokenizer ({TOKENIZER_FILES[0]} or the like). {instead}")
+        try:
+            config = self._config if CONFIG_NAME in self.files else None
+        except ValueError:  # it is not asked for here
+            config = None
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.name, config=config, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except ImportError:  # says which package is missing
+            raise
+        except Exception as error:  # the tokenizers' own parser raises bare `Exception`
+            reason = _broken_json(self) or str(error).rstrip(".")
+            raise ValueError(f"The tokenizer of {self.name!r} cannot be read: {reason}. {instead}") from error
+
+    @cached_property
+    def _config(self) -> PreTrainedConfig:
+        try:
+            return AutoConfig.from_pretrained(
+                self.name, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, json.JSONDecodeError, StrictDataclassError) as error:
+            raise ValueError(f"The {CONFIG_NAME} of {self.name!r} cannot be read: {error}") from error
+
+    def __deepcopy__(self, memo: Any) -> "Checkpoint":
+        return self  # a loaded model keeps its checkpoint, and models are copied
+
+
+def resolve(name_or_path: Any, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+    """Find a local directory or a Hub repository, and list its files.
+
+    Args:
+        name_or_path: Local directory, Hub id, any object with `repo_id` and `revision` (as `find_drafts` returns), or
+            a `Checkpoint`, which is returned as it is.
+        revision: Branch, tag or commit on the Hub; wins over the object's own.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        ValueError: Nothing is there, or the Hub cannot be asked and the local cache does not hold it.
+    """
+    if isinstance(name_or_path, Checkpoint):
+        return name_or_path
+    if hasattr(name_or_path, "repo_id"):
+        revision = revision or getattr(name_or_path, "revision", None)
+        name_or_path = name_or_path.repo_id
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise ValueError(
+            f"A model is named by a local directory or a Hub id, got {type(name_or_path).__name__}. A model that is "
+            "already loaded needs no loading: pass it where the model itself is wanted."
+        )
+    name = os.fspath(name_or_path)
+    if not name.strip():  # the operating system takes it for the working directory
+        raise ValueError(f"A model needs a name, got {name!r}. Give a local directory or a Hub id.")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        # "main" is what launchers pass when the user said nothing.
+        if revision not in (None, "main"):
+            raise ValueError(
+                f"revision={revision!r} was given for {name!r}, which is a local directory and has no revisions. Leave "
+                "the revision out, or give the Hub id."
+            )
+        return Checkpoint(str(path), None, frozenset(os.listdir(path)), True, trust_remote_code)
+    if path.is_file():
+        raise ValueError(f"{name!r} is a file; a model is a directory with {CONFIG_NAME} and safetensors. Give that.")
+    if isinstance(name_or_path, os.PathLike) or _looks_like_a_path(name):
+        raise ValueError(f"There is no directory {name!r}.{_similar_directory(path, ' Did you mean {!r}?')}")
+    commit, files = _look_up_on_hub(name, revision, path)
+    return Checkpoint(name, commit, frozenset(files), False, trust_remote_code)
+
+
+def check_model(name_or_path: Any, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Make sure that a causal LM with safetensors weights is there; reads its config, and no weights.
+
+    Returns:
+        The model's config (of the base model where an adapter was named).
+
+    Raises:
+        ValueError: No model is there, weights only as a pickle, or not a decoder-only language model.
+    """
+    return resolve(name_or_path, revision=revision, trust_remote_code=trust_remote_code).config
+
+
+def check_config(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a config that is not a decoder-only language model's.
+
+    Raises:
+        ValueError: Encoder-decoder, vision or audio model, a classifier, or a model whose state cannot be rolled back.
+    """
+    instead = "Speculative decoding needs two decoder-only causal language models: choose one."
+    kind = f"{name!r} (model type {config.model_type!r})"
+    if config.is_encoder_decoder:
+        raise ValueError(f"{kind} is an encoder-decoder model. {instead}")
+    modality = next((m for m in ("vision", "audio") if getattr(config, f"{m}_config", None) is not None), None)
+    if modality:
+        raise ValueError(
+            f"{kind} is a model with {modality} input. {instead} If it contains a text model, save that alone and give "
+            "its directory."
+        )
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return  # The model brings its own code, and trust_remote_code was given or the config would not have loaded.
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{kind} is not a language model. {instead}")
+    causal = {c for classes in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for c in _as_tuple(classes)}
+    # A bare "...Model" is let through: with tied weights it is complete, and loading finds out where it is not.
+    other = [name for name in config.architectures or [] if name not in causal and not name.endswith("Model")]
+    if other:
+        raise ValueError(f"{kind} was saved as {other[0]}, which has no language-modelling head. {instead}")
+    if any(getattr(c, "_is_stateful", False) for c in _as_tuple(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])):
+        raise ValueError(
+            f"{kind} keeps a running state that cannot be taken back when a drafted token is rejected, so transformers "
+            "does not decode with it speculatively. Choose a model with an ordinary key-value cache."
+        )
+
+
+def read_index(index: Path) -> list[str]:
+    """The names of a sharded model's weight files.
+
+    Raises:
+        ValueError: The index cannot be read, or names a file that is not safetensors.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        other = [name for name in names if not name.endswith(".safetensors")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} cannot be read: {type(error).__name__}: {error}. Save the model again.") from error
+    if other:
+        raise ValueError(
+            f"{index} names {other[0]!r}, which is not a safetensors file. Only those are read, since a pickle can run "
+            "code: save the model again, where you trust it."
+        )
+    return names
+
+
+def is_hub_id(name: object) -> bool:
+    """Whether a name can be the id of a repository on the Hub (`org/name` or `name`), as opposed to a local path."""
+    if not isinstance(name, str) or name.startswith((".", "/", "~")):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _look_up_on_hub(repo_id: str, revision: str | None, path: Path) -> tuple[str, Iterable[str]]:
+    """The commit and the files of a repository; from the local cache where the Hub cannot be asked."""
+    here = f"There is no directory {repo_id!r}{_similar_directory(path, ' (did you mean {!r}?)')}, and "
+    try:
+        # Not `list_repo_files`, which tries five times over half a minute where there is no network.
+        info = HfApi().model_info(repo_id, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
+        # Files are fetched by commit; this notes the branch's in the cache, where a run without a network looks for it.
+        HfApi().resolve_revision(repo_id, revision=revision)
+        return str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
+    except HFValidationError as error:
+        raise ValueError(f"{here}it is not a Hub id either: {error}") from error
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{repo_id!r} is gated: ask for access at https://huggingface.co/{repo_id}, then `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{here}the Hub has no repository of that name, or it is private. Check the spelling, or `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(
+            f"{repo_id!r} has no revision {revision!r}. Leave it out, or take one from "
+            f"https://huggingface.co/{repo_id}/commits/main."
+        ) from error
+    except (OSError, HTTPError) as error:  # no network, offline mode, a proxy's 403, the Hub's 5xx
+        try:
+            folder = snapshot_download(repo_id, revision=revision, local_files_only=True)
+        except OSError:
+            raise ValueError(
+                f"{here}the Hub cannot be asked ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); "
+                "the local cache does not hold it. Check the spelling and the connection, or give a local directory."
+            ) from error
+        return Path(folder).name, os.listdir(folder)
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
+
+
+def _similar_directory(path: Path, form: str) -> str:
+    parent = path.parent
+    near = nearest(path.name, [p.name for p in parent.iterdir() if p.is_dir()]) if parent.is_dir() else None
+    return form.format(str(parent / near)) if near else ""
+
+
+def _base_of_adapter(checkpoint: Checkpoint) -> tuple[str, str | None]:
+    from peft import PeftConfig, PromptLearningConfig
+
+    try:
+        config = PeftConfig.from_pretrained(checkpoint.name, revision=checkpoint.revision)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The {ADAPTER_CONFIG_NAME} of {checkpoint.name!r} cannot be read ({type(error).__name__}: {error}). Save "
+            "the adapter again, or update peft if a newer one wrote it."
+        ) from error
+    if isinstance(config, PromptLearningConfig):
+        raise ValueError(
+            f"{checkpoint.name!r} is a {config.peft_type.value} adapter, which cannot be merged into a plain model. "
+            "Use LoRA or another adapter of weights."
+        )
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"{checkpoint.name!r} is a PEFT adapter that does not name its base model. Add `base_model_name_or_path` "
+            f"to its {ADAPTER_CONFIG_NAME}, or merge it yourself and save the merged model."
+        )
+    return config.base_model_name_or_path, config.revision
+
+
+def _unusable_base(adapter: Checkpoint, error: ValueError) -> str:
+    return (
+        f"{adapter.name!r} is a PEFT adapter, and its base model cannot be used: {error} Correct "
+        f"`base_model_name_or_path` in its {ADAPTER_CONFIG_NAME}, or merge it where the base is at hand."
+    )
+
+
+def _check_files(checkpoint: Checkpoint) -> None:
+    """Refuse what shows in the names of the files."""
+    name, files = checkpoint.name, checkpoint.files
+    if ADAPTER_CONFIG_NAME in files and checkpoint.has_weights:
+        raise ValueError(
+            f"{name!r} holds both a whole model and a PEFT adapter, and whether the adapter is already part of the "
+            f"weights cannot be told. Remove {ADAPTER_CONFIG_NAME} and the adapter's weights if it is, or "
+            f"{SAFE_WEIGHTS_NAME} if the adapter is what you want."
+        )
+    pickled = sorted(f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt")) and "model" in f)
+    if checkpoint.is_adapter:
+        if ADAPTER_SAFE_WEIGHTS_NAME not in files:
+            found = f"only {pickled[0]}, a pickle, which can run code when it is read" if pickled else "no weights"
+            raise ValueError(f"{name!r} is a PEFT adapter with {found}; {ADAPTER_SAFE_WEIGHTS_NAME} is needed.")
+        return
+    if CONFIG_NAME not in files:
+        is_gguf = any(f.endswith(".gguf") for f in files)
+        held = "GGUF files" if is_gguf else ", ".join([*sorted(files)[:4], *["..."][: len(files) > 4]]) or "nothing"
+        raise ValueError(
+            f"{name!r} is not a model: it has no {CONFIG_NAME} (it holds {held}). Give the directory that "
+            "`save_pretrained` wrote" + (", or the repository the GGUF files were made from." if is_gguf else ".")
+        )
+    if not checkpoint.has_weights and pickled:
+        raise ValueError(
+            f"{name!r} has its weights only as pickle ({pickled[0]}), which can run code when it is read, so it "
+            "is not. Convert it once, where you trust it: `from_pretrained(name).save_pretrained(directory)` of "
+            "transformers' AutoModelForCausalLM, or with the Space huggingface.co/spaces/safetensors/convert."
+        )
+    if not checkpoint.has_weights:
+        raise ValueError(
+            f"{name!r} has a {CONFIG_NAME} but no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. "
+            "Give a directory that `save_pretrained` of a whole model wrote."
+        )
+
+
+def _check_generation_config(checkpoint: Checkpoint) -> None:
+    """Transformers ignores a broken one, and with it the ids that end a chat model's answer."""
+    if checkpoint.is_local and GENERATION_CONFIG_NAME in checkpoint.files:
+        path = Path(checkpoint.name) / GENERATION_CONFIG_NAME
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}. Save it again, or delete it.") from error
+
+
+def _broken_json(checkpoint: Checkpoint) -> str | None:
+    """The first of a local tokenizer's files that is not JSON: parsers say where they stumbled, not in which file."""
+    for name in sorted(checkpoint.files & set(TOKENIZER_FILES)) if checkpoint.is_local else []:
+        path = Path(checkpoint.name) / name
+        if path.suffix == ".json":
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                return f"{path} ({error}) is not valid JSON"
+    return None
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
