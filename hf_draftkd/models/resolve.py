@@ -396,7 +396,7 @@ def _broken_json(checkpoint: Checkpoint) -> str | None:
     """The first of a local tokenizer's files that is not JSON: parsers say where they stumbled, not in which file."""
     for name in sorted(checkpoint.files & set(TOKENIZER_FILES)) if checkpoint.is_local else []:
         path = Path(checkpoint.name) / name
-        if path.suffix == ".json":
+        if path.suffix == ".json" and path.is_file():
             try:
                 json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
