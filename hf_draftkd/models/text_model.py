@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from hf_draftkd.models.modes import evaluating
+from hf_draftkd.models.forward import evaluating
 
 # Text models without a causal LM class, the model type that computes the same on text alone, and what its config must
 # say besides.
