@@ -7,7 +7,6 @@ from hf_draftkd.acceptance.blocks import (
     block_efficiency,
     block_efficiency_by_length,
     expected_target_calls,
-    expected_target_calls_by_length,
 )
 from hf_draftkd.acceptance.counts import (
     AcceptanceCounts,
@@ -55,7 +54,6 @@ __all__ = [
     "break_even_acceptance_rate",
     "expected_block_efficiency",
     "expected_target_calls",
-    "expected_target_calls_by_length",
     "greedy_logits",
     "lenient_rates",
     "mbsu",

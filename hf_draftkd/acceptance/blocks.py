@@ -39,39 +39,20 @@ class PositionSums(NamedTuple):
 
 
 def expected_target_calls(
-    accepted: torch.Tensor, num_assistant_tokens: int, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return how many target calls speculative decoding needs for each text, in expectation.
-
-    Args:
-        accepted: a_t `[B, T]`, probabilities.
-        num_assistant_tokens: Draft length γ ≥ 1.
-        mask: Bool `[B, T]`, True on the text's tokens; padding may only follow them. None: all are tokens.
-
-    Returns:
-        Expected calls `[B]`, float64 (on MPS, which has none, float32); 0 for a text without tokens.
-
-    Raises:
-        ValueError: If shapes do not fit, a_t is no probability, the mask has gaps, or γ < 1.
-    """
-    return expected_target_calls_by_length(accepted, (num_assistant_tokens,), mask)[:, 0]
-
-
-def expected_target_calls_by_length(
     accepted: torch.Tensor, draft_lengths: Sequence[int] = DRAFT_LENGTHS, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return the expected target calls of each text for several draft lengths, in one sweep.
+    """Return how many target calls speculative decoding needs for each text, in expectation; one sweep for all γ.
 
     Args:
         accepted: a_t `[B, T]`, probabilities.
-        draft_lengths: G draft lengths, each ≥ 1.
+        draft_lengths: G draft lengths γ, each ≥ 1.
         mask: Bool `[B, T]`, True on the text's tokens; padding may only follow them. None: all are tokens.
 
     Returns:
-        Expected calls `[B, G]`, float64, in the order of `draft_lengths`.
+        Expected calls `[B, G]`, float64 (float32 on MPS, which lacks float64); 0 for a text without tokens.
 
     Raises:
-        ValueError: As in `expected_target_calls`.
+        ValueError: If shapes do not fit, a_t is not a probability, the mask has gaps, or a draft length is below 1.
     """
     accepted, mask = _check(accepted, draft_lengths, mask)
     calls = accepted.new_zeros(accepted.shape[0], len(draft_lengths))
@@ -89,10 +70,7 @@ def block_efficiency(accepted: torch.Tensor, num_assistant_tokens: int, mask: to
     Args:
         accepted: a_t `[B, T]`, probabilities.
         num_assistant_tokens: Draft length γ ≥ 1.
-        mask: Bool `[B, T]`, True on the text's tokens; padding may only follow them. None: all are tokens.
-
-    Returns:
-        Block efficiency τ.
+        mask: As in `expected_target_calls`.
 
     Raises:
         ValueError: As in `expected_target_calls`, and if there is no token at all.
@@ -103,20 +81,8 @@ def block_efficiency(accepted: torch.Tensor, num_assistant_tokens: int, mask: to
 def block_efficiency_by_length(
     accepted: torch.Tensor, draft_lengths: Sequence[int] = DRAFT_LENGTHS, mask: torch.Tensor | None = None
 ) -> dict[int, float]:
-    """Return block efficiency τ for several draft lengths, in one sweep.
-
-    Args:
-        accepted: a_t `[B, T]`, probabilities.
-        draft_lengths: Draft lengths γ, each ≥ 1.
-        mask: Bool `[B, T]`, True on the text's tokens; padding may only follow them. None: all are tokens.
-
-    Returns:
-        τ by γ.
-
-    Raises:
-        ValueError: As in `block_efficiency`.
-    """
-    calls = expected_target_calls_by_length(accepted, draft_lengths, mask).sum(dim=0).tolist()
+    """Return block efficiency τ by draft length γ, in one sweep. Arguments and errors as in `block_efficiency`."""
+    calls = expected_target_calls(accepted, draft_lengths, mask).sum(dim=0).tolist()
     num_tokens = accepted.numel() if mask is None else int(mask.sum())
     if num_tokens == 0:
         raise ValueError("Block efficiency needs at least one token, but every text is empty.")
@@ -133,7 +99,7 @@ def acceptance_by_position(
     Args:
         accepted: a_t `[B, T]`, probabilities.
         num_assistant_tokens: Draft length γ ≥ 1.
-        mask: Bool `[B, T]`, True on the text's tokens; padding may only follow them. None: all are tokens.
+        mask: As in `expected_target_calls`.
 
     Returns:
         Sums per text, float64, to be added up over texts before dividing.
@@ -155,9 +121,8 @@ def acceptance_by_position(
 def _sweep(accepted: torch.Tensor, draft_lengths: Sequence[int]) -> Iterator[torch.Tensor]:
     """Yield c(t) `[B, G, max γ + 1]` for t = 0 … T−1: where in its block position t stands."""
     longest = max(draft_lengths)
-    is_drafted = torch.arange(longest, device=accepted.device) < torch.tensor(
-        draft_lengths, device=accepted.device
-    ).unsqueeze(1)
+    lengths = torch.tensor(draft_lengths, device=accepted.device)
+    is_drafted = torch.arange(longest, device=accepted.device) < lengths.unsqueeze(1)
     offsets = accepted.new_zeros(accepted.shape[0], len(draft_lengths), longest + 1)
     offsets[..., 0] = 1.0
     for t in range(accepted.shape[1]):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from hf_draftkd.acceptance.blocks import DRAFT_LENGTHS
-from hf_draftkd.utils.checks import whole_number
+from hf_draftkd.utils.checks import in_range, whole_number
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,11 @@ class Latency:
     verify_seconds: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse times that cannot be."""
+        """Refuse times that are not possible."""
         times = {"target_step_seconds": self.target_step_seconds, "draft_step_seconds": self.draft_step_seconds}
         times |= {f"verify_seconds[{length}]": seconds for length, seconds in self.verify_seconds.items()}
         for name, seconds in times.items():
-            if not 0 < seconds < float("inf"):
-                raise ValueError(f"{name} must be a positive number of seconds, got {seconds!r}.")
+            in_range(name, seconds, 0, open_low=True)
 
     @property
     def relative_cost(self) -> float:
@@ -48,11 +47,10 @@ class Latency:
     def verify(self, num_tokens: int) -> float:
         """Return the seconds of one target pass over `num_tokens` new tokens.
 
+        Measured, or interpolated between the two nearest measurements.
+
         Args:
             num_tokens: New tokens the target reads at once, γ + 1 for a draft of γ.
-
-        Returns:
-            Seconds, measured or interpolated between the two nearest measurements.
 
         Raises:
             ValueError: If it lies outside what was measured.
@@ -74,14 +72,7 @@ class Latency:
         return (1 - share) * self.verify_seconds[below] + share * self.verify_seconds[above]
 
     def block_seconds(self, num_assistant_tokens: int) -> float:
-        """Return the seconds of one block: γ draft steps and one verification of γ + 1 tokens.
-
-        Args:
-            num_assistant_tokens: Draft length γ ≥ 1.
-
-        Returns:
-            Seconds.
-        """
+        """Return the seconds of one block: γ = `num_assistant_tokens` draft steps, and verification of γ + 1 tokens."""
         whole_number("num_assistant_tokens", num_assistant_tokens)
         return num_assistant_tokens * self.draft_step_seconds + self.verify(num_assistant_tokens + 1)
 
@@ -110,8 +101,7 @@ def mbsu(block_efficiency: float, num_assistant_tokens: int, *, parameter_ratio:
         ValueError: If an argument is out of its range.
     """
     _check_efficiency(block_efficiency, num_assistant_tokens)
-    if not 0 < parameter_ratio < float("inf"):
-        raise ValueError(f"parameter_ratio (draft ÷ target parameters) must be positive, got {parameter_ratio!r}.")
+    in_range("parameter_ratio", parameter_ratio, 0, open_low=True)
     return block_efficiency / (parameter_ratio * num_assistant_tokens + 1)
 
 
@@ -131,8 +121,7 @@ def expected_block_efficiency(acceptance_rate: float, num_assistant_tokens: int)
         ValueError: If an argument is out of its range.
     """
     whole_number("num_assistant_tokens", num_assistant_tokens)
-    if not 0 <= acceptance_rate <= 1:
-        raise ValueError(f"acceptance_rate must lie in [0, 1], got {acceptance_rate!r}.")
+    in_range("acceptance_rate", acceptance_rate, 0, 1)
     # The sum rather than the quotient: exact at α = 1 and without cancellation near it.
     return sum(acceptance_rate**accepted for accepted in range(num_assistant_tokens + 1))
 
@@ -156,39 +145,30 @@ def predicted_speedup(block_efficiency: float, num_assistant_tokens: int, latenc
 
 
 def best_draft_length(block_efficiency: Mapping[int, float], latency: Latency) -> DraftLength:
-    """Return the draft length with the highest predicted speed-up.
-
-    Nothing is said about whether it pays: a best speed-up below 1 is returned as it is. Of equal ones the shortest
-    draft wins.
+    """Return the draft length with the highest predicted speed-up, even if that is below 1; of equal ones the shortest.
 
     Args:
         block_efficiency: τ by γ, as from `block_efficiency_by_length`.
         latency: Measured times.
-
-    Returns:
-        The draft length and its predicted speed-up.
 
     Raises:
         ValueError: If no draft length is given, or as in `predicted_speedup`.
     """
     if not block_efficiency:
         raise ValueError("block_efficiency is empty; give τ for at least one draft length.")
-    return max(
-        (DraftLength(length, predicted_speedup(block_efficiency[length], length, latency))
-         for length in sorted(block_efficiency)),
-        key=lambda choice: choice.predicted_speedup,
-    )  # fmt: skip
+    speedups = {length: predicted_speedup(block_efficiency[length], length, latency) for length in block_efficiency}
+    best = max(sorted(speedups), key=lambda length: speedups[length])
+    return DraftLength(best, speedups[best])
 
 
 def break_even_acceptance_rate(latency: Latency, draft_lengths: Iterable[int] = DRAFT_LENGTHS) -> float | None:
     """Return the acceptance rate α at which the best draft length neither gains nor loses time.
 
-    τ is taken from `expected_block_efficiency`. A draft whose tokens are accepted more often than this is worth using
-    on this machine, one below it is not.
+    τ is taken from `expected_block_efficiency`. On this machine a draft pays if its tokens are accepted more often.
 
     Args:
         latency: Measured times.
-        draft_lengths: The draft lengths to choose from. Pass one to ask about that one alone.
+        draft_lengths: The draft lengths to choose from.
 
     Returns:
         α in [0, 1]; 0.0 if a block costs no more than one plain step, None if no draft pays at any of these lengths,
@@ -215,7 +195,7 @@ def _solve_acceptance_rate(block_efficiency: float, num_assistant_tokens: int) -
     if block_efficiency <= 1:
         return 0.0
     low, high = 0.0, 1.0
-    # Halving 60 times leaves nothing to halve in float64.
+    # After 60 halvings nothing is left to halve in float64.
     for _ in range(60):
         middle = (low + high) / 2
         if expected_block_efficiency(middle, num_assistant_tokens) < block_efficiency:

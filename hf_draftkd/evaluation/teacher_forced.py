@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from hf_draftkd.acceptance import (
     DRAFT_LENGTHS,
     accepted_given_output,
-    expected_target_calls_by_length,
+    expected_target_calls,
     token_acceptance_rate,
 )
 from hf_draftkd.decoding.processors import logits_processors, process_logits, transformers_draft_processors
@@ -134,7 +134,7 @@ def sum_texts(scores: TokenScores, mask: torch.Tensor) -> TextSums:
     return TextSums(
         num_tokens=mask.sum(1).double(),
         acceptance=(scores.acceptance.cpu().double() * mask).sum(1),
-        target_calls=expected_target_calls_by_length(accepted, DRAFT_LENGTHS, mask),
+        target_calls=expected_target_calls(accepted, DRAFT_LENGTHS, mask),
         accepted=[row[keep] for row, keep in zip(accepted, mask, strict=True)],
     )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_draftkd.acceptance import expected_target_calls_by_length
+from hf_draftkd.acceptance import expected_target_calls
 from hf_draftkd.data.collator import rows_by_setting
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses.scanning import scan
@@ -98,7 +98,7 @@ def row_sums(
     valid = torch.arange(by_row.shape[1]) < lengths[:, None]
     exact = (setting_of_row.cpu() >= 0) & ~((by_row == _UNTOLD) & valid).any(1)
     sums[exact, 2] = 0
-    calls[exact] = expected_target_calls_by_length(by_row[exact], draft_lengths, valid[exact])
+    calls[exact] = expected_target_calls(by_row[exact], draft_lengths, valid[exact])
     return sums
 
 

@@ -89,7 +89,7 @@ def test_break_even_at_the_edges():
 class TestErrors:
     @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
     def test_times(self, seconds):
-        with pytest.raises(ValueError, match="draft_step_seconds must be a positive"):
+        with pytest.raises(ValueError, match="draft_step_seconds"):
             Latency(1.0, seconds)
         with pytest.raises(ValueError, match=r"verify_seconds\[3\]"):
             Latency(1.0, 1.0, {3: seconds})
