@@ -25,10 +25,8 @@ from hf_draftkd import (
 )
 from hf_draftkd.data.prompts import load_prompts
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.hub.names import public_report
-from hf_draftkd.hub.planning import DraftFolder, public_provenance
 from hf_draftkd.hub.provenance import Provenance
-from hf_draftkd.hub.upload_files import json_bytes
+from hf_draftkd.hub.public_names import public_report
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.draft_length import store_draft_length
 from hf_draftkd.models.loading import load_tokenizer
@@ -121,11 +119,10 @@ def train_and_measure(name: str, options: Options) -> None:
         trainer.create_model_card(report=report)
         made = Provenance.load(output_dir)
         assert made is not None
-        known = DraftFolder(Path(output_dir), draft.num_parameters(), made, report, Path(output_dir), [])
         folder = FOLDER / name
         folder.mkdir(parents=True, exist_ok=True)
-        public_provenance(known, made.pair).save(folder)
-        (folder / "report.json").write_bytes(json_bytes(public_report(report)))
+        made.public().save(folder)
+        public_report(report).save(folder / "report.json")
 
 
 def main() -> None:

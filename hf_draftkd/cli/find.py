@@ -15,7 +15,7 @@ from hf_draftkd.hub.find import FoundDraft, find_drafts
 from hf_draftkd.utils.text import printable
 
 _CAPTION = (
-    "Figures of the setting (T: temperature) in which a draft helps least; γ: tokens drafted per call; cost: time of a "
+    "Metrics of the setting (T: temperature) in which a draft helps least; γ: tokens drafted per call; cost: time of a "
     "draft step ÷ target step. All settings: --json."
 )
 
@@ -28,7 +28,7 @@ class FindOptions:
     revision: str | None = field(
         default=None,
         metadata={
-            "help": "Commit, branch or tag of the target the figures should be about. Default: its latest commit."
+            "help": "Commit, branch or tag of the target the metrics should be about. Default: its latest commit."
         },
     )
     include_base_models: bool = field(
@@ -69,26 +69,25 @@ def run(argv: list[str]) -> int:
 
 
 def table(found: list[FoundDraft], target: str) -> Table:
-    """The drafts as a table; figures are those of the measured setting where a draft helps least.
+    """The drafts as a table, with the metrics of the measured setting where a draft helps least.
 
-    A terminal may have no more than 80 columns: figures are never cut, so headings stand on two lines, what is no
-    figure stands below the name, and the name alone is folded.
+    A terminal may have no more than 80 columns: numbers are never cut, so headings stand on two lines, words stand
+    below the name, and the name alone is folded.
     """
     shown = Table(title=f"Drafts for {escape(target)}, best first", caption=_CAPTION, box=SIMPLE_HEAD)
     shown.add_column("draft", overflow="fold")
     for heading in ("accept-\nance", "tokens\nper call", "γ", "setting", "para-\nmeters", "down-\nloads"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for draft in found:
-        figure = draft.typical
-        setting = "-"
-        if figure is not None:
-            setting = "greedy" if figure.temperature == 0 else f"T {_text(figure.temperature, 'g')}"
+        typical, setting = draft.typical, "-"
+        if typical is not None:
+            setting = "greedy" if typical.decoding.is_greedy else f"T {typical.decoding.temperature:g}"
         shown.add_row(
             # Names and texts of strangers: square brackets are markup to rich.
             escape("\n".join(filter(None, (draft.repo_id, _details(draft))))),
             _text(draft.acceptance_rate, ".3f"),
             _text(draft.block_efficiency, ".2f"),
-            _text(figure.num_assistant_tokens if figure else None, "d"),
+            _text(typical.num_assistant_tokens if typical else None, "d"),
             setting,
             _short(draft.num_parameters),
             _short(draft.downloads),

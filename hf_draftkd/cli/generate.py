@@ -8,7 +8,6 @@ from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import is_offline_mode
-from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
@@ -27,7 +26,7 @@ from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
 from hf_draftkd.data.target_cache import check_cache_options
 from hf_draftkd.data.targets import served_context
 from hf_draftkd.decoding.setting import settings_at
-from hf_draftkd.hub.access import hub_errors, writing_token
+from hf_draftkd.hub.access import check_repo_id, writing_token
 from hf_draftkd.hub.dataset_card import push_alignment_data, write_card
 from hf_draftkd.models.context import context_length
 from hf_draftkd.models.loading import load_target, load_tokenizer
@@ -341,20 +340,17 @@ def _load(options: GenerateOptions) -> PreTrainedModel:
 
 
 def _check_publishing(repo_id: str) -> None:
-    with hub_errors("checking the name", afterwards=""):
-        validate_repo_id(repo_id)
+    check_repo_id(repo_id)
     if is_offline_mode():
         raise ValueError("`--push_to_hub` needs the Hub, but HF_HUB_OFFLINE is set. Unset it, or leave the option out.")
     writing_token()
 
 
 def _publish(options: GenerateOptions, rows: Dataset) -> int:
-    afterwards = f"The data are finished in {options.output_dir}: the same command publishes them."
     # Without the option the organisation's default decides.
     private = options.private or None
     try:
-        with hub_errors(f"publishing {options.push_to_hub}", afterwards=afterwards):
-            address = push_alignment_data(options.output_dir, options.push_to_hub, rows=rows, private=private)  # type: ignore[arg-type]
+        address = push_alignment_data(options.output_dir, options.push_to_hub, rows=rows, private=private)  # type: ignore[arg-type]
     except ConnectionError as error:
         print(f"draftkd generate: {printable(error)}", file=sys.stderr)
         return 1

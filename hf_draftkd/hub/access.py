@@ -1,7 +1,7 @@
 """Talking to the Hub: who is asking, and what its refusals mean for the person at the keyboard.
 
-What the user can mend is a `ValueError`; what only time or a network can mend is a `ConnectionError`. Tokens never
-become part of a message.
+What the user can fix is a `ValueError`; what only time or a network can fix is a `ConnectionError`. Tokens never become
+part of a message.
 """
 
 import re
@@ -10,15 +10,13 @@ from contextlib import contextmanager
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import (
-    BadRequestError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 # The forms of access tokens; `hf_draftkd` and names like it are shorter, or hold dots.
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|\bhf_(?:oauth|jwt)_[A-Za-z0-9._-]{20,}")
@@ -53,13 +51,21 @@ def writing_token(token: str | None = None) -> str:
     return found
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Raises: ValueError: this cannot be the name of a repository."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{error} A repository is named `user/name` or `organisation/name`.") from None
+
+
 @contextmanager
 def hub_errors(doing: str, *, afterwards: str, token: str | None = None) -> Iterator[None]:
     """Say what a failed request means.
 
     Args:
-        doing: What was going on, to complete "The Hub ... while ...".
-        afterwards: What has and has not happened, and how to go on.
+        doing: What was being done, to complete "The Hub ... while ...".
+        afterwards: What has and has not happened, and what to do next.
         token: Kept out of every message.
 
     Raises:
@@ -73,34 +79,27 @@ def hub_errors(doing: str, *, afterwards: str, token: str | None = None) -> Iter
         raise ConnectionError(f"HF_HUB_OFFLINE is set, so nothing is sent while {doing}. {afterwards}") from None
     except HfHubHTTPError as error:
         raise _from_response(error, doing, afterwards, token) from None
-    except HFValidationError as error:
-        raise ValueError(
-            f"{redacted(error, token)} A repository is named `user/name` or `organisation/name`."
-        ) from None
     except (HTTPError, ConnectionError, TimeoutError) as error:
         raise ConnectionError(
             f"The Hub cannot be reached while {doing} ({type(error).__name__}: {redacted(error, token)}). {afterwards}"
         ) from None
     except RuntimeError as error:
-        # huggingface_hub wraps what goes wrong in an upload thread, and its Xet client has errors of its own.
+        # huggingface_hub wraps what fails in an upload thread, and its Xet client has errors of its own.
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):
             raise _from_response(cause, doing, afterwards, token) from None
-        reason = f" ({type(cause).__name__}: {cause})" if cause else ""
-        said = redacted(f"{error}{reason}", token)
+        said = redacted(f"{error} ({type(cause).__name__}: {cause})" if cause else error, token)
         raise ConnectionError(f"The connection broke while {doing}: {said} {afterwards}") from None
 
 
 def _from_response(error: HfHubHTTPError, doing: str, afterwards: str, token: str | None) -> Exception:
     status = error.response.status_code
-    said = redacted(error.server_message or "", token)[:300]
-    said = f" It says: {said.rstrip('.')}." if said else ""
-    if isinstance(error, BadRequestError) or status == 400:
-        return ValueError(f"The Hub refused the request while {doing}.{said} {afterwards}")
+    said = redacted(error.server_message or "", token)[:300].rstrip(".")
+    said = f" It says: {said}." if said else ""
     if isinstance(error, GatedRepoError):
         return ValueError(f"The repository is gated: ask for access on its page first. {afterwards}")
-    if isinstance(error, RevisionNotFoundError):
-        return ValueError(f"There is no such revision (while {doing}). {afterwards}")
+    if status == 400:
+        return ValueError(f"The Hub refused the request while {doing}.{said} {afterwards}")
     if status == 401:
         return ValueError(f"The Hub does not accept the token (401) while {doing}.{said} {LOGIN}")
     if status in (402, 403):
@@ -108,12 +107,12 @@ def _from_response(error: HfHubHTTPError, doing: str, afterwards: str, token: st
             f"The token has no right to do this ({status}) while {doing}.{said} Check the name of the user or "
             f"organisation. {LOGIN}"
         )
-    if isinstance(error, RepositoryNotFoundError) or status == 404:
+    if status == 404:
         return ValueError(f"The Hub has no such repository, or it is private (while {doing}).{said} {afterwards}")
     if status in (409, 412):
         return ValueError(f"Somebody else changed the repository at the same time ({status}).{said} {afterwards}")
     if status == 429:
         wait = error.response.headers.get("Retry-After", "")
         when = f"in {wait} seconds" if wait.isdecimal() else "later"
-        return ConnectionError(f"The Hub asks for patience (429) while {doing}: try again {when}. {afterwards}")
+        return ConnectionError(f"The Hub is limiting requests (429) while {doing}: try again {when}. {afterwards}")
     return ConnectionError(f"The Hub failed ({status}) while {doing}.{said} {afterwards}")

@@ -1,27 +1,27 @@
 """The dataset card of alignment data, and its way to the Hub."""
 
 import json
-from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
-from jinja2 import PackageLoader, StrictUndefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from hf_draftkd.data.shards import MANIFEST, unfinished_shards
-from hf_draftkd.hub.card_words import Prose, local_card, merged, read_card, updated
-from hf_draftkd.hub.markdown import Markdown, code, fenced, model_link, python_string, text
+from hf_draftkd.hub.access import check_repo_id, hub_errors, writing_token
+from hf_draftkd.hub.card_merge import CARD_FILE, Place, local_card, merged, read_card, updated
+from hf_draftkd.hub.markdown import Markdown, code, fenced, model_link, python_string, render_card
 from hf_draftkd.hub.public_names import is_public, public_name, public_source
-from hf_draftkd.hub.public_shards import public_shards
-from hf_draftkd.hub.repositories import CARD_FILE, make_repository, remote_card
+from hf_draftkd.hub.repository import commit, look, stale
+from hf_draftkd.hub.upload_files import PlannedFile, shard_files
+from hf_draftkd.utils.checks import one_of
 from hf_draftkd.utils.files import write_text
 
-_TEMPLATE = "alignment_data_card.md"
-_SHARDS = "data/train-*.parquet"
+SECTIONS = ("summary", "use", "origin", "decoding", "lengths", "columns", "licence")
+# Rows of an earlier push under other names would be loaded as if they belonged to the new ones.
+_SHARDS = ["data/train-*.parquet"]
 _BARS = 20  # characters of the longest bar in the histogram
 
 _SCENARIOS = {
@@ -76,35 +76,25 @@ def alignment_card(rows: Dataset, manifest: dict[str, Any], repo_id: str | None 
         tags=["hf_draftkd", "speculative-decoding", "knowledge-distillation", "synthetic"],
         size_categories=[_size(len(rows))],
     )
-    body = _environment().get_template(_TEMPLATE)
-    rendered = body.render(
-        target=target,
-        target_link=model_link(target) if is_public(target) else code(target),
-        example=_example(repo_id or "PATH_OR_ID"),
-        revision=manifest.get("target_revision"),
-        rows=len(rows),
-        prompts=manifest["prompts"]["count"],
-        prompts_sha256=manifest["prompts"]["sha256"],
-        prompt_counts=manifest.get("prompt_counts"),
-        source=public_source(manifest["prompts"]["source"]),
-        scenario=manifest["scenario"],
-        scenario_text=_SCENARIOS[manifest["scenario"]],
-        dtype=manifest.get("target_dtype"),
-        weights=manifest.get("target_weights"),
-        chat_template=manifest["chat_template"],
-        max_new_tokens=manifest["max_new_tokens"],
-        seed=manifest["seed"],
-        versions=manifest["versions"],
-        settings=manifest["settings"],
-        is_served=manifest.get("backend") == "endpoint",
-        all_exact=rows.unique("ids_source") == ["generated"],
-        tokens=sum(sizes),
-        mean=f"{sum(sizes) / len(sizes):.1f}",
-        stopped=sum(reason == "stop" for reason in rows["finish_reason"]),
-        histogram=length_histogram(sizes),
-        columns=[(name, Markdown(_COLUMNS.get(name, "carried along from the prompts"))) for name in rows.column_names],
-    )
-    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{rendered}")
+    absent = dict.fromkeys(("target_revision", "prompt_counts", "target_dtype", "target_weights", "backend"))
+    known = {
+        "target": target,
+        "target_link": model_link(target) if is_public(target) else code(target),
+        "example": _example(repo_id or "PATH_OR_ID"),
+        "rows": len(rows),
+        "source": public_source(manifest["prompts"]["source"]),
+        "scenario_text": _SCENARIOS[manifest["scenario"]],
+        "all_exact": rows.unique("ids_source") == ["generated"],
+        "tokens": sum(sizes),
+        "mean": f"{sum(sizes) / len(sizes):.1f}",
+        "stopped": sum(reason == "stop" for reason in rows["finish_reason"]),
+        "histogram": length_histogram(sizes),
+        "columns": [
+            (name, Markdown(_COLUMNS.get(name, "carried along from the prompts"))) for name in rows.column_names
+        ],
+    }
+    body = render_card("alignment_data_card.md", SECTIONS, absent | manifest | known)
+    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
 def public_target(manifest: dict[str, Any]) -> str:
@@ -113,20 +103,9 @@ def public_target(manifest: dict[str, Any]) -> str:
     return public_name(target, manifest.get("target_is_local")) if target else ""
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        loader=PackageLoader("hf_draftkd.hub", "templates"),
-        undefined=StrictUndefined,
-        finalize=text,
-        keep_trailing_newline=True,
-    )
-    environment.filters["code"] = code
-    return environment
-
-
 def _example(repo_id: str) -> Markdown:
     load = f'data = load_dataset({python_string(repo_id)}, split="train")'
-    return fenced("python", f"from datasets import load_dataset\n\n{load}")
+    return fenced(f"from datasets import load_dataset\n\n{load}", "python")
 
 
 def length_histogram(sizes: list[int], bins: int = 8) -> list[tuple[int, int, int, str]]:
@@ -150,17 +129,17 @@ def write_card(folder: Path, rows: Dataset, repo_id: str | None = None) -> None:
         ValueError: There is a README whose metadata cannot be read.
     """
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    card = updated(local_card(folder / CARD_FILE), alignment_card(rows, manifest, repo_id))
+    card = updated(local_card(DatasetCard, folder), alignment_card(rows, manifest, repo_id))
     write_text(folder / CARD_FILE, str(card))
 
 
 def push_alignment_data(
-    folder: "str | Path",
+    folder: str | Path,
     repo_id: str,
     *,
     rows: Dataset,
     private: bool | None = None,
-    prose: Prose | None = None,
+    prose: Place | None = None,
     token: str | None = None,
 ) -> str:
     """Publish a finished folder of alignment data with its card, in one commit; returns the address.
@@ -171,56 +150,46 @@ def push_alignment_data(
 
     Args:
         folder: What `generate_alignment_data` wrote.
-        repo_id: `user/name`.
+        repo_id: `user/name`, or `name` for the user who is logged in.
         rows: The data in it.
-        private: Whether a new repository is private; None leaves it to its owner's default. An existing one keeps its
-            visibility; True refuses one that is public.
+        private: As in `push_draft`.
         prose: Whose words win where the card was edited on the Hub and in the folder: "hub" or "local".
         token: Access token; by default the one that is logged in.
 
     Raises:
         ValueError: The folder is not finished, what should be private would be public, or the card was edited on the
             Hub and in the folder, differently. Nothing was published then.
+        ConnectionError: The Hub or the network failed; nothing was published.
     """
+    if prose is not None:
+        one_of("`prose`", prose, ("hub", "local"))
+    check_repo_id(repo_id)
     folder = Path(folder)
-    if prose not in (None, "hub", "local"):
-        raise ValueError(f"`prose` must be 'hub' or 'local', got {prose!r}.")
     if not (folder / MANIFEST).exists():
-        raise ValueError(f"{folder} holds no {MANIFEST}, so it is no folder of alignment data.")
+        raise ValueError(f"{folder} holds no {MANIFEST}, so it is not a folder of alignment data.")
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     count = manifest["num_shards"]
     if unfinished := unfinished_shards(folder, count):
-        raise ValueError(f"{len(unfinished)} of {count} shards in {folder} are not finished. Go on with the run first.")
+        raise ValueError(f"{len(unfinished)} of {count} shards in {folder} are not finished. Resume the run first.")
     write_card(folder, rows, repo_id)
+    token = writing_token(token)
     api = HfApi(token=token)
-    address, _ = make_repository(api, repo_id, private=private, repo_type="dataset")
-    held = api.dataset_info(address.repo_id)
-    files = [sibling.rfilename for sibling in held.siblings or ()]
-    there = remote_card(api, address.repo_id, files, held.sha, repo_type="dataset")
-    card = merged(
+    afterwards = f"Nothing was published; the data are finished in {folder}: the same command publishes them."
+    repo_id, remote = look(api, repo_id, repo_type="dataset", private=private, afterwards=afterwards, token=token)
+    card, _ = merged(
         alignment_card(rows, manifest, repo_id),
-        local_card(folder / CARD_FILE),
-        read_card(there, f"the card of {repo_id}") if there else None,
+        local_card(DatasetCard, folder),
+        read_card(DatasetCard, remote.card, f"the card of {repo_id}") if remote.card else None,
         prose,
     )
     with TemporaryDirectory(prefix=".publishing-", dir=folder) as scratch:
-        shards = public_shards(folder, count, manifest["target"], public_target(manifest), Path(scratch))
         # The manifest names paths of this machine and stays here; the card says what concerns others.
-        new = {CARD_FILE: str(card).encode()} | {f"data/{path.name}": str(path) for path in shards}
-        # Rows of an earlier push under other names would be loaded as if they belonged to these.
-        stale = [name for name in files if fnmatch(name, _SHARDS) and name not in new]
-        api.create_commit(
-            address.repo_id,
-            [
-                *(CommitOperationDelete(name) for name in stale),
-                *(CommitOperationAdd(name, content) for name, content in new.items()),
-            ],
-            repo_type="dataset",
-            commit_message="Alignment data",
-            # If somebody edits the card meanwhile, nothing is overwritten.
-            parent_commit=held.sha,
-        )
-    return str(address)
+        files = [PlannedFile(CARD_FILE, str(card).encode())]
+        files += shard_files(folder, count, manifest["target"], public_target(manifest), Path(scratch))
+        old = stale(remote, _SHARDS, files)
+        with hub_errors(f"publishing {repo_id}", afterwards=afterwards, token=token):
+            url, _, _ = commit(api, repo_id, files, old, remote, private, "Alignment data", repo_type="dataset")
+    return str(url)
 
 
 def _size(rows: int) -> str:

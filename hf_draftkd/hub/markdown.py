@@ -8,8 +8,14 @@ engine escapes everything that is not.
 import html
 import json
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 from urllib.parse import quote
 
+from jinja2 import PackageLoader, StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from hf_draftkd.hub.card_merge import marked
 from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.utils.text import one_line
 
@@ -43,7 +49,7 @@ def code(value: object) -> Markdown:
     return Markdown(f"{fence}{pad}{content}{pad}{fence}".replace("|", "\\|"))
 
 
-def fenced(language: str, content: str) -> Markdown:
+def fenced(content: str, language: str) -> Markdown:
     """A code block whose fence is longer than any run of backticks inside it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", content)), default=0))
     return Markdown(f"{fence}{language}\n{content.strip()}\n{fence}")
@@ -66,3 +72,67 @@ def dataset_link(name: str) -> Markdown:
     if "/" in name and is_hub_id(name):
         return Markdown(f"[{text(name)}](https://huggingface.co/datasets/{quote(name)})")
     return code(name)
+
+
+def value_of(estimate: Any) -> float | None:
+    """The point value of an estimate, which is a number or `{value, low, high}`."""
+    return estimate.get("value") if isinstance(estimate, Mapping) else estimate
+
+
+def estimate_text(estimate: Any, digits: int, *, signed: bool = False) -> Markdown | None:
+    """`0.612 [0.598, 0.627]`, or without the bracket where no interval was estimated."""
+    value = value_of(estimate)
+    if value is None:
+        return None
+    form = f"{'+' if signed else ''}.{digits}f"
+    interval = ""
+    if isinstance(estimate, Mapping) and "low" in estimate and "high" in estimate:
+        interval = f" \\[{estimate['low']:{form}}, {estimate['high']:{form}}\\]"
+    return Markdown(f"{value:{form}}{interval}")
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown | None:
+    """A Markdown table without the columns that hold nothing; None where no cell is left beside the first column."""
+    kept = [column for column in range(len(headers)) if any(row[column] is not None for row in rows)]
+    if len(kept) < 2:
+        return None
+    lines = [[headers[column] for column in kept], ["---"] * len(kept)]
+    lines += [["" if row[column] is None else text(row[column]) for column in kept] for row in rows]
+    return Markdown("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+
+
+def render_card(template: str, sections: Sequence[str], context: Mapping[str, Any], source: str | None = None) -> str:
+    """A card's body from a template of this package: its title, and its sections between their marks.
+
+    Templates run in a sandbox that escapes every value that is not `Markdown`.
+
+    Args:
+        template: The file, with one block `title` and one for each section.
+        sections: In order; one that comes out empty is left out.
+        context: Values for the template.
+        source: Jinja source to use instead, which may extend `template`. One without such blocks is the whole body.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        loader=PackageLoader("hf_draftkd.hub", "templates"),
+        undefined=StrictUndefined,
+        finalize=text,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = code
+    environment.filters["estimate"] = estimate_text
+    environment.filters["fenced"] = fenced
+    # For texts of this package only (titles and remarks of commands); data never goes through it.
+    environment.filters["markdown"] = Markdown
+    ours = environment.get_template(template)
+    used = ours if source is None else environment.from_string(source)
+    if not set(used.blocks) & {"title", *sections}:
+        return used.render(context).strip("\n") + "\n"
+
+    def render(name: str) -> str:
+        block = used.blocks.get(name) or ours.blocks[name]
+        return "".join(block(used.new_context(dict(context)))).strip("\n")
+
+    parts = [render("title") + "\n", *(marked(name, content) for name in sections if (content := render(name)))]
+    return "\n".join(parts)

@@ -14,20 +14,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import PackageLoader, StrictUndefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from hf_draftkd.hub import card_sections as sections
-from hf_draftkd.hub import report_tables
-from hf_draftkd.hub.markdown import Markdown, fenced, text
+from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.hub.card_merge import CARD_FILE, updated
+from hf_draftkd.hub.markdown import render_card
 from hf_draftkd.hub.metadata import card_data, eval_results
-from hf_draftkd.hub.names import public_report
 from hf_draftkd.hub.parts import card_context
 from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
+from hf_draftkd.hub.public_names import public_report
 from hf_draftkd.utils.files import write_text
 
 Json = Mapping[str, Any]
-CARD_FILE = "README.md"
 SECTIONS = ("summary", "use", "figures", "training", "limits", "citation")
 TEMPLATE = "draft_model_card.md"
 
@@ -81,7 +78,9 @@ class DraftModelCard(ModelCard):
         pair = pair or provenance.pair or PairFacts()
         if report is None and training is None and name is None:
             raise ValueError("A card needs something to say: pass a report, a training summary, or at least a name.")
-        known = public_report(report)
+        if report is not None and not isinstance(report, SpeculationReport):
+            report = SpeculationReport.from_dict(report)
+        known = public_report(report).to_dict() if report else {}
         context = card_context(
             known, training, pair, provenance, name, plots or {}, [*(provenance.notes or ()), *notes]
         )
@@ -95,7 +94,7 @@ class DraftModelCard(ModelCard):
             tags=tags,
             results=eval_results(known),
         )
-        return cls(f"---\n{data.to_yaml()}\n---\n\n{_body(context, template)}")
+        return cls(f"---\n{data.to_yaml()}\n---\n\n{render_card(TEMPLATE, SECTIONS, context, template)}")
 
     def render(self) -> str:
         """The whole card as text."""
@@ -110,50 +109,10 @@ class DraftModelCard(ModelCard):
         path = Path(filepath)
         return write_text(path / CARD_FILE if path.is_dir() else path, self.render())
 
-    def updated_from(self, fresh: "DraftModelCard") -> Self:
+    def updated_from(self, fresh: "DraftModelCard") -> "DraftModelCard":
         """Keep the prose and hand-set metadata of this card, and take the figures of a new one.
 
-        Sections between the marks are taken from `fresh`, text outside them is kept. Metadata: what `fresh` states is
-        taken, except licence and language once they are set; tags are united; other keys are kept; old figures go.
+        Sections between the marks are taken from `fresh`, text outside them is kept. Metadata: what follows from the
+        weights is taken from `fresh`, tags are united, and all else is kept, licence and language included.
         """
-        data = {key: value for key, value in self.data.to_dict().items() if key != "model-index"}
-        new = fresh.data.to_dict()
-        tags = [tag for tag in data.get("tags", []) if not str(tag).startswith("draft-for:")]
-        data |= {key: value for key, value in new.items() if key not in ("license", "language") or key not in data}
-        data["tags"] = list(dict.fromkeys([*tags, *new["tags"]]))
-        merged = ModelCardData(**data)
-        return type(self)(f"---\n{merged.to_yaml()}\n---\n{sections.with_sections(self.text, fresh.text)}")
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        loader=PackageLoader("hf_draftkd.hub", "templates"),
-        undefined=StrictUndefined,
-        finalize=text,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["estimate"] = report_tables.estimate_text
-    environment.filters["block"] = lambda command: fenced(command.language, command.content)
-    # For texts of this package only (titles and remarks of commands); data never goes through it.
-    environment.filters["markdown"] = Markdown
-    return environment
-
-
-def _body(context: Json, source: str | None) -> str:
-    """Render the template's blocks one by one and put the marks around them."""
-    environment = _environment()
-    template = environment.from_string(source) if source is not None else environment.get_template(TEMPLATE)
-    blocks = template.blocks
-    if source is not None and not set(blocks) & {"title", *SECTIONS}:
-        # A template without blocks is the whole body: all of it is prose then.
-        return template.render(context).strip("\n") + "\n"
-
-    def render(name: str) -> str:
-        origin = blocks.get(name) or environment.get_template(TEMPLATE).blocks[name]
-        return "".join(origin(template.new_context(dict(context)))).strip("\n")
-
-    parts = [render("title") + "\n"]
-    parts += [sections.marked(name, content) for name in SECTIONS if (content := render(name))]
-    return "\n".join(parts)
+        return updated(self, fresh)

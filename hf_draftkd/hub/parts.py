@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from hf_draftkd.hub import report_tables, serving_commands
 from hf_draftkd.hub.citations import bibtex, papers_used
-from hf_draftkd.hub.markdown import Markdown, code, dataset_link, fenced, model_link, text
+from hf_draftkd.hub.markdown import Markdown, code, dataset_link, estimate_text, fenced, model_link, table, text
 from hf_draftkd.hub.provenance import COMPLETIONS, SIGNALS, PairFacts, Provenance, TrainingSummary
 from hf_draftkd.hub.public_names import is_public, public_name
 from hf_draftkd.utils.text import one_line
@@ -74,7 +74,7 @@ def card_context(
         "stock": _model(report.get("baseline", {}).get("draft", {})),
         "speed": report_tables.speed_table(report.get("settings", ())),
         "hardware": report_tables.hardware_text(report.get("hardware")),
-        "relative_cost": report_tables.estimate_text(latency.get("relative_cost"), 3),
+        "relative_cost": estimate_text(latency.get("relative_cost"), 3),
         "verdicts": report_tables.verdict_rows(report),
         "plots": [(caption, Markdown(quote(one_line(path)))) for caption, path in plots.items()],
         "training_metrics": _pairs(training.metrics if training else None, header=("Metric", "Value")),
@@ -82,7 +82,7 @@ def card_context(
         "hyperparameters": _pairs(training.hyperparameters if training else None, header=("Name", "Value")),
         "made_with": _made_with(provenance),
         "limits": _limits(report, training, target, revision),
-        "citations": [fenced("bibtex", bibtex(key)) for key in papers_used(training, report)],
+        "citations": [fenced(bibtex(key), "bibtex") for key in papers_used(training, report)],
     }
 
 
@@ -135,7 +135,7 @@ def _summary(
         ("Tuned draft length", length),
     ]
     rows = [row for row in rows if row[1] is not None]
-    return report_tables.table(("", ""), rows) if rows else None
+    return table(("", ""), rows) if rows else None
 
 
 def _prompts(prompts: Json) -> Markdown:
@@ -178,7 +178,7 @@ def _training(training: TrainingSummary | None) -> Markdown | None:
         ("Seed", training.seed),
     ]
     rows = [row for row in rows if row[1] is not None]
-    return report_tables.table(("", ""), rows) if rows else None
+    return table(("", ""), rows) if rows else None
 
 
 def _mixed_in(training: TrainingSummary) -> str | None:
@@ -195,7 +195,7 @@ def _dataset(name: str, revision: str | None) -> Markdown:
 def _pairs(values: Json | None, *, header: tuple[str, str]) -> Markdown | None:
     if not values:
         return None
-    return report_tables.table(header, [(code(name), _number(value)) for name, value in values.items()])
+    return table(header, [(code(name), _number(value)) for name, value in values.items()])
 
 
 def _number(value: Any) -> Markdown:
@@ -210,7 +210,7 @@ def _made_with(provenance: Provenance) -> Markdown | None:
         f"Trained on {text(provenance.hardware)}." if provenance.hardware else None,
         f"Finished {text(provenance.created)}." if provenance.created else None,
         f"Weights (sha256) {code(provenance.weights_sha256)}." if provenance.weights_sha256 else None,
-        f"Command:\n\n{fenced('bash', provenance.command)}" if provenance.command else None,
+        f"Command:\n\n{fenced(provenance.command, 'bash')}" if provenance.command else None,
     ]
     return Markdown(" ".join(filter(None, sentences))) if any(sentences) else None
 

@@ -4,10 +4,9 @@ Plain data. Every field is optional and absent where it is not known: a card nev
 beside the weights as `provenance.json`, so that a draft can be published long after, and far from, its training.
 """
 
-import difflib
+import dataclasses
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,12 +14,12 @@ from typing import Any, Self
 from transformers import GenerationConfig, PreTrainedConfig
 
 from hf_draftkd.evaluation.schema import from_plain, key, to_plain
-from hf_draftkd.hub.public_names import public_name
+from hf_draftkd.hub.access import redacted
+from hf_draftkd.hub.public_names import public_name, without_paths
+from hf_draftkd.utils.checks import one_of
 from hf_draftkd.utils.files import write_text
 
 PROVENANCE_FILE = "provenance.json"
-# Far above any honest file; a limit on what is read into memory from a stranger's repository.
-MAX_JSON_BYTES = 10 * 2**20
 
 SIGNALS = {
     "white_box": "the target's full next-token distributions",
@@ -34,13 +33,6 @@ COMPLETIONS = {
     "mixed": "the target and the draft, mixed",
     "data_and_draft": "the data set and the draft, mixed",
 }
-
-
-def _one_of(choices: Mapping[str, str], value: str | None, name: str) -> None:
-    if value is not None and value not in choices:
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.{hint}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +80,15 @@ class TrainingSummary:
     online: bool | None = key("Whether the draft learned from served traffic.", default=None)
 
     def __post_init__(self) -> None:
-        _one_of(SIGNALS, self.signal, "signal")
-        _one_of(COMPLETIONS, self.completions, "completions")
+        if self.signal is not None:
+            one_of("`signal`", self.signal, SIGNALS)
+        if self.completions is not None:
+            one_of("`completions`", self.completions, COMPLETIONS)
 
     def public_name(self, which: str) -> str | None:
         """The `target`, `draft` or `dataset` as a stranger may read it; None where it is not known."""
         name = getattr(self, which)
-        # What was recorded decides: whether a path of that name exists where the card is written says nothing.
+        # What was recorded decides, not whether a path of that name exists where the card is written.
         return public_name(name, getattr(self, f"{which}_is_local")) if name else None
 
 
@@ -123,23 +117,20 @@ class PairFacts:
         """Read the facts off two configs; further ones (sizes, fingerprint) are passed by name."""
         draft, target = draft_config.get_text_config(), target_config.get_text_config()
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
-        generation = draft_generation_config
-        tuned = None
-        # transformers takes the length from the draft's generation config, and leaves it as it is only with a
-        # constant schedule and no confidence threshold: anything else is not a tuned length.
-        if (
-            generation is not None
-            and generation.num_assistant_tokens_schedule == "constant"
-            and generation.assistant_confidence_threshold == 0
-        ):
-            tuned = generation.num_assistant_tokens
         return cls(
             draft_vocab_size=draft.vocab_size,
             target_vocab_size=target.vocab_size,
             same_special_ids=all(getattr(draft, name, None) == getattr(target, name, None) for name in special),
-            num_assistant_tokens=tuned,
+            num_assistant_tokens=tuned_length(draft_generation_config),
             **facts,
         )
+
+
+def tuned_length(config: GenerationConfig | None) -> int | None:
+    """The draft length that a generation config fixes; None where transformers would change it while decoding."""
+    if config is None or config.num_assistant_tokens_schedule != "constant":
+        return None
+    return config.num_assistant_tokens if config.assistant_confidence_threshold == 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,27 +170,26 @@ class Provenance:
         """Read `provenance.json` of a folder; None where there is none.
 
         Raises:
-            ValueError: The file is too large, no JSON, or of another shape.
+            ValueError: The file is not JSON, or of another shape.
         """
         path = Path(folder) / PROVENANCE_FILE
-        return cls.from_dict(read_json(path)) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not valid JSON: {error}.") from None
+        return cls.from_dict(data)
 
-
-def read_json(path: str | os.PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Parse a JSON file that may come from a stranger.
-
-    Raises:
-        ValueError: The file is larger than `max_bytes`, not UTF-8, not JSON, or nested beyond reason.
-    """
-    path = Path(path)
-    size = path.stat().st_size
-    if size > max_bytes:
-        raise ValueError(f"{path.name} has {size:,} bytes; more than {max_bytes:,} are not read. Is it the right file?")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not valid JSON: {error}.") from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
+    def public(self) -> Self:
+        """The same as strangers may read it: without paths of this machine and without tokens."""
+        training = self.training
+        if training is not None:
+            names: dict[str, Any] = {which: training.public_name(which) for which in ("target", "draft", "dataset")}
+            training = dataclasses.replace(training, **names)
+        return dataclasses.replace(
+            self,
+            command=redacted(without_paths(self.command)) if self.command else None,
+            training=training,
+            notes=[without_paths(note) for note in self.notes] if self.notes else None,
+        )

@@ -2,7 +2,9 @@
 
 import os
 import re
+from dataclasses import replace
 
+from hf_draftkd.evaluation.report import DraftResult, ModelInfo, SpeculationReport
 from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.utils.text import one_line
 
@@ -45,3 +47,24 @@ def public_source(source: str, is_local: bool | None = None) -> str:
     if is_local is None and source.lower().endswith(_DATA_SUFFIXES):
         is_local = True
     return public_name(source, is_local)
+
+
+def public_report(report: SpeculationReport) -> SpeculationReport:
+    """The report without paths of this machine."""
+
+    def named(model: ModelInfo) -> ModelInfo:
+        return replace(model, name=public_name(model.name, model.is_local))
+
+    def of_draft(result: DraftResult) -> DraftResult:
+        return replace(result, draft=named(result.draft))
+
+    prompts = report.prompts
+    return replace(
+        report,
+        target=named(report.target),
+        draft=named(report.draft),
+        prompts=replace(prompts, source=public_source(prompts.source, prompts.is_local)),
+        baseline=of_draft(report.baseline) if report.baseline else None,
+        drafts=[of_draft(result) for result in report.drafts] if report.drafts else None,
+        warnings=[without_paths(warning) for warning in report.warnings],
+    )

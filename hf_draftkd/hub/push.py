@@ -3,46 +3,67 @@
     push_draft("quickstart/draft", "me/my-draft", license="apache-2.0", dry_run=True)    # what would be uploaded
     push_draft("quickstart/draft", "me/my-draft", license="apache-2.0")
 
-The order is: look at the folder, look at the Hub, plan, show or commit. Nothing is written before the plan stands, the
-commit is one, and nothing on disk is touched: after any failure the same call finishes the job.
+The order is: look at the folder, look at the Hub, plan, show or commit. Nothing is written before the plan stands, and
+nothing on disk is touched: after any failure the same call finishes the job.
 """
 
 import dataclasses
+import json
+import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    eval_result_entries_to_yaml,
-    get_token,
-)
-from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.hf_api import ExpandModelProperty_T
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import HfApi, eval_result_entries_to_yaml, get_token
+from huggingface_hub.errors import HTTPError
+from transformers import AutoConfig, GenerationConfig
 
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.hub import planning, upload_files
-from hf_draftkd.hub.access import hub_errors, writing_token
+from hf_draftkd.hub.access import check_repo_id, hub_errors, redacted, writing_token
+from hf_draftkd.hub.card_merge import CARD_FILE, Place, local_card, merged, prose_of, read_card
 from hf_draftkd.hub.metadata import benchmark_entries
 from hf_draftkd.hub.model_card import DraftModelCard
-from hf_draftkd.hub.names import public_report
-from hf_draftkd.hub.planning import DraftFolder
-from hf_draftkd.hub.provenance import PROVENANCE_FILE
-from hf_draftkd.hub.report_tables import tuned_length
-from hf_draftkd.hub.repositories import make_repository, public_refusal, remote_card
-from hf_draftkd.hub.upload_files import CARD_FILE, REPORT_FILE, PlannedFile, json_bytes
-from hf_draftkd.models.identity import WEIGHT_FILE
+from hf_draftkd.hub.provenance import PROVENANCE_FILE, PairFacts, TrainingSummary
+from hf_draftkd.hub.public_names import public_report
+from hf_draftkd.hub.repository import Remote, commit, look, stale
+from hf_draftkd.hub.upload_files import (
+    PLOT_FOLDER,
+    REPORT_FILE,
+    DraftFolder,
+    PlannedFile,
+    generation_config_file,
+    json_bytes,
+    look_at_folder,
+    model_files,
+    plot_files,
+    refuse_secrets,
+)
+from hf_draftkd.models.resolve import is_hub_id
+from hf_draftkd.models.tokenizers import tokenizer_fingerprint
+from hf_draftkd.utils.checks import one_of
+from hf_draftkd.utils.text import one_line
 
 _VISIBILITY = {True: "private", False: "public", None: "new, public or private as its owner's default says"}
 _BENCHMARK_FILE = ".eval_results/draftkd.yaml"
-# Not `cardData`, which huggingface_hub may be unable to take: the card itself is read.
-_EXPAND: list[ExpandModelProperty_T] = ["private", "sha", "siblings", "tags"]
+# What of an older version must not stay beside the new: transformers prefers a single weight file over shards, and
+# metrics of other weights would mislead.
+_STALE = [
+    REPORT_FILE,
+    _BENCHMARK_FILE,
+    f"{PLOT_FOLDER}/*",
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+]
 _AGAIN = "Nothing was published, nothing on disk has changed: the same command tries again."
+_WORDS_OF = {"hub": "the card on the Hub", "local": f"the {CARD_FILE} in the folder"}
+_CARD_EDITS = {
+    "hub": "with the words of the card on the Hub",
+    "local": f"with the words of the {CARD_FILE} in the folder",
+}
 
 
 @dataclass(frozen=True)
@@ -85,17 +106,6 @@ class Upload:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Remote:
-    """The repository as it is: its last commit, its files, its card, who can see it; all empty where there is none."""
-
-    sha: str | None = None
-    private: bool | None = None
-    files: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-    card: str | None = None
-
-
 def push_draft(
     folder: str | Path,
     repo_id: str,
@@ -109,7 +119,7 @@ def push_draft(
     create_pr: bool = False,
     commit_message: str = "Upload draft model",
     benchmark_task: str | None = None,
-    prose: Literal["hub", "local"] | None = None,
+    prose: Place | None = None,
     allow_mismatch: bool = False,
     dry_run: bool = False,
     token: str | None = None,
@@ -144,12 +154,12 @@ def push_draft(
             public; says what to do.
         ConnectionError: The Hub or the network failed; nothing was published.
     """
-    if prose not in (None, "hub", "local"):
-        raise ValueError(f"`prose` must be 'hub' or 'local', got {prose!r}.")
-    _check_repo_id(repo_id)
+    if prose is not None:
+        one_of("`prose`", prose, ("hub", "local"))
+    check_repo_id(repo_id)
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"A pull request is opened against main; leave out revision={revision!r} or `create_pr`.")
-    draft = planning.look_at_folder(folder, report)
+    draft = look_at_folder(folder, report)
     if draft.contradictions and not allow_mismatch:
         raise ValueError(
             f"Report, provenance and weights do not belong together. {' '.join(draft.contradictions)} Evaluate this "
@@ -157,153 +167,171 @@ def push_draft(
         )
     token = token or get_token() if dry_run else writing_token(token)
     api = HfApi(token=token)
-    repo_id = _with_owner(api, repo_id, dry_run=dry_run, token=token)
-    remote, remarks = _look_at_hub(api, repo_id, revision, dry_run=dry_run, token=token)
-    if private and remote.private is False:
-        raise ValueError(public_refusal(repo_id))
-    if remote.files and not allow_mismatch and _holds_another_model(remote):
+    remarks = list(draft.remarks)
+    try:
+        repo_id, remote = look(api, repo_id, revision=revision, private=private, afterwards=_AGAIN, token=token)
+    except ConnectionError as error:
+        if not dry_run:
+            raise
+        remote = Remote()
+        remarks.append(f"{error} The card is shown as for a new repository.")
+    if not allow_mismatch and "draft-model" not in remote.tags and _holds_weights(remote):
         raise ValueError(
             f"{repo_id} exists and holds a model that is not a draft (its card lacks the tag `draft-model`). Name "
             "another repository, or pass `allow_mismatch` to overwrite it."
         )
-    words = {"license": license, "language": language, "tags": tags}
-    plan = _plan(api, draft, repo_id, remote, words=words, task=benchmark_task, prose=prose, token=token)
-    plan = dataclasses.replace(
-        plan,
+    wanted = {"license": license, "language": language, "tags": tags}
+    card, files = _contents(api, draft, repo_id, remote, wanted=wanted, task=benchmark_task, prose=prose, token=token)
+    refuse_secrets(files, token)
+    if draft.report is None:
+        remarks.append(f"There is no {REPORT_FILE} of this draft: the card says that nothing was measured.")
+    plan = Upload(
+        repo_id,
+        tuple(files),
+        deleted=stale(remote, _STALE, files),
+        card=card,
+        remarks=tuple(remarks),
         private=private if remote.private is None else remote.private,
         revision=revision,
         create_pr=create_pr,
-        remarks=(*remarks, *plan.remarks),
     )
-    upload_files.refuse_secrets(plan.files, token)
-    return plan if dry_run else _commit(api, plan, remote, commit_message, token)
+    if dry_run:
+        return plan
+    with hub_errors(f"publishing {repo_id}", afterwards=_AGAIN, token=token):
+        _, is_private, done = commit(
+            api, repo_id, files, plan.deleted, remote, plan.private, commit_message, revision, create_pr
+        )
+    return dataclasses.replace(plan, private=is_private, commit=done.oid, url=done.pr_url or done.commit_url)
 
 
-def _check_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except ValueError as error:
-        raise ValueError(f"{error} A repository is named `user/name` or `organisation/name`.") from None
+def _holds_weights(remote: Remote) -> bool:
+    return any(name.endswith((".safetensors", ".bin", ".gguf")) for name in remote.files)
 
 
-def _with_owner(api: HfApi, repo_id: str, *, dry_run: bool, token: str | None) -> str:
-    if "/" in repo_id or (dry_run and token is None):
-        return repo_id
-    with hub_errors("asking who is logged in", afterwards=_AGAIN, token=token):
-        return f"{api.whoami()['name']}/{repo_id}"
-
-
-def _look_at_hub(
-    api: HfApi, repo_id: str, revision: str | None, *, dry_run: bool, token: str | None
-) -> tuple[_Remote, list[str]]:
-    try:
-        with hub_errors(f"looking at {repo_id}", afterwards=_AGAIN, token=token):
-            return _remote(api, repo_id, revision), []
-    except ConnectionError as error:
-        if not dry_run:
-            raise
-        return _Remote(), [f"{error} The card is shown as for a new repository."]
-
-
-def _remote(api: HfApi, repo_id: str, revision: str | None) -> _Remote:
-    try:
-        info = api.model_info(repo_id, expand=_EXPAND)
-    except RepositoryNotFoundError as error:
-        # The Hub answers 401 for a repository that does not exist to anybody whose token it does not know.
-        if error.response.status_code == 401 and api.token:
-            raise
-        return _Remote()
-    if revision and revision != "main":
-        branches = {branch.name: branch for branch in api.list_repo_refs(repo_id).branches}
-        info = api.model_info(repo_id, revision=revision if revision in branches else None, expand=_EXPAND)
-    files = tuple(sibling.rfilename for sibling in info.siblings or ())
-    text = remote_card(api, repo_id, files, info.sha)
-    return _Remote(sha=info.sha, private=bool(info.private), files=files, tags=tuple(info.tags or ()), card=text)
-
-
-def _holds_another_model(remote: _Remote) -> bool:
-    has_weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in remote.files)
-    return has_weights and "draft-model" not in remote.tags
-
-
-def _plan(
+def _contents(
     api: HfApi,
     draft: DraftFolder,
     repo_id: str,
-    remote: _Remote,
+    remote: Remote,
     *,
-    words: dict[str, Any],
+    wanted: dict[str, Any],
     task: str | None,
-    prose: str | None,
+    prose: Place | None,
     token: str | None,
-) -> Upload:
-    known = public_report(draft.report)
-    generation = upload_files.generation_config_file(draft.path, tuned_length(known))
-    pair = planning.pair_facts(draft, generation, token)
-    stored = planning.public_provenance(draft, pair)
-    plots = upload_files.plot_files(draft.path, draft.report_folder)
-    old_card = planning.read_card(remote.card, f"the card of {repo_id}") if remote.card else None
-    local_card = planning.local_card(draft.path)
+) -> tuple[DraftModelCard, list[PlannedFile]]:
+    """The card, and all files of the upload."""
+    report = public_report(draft.report) if draft.report else None
+    advice = report.recommendation if report else None
+    generation = generation_config_file(draft.path, advice.num_assistant_tokens if advice else None)
+    notes = [*(draft.provenance.notes or ()), *(f"Published although: {words}" for words in draft.contradictions)]
+    provenance = dataclasses.replace(
+        draft.provenance,
+        weights_sha256=draft.weights_sha256,
+        pair=_pair(draft, generation, token),
+        notes=list(dict.fromkeys(notes)) or None,
+    ).public()
+    plots = plot_files(draft.pictures)
     fresh = DraftModelCard.from_report(
-        draft.report,
-        provenance=stored,
+        report,
+        provenance=provenance,
         name=repo_id,
-        **words,
+        **wanted,
         plots={Path(plot.path).stem.replace("_", " ").capitalize(): plot.path for plot in plots},
     )
-    card, card_remark = planning.merged_card(fresh, local_card, old_card, prose)
-    for key in ("license", "language"):
-        if words[key] is not None:
-            card.data[key] = fresh.data[key]
-    if not card.data.get("license") and local_card is not None and local_card.data.get("license"):
-        card.data["license"] = local_card.data["license"]
-    if not card.data.get("license"):
-        for key, value in planning.inherited_license(api, fresh.data.get("base_model"), token).items():
-            card.data[key] = value
-    files = [PlannedFile(CARD_FILE, card.render().encode(), card_remark)]
-    if known:
-        files.append(PlannedFile(REPORT_FILE, json_bytes(known)))
-    files.append(PlannedFile(PROVENANCE_FILE, json_bytes(stored.to_dict())))
-    files += upload_files.model_files(draft.path)
-    files += [generation] if generation else []
-    files += plots
+    card, remark = _merged_card(api, fresh, draft.path, repo_id, remote, wanted, prose, token)
+    files = [PlannedFile(CARD_FILE, card.render().encode(), remark)]
+    if report:
+        files.append(PlannedFile(REPORT_FILE, report.to_json().encode()))
+    files.append(PlannedFile(PROVENANCE_FILE, json_bytes(provenance.to_dict())))
+    files += [*model_files(draft.path), *([generation] if generation else []), *plots]
     if task is not None:
-        entries = eval_result_entries_to_yaml(benchmark_entries(known, task))
+        entries = eval_result_entries_to_yaml(benchmark_entries(report.to_dict() if report else {}, task))
         files.append(PlannedFile(_BENCHMARK_FILE, yaml.safe_dump(entries, sort_keys=False).encode()))
-    new = {file.path for file in files}
-    stale = tuple(name for name in remote.files if _is_ours(name) and name not in new)
-    remarks = [*draft.remarks]
-    if not known:
-        remarks.append(f"There is no {REPORT_FILE} of this draft: the card says that nothing was measured.")
-    return Upload(repo_id, tuple(files), stale, card, tuple(remarks))
+    return card, files
 
 
-def _is_ours(name: str) -> bool:
-    """Files of an older version that must not stay beside the new ones.
+def _merged_card(
+    api: HfApi,
+    fresh: DraftModelCard,
+    folder: Path,
+    repo_id: str,
+    remote: Remote,
+    wanted: dict[str, Any],
+    prose: Place | None,
+    token: str | None,
+) -> tuple[DraftModelCard, str]:
+    """The fresh card in the words that a person wrote, wherever those are, and a licence; what was done, in words."""
+    local = local_card(DraftModelCard, folder)
+    if local and _without_title(local) == _without_title(fresh):
+        # In the folder a title is the folder's name or the run's. On the Hub another one was chosen by a person.
+        local.text = fresh.text
+    held = read_card(DraftModelCard, remote.card, f"the card of {repo_id}") if remote.card else None
+    given = {key: fresh.data[key] for key in ("license", "language") if wanted[key] is not None}
+    card, place = merged(fresh, local, held, prose, given)
+    for key, value in given.items():
+        card.data[key] = value
+    if not card.data.get("license"):
+        for key, value in _inherited_license(api, fresh.data.get("base_model"), token).items():
+            card.data[key] = value
+    return card, f"with the words of {_WORDS_OF[place]}" if place else "updated" if held else ""
 
-    transformers prefers a single weight file over shards, and figures of other weights would mislead.
+
+def _without_title(card: DraftModelCard) -> str:
+    return "\n".join(line for line in prose_of(card.text).splitlines() if not line.startswith("# "))
+
+
+def _pair(draft: DraftFolder, generation: PlannedFile | None, token: str | None) -> PairFacts:
+    """What can be found out about the pair now, on top of what was stored when the draft was made."""
+    stored, training = draft.provenance.pair or PairFacts(), draft.provenance.training or TrainingSummary()
+    name, is_local, revision = training.target, training.target_is_local, training.target_revision
+    size = stored.target_parameters
+    if draft.report:
+        target = draft.report.target
+        name, is_local, revision, size = target.name, target.is_local, target.revision, target.num_parameters
+    config, tokenizer = draft.checkpoint.config, draft.checkpoint.tokenizer
+    target_config = None
+    # A folder that does not lie here must not be looked for on the Hub: a stranger's repository may have its name.
+    if name is not None and (os.path.isdir(name) or not is_local):
+        with suppress(OSError, ValueError, HTTPError):  # not reachable from here: what was stored about it stands
+            target_config = AutoConfig.from_pretrained(
+                name, revision=revision if is_hub_id(name) else None, token=token, trust_remote_code=False
+            )
+    facts = PairFacts.from_configs(
+        config,
+        target_config or config,
+        draft_generation_config=GenerationConfig.from_dict(json.loads(generation.read())) if generation else None,
+        draft_parameters=draft.parameters,
+        target_parameters=size,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        has_chat_template=tokenizer.chat_template is not None,
+    )
+    if target_config is not None:
+        return facts
+    return dataclasses.replace(
+        facts, target_vocab_size=stored.target_vocab_size, same_special_ids=stored.same_special_ids
+    )
+
+
+def _inherited_license(api: HfApi, base_model: Any, token: str | None) -> dict[str, str]:
+    """The base model's licence as metadata: `license`, and which it is where that is "other".
+
+    Raises:
+        ValueError: It cannot be found out, so a person has to say one.
     """
-    is_figures = name in (REPORT_FILE, _BENCHMARK_FILE) or name.startswith(f"{upload_files.PLOT_FOLDER}/")
-    return is_figures or bool(WEIGHT_FILE.fullmatch(name))
-
-
-def _commit(api: HfApi, plan: Upload, remote: _Remote, message: str, token: str | None) -> Upload:
-    operations = [
-        CommitOperationAdd(file.path, file.source if isinstance(file.source, bytes) else str(file.source))
-        for file in plan.files
-    ]
-    deletions = [CommitOperationDelete(path) for path in plan.deleted]
-    with hub_errors(f"publishing {plan.repo_id}", afterwards=_AGAIN, token=token):
-        _, is_private = make_repository(api, plan.repo_id, private=plan.private)
-        if plan.revision and plan.revision != "main":
-            api.create_branch(plan.repo_id, branch=plan.revision, exist_ok=True)
-        done = api.create_commit(
-            plan.repo_id,
-            [*deletions, *operations],
-            commit_message=message,
-            revision=plan.revision,
-            create_pr=plan.create_pr,
-            # The card was merged with what was there: if somebody edits it meanwhile, nothing is overwritten.
-            parent_commit=remote.sha if not plan.create_pr else None,
-        )
-    return dataclasses.replace(plan, private=is_private, commit=done.oid, url=done.pr_url or done.commit_url)
+    reason = "the draft does not start from a model on the Hub that it could inherit one from"
+    if isinstance(base_model, str):
+        try:
+            data = api.model_info(base_model, expand=["cardData"]).card_data
+            if data is not None and isinstance(data.get("license"), str):
+                named = {key: data.get(key) for key in ("license", "license_name", "license_link")}
+                if not str(named["license_link"]).startswith("https://"):  # a file of the base's own repository
+                    del named["license_link"]
+                return {key: one_line(value) for key, value in named.items() if isinstance(value, str)}
+            reason = f"the card of {base_model} names none"
+        except TypeError:
+            # huggingface_hub passes metadata of others to a constructor, which cannot take all of it.
+            reason = f"the metadata of {base_model} cannot be read"
+        except (HTTPError, ConnectionError) as error:
+            said = redacted(error, token).splitlines()[0]
+            reason = f"the model {base_model} could not be asked ({type(error).__name__}: {said})"
+    raise ValueError(f"Which licence? {reason[0].upper()}{reason[1:]}. Pass `license`, for instance 'apache-2.0'.")

@@ -7,7 +7,7 @@ column out, where a figure is absent.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hf_draftkd.hub.markdown import Markdown, code, text
+from hf_draftkd.hub.markdown import Markdown, code, estimate_text, table, text, value_of
 
 Json = Mapping[str, Any]
 SETTING_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty", "verification")
@@ -34,23 +34,6 @@ def same_setting(one: Json, other: Json) -> bool:
     return all(one[key] == other[key] for key in SETTING_KEYS if key in one and key in other)
 
 
-def value_of(estimate: Any) -> float | None:
-    """The point value of an estimate, which is a number or `{value, low, high}`."""
-    return estimate.get("value") if isinstance(estimate, Mapping) else estimate
-
-
-def estimate_text(estimate: Any, digits: int, *, signed: bool = False) -> Markdown | None:
-    """`0.612 [0.598, 0.627]`, or without the bracket where no interval was estimated."""
-    value = value_of(estimate)
-    if value is None:
-        return None
-    form = f"{'+' if signed else ''}.{digits}f"
-    interval = ""
-    if isinstance(estimate, Mapping) and "low" in estimate and "high" in estimate:
-        interval = f" \\[{estimate['low']:{form}}, {estimate['high']:{form}}\\]"
-    return Markdown(f"{value:{form}}{interval}")
-
-
 def tuned_length(report: Json | None) -> int | None:
     """The draft length that the report recommends, None where it recommends none."""
     return None if report is None else report.get("recommendation", {}).get("num_assistant_tokens")
@@ -63,16 +46,6 @@ def shown_length(report: Json, settings: Iterable[Json]) -> int | None:
         if wanted in lengths:
             return wanted
     return lengths[-1] if lengths else None
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown | None:
-    """A Markdown table without the columns that hold nothing; None where no cell is left beside the first column."""
-    kept = [column for column in range(len(headers)) if any(row[column] is not None for row in rows)]
-    if len(kept) < 2:
-        return None
-    lines = [[headers[column] for column in kept], ["---"] * len(kept)]
-    lines += [["" if row[column] is None else text(row[column]) for column in kept] for row in rows]
-    return Markdown("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
 
 
 def domains(report: Json) -> list[tuple[str | None, Sequence[Json]]]:

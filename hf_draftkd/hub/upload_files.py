@@ -1,32 +1,45 @@
-"""What of a folder may be published: an allow-list, and nothing that could harm its readers or its owner.
+"""What of a folder may be published: an allow-list, and only where report, provenance and weights fit together.
 
 Optimizer states, pickles, checkpoints, logs and adapters stay at home because they are not on the list. What is on it
-and holds an access token, or the path of a machine, is refused or cleaned.
+and holds an access token is refused, and paths of this machine are taken out.
 """
 
 import json
-import re
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from huggingface_hub.utils import filter_repo_objects
 from transformers import GenerationConfig
 
+from hf_draftkd.data.shards import shard_path
+from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.access import holds_token
-from hf_draftkd.hub.provenance import read_json
+from hf_draftkd.hub.provenance import Provenance, TrainingSummary, tuned_length
 from hf_draftkd.models.draft_length import draft_length_settings
-from hf_draftkd.models.identity import weight_files
-from hf_draftkd.models.resolve import TOKENIZER_FILES, check_model
+from hf_draftkd.models.identity import count_parameters, weight_files, weights_checksum
+from hf_draftkd.models.resolve import TOKENIZER_FILES, Checkpoint, resolve
 
 REPORT_FILE = "report.json"
-CARD_FILE = "README.md"
 PLOT_FOLDER = "plots"
-MAX_PLOT_BYTES = 5 * 2**20
+_MAX_PLOT_BYTES = 5 * 2**20
 _PNG = b"\x89PNG\r\n\x1a\n"
-_TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
-_TEMPLATE_FOLDER = "additional_chat_templates"
-_LICENCE = re.compile(r"(LICEN[CS]E|NOTICE)(\.(md|txt))?", re.IGNORECASE)
+# Beside the weights.
+_PUBLISHED = [
+    "config.json",
+    *TOKENIZER_FILES,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    *(f"{name}{suffix}" for name in ("LICEN[CS]E", "licen[cs]e", "NOTICE", "notice") for suffix in ("", ".md", ".txt")),
+]
 _TEXT_SUFFIXES = {".json", ".jinja", ".md", ".txt", ""}
 
 
@@ -52,59 +65,148 @@ class PlannedFile:
         return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
 
 
-def check_folder(folder: str | Path) -> Path:
-    """Make sure that a folder holds a whole draft: config, dense safetensors, tokenizer.
+@dataclass(frozen=True)
+class DraftFolder:
+    """A folder that was found fit to be published, and what is known about it.
+
+    Args:
+        checkpoint: What is in it: config and tokenizer.
+        parameters: Parameters stored in it.
+        weights_sha256: Checksum of its weights.
+        provenance: Its `provenance.json`, empty where there is none.
+        report: Its report, if any.
+        pictures: Where plots may lie.
+        contradictions: Where these do not fit together, one sentence each.
+        remarks: What a person should know besides.
+    """
+
+    checkpoint: Checkpoint
+    parameters: int
+    weights_sha256: str
+    provenance: Provenance
+    report: SpeculationReport | None
+    pictures: tuple[Path, ...]
+    contradictions: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        return Path(self.checkpoint.name)
+
+
+def look_at_folder(folder: str | Path, report: str | Path | SpeculationReport | None = None) -> DraftFolder:
+    """Check a draft's folder and read what describes it; nothing is loaded and nothing is asked of the Hub.
+
+    Args:
+        folder: The draft's folder.
+        report: The report or its file. None looks for `report.json` in the folder, and beside it, where the quickstart
+            puts it. What lies beside the folder nobody named: it may be a neighbour's, and is left out if it does not
+            fit, and of the pictures there those in `plots` count.
 
     Raises:
-        ValueError: It does not; the message says what is missing and how to get it.
+        ValueError: It holds no draft that could be published, or the report is not one.
     """
+    checkpoint = _check_folder(folder)
+    path = Path(checkpoint.name)
+    parameters, checksum = count_parameters(path), weights_checksum(path)
+    provenance = Provenance.load(path) or Provenance()
+    contradictions = []
+    if provenance.weights_sha256 not in (None, checksum):
+        contradictions.append(_changed("provenance.json was written", provenance.weights_sha256, checksum))
+    pictures, remarks = [path, path / PLOT_FOLDER], []
+    beside = path.resolve().parent / REPORT_FILE
+    was_named = report is not None or (path / REPORT_FILE).is_file()
+    if report is None and (was_named or beside.is_file()):
+        report = path / REPORT_FILE if was_named else beside
+    if report is not None and not isinstance(report, SpeculationReport):
+        parent = Path(report).resolve().parent
+        pictures += [parent, parent / PLOT_FOLDER] if was_named else [parent / PLOT_FOLDER]
+        report = SpeculationReport.load(report)
+    if report is not None:
+        unfit = _contradictions(report, path, parameters, provenance.training)
+        if unfit and not was_named:
+            remarks.append(f"{REPORT_FILE} beside the folder is left out. {' '.join(unfit)}")
+            report, pictures = None, pictures[:2]
+        else:
+            contradictions += unfit
+    return DraftFolder(
+        checkpoint, parameters, checksum, provenance, report, tuple(pictures), tuple(contradictions), tuple(remarks)
+    )
+
+
+def _check_folder(folder: str | Path) -> Checkpoint:
+    """Make sure that a folder holds a whole draft: config, dense safetensors, tokenizer."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ValueError(f"There is no folder {str(folder)!r}. Give the one a draft was saved to.")
-    names = {item.name for item in path.iterdir()}
-    if "adapter_config.json" in names and "config.json" not in names:
+    checkpoint = resolve(path)
+    if checkpoint.is_adapter:
         raise ValueError(
             f"{str(folder)!r} holds an adapter that is not merged; whoever downloads it could not pass it as "
             "`assistant_model`. Merge it: `model.merge_and_unload().save_pretrained(folder)`, or publish the "
             "`--output_dir` of `draftkd train`, which is merged, and not one of its checkpoints."
         )
-    config = check_model(str(path))
-    if getattr(config, "auto_map", None):
+    if getattr(checkpoint.config, "auto_map", None):
         raise ValueError(
-            f"The config of {str(folder)!r} names code of its own (`auto_map`). Code is not published with a draft, "
-            "and without it nobody could load this one. Use an architecture that transformers has."
+            f"The config of {str(folder)!r} names custom code (`auto_map`). Code is not published with a draft, and "
+            "without it nobody could load this one. Use an architecture that transformers has."
         )
-    if not names & set(TOKENIZER_FILES):
-        raise ValueError(
-            f"{str(folder)!r} has no tokenizer. Save the target's there: `tokenizer.save_pretrained(folder)`; engines "
-            "compare it with the target's."
+    checkpoint.tokenizer  # noqa: B018 - raises where there is none
+    return checkpoint
+
+
+def _contradictions(
+    report: SpeculationReport, folder: Path, parameters: int, training: TrainingSummary | None
+) -> list[str]:
+    """Where a report is about other weights, another target or another revision than the draft in a folder."""
+    found = []
+    draft, target = report.draft, report.target
+    if draft.weights_sha256 is not None:
+        # In the number format it was measured in: loading float32 weights as bfloat16 does not make them another draft.
+        now = weights_checksum(folder, draft.dtype)
+        if draft.weights_sha256 != now:
+            found.append(_changed("the report's draft was measured", draft.weights_sha256, now))
+    # Padded rows and tied heads make small differences between what a model counts and what a file holds.
+    elif abs(draft.num_parameters - parameters) > 0.01 * parameters:
+        found.append(
+            f"The report is about a draft of {draft.num_parameters:,} parameters, the folder holds {parameters:,}."
         )
-    return path
+    if training is not None:
+        pairs = {
+            "target": (training.target, target.name),
+            "target revision": (training.target_revision, target.revision),
+        }
+        for what, (trained, measured) in pairs.items():
+            if trained and measured and not _is_same(trained, measured):
+                found.append(f"The draft was trained for the {what} {trained!r}, the report is about {measured!r}.")
+    return found
+
+
+def _changed(since: str, expected: str | None, checksum: str) -> str:
+    return f"The weights are not those from when {since}: sha256 {str(expected)[:12]}… then, {checksum[:12]}… now."
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two names of a target mean the same; one folder has many paths."""
+    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))
 
 
 def model_files(folder: Path) -> list[PlannedFile]:
-    """Config, weights, tokenizer, licence: what is published as it lies in the folder."""
-    wanted = ["config.json", *TOKENIZER_FILES, *_TOKENIZER_EXTRAS]
-    found = [path for name in wanted if (path := folder / name).is_file()]
-    found += weight_files(folder)
-    found += sorted(path for path in folder.iterdir() if path.is_file() and _LICENCE.fullmatch(path.name))
-    files = [_cleaned(path) for path in found]
-    templates = folder / _TEMPLATE_FOLDER
-    if templates.is_dir():
-        files += [PlannedFile(f"{_TEMPLATE_FOLDER}/{path.name}", path) for path in sorted(templates.glob("*.jinja"))]
-    return files
+    """Config, tokenizer, licence and weights: what is published as it lies in the folder."""
+    held = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]
+    names = sorted(path.relative_to(folder).as_posix() for path in held if path.is_file())
+    files = [_cleaned(name, folder / name) for name in filter_repo_objects(names, allow_patterns=_PUBLISHED)]
+    return files + [PlannedFile(path.name, path) for path in weight_files(folder)]
 
 
-def _cleaned(path: Path) -> PlannedFile:
-    """The file itself, or its JSON without the path it was once loaded from."""
-    if path.name in ("config.json", "tokenizer_config.json"):
-        data = read_json(path)
-        if (
-            isinstance(data, dict)
-            and (kept := {k: v for k, v in data.items() if not k.endswith("name_or_path")}) != data
-        ):
-            return PlannedFile(path.name, json_bytes(kept), "without the path it was loaded from")
-    return PlannedFile(path.name, path)
+def _cleaned(name: str, path: Path) -> PlannedFile:
+    """The file itself, or its JSON without the path that it was once loaded from."""
+    if name in ("config.json", "tokenizer_config.json"):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in data.items() if not key.endswith("name_or_path")}
+        if kept != data:
+            return PlannedFile(name, json_bytes(kept), "without the path it was loaded from")
+    return PlannedFile(name, path)
 
 
 def generation_config_file(folder: Path, num_assistant_tokens: int | None) -> PlannedFile | None:
@@ -115,30 +217,55 @@ def generation_config_file(folder: Path, num_assistant_tokens: int | None) -> Pl
         num_assistant_tokens: The length that a report recommends, None where there is none.
     """
     path = folder / "generation_config.json"
-    held = read_json(path) if path.is_file() else {}
-    is_tuned = (
-        held.get("num_assistant_tokens_schedule") == "constant"
-        and held.get("assistant_confidence_threshold") == 0
-        and "num_assistant_tokens" in held
-    )
-    if num_assistant_tokens is None or is_tuned:
-        return PlannedFile(path.name, path) if path.is_file() else None
-    tuned = draft_length_settings(num_assistant_tokens)
-    # Made into a GenerationConfig once, so that a value transformers would refuse is refused here.
-    GenerationConfig.from_dict(held | tuned).validate()
-    return PlannedFile(path.name, json_bytes(held | tuned), f"with the report's draft length {num_assistant_tokens}")
+    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if num_assistant_tokens is None or tuned_length(GenerationConfig.from_dict(held)) is not None:
+        return PlannedFile(path.name, path) if held else None
+    tuned = held | draft_length_settings(num_assistant_tokens)
+    return PlannedFile(path.name, json_bytes(tuned), f"with the report's draft length {num_assistant_tokens}")
 
 
-def plot_files(*folders: Path) -> list[PlannedFile]:
-    """The PNG files beside a report or in its `plots` folder; other formats can hold scripts."""
+def plot_files(folders: Iterable[Path]) -> list[PlannedFile]:
+    """The PNG files in some folders; other formats can hold scripts."""
     found: dict[str, Path] = {}
-    for folder in folders:
-        for path in sorted([*folder.glob("*.png"), *(folder / PLOT_FOLDER).glob("*.png")]):
-            with path.open("rb") as file:
-                is_png = file.read(len(_PNG)) == _PNG
-            if is_png and path.stat().st_size <= MAX_PLOT_BYTES:
-                found.setdefault(path.name, path)
+    for path in (path for folder in folders for path in sorted(folder.glob("*.png"))):
+        with path.open("rb") as file:
+            is_png = file.read(len(_PNG)) == _PNG
+        if is_png and path.stat().st_size <= _MAX_PLOT_BYTES:
+            found.setdefault(path.name, path)
     return [PlannedFile(f"{PLOT_FOLDER}/{name}", path) for name, path in found.items()]
+
+
+def shard_files(folder: Path, count: int, target: str, public: str, scratch: Path) -> list[PlannedFile]:
+    """The shards of finished alignment data, whose rows name a local target by the last part of its path.
+
+    Args:
+        folder: The data; not changed.
+        count: Its shards.
+        target: Name of the target in its rows.
+        public: What strangers read instead. Where that is the same, the shards themselves are uploaded.
+        scratch: An empty folder for rewritten shards; as much as the data have must fit on its disk.
+    """
+    paths = [shard_path(folder, number, count) for number in range(count)]
+    if public != target:
+        paths = [_renamed(path, scratch / path.name, target, public) for path in paths]
+    return [PlannedFile(f"data/{path.name}", path) for path in paths]
+
+
+def _renamed(source: Path, destination: Path, old: str, new: str) -> Path:
+    with (
+        pq.ParquetFile(source) as file,
+        # The schema carries the features, by which `datasets` reads the columns as they were written.
+        pq.ParquetWriter(destination, file.schema_arrow, write_page_index=True) as writer,
+    ):
+        # One row group at a time: rows with cached distributions are large.
+        for number in range(file.num_row_groups):
+            rows = file.read_row_group(number)
+            position = rows.schema.get_field_index("target")
+            names = rows.column(position)
+            renamed = pc.if_else(pc.equal(names, old), pa.scalar(new, names.type), names)
+            rows = rows.set_column(position, rows.schema.field(position), renamed)
+            writer.write_table(rows, row_group_size=rows.num_rows)
+    return destination
 
 
 def refuse_secrets(files: Iterable[PlannedFile], token: str | None) -> None:

@@ -313,7 +313,7 @@ class _Handler(BaseHTTPRequestHandler):
         index = metadata.pop("model-index", None)
         files = repo.files(revision)
         tags = [*metadata.get("tags", [])]
-        tags += [f"license:{metadata['license']}"] if "license" in metadata else []
+        tags += [f"{key}:{metadata[key]}" for key in ("license", "base_model") if key in metadata]
         info = {
             "id": repo_id,
             "modelId": repo_id,

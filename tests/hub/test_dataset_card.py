@@ -8,7 +8,7 @@ from huggingface_hub import DatasetCard
 from markdown_it import MarkdownIt
 
 from hf_draftkd.data.generation import generate_alignment_data
-from hf_draftkd.hub.card_sections import sections_of
+from hf_draftkd.hub.card_merge import sections_of
 from hf_draftkd.hub.dataset_card import length_histogram, push_alignment_data, write_card
 from tests.data.small import make_target, make_tokenizer
 
@@ -168,7 +168,7 @@ def test_an_unfinished_folder_is_not_published(folder, tmp_path):
     next(path.glob("data/train-*")).unlink()
     with pytest.raises(ValueError, match="not finished"):
         push_alignment_data(path, "me/mats", rows=rows)
-    with pytest.raises(ValueError, match="no folder of alignment data"):
+    with pytest.raises(ValueError, match="not a folder of alignment data"):
         push_alignment_data(tmp_path, "me/mats", rows=rows)
 
 

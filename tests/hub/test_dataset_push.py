@@ -123,7 +123,7 @@ def test_words_on_both_sides_are_never_chosen_silently(hub: FakeHub, tmp_path: P
     push_alignment_data(tmp_path / "a", ID, rows=rows, prose="local")
     assert here.strip() in card_of(hub)
     assert there.strip() not in card_of(hub)
-    with pytest.raises(ValueError, match="must be 'hub' or 'local', got 'mine'"):
+    with pytest.raises(ValueError, match="`prose` 'mine'"):
         push_alignment_data(tmp_path / "a", ID, rows=rows, prose="mine")
 
 
@@ -147,6 +147,7 @@ def test_a_broken_card_on_the_hub_is_not_replaced(hub: FakeHub, tmp_path: Path):
 
 def test_an_edit_in_between_is_not_lost(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rows = generate(tmp_path / "a", TEXTS)
+    push_alignment_data(tmp_path / "a", ID, rows=rows)
     original = HfApi.create_commit
 
     def meanwhile(self, *args, **kwargs):
@@ -154,8 +155,8 @@ def test_an_edit_in_between_is_not_lost(hub: FakeHub, tmp_path: Path, monkeypatc
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(HfApi, "create_commit", meanwhile)
-    with pytest.raises(Exception, match="412"):
-        push_alignment_data(tmp_path / "a", ID, rows=rows)
+    with pytest.raises(ValueError, match="at the same time"):
+        push_alignment_data(tmp_path / "b", ID, rows=generate(tmp_path / "b", TEXTS[:2]))
     assert card_of(hub) == "# edited meanwhile\n"
 
 

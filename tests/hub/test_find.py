@@ -1,6 +1,5 @@
 """Finding drafts: the right ones, in the right order, and nothing believed that a stranger made up."""
 
-import dataclasses
 import io
 import json
 import re
@@ -10,7 +9,8 @@ from rich.console import Console
 
 from hf_draftkd.cli import find as find_command
 from hf_draftkd.cli.errors import UsageError
-from hf_draftkd.hub.find import Figure, FoundDraft, find_drafts
+from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.hub.find import FoundDraft, RecordedSetting, find_drafts
 from hf_draftkd.hub.model_card import DraftModelCard
 from tests.hub import fake_hub, samples
 from tests.hub.fake_hub import FakeHub
@@ -63,25 +63,25 @@ def test_best_first_with_everything_recorded(hub: FakeHub, target_sha: str):
     assert best.downloads == 3
     assert best.revision == hub.repos["b/good"].refs["main"]
     assert best.remarks == ()
-    assert best.figures[0].num_assistant_tokens == 5
+    assert best.settings[0].num_assistant_tokens == 5
 
 
 def test_settings_that_differ_in_one_value_stay_apart(hub: FakeHub, target_sha: str):
     """Catches figures with a repetition penalty that overwrite those without, and lists that name no such value."""
     report = about(target_sha, alpha=0.4, tau=1.6)
-    for change in ({"repetition_penalty": 1.2}, {"temperature": 1.0}, {"top_p": 0.9}, {"top_k": 5}):
+    sampled = {"temperature": 1.0}
+    for change in ({"repetition_penalty": 1.2}, sampled, sampled | {"top_p": 0.9}, sampled | {"top_k": 5}):
         report["settings"].append(samples.setting(0.0, "greedy_draft", 0.7, 2.0) | change)
     report["groups"] = {"maths": [samples.setting(0.0, "greedy_draft", 0.7, 2.0, num_texts=9)], "law": []}
     add_draft(hub, "a/draft", report)
     (found,) = find_drafts(TARGET)
-    assert [figure.acceptance_rate for figure in found.figures] == [0.4, 0.7, 0.7, 0.7, 0.7, 0.7]
-    names = ("domain", "temperature", "top_p", "top_k", "repetition_penalty")
-    assert [tuple(figure[name] for name in names) for figure in found.to_dict()["figures"]] == [
+    assert [setting.acceptance_rate for setting in found.settings] == [0.4, 0.7, 0.7, 0.7, 0.7, 0.7]
+    assert [(setting["domain"], *setting["decoding"].values()) for setting in found.to_dict()["settings"]] == [
         ("function calling", 0.0, 1.0, 0, 1.0),
         ("function calling", 0.0, 1.0, 0, 1.2),
         ("function calling", 1.0, 1.0, 0, 1.0),
-        ("function calling", 0.0, 0.9, 0, 1.0),
-        ("function calling", 0.0, 1.0, 5, 1.0),
+        ("function calling", 1.0, 0.9, 0, 1.0),
+        ("function calling", 1.0, 1.0, 5, 1.0),
         ("maths", 0.0, 1.0, 0, 1.0),
     ]
 
@@ -108,8 +108,8 @@ def test_missing_figures_and_other_revisions_are_said(hub: FakeHub, target_sha: 
     found = find_drafts(TARGET)
     assert [(draft.repo_id, draft.remarks) for draft in found] == [
         ("a/current", ()),
-        ("b/older", ("figures were measured on another revision of the target",)),
-        ("c/silent", ("no figures recorded",)),
+        ("b/older", ("metrics were measured on another revision of the target",)),
+        ("c/silent", ("no metrics recorded",)),
     ]
     assert found[2].acceptance_rate is None
     # Asked about that older revision, the other draft is the one that fits.
@@ -120,7 +120,7 @@ def test_a_revision_means_its_commit(hub: FakeHub, target_sha: str):
     """Catches figures of the very commit that are called another revision's, since its name differs."""
     add_draft(hub, "a/older", about("0" * 40, alpha=0.9, tau=3.0))
     add_draft(hub, "b/current", about(target_sha, alpha=0.3, tau=1.2))
-    other = ("figures were measured on another revision of the target",)
+    other = ("metrics were measured on another revision of the target",)
     for revision in ("main", target_sha, target_sha[:8]):
         found = find_drafts(TARGET, revision=revision)
         assert [(draft.repo_id, draft.remarks) for draft in found] == [("b/current", ()), ("a/older", other)], revision
@@ -131,7 +131,7 @@ def test_a_revision_means_its_commit(hub: FakeHub, target_sha: str):
 
 def test_a_branch_of_a_target_that_cannot_be_seen_is_compared_with_nothing(hub: FakeHub):
     add_draft(hub, "a/draft", about("0" * 40, alpha=0.9, tau=3.0))
-    other = ("figures were measured on another revision of the target",)
+    other = ("metrics were measured on another revision of the target",)
     found = {revision: find_drafts(TARGET, revision=revision)[0].remarks for revision in ("main", "0" * 9, "1" * 9)}
     assert found == {"main": (), "0" * 9: (), "1" * 9: other}
 
@@ -204,7 +204,7 @@ def test_metadata_of_another_shape_counts_as_no_figures(hub: FakeHub, target_sha
     monkeypatch.setattr(fake_hub._Handler, "info_of", with_index)
     found = find_drafts(TARGET)
     assert [draft.repo_id for draft in found] == ["a/good", "b/hostile"]
-    assert found[1].remarks == ("no figures recorded",)
+    assert found[1].remarks == ("no metrics recorded",)
 
 
 def test_reports_are_checked_before_they_are_used(hub: FakeHub, target_sha: str):
@@ -214,9 +214,9 @@ def test_reports_are_checked_before_they_are_used(hub: FakeHub, target_sha: str)
     [draft] = find_drafts(TARGET)
     assert draft.load_report().to_dict()["settings"][0]["acceptance_rate"]["value"] == 0.5
     for body, message in (
-        (b"{", "not valid JSON"),
+        (b"{", "not JSON"),
         (b'{"schema_version": 1, "surprise": 1}', "unknown key"),
-        (b" " * (10 * 2**20 + 1), "that is no report"),
+        (b" " * (10 * 2**20 + 1), "not a report"),
     ):
         repo.commit(repo.files() | {"report.json": body}, "change")
         [draft] = find_drafts(TARGET)
@@ -253,22 +253,30 @@ class TestCommand:
         add_draft(hub, "b/silent", None)
         assert find_command.run([TARGET]) == 0
         text = capsys.readouterr().out
-        for expected in ("a/draft", "0.625", "2.25", "greedy", "mit", "no figures recorded"):
+        for expected in ("a/draft", "0.625", "2.25", "greedy", "mit", "no metrics recorded"):
             assert expected in text
         assert find_command.run([TARGET, "--json"]) == 0
         plain = json.loads(capsys.readouterr().out)
         assert [draft["repo_id"] for draft in plain] == ["a/draft", "b/silent"]
-        assert plain[0]["figures"][0]["acceptance_rate"] == 0.625
+        assert plain[0]["settings"][0]["acceptance_rate"] == 0.625
         assert "relative_cost" not in plain[1]
 
     def test_no_figure_is_cut_on_a_narrow_terminal(self):
         """Catches `14,8…`: a figure without its end is a false one."""
-        figure = Figure(temperature=0.7, verification="exact_match", acceptance_rate=0.625, block_efficiency=12.25)
-        figure = dataclasses.replace(figure, num_assistant_tokens=16)
+        decoding = DecodingSetting(temperature=0.7)
+        measured = {"acceptance_rate": 0.625, "block_efficiency": 12.25, "num_assistant_tokens": 16}
         name = "an-organisation-with-a-long-name/Qwen2.5-0.5B-Instruct-draft-for-72B"
         known = {"num_parameters": 14_830_000_000, "relative_cost": 0.125, "license": "apache-2.0"}
-        remarks = ("figures were measured on another revision of the target",)
-        draft = FoundDraft(name, None, TARGET, (figure,), **known, downloads=1_234_567, remarks=remarks)
+        remarks = ("metrics were measured on another revision of the target",)
+        draft = FoundDraft(
+            name,
+            None,
+            TARGET,
+            (RecordedSetting(decoding, "exact_match", **measured),),
+            **known,
+            downloads=1_234_567,
+            remarks=remarks,
+        )
         console = Console(file=io.StringIO(), width=80)
         console.print(find_command.table([draft], TARGET))
         text = console.file.getvalue()

@@ -23,7 +23,7 @@ def index(metrics: list[dict[str, Any]], config: Any = None) -> list[dict[str, A
 
 
 def metric(kind: str, value: Any, **args: Any) -> dict[str, Any]:
-    return {"type": kind, "value": value, "args": {"temperature": 0.0, **args}}
+    return {"type": kind, "value": value, "args": DecodingSetting().to_dict() | args}
 
 
 GOOD = metric("acceptance_rate", 0.9)
@@ -91,8 +91,8 @@ def test_a_figure_that_nothing_can_have_measured_is_none(hub: FakeHub, sha: str,
     monkeypatch.setattr(fake_hub._Handler, "info_of", with_figure)
     good, hostile = find_drafts(TARGET)
     assert good.repo_id == "a/good"
-    assert hostile.figures == ()
-    assert hostile.remarks == ("no figures recorded",)
+    assert hostile.settings == ()
+    assert hostile.remarks == ("no metrics recorded",)
 
 
 def test_a_target_whose_metadata_cannot_be_read_has_drafts_nevertheless(hub: FakeHub, sha: str, monkeypatch):

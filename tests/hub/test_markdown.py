@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from hf_draftkd.hub.markdown import code, text
-from hf_draftkd.hub.report_tables import table
+from hf_draftkd.hub.markdown import code, table, text
 from hf_draftkd.utils.text import one_line
 
 

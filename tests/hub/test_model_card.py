@@ -416,7 +416,7 @@ def test_summary_and_provenance_survive_the_file(tmp_path):
         ('{"command": 3}', "must be a string"),
         ('{"training": {"num_rows": "many"}}', "must be a whole number"),
         ('{"training": {"signal": "whitebox"}}', "Did you mean 'white_box'"),
-        ('{"training": {"loss_temperature": NaN}}', "not a JSON number"),
+        ('{"training": {"loss_temperature": NaN}}', "must be a number"),
         ("[" * 100_000, "not valid JSON"),
     ],
 )
@@ -424,14 +424,6 @@ def test_a_strangers_provenance_is_checked(tmp_path, content, message):
     """Catches unchecked JSON from somebody else's repository."""
     (tmp_path / "provenance.json").write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)):
-        Provenance.load(tmp_path)
-
-
-def test_a_huge_provenance_is_not_read(tmp_path):
-    """Catches a memory bomb."""
-    with open(tmp_path / "provenance.json", "wb") as file:
-        file.truncate(11 * 2**20)
-    with pytest.raises(ValueError, match="are not read"):
         Provenance.load(tmp_path)
 
 

@@ -34,7 +34,7 @@ class TestCardOnTheHub:
         assert "license: apache-2.0" in text
         assert "0.812" in text
         assert "0.710" not in text
-        assert "the words on the Hub kept" in str(upload)
+        assert "the words of the card on the Hub" in str(upload)
 
     def test_prose_in_the_folder_is_published(self, hub: FakeHub, draft_folder: Path):
         push(draft_folder)

@@ -39,7 +39,7 @@ class TestBadInput:
             (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
             (lambda folder: [p.unlink() for p in folder.glob("tokenizer*")], "no tokenizer"),
             (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "damaged"),
-            (lambda folder: (folder / "report.json").write_text("{"), "not valid JSON"),
+            (lambda folder: (folder / "report.json").write_text("{"), "not JSON"),
             (lambda folder: (folder / "report.json").write_text('{"schema_version": 99}'), "schema_version 99"),
             (lambda folder: (folder / "provenance.json").write_text('{"x": 1}'), "unknown key `x`"),
         ],
@@ -103,18 +103,6 @@ class TestMismatch:
     def test_another_draft(self, hub: FakeHub, draft_folder: Path, pair):
         write_report(draft_folder, pair, draft={"name": "org/other", "num_parameters": 999_999})
         self.refused_then_allowed(draft_folder, hub, "999,999 parameters")
-
-    def test_a_report_of_another_folder(self, hub: FakeHub, draft_folder: Path, pair, tmp_path: Path):
-        """A copy of the same weights is the same draft; a folder of the same size with other weights is not."""
-        other = tmp_path / "other"
-        pair[0].save_pretrained(other)
-        size = pair[0].num_parameters()
-        write_report(draft_folder, pair, draft={"name": str(other), "num_parameters": size})
-        push(draft_folder, repo_id="me/copy")
-        pair[0].model.norm.weight.data += 1
-        pair[0].save_pretrained(other)
-        hub.requests.clear()
-        self.refused_then_allowed(draft_folder, hub, "whose weights are others")
 
     def test_another_target(self, hub: FakeHub, draft_folder: Path, pair):
         size = pair[1].num_parameters()
