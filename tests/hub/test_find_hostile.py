@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from hf_draftkd.cli import find as find_command
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.hub.find import find_drafts
 from tests.hub import fake_hub
 from tests.hub.fake_hub import FakeHub
