@@ -1,11 +1,15 @@
-"""Loss and gradient in chunks of positions, so that `[tokens, vocabulary]` is never held.
+"""Logits in chunks of positions, so that `[tokens, vocabulary]` is never held.
 
-The models hand over hidden states `[N, H]` and their heads instead of logits. Each chunk of positions is projected,
-scored, and its gradient carried straight back to hidden states and head weight, all in the forward pass: backward only
-multiplies by the incoming scalar. So each logit is computed once, and nothing of a chunk outlives it.
+The models hand over hidden states `[N, H]` and their heads instead of logits.
+
+- `chunked_loss` trains: each chunk of positions is projected, scored, and its gradient carried straight back to hidden
+  states and head weight, all in the forward pass; backward only multiplies by the incoming scalar. So each logit is
+  computed once, and nothing of a chunk outlives it.
+- `scan` looks without gradient: evaluation and the choice of tokens need numbers per position that depend on whole
+  distributions of several models.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +17,10 @@ import torch
 from hf_draftkd.acceptance.tensors import at_least_float32
 from hf_draftkd.losses.gradients import Twin
 from hf_draftkd.losses.memory import Reused
+from hf_draftkd.utils.checks import whole_number
 
-# Logits of one chunk by default, in elements: 64 MiB of float32 on a CPU, 256 MiB on a GPU. Fewer make the matrix
-# products slow, more only take memory.
+# Logits of one chunk by default, in elements: 64 MiB of float32 on a CPU, 256 MiB on a GPU. Fewer slow the matrix
+# products down, more only take memory.
 _CPU_CHUNK = 2**24
 _GPU_CHUNK = 2**26
 # Logits worked on at once within a chunk on a CPU: bounds temporaries to 8 MiB each. Smaller blocks lose more time in
@@ -76,69 +81,81 @@ def chunked_loss(
         draft: Logits `[N, V]`, or hidden states `[N, H]` with their head.
         chunk_loss: Gives the values and the gradient of one chunk of positions.
         weights: `[N]`, what each position's value is multiplied by; constant.
-        chunk_size: Positions at once. None: as many as keep a chunk's logits at 64 MiB (256 MiB on a GPU).
+        chunk_size: As in `chunks_of`.
 
     Returns:
-        Loss, and values per position. With no position at all the loss is a finite 0 that keeps its gradient path.
+        Loss, and values per position. Without any position the loss is a finite 0 that keeps its gradient path.
     """
-    if isinstance(draft, Unprojected):
-        inputs, head = draft
-    else:
-        inputs, head = draft, None
+    inputs, head = draft if isinstance(draft, Unprojected) else (draft, None)
     weight, bias = (None, None) if head is None else (head.weight, head.bias)
-    vocab_size = inputs.shape[-1] if weight is None else weight.shape[0]
-    rows = chunk_rows(inputs.shape[0], vocab_size, inputs.device, chunk_size)
-    loss, values, acceptance = _ChunkedLossFunction.apply(
-        inputs, weight, bias, head, chunk_loss, weights, rows, torch.is_grad_enabled()
-    )
-    return ChunkedLoss(loss, values, acceptance)
+    chunks, training = chunks_of(draft, chunk_size), torch.is_grad_enabled()
+    return ChunkedLoss(*_ChunkedLossFunction.apply(inputs, weight, bias, head, chunk_loss, weights, chunks, training))
 
 
-def chunk_rows(num_rows: int, vocab_size: int, device: torch.device, chunk_size: int | None = None) -> list[slice]:
-    """Return the slices of positions to work through.
+@torch.no_grad()
+def scan(sources: Sequence[Any], look: Callable[..., None], chunk_size: int | None = None) -> None:
+    """Call `look(rows, *parts)` for one chunk of positions after the other.
 
     Args:
-        num_rows: Positions in all.
-        vocab_size: Vocabulary size, which decides the default.
-        device: Where the logits live.
-        chunk_size: Positions at once; None for the default.
+        sources: What is known of N positions; the first decides the chunks and is not None. Each is logits `[N, V]`,
+            `Unprojected` hidden states `[N, H]` with their head, a `SparseTarget` or `SampledTarget`, or None.
+        look: Takes the slice of positions and, for each source, its part: logits `[n, V]` in float32 or float64 with
+            the values that the model itself gives in its own precision; a sparse or sampled target; None. It must
+            neither keep logits nor write into them: the next chunk overwrites them.
+        chunk_size: As in `chunks_of`.
+    """
+    ready = [prepared(each) if isinstance(each, torch.Tensor | Unprojected) else each for each in sources]
+    memories = [Reused() for _ in ready]
+    with torch.autocast(positions_of(sources[0]).device.type, enabled=False):
+        for rows in chunks_of(sources[0], chunk_size):
+            look(rows, *(_part(each, rows, memory) for each, memory in zip(ready, memories, strict=True)))
 
-    Returns:
-        Slices that cover `range(num_rows)` in order.
+
+def _part(source: Any, rows: slice, memory: Reused) -> Any:
+    if isinstance(source, Unprojected):
+        logits = logits_of(source, rows, memory)
+        # A model that computes in half precision rounds its logits: of two that are nearly equal, decoding takes the
+        # first, so metrics of greedy decoding must see them rounded as well.
+        return at_least_float32(logits.to(source.hidden.dtype))
+    if isinstance(source, torch.Tensor):
+        return at_least_float32(source[rows])
+    return None if source is None else source[rows]
+
+
+def positions_of(source: torch.Tensor | Unprojected) -> torch.Tensor:
+    """Return what a source holds for each position: logits, or hidden states."""
+    return source.hidden if isinstance(source, Unprojected) else source
+
+
+def chunks_of(source: torch.Tensor | Unprojected, chunk_size: int | None = None) -> list[slice]:
+    """Return the slices of positions to work through, in order.
+
+    Args:
+        source: Logits `[N, V]`, or hidden states `[N, H]` with their head.
+        chunk_size: Positions at once. None: as many as keep a chunk's logits at 64 MiB (256 MiB on a GPU).
 
     Raises:
         ValueError: If `chunk_size` is less than 1.
     """
+    positions = positions_of(source)
     if chunk_size is None:
-        chunk_size = max(16, (_CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK) // vocab_size)
-    elif chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size!r}.")
-    return [slice(start, min(start + chunk_size, num_rows)) for start in range(0, num_rows, chunk_size)]
+        vocab_size = source.head.weight.shape[0] if isinstance(source, Unprojected) else source.shape[-1]
+        chunk_size = max(16, (_CPU_CHUNK if positions.device.type == "cpu" else _GPU_CHUNK) // vocab_size)
+    return _slices(len(positions), whole_number("chunk_size", chunk_size))
 
 
 def blocks_within(logits: torch.Tensor) -> list[slice]:
-    """Return the slices of a chunk's rows to work on one after the other.
-
-    Args:
-        logits: One chunk, `[n, V]`.
-
-    Returns:
-        Slices that cover `range(n)`; a single one on a GPU.
-    """
+    """Return the slices of a chunk's rows `[n, V]` to work on one after the other; a single one on a GPU."""
     rows, vocab_size = logits.shape
-    size = max(1, _CPU_BLOCK // vocab_size) if logits.device.type == "cpu" else max(rows, 1)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    return _slices(rows, max(1, _CPU_BLOCK // vocab_size) if logits.device.type == "cpu" else max(rows, 1))
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def prepared(source: torch.Tensor | Unprojected) -> torch.Tensor | Unprojected:
-    """Return the source detached and in the type it is projected in, so that this is done once and not per chunk.
-
-    Args:
-        source: Logits, or hidden states with their head.
-
-    Returns:
-        The same without gradient; under autocast, hidden states and head in autocast's type.
-    """
+    """Return the source detached, and hidden states with their head in the type to project in: once, not per chunk."""
     if not isinstance(source, Unprojected):
         return source.detach()
     dtype = _compute_dtype(source.hidden)
@@ -146,16 +163,16 @@ def prepared(source: torch.Tensor | Unprojected) -> torch.Tensor | Unprojected:
     return Unprojected(source.hidden.detach().to(dtype), head)
 
 
-def logits_of(source: torch.Tensor | Unprojected, rows: slice, memory: Reused | None = None) -> torch.Tensor:
-    """Return the logits of some positions, in memory of their own.
+def logits_of(source: torch.Tensor | Unprojected, rows: slice, memory: Reused) -> torch.Tensor:
+    """Return the logits of some positions, which may be overwritten.
 
     Args:
         source: Logits `[N, V]`, or hidden states `[N, H]` with their head; from `prepared`.
         rows: Which positions.
-        memory: Where to write them; overwrites what was returned with it before.
+        memory: Where they are projected to, over what was returned with it before.
 
     Returns:
-        `[n, V]`, float32 or float64; may be overwritten.
+        `[n, V]`, float32 or float64, never in the memory of the source.
     """
     if isinstance(source, Unprojected):
         return _project(source.hidden[rows], source.head, memory)
@@ -163,10 +180,10 @@ def logits_of(source: torch.Tensor | Unprojected, rows: slice, memory: Reused | 
 
 
 class _ChunkedLossFunction(torch.autograd.Function):
-    """Forward computes the gradients, too; backward hands them out.
+    """Forward computes the gradients as well; backward hands them out.
 
-    They are scaled in place, so there is one backward pass per forward: keeping a second copy of a head's gradient for
-    a `retain_graph` that training never asks for would cost as much memory as the head.
+    They are scaled in place, so there is one backward pass per forward: a second copy of the head's gradient, for a
+    `retain_graph` that training never asks for, would cost as much memory as the head.
     """
 
     @staticmethod
@@ -178,7 +195,7 @@ class _ChunkedLossFunction(torch.autograd.Function):
         head: LinearHead | None,
         chunk_loss: ChunkLoss,
         weights: torch.Tensor,
-        rows: list[slice],
+        chunks: list[slice],
         training: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         wanted = tuple(training and needed for needed in ctx.needs_input_grad[:3])
@@ -187,7 +204,7 @@ class _ChunkedLossFunction(torch.autograd.Function):
         values, acceptance = [], []
         memory = Reused()
         with torch.autocast(inputs.device.type, enabled=False):
-            for chunk in rows:
+            for chunk in chunks:
                 logits = logits_of(source, chunk, memory)
                 capped = logits.clone() if head is not None and head.softcap is not None and any(wanted) else None
                 twin = chunk_loss(chunk, logits, any(wanted))
@@ -243,7 +260,11 @@ class _Gradients:
         weights: torch.Tensor,
         capped: torch.Tensor | None,
     ) -> None:
-        """Carry one chunk's gradient in the logits `[n, V]` back to what they were computed from."""
+        """Carry one chunk's gradient in the logits `[n, V]` back to what the logits were computed from.
+
+        With logits = softcap · tanh(scale · (h Wᵀ + b) / softcap), and the softcap's slope 1 − (logits/softcap)² taken
+        into the gradient g: ∂h = scale · g W, ∂W = scale · gᵀ h and ∂b = scale · Σ g, each row times its weight.
+        """
         column = weights.to(gradient.dtype).unsqueeze(-1)
         if not isinstance(source, Unprojected):
             if self.inputs is not None:
@@ -270,9 +291,9 @@ class _Gradients:
                 self.weight.add_(narrow.t() @ weighted)
 
     def _add_in_half(self, chunk: slice, gradient: torch.Tensor, source: Unprojected, column: torch.Tensor) -> None:
-        """Multiply float16 by float16, with nothing small in either: what was scaled comes off in float32.
+        """Multiply float16 by float16, both scaled up so that nothing underflows; the scale comes off in float32.
 
-        A loss scaler cannot help here, since its factor arrives in backward.
+        A loss scaler cannot help here: its factor arrives in backward.
         """
         scale = _to_half_range(gradient)
         narrow = torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=torch.float16))
@@ -305,17 +326,17 @@ def _to_half_range(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _float32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the product of two float16 matrices in float32: in float16 it could overflow, and is rounded."""
+    """Return the product of two float16 matrices in float32: in float16 it would be rounded, or overflow."""
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())
 
 
-def _project(hidden: torch.Tensor, head: LinearHead, memory: Reused | None = None) -> torch.Tensor:
+def _project(hidden: torch.Tensor, head: LinearHead, memory: Reused) -> torch.Tensor:
     """Return float32 (or float64) logits `[n, V]`; hidden and weight share one type."""
     if hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16):
         logits = torch.mm(hidden, head.weight.t(), out_dtype=torch.float32)
-    elif memory is not None and hidden.device.type == "cpu" and hidden.dtype in (torch.float32, torch.float64):
+    elif hidden.device.type == "cpu" and hidden.dtype in (torch.float32, torch.float64):
         out = memory.take("logits", hidden, hidden.shape[0], head.weight.shape[0])
         logits = torch.mm(hidden, head.weight.t(), out=out)
     else:

@@ -1,13 +1,16 @@
 """How far the draft's next-token distribution q is from the target's p, over the whole vocabulary.
 
-Each function takes `(draft_logits [..., V], target_logits [..., V], **options)` and returns one value per position,
-`[...]`. Masks, weights, temperature and means live in `objective.py`. Common to all:
+The plain reference: each function is its definition, left to autograd; training calls the fast twins of `gradients.py`.
+Each takes `(draft_logits [..., V], target_logits [..., V], **options)` and returns one value per position, `[...]`, in
+nats unless it says otherwise. Masks, weights, temperature and means live in `objective.py`. Common to all:
 
 - Gradients flow to the draft only; the target is detached.
 - bf16 and float16 logits are computed in float32; float64 stays float64.
 - Target logits may be `-inf`. Such a token counts as one of log-probability -10,000 where its logarithm is needed:
-  reverse KL would be infinite and its gradient NaN; so it is large, and pushes the draft off that token.
-- Both models are compared over the shared vocabulary: cut padded rows off first.
+  reverse KL would be infinite and its gradient NaN; this way it is large, and pushes the draft off that token.
+- Both models are compared over the shared vocabulary: cut padded rows off first. Shapes that differ, and options that
+  are out of range, raise a `ValueError`.
+- Equal models give 0.
 
 Which to choose: `forward_kl` is the steady default. `total_variation` is one minus the acceptance rate itself, but its
 gradient vanishes where the draft is far off. `negative_log_acceptance` and `lk_hybrid` repair that.
@@ -21,7 +24,7 @@ from typing import Any
 import torch
 
 from hf_draftkd.acceptance.tensors import at_least_float32, check_same_shape
-from hf_draftkd.utils.checks import one_of
+from hf_draftkd.utils.checks import in_range, one_of
 
 LOG_FLOOR = -1e4
 """The log-probability that stands for an impossible token of the target."""
@@ -32,16 +35,6 @@ def forward_kl(draft_logits: torch.Tensor, target_logits: torch.Tensor) -> torch
 
     The classical distillation loss (Hinton et al., https://arxiv.org/abs/1503.02531); supervised KD and, with the
     draft's own text, ImitKD in DistillSpec (https://arxiv.org/abs/2310.08461). Its gradient in the logits is q − p.
-
-    Args:
-        draft_logits: `[..., V]`.
-        target_logits: `[..., V]`.
-
-    Returns:
-        Nats, `[...]`; 0 for equal models.
-
-    Raises:
-        ValueError: If the shapes differ.
     """
     log_q, log_p = _log_probs(draft_logits, target_logits)
     return _expectation(log_p.exp(), log_p - log_q)
@@ -51,16 +44,6 @@ def reverse_kl(draft_logits: torch.Tensor, target_logits: torch.Tensor) -> torch
     """KL(q‖p) = Σ q (log q − log p): the draft must not say what the target would not.
 
     Mode-seeking: a small draft settles on what it can match (MiniLLM, https://arxiv.org/abs/2306.08543).
-
-    Args:
-        draft_logits: `[..., V]`.
-        target_logits: `[..., V]`.
-
-    Returns:
-        Nats, `[...]`; 0 for equal models.
-
-    Raises:
-        ValueError: If the shapes differ.
     """
     log_q, log_p = _log_probs(draft_logits, target_logits)
     return _expectation(log_q.exp(), log_q - log_p)
@@ -77,14 +60,8 @@ def generalized_jsd(draft_logits: torch.Tensor, target_logits: torch.Tensor, *, 
         draft_logits: `[..., V]`.
         target_logits: `[..., V]`.
         beta: Weight of the target in the mixture, in [0, 1].
-
-    Returns:
-        Nats, `[...]`; 0 for equal models.
-
-    Raises:
-        ValueError: If the shapes differ or beta is out of range.
     """
-    check_unit_interval("beta", beta)
+    in_range("beta", beta, 0, 1)
     if beta == 0:
         return forward_kl(draft_logits, target_logits)
     if beta == 1:
@@ -95,20 +72,10 @@ def generalized_jsd(draft_logits: torch.Tensor, target_logits: torch.Tensor, *, 
 
 
 def total_variation(draft_logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
-    """½ Σ |p − q| = 1 − α: the chance that a drafted token is rejected.
+    """½ Σ |p − q| = 1 − α: the chance that a drafted token is rejected, in [0, 1].
 
     The acceptance objective itself (f-Distill's TVD in DistillSpec, https://arxiv.org/abs/2310.08461). Its gradient
     is scaled by the draft's own probabilities and so all but vanishes for a draft that is far off: start elsewhere.
-
-    Args:
-        draft_logits: `[..., V]`.
-        target_logits: `[..., V]`.
-
-    Returns:
-        A value in [0, 1], `[...]`; exactly 0 for equal models.
-
-    Raises:
-        ValueError: If the shapes differ.
     """
     q, p = _probs(draft_logits, target_logits)
     return 0.5 * (p - q).abs().sum(dim=-1)
@@ -119,16 +86,6 @@ def negative_log_acceptance(draft_logits: torch.Tensor, target_logits: torch.Ten
 
     So it does not fade where the draft is far off (LK losses, https://arxiv.org/abs/2602.23881). Computed in
     logarithms, so that an α too small for its type still has a value and a gradient.
-
-    Args:
-        draft_logits: `[..., V]`.
-        target_logits: `[..., V]`.
-
-    Returns:
-        Nats, `[...]`; 0 for equal models.
-
-    Raises:
-        ValueError: If the shapes differ.
     """
     log_q, log_p = _log_probs(draft_logits, target_logits)
     return -torch.minimum(log_p, log_q).logsumexp(dim=-1)
@@ -143,14 +100,8 @@ def lk_hybrid(draft_logits: torch.Tensor, target_logits: torch.Tensor, *, eta: f
         draft_logits: `[..., V]`.
         target_logits: `[..., V]`.
         eta: η ≥ 0, how soon total variation takes over; 0 is forward KL.
-
-    Returns:
-        Values `[...]`; 0 for equal models.
-
-    Raises:
-        ValueError: If the shapes differ or eta is negative.
     """
-    check_eta(eta)
+    in_range("eta", eta, 0)
     distance = total_variation(draft_logits, target_logits)
     kl_share = (-eta * (1 - distance.detach())).exp()
     return kl_share * forward_kl(draft_logits, target_logits) + (1 - kl_share) * distance
@@ -169,7 +120,7 @@ def tvd_plus_plus(
     """A surrogate whose gradient is total variation's policy gradient with normalised rewards.
 
     ∇TV = E_{x~q}[∇log q(x) · (−r(x))] with reward r = 1{p > q}; TVD++ replaces r by the advantage (r − μ)/σ (Direct
-    Alignment of Draft Model, https://arxiv.org/abs/2403.00858). **Its value says nothing**: with the full expectation
+    Alignment of Draft Model, https://arxiv.org/abs/2403.00858). **Its value has no meaning**: with the full expectation
     and batch statistics the values sum to 0. Log `total_variation` beside it.
 
     - `estimator="full"` takes the expectation over the vocabulary. With batch statistics its gradient is exactly
@@ -186,14 +137,12 @@ def tvd_plus_plus(
         tokens: Tokens already drawn from q, `[...]` (text the draft has just written). None: drawn here, from
             torch's global generator.
         eps: Least σ to divide by: where all rewards are equal (equal models), advantages are 0.
-
-    Returns:
-        Surrogate values `[...]`.
-
-    Raises:
-        ValueError: If shapes differ or an option is not one of those named.
     """
-    check_tvd_options(estimator, statistics, tokens, eps)
+    one_of("estimator of 'tvd_plus_plus'", estimator, ("sampled", "full"))
+    one_of("statistics of 'tvd_plus_plus'", statistics, ("batch", "token"))
+    in_range("eps", eps, 0, 1, open_low=True)
+    if tokens is not None and estimator == "full":
+        raise ValueError("tokens are only for estimator='sampled'; estimator='full' sums over the vocabulary.")
     q, p = _probs(draft_logits, target_logits)
     with torch.no_grad():
         reward = (p > q).to(q.dtype)
@@ -223,11 +172,8 @@ def cross_entropy(
 
     Args:
         draft_logits: `[..., V]`.
-        target_logits: Not used; it stands here so that every divergence is called the same way.
+        target_logits: Not used; accepted so that every divergence is called the same way.
         tokens: The text's tokens `[...]`, integers in [0, V).
-
-    Returns:
-        Nats, `[...]`.
     """
     log_q = at_least_float32(draft_logits).log_softmax(dim=-1)
     return -log_q.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -247,17 +193,7 @@ DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def get_divergence(name: str) -> Callable[..., torch.Tensor]:
-    """Return the divergence of that name.
-
-    Args:
-        name: A key of `DIVERGENCES`.
-
-    Returns:
-        The function.
-
-    Raises:
-        ValueError: If there is none; the message suggests the nearest name.
-    """
+    """Return the divergence of that name; a `ValueError` suggests the nearest where there is none."""
     return DIVERGENCES[one_of("divergence", name, DIVERGENCES)]
 
 
@@ -288,36 +224,16 @@ def check_divergence(name: str, options: Mapping[str, Any] | None = None) -> Non
         function(torch.zeros(1, 2), torch.zeros(1, 2), **options)
 
 
-def check_unit_interval(name: str, value: float) -> None:
-    """Raise a `ValueError` unless 0 ≤ value ≤ 1."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie in [0, 1], got {value!r}.")
-
-
-def check_eta(eta: float) -> None:
-    """Raise a `ValueError` unless η ≥ 0."""
-    if not 0 <= eta < float("inf"):
-        raise ValueError(f"eta must be a number of at least 0, got {eta!r}.")
-
-
-def check_tvd_options(estimator: str, statistics: str, tokens: torch.Tensor | None, eps: float) -> None:
-    """Raise a `ValueError` unless these are possible options of `tvd_plus_plus`."""
-    one_of("estimator of 'tvd_plus_plus'", estimator, ("sampled", "full"))
-    one_of("statistics of 'tvd_plus_plus'", statistics, ("batch", "token"))
-    if tokens is not None and estimator == "full":
-        raise ValueError("tokens are only for estimator='sampled'; estimator='full' sums over the vocabulary.")
-    if not 0 < eps < 1:
-        raise ValueError(f"eps must lie between 0 and 1, got {eps!r}.")
-
-
 def sample_tokens(probs: torch.Tensor) -> torch.Tensor:
-    """Draw one token per position from probabilities `[..., V]`; returns `[...]`.
+    """Draw one token per position from probabilities `[..., V]`: where their running sum passes a uniform number.
 
-    Where their running sum passes a uniform number. `torch.multinomial` draws a random number for every entry, which
-    takes many times as long over a large vocabulary on a CPU.
+    `torch.multinomial` draws a random number for every entry, which takes far longer over a large vocabulary on a CPU.
+
+    Returns:
+        Tokens `[...]`.
     """
     sums = probs.cumsum(dim=-1)
-    # Below 1 by more than rounding, so that never a token behind the last possible one is drawn.
+    # Below 1 by more than rounding, so that no token after the last possible one is ever drawn.
     uniform = torch.rand_like(sums[..., :1]).clamp_(max=1 - 1e-6)
     return torch.searchsorted(sums, uniform * sums[..., -1:], right=True).squeeze(-1)
 

@@ -1,11 +1,26 @@
 """The divergences again, with gradients written by hand: the fast twins that the chunked pass calls.
 
 Autograd would walk over the vocabulary once for every operation of the plain form; written out, most gradients are one
-expression in p and q (for forward KL, q − p). `divergences.py` says what each divergence is; here stands only how it is
-computed quickly. Every twin is tested against its plain form by value and by gradient.
+expression in p and q. At one position, in the draft's logits z, with log q = z − log Σ exp z:
+
+| divergence | value | gradient, row by row |
+|---|---|---|
+| `forward_kl` | Σ p (log p − log q) | q − p |
+| `reverse_kl` | Σ q (log q − log p) | q (log q − log p − value) |
+| `generalized_jsd` | β KL(p‖m) + (1 − β) KL(q‖m), m = βp + (1 − β)q | (1 − β) q (log q − log m − KL(q‖m)) |
+| `total_variation` | ½ Σ abs(p − q) = 1 − α | q (Σ q w − w), with w = 1 where q < p, ½ where q = p, else 0 |
+| `negative_log_acceptance` | −log α | that of total variation ÷ α |
+| `lk_hybrid` | λ KL(p‖q) + (1 − λ) TV, λ = exp(−η α) constant | λ (q − p) + (1 − λ) · that of total variation |
+| `tvd_plus_plus`, full | −Σ q a, advantage a = (1{p > q} − μ)/σ constant | −q (a − Σ q a) |
+| `tvd_plus_plus`, sampled | −a(x) log q(x), x drawn from q | a(x) (q − 1{x}) |
+| `cross_entropy` | −log q(x), x the text's token | q − 1{x} |
+
+For a sparse target (`sparse.py`) the same holds over k + 1 buckets, and the tail's gradient is shared in proportion
+to q; for draws with frequencies f, forward KL's gradient is q − f. Every twin is tested against its plain form in
+`divergences.py` by value and by gradient.
 
 All functions work on one chunk: `draft_logits` and `target_logits` `[n, V]`, float32 or float64, **both of which they
-may overwrite**. With z the draft's logits and y the target's, log q = z − log_z_q and log p = y − log_z_p.
+may overwrite**. Below, z are the draft's logits and y the target's; log q = z − log_z_q and log p = y − log_z_p.
 
 What costs time is memory: a pass over `[n, V]` outside the cache, or one into fresh pages. So every intermediate result
 lies in z, y or a piece of `Reused` memory, and a product is written out and summed, which on a CPU is quicker than a
@@ -20,9 +35,6 @@ import torch
 from hf_draftkd.losses.divergences import (
     DIVERGENCES,
     LOG_FLOOR,
-    check_eta,
-    check_tvd_options,
-    check_unit_interval,
     negative_log_acceptance,
     reward_moments,
     sample_tokens,
@@ -53,7 +65,7 @@ class Rewards(NamedTuple):
     mean: torch.Tensor
     std: torch.Tensor
     tokens: torch.Tensor | None
-    """`[n]`: the tokens drawn from q; None for the full expectation."""
+    """`[N]`: the tokens drawn from q in the whole batch; None for the full expectation."""
 
 
 @torch.no_grad()
@@ -74,7 +86,8 @@ def value_and_gradient(
             `f(draft_logits [n, V], target_logits [n, V], **options) -> [n]`, whose gradient is then taken by autograd.
         draft_logits: `[n, V]`, float32 or float64; overwritten.
         target_logits: `[n, V]`, same type; overwritten.
-        options: The divergence's options. `tvd_plus_plus` also takes `rewards`, a `Rewards` of the whole batch.
+        options: The divergence's options, checked before. `tvd_plus_plus` also takes `rewards`, a `Rewards` of the
+            whole batch.
         gradient: Whether the gradient is wanted.
         acceptance: Whether the acceptance rate is wanted as well.
         memory: For intermediate results, to be used again by the next chunk.
@@ -98,17 +111,7 @@ def value_and_gradient(
 def cross_entropy(
     draft_logits: torch.Tensor, tokens: torch.Tensor, gradient: bool, memory: Reused | None = None
 ) -> Twin:
-    """Return −log q(x) and its gradient q − 1{x}; the logits are left as they are.
-
-    Args:
-        draft_logits: `[n, V]`.
-        tokens: `[n]`.
-        gradient: Whether the gradient is wanted.
-        memory: For the gradient; used again by the next chunk.
-
-    Returns:
-        Values and gradient.
-    """
+    """Return −log q(x) of `tokens` `[n]` and, if wanted, its gradient; the logits `[n, V]` are left as they are."""
     if not gradient:
         return Twin(plain_cross_entropy(draft_logits, tokens=tokens), None, None)
     q, log_z_q = softmax(draft_logits, (memory or Reused()).take("on text", draft_logits))
@@ -146,7 +149,7 @@ def _kl_and_probs(
     products = y.sub_(z).mul_(p)
     expected_gap = products.sum(dim=-1)
     if not expected_gap.isfinite().all():
-        # A filtered token of the target is 0 · ∞. It is rare, so it is not looked for in advance.
+        # A filtered token of the target gives 0 · ∞. That is rare, so it is not looked for in advance.
         expected_gap = products.masked_fill_(p == 0, 0.0).sum(dim=-1)
     q, log_z_q = softmax(z, q_out)
     return expected_gap - log_z_p + log_z_q, p, q
@@ -165,7 +168,6 @@ def _reverse_kl(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bo
 def _generalized_jsd(
     z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool, memory: Reused, *, beta: float = 0.5
 ) -> Twin:
-    check_unit_interval("beta", beta)
     if beta == 0:
         return _forward_kl(z, y, gradient, acceptance, memory)
     if beta == 1:
@@ -214,7 +216,6 @@ def _negative_log_acceptance(
 def _lk_hybrid(
     z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool, memory: Reused, *, eta: float = 3.0
 ) -> Twin:
-    check_eta(eta)
     kl, p, q = _kl_and_probs(z, y, memory.take("p", z), memory.take("q", z))
     difference = torch.sub(q, p, out=p)
     distance = 0.5 * _norm(difference, y)
@@ -239,18 +240,18 @@ def _tvd_plus_plus(
     eps: float = 1e-6,
     rewards: Rewards | None = None,
 ) -> Twin:
-    check_tvd_options(estimator, statistics, tokens, eps)
     q, log_z_q = softmax(z, memory.take("q", z))
     p = _probs(y, memory.take("p", y))
     reward = torch.gt(p, q, out=memory.take("m", z))
     rate = _acceptance(p.sub_(q), p) if acceptance else None
-    if statistics == "token":
+    drawn = tokens
+    if rewards is not None:
+        mean, std = rewards.mean, rewards.std
+    elif statistics == "token":
         mean, std = reward_moments(_dot(q, reward, p).unsqueeze(-1), 1, eps)
         drawn = sample_tokens(q) if tokens is None and estimator == "sampled" else tokens
     else:
-        if rewards is None:
-            rewards = finish_rewards([collect_rewards(z, y, estimator, tokens)], eps)
-        mean, std, drawn = rewards
+        mean, std, drawn = finish_rewards([collect_rewards(z, y, estimator, tokens)], eps)
     if drawn is None:
         weighted = reward.sub_(mean).div_(std).mul_(q)
         values = -weighted.sum(dim=-1)
@@ -333,10 +334,10 @@ def _rate(distance: torch.Tensor) -> torch.Tensor:
 
 
 def _tv_gradient(q: torch.Tensor, difference: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Return q (Σ q w − w) in `out`, with w = 1 where q < p, ½ where equal, else 0; overwrites `difference`.
+    """Return total variation's gradient in `out`; overwrites `difference` = q − p.
 
-    With signs instead of w it reads ½ q (s − Σ q s), which loses all digits where q sits on one token: that is where
-    −log α divides it by an α near 0.
+    The textbook form ½ q (s − Σ q s), s = sign(q − p), loses all digits where q sits on one token: where −log α
+    divides it by an α near 0. So w = (1 − s)/2 takes the place of s.
     """
     kept = difference.sign_().sub_(1).mul_(-0.5).mul_(q)
     return torch.mul(q, kept.sum(dim=-1, keepdim=True), out=out).sub_(kept)

@@ -1,7 +1,7 @@
 """The training objective: temperature, mixing, token weights, masking, normalising, a chunk of positions at a time.
 
 `distillation_loss` is what the trainer calls. It takes the draft as logits or as hidden states with their head, the
-target in whichever form it is at hand, and labels; it returns one scalar to call `backward()` on and per-token figures
+target in whichever form is at hand, and labels; it returns one scalar to call `backward()` on, and numbers per token
 to log.
 """
 
@@ -10,8 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_draftkd.losses.chunked import Unprojected, blocks_within, chunk_rows, chunked_loss, logits_of, prepared
-from hf_draftkd.losses.divergences import check_divergence, check_unit_interval
+from hf_draftkd.losses.chunked import (
+    Unprojected,
+    blocks_within,
+    chunked_loss,
+    chunks_of,
+    logits_of,
+    positions_of,
+    prepared,
+)
+from hf_draftkd.losses.divergences import check_divergence
 from hf_draftkd.losses.gradients import (
     Divergence,
     Rewards,
@@ -26,11 +34,11 @@ from hf_draftkd.losses.sparse import (
     SampledTarget,
     SparseTarget,
     check_sampled,
-    check_temperature,
     merge_for_gradient,
     sparse_value_and_gradient,
     target_buckets,
 )
+from hf_draftkd.utils.checks import in_range
 
 IGNORED = -100
 """The label of a position that is not learned from."""
@@ -112,94 +120,84 @@ def distillation_loss(
         ValueError: If arguments are out of range, do not fit each other, or a target is missing.
     """
     options = dict(options or {})
+    drawn = options.pop("tokens", None)
     _check_settings(divergence, options, temperature, cross_entropy_weight, target)
     mask = labels != IGNORED
-    draft = _select(draft, mask, "draft")
     tokens = labels[mask]
-    signal = None if target is None else _select(target, mask, "target")
-    weights = _position_weights(tokens, token_weights, mask, num_items, draft)
+    draft = _select(draft, mask, "draft")
+    signal: Any = None if target is None else _select(target, mask, "target")
     if isinstance(signal, torch.Tensor | Unprojected):
         signal = prepared(signal)
-    drawn = options.pop("tokens", None)
+    weights = _position_weights(tokens, token_weights, mask, num_items, positions_of(draft))
     if drawn is not None:
         if isinstance(signal, SparseTarget):
             raise ValueError("tokens cannot be given with a sparse target: most of them lie in its tail.")
+        if options.get("estimator") == "full":
+            raise ValueError("tokens are only for estimator='sampled'; estimator='full' sums over the vocabulary.")
         drawn = drawn[mask] if drawn.shape == mask.shape else drawn
     rewards = None
     if divergence == "tvd_plus_plus" and options.get("statistics", "batch") == "batch":
-        assert signal is not None
         rewards = _batch_rewards(draft, signal, drawn, temperature, options, chunk_size)
+        drawn = rewards.tokens
 
     memory = Reused()
 
-    def one_chunk(rows: slice, logits: torch.Tensor, gradient: bool) -> Twin:
-        against = None
+    def score_chunk(rows: slice, logits: torch.Tensor, gradient: bool) -> Twin:
+        """Score one chunk block by block; the gradient takes the logits' place."""
+        dense = None
         if isinstance(signal, torch.Tensor | Unprojected):
-            against = _target_logits(signal, rows, logits, temperature, memory)
-        done = []
+            dense = _target_logits(signal, rows, logits, temperature, memory)
+        twins = []
         for block in blocks_within(logits):
             here = slice(rows.start + block.start, rows.start + block.stop)
-            twin = one_block(here, logits[block], None if against is None else against[block], gradient)
+            twin = score_block(here, logits[block], None if dense is None else dense[block], gradient)
             if twin.gradient is not None and twin.gradient.data_ptr() != logits[block].data_ptr():
-                # The block's logits have served: their place takes the gradient.
                 logits[block].copy_(twin.gradient)
-            done.append(twin)
-        values = torch.cat([twin.values for twin in done])
-        rates = [twin.acceptance for twin in done if twin.acceptance is not None]
-        return Twin(values, logits if gradient else None, torch.cat(rates) if rates else None)
+            twins.append(twin)
+        rates = [twin.acceptance for twin in twins if twin.acceptance is not None]
+        return Twin(
+            torch.cat([twin.values for twin in twins]),
+            logits if gradient else None,
+            torch.cat(rates) if rates else None,
+        )
 
-    def one_block(rows: slice, logits: torch.Tensor, against: torch.Tensor | None, gradient: bool) -> Twin:
+    def score_block(rows: slice, logits: torch.Tensor, dense: torch.Tensor | None, gradient: bool) -> Twin:
         on_text = None
         if signal is None or cross_entropy_weight > 0:
+            # Before the logits are tempered and overwritten.
             on_text = cross_entropy(logits, tokens[rows], gradient, memory)
             if signal is None:
                 return on_text
         if temperature != 1:
             logits.div_(temperature)
-        extra = dict(options)
+        here = dict(options)
+        if drawn is not None:
+            here["tokens"] = drawn[rows]
         if rewards is not None:
-            extra["rewards"] = rewards._replace(tokens=None if rewards.tokens is None else rewards.tokens[rows])
-        elif drawn is not None:
-            extra["tokens"] = drawn[rows]
-        if isinstance(signal, SparseTarget | SampledTarget):
-            distance = sparse_value_and_gradient(
-                divergence,
-                logits,
-                signal[rows],
-                options=extra,
-                gradient=gradient,
-                acceptance=with_acceptance,
-                memory=memory,
-            )
+            here["rewards"] = rewards
+        wanted: dict[str, Any] = {"gradient": gradient, "acceptance": with_acceptance, "memory": memory}
+        if dense is not None:
+            twin = value_and_gradient(divergence, logits, dense, options=here, **wanted)
         else:
-            assert against is not None
-            distance = value_and_gradient(
-                divergence,
-                logits,
-                against,
-                options=extra,
-                gradient=gradient,
-                acceptance=with_acceptance,
-                memory=memory,
-            )
-        if temperature != 1 and distance.gradient is not None:
-            distance.gradient.div_(temperature)
-        return distance if on_text is None else _mix(distance, on_text, cross_entropy_weight)
+            twin = sparse_value_and_gradient(divergence, logits, signal[rows], options=here, **wanted)
+        if temperature != 1 and twin.gradient is not None:
+            twin.gradient.div_(temperature)
+        return twin if on_text is None else _mix(twin, on_text, cross_entropy_weight)
 
-    result = chunked_loss(draft, one_chunk, weights, chunk_size)
+    result = chunked_loss(draft, score_chunk, weights, chunk_size)
     return DistillationLoss(result.loss, tokens.numel(), result.values, result.acceptance, mask)
 
 
 def _check_settings(
     divergence: Divergence, options: dict[str, Any], temperature: float, weight: float, target: Target | None
 ) -> None:
-    check_temperature(temperature)
-    check_unit_interval("cross_entropy_weight", weight)
+    in_range("temperature", temperature, 0, open_low=True)
+    in_range("cross_entropy_weight", weight, 0, 1)
     if not isinstance(divergence, str):
         if target is None:
             raise ValueError("A divergence compares two distributions, but target is None.")
         return
-    check_divergence(divergence, {name: value for name, value in options.items() if name != "tokens"})
+    check_divergence(divergence, options)
     if divergence == "cross_entropy":
         if target is not None:
             raise ValueError(
@@ -238,10 +236,9 @@ def _position_weights(
     token_weights: torch.Tensor | None,
     mask: torch.Tensor,
     num_items: torch.Tensor | int | None,
-    draft: torch.Tensor | Unprojected,
+    like: torch.Tensor,
 ) -> torch.Tensor:
     """Return what each completion token's loss is multiplied by, `[N]`: its weight ÷ the number of tokens."""
-    like = draft.hidden if isinstance(draft, Unprojected) else draft
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if token_weights is None:
         weights = torch.ones(tokens.shape, dtype=dtype, device=like.device)
@@ -259,11 +256,7 @@ def _position_weights(
 
 
 def _target_logits(
-    signal: torch.Tensor | Unprojected,
-    rows: slice,
-    logits: torch.Tensor,
-    temperature: float,
-    memory: Reused | None = None,
+    signal: torch.Tensor | Unprojected, rows: slice, logits: torch.Tensor, temperature: float, memory: Reused
 ) -> torch.Tensor:
     target_logits = logits_of(signal, rows, memory).to(logits)
     if target_logits.shape != logits.shape:
@@ -276,33 +269,31 @@ def _target_logits(
 
 def _batch_rewards(
     draft: torch.Tensor | Unprojected,
-    signal: Target,
+    signal: Any,
     tokens: torch.Tensor | None,
     temperature: float,
     options: dict[str, Any],
     chunk_size: int | None,
 ) -> Rewards:
-    """Return the batch statistics of TVD++ in a pass of their own: they must be known before the first chunk."""
-    assert not isinstance(signal, SampledTarget)
-    hidden = draft.hidden if isinstance(draft, Unprojected) else draft
-    vocab_size = draft.head.weight.shape[0] if isinstance(draft, Unprojected) else draft.shape[-1]
-    estimator = options.get("estimator", "sampled")
-    chunks = []
-    source = prepared(draft)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        for rows in chunk_rows(hidden.shape[0], vocab_size, hidden.device, chunk_size):
-            logits = logits_of(source, rows)
+    """Return the batch statistics of TVD++, from a pass before the first chunk is scored."""
+    collected = []
+    source, memory, target_memory = prepared(draft), Reused(), Reused()
+    with torch.no_grad(), torch.autocast(positions_of(draft).device.type, enabled=False):
+        for rows in chunks_of(draft, chunk_size):
+            logits = logits_of(source, rows, memory)
+            vocab_size = logits.shape[-1]
             if temperature != 1:
                 logits.div_(temperature)
             if isinstance(signal, SparseTarget):
                 logits, _ = merge_for_gradient(logits, signal.token_ids[rows])
-                target_logits = target_buckets(signal[rows], vocab_size).to(logits)
+                against = target_buckets(signal[rows], vocab_size).to(logits)
             else:
-                target_logits = _target_logits(signal, rows, logits, temperature)
-            chunks.append(collect_rewards(logits, target_logits, estimator, None if tokens is None else tokens[rows]))
-        if not chunks:
-            chunks.append((hidden.new_zeros(0, dtype=torch.float32), None))
-        return finish_rewards(chunks, options.get("eps", 1e-6))
+                against = _target_logits(signal, rows, logits, temperature, target_memory)
+            estimator = options.get("estimator", "sampled")
+            collected.append(collect_rewards(logits, against, estimator, None if tokens is None else tokens[rows]))
+    if not collected:
+        collected.append((positions_of(draft).new_zeros(0, dtype=torch.float32), None))
+    return finish_rewards(collected, options.get("eps", 1e-6))
 
 
 def _mix(distance: Twin, on_text: Twin, weight: float) -> Twin:

@@ -21,6 +21,7 @@ from hf_draftkd.acceptance.tensors import at_least_float32
 from hf_draftkd.losses.divergences import get_divergence
 from hf_draftkd.losses.gradients import Divergence, Twin, softmax, value_and_gradient
 from hf_draftkd.losses.memory import Reused
+from hf_draftkd.utils.checks import in_range, whole_number
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class SparseTarget:
     tail_logprob: torch.Tensor
 
     def __post_init__(self) -> None:
-        """Refuse parts that do not belong together."""
+        """Refuse parts whose shapes do not fit."""
         shape = tuple(self.token_ids.shape)
         if self.logprobs.shape != self.token_ids.shape or tuple(self.tail_logprob.shape) != shape[:-1]:
             raise ValueError(
@@ -67,7 +68,7 @@ class SampledTarget:
     logprobs: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Refuse parts that do not belong together."""
+        """Refuse parts whose shapes do not fit."""
         shapes = {tuple(part.shape) for part in (self.token_ids, self.counts, self.logprobs) if part is not None}
         if len(shapes) > 1:
             raise ValueError(f"A sampled target's parts must all have shape [..., m], got {sorted(shapes)}.")
@@ -86,15 +87,11 @@ def top_k_target(logits: torch.Tensor, k: int, temperature: float = 1.0) -> Spar
         k: Tokens to keep, from 1 to V.
         temperature: Loss temperature; the tail cannot be re-tempered later.
 
-    Returns:
-        The sparse target, float32 or better.
-
     Raises:
         ValueError: If k or the temperature is out of range.
     """
-    if not 1 <= k <= logits.shape[-1]:
-        raise ValueError(f"k must lie between 1 and the vocabulary size {logits.shape[-1]}, got {k!r}.")
-    check_temperature(temperature)
+    whole_number("k", k, 1, logits.shape[-1])
+    in_range("temperature", temperature, 0, open_low=True)
     logprobs = (at_least_float32(logits) / temperature).log_softmax(dim=-1)
     kept, token_ids = logprobs.topk(k, dim=-1)
     # Summing what is left, not 1 − Σ kept: a tail of 1e-9 would drown in the rounding of the difference.
@@ -119,9 +116,8 @@ def sample_target(
     Raises:
         ValueError: If the number of draws or the temperature is out of range.
     """
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws!r}.")
-    check_temperature(temperature)
+    whole_number("num_draws", num_draws)
+    in_range("temperature", temperature, 0, open_low=True)
     logprobs = (at_least_float32(logits) / temperature).log_softmax(dim=-1)
     rows = logprobs.exp().reshape(-1, logits.shape[-1])
     drawn = rows.multinomial(num_draws, replacement=True, generator=generator).sort(dim=-1).values
@@ -165,28 +161,18 @@ def sparse_divergence(
 
 
 def acceptance_upper_bound(draft_logits: torch.Tensor, target: SparseTarget) -> torch.Tensor:
-    """Return an upper bound of the acceptance rate α, from the target's top-k and tail.
+    """Return Σ min(p, q) over k + 1 buckets, `[...]`: at least the acceptance rate α, and equal to it for k = V.
 
     Args:
         draft_logits: `[..., V]`.
         target: The target's top-k and tail.
-
-    Returns:
-        Σ min(p, q) over k + 1 buckets, `[...]`: at least α, and equal to it for k = V.
     """
     vocab_size = draft_logits.shape[-1]
     return token_acceptance_rate(_merge(draft_logits, target.token_ids), target_buckets(target, vocab_size))
 
 
 def check_sampled(divergence: Divergence) -> None:
-    """Refuse a divergence that draws from the target do not estimate without bias.
-
-    Args:
-        divergence: Name or function.
-
-    Raises:
-        ValueError: For everything but `forward_kl` and `cross_entropy`.
-    """
+    """Refuse every divergence (name or function) that draws cannot estimate without bias, with a `ValueError`."""
     if divergence not in ("forward_kl", "cross_entropy"):
         name = divergence if isinstance(divergence, str) else getattr(divergence, "__name__", repr(divergence))
         raise ValueError(
@@ -194,12 +180,6 @@ def check_sampled(divergence: Divergence) -> None:
             "linear in p, that is forward_kl and cross_entropy, and biased for all else. Use one of these two, or "
             "cache the target's top-k with its tail."
         )
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise a `ValueError` unless the temperature is a positive finite number."""
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
 
 
 @torch.no_grad()
@@ -246,7 +226,7 @@ def sparse_value_and_gradient(
 def merge_for_gradient(
     draft_logits: torch.Tensor, token_ids: torch.Tensor, memory: Reused | None = None
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Merge all tokens but the kept ones into one logit, and say how to carry a gradient back.
+    """Merge all tokens but the kept ones into one logit; the fast twin of `_merge`, with its way back.
 
     Args:
         draft_logits: `[n, V]`; overwritten.
@@ -278,7 +258,7 @@ def target_buckets(target: SparseTarget, vocab_size: int) -> torch.Tensor:
 
 
 def _merge(draft_logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Return the draft's bucket logits `[..., k + 1]` (`[..., V]` where k = V), by autograd's own means."""
+    """Return the draft's bucket logits `[..., k + 1]` (`[..., V]` where k = V): the plain form, for autograd."""
     logits = at_least_float32(draft_logits)
     kept = logits.gather(-1, token_ids)
     if token_ids.shape[-1] == logits.shape[-1]:

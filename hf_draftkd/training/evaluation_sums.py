@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hf_draftkd.acceptance import expected_target_calls
 from hf_draftkd.data.collator import rows_by_setting
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.losses.scanning import scan
+from hf_draftkd.losses.chunked import scan
 from hf_draftkd.training.signal import Text, Written
 
 # The first columns of `row_sums`, in order. For each temperature follow rated tokens and their Σα, then target calls

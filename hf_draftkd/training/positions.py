@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_draftkd.losses import DistillationLoss
-from hf_draftkd.losses.scanning import scan
+from hf_draftkd.losses.chunked import scan
 
 ADASPEC = "adaspec"
 AFTER_FIRST_REJECTION = "after_first_rejection"

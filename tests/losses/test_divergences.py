@@ -268,10 +268,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("name", "options", "message"),
         [
-            ("generalized_jsd", {"beta": 1.5}, r"beta must lie in \[0, 1\], got 1.5"),
+            ("generalized_jsd", {"beta": 1.5}, r"`beta`.*\[0, 1\], got 1.5"),
             ("generalized_jsd", {"bta": 0.5}, "Did you mean 'beta'"),
             ("forward_kl", {"beta": 0.5}, "takes no options"),
-            ("lk_hybrid", {"eta": -1}, "eta must be"),
+            ("lk_hybrid", {"eta": -1}, "`eta` must be"),
             ("tvd_plus_plus", {"estimator": "ful"}, "Did you mean 'full'"),
             ("tvd_plus_plus", {"statistics": "row"}, "statistics"),
             ("tvd_plus_plus", {"eps": 0.0}, "eps"),

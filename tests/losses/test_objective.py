@@ -486,9 +486,9 @@ class TestErrors:
         ("arguments", "message"),
         [
             ({"divergence": "forward"}, "Did you mean 'forward_kl'"),
-            ({"divergence": "generalized_jsd", "options": {"beta": 2}}, "beta must lie"),
-            ({"temperature": 0.0}, "temperature must be a positive"),
-            ({"cross_entropy_weight": 1.5}, "cross_entropy_weight must lie"),
+            ({"divergence": "generalized_jsd", "options": {"beta": 2}}, "`beta` must be"),
+            ({"temperature": 0.0}, "`temperature` must be"),
+            ({"cross_entropy_weight": 1.5}, "`cross_entropy_weight` must be"),
             ({"chunk_size": 0}, "chunk_size"),
             ({"divergence": "cross_entropy"}, "target must be None"),
             ({"token_weights": torch.ones(2)}, "token_weights must have the shape"),

@@ -266,7 +266,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("k", [0, V + 1])
     def test_k(self, k):
-        with pytest.raises(ValueError, match="k must lie between 1 and the vocabulary size 17"):
+        with pytest.raises(ValueError, match="`k` must be a whole number from 1 to 17"):
             top_k_target(torch.zeros(1, V), k)
 
     def test_draws_and_temperature(self):
