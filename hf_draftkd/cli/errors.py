@@ -12,10 +12,13 @@ class UsageError(Exception):
 def usage_errors() -> Iterator[None]:
     """What is refused while options are read, and models and data are looked at, is bad usage.
 
-    The rooms below raise `ValueError` (and loaders `OSError` or `ImportError`) with a message for the user. What fails
-    outside, in the work itself, keeps its traceback and exit code 1.
+    The rooms below raise `ValueError` (and loaders `OSError` or `ImportError`) with a message for the user. A lost
+    connection is not the user's mistake and stays what it is; what fails outside, in the work itself, keeps its
+    traceback and exit code 1.
     """
     try:
         yield
+    except ConnectionError:
+        raise
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error

@@ -5,9 +5,12 @@ Nothing heavy is imported before a command is known, so that `draftkd --help` an
 
 import sys
 from importlib import import_module
+from typing import Any
 
 from hf_draftkd import __version__
 from hf_draftkd.cli.errors import UsageError
+from hf_draftkd.utils.checks import did_you_mean
+from hf_draftkd.utils.text import printable
 
 # Command -> what it does. Each lives in hf_draftkd/cli/COMMAND.py as `run(argv) -> exit code`.
 COMMANDS = {
@@ -22,21 +25,17 @@ COMMANDS = {
 
 
 def usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: draftkd COMMAND [options]",
-            "",
-            "Distil draft models for speculative decoding, and measure honestly what they gain.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "`draftkd COMMAND --help` lists a command's options; each takes `--config FILE.yaml` as well.",
-            "exit codes: 0 done, 1 failed, 2 bad usage",
-        ]
-    )
+    commands = "\n".join(f"  {name:<10}  {summary}" for name, summary in COMMANDS.items())
+    return f"""usage: draftkd COMMAND [options]
+
+Distil draft models for speculative decoding, and measure honestly what they gain.
+
+commands:
+{commands}
+
+`draftkd COMMAND --help` lists a command's options; each takes `--config FILE.yaml` as well.
+`draftkd --version` prints the version.
+exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted"""
 
 
 def dispatch(argv: list[str]) -> int:
@@ -49,23 +48,32 @@ def dispatch(argv: list[str]) -> int:
         return 0
     command, *options = argv
     if command not in COMMANDS:
-        import difflib
-
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f" Did you mean `{close[0]}`?" if close else ""
-        print(f"draftkd: there is no command {command!r}.{hint}\n\n{usage()}", file=sys.stderr)
+        print(
+            f"draftkd: there is no command {command!r}.{did_you_mean(command, COMMANDS)}\n\n{usage()}", file=sys.stderr
+        )
         return 2
     try:
-        return import_module(f"hf_draftkd.cli.{command}").run(options)
-    except (UsageError, FloatingPointError) as error:
-        from hf_draftkd.utils.text import printable
+        run = import_module(f"hf_draftkd.cli.{command}").run
+        from transformers.utils import logging
 
+        hook = logging.set_tqdm_hook(_without_loading_bars)
+        try:
+            return run(options)
+        finally:
+            logging.set_tqdm_hook(hook)
+    # A lost connection, or a loss that is not finite, is not the user's mistake, but its message says it all.
+    except (UsageError, ConnectionError, FloatingPointError) as error:
         # It may quote a stranger's file, template or server.
         print(f"draftkd {command}: {printable(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print(f"draftkd {command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _without_loading_bars(bar: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Leave out the bar that transformers shows for every model it loads, however small."""
+    return bar(*args, **options | {"disable": options.get("disable") or options.get("desc") == "Loading weights"})
 
 
 def main() -> None:

@@ -67,11 +67,12 @@ def test_what_a_message_quotes_is_no_command_to_the_terminal(capsys, tmp_path):
     ("argv", "code", "message"),
     [
         ([], 2, "usage: draftkd COMMAND"),
-        (["trian"], 2, "Did you mean `train`?"),
+        (["trian"], 2, "Did you mean 'train'?"),
         (["train"], 2, "missing: --model, --dataset"),
-        (["train", "--divergance", "forward_kl"], 2, "there is no option `--divergance`. Did you mean `--divergence`?"),
+        (["train", "--divergance", "forward_kl"], 2, "there is no option `--divergance`. Did you mean '--divergence'?"),
         (["train", "--divergence", "forward_k"], 2, "forward_kl"),
         (["train", "--config", "no_such_file.yaml"], 2, "no_such_file.yaml"),
+        (["find", "--limit", "2.5"], 2, "draftkd find: argument --limit: invalid int value: '2.5'"),
         (["init", "--target_model", "x", "--output_dir", "y"], 2, "give exactly one of --model, --num_layers"),
     ],
 )
