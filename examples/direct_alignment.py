@@ -169,7 +169,7 @@ def figures(reports, length):
         for result in report.drafts:
             of = found.setdefault(Path(result.draft.name).name, {}).setdefault(domain, {})
             for place, setting in enumerate(result.settings):
-                key = f"temperature {setting.temperature:g}"
+                key = f"temperature {setting.decoding.temperature:g}"
                 of[key] = {"block_efficiency": setting.block_efficiency[length].to_dict()}
                 of[key]["acceptance_rate"] = setting.acceptance_rate.to_dict()
                 if result.paired_difference:

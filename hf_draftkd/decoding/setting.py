@@ -146,6 +146,22 @@ class DecodingSetting:
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
+    def __str__(self) -> str:
+        """The setting in words: "greedy", or "temperature 1, top-p 0.95"; what changes nothing is left out."""
+        first = "greedy" if self.is_greedy else f"temperature {self.temperature:g}"
+        return ", ".join([first, *(f"{words} {value:g}" for words, _, value in self._filters())])
+
+    @property
+    def log_suffix(self) -> str:
+        """The setting in the name of a logged metric: `_t0`, `_t0.7`, `_t0.7_p0.95_k50_r1.1`."""
+        return "".join([f"_t{self.temperature:g}", *(f"_{letter}{value:g}" for _, letter, value in self._filters())])
+
+    def _filters(self) -> list[tuple[str, str, float]]:
+        """(words, letter, value) of everything beside the temperature that changes the distribution."""
+        filters = (("top-p", "p", self.top_p, 1), ("top-k", "k", self.top_k, 0))
+        penalty = ("repetition penalty", "r", self.repetition_penalty, 1)
+        return [(words, letter, value) for words, letter, value, neutral in (*filters, penalty) if value != neutral]
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -197,10 +213,9 @@ def settings_at(
         raise ValueError(
             f"`temperatures` repeats a value: {list(temperatures)}. Use `num_completions` for several completions."
         )
-    filters = {"top_p": top_p, "top_k": top_k}
-    DecodingSetting(temperature=1.0, **filters)  # type: ignore[arg-type]  # a bad filter is refused even if unused
+    DecodingSetting(temperature=1.0, top_p=top_p, top_k=top_k)  # a bad filter is refused even if unused
     return [
-        DecodingSetting(temperature=value, repetition_penalty=repetition_penalty, **({} if value == 0 else filters))  # type: ignore[arg-type]
+        DecodingSetting(value, top_p if value else 1.0, top_k if value else 0, repetition_penalty)
         for value in temperatures
     ]
 

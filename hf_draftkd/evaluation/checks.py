@@ -96,15 +96,14 @@ def plausibility_warnings(target_model: PreTrainedModel, texts: TextSet, share: 
     """
     if not texts.is_exact or share == 1:
         return []
-    words = ", ".join(f"{name} {value:g}" for name, value in texts.setting.to_dict().items())
     if share < PLAUSIBLE:
         return [
-            f"Only {share:.1%} of the tokens recorded under {words} could have been written by this target so: they "
-            "come from another model or setting. Acceptance rates are given, block efficiencies are not."
+            f"Only {share:.1%} of the tokens recorded under {texts.setting} could have been written by this target so: "
+            "they come from another model or setting. Acceptance rates are given, block efficiencies are not."
         ]
     return [
-        f"{1 - share:.2%} of the tokens written under {words} are not what one forward pass of the target gives: "
-        f"near-ties that rounding in {target_model.dtype} decides."
+        f"{1 - share:.2%} of the tokens written under {texts.setting} are not what one forward pass of the target "
+        f"gives: near-ties that rounding in {target_model.dtype} decides."
     ]
 
 

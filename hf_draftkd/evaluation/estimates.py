@@ -49,7 +49,7 @@ def setting_result(
     """
     rate = bootstrap_ratio(*by_prompt(prompts, sums.acceptance, sums.num_tokens))
     result = SettingResult(
-        **setting.to_dict(),
+        decoding=setting,
         verification=verification,
         num_texts=len(sums.num_tokens),
         num_tokens=int(sums.num_tokens.sum()),
@@ -80,7 +80,7 @@ def paired_difference(
     """Draft minus baseline on the same texts. Arguments as in `setting_result`."""
     columns = (draft.acceptance, draft.num_tokens, baseline.acceptance, baseline.num_tokens)
     difference = PairedDifference(
-        **setting.to_dict(),
+        decoding=setting,
         verification=verification,
         acceptance_rate=bootstrap_paired_ratio_difference(*by_prompt(prompts, *columns)),
     )

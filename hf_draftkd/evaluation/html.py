@@ -13,7 +13,7 @@ from markupsafe import Markup
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.evaluation import plots
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.evaluation.tables import named_settings, setting_name
+from hf_draftkd.evaluation.tables import named_settings
 from hf_draftkd.utils.files import write_text
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ def render_page(report: SpeculationReport) -> str:
         figures=figures,
         columns=named_settings(report),
         length=report.num_assistant_tokens,
-        setting_name=setting_name,
     )
 
 

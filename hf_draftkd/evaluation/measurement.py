@@ -36,7 +36,6 @@ from hf_draftkd.evaluation.estimates import (
 from hf_draftkd.evaluation.lossy import LENIENCE, lossy_values
 from hf_draftkd.evaluation.provenance import content_hash, model_info
 from hf_draftkd.evaluation.recommendation import (
-    is_transformers_rule,
     overall_draft_length,
     recommend,
     recommend_overall,
@@ -51,7 +50,6 @@ from hf_draftkd.evaluation.report import (
     SettingResult,
 )
 from hf_draftkd.evaluation.self_check import CHECKED_LENGTHS, self_check
-from hf_draftkd.evaluation.tables import setting_name
 from hf_draftkd.evaluation.teacher_forced import AS_TRANSFORMERS, EXACT, PassResult, score_texts
 from hf_draftkd.evaluation.texts import TextSet, generated_texts, is_recorded, other_texts, recorded_texts
 from hf_draftkd.evaluation.timing import measure_latency, time_decoding
@@ -248,7 +246,7 @@ class Measurement:
                         for name in ("acceptance", "distance")
                     )
                     point = LossyPoint(
-                        **texts.setting.to_dict(),
+                        decoding=texts.setting,
                         form=form,
                         lenience=lenience,
                         acceptance_rate=acceptance,
@@ -296,7 +294,7 @@ class Measurement:
             (setting, texts.setting)
             for texts in self.text_sets
             for setting in result.settings
-            if is_transformers_rule(setting) and _is_of(setting, texts.setting)
+            if setting.is_transformers_rule and setting.decoding == texts.setting
         ]
         with logging.tqdm(total=len(prompts) * len(timed), desc="Timing decoding", unit="prompt") as bar:
             for setting, decoding in timed:
@@ -314,9 +312,8 @@ class Measurement:
                 setting.assisted = assisted_result(times, length)
                 compare_with_prediction(setting, result.latency)
         for setting in result.settings:
-            setting.recommendation = recommend(setting, result.latency, setting_name(setting))
-        names = [setting_name(setting) for setting in result.settings]
-        result.recommendation = recommend_overall(result.settings, names, result.latency)
+            setting.recommendation = recommend(setting, result.latency)
+        result.recommendation = recommend_overall(result.settings, result.latency)
 
     def _settings(self, index: int, draft: PreTrainedModel, group: str | None = None) -> list[SettingResult]:
         ratio = draft.num_parameters() / self.target_model.num_parameters()
@@ -376,7 +373,3 @@ def _timed_length(result: DraftResult) -> int | None:
     """The draft length real decoding was timed with, if it was."""
     lengths = [setting.assisted.num_assistant_tokens for setting in result.settings if setting.assisted is not None]
     return lengths[0] if lengths else None
-
-
-def _is_of(result: SettingResult, setting: DecodingSetting) -> bool:
-    return all(getattr(result, name) == value for name, value in setting.to_dict().items())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.evaluation.report import SettingResult, SpeculationReport
-from hf_draftkd.evaluation.tables import named_settings, setting_name
+from hf_draftkd.evaluation.tables import named_settings
 from hf_draftkd.utils.files import replacing
 from hf_draftkd.utils.text import one_line
 
@@ -132,7 +132,7 @@ def group_figure(report: SpeculationReport) -> "Figure":
     for place, settings in enumerate(groups.values()):
         for setting in (setting for setting in settings if setting.block_efficiency):
             estimate = (setting.block_efficiency or {})[report.num_assistant_tokens]
-            style = styles.setdefault(setting_name(setting), len(styles))
+            style = styles.setdefault(setting.words, len(styles))
             axes.errorbar(
                 estimate.value,
                 place + 0.15 * style,
@@ -140,7 +140,7 @@ def group_figure(report: SpeculationReport) -> "Figure":
                 fmt="o",
                 capsize=3,
                 color=_COLOURS[style % len(_COLOURS)],
-                label=setting_name(setting),
+                label=setting.words,
             )
             drawn += 1
     _require(drawn, "block efficiency by group")
@@ -161,10 +161,10 @@ def lossy_figure(report: SpeculationReport) -> "Figure":
     _require(len(points), "lossy curve")
     figure, axes = _figure("distance from the target (total variation a position)", "acceptance rate", rows=2)
     by_distance, by_lenience = axes
-    settings = dict.fromkeys(setting_name(point) for point in points)
+    settings = dict.fromkeys(str(point.decoding) for point in points)
     for style, name in enumerate(settings):
         for index, form in enumerate(dict.fromkeys(point.form for point in points)):
-            curve = [point for point in points if point.form == form and setting_name(point) == name]
+            curve = [point for point in points if point.form == form and str(point.decoding) == name]
             rates = [point.acceptance_rate.value for point in curve]
             # Every form lies on one line (see `hf_draftkd.evaluation.lossy`): smaller marks on top keep all visible.
             looks = {
@@ -276,7 +276,7 @@ def _legend(figure: "Figure", axes: Any) -> None:
 
 
 def _label(report: SpeculationReport, name: str, setting: SettingResult) -> str:
-    return _literal(f"{name}, {setting_name(setting)}" if len(named_settings(report)) > 1 else setting_name(setting))
+    return _literal(f"{name}, {setting.words}" if len(named_settings(report)) > 1 else setting.words)
 
 
 def _literal(name: str) -> str:

@@ -36,14 +36,9 @@ def expected_efficiency(setting: SettingResult) -> dict[int, float]:
     return {length: estimate.value for length, estimate in estimates.items()}
 
 
-def is_transformers_rule(setting: SettingResult) -> bool:
-    """Whether transformers' `generate` verifies drafts by this entry's rule."""
-    return setting.verification == ("exact_match" if setting.temperature == 0 else "rejection_sampling")
-
-
 def overall_draft_length(settings: Sequence[SettingResult], latency: LatencyResult) -> int | None:
     """The one draft length under which the setting that gains least gains most; None without block efficiencies."""
-    curves = [expected_efficiency(setting) for setting in settings if is_transformers_rule(setting)]
+    curves = [expected_efficiency(setting) for setting in settings if setting.is_transformers_rule]
     curves = [curve for curve in curves if curve]
     if not curves:
         return None
@@ -51,7 +46,7 @@ def overall_draft_length(settings: Sequence[SettingResult], latency: LatencyResu
     return max(curves[0], key=lambda length: min(predicted_speedup(curve[length], length, times) for curve in curves))
 
 
-def recommend(setting: SettingResult, latency: LatencyResult, name: str) -> Recommendation | None:
+def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation | None:
     """Judge one setting.
 
     Where real decoding was timed, its speed-up decides; but a loss with another draft length than the recommended one
@@ -60,11 +55,11 @@ def recommend(setting: SettingResult, latency: LatencyResult, name: str) -> Reco
     Args:
         setting: With block efficiency, and `assisted` where it was measured.
         latency: Measured on this machine.
-        name: The setting in words.
     """
     efficiency = expected_efficiency(setting)
     if not efficiency:
         return None
+    name = setting.words
     times = generate_latency(latency)
     best = best_draft_length(efficiency, times)
     break_even = break_even_acceptance_rate(times, efficiency)
@@ -112,23 +107,20 @@ def recommend(setting: SettingResult, latency: LatencyResult, name: str) -> Reco
     )
 
 
-def recommend_overall(
-    settings: Sequence[SettingResult], names: Sequence[str], latency: LatencyResult
-) -> Recommendation | None:
+def recommend_overall(settings: Sequence[SettingResult], latency: LatencyResult) -> Recommendation | None:
     """One verdict and one draft length over all settings: the setting that gains least decides.
 
     Args:
         settings: With their own recommendations.
-        names: The settings in words.
         latency: Measured on this machine.
     """
     length = overall_draft_length(settings, latency)
     if length is None:
         return None
     judged = [
-        (name, setting, setting.recommendation)
-        for name, setting in zip(names, settings, strict=True)
-        if setting.recommendation is not None and is_transformers_rule(setting)
+        (setting.words, setting, setting.recommendation)
+        for setting in settings
+        if setting.recommendation is not None and setting.is_transformers_rule
     ]
     times = generate_latency(latency)
     speedups = {

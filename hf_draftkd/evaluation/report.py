@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_draftkd.acceptance import Estimate
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.schema import from_plain, key, to_plain
 from hf_draftkd.utils.files import write_text
 
@@ -146,10 +147,7 @@ class LatencyResult:
 class SettingResult:
     """Figures under one decoding setting and one verification rule."""
 
-    temperature: float = key("Sampling temperature; 0 is greedy decoding.")
-    top_p: float = key("Nucleus mass kept; 1 keeps everything.")
-    top_k: int = key("Likeliest tokens kept; 0 keeps everything.")
-    repetition_penalty: float = key("1 is none. Applied to target and draft alike.")
+    decoding: DecodingSetting = key("How the texts were decoded; applied to target and draft alike.")
     verification: str = key(
         "`rejection_sampling` (transformers when sampling), `greedy_draft` (vLLM's default draft), `exact_match` "
         "(greedy decoding everywhere, llama.cpp)."
@@ -179,15 +177,26 @@ class SettingResult:
     assisted: AssistedResult | None = key("Real decoding under this setting.", default=None)
     recommendation: Recommendation | None = key("For this setting.", default=None)
 
+    @property
+    def words(self) -> str:
+        """Decoding and verification: "temperature 1, top-p 0.9, greedy draft".
+
+        A rule that is transformers' own is what a bare temperature means.
+        """
+        rule = "" if self.is_transformers_rule else f", {self.verification.replace('_', ' ')}"
+        return f"{self.decoding}{rule}"
+
+    @property
+    def is_transformers_rule(self) -> bool:
+        """Whether transformers' `generate` verifies drafts by this entry's rule."""
+        return self.verification == ("exact_match" if self.decoding.is_greedy else "rejection_sampling")
+
 
 @dataclass(kw_only=True)
 class PairedDifference:
     """Draft minus baseline on the same texts, one entry per entry of `settings`."""
 
-    temperature: float = key("As in the setting.")
-    top_p: float = key("As in the setting.")
-    top_k: int = key("As in the setting.")
-    repetition_penalty: float = key("As in the setting.", default=1.0)
+    decoding: DecodingSetting = key("As in the setting.")
     verification: str = key("As in the setting.")
     acceptance_rate: Estimate = key("Difference of acceptance rates.")
     block_efficiency: dict[int, Estimate] | None = key(
@@ -212,10 +221,7 @@ class DraftResult:
 class Comparison:
     """One computed figure beside the counted one."""
 
-    temperature: float = key("As in the setting.")
-    top_p: float = key("As in the setting.")
-    top_k: int = key("As in the setting.")
-    repetition_penalty: float = key("As in the setting.")
+    decoding: DecodingSetting = key("As in the setting.")
     num_assistant_tokens: int = key("Draft length γ.")
     computed: Estimate = key("Block efficiency from one pass over the text plain decoding wrote.")
     counted: Estimate = key("Tokens per target call of real assisted decoding.")
@@ -235,10 +241,7 @@ class SelfCheck:
 class LossyPoint:
     """Lossy decoding at one lenience: what is gained and what it costs. See `hf_draftkd.acceptance.lenience`."""
 
-    temperature: float = key("As in the setting.")
-    top_p: float = key("As in the setting.")
-    top_k: int = key("As in the setting.")
-    repetition_penalty: float = key("As in the setting.")
+    decoding: DecodingSetting = key("As in the setting.")
     form: str = key("`linear`, `square`, `exponential` (DistillSpec's lenience), or `ensemble` (transformers').")
     lenience: float = key("ε, or the ensemble's weight w; 1 is lossless.")
     acceptance_rate: Estimate = key("Expected acceptance of one drafted token.")

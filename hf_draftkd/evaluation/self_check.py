@@ -74,7 +74,7 @@ def self_check(
             counted = bootstrap_ratio(*zip(*per_text, strict=True), confidence=_CONFIDENCE)
             comparisons.append(
                 Comparison(
-                    **setting.to_dict(),
+                    decoding=setting,
                     num_assistant_tokens=length,
                     computed=expected,
                     counted=counted,

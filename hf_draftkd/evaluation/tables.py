@@ -8,31 +8,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_draftkd.acceptance import Estimate
-from hf_draftkd.evaluation.report import LossyPoint, PairedDifference, SettingResult, SpeculationReport
+from hf_draftkd.evaluation.report import SettingResult, SpeculationReport
 from hf_draftkd.utils.text import one_line
-
-# The rules that are not transformers' own: those are what a bare temperature means.
-_RULES = {"greedy_draft": "greedy draft", "exact_match": "exact match"}
 
 
 def _plain(words: str) -> str:
     """A report may be a stranger's: square brackets are markup to rich, control characters commands to a terminal."""
     return escape(one_line(words))
-
-
-def setting_name(setting: SettingResult | PairedDifference | LossyPoint) -> str:
-    """A setting in words: "temperature 1, top-p 0.9, greedy draft"."""
-    parts = ["greedy" if setting.temperature == 0 else f"temperature {setting.temperature:g}"]
-    if setting.top_p < 1:
-        parts.append(f"top-p {setting.top_p:g}")
-    if setting.top_k > 0:
-        parts.append(f"top-k {setting.top_k}")
-    if setting.repetition_penalty != 1:
-        parts.append(f"repetition penalty {setting.repetition_penalty:g}")
-    rule = getattr(setting, "verification", "rejection_sampling")
-    if setting.temperature > 0 and rule != "rejection_sampling":
-        parts.append(_RULES.get(rule, rule))
-    return ", ".join(parts)
 
 
 def named_settings(report: SpeculationReport) -> list[tuple[str, list[SettingResult]]]:
@@ -71,7 +53,7 @@ def report_table(report: SpeculationReport) -> Table:
         difference = differences[index] if differences else None
         changes = (difference.acceptance_rate, (difference.block_efficiency or {}).get(length)) if difference else ()
         table.add_section()
-        table.add_row(f"[bold]{_plain(setting_name(setting))}[/bold]", *[""] * (len(table.columns) - 1))
+        table.add_row(f"[bold]{_plain(setting.words)}[/bold]", *[""] * (len(table.columns) - 1))
         for place, (label, show) in enumerate(_figures(length)):
             cells = [show(settings[index]) for _, settings in columns]
             change = [_signed(changes[place]) if place < len(changes) else ""] if differences else []

@@ -8,10 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.rows import with_token_ids
-from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
 from hf_draftkd.evaluation.teacher_forced import Text
 
-_SETTING_COLUMNS = ("temperature", "top_p", "top_k", "repetition_penalty")
 _GROUP_COLUMNS = ("domain", "category")
 
 
@@ -78,17 +77,17 @@ def recorded_texts(dataset: Dataset, settings: Sequence[DecodingSetting] | None 
         ValueError: A setting asked for is not there, or a row records none.
     """
     dataset = dataset.select([row for row, source in enumerate(dataset["ids_source"]) if source == "generated"])
-    columns = zip(*(dataset[name] for name in _SETTING_COLUMNS), strict=True)
+    columns = zip(*(dataset[name] for name in SETTING_COLUMNS), strict=True)
     rows: dict[DecodingSetting, list[int]] = {}
     for row, values in enumerate(columns):
-        found = DecodingSetting.from_row(dict(zip(_SETTING_COLUMNS, values, strict=True)))
+        found = DecodingSetting.from_row(dict(zip(SETTING_COLUMNS, values, strict=True)))
         rows.setdefault(found, []).append(row)
     if settings is not None:
         absent = [setting for setting in settings if setting not in rows]
         if absent:
             raise ValueError(
-                f"No row was written under {_describe(absent[0])}; the dataset has: "
-                f"{'; '.join(_describe(setting) for setting in rows)}. Block efficiency holds only for text written "
+                f"No row was written under {absent[0]}; the dataset has: "
+                f"{'; '.join(map(str, rows))}. Block efficiency holds only for text written "
                 "under the very setting reported. Ask for one of these, or give prompts."
             )
         rows = {setting: rows[setting] for setting in settings}
@@ -125,7 +124,7 @@ def other_texts(
 
 def is_recorded(dataset: Dataset) -> bool:
     """Whether (some) rows hold the ids a target wrote, and the setting it wrote them under."""
-    needed = {"prompt_ids", "completion_ids", "ids_source", *_SETTING_COLUMNS}
+    needed = {"prompt_ids", "completion_ids", "ids_source", *SETTING_COLUMNS}
     return needed <= set(dataset.column_names) and "generated" in dataset["ids_source"]
 
 
@@ -143,7 +142,7 @@ def _text_set(dataset: Dataset, setting: DecodingSetting) -> TextSet:
             prompts.append(by_prompt.setdefault(tuple(prompt), len(by_prompt)))
             kept.append(row)
     if not texts:
-        raise ValueError(f"Every completion written under {_describe(setting)} is empty: there is nothing to measure.")
+        raise ValueError(f"Every completion written under {setting} is empty: there is nothing to measure.")
     group = group_column(dataset.column_names)
     return TextSet(
         setting=setting,
@@ -160,7 +159,3 @@ def _authors(dataset: Dataset) -> Iterable[tuple[str | None, str | None]]:
         for name in ("target", "target_revision")
     )
     return zip(names, commits, strict=True)
-
-
-def _describe(setting: DecodingSetting) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in setting.to_dict().items())

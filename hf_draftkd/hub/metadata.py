@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
-from hf_draftkd.hub.report_tables import SETTING_KEYS, decoding_name, domains, hardware_text, shown_length
+from hf_draftkd.hub.report_tables import decoding_name, domains, hardware_text, shown_length
 from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.utils.text import one_line
 
@@ -73,7 +73,9 @@ def eval_results(report: Json) -> list[EvalResult]:
     for domain, settings in domains(report):
         length = shown_length(report, settings)
         for setting in settings:
-            common = {key: setting[key] for key in (*SETTING_KEYS, "num_texts", "num_tokens") if key in setting}
+            common = {**setting["decoding"]} | {
+                key: setting[key] for key in ("verification", "num_texts", "num_tokens")
+            }
             common |= {
                 f"target{'' if key == 'name' else '_' + key}": target[key]
                 for key in ("name", "revision")
@@ -130,7 +132,7 @@ def benchmark_entries(report: Json, task_id: str) -> list[EvalResultEntry]:
     if not settings:
         raise ValueError("The report holds no block efficiency, which is what a leaderboard result says.")
     # Greedy decoding is what benchmarks of speculative decoding compare; other settings are in the model index.
-    setting = min(settings, key=lambda setting: setting["temperature"])
+    setting = min(settings, key=lambda setting: setting["decoding"]["temperature"])
     length = shown_length(report, [setting])
     notes = f"tokens per target call, {decoding_name(setting)}, {setting['verification']}, draft length {length}"
     value = setting["block_efficiency"][str(length)]["value"]

@@ -167,7 +167,7 @@ def _training(training: TrainingSummary | None) -> Markdown | None:
         ("Rows", training.num_rows and f"{training.num_rows:,}"),
         ("Mixed in", _mixed_in(training)),
         ("Completion tokens", training.num_tokens and f"{training.num_tokens:,}"),
-        ("Decoding of the data", "; ".join(map(report_tables.decoding_name, training.sampling or ())) or None),
+        ("Decoding of the data", "; ".join(map(str, training.sampling or ())) or None),
         ("Who wrote the completions", writer),
         ("Signal", SIGNALS[training.signal] if training.signal else None),
         ("Divergence", divergence),

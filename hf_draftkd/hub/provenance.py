@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.schema import from_plain, key, to_plain
 from hf_draftkd.hub.access import redacted
 from hf_draftkd.hub.public_names import public_name, without_paths
@@ -68,7 +69,7 @@ class TrainingSummary:
     num_rows: int | None = key("Rows of training data.", default=None)
     num_mixed_rows: int | None = key("Rows of other text that were mixed in.", default=None)
     num_tokens: int | None = key("Completion tokens of training data.", default=None)
-    sampling: list[dict[str, Any]] | None = key("Decoding settings under which the data was written.", default=None)
+    sampling: list[DecodingSetting] | None = key("Decoding settings under which the data was written.", default=None)
     peft: str | None = key("The adapter that was trained and merged, in words: `LoRA, rank 16`.", default=None)
     num_steps: int | None = key("Optimiser steps.", default=None)
     num_epochs: float | None = key("Passes over the data.", default=None)

@@ -7,31 +7,20 @@ column out, where a figure is absent.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.hub.markdown import Markdown, code, estimate_text, table, text, value_of
 
 Json = Mapping[str, Any]
-SETTING_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty", "verification")
 
 
 def decoding_name(setting: Json) -> str:
-    """`greedy` or `temperature 1, top-p 0.95`: a decoding setting in words."""
-    temperature = setting.get("temperature")
-    if temperature is None:
-        words = ["not recorded"]
-    else:
-        words = ["greedy" if temperature == 0 else f"temperature {temperature:g}"]
-    if setting.get("top_p", 1) != 1:
-        words.append(f"top-p {setting['top_p']:g}")
-    if setting.get("top_k", 0):
-        words.append(f"top-k {setting['top_k']}")
-    if setting.get("repetition_penalty", 1) != 1:
-        words.append(f"repetition penalty {setting['repetition_penalty']:g}")
-    return ", ".join(words)
+    """`greedy` or `temperature 1, top-p 0.95`: how an entry of `settings` was decoded."""
+    return str(DecodingSetting(**setting["decoding"]))
 
 
 def same_setting(one: Json, other: Json) -> bool:
-    """Whether two entries describe the same decoding and verification; a key that one of them lacks does not count."""
-    return all(one[key] == other[key] for key in SETTING_KEYS if key in one and key in other)
+    """Whether two entries describe the same decoding and verification."""
+    return all(one[key] == other[key] for key in ("decoding", "verification"))
 
 
 def tuned_length(report: Json | None) -> int | None:

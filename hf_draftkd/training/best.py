@@ -13,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 from hf_draftkd.data.collator import UNKNOWN_SETTING, rows_by_setting
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.training.config import DraftDistillConfig
-from hf_draftkd.training.evaluation_sums import not_exact, setting_suffix
+from hf_draftkd.training.evaluation_sums import not_exact
 from hf_draftkd.training.signal import Text
 
 _OURS = re.compile(r"(.*_)?(loss|block_efficiency.*|acceptance_rate(_upper_bound)?)")
@@ -81,7 +81,7 @@ def _figures(dataset: Dataset, signal: Text, lengths: Sequence[int], temperature
     if type(signal) is not Text:
         names.add(signal.acceptance_name)
     settings = _exact_rows(dataset, signal)
-    suffixes = [setting_suffix(setting) for setting in settings if setting.temperature in temperatures]
+    suffixes = [setting.log_suffix for setting in settings if setting.temperature in temperatures]
     if sum(map(len, settings.values())) == len(dataset):
         suffixes.append("")
     efficiencies = ["block_efficiency", *(f"block_efficiency_at_{length}" for length in lengths)]

@@ -91,7 +91,7 @@ def _facts_of_rows(dataset: Dataset, target_name: str | None) -> dict[str, Any]:
     if set(names) <= columns:
         batches = dataset.select_columns(names).iter(batch_size=1000)
         settings = {values for batch in batches for values in zip(*(batch[name] for name in names), strict=True)}
-        facts["sampling"] = [dict(zip(names, values, strict=True)) for values in sorted(settings)]
+        facts["sampling"] = [DecodingSetting(*values) for values in sorted(settings)]
     return facts
 
 

@@ -150,7 +150,7 @@ class EvaluationSums:
           of all texts, each under the setting it was recorded with. It is exact for text that the target wrote and
           means nothing for other text: with such rows in the data (`foreign_rows`) it is left out.
         - `block_efficiency_t0`, `block_efficiency_at_3_t0`: of the texts written at temperature 0 (see
-          `setting_suffix`), for each setting with a chosen temperature.
+          `DecodingSetting.log_suffix`), for each setting with a chosen temperature.
         """
         num_rates = 2 * len(self.temperatures)
         tokens, loss = self._total[:2].tolist()
@@ -165,7 +165,7 @@ class EvaluationSums:
             figures |= self._block_efficiencies(self._total, "")
         for setting, total in sorted(self._by_setting.items(), key=lambda item: tuple(item[0].to_dict().values())):
             if setting.temperature in self._chosen:
-                figures |= self._block_efficiencies(total, setting_suffix(setting))
+                figures |= self._block_efficiencies(total, setting.log_suffix)
         return figures
 
     def _block_efficiencies(self, total: Tensor, suffix: str) -> dict[str, float]:
@@ -187,15 +187,3 @@ def not_exact(foreign_rows: int, signal: Text, prefix: str = "eval") -> str:
         f"{prefix}_block_efficiency is left out: {foreign_rows} evaluation rows do not say that they "
         f"{signal.exact_text}. Make such rows with `draftkd generate` or `generate_alignment_data`."
     )
-
-
-def setting_suffix(setting: DecodingSetting) -> str:
-    """`_t0.7`; with top-p, top-k or a repetition penalty `_t0.7_p0.95_k50_r1.1`."""
-    parts = [f"_t{setting.temperature:g}"]
-    if setting.top_p != 1:
-        parts.append(f"_p{setting.top_p:g}")
-    if setting.top_k:
-        parts.append(f"_k{setting.top_k}")
-    if setting.repetition_penalty != 1:
-        parts.append(f"_r{setting.repetition_penalty:g}")
-    return "".join(parts)

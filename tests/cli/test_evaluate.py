@@ -97,10 +97,10 @@ def test_recorded_answers_are_taken_as_they_are(files, pair, tmp_path, capsys):
     out = tmp_path / "out"
     assert dispatch(options(files, out, "--no_measure_speed")) == 0
     (setting,) = SpeculationReport.load(out / "report.json").settings
-    assert setting.temperature == 0.5
+    assert setting.decoding.temperature == 0.5
     assert setting.num_tokens == sum(map(len, rows["completion_ids"]))
     assert dispatch(options(files, out, "--no_measure_speed", "--regenerate")) == 0
-    assert [setting.temperature for setting in SpeculationReport.load(out / "report.json").settings] == [0, 1]
+    assert [setting.decoding.temperature for setting in SpeculationReport.load(out / "report.json").settings] == [0, 1]
 
 
 @pytest.mark.parametrize(

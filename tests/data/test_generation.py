@@ -7,7 +7,7 @@ from hf_draftkd.data.backends import AlignmentPipeline, cut_completion
 from hf_draftkd.data.generation import cut_shards, generate_alignment_data
 from hf_draftkd.data.prompts import render_prompts
 from hf_draftkd.data.rows import alignment_features
-from hf_draftkd.decoding.setting import DecodingSetting, settings_at
+from hf_draftkd.decoding.setting import DecodingSetting
 from tests.data.small import make_target, make_tokenizer
 
 COLUMNS = [
@@ -183,11 +183,6 @@ def test_shards_cover_the_prompts_once_in_whole_batches():
         assert [row for shard in shards for row in shard] == list(range(count))
         assert all(len(shard) % 8 == 0 for shard in shards[:-1])
     assert [len(shard) for shard in cut_shards(10, batch_size=2, shard_size=3)] == [4, 4, 2]
-
-
-def test_sampling_filters_leave_greedy_decoding_alone():
-    greedy, sampled = settings_at((0, 0.7), top_p=0.9, top_k=5)
-    assert (greedy.top_p, greedy.top_k, sampled.top_p, sampled.top_k) == (1.0, 0, 0.9, 5)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
+from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids, settings_at
 from tests.data.small import make_target
 
 # What a model could be published with, and what would change its text if it leaked.
@@ -142,3 +142,23 @@ def test_a_generation_config_that_a_setting_cannot_express_is_refused():
         DecodingSetting.from_generation_config(GenerationConfig(do_sample=True, min_p=0.1))
     with pytest.raises(ValueError, match="num_beams=4"):
         DecodingSetting.from_generation_config(GenerationConfig(num_beams=4))
+
+
+def test_sampling_filters_leave_greedy_decoding_alone():
+    greedy, sampled = settings_at((0, 0.7), top_p=0.9, top_k=5)
+    assert (greedy.top_p, greedy.top_k, sampled.top_p, sampled.top_k) == (1.0, 0, 0.9, 5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words", "suffix"),
+    [
+        (DecodingSetting(), "greedy", "_t0"),
+        (DecodingSetting(repetition_penalty=1.1), "greedy, repetition penalty 1.1", "_t0_r1.1"),
+        (DecodingSetting(0.7, top_p=0.95), "temperature 0.7, top-p 0.95", "_t0.7_p0.95"),
+        (DecodingSetting(1.0, top_k=50), "temperature 1, top-k 50", "_t1_k50"),
+    ],
+)
+def test_a_setting_in_words_and_in_names_of_metrics(setting, words, suffix):
+    """Two settings that read alike, in a table or in a log."""
+    assert str(setting) == words
+    assert setting.log_suffix == suffix

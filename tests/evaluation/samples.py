@@ -1,6 +1,7 @@
 """A small report, complete but for what needs a machine, for tests that only read one."""
 
 from hf_draftkd.acceptance import Estimate
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.report import (
     AssistedResult,
     DraftResult,
@@ -34,10 +35,7 @@ def setting(rate=0.7, temperature=0.0, **more):
     """Figures of a draft whose tokens are accepted independently with `rate`."""
     efficiency = {length: sum(rate**power for power in range(length + 1)) for length in LENGTHS}
     return SettingResult(
-        temperature=temperature,
-        top_p=1.0,
-        top_k=0,
-        repetition_penalty=1.0,
+        decoding=DecodingSetting(temperature),
         verification="exact_match" if temperature == 0 else "rejection_sampling",
         num_texts=40,
         num_tokens=2000,
@@ -97,9 +95,7 @@ def report():
         baseline=stock,
         paired_difference=[
             PairedDifference(
-                temperature=temperature,
-                top_p=1.0,
-                top_k=0,
+                decoding=DecodingSetting(temperature),
                 verification="exact_match" if temperature == 0 else "rejection_sampling",
                 acceptance_rate=Estimate(0.3, 0.25, 0.35),
                 block_efficiency={length: Estimate(0.8, 0.6, 1.0) for length in LENGTHS},
@@ -110,10 +106,7 @@ def report():
         groups={"maths": [setting(0.8)], "prose": [setting(0.5)]},
         lossy=[
             LossyPoint(
-                temperature=1.0,
-                top_p=1.0,
-                top_k=0,
-                repetition_penalty=1.0,
+                decoding=DecodingSetting(1.0),
                 form=form,
                 lenience=lenience,
                 acceptance_rate=Estimate(1 - 0.4 * lenience, 0.5, 0.9),

@@ -50,7 +50,7 @@ def measured():
 def test_the_report_is_complete_and_survives_its_own_json(measured):
     report, (draft, target), _ = measured
     assert SpeculationReport.from_json(report.to_json()) == report
-    assert [setting.temperature for setting in report.settings] == [0, 1]
+    assert [setting.decoding.temperature for setting in report.settings] == [0, 1]
     assert [setting.verification for setting in report.settings] == ["exact_match", "rejection_sampling"]
     assert report.prompts.count == len(PROMPTS)
     assert report.draft.num_parameters == draft.num_parameters()
@@ -107,7 +107,7 @@ def test_the_self_check_agrees(measured):
     report, _, _ = measured
     assert report.self_check.equal
     assert report.self_check.prompts == 2
-    greedy = [entry for entry in report.self_check.comparisons if entry.temperature == 0]
+    greedy = [entry for entry in report.self_check.comparisons if entry.decoding.temperature == 0]
     assert [entry.num_assistant_tokens for entry in greedy] == [1, 3, 5]
     assert all(entry.computed.value == entry.counted.value for entry in greedy)
 
@@ -132,7 +132,7 @@ def test_a_self_draft_is_exact_and_not_worth_it():
     report = evaluate_draft(target, target, tiny_tokenizer(), PROMPTS[:4], max_new_tokens=16, num_speed_prompts=3)
     for setting in report.settings:
         assert setting.acceptance_rate.value == 1
-        assert setting.repetition_penalty == 1.2
+        assert setting.decoding.repetition_penalty == 1.2
         assert not setting.recommendation.worth_it
     assert not report.recommendation.worth_it
     assert report.recommendation.reason.startswith("Not worth it")
@@ -161,7 +161,7 @@ def test_recorded_answers_give_what_fresh_ones_give(pair):
     rows = generate_alignment_data(target, tokenizer, PROMPTS[:6], max_new_tokens=16, temperatures=(0.0, 1.0))
     recorded = evaluate_draft(draft, target, tokenizer, dataset=rows, **QUICK)
     one = evaluate_draft(draft, target, tokenizer, dataset=rows, temperatures=[1.0], **QUICK)
-    assert [setting.temperature for setting in recorded.settings] == [0, 1]
+    assert [setting.decoding.temperature for setting in recorded.settings] == [0, 1]
     assert one.settings == [recorded.settings[1]]
     fresh = evaluate_draft(draft, target, tokenizer, PROMPTS[:6], temperatures=[0.0], **QUICK)
     assert fresh.settings[0].block_efficiency == recorded.settings[0].block_efficiency
@@ -191,7 +191,7 @@ def test_text_recorded_under_a_wrong_setting_gives_no_block_efficiency(pair):
     rows = rows.remove_columns("temperature").add_column("temperature", [0.0] * len(rows))
     report = evaluate_draft(draft, target, tiny_tokenizer(), dataset=rows, **QUICK)
     (setting,) = report.settings
-    assert setting.temperature == 0
+    assert setting.decoding.temperature == 0
     assert setting.block_efficiency is None
     assert setting.mbsu is None
     assert setting.acceptance_rate.value > 0
@@ -251,7 +251,7 @@ def test_other_text_gives_acceptance_alone(pair, kind):
         dataset = generate_alignment_data(target, tokenizer, PROMPTS[:3], max_new_tokens=8, temperatures=(0.0,))
         dataset = dataset.map(lambda row: {"ids_source": "retokenized"})
     report = evaluate_draft(draft, target, tokenizer, dataset=dataset, **QUICK)
-    assert [setting.temperature for setting in report.settings] == [0, 1]
+    assert [setting.decoding.temperature for setting in report.settings] == [0, 1]
     assert all(setting.block_efficiency is None for setting in report.settings)
     assert all(0 < setting.acceptance_rate.value < 1 for setting in report.settings[1:])
     assert any("only acceptance rates are given" in text for text in report.warnings)

@@ -10,7 +10,7 @@ from tests.evaluation.samples import LENGTHS, assisted, latency, setting
 
 def test_a_cheap_good_draft_is_worth_it():
     """With step times 10 and 1 ms and verification in 11 ms: best γ by trying all, the definition of the speed-up."""
-    found = recommend(setting(0.7), latency(), "greedy")
+    found = recommend(setting(0.7), latency())
     speedups = {length: sum(0.7**power for power in range(length + 1)) * 10 / (length * 1 + 11) for length in LENGTHS}
     best = max(speedups, key=speedups.get)
     assert found.worth_it
@@ -21,7 +21,7 @@ def test_a_cheap_good_draft_is_worth_it():
 
 
 def test_a_slow_draft_is_not_worth_it_and_the_sentence_says_why():
-    found = recommend(setting(0.7), latency(draft=9e-3), "greedy")
+    found = recommend(setting(0.7), latency(draft=9e-3))
     assert not found.worth_it
     assert found.predicted_speedup < 1
     assert "Not worth it" in found.reason
@@ -30,7 +30,7 @@ def test_a_slow_draft_is_not_worth_it_and_the_sentence_says_why():
 
 
 def test_where_nothing_could_ever_pay_no_break_even_is_named():
-    found = recommend(setting(1.0), latency(draft=11e-3), "greedy")
+    found = recommend(setting(1.0), latency(draft=11e-3))
     assert not found.worth_it
     assert found.break_even_acceptance_rate is None
     assert "no acceptance rate would make up for that" in found.reason
@@ -39,13 +39,13 @@ def test_where_nothing_could_ever_pay_no_break_even_is_named():
 def test_the_overhead_of_generate_counts():
     """A draft that pays in forward passes alone, and not once `generate`'s own time is added to every draft step."""
     overhead = GenerateOverhead(plain_step_seconds=0.0, draft_step_seconds=8e-3, block_seconds=2e-3)
-    assert recommend(setting(0.7), latency(), "greedy").worth_it
-    assert not recommend(setting(0.7), latency(overhead=overhead), "greedy").worth_it
+    assert recommend(setting(0.7), latency()).worth_it
+    assert not recommend(setting(0.7), latency(overhead=overhead)).worth_it
 
 
 @pytest.mark.parametrize(("speedup", "worth_it"), [(1.4, True), (0.9, False)])
 def test_what_was_measured_overrules_what_was_predicted(speedup, worth_it):
-    found = recommend(setting(0.7, assisted=assisted(speedup)), latency(), "greedy")
+    found = recommend(setting(0.7, assisted=assisted(speedup)), latency())
     assert found.worth_it == worth_it
     assert f"Measured with 4 draft tokens: {speedup:.2f} times" in found.reason
 
@@ -54,13 +54,13 @@ def test_what_was_measured_overrules_what_was_predicted(speedup, worth_it):
 def test_an_interval_around_one_is_said_to_decide_nothing(low, high, open_question):
     timed = assisted(1.1)
     timed.speedup = Estimate(1.1, low, high)
-    found = recommend(setting(0.7, assisted=timed), latency(), "greedy")
+    found = recommend(setting(0.7, assisted=timed), latency())
     assert ("A gain and a loss both lie within this interval" in found.reason) == open_question
 
 
 def test_a_measured_loss_is_not_put_down_to_the_prediction():
     """Catches "even the best draft length is predicted to reach 1.85 times", given as the reason against."""
-    reason = recommend(setting(0.7, assisted=assisted(0.9)), latency(), "greedy").reason
+    reason = recommend(setting(0.7, assisted=assisted(0.9)), latency()).reason
     assert reason.startswith("Not worth it for greedy: 1.85 times the plain speed was predicted")
     assert "real decoding did not gain" in reason
     assert "break even" not in reason
@@ -70,13 +70,13 @@ def test_a_measured_loss_is_not_put_down_to_the_prediction():
 def test_another_draft_lengths_loss_does_not_decide(measured):
     """Catches a draft condemned at its best length because a user had it timed at one that is far too long."""
     timed = setting(0.7, assisted=assisted(measured, num_assistant_tokens=16))
-    timed.recommendation = recommend(timed, latency(), "greedy")
-    for found in (timed.recommendation, recommend_overall([timed], ["greedy"], latency())):
+    timed.recommendation = recommend(timed, latency())
+    for found in (timed.recommendation, recommend_overall([timed], latency())):
         assert found.worth_it
         assert found.num_assistant_tokens == 4
         assert f"Measured with 16 draft tokens: {measured:.2f} times" in found.reason
     slow = setting(0.7, assisted=assisted(measured, num_assistant_tokens=16))
-    assert recommend(slow, latency(draft=9e-3), "greedy").worth_it == (measured > 1)
+    assert recommend(slow, latency(draft=9e-3)).worth_it == (measured > 1)
 
 
 @pytest.mark.parametrize(("bounds", "is_sure"), [((1.2, 1.6), True), ((0.9, 1.6), False), ((None, None), False)])
@@ -85,8 +85,8 @@ def test_the_overall_verdict_says_what_is_not_decided(bounds, is_sure):
     settings = [setting(0.7, temperature, assisted=assisted(1.4)) for temperature in (0.0, 1.0)]
     settings[1].assisted.speedup = Estimate(1.4, *bounds)
     for entry in settings:
-        entry.recommendation = recommend(entry, latency(), "it")
-    found = recommend_overall(settings, ["greedy", "temperature 1"], latency())
+        entry.recommendation = recommend(entry, latency())
+    found = recommend_overall(settings, latency())
     assert found.worth_it
     assert ("More prompts would be needed to be sure for temperature 1." in found.reason) != is_sure
     assert ("more prompts would decide" in settings[1].recommendation.reason) != is_sure
@@ -96,11 +96,11 @@ def test_the_setting_that_gains_least_decides():
     """One draft length is stored for all settings: it must not ruin the weaker one."""
     settings = [setting(0.95), setting(0.2, 1.0)]
     times = latency(draft=2e-3)
-    for entry, name in zip(settings, ("greedy", "temperature 1"), strict=True):
-        entry.recommendation = recommend(entry, times, name)
+    for entry in settings:
+        entry.recommendation = recommend(entry, times)
     assert settings[0].recommendation.worth_it
     assert not settings[1].recommendation.worth_it
-    overall = recommend_overall(settings, ["greedy", "temperature 1"], times)
+    overall = recommend_overall(settings, times)
     assert overall.num_assistant_tokens == overall_draft_length(settings, times)
     assert overall.num_assistant_tokens < settings[0].recommendation.num_assistant_tokens
     assert not overall.worth_it
@@ -111,8 +111,8 @@ def test_other_engines_rules_do_not_decide_for_transformers():
     settings = [setting(0.8, 1.0), setting(0.1, 1.0)]
     settings[1].verification = "greedy_draft"
     for entry in settings:
-        entry.recommendation = recommend(entry, latency(), "temperature 1")
-    overall = recommend_overall(settings, ["temperature 1", "temperature 1, greedy draft"], latency())
+        entry.recommendation = recommend(entry, latency())
+    overall = recommend_overall(settings, latency())
     assert overall.worth_it
     assert overall.num_assistant_tokens == settings[0].recommendation.num_assistant_tokens
 
@@ -120,5 +120,5 @@ def test_other_engines_rules_do_not_decide_for_transformers():
 def test_without_block_efficiency_nothing_is_recommended():
     bare = setting(0.7)
     bare.block_efficiency = None
-    assert recommend(bare, latency(), "greedy") is None
-    assert recommend_overall([bare], ["greedy"], latency()) is None
+    assert recommend(bare, latency()) is None
+    assert recommend_overall([bare], latency()) is None

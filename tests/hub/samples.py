@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 
 TARGET = "org/target-7b"
@@ -13,12 +14,13 @@ def estimate(value: float, spread: float) -> dict[str, float]:
     return {"value": value, "low": round(value - spread, 4), "high": round(value + spread, 4)}
 
 
+def decoding(temperature: float = 0.0, **more: Any) -> dict[str, Any]:
+    return DecodingSetting(temperature, **more).to_dict()
+
+
 def setting(temperature: float, verification: str, alpha: float, tau: float, **more: Any) -> dict[str, Any]:
     return {
-        "temperature": temperature,
-        "top_p": 1.0,
-        "top_k": 0,
-        "repetition_penalty": 1.0,
+        "decoding": decoding(temperature),
         "verification": verification,
         "num_texts": 64,
         "num_tokens": 4096,
@@ -89,17 +91,13 @@ _REPORT = {
     },
     "paired_difference": [
         {
-            "temperature": 0.0,
-            "top_p": 1.0,
-            "top_k": 0,
+            "decoding": decoding(0.0),
             "verification": "greedy_draft",
             "acceptance_rate": estimate(0.21, 0.01),
             "block_efficiency": {"5": estimate(0.6, 0.05)},
         },
         {
-            "temperature": 1.0,
-            "top_p": 1.0,
-            "top_k": 0,
+            "decoding": decoding(1.0),
             "verification": "rejection_sampling",
             "acceptance_rate": estimate(0.17, 0.01),
             "block_efficiency": {"5": estimate(0.5, 0.05)},
@@ -128,7 +126,7 @@ def training(**changes: Any) -> TrainingSummary:
         "scenarios": ["queries"],
         "num_rows": 2000,
         "num_tokens": 250_000,
-        "sampling": [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.95}],
+        "sampling": [DecodingSetting(), DecodingSetting(1.0, top_p=0.95)],
         "num_steps": 500,
         "hyperparameters": {"learning_rate": 5e-4, "max_length": 2048},
     }

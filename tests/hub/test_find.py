@@ -69,9 +69,14 @@ def test_best_first_with_everything_recorded(hub: FakeHub, target_sha: str):
 def test_settings_that_differ_in_one_value_stay_apart(hub: FakeHub, target_sha: str):
     """Catches figures with a repetition penalty that overwrite those without, and lists that name no such value."""
     report = about(target_sha, alpha=0.4, tau=1.6)
-    sampled = {"temperature": 1.0}
-    for change in ({"repetition_penalty": 1.2}, sampled, sampled | {"top_p": 0.9}, sampled | {"top_k": 5}):
-        report["settings"].append(samples.setting(0.0, "greedy_draft", 0.7, 2.0) | change)
+    for temperature, change in (
+        (0.0, {"repetition_penalty": 1.2}),
+        (1.0, {}),
+        (1.0, {"top_p": 0.9}),
+        (1.0, {"top_k": 5}),
+    ):
+        entry = samples.setting(temperature, "greedy_draft", 0.7, 2.0)
+        report["settings"].append(entry | {"decoding": samples.decoding(temperature, **change)})
     report["groups"] = {"maths": [samples.setting(0.0, "greedy_draft", 0.7, 2.0, num_texts=9)], "law": []}
     add_draft(hub, "a/draft", report)
     (found,) = find_drafts(TARGET)

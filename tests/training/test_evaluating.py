@@ -14,7 +14,6 @@ from hf_draftkd.data.collator import DraftDistillCollator, rows_by_setting
 from hf_draftkd.data.target_cache import cache_target_distributions
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import scanning
-from hf_draftkd.training.evaluation_sums import setting_suffix
 from tests.tiny import tiny_llama, tiny_pair
 from tests.training.rows import alignment_rows
 from tests.training.trainers import build
@@ -137,17 +136,6 @@ def test_rows_of_others_leave_the_figures_of_a_setting_alone(tmp_path, pair, tok
     alone = build(tmp_path, pair, tokenizer, eval_rows=rows).evaluate()
     assert "eval_block_efficiency" not in found
     assert found["eval_block_efficiency_t0"] == alone["eval_block_efficiency"]
-
-
-def test_settings_have_different_names():
-    settings = [
-        DecodingSetting(0),
-        DecodingSetting(0, repetition_penalty=1.1),
-        DecodingSetting(0.7),
-        DecodingSetting(0.7, top_p=0.95),
-        DecodingSetting(0.7, top_k=50),
-    ]
-    assert [setting_suffix(each) for each in settings] == ["_t0", "_t0_r1.1", "_t0.7", "_t0.7_p0.95", "_t0.7_k50"]
 
 
 def test_a_recorded_setting_survives_the_precision_of_the_batch():
