@@ -12,8 +12,9 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation import measurement
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.models.identity import weights_checksum
+from hf_draftkd.models.identity import remember_checkpoint, weights_checksum
 from hf_draftkd.models.loading import load_draft
+from hf_draftkd.models.resolve import Checkpoint
 from tests.tiny import TEXT, tiny_llama, tiny_pair, tiny_tokenizer
 
 PROMPTS = [f"{text[: 15 + number]} {number}" for number in range(4) for text in TEXT]
@@ -199,13 +200,13 @@ def test_text_recorded_under_a_wrong_setting_gives_no_block_efficiency(pair):
 
 
 @pytest.mark.parametrize("column", ["target", "target_revision"])
-def test_rows_of_several_authors_give_no_block_efficiency(pair, monkeypatch, column):
+def test_rows_of_several_authors_give_no_block_efficiency(pair, column):
     """Catches data put together from two targets, judged by the author of its first row: any sampled token is
     plausible, so nothing else tells.
     """
     draft, target = pair
     target.config.name_or_path = target.name_or_path = "org/target"
-    monkeypatch.setattr(target, "_draftkd_revision", "a" * 40, raising=False)
+    remember_checkpoint(target, Checkpoint("org/target", "a" * 40, frozenset(), is_local=False))
     rows = generate_alignment_data(target, tiny_tokenizer(), PROMPTS[:6], max_new_tokens=8, temperatures=(1.0,))
     own = evaluate_draft(draft, target, tiny_tokenizer(), dataset=rows, **QUICK)
     assert own.settings[0].block_efficiency
