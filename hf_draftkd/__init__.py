@@ -16,6 +16,7 @@ _HOMES = {
     "AcceptanceCallback": "hf_draftkd.training.callbacks",
     "OnlineDistillConfig": "hf_draftkd.online.config",
     "OnlineDraftDistiller": "hf_draftkd.online.distiller",
+    "SpeculativeDecoding": "hf_draftkd.decoding.speculative",
     "build_draft": "hf_draftkd.models.building",
     "extract_text_model": "hf_draftkd.models.text_model",
     "align_vocabulary": "hf_draftkd.models.pairing",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from hf_draftkd.data.prompts import load_prompts as load_prompts
     from hf_draftkd.data.synthesis import synthesize_prompts as synthesize_prompts
     from hf_draftkd.data.target_cache import cache_target_distributions as cache_target_distributions
+    from hf_draftkd.decoding.speculative import SpeculativeDecoding as SpeculativeDecoding
     from hf_draftkd.evaluation.assisted import count_acceptance as count_acceptance
     from hf_draftkd.evaluation.evaluate import evaluate_draft as evaluate_draft
     from hf_draftkd.evaluation.report import SpeculationReport as SpeculationReport

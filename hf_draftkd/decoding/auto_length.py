@@ -1,0 +1,121 @@
+"""How many tokens to draft in the next round: a fixed number, or the one that pays best so far."""
+
+from collections import defaultdict, deque
+from collections.abc import Callable
+from statistics import median
+from typing import Protocol
+
+
+class DraftLength(Protocol):
+    """Says how many tokens to draft, and is told what came of it."""
+
+    longest: int
+    """No round drafts more."""
+
+    def choose(self, num_texts: int) -> int:
+        """Tokens to draft in a round for so many texts; 0 is plain decoding."""
+
+    def record(self, num_texts: int, num_drafted: int, accepted: list[int], seconds: float | None) -> None:
+        """Take note of a round: tokens accepted in each text, and its wall-clock where that is typical."""
+
+
+class FixedLength:
+    """The same γ in every round."""
+
+    def __init__(self, num_assistant_tokens: int) -> None:
+        self.longest = num_assistant_tokens
+
+    def choose(self, num_texts: int) -> int:
+        return self.longest
+
+    def record(self, num_texts: int, num_drafted: int, accepted: list[int], seconds: float | None) -> None:
+        pass
+
+
+# Rounds between two looks at what was not chosen: plain decoding while drafting pays, drafting while it does not.
+_LOOK_AT_PLAIN = 64
+_FIRST_LOOK_AT_DRAFT = 16
+_LAST_LOOK_AT_DRAFT = 1024
+# How much of the acceptance seen so far still counts a round later: half of it after 23 rounds.
+_MEMORY = 0.97
+# Drafting must promise this much more than plain decoding, since both are measured with noise.
+_MARGIN = 1.02
+
+
+class AutoLength:
+    """The γ that brings most tokens per second, by acceptance so far and the measured time of a round.
+
+    A round with γ drafted tokens brings 1 + α + ... + α^γ tokens a text, α being the chance that a drafted token is
+    accepted if those before it were, and takes T(γ) seconds. T is measured for each number of texts (in powers of
+    two): a few rounds at three lengths, and a straight line between and beyond them. γ = 0 is plain decoding. What is
+    learnt is kept from call to call.
+
+    Args:
+        start: γ to begin with.
+        longest: Largest γ to consider.
+    """
+
+    def __init__(self, start: int = 4, longest: int = 16) -> None:
+        self.longest = longest
+        self._trials = (start, 0, max(1, start // 2))
+        self._accepted, self._rejected = 3.0, 2.0
+        self._seconds: dict[int, dict[int, deque[float]]] = defaultdict(
+            lambda: defaultdict(lambda: deque[float](maxlen=9))
+        )
+        self._rounds_until_look: dict[int, int] = defaultdict(lambda: _LOOK_AT_PLAIN)
+        self._patience: dict[int, int] = defaultdict(lambda: _FIRST_LOOK_AT_DRAFT)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """α: accepted tokens ÷ tokens that were accepted or rejected, of late."""
+        return self._accepted / (self._accepted + self._rejected)
+
+    def choose(self, num_texts: int) -> int:
+        group = num_texts.bit_length()
+        seconds = self._seconds[group]
+        for length in self._trials:
+            if len(seconds[length]) < 2:
+                return length
+        best = self._best(group)
+        self._rounds_until_look[group] -= 1
+        if self._rounds_until_look[group] > 0:
+            return best
+        if best > 0:
+            self._rounds_until_look[group], self._patience[group] = _LOOK_AT_PLAIN, _FIRST_LOOK_AT_DRAFT
+            return 0
+        # Each look at a draft that does not pay costs a little: look ever more rarely.
+        self._rounds_until_look[group] = self._patience[group]
+        self._patience[group] = min(2 * self._patience[group], _LAST_LOOK_AT_DRAFT)
+        return self._trials[2]
+
+    def record(self, num_texts: int, num_drafted: int, accepted: list[int], seconds: float | None) -> None:
+        if seconds is not None:
+            self._seconds[num_texts.bit_length()][num_drafted].append(seconds)
+        if num_drafted and accepted:
+            self._accepted = _MEMORY * self._accepted + sum(accepted) / len(accepted)
+            self._rejected = _MEMORY * self._rejected + sum(n < num_drafted for n in accepted) / len(accepted)
+
+    def predicted_seconds(self, num_texts: int, num_drafted: int) -> float:
+        """T(γ) by the line through the rounds measured so far; plain decoding is what it was measured to be."""
+        return self._line(num_texts.bit_length())(num_drafted)
+
+    def _best(self, group: int) -> int:
+        alpha, line = self.acceptance_rate, self._line(group)
+        # Not far beyond what was measured: the next rounds will have measured it.
+        measured = max(length for length, times in self._seconds[group].items() if times)
+        tokens, power, best, best_rate = 1.0, 1.0, 0, _MARGIN / line(0)
+        for length in range(1, min(self.longest, 2 * measured) + 1):
+            power *= alpha
+            tokens += power
+            if tokens / line(length) > best_rate:
+                best, best_rate = length, tokens / line(length)
+        return best
+
+    def _line(self, group: int) -> Callable[[int], float]:
+        points = [(length, median(times)) for length, times in self._seconds[group].items() if times]
+        plain = next(seconds for length, seconds in points if length == 0)
+        mean_x = sum(x for x, _ in points) / len(points)
+        mean_y = sum(y for _, y in points) / len(points)
+        spread = sum((x - mean_x) ** 2 for x, _ in points)
+        slope = max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in points) / spread)
+        return lambda length: plain if length == 0 else max(plain, mean_y + slope * (length - mean_x))

@@ -1,0 +1,148 @@
+"""What the draft proposes: one token at a time, from its own cache."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_draftkd.decoding.caches import CachedModel
+from hf_draftkd.decoding.processing import Processing
+from hf_draftkd.decoding.texts import Piece, Texts
+
+
+class Proposal(NamedTuple):
+    """Drafted tokens, one row for each text that is still being written."""
+
+    tokens: Tensor
+    """[A, γ] ids; they also stand behind the texts' ends."""
+    q: Tensor | None
+    """[A, γ, V]: the distributions they were drawn from. None where only the tokens are needed."""
+
+
+class Proposable:
+    """The ids that a draft may propose, and how its logits become logits over all ids.
+
+    Args:
+        draft: The draft.
+        draft_vocabulary: Ids [N] that its sliced head gives; None: it gives all.
+        suppressed: Ids that are not tokens, such as padded rows of the draft.
+    """
+
+    def __init__(self, draft: PreTrainedModel, draft_vocabulary: list[int] | None, suppressed: list[int]) -> None:
+        self.vocab_size = draft.config.get_text_config().vocab_size
+        self.ids = None if draft_vocabulary is None else torch.tensor(draft_vocabulary, device=draft.device)
+        self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=draft.device) if suppressed else None
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """[A] ids with the largest of the head's logits [A, N]."""
+        if self.suppressed is not None and self.ids is None:
+            logits = logits.index_fill(-1, self.suppressed, -torch.inf)
+        tokens = logits.argmax(-1)
+        return tokens if self.ids is None else self.ids[tokens]
+
+    def full(self, logits: Tensor) -> Tensor:
+        """Logits [A, N] of the head over all ids, [A, V]: −inf for what is not proposed."""
+        if self.ids is not None:
+            wide = logits.new_full((len(logits), self.vocab_size), -torch.inf)
+            return wide.index_copy_(1, self.ids, logits)
+        if self.suppressed is not None:
+            return logits.index_fill(-1, self.suppressed, -torch.inf)
+        return logits
+
+
+class OneByOne:
+    """Proposes γ tokens with γ steps of the draft.
+
+    Args:
+        draft: The draft with its cache.
+        proposable: The ids it may propose.
+        processing: Turns logits into scores.
+        samples: Tokens are drawn from q; otherwise the likeliest is taken.
+        needs_q: Whether verification looks at q.
+        width: Columns of the first step, where shapes must not change; None: as many as are unread.
+    """
+
+    def __init__(
+        self,
+        draft: CachedModel,
+        proposable: Proposable,
+        processing: Processing,
+        *,
+        samples: bool,
+        needs_q: bool,
+        width: int | None = None,
+    ) -> None:
+        self.draft, self._proposable, self._processing = draft, proposable, processing
+        self._samples, self._needs_q, self._width = samples, needs_q, width
+        self._takes_likeliest = processing.is_identity and not needs_q
+
+    def __call__(self, texts: Texts, num_tokens: int) -> Proposal:
+        """Propose `num_tokens` for every unfinished text, and put them behind the texts' ends."""
+        if num_tokens == 0:
+            return Proposal(texts.ids.new_empty(len(texts.rows), 0), None)
+        span = texts.piece(self.draft.read, num_tokens - 1, self._width)
+        start = span.ids.shape[1] - (num_tokens - 1)
+        piece = span.part(slice(0, start))
+        tokens, distributions = [], []
+        for k in range(num_tokens):
+            token, q = self._choose(self.draft(piece, num_logits=1), k)
+            tokens.append(token)
+            distributions.append(q)
+            if self._processing.looks_back:
+                texts.write(token, offset=k)
+            piece = Piece(token, span.positions[:, start + k : start + k + 1], None)
+        self.draft.read = [texts.lengths[row] + num_tokens - 1 for row in texts.rows]
+        drafted = torch.cat(tokens, 1)
+        texts.write(drafted, offset=0)
+        return Proposal(drafted, torch.cat(distributions, 1) if self._needs_q else None)
+
+    def _choose(self, logits: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """Token [A, 1] from the head's logits [A, 1, N], and q [A, 1, V], which is meaningless where none is needed."""
+        if self._takes_likeliest:
+            token = self._proposable.likeliest(logits[:, 0])
+            return token[:, None], logits
+        scores = self._processing(self._proposable.full(logits[:, 0])[:, None], offset)
+        q = scores.softmax(-1)
+        if self._samples:
+            return torch.multinomial(q[:, 0], 1), q
+        return scores.argmax(-1), q
+
+
+def checked_vocabulary(ids: list[int], suppressed: list[int], draft: PreTrainedModel) -> list[int]:
+    """The ids in order, without those that are not tokens.
+
+    Raises:
+        ValueError: One of them is not an id of the draft, or none is left.
+    """
+    size = draft.config.get_text_config().vocab_size
+    wrong = [each for each in ids if type(each) is not int or not 0 <= each < size]
+    if wrong or not ids:
+        raise ValueError(
+            f"`draft_vocabulary` must be ids of the draft's vocabulary (0 to {size - 1}), got {wrong[:3] or 'none'}."
+        )
+    return sorted(set(ids) - set(suppressed))
+
+
+def with_sliced_head(draft: PreTrainedModel, ids: list[int]) -> PreTrainedModel:
+    """A twin of the draft whose head gives the logits of `ids` only, in their order; everything else is shared.
+
+    Raises:
+        ValueError: The head is not a plain linear layer directly below the model.
+    """
+    head = draft.get_output_embeddings()
+    name = next((name for name, module in draft.named_children() if module is head), None)
+    if name is None or type(head) is not nn.Linear:
+        raise ValueError(
+            f"`draft_vocabulary` needs a draft whose head is a linear layer of its own, but {type(draft).__name__} has "
+            f"{type(head).__name__}. Leave `draft_vocabulary` out."
+        )
+    rows = torch.tensor(ids, device=head.weight.device)
+    sliced = nn.Linear(head.in_features, len(ids), bias=head.bias is not None, device="meta")
+    sliced.weight = nn.Parameter(head.weight.detach()[rows], requires_grad=False)
+    if head.bias is not None:
+        sliced.bias = nn.Parameter(head.bias.detach()[rows], requires_grad=False)
+    twin = copy.copy(draft)
+    twin._modules = {**draft._modules, name: sliced}
+    return twin

@@ -1,0 +1,311 @@
+"""Speculative decoding as a callable for `generate(custom_generate=...)`: transformers prepares, this decodes.
+
+    decoding = SpeculativeDecoding(draft)
+    target.generate(**inputs, custom_generate=decoding, max_new_tokens=256)
+    decoding.counts.mean_acceptance_length
+
+A round: the draft proposes γ tokens for every text, the target reads them in one pass and keeps the first n of them,
+then adds one token of its own. The host reads once a round what came out.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StaticCache,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
+
+from hf_draftkd.acceptance import LENIENCE_FORMS, AcceptanceCounts
+from hf_draftkd.decoding.auto_length import AutoLength, DraftLength, FixedLength
+from hf_draftkd.decoding.caches import CachedModel, can_have_holes, give_room
+from hf_draftkd.decoding.drafting import OneByOne, Proposable, Proposal, checked_vocabulary, with_sliced_head
+from hf_draftkd.decoding.outputs import Outputs
+from hf_draftkd.decoding.processing import Processing
+from hf_draftkd.decoding.requests import check_cache, check_models, check_request, dropped_by_generate
+from hf_draftkd.decoding.stopping import Stopping
+from hf_draftkd.decoding.texts import Texts
+from hf_draftkd.decoding.verification import verify_greedy, verify_greedy_ensemble, verify_sampled
+from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.models.loading import load_tokenizer, require_loaded
+from hf_draftkd.models.pairing import check_tokenizers
+from hf_draftkd.utils.checks import in_range, one_of, whole_number
+
+OnRound = Callable[[int, int, int], None]
+"""Drafted, accepted and new tokens of one text in one round."""
+
+_LISTENERS: WeakKeyDictionary[PreTrainedModel, list[OnRound]] = WeakKeyDictionary()
+
+
+class SpeculativeDecoding:
+    """Decodes with the help of a draft: `target.generate(**inputs, custom_generate=SpeculativeDecoding(draft))`.
+
+    Greedy decoding writes the target's own text; sampling draws from the target's own distribution, whatever
+    processors are set: both models' logits are processed once, by the same list, each position with its own prefix.
+    Batches (left-padded, or `num_return_sequences`) work: every row accepts its own number of tokens and ends by
+    itself. The result is that of `generate`: a tensor, or a dictionary with `scores` and `logits` where asked for; in
+    a batch they are zero behind a row's end, and `past_key_values` is None, since the rows' caches have holes.
+
+    transformers 5.23 hands neither `assistant_model=` nor `streamer=` of a `generate` call on to a callable. They are
+    read from the running call all the same: a streamer is used, and an `assistant_model` other than this draft is an
+    error. `stop_strings=` needs `tokenizer=` here, since `generate` drops its own.
+
+    Args:
+        draft_model: A small causal LM with the target's vocabulary, on the target's device.
+        num_assistant_tokens: γ, tokens to draft a round; "auto" chooses while decoding, down to plain decoding where
+            drafting does not pay. None: what the draft's generation config records, otherwise "auto". (Its
+            `assistant_confidence_threshold` and schedule are of transformers' loop and do not matter.)
+        draft_vocabulary: Ids that the draft may propose: its head is sliced to them. None: the `draft_vocabulary` of
+            its generation config, otherwise all. The target's distribution is never restricted.
+        lenience: Below 1 decoding is lossy: ε in (0, 1], or the weight w of form "ensemble".
+        lenience_form: "linear", "square", "exponential" (arXiv 2310.08461) or "ensemble" (transformers'
+            `assistant_ensemble_weight`, which is honoured too). Greedy decoding knows "ensemble" only.
+        streamer: Receives the prompt and the tokens of a single text, a round at a time.
+        tokenizer: The target's; only `stop_strings` need it.
+        compile: Compile both models with static caches and fixed shapes. The first calls take minutes.
+
+    Attributes:
+        counts: What all calls so far drafted and accepted, one count a text and round.
+
+    Raises:
+        ValueError: An argument is out of range. A call of `generate` that cannot be honoured raises before decoding:
+            another tokenizer or vocabulary, an encoder-decoder or recurrent model, beams, right padding and so on.
+    """
+
+    def __init__(
+        self,
+        draft_model: PreTrainedModel,
+        num_assistant_tokens: int | str | None = None,
+        *,
+        draft_vocabulary: list[int] | None = None,
+        lenience: float = 1.0,
+        lenience_form: str = "exponential",
+        streamer: BaseStreamer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        compile: bool = False,
+    ) -> None:
+        require_loaded(draft_model)
+        self.draft_model = unwrapped(draft_model)
+        config = self.draft_model.generation_config
+        if num_assistant_tokens is None:
+            num_assistant_tokens = config.num_assistant_tokens or "auto"
+        if num_assistant_tokens != "auto":
+            num_assistant_tokens = whole_number("num_assistant_tokens", num_assistant_tokens)
+        self.length: DraftLength = (
+            AutoLength() if isinstance(num_assistant_tokens, str) else FixedLength(num_assistant_tokens)
+        )
+        self.lenience = in_range("lenience", lenience, 0, 1, open_low=True)
+        self.lenience_form = one_of("form of lenience", lenience_form, LENIENCE_FORMS)
+        self.streamer, self.tokenizer, self.compile = streamer, tokenizer, compile
+        suppressed = list(config.suppress_tokens or ())
+        if draft_vocabulary is None:
+            draft_vocabulary = getattr(config, "draft_vocabulary", None)
+        self._proposing_model = self.draft_model
+        if draft_vocabulary is not None:
+            draft_vocabulary = checked_vocabulary(draft_vocabulary, suppressed, self.draft_model)
+            self._proposing_model = with_sliced_head(self.draft_model, draft_vocabulary)
+        self._proposable = Proposable(self.draft_model, draft_vocabulary, suppressed)
+        self.counts = AcceptanceCounts()
+        self._known_targets: WeakSet[PreTrainedModel] = WeakSet()
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        stop_strings: str | list[str] | None = None,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """What `generate` calls, with everything prepared; returns what `generate` returns."""
+        dropped = dropped_by_generate()
+        self._check_pair(model, dropped.get("assistant_model"))
+        is_synced = bool(dropped.get("synced_gpus"))
+        check_request(model, input_ids, logits_processor, generation_config, model_kwargs, is_synced)
+        read = check_cache(
+            model_kwargs.get("past_key_values"), generation_config, input_ids, model_kwargs.get("attention_mask")
+        )
+        lenience, form = self._lenience(generation_config)
+        if stop_strings is not None:
+            stopping_criteria.append(self._stop_strings(stop_strings))
+        # The prompt went to the streamer of `generate` already.
+        streamer = dropped.get("streamer") or self.streamer
+        if streamer is not None and len(input_ids) > 1:
+            raise ValueError(f"A streamer follows one text, but the batch has {len(input_ids)}. Leave it out.")
+        if streamer is not None and dropped.get("streamer") is None:
+            streamer.put(input_ids.cpu())
+
+        stopping = Stopping(stopping_criteria, generation_config.max_length)
+        texts = Texts(input_ids, model_kwargs.get("attention_mask"), stopping.max_length, spare=self.length.longest + 1)
+        is_greedy = not generation_config.do_sample
+        processing = Processing(logits_processor, texts, is_greedy=is_greedy)
+        target, draft = self._caches(model, model_kwargs["past_key_values"], texts, read)
+        propose = OneByOne(
+            draft, self._proposable, processing, samples=not is_greedy, needs_q=not is_greedy or lenience < 1
+        )
+
+        def verify(proposal: Proposal, scores: Tensor) -> Tensor:
+            if not is_greedy:
+                q = scores[:, :0] if proposal.q is None else proposal.q
+                return verify_sampled(proposal.tokens, scores, q, lenience=lenience, form=form)
+            if proposal.q is not None and lenience < 1:
+                return verify_greedy_ensemble(proposal.tokens, scores, proposal.q, lenience)
+            return verify_greedy(proposal.tokens, scores)
+
+        outputs = Outputs(generation_config, len(input_ids))
+        listeners = [self.counts.record, *_LISTENERS.get(model, ())]
+        _prefill(target, texts, generation_config)
+        started: float | None = None
+        while texts.rows:
+            num_texts = len(texts.rows)
+            num_drafted = min(self.length.choose(num_texts), texts.most_remaining() - 1)
+            proposal = propose(texts, num_drafted)
+            logits = target(texts.piece(target.read, num_drafted), num_logits=num_drafted + 1)
+            target.read = [texts.lengths[row] + num_drafted for row in texts.rows]
+            scores = processing(logits)
+            verdict = verify(proposal, scores)
+            texts.write(verdict[:, :-1], offset=0)
+
+            accepted, still_written = [], []
+            out_of_time = stopping.is_out_of_time(texts.ids)
+            for place, (*tokens, n) in enumerate(verdict.tolist()):  # the one transfer to the host
+                row = texts.rows[place]
+                kept, is_done = stopping.kept(texts, row, tokens[: n + 1])
+                outputs.add(row, scores[place, :kept], logits[place, :kept])
+                for listen in listeners:
+                    listen(num_drafted, min(n, kept), kept)
+                texts.lengths[row] += kept
+                if streamer is not None:
+                    streamer.put(torch.tensor([tokens[:kept]]))
+                if not (is_done or out_of_time):
+                    still_written.append(place)
+                    accepted.append(n)
+            now = perf_counter()
+            self.length.record(num_texts, num_drafted, accepted, None if started is None else now - started)
+            started = now
+            _next_round(texts, (target, draft), still_written, num_drafted)
+
+        if streamer is not None:
+            streamer.end()
+        sequences = texts.finished(_pad_id(generation_config))
+        return outputs.result(sequences, target.cache if texts.is_single else None)
+
+    def _check_pair(self, target: PreTrainedModel, assistant: PreTrainedModel | None) -> None:
+        if assistant is not None and unwrapped(assistant) is not self.draft_model:
+            raise ValueError(
+                "`assistant_model` was given to `generate` beside `custom_generate=SpeculativeDecoding(...)`, which "
+                "has another draft. Give one of them: `SpeculativeDecoding(assistant_model)` or `assistant_model=`."
+            )
+        check_models(self.draft_model, target)
+        if target in self._known_targets:
+            return
+        names = [model.name_or_path for model in (self.draft_model, target)]
+        if all(name and (Path(name) / "tokenizer_config.json").is_file() for name in names):
+            check_tokenizers(*map(load_tokenizer, names))
+        self._known_targets.add(target)
+
+    def _lenience(self, config: GenerationConfig) -> tuple[float, str]:
+        lenience, form = self.lenience, self.lenience_form
+        if config.assistant_ensemble_weight is not None:
+            if lenience < 1:
+                raise ValueError("Both `lenience` and `assistant_ensemble_weight` are set: give one of them.")
+            lenience, form = config.assistant_ensemble_weight, "ensemble"
+        if lenience < 1 and form != "ensemble" and not config.do_sample:
+            raise ValueError(
+                f'`lenience_form="{form}"` compares probabilities, which greedy decoding does not: sample '
+                '(`do_sample=True`), or use `lenience_form="ensemble"`.'
+            )
+        return lenience, form
+
+    def _stop_strings(self, stop_strings: str | list[str]) -> StopStringCriteria:
+        if self.tokenizer is None:
+            raise ValueError(
+                "`stop_strings` needs the target's tokenizer, which `generate` does not pass on: give it to "
+                "`SpeculativeDecoding(draft, tokenizer=tokenizer)`."
+            )
+        return StopStringCriteria(tokenizer=self.tokenizer, stop_strings=stop_strings)
+
+    def _caches(
+        self, target: PreTrainedModel, cache: DynamicCache | StaticCache, texts: Texts, read: int
+    ) -> tuple[CachedModel, CachedModel]:
+        draft_cache = DynamicCache(config=self.draft_model.config.get_text_config(decoder=True))
+        if not texts.is_single and isinstance(cache, StaticCache):
+            raise ValueError(
+                "A batch needs room for rejected tokens that a static cache of this length does not have. Use the "
+                "dynamic cache (leave out `cache_implementation`), or one prompt at a time."
+            )
+        for name, each in (("target", cache), ("draft", draft_cache)):
+            if any(each.is_linear):
+                raise ValueError(
+                    f"The {name} has linear attention, which cannot be rolled back. Decode without a draft."
+                )
+            if not texts.is_single and not can_have_holes(each):
+                raise ValueError(
+                    f"The {name} has layers with a sliding window, in which texts of a batch cannot advance by "
+                    "different numbers of tokens. Decode one prompt at a time."
+                )
+        if isinstance(cache, DynamicCache):
+            give_room(cache)
+        return (
+            CachedModel(target, cache, texts, read),
+            CachedModel(self._proposing_model, give_room(draft_cache), texts),
+        )
+
+
+@contextmanager
+def listening(target: PreTrainedModel, on_round: OnRound) -> Iterator[None]:
+    """Call `on_round(drafted, accepted, new)` for every text and round that a SpeculativeDecoding does on `target`."""
+    listeners = _LISTENERS.setdefault(target, [])
+    listeners.append(on_round)
+    try:
+        yield
+    finally:
+        listeners.remove(on_round)
+
+
+def _prefill(target: CachedModel, texts: Texts, config: GenerationConfig) -> None:
+    """Read a long prompt in chunks, where that is asked for; its last token is read with the first drafted ones."""
+    if config.prefill_chunk_size is None:
+        return
+    while target.read[0] < texts.prompt_length - 1:
+        piece = texts.piece(target.read)
+        width = min(config.prefill_chunk_size, piece.ids.shape[1] - 1)
+        target(piece.part(slice(0, width)), num_logits=1)
+        target.read = [seen + width for seen in target.read]
+
+
+def _next_round(texts: Texts, models: tuple[CachedModel, ...], still_written: list[int], num_drafted: int) -> None:
+    """Roll the caches back to the texts' last tokens, and let finished texts go."""
+    lengths = [texts.lengths[row] for row in texts.rows]
+    for model in models:
+        model.keep([length - 1 for length in lengths])
+    if texts.is_single:
+        texts.rows = texts.rows if still_written else []
+        return
+    if len(still_written) < len(texts.rows):
+        texts.rows = [texts.rows[place] for place in still_written]
+        if texts.rows:
+            for model in models:
+                model.keep_rows(still_written)
+    else:
+        for model in models:
+            model.squeeze_if_worthwhile(num_drafted + 1)
+
+
+def _pad_id(config: GenerationConfig) -> int:
+    pad = config._pad_token_tensor
+    return 0 if pad is None else int(pad)

@@ -1,0 +1,268 @@
+"""Speculative decoding writes what `generate` writes: one text or a batch, whatever ends or shapes a text."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StopStringCriteria,
+    TextStreamer,
+)
+
+from hf_draftkd import SpeculativeDecoding
+from hf_draftkd.decoding.caches import GrowingLayer
+from tests.tiny import ARCHITECTURES, tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+PROMPTS = tiny_prompts(TOKENIZER, 5)
+
+
+def padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    rows = [prompt[0].tolist() for prompt in prompts]
+    return dict(TOKENIZER.pad({"input_ids": rows}, padding_side="left", return_tensors="pt"))
+
+
+def check_equal(target: PreTrainedModel, draft: PreTrainedModel, gamma: Any = 4, **options: Any) -> SpeculativeDecoding:
+    """Greedy texts, one by one and as a batch, are those of `generate` without a draft."""
+    decoding = SpeculativeDecoding(draft, gamma)
+    options = {"max_new_tokens": 40, "do_sample": False} | options
+    for inputs in (*({"input_ids": prompt} for prompt in PROMPTS), padded(PROMPTS)):
+        plain = target.generate(**inputs, **options)
+        assert torch.equal(target.generate(**inputs, custom_generate=decoding, **options), plain)
+    return decoding
+
+
+@pytest.mark.parametrize("gamma", [1, 4, "auto"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_texts_are_those_of_plain_decoding(architecture: str, gamma: Any) -> None:
+    draft, target = tiny_pair(architecture, eos_scale=2.0, agreement=0.95)
+    decoding = check_equal(target, draft, gamma)
+    # Neither every draft accepted nor none: both ways through a round were taken.
+    assert 0 < decoding.counts.draft_acceptance_rate < 1
+
+
+def test_left_padding_with_a_single_text() -> None:
+    draft, target = tiny_pair(agreement=0.95)
+    inputs = {name: rows[:1] for name, rows in padded(PROMPTS).items()}
+    assert inputs["attention_mask"].min() == 0
+    plain = target.generate(**inputs, max_new_tokens=30, do_sample=False)
+    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
+    assert torch.equal(target.generate(**inputs, custom_generate=SpeculativeDecoding(draft, 3), **options), plain)
+
+
+def test_a_draft_that_is_its_own_target_is_always_accepted() -> None:
+    target = tiny_llama()
+    decoding = SpeculativeDecoding(target, 4)
+    target.generate(PROMPTS[0], max_new_tokens=50, do_sample=False, eos_token_id=None, custom_generate=decoding)
+    assert decoding.counts.mean_acceptance_length == 5.0
+    assert decoding.counts.draft_acceptance_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 12},
+        {"bad_words_ids": [[20, 21], [30]]},
+        {"exponential_decay_length_penalty": (5, 1.2)},
+        {"forced_eos_token_id": 1},
+        {"suppress_tokens": [40, 41, 42]},
+        {"prefix_allowed_tokens_fn": lambda row, ids: list(range(1 + len(ids) % 3, 300, 3))},
+        {"eos_token_id": [1, 60, 61, 62, 63, 64, 65]},
+        {"max_new_tokens": 1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_settings_that_look_back_or_end_texts(options: dict[str, Any]) -> None:
+    draft, target = tiny_pair(eos_scale=2.0, agreement=0.95)
+    check_equal(target, draft, **options)
+
+
+def test_texts_of_very_different_length_squeeze_the_holes_they_leave() -> None:
+    draft, target = tiny_pair("qwen3", agreement=0.9)
+    check_equal(target, draft, 6, max_new_tokens=120, eos_token_id=list(range(1, 300, 40)))
+
+
+def test_num_return_sequences_is_a_batch() -> None:
+    draft, target = tiny_pair(agreement=0.95)
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 20}
+    texts = target.generate(PROMPTS[1], custom_generate=SpeculativeDecoding(draft, 3), **options)
+    assert len({tuple(text) for text in texts.tolist()}) == 3
+
+
+def test_stop_strings() -> None:
+    draft, target = tiny_pair(agreement=0.95)
+    text = target.generate(PROMPTS[0], max_new_tokens=40, do_sample=False)[0, PROMPTS[0].shape[1] :]
+    stop = TOKENIZER.decode(text[9:11])
+    check_equal(target, draft, stopping_criteria=[StopStringCriteria(TOKENIZER, [stop])])
+    options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "stop_strings": [stop]}
+    plain = target.generate(PROMPTS[0], tokenizer=TOKENIZER, **options)
+    assert plain.shape[1] < PROMPTS[0].shape[1] + 40
+    decoding = SpeculativeDecoding(draft, 4, tokenizer=TOKENIZER)
+    assert torch.equal(target.generate(PROMPTS[0], custom_generate=decoding, **options), plain)
+    with pytest.raises(ValueError, match="tokenizer"):
+        target.generate(PROMPTS[0], custom_generate=SpeculativeDecoding(draft, 4), **options)
+
+
+class _EndsAfter(StoppingCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return (input_ids == 50).sum(1) + (input_ids[:, -1] % 7 == 0) > 0
+
+
+def test_a_criterion_of_the_user_is_asked_after_every_token() -> None:
+    draft, target = tiny_pair(agreement=0.95)
+    check_equal(target, draft, stopping_criteria=[_EndsAfter()])
+
+
+class _DependsOnPosition(LogitsProcessor):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, input_ids.shape[1] % 5 :: 5] += 3.0
+        return scores
+
+
+def test_a_processor_of_the_user_sees_the_prefix_it_would_have_seen() -> None:
+    draft, target = tiny_pair(agreement=0.95)
+    check_equal(target, draft, logits_processor=LogitsProcessorList([_DependsOnPosition()]))
+
+
+def test_max_time_ends_decoding() -> None:
+    draft, target = tiny_pair()
+    text = target.generate(
+        PROMPTS[0], max_new_tokens=200, max_time=1e-6, do_sample=False, custom_generate=SpeculativeDecoding(draft, 2)
+    )
+    # One round, as plain decoding writes one token before it looks at the clock.
+    assert 0 < text.shape[1] - PROMPTS[0].shape[1] <= 3
+
+
+def test_scores_and_logits_are_those_of_plain_decoding() -> None:
+    draft, target = tiny_pair(agreement=0.95)
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.3}
+    options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    for inputs in ({"input_ids": PROMPTS[0]}, padded(PROMPTS)):
+        plain = target.generate(**inputs, **options)
+        ours = target.generate(**inputs, custom_generate=SpeculativeDecoding(draft, 4), **options)
+        assert torch.equal(plain.sequences, ours.sequences)
+        for name in ("scores", "logits"):
+            torch.testing.assert_close(torch.stack(ours[name]), torch.stack(plain[name]), atol=1e-4, rtol=1e-4)
+    assert ours.past_key_values is None
+
+
+def test_the_returned_cache_continues_the_text() -> None:
+    draft, target = tiny_pair(agreement=0.95)
+    decoding = SpeculativeDecoding(draft, 4)
+    options: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "eos_token_id": None}
+    first = target.generate(PROMPTS[0], max_new_tokens=10, custom_generate=decoding, **options)
+    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+    cache = first.past_key_values
+    second = target.generate(
+        first.sequences, max_new_tokens=10, past_key_values=cache, custom_generate=decoding, **options
+    )
+    whole = target.generate(PROMPTS[0], max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert torch.equal(second.sequences, whole)
+
+
+def test_a_static_cache_serves_one_text() -> None:
+    draft, target = tiny_pair(agreement=0.95)
+    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
+    plain = target.generate(PROMPTS[2], **options)
+    decoding = SpeculativeDecoding(draft, 4)
+    ours = target.generate(PROMPTS[2], cache_implementation="static", custom_generate=decoding, **options)
+    assert torch.equal(ours, plain)
+    with pytest.raises(ValueError, match="static"):
+        target.generate(**padded(PROMPTS), cache_implementation="static", custom_generate=decoding, **options)
+
+
+def test_a_long_prompt_is_read_in_chunks() -> None:
+    draft, target = tiny_pair(agreement=0.95)
+    check_equal(target, draft, prefill_chunk_size=5)
+
+
+def test_a_sliding_window_is_served_one_text_at_a_time() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 8, "eos_token_id": None}
+    target = MistralForCausalLM(MistralConfig(**config, initializer_range=0.5)).eval()
+    noisy = MistralForCausalLM(MistralConfig(**config, initializer_range=0.5)).eval()
+    noisy.load_state_dict({name: w + 0.05 * torch.randn_like(w) for name, w in target.state_dict().items()})
+    for decoding in (SpeculativeDecoding(target, 3), SpeculativeDecoding(noisy, 3)):
+        for prompt in PROMPTS:
+            plain = target.generate(prompt, max_new_tokens=30, do_sample=False)
+            ours = target.generate(prompt, max_new_tokens=30, do_sample=False, custom_generate=decoding)
+            assert torch.equal(ours, plain)
+    with pytest.raises(ValueError, match="sliding window"):
+        target.generate(**padded(PROMPTS), max_new_tokens=5, do_sample=False, custom_generate=decoding)
+
+
+@pytest.mark.parametrize("given_to", ["object", "generate"])
+def test_a_streamer_prints_the_text_as_it_comes(given_to: str, capsys: pytest.CaptureFixture[str]) -> None:
+    draft, target = tiny_pair(agreement=0.95)
+    streamer = TextStreamer(TOKENIZER, skip_prompt=True)
+    decoding = SpeculativeDecoding(draft, 4, streamer=streamer if given_to == "object" else None)
+    options: dict[str, Any] = {"streamer": streamer} if given_to == "generate" else {}
+    text = target.generate(PROMPTS[0], max_new_tokens=20, do_sample=False, custom_generate=decoding, **options)
+    assert capsys.readouterr().out == TOKENIZER.decode(text[0, PROMPTS[0].shape[1] :]) + "\n"
+
+
+def test_padded_rows_of_a_draft_are_never_proposed() -> None:
+    draft, target = tiny_pair(draft_vocab_size=304, target_vocab_size=304, real_vocab_size=300, agreement=0.95)
+    with torch.no_grad():
+        draft.lm_head.weight[300:] = 10 * draft.lm_head.weight[50]
+    draft.generation_config.suppress_tokens = [300, 301, 302, 303]
+    assert check_equal(target, draft).counts.num_accepted_draft_tokens > 0
+    torch.manual_seed(0)
+    sampled = target.generate(
+        PROMPTS[0], max_new_tokens=30, do_sample=True, top_k=0, suppress_tokens=[300, 301, 302, 303],
+        custom_generate=SpeculativeDecoding(draft, 3),
+    )  # fmt: skip
+    assert sampled.max() < 300
+
+
+def test_a_draft_vocabulary_restricts_the_draft_and_not_the_target() -> None:
+    draft, target = tiny_pair(agreement=1.0)
+    ids = list(range(0, 300, 2))
+    decoding = SpeculativeDecoding(draft, 4, draft_vocabulary=ids)
+    plain = target.generate(PROMPTS[0], max_new_tokens=60, do_sample=False, eos_token_id=None)
+    ours = target.generate(PROMPTS[0], max_new_tokens=60, do_sample=False, eos_token_id=None, custom_generate=decoding)
+    assert torch.equal(ours, plain)
+    # The draft is the target, so a token is accepted exactly where it may be proposed.
+    new = ours[0, PROMPTS[0].shape[1] :].tolist()
+    calls = position = 0
+    while position < len(new):
+        run = 0
+        while run < 4 and position + run < len(new) and new[position + run] in ids:
+            run += 1
+        position, calls = position + run + 1, calls + 1
+    assert decoding.counts.num_spec_steps == calls
+    assert draft.lm_head.weight.shape[0] == 300
+    draft.generation_config.draft_vocabulary = ids
+    assert SpeculativeDecoding(draft, 4)._proposable.ids.tolist() == ids
+
+
+def test_the_draft_length_comes_from_the_draft_s_generation_config() -> None:
+    draft, target = tiny_pair(agreement=1.0)
+    draft.generation_config.num_assistant_tokens = 7
+    decoding = SpeculativeDecoding(draft)
+    target.generate(PROMPTS[0], max_new_tokens=32, do_sample=False, eos_token_id=None, custom_generate=decoding)
+    assert decoding.counts.acceptance_histogram == [0] * 7 + [4]
+
+
+def test_room_in_a_cache_survives_selection_of_rows() -> None:
+    layer = GrowingLayer()
+    cache = DynamicCache()
+    cache.layers = [layer]
+    states = torch.randn(3, 2, 5, 4)
+    for k in range(5):
+        cache.update(states[:, :, k : k + 1], states[:, :, k : k + 1], 0)
+    cache.crop(-2)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    keys, _ = cache.update(states[:2, :, :2], states[:2, :, :2], 0)
+    assert torch.equal(keys, torch.cat([states[[2, 0], :, :3], states[:2, :, :2]], dim=2))
