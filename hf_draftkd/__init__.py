@@ -22,6 +22,7 @@ _HOMES = {
     "align_vocabulary": "hf_draftkd.models.pairing",
     "load_target": "hf_draftkd.models.loading",
     "load_draft": "hf_draftkd.models.loading",
+    "AlignmentDataConfig": "hf_draftkd.data.config",
     "load_tokenizer": "hf_draftkd.models.loading",
     "load_prompts": "hf_draftkd.data.prompts",
     "generate_alignment_data": "hf_draftkd.data.generation",
@@ -38,6 +39,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from hf_draftkd.data.config import AlignmentDataConfig as AlignmentDataConfig
     from hf_draftkd.data.generation import generate_alignment_data as generate_alignment_data
     from hf_draftkd.data.prompts import load_prompts as load_prompts
     from hf_draftkd.data.synthesis import synthesize_prompts as synthesize_prompts

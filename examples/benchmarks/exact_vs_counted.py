@@ -15,8 +15,9 @@ import time
 import torch
 
 from hf_draftkd.acceptance import DRAFT_LENGTHS, Estimate, bootstrap_ratio
-from hf_draftkd.data.generation import generate_alignment_data, ids_without_token
+from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import load_prompts
+from hf_draftkd.data.targets import ids_without_token
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length
 from hf_draftkd.evaluation.teacher_forced import AS_TRANSFORMERS, Text, score_texts

@@ -99,10 +99,10 @@ def with_cached_distributions(rows: Dataset, vocab_size: int, top_k: int, seed: 
 
     So that no target is ever loaded where memory is measured.
     """
-    from hf_draftkd.data.target_cache import cache_features
+    from hf_draftkd.data.target_cache import CacheOptions
 
     generator = torch.Generator().manual_seed(seed)
-    cached = cache_features(vocab_size, None, "float16")
+    cached = CacheOptions().features(vocab_size)
     columns: dict[str, list] = {name: [] for name in cached}
     for completion in rows["completion_ids"]:
         # One logit more than tokens kept stands for the tail, and is the least likely.

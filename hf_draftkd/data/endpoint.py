@@ -248,20 +248,6 @@ def _sendable_key(api_key: str | None) -> str | None:
     return key
 
 
-def endpoint_logprobs(cache_options: dict[str, Any] | None) -> int | None:
-    """How many log-probabilities to ask a server for, from the options of the cache."""
-    if cache_options is None:
-        return None
-    if set(cache_options) - {"top_k", "loss_temperature"} or not cache_options.get("top_k"):
-        raise ValueError(
-            f"A server returns its likeliest tokens and nothing else: give `top_k` alone, got {cache_options}. "
-            "OpenAI's servers return 5 at most, vLLM 20 unless started with more."
-        )
-    if cache_options.get("loss_temperature", 1.0) != 1.0:
-        raise ValueError("A server returns log-probabilities at temperature 1, and a tail cannot be re-tempered.")
-    return int(cache_options["top_k"])
-
-
 def prompt_text(prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that a server's tokenizer turns into exactly `prompt_ids`.
 

@@ -1,6 +1,7 @@
-"""The target answers the prompts: alignment data, one row a completion, with the exact tokens it read and wrote."""
+"""The target answers the prompts: alignment data, one row per completion, with the exact tokens it read and wrote."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,90 +9,66 @@ from datasets import Dataset
 from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
+from hf_draftkd.data.config import AlignmentDataConfig
+from hf_draftkd.data.curation import curate_prompts
+from hf_draftkd.data.filters import QueryFilter
 from hf_draftkd.data.fingerprints import plain, template_hash, text_hash
 from hf_draftkd.data.prompts import dated, fitting_rows, load_prompts, render_prompts
 from hf_draftkd.data.rows import alignment_rows
 from hf_draftkd.data.shards import DAY, StoppedError, cut_shards, day_begun, run_shards
-from hf_draftkd.data.target_cache import add_cache_columns
-from hf_draftkd.data.targets import ids_without_token as ids_without_token  # evaluation leaves out the same ids
+from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
+from hf_draftkd.data.target_cache import with_cache
 from hf_draftkd.data.targets import local_target, remote_target, served_context
-from hf_draftkd.decoding.setting import DecodingSetting, settings_at
-from hf_draftkd.models.context import context_length as model_context
-from hf_draftkd.models.resolve import is_hub_id
+from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.models.context import context_length
+from hf_draftkd.models.tokenizers import tokenizer_size
 from hf_draftkd.utils.hashing import derived_seed
 from hf_draftkd.utils.versions import package_versions
 
-SCENARIOS = ("queries", "curated", "synthetic")
 _CHUNK = 1000  # prompts rendered at a time while checking
 
 
 def generate_alignment_data(
     target_model: "PreTrainedModel | str",
     tokenizer: PreTrainedTokenizerBase,
-    prompts: "Dataset | str | Path | Sequence[Any]",
+    prompts: "Dataset | str | Path | Sequence[Any] | None" = None,
     *,
-    max_new_tokens: int = 256,
-    temperatures: Sequence[float] = (0.0,),
-    top_p: float = 1.0,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    num_completions: int = 1,
-    batch_size: int = 8,
-    seed: int = 0,
-    scenario: str = "queries",
-    output_dir: "str | Path | None" = None,
-    shard_size: int | None = None,
-    skip_too_long: bool = False,
-    continuous_batching: "bool | ContinuousBatchingConfig" = False,
-    cache_distributions: dict[str, Any] | None = None,
-    endpoint: str | None = None,
-    endpoint_options: dict[str, Any] | None = None,
+    config: AlignmentDataConfig | None = None,
     target_revision: str | None = None,
     template_options: dict[str, Any] | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+    endpoint_options: dict[str, Any] | None = None,
     source: str | None = None,
     prompt_counts: dict[str, int] | None = None,
-    context_length: int | None = None,
+    **options: Any,
 ) -> Dataset:
     """Have the target answer every prompt.
 
     The rows follow from the arguments alone: prompts are cut into fixed shards, and each shard is seeded from `seed`,
     its number and the decoding setting. With `output_dir` each shard is written as soon as it is done, and the same
-    call goes on where a killed one was. Started by `accelerate launch` or `torchrun`, every process takes whole shards.
+    call resumes where a killed one stopped. Started by `accelerate launch` or `torchrun`, every process takes whole
+    shards.
 
     Args:
         target_model: The target, where it is to run; with `endpoint`, the name by which the server knows it.
         tokenizer: Its tokenizer.
         prompts: Anything that `load_prompts` takes. Further columns (such as `domain`) are carried along, unless the
-            row format has a column of that name.
-        max_new_tokens: Longest completion, in tokens.
-        temperatures: One completion a prompt for each; 0 is greedy. The paper of the Llama 2 chat drafter
-            (https://arxiv.org/abs/2403.00858) uses 0, 0.3, 0.7 and 1.0 with `top_p` 0.95.
-        top_p: Nucleus sampling at the temperatures above 0.
-        top_k: Top-k sampling at the temperatures above 0; 0 keeps every token.
-        repetition_penalty: As in transformers; 1 is none.
-        num_completions: Completions a prompt at each temperature above 0. Greedy decoding gives one.
-        batch_size: Prompts decoded together. Sampled completions depend on it.
-        seed: Seed of the whole data set.
-        scenario: Where the prompts come from: `queries`, `curated` or `synthetic`.
-        output_dir: A folder for Parquet shards and their manifest. Without it the rows stay in memory.
-        shard_size: Prompts a shard. By default a sixteenth of the prompts, at least four batches, at most 256.
-        skip_too_long: Leave out prompts that do not fit into the context, and warn, instead of refusing them.
-        continuous_batching: Use transformers' continuous batching, with a config if one is given. Its ids are exact;
-            sampled rows can not be repeated, and its cache takes most of the free memory unless the config says less.
-        cache_distributions: Also keep the target's distributions, with these options of `cache_target_distributions`:
-            `{"top_k": 64}` or `{"sampled": 50}`, and `loss_temperature` and `dtype`. With `endpoint`, `{"top_k": 5}`
-            keeps the top log-probabilities that the server returns.
-        endpoint: An OpenAI-compatible server (`http://localhost:8000/v1`) that runs the target.
-        endpoint_options: Options of `endpoint_backend`: `api_key`, `concurrency`, `timeout`, `max_retries`.
+            row format has a column of that name. By default the prompts of the config: those of its `dataset`, or the
+            ones that the target writes (`scenario="synthetic"`).
+        config: How to make the data; [`AlignmentDataConfig`].
         target_revision: The revision that the target was loaded at, if not the Hub's `main`: its commit is recorded.
         template_options: Further arguments of the chat template.
+        continuous_batching_config: Size of the cache and the like, with `continuous_batching`; by default its cache
+            takes most of the free memory.
+        endpoint_options: Further options of `endpoint_backend`: `api_key`, `extra_body`, `end_ids`, or others than the
+            config's.
         source: What to record as the source of the prompts; by default what `prompts` says.
         prompt_counts: How many prompts fell to which filter (from `synthesize_prompts`, `curate_prompts`): recorded.
-        context_length: The longest text that the target takes, prompt and completion together, in tokens. By default
-            what its config says; with `endpoint`, what a config beside the tokenizer says, if there is one.
+        **options: Fields of `AlignmentDataConfig`, such as `temperatures`, `max_new_tokens`, `batch_size`, `seed` or
+            `output_dir`; they take precedence over those of `config`.
 
     Returns:
-        One row a completion, ordered by prompt, temperature and number: `prompt`, `completion`, `prompt_ids`,
+        One row per completion, ordered by prompt, temperature and number: `prompt`, `completion`, `prompt_ids`,
         `completion_ids`, `ids_source`, `scenario`, `target`, `target_revision`, `temperature`, `top_p`, `top_k`,
         `repetition_penalty`, `seed`, `finish_reason`, and the further columns of the prompts.
 
@@ -101,89 +78,169 @@ def generate_alignment_data(
         StoppedError: The disk is full, or an endpoint stopped answering or refuses a prompt, which is named. Finished
             shards stay valid.
     """
-    settings = settings_at(temperatures, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty)
-    require_at_least_one(max_new_tokens=max_new_tokens, num_completions=num_completions, batch_size=batch_size)
-    if scenario not in SCENARIOS:
-        raise ValueError(f"`scenario` must be one of {', '.join(SCENARIOS)}, got {scenario!r}.")
-    if isinstance(target_model, str) and endpoint is None:
+    config = AlignmentDataConfig(**options) if config is None else replace(config, **options)
+    if isinstance(target_model, str) and config.endpoint is None:
         raise ValueError(
             f"`target_model` is a name ({target_model!r}). Load it with `load_target`, or give `endpoint`."
         )
     template_options = template_options or {}
-    day = day_begun(None if output_dir is None else Path(output_dir))
+    folder = None if config.output_dir is None else Path(config.output_dir)
+    day = day_begun(folder)
     clock = dated(tokenizer, day)
-    if source is None:
+    if prompts is None:
+        source = source or config.dataset or "the target itself"
+        prompts, prompt_counts = _prompts_of(config, target_model, tokenizer, template_options)
+    elif source is None:
         source = str(prompts) if isinstance(prompts, str | Path) else type(prompts).__name__
-    if context_length is None:
-        if isinstance(target_model, str):
-            context_length = served_context(target_model, tokenizer)
-        else:
-            context_length = model_context(target_model)
-    prompts, prompts_hash = check_prompts(
-        load_prompts(prompts),
-        tokenizer,
-        context_length,
-        max_new_tokens,
-        skip_too_long=skip_too_long,
-        template_options=clock | template_options,
+    context = config.context_length
+    if context is None:
+        is_name = isinstance(target_model, str)
+        context = served_context(target_model, tokenizer) if is_name else context_length(target_model)
+    asked, prompts_hash = check_prompts(
+        load_prompts(prompts), tokenizer, config, context, template_options=clock | template_options
     )
     if isinstance(target_model, str):
-        answering = remote_target(
-            target_model, tokenizer, str(endpoint), max_new_tokens, settings, cache_distributions, endpoint_options
-        )
+        target = remote_target(target_model, tokenizer, config, endpoint_options)
     else:
-        cache = None if cache_distributions is None else {"seed": seed, **cache_distributions}
-        answering = local_target(
-            target_model, tokenizer, max_new_tokens, batch_size, continuous_batching, cache, target_revision
-        )
+        target = local_target(target_model, tokenizer, config, target_revision, continuous_batching_config)
 
-    requests = {setting: 1 if setting.is_greedy else num_completions for setting in settings}
-    shards = cut_shards(len(prompts), batch_size, shard_size)
-    origin = {"scenario": scenario, "seed": seed}
+    shards = cut_shards(len(asked), config.batch_size, config.shard_size)
+    origin = {"scenario": config.scenario, "seed": config.seed}
     manifest = {
         "schema_version": 1,
         **origin,
-        **answering.identity,
+        **target.identity,
         "chat_template": template_hash(tokenizer),
         "template_options": template_options,
-        "prompts": {"source": source, "count": len(prompts), "sha256": prompts_hash},
+        "prompts": {"source": source, "count": len(asked), "sha256": prompts_hash},
         "prompt_counts": prompt_counts,
-        "settings": [{**setting.to_dict(), "num_completions": count} for setting, count in requests.items()],
-        "max_new_tokens": max_new_tokens,
-        "cache": cache_distributions,
-        "batch_size": batch_size,
+        "settings": [{**each.to_dict(), "num_completions": count} for each, count in config.requests.items()],
+        "max_new_tokens": config.max_new_tokens,
+        "cache": None if config.cache is None else asdict(config.cache),
+        "batch_size": config.batch_size,
         "shard_size": len(shards[0]),
         "num_shards": len(shards),
         "versions": package_versions(),
+        **({DAY: day} if clock else {}),
     }
-    if _is_folder_like_an_id(target_model, answering.identity["target"]):
-        manifest["target_is_local"] = True
-    if clock:
-        manifest[DAY] = day
-    origin |= {name: answering.identity[name] for name in ("target", "target_revision")}
+    origin |= {name: target.identity[name] for name in ("target", "target_revision")}
 
     def make_shard(number: int, on_finished: Callable[[Completion], None]) -> Dataset:
-        part = prompts.select(shards[number])
+        part = asked.select(shards[number])
         ids = render_prompts(part, tokenizer, **(clock | template_options))
         try:
-            answers = answer_shard(ids, requests, answering.backend, (seed, number), on_finished)
+            answers = answer_shard(ids, config.requests, target.backend, (config.seed, number), on_finished)
         except PromptFailedError as error:
             row = shards[number][error.number]
-            raise StoppedError(_failed_prompt(error, row, prompts[row]["prompt"], len(prompts))) from None
-        rows = alignment_rows(part, ids, answers, tokenizer, origin, answering.brought)
-        return rows if answering.cache is None else add_cache_columns(rows, *answering.cache, batch_size)
+            raise StoppedError(_failed_prompt(error, row, asked[row]["prompt"], len(asked))) from None
+        rows = alignment_rows(part, ids, answers, tokenizer, origin, target.brought)
+        return rows if target.cache is None else with_cache(rows, *target.cache, config.batch_size)
 
-    sizes = [len(shard) * sum(requests.values()) for shard in shards]
-    return run_shards(make_shard, sizes, manifest, None if output_dir is None else Path(output_dir))
+    sizes = [len(shard) * sum(config.requests.values()) for shard in shards]
+    return run_shards(make_shard, sizes, manifest, folder)
+
+
+def read_prompts(
+    config: AlignmentDataConfig, tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> tuple[Dataset | None, dict[str, int] | None]:
+    """Read and check all that can be before the target is loaded.
+
+    Args:
+        config: What to make. Its `dataset` is read; for `scenario="synthetic"` there are no prompts yet.
+        tokenizer: The target's tokenizer.
+        context: The longest text that the target takes, in tokens; None if it is not known.
+
+    Returns:
+        The prompts, and how many rows fell to which filter: what `generate_alignment_data` takes.
+
+    Raises:
+        ValueError: See `load_prompts`, `curate_prompts` and `synthesize_prompts`; or the prompts, or the longest query
+            with its answer, do not fit into the context; or a cache is larger than the vocabulary.
+    """
+    if config.cache is not None:
+        config.cache.within(tokenizer_size(tokenizer))
+    if config.scenario == "synthetic":
+        _, start = check_synthesis(
+            tokenizer, config.num_prompts, temperature=config.query_temperature, system=config.system_prompt
+        )
+        QueryFilter(min_characters=config.min_characters, max_characters=config.max_characters, script=config.script)
+        longest = len(start) + config.query_max_new_tokens
+        if context is not None and longest + config.max_new_tokens > context:
+            raise ValueError(
+                f"A query may have {longest} tokens ({len(start)} open the turn, `query_max_new_tokens` "
+                f"{config.query_max_new_tokens}) and its answer {config.max_new_tokens} (`max_new_tokens`), but the "
+                f"target reads at most {context}. Lower one of them."
+            )
+        return None, None
+    if config.dataset is None:
+        raise ValueError(f"There are no prompts: the scenario {config.scenario!r} needs a `dataset`.")
+    source: dict[str, Any] = {
+        "split": config.dataset_split,
+        "config": config.dataset_config,
+        "limit": config.max_prompts,
+    }
+    counts = None
+    if config.scenario == "curated":
+        prompts, counts = curate_prompts(
+            config.dataset,
+            tokenizer,
+            text_column=config.text_column,
+            question_column=config.question_column,
+            opening_tokens=config.opening_tokens,
+            instruction=config.instruction,
+            **source,
+        )
+    else:
+        prompts = load_prompts(
+            config.dataset,
+            column=config.prompt_column,
+            drop_last_answer=config.drop_last_answer,
+            skip_invalid=config.skip_invalid,
+            **source,
+        )
+    return check_prompts(prompts, tokenizer, config, context)[0], counts
+
+
+def _prompts_of(
+    config: AlignmentDataConfig,
+    target_model: "PreTrainedModel | str",
+    tokenizer: PreTrainedTokenizerBase,
+    template_options: dict[str, Any],
+) -> tuple[Dataset, dict[str, int] | None]:
+    if isinstance(target_model, str):
+        if config.scenario == "synthetic":
+            raise ValueError("A target behind an `endpoint` cannot be fed an open turn exactly: synthesize locally.")
+        context = served_context(target_model, tokenizer)
+    else:
+        context = context_length(target_model)
+    prompts, counts = read_prompts(config, tokenizer, config.context_length or context)
+    if prompts is not None:
+        return prompts, counts
+    assert not isinstance(target_model, str)
+    return synthesize_prompts(
+        target_model,
+        tokenizer,
+        config.num_prompts,
+        max_new_tokens=config.query_max_new_tokens,
+        temperature=config.query_temperature,
+        top_p=config.query_top_p,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        system=config.system_prompt,
+        min_characters=config.min_characters,
+        max_characters=config.max_characters,
+        script=config.script,
+        output_dir=None if config.output_dir is None else Path(config.output_dir) / ".queries",
+        template_options=template_options,
+    )
 
 
 def check_prompts(
     prompts: Dataset,
     tokenizer: PreTrainedTokenizerBase,
+    config: AlignmentDataConfig,
     context: int | None,
-    max_new_tokens: int,
     *,
-    skip_too_long: bool = False,
     template_options: dict[str, Any] | None = None,
 ) -> tuple[Dataset, str]:
     """Render every prompt once, before anything runs: those that fit, and a hash of them and their tokens.
@@ -200,8 +257,8 @@ def check_prompts(
     fitting = fitting_rows(
         lengths,
         context,
-        max_new_tokens,
-        skip_too_long=skip_too_long,
+        config.max_new_tokens,
+        skip_too_long=config.skip_too_long,
         beginning=lambda row: _beginning(prompts[row]["prompt"]),
     )
     return (prompts.select(fitting) if len(fitting) < len(prompts) else prompts), text_hash(digests)
@@ -214,7 +271,7 @@ def answer_shard(
     seed: tuple[int, ...],
     on_finished: Callable[[Completion], None],
 ) -> dict[DecodingSetting, list[list[Completion]]]:
-    """Every prompt answered as often as each setting asks: per setting one list of completions a prompt."""
+    """Every prompt answered as often as each setting asks: per setting one list of completions per prompt."""
     answers = {}
     for setting, count in requests.items():
         repeated = [ids for ids in prompt_ids for _ in range(count)]
@@ -226,14 +283,6 @@ def answer_shard(
             raise
         answers[setting] = [completions[start : start + count] for start in range(0, len(completions), count)]
     return answers
-
-
-def _is_folder_like_an_id(target_model: Any, name: str) -> bool:
-    """Whether a target's name is a local folder's that a card, written elsewhere, would take for an id on the Hub.
-
-    Recorded for such names only: a further key would keep folders begun without it from going on.
-    """
-    return not isinstance(target_model, str) and is_hub_id(name) and Path(name).is_dir()
 
 
 def _failed_prompt(error: PromptFailedError, row: int, prompt: Any, count: int) -> str:
@@ -248,10 +297,3 @@ def _beginning(prompt: Any) -> str:
     """The first words, to know a prompt by: row numbers count what earlier filters have left."""
     text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
     return repr(text[:60]) + ("..." if len(text) > 60 else "")
-
-
-def require_at_least_one(**values: int) -> None:
-    """Refuse a count below 1, by its name."""
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")

@@ -11,8 +11,8 @@ Log-probabilities are float16 by default: each is off by at most 2**-11 of its s
 than 0.04% of the probability of any token with p > 0.5 and 1.1% at p = 1e-10. Ask for float32 where that matters.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,26 +20,74 @@ import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.data_utils import get_dataset_column_names
 
 from hf_draftkd.data.fingerprints import weights_fingerprint
-from hf_draftkd.models.forward import evaluating
+from hf_draftkd.losses.sparse import sample_target, top_k_target
+from hf_draftkd.models.forward import evaluating, logits_at
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.tokenizers import tokenizer_size
+from hf_draftkd.utils.checks import in_range, one_of, whole_number
 from hf_draftkd.utils.hashing import derived_seed, sha256
 
 logger = logging.get_logger(__name__)
 
 CACHE_COLUMNS = ("completion_logprobs", "target_token_ids", "target_logprobs", "target_tail_logprob", "target_counts")
 TEMPERATURE_COLUMN = "target_temperature"
-_TOP_K = ("completion_logprobs", "target_token_ids", "target_logprobs", "target_tail_logprob")
-_DRAWS = ("completion_logprobs", "target_token_ids", "target_counts")
 _POSITIONS = 256  # positions turned to float32 at a time: a vocabulary of 152,000 takes 0.15 GB of them
+_WIDTH = {"uint8": 1, "uint16": 2, "int32": 4, "float16": 2, "float32": 4}
 
-CacheRows = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], dict[str, list[Any]]]
-"""(prompt_ids, completion_ids) of some rows -> the cache columns of these rows."""
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What is kept of the target's distributions; see `cache_target_distributions`.
+
+    Raises:
+        ValueError: Both forms are asked for, or a value is out of range.
+    """
+
+    top_k: int | None = None
+    sampled: int | None = None
+    loss_temperature: float = 1.0
+    dtype: str = "float16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.sampled is not None:
+            raise ValueError(f"Choose one form of cache, got top_k={self.top_k} and sampled={self.sampled}.")
+        if self.top_k is not None:
+            whole_number("top_k", self.top_k)
+        if self.sampled is not None:
+            whole_number("sampled", self.sampled, 1, 2**16 - 1)  # counts are kept in two bytes at most
+        in_range("loss_temperature", self.loss_temperature, 0, open_low=True)
+        one_of("`dtype` of a cache", self.dtype, ("float16", "float32"))
+
+    def within(self, vocab_size: int) -> "CacheOptions":
+        """The same for a target of V tokens, of which top-k keeps 64 unless another number is asked for.
+
+        Raises:
+            ValueError: There are not so many tokens.
+        """
+        if self.sampled is not None:
+            return self
+        top_k = min(64, vocab_size) if self.top_k is None else self.top_k
+        if top_k > vocab_size:
+            raise ValueError(f"`top_k` must lie between 1 and the vocabulary's {vocab_size}, got {top_k}.")
+        return replace(self, top_k=top_k)
+
+    def features(self, vocab_size: int) -> Features:
+        """Types of the cache columns: the smallest integers that hold the ids and the counts."""
+        ids = Value("uint16" if vocab_size <= 2**16 else "int32")
+        number = Value(self.dtype)
+        columns: dict[str, Any] = {"completion_logprobs": List(number), "target_token_ids": List(List(ids))}
+        if self.sampled is None:
+            columns |= {"target_logprobs": List(List(number)), "target_tail_logprob": List(number)}
+        else:
+            columns["target_counts"] = List(List(Value("uint8" if self.sampled < 2**8 else "uint16")))
+        return Features({**columns, TEMPERATURE_COLUMN: Value("float64")})
 
 
 def cache_target_distributions(
@@ -57,7 +105,7 @@ def cache_target_distributions(
     """Add the target's next-token distributions to alignment data.
 
     Args:
-        dataset: Rows with `prompt_ids` and `completion_ids` (alignment data), T completion tokens a row.
+        dataset: Rows with `prompt_ids` and `completion_ids` (alignment data), T completion tokens per row.
         target_model: The target that wrote them, V tokens.
         top_k: Keep the k likeliest tokens and the tail. 64 unless `sampled` is given.
         sampled: Keep this many draws from p instead.
@@ -65,7 +113,7 @@ def cache_target_distributions(
             neither a tail nor draws can be re-tempered.
         tokenizer: Its tokenizer; ids beyond it are padding, and left out of p. By default all V rows count.
         dtype: `float16` or `float32` for the log-probabilities.
-        batch_size: Rows a forward pass.
+        batch_size: Rows per forward pass.
         seed: Seed of the draws.
 
     Returns:
@@ -85,60 +133,37 @@ def cache_target_distributions(
             "`with_token_ids`."
         )
     vocab_size = real_vocab_size(target_model, tokenizer)
-    top_k = check_cache_options(top_k, sampled, loss_temperature, dtype, vocab_size)
+    options = CacheOptions(top_k, sampled, loss_temperature, dtype, seed).within(vocab_size)
     if len(dataset) == 0:
         raise ValueError("The dataset is empty, so there is nothing to cache.")
-    cache_rows = distribution_cache(
-        target_model, vocab_size=vocab_size, top_k=top_k, sampled=sampled, loss_temperature=loss_temperature, seed=seed
-    )
-    features = Features({**dataset.features, **cache_features(vocab_size, sampled, dtype)})
 
     def add(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {**rows, **cache_rows(rows["prompt_ids"], rows["completion_ids"])}
+        columns = cache_columns(target_model, options, vocab_size, rows["prompt_ids"], rows["completion_ids"])
+        return {**rows, **columns}
 
     # `map` would pickle the target to name its result; this names it by what decides it.
-    options = (dataset._fingerprint, weights_fingerprint(target_model), top_k, sampled, loss_temperature, dtype, seed)
-    fingerprint = sha256([repr((*options, vocab_size))])[:16]
+    decisive = (dataset._fingerprint, weights_fingerprint(target_model), options, vocab_size)
     return dataset.map(
         add,
         batched=True,
         batch_size=batch_size,
-        features=features,
-        new_fingerprint=fingerprint,
+        features=Features({**dataset.features, **options.features(vocab_size)}),
+        new_fingerprint=sha256([repr(decisive)])[:16],
         desc="Target's distributions",
     )
 
 
-def add_cache_columns(rows: Dataset, cache_rows: CacheRows, features: Features, batch_size: int) -> Dataset:
+def with_cache(
+    rows: Dataset, target_model: PreTrainedModel, options: CacheOptions, vocab_size: int, batch_size: int
+) -> Dataset:
     """The rows of one shard with their cache columns, in memory."""
+    features = options.features(vocab_size)
     columns: dict[str, list[Any]] = {name: [] for name in features}
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        for name, values in cache_rows(part["prompt_ids"], part["completion_ids"]).items():
+    for part in rows.select_columns(["prompt_ids", "completion_ids"]).iter(batch_size=batch_size):
+        found = cache_columns(target_model, options, vocab_size, part["prompt_ids"], part["completion_ids"])
+        for name, values in found.items():
             columns[name] += values
     return concatenate_datasets([rows, Dataset.from_dict(columns, features=features)], axis=1)
-
-
-def check_cache_options(
-    top_k: int | None, sampled: int | None, loss_temperature: float, dtype: str, vocab_size: int
-) -> int | None:
-    """Refuse what cannot work; returns the top-k to use, None for draws."""
-    if top_k is not None and sampled is not None:
-        raise ValueError(f"Choose one form of cache, got top_k={top_k} and sampled={sampled}.")
-    if sampled is not None:
-        if not 1 <= sampled < 2**16:  # counts are kept in two bytes at most
-            raise ValueError(
-                f"`sampled` must lie between 1 and {2**16 - 1:,}, got {sampled:,}. 50 keeps about 12 distinct tokens."
-            )
-    else:
-        top_k = min(64, vocab_size) if top_k is None else top_k
-        if not 1 <= top_k <= vocab_size:
-            raise ValueError(f"`top_k` must lie between 1 and the vocabulary's {vocab_size}, got {top_k}.")
-    if not 0 < loss_temperature < float("inf"):
-        raise ValueError(f"`loss_temperature` must be a positive number, got {loss_temperature}.")
-    if dtype not in ("float16", "float32"):
-        raise ValueError(f"`dtype` must be 'float16' or 'float32', got {dtype!r}.")
-    return top_k
 
 
 def real_vocab_size(target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
@@ -147,130 +172,81 @@ def real_vocab_size(target_model: PreTrainedModel, tokenizer: PreTrainedTokenize
     return rows if tokenizer is None else min(rows, tokenizer_size(tokenizer))
 
 
-def cache_features(vocab_size: int, sampled: int | None, dtype: str) -> Features:
-    """Types of the cache columns: the smallest integers that hold the ids and the counts."""
-    ids = Value("uint16" if vocab_size <= 2**16 else "int32")
-    columns: dict[str, Any] = {"completion_logprobs": List(Value(dtype)), "target_token_ids": List(List(ids))}
-    if sampled is None:
-        columns |= {"target_logprobs": List(List(Value(dtype))), "target_tail_logprob": List(Value(dtype))}
-    else:
-        columns["target_counts"] = List(List(Value("uint8" if sampled < 2**8 else "uint16")))
-    return Features({**columns, TEMPERATURE_COLUMN: Value("float64")})
-
-
 def bytes_per_token(features: Features, entries: float) -> float:
     """Bytes that the cache of one token takes in memory, before Parquet's compression and without list offsets.
 
     Args:
-        features: The columns, from `cache_features`.
+        features: The columns, from `CacheOptions.features`.
         entries: Tokens kept: k, or the average number of distinct draws.
     """
-    total = 0.0
-    for name in CACHE_COLUMNS:
-        if name in features:
-            inner = features[name].feature
-            nested = isinstance(inner, List)
-            width = _WIDTH[inner.feature.dtype if nested else inner.dtype]
-            total += width * (entries if nested else 1)
-    return total
+    kinds = [features[name].feature for name in CACHE_COLUMNS if name in features]
+    return sum(_WIDTH[kind.feature.dtype] * entries if isinstance(kind, List) else _WIDTH[kind.dtype] for kind in kinds)
 
 
-_WIDTH = {"uint8": 1, "uint16": 2, "int32": 4, "float16": 2, "float32": 4}
-
-
-def distribution_cache(
+def cache_columns(
     target_model: PreTrainedModel,
-    *,
+    options: CacheOptions,
     vocab_size: int,
-    top_k: int | None = None,
-    sampled: int | None = None,
-    loss_temperature: float = 1.0,
-    seed: int = 0,
-) -> CacheRows:
-    """A function from rows to their cache columns. Options as in `cache_target_distributions`, already checked."""
-
-    def cache_rows(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> dict[str, list[Any]]:
-        columns: dict[str, list[Any]] = {}
-        for prompt, completion, logits in zip(
-            prompts, completions, _completion_logits(target_model, prompts, completions), strict=True
-        ):
-            row: dict[str, list[Any]] = {}
-            generator = _generator(seed, prompt, completion) if sampled else None
-            for start in range(0, max(len(completion), 1), _POSITIONS):
-                written = torch.tensor(completion[start : start + _POSITIONS], dtype=torch.long)
-                part = logits[start : start + _POSITIONS, :vocab_size].float().cpu()
-                for name, values in _keep(part, written, top_k, sampled, loss_temperature, generator).items():
-                    row.setdefault(name, []).extend(values)
-            for name, values in row.items():
-                columns.setdefault(name, []).append(values)
-            columns.setdefault(TEMPERATURE_COLUMN, []).append(loss_temperature)
-        return columns
-
-    return cache_rows
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+) -> dict[str, list[Any]]:
+    """The cache columns of some rows, from one forward pass over their prompt and completion tokens."""
+    columns: dict[str, list[Any]] = {name: [] for name in options.features(vocab_size)}
+    logits = _completion_logits(target_model, prompts, completions).split([len(each) for each in completions])
+    for prompt, completion, of_row in zip(prompts, completions, logits, strict=True):
+        # Seeded by the row itself, so that neither the batch size nor the order of rows changes its draws.
+        seed = derived_seed(options.seed, list(prompt), list(completion))
+        generator = torch.Generator().manual_seed(seed)
+        row: dict[str, list[Any]] = {name: [] for name in columns}
+        for start in range(0, len(completion), _POSITIONS):
+            written = torch.tensor(completion[start : start + _POSITIONS], dtype=torch.long)
+            part = of_row[start : start + _POSITIONS, :vocab_size].float().cpu()
+            for name, values in _kept(part, written, options, generator).items():
+                row[name] += values
+        for name, values in row.items():
+            columns[name].append(options.loss_temperature if name == TEMPERATURE_COLUMN else values)
+    return columns
 
 
-def _keep(
-    logits: torch.Tensor,
-    written: torch.Tensor,
-    top_k: int | None,
-    sampled: int | None,
-    loss_temperature: float,
-    generator: torch.Generator | None,
+def _kept(
+    logits: torch.Tensor, written: torch.Tensor, options: CacheOptions, generator: torch.Generator
 ) -> dict[str, list[Any]]:
     """What is kept of `logits` [T, V] at `written` [T] tokens."""
-    log_p = torch.log_softmax(logits / loss_temperature, dim=-1)
-    if not torch.isfinite(log_p.amax(-1)).all():
+    if not torch.isfinite(logits.amax(-1)).all():
         raise FloatingPointError("The target's logits hold NaN or infinite values; check its weights and dtype.")
+    log_p = (logits / options.loss_temperature).log_softmax(-1)
     kept = {"completion_logprobs": log_p.gather(-1, written[:, None]).squeeze(-1).tolist()}
-    if sampled is None:
-        assert top_k is not None
-        likeliest, ids = log_p.topk(top_k, dim=-1)
-        # Summed over the tail itself: 1 - (sum of the top) would be lost in rounding.
-        tail = log_p.scatter(-1, ids, float("-inf")).logsumexp(-1)
+    if options.sampled is None:
+        assert options.top_k is not None
+        top = top_k_target(logits, options.top_k, options.loss_temperature)
         return kept | {
-            "target_token_ids": ids.tolist(),
-            "target_logprobs": likeliest.tolist(),
-            "target_tail_logprob": tail.tolist(),
+            "target_token_ids": top.token_ids.tolist(),
+            "target_logprobs": top.logprobs.tolist(),
+            "target_tail_logprob": top.tail_logprob.tolist(),
         }
-    if not len(written):
-        return kept | {"target_token_ids": [], "target_counts": []}
-    draws = torch.multinomial(log_p.exp(), sampled, replacement=True, generator=generator)
-    pairs = [torch.unique(row, return_counts=True) for row in draws]
+    drawn = sample_target(logits, options.sampled, options.loss_temperature, generator)
+    distinct = (drawn.counts > 0).sum(-1).tolist()  # the other places are padding
     return kept | {
-        "target_token_ids": [ids.tolist() for ids, _ in pairs],
-        "target_counts": [counts.tolist() for _, counts in pairs],
+        "target_token_ids": [ids[:n].tolist() for ids, n in zip(drawn.token_ids, distinct, strict=True)],
+        "target_counts": [counts[:n].tolist() for counts, n in zip(drawn.counts, distinct, strict=True)],
     }
 
 
 @torch.no_grad()
 def _completion_logits(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-) -> list[torch.Tensor]:
-    """Logits [T, V] that predict the T completion tokens of each row, from one forward pass."""
-    texts = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+) -> torch.Tensor:
+    """Logits [N, V] that predict the N completion tokens of all rows, row after row, from one forward pass."""
     if not all(prompts):
         raise ValueError("A row has no prompt tokens, so nothing predicts its first completion token.")
-    longest = max(map(len, texts))
     # Right padding: under a causal mask nothing before it can see it, whatever its id and whatever the positions.
-    ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=model.device)
-    mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=model.device)
-    first = min(map(len, prompts)) - 1
-    kept = {}
-    if model._supports_logits_to_keep():
-        kept["logits_to_keep"] = torch.arange(first, longest, device=model.device)
-    else:
-        first = 0
+    ids = pad_sequence([torch.tensor([*p, *c]) for p, c in zip(prompts, completions, strict=True)], batch_first=True)
+    places = torch.arange(ids.shape[1])
+    starts, lengths = (torch.tensor([len(each) for each in texts])[:, None] for texts in (prompts, completions))
+    keep = (places >= starts - 1) & (places < starts + lengths - 1)
+    inputs = {"input_ids": ids, "attention_mask": (places < starts + lengths).long()}
     with evaluating(model):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
-    return [
-        logits[row, len(prompt) - 1 - first : len(text) - 1 - first]
-        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
-    ]
-
-
-def _generator(seed: int, prompt: Sequence[int], completion: Sequence[int]) -> torch.Generator:
-    # Seeded by the row itself, so that neither the batch size nor the order of rows changes its draws.
-    return torch.Generator().manual_seed(derived_seed(seed, list(prompt), list(completion)))
+        return logits_at(model, inputs, keep)
 
 
 @dataclass(frozen=True)
@@ -289,8 +265,8 @@ class CacheFacts:
 def missing_cache_columns(dataset: Dataset | IterableDataset) -> list[str]:
     """The columns that training from cached distributions needs and this data lacks; empty if it can be done."""
     columns = set(get_dataset_column_names(dataset))
-    form = _DRAWS if "target_counts" in columns else _TOP_K
-    needed = ("prompt_ids", "completion_ids", *form, TEMPERATURE_COLUMN)
+    form = CacheOptions(sampled=1 if "target_counts" in columns else None).features(vocab_size=1)
+    needed = ("prompt_ids", "completion_ids", *form)
     return [name for name in needed if name not in columns]
 
 

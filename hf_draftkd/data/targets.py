@@ -1,6 +1,5 @@
-"""The target that answers, wherever it runs: its backend, what the manifest says of it, and what it brings along."""
+"""The target that answers, on this machine or behind a server."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,92 +15,86 @@ from transformers import (
 )
 
 from hf_draftkd.data.backends import Backend, continuous_backend, pipeline_backend
-from hf_draftkd.data.endpoint import endpoint_backend, endpoint_logprobs, without_login
+from hf_draftkd.data.config import AlignmentDataConfig
+from hf_draftkd.data.endpoint import endpoint_backend, without_login
 from hf_draftkd.data.fingerprints import weights_fingerprint
-from hf_draftkd.data.target_cache import (
-    CacheRows,
-    cache_features,
-    check_cache_options,
-    distribution_cache,
-    real_vocab_size,
-)
-from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.data.target_cache import CacheOptions, real_vocab_size
 from hf_draftkd.models.context import context_length
 from hf_draftkd.models.identity import model_revision, resolved_revision
+from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.models.tokenizers import tokenizer_size
 
 
 @dataclass(frozen=True)
-class Answering:
-    """Who answers: the backend, what the manifest says of it, and the columns that come on top of the answers."""
+class Target:
+    """The target that answers, wherever it runs.
+
+    Attributes:
+        backend: Answers prompts.
+        identity: What the manifest says of it.
+        brought: Columns that its completions bring along.
+        cache: What is computed from the finished rows: the model, what to keep, and V.
+    """
 
     backend: Backend
     identity: dict[str, Any]
-    brought: Features | None = None  # columns that the completions bring along
-    cache: tuple[CacheRows, Features] | None = None  # columns computed from the finished rows
+    brought: Features | None = None
+    cache: tuple[PreTrainedModel, CacheOptions, int] | None = None
 
 
 def local_target(
     target_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    batch_size: int,
-    continuous_batching: "bool | ContinuousBatchingConfig",
-    cache_options: dict[str, Any] | None,
-    revision: str | None,
-) -> Answering:
+    config: AlignmentDataConfig,
+    revision: str | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+) -> Target:
     """A target on this machine."""
-    suppressed = ids_without_token(target_model, tokenizer)
-    if continuous_batching:
-        backend = continuous_backend(
-            target_model,
-            max_new_tokens=max_new_tokens,
-            suppress_tokens=suppressed,
-            config=None if continuous_batching is True else continuous_batching,
-        )
+    name, suppressed = target_model.name_or_path, ids_without_token(target_model, tokenizer)
+    limits: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "suppress_tokens": suppressed}
+    if config.continuous_batching:
+        backend = continuous_backend(target_model, config=continuous_batching_config, **limits)
     else:
-        backend = pipeline_backend(
-            target_model, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, suppress_tokens=suppressed
-        )
+        backend = pipeline_backend(target_model, tokenizer, batch_size=config.batch_size, **limits)
     identity = {
-        "target": target_model.name_or_path,
-        "target_revision": (
-            resolved_revision(target_model.name_or_path, revision) if revision else model_revision(target_model)
-        ),
+        "target": name,
+        "target_revision": resolved_revision(name, revision) if revision else model_revision(target_model),
         "target_weights": weights_fingerprint(target_model),
         "target_dtype": str(target_model.dtype),
-        "backend": "continuous batching" if continuous_batching else "pipeline",
+        "backend": "continuous batching" if config.continuous_batching else "pipeline",
         "suppressed_tokens": suppressed,
     }
-    cache = None if cache_options is None else _prepare_cache(target_model, tokenizer, cache_options)
-    return Answering(backend, identity, cache=cache)
+    if is_hub_id(name) and Path(name).is_dir():
+        identity["target_is_local"] = True  # or a card, written elsewhere, would take it for an id on the Hub
+    if config.cache is None:
+        return Target(backend, identity)
+    vocab_size = real_vocab_size(target_model, tokenizer)
+    return Target(backend, identity, cache=(target_model, config.cache.within(vocab_size), vocab_size))
 
 
 def remote_target(
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    endpoint: str,
-    max_new_tokens: int,
-    settings: Sequence[DecodingSetting],
-    cache_options: dict[str, Any] | None,
-    options: dict[str, Any] | None,
-) -> Answering:
+    name: str, tokenizer: PreTrainedTokenizerBase, config: AlignmentDataConfig, options: dict[str, Any] | None
+) -> Target:
     """A target behind a server, which is asked for a few tokens to see that it answers."""
-    top_logprobs = endpoint_logprobs(cache_options)
+    url, cache = str(config.endpoint), config.cache
+    options = {
+        "end_ids": served_end_ids(name, tokenizer),
+        **{each: getattr(config, each) for each in ("concurrency", "timeout", "max_retries", "send_ids")},
+        **(options or {}),
+    }
     backend = endpoint_backend(
-        endpoint,
+        url,
         name,
         tokenizer,
-        max_new_tokens=max_new_tokens,
-        settings=settings,
-        top_logprobs=top_logprobs,
-        **{"end_ids": served_end_ids(name, tokenizer), **(options or {})},
+        max_new_tokens=config.max_new_tokens,
+        settings=list(config.requests),
+        top_logprobs=None if cache is None else cache.top_k,
+        **options,
     )
-    brought = None if top_logprobs is None else cache_features(tokenizer_size(tokenizer), None, "float16")
-    identity = {"target": name, "target_revision": None, "backend": "endpoint", "endpoint": without_login(endpoint)[0]}
-    if extra := (options or {}).get("extra_body"):  # may steer the sampling
+    identity = {"target": name, "target_revision": None, "backend": "endpoint", "endpoint": without_login(url)[0]}
+    if extra := options.get("extra_body"):  # may steer the sampling
         identity["extra_body"] = extra
-    return Answering(backend, identity, brought=brought)
+    return Target(backend, identity, None if cache is None else cache.features(tokenizer_size(tokenizer)))
 
 
 def served_context(name: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -133,22 +126,6 @@ def _read(kind: Any, place: str) -> Any:
         return kind.from_pretrained(place)
     except (OSError, ValueError, HTTPError):  # not there, not readable without code of its own, or no network
         return None
-
-
-def _prepare_cache(
-    target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
-) -> tuple[CacheRows, Features]:
-    options = {"top_k": None, "sampled": None, "loss_temperature": 1.0, "dtype": "float16", **options}
-    known = {"top_k", "sampled", "loss_temperature", "dtype", "seed"}
-    if unknown := sorted(set(options) - known):
-        raise ValueError(f"`cache_distributions` does not know {unknown[0]!r}; it takes {', '.join(sorted(known))}.")
-    vocab_size = real_vocab_size(target_model, tokenizer)
-    dtype = options.pop("dtype")
-    options["top_k"] = check_cache_options(
-        options["top_k"], options["sampled"], options["loss_temperature"], dtype, vocab_size
-    )
-    features = cache_features(vocab_size, options["sampled"], dtype)
-    return distribution_cache(target_model, vocab_size=vocab_size, **options), features
 
 
 def ids_without_token(target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.acceptance import VERIFICATION_RULES
 from hf_draftkd.acceptance.blocks import DRAFT_LENGTHS
-from hf_draftkd.data.generation import require_at_least_one
 from hf_draftkd.decoding.setting import DecodingSetting, settings_at
 from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.measurement import Measurement
@@ -19,7 +18,7 @@ from hf_draftkd.models.forward import evaluating
 from hf_draftkd.models.identity import loaded_checksum
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
-from hf_draftkd.utils.checks import one_of
+from hf_draftkd.utils.checks import one_of, whole_number
 from hf_draftkd.utils.versions import package_versions
 
 
@@ -232,7 +231,8 @@ def check_options(
         one_of("verification rule", rule, VERIFICATION_RULES)
     if len(set(verification)) < len(verification):
         raise ValueError(f"`verification` names a rule twice: {', '.join(verification)}.")
-    require_at_least_one(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    whole_number("max_new_tokens", max_new_tokens)
+    whole_number("batch_size", batch_size)
     if verify < 0:
         raise ValueError(f"`verify` must be at least 0, got {verify}: a number of prompts, or 0 for no check.")
     # 3.0 is equal to 3, and counts nothing.

@@ -8,7 +8,6 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from hf_draftkd.cli.generate import GenerateOptions, parse_cache
 from hf_draftkd.cli.main import dispatch
 from hf_draftkd.data.generation import generate_alignment_data
 from tests.cli.run import draftkd
@@ -132,8 +131,8 @@ def test_a_target_behind_an_endpoint(tmp_path, saved, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num_completions", 0], "`num_completions` must be at least 1"),
-        (["--batch_size", 0], "`batch_size` must be at least 1"),
+        (["--num_completions", 0], "num_completions"),
+        (["--batch_size", 0], "batch_size"),
         (["--max_new_tokens", 100], "the target reads at most 128"),
         (["--push_to_hub", "a/b/c"], "A repository is named"),
         (["--push_to_hub", "me/data"], "HF_HUB_OFFLINE is set"),
@@ -169,7 +168,7 @@ def test_before_the_target_writes_queries(tmp_path, saved, capsys, monkeypatch, 
         ({"--max_new_tokens": "124"}, "longer than 4 tokens"),
         ({"--cache_distributions": "top=5"}, "top_k=64 or sampled=50"),
         ({"--cache_distributions": "top_k=999"}, "between 1 and the vocabulary's 264"),
-        ({"--cache_distributions": "top_k=5", "--cache_temperature": "0"}, "temperature"),
+        ({"--cache_distributions": "top_k=5", "--cache_loss_temperature": "0"}, "temperature"),
         ({"--scenario": "query"}, "scenario"),
         ({"--scenario": "synthetic"}, "takes no --dataset"),
         ({"--scenario": "synthetic", "--dataset": None, "--num_prompts": "0"}, "at least 1"),
@@ -183,11 +182,11 @@ def test_before_the_target_writes_queries(tmp_path, saved, capsys, monkeypatch, 
         ({"--batch_siz": "3"}, "Did you mean `--batch_size`"),
         ({"--endpoint": "http://127.0.0.1:9/v1", "--tokenizer": "TARGET", "--max_retries": "0"}, "does not answer"),
         ({"--output_dir": "PROMPTS"}, "is a file"),
-        ({"--system_prompt": "Ask about tax."}, "`--system_prompt` would do nothing without `--scenario synthetic`"),
-        ({"--tokenizer": "PROMPTS"}, "`--tokenizer` would do nothing without `--endpoint`"),
-        ({"--instruction": "Go on: {text}"}, "`--instruction` would do nothing without `--scenario curated`"),
-        ({"--cache_dtype": "float32"}, "`--cache_dtype` would do nothing without `--cache_distributions`"),
-        ({"--scenario": "synthetic", "--dataset": None, "--max_prompts": "3"}, "would do nothing without `--dataset`"),
+        ({"--system_prompt": "Ask about tax."}, "`system_prompt` would do nothing without `scenario synthetic`"),
+        ({"--tokenizer": "PROMPTS"}, "`tokenizer` would do nothing without `endpoint`"),
+        ({"--instruction": "Continue: {text}"}, "`instruction` would do nothing without `scenario curated`"),
+        ({"--cache_dtype": "float32"}, "`cache_dtype` would do nothing without `cache_distributions`"),
+        ({"--scenario": "synthetic", "--dataset": None, "--max_prompts": "3"}, "would do nothing without `dataset`"),
     ],
 )
 def test_bad_input_ends_with_two_before_the_target_is_loaded(tmp_path, saved, capsys, monkeypatch, options, message):
@@ -219,12 +218,6 @@ def test_the_help_answers():
     done = draftkd("generate", "--help")
     assert done.returncode == 0
     assert "--cache_distributions" in done.stdout
-
-
-def test_the_cache_is_written_as_name_and_number():
-    options = GenerateOptions(cache_distributions="sampled=50", cache_temperature=2.0)
-    assert parse_cache(options) == {"sampled": 50, "loss_temperature": 2.0, "dtype": "float16"}
-    assert parse_cache(GenerateOptions()) is None
 
 
 def test_rows_equal_those_of_the_python_call(tmp_path, saved):

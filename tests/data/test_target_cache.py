@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset, load_dataset
 
 from hf_draftkd.data.generation import generate_alignment_data
-from hf_draftkd.data.target_cache import bytes_per_token, cache_features, cache_target_distributions
+from hf_draftkd.data.target_cache import CacheOptions, bytes_per_token, cache_target_distributions
 from tests.data.small import make_target
 from tests.tiny import ARCHITECTURES
 
@@ -130,22 +130,22 @@ def test_float16_keeps_its_promised_bound_through_disk(tmp_path, target, data, w
 
 
 def test_ids_take_the_smallest_type_that_fits():
-    top_k = cache_features(50_000, None, "float16")
+    top_k = CacheOptions().features(50_000)
     assert top_k["target_token_ids"].feature.feature.dtype == "uint16"
-    assert cache_features(2**16 + 1, None, "float16")["target_token_ids"].feature.feature.dtype == "int32"
+    assert CacheOptions().features(2**16 + 1)["target_token_ids"].feature.feature.dtype == "int32"
     assert bytes_per_token(top_k, 64) == 64 * (2 + 2) + 2 + 2
-    assert bytes_per_token(cache_features(152_000, 50, "float16"), 12) == 12 * (4 + 1) + 2
-    assert cache_features(9, 256, "float16")["target_counts"].feature.feature.dtype == "uint16"
+    assert bytes_per_token(CacheOptions(sampled=50).features(152_000), 12) == 12 * (4 + 1) + 2
+    assert CacheOptions(sampled=256).features(9)["target_counts"].feature.feature.dtype == "uint16"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"top_k": 5, "sampled": 5}, "one form"),
-        ({"top_k": 0}, "between 1 and the vocabulary's 264"),
+        ({"top_k": 0}, "top_k"),
         ({"top_k": 265}, "between 1 and the vocabulary's 264"),
-        ({"sampled": 0}, "between 1 and 65,535"),
-        ({"sampled": 65_536}, "between 1 and 65,535"),
+        ({"sampled": 0}, "from 1 to 65535"),
+        ({"sampled": 65_536}, "from 1 to 65535"),
         ({"loss_temperature": 0.0}, "temperature"),
         ({"loss_temperature": math.nan}, "temperature"),
         ({"dtype": "bfloat16"}, "float16"),

@@ -162,3 +162,9 @@ def test_a_setting_in_words_and_in_names_of_metrics(setting, words, suffix):
     """Two settings that read alike, in a table or in a log."""
     assert str(setting) == words
     assert setting.log_suffix == suffix
+
+
+@pytest.mark.parametrize(("temperatures", "message"), [(0.7, "must be a list"), ((), "empty"), ((1.0, 1.0), "repeats")])
+def test_temperatures_that_make_no_list_of_settings(temperatures, message):
+    with pytest.raises(ValueError, match=message):
+        settings_at(temperatures)

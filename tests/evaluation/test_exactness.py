@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_draftkd.acceptance import DRAFT_LENGTHS
-from hf_draftkd.data.generation import ids_without_token
+from hf_draftkd.data.targets import ids_without_token
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length
 from hf_draftkd.evaluation.estimates import setting_result

@@ -1,0 +1,163 @@
+"""What alignment data are made of: one config for `generate_alignment_data` and for `draftkd generate`."""
+
+import os
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from hf_draftkd.data.target_cache import CacheOptions
+from hf_draftkd.decoding.setting import DecodingSetting, settings_at
+from hf_draftkd.utils.checks import in_range, one_of, whole_number
+
+SCENARIOS = ("queries", "curated", "synthetic")
+
+# Fields that do something in one kind of run only: they are refused elsewhere, as they would silently do nothing.
+_ONLY_WITH: dict[tuple[str, str | None], tuple[str, ...]] = {
+    ("dataset", None): ("dataset_config", "dataset_split", "max_prompts"),
+    ("scenario", "queries"): ("prompt_column", "drop_last_answer", "skip_invalid"),
+    ("scenario", "curated"): ("text_column", "question_column", "opening_tokens", "instruction"),
+    ("scenario", "synthetic"): (
+        *("num_prompts", "query_max_new_tokens", "query_temperature", "query_top_p", "system_prompt"),
+        *("min_characters", "max_characters", "script"),
+    ),
+    ("endpoint", None): ("concurrency", "timeout", "max_retries", "send_ids"),
+    ("cache_distributions", None): ("cache_loss_temperature", "cache_dtype"),
+}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class AlignmentDataConfig:
+    """Configuration class for [`generate_alignment_data`]; every field is an option of `draftkd generate`.
+
+    The help text of a field says what it does. In Python `cache_distributions` may also be a dict of the options of
+    [`cache_target_distributions`]: `top_k` or `sampled`, `loss_temperature`, `dtype` and `seed`. The paper of the Llama
+    2 chat drafter (https://arxiv.org/abs/2403.00858) uses the temperatures 0, 0.3, 0.7 and 1.0 with `top_p` 0.95.
+
+    Raises:
+        ValueError: A value is out of range, or a field would do nothing in this kind of run.
+    """
+
+    output_dir: str | None = _option(None, "Folder for the shards; the same command resumes a killed run in it.")
+    scenario: str = _option(
+        "queries", "queries: answer prompts; curated: cut domain text into prompts; synthetic: the target asks."
+    )
+
+    # The prompts
+    dataset: str | None = _option(None, "Prompts or domain text: a Hub id, a file or a folder. Not for synthetic.")
+    dataset_config: str | None = _option(None, "Configuration (subset) of a Hub dataset.")
+    dataset_split: str | None = _option(None, "Split of the dataset; `train` where there are several.")
+    max_prompts: int | None = _option(None, "Take only the first so many rows of the dataset.")
+    prompt_column: str = _option("prompt", "queries: column with the prompts, strings or lists of messages.")
+    drop_last_answer: bool = _option(False, "queries: drop a conversation's last answer; the target answers instead.")
+    skip_invalid: bool = _option(False, "queries: leave out empty and malformed prompts instead of refusing them.")
+    text_column: str = _option("text", "curated: column with documents.")
+    question_column: str | None = _option(None, "curated: column with questions; documents are then not cut.")
+    opening_tokens: int = _option(64, "curated: tokens of a document's opening.")
+    instruction: str | None = _option(None, "curated: a user's message around the opening, with {text} where it goes.")
+    num_prompts: int = _option(1000, "synthetic: queries to keep.")
+    query_max_new_tokens: int = _option(128, "synthetic: longest query, in tokens.")
+    query_temperature: float = _option(1.0, "synthetic: sampling temperature of the queries.")
+    query_top_p: float = _option(0.99, "synthetic: nucleus sampling of the queries.")
+    system_prompt: str | None = _option(None, "synthetic: a system message in front, to name the domain.")
+    min_characters: int | None = _option(None, "synthetic: shortest query to keep.")
+    max_characters: int | None = _option(None, "synthetic: longest query to keep.")
+    script: str | None = _option(None, "synthetic: Unicode script that a query must be written in, such as latin.")
+    skip_too_long: bool = _option(False, "Leave out prompts that do not fit into the context instead of refusing them.")
+
+    # The answers
+    max_new_tokens: int = _option(256, "Longest completion, in tokens.")
+    temperatures: list[float] = field(
+        default_factory=lambda: [0.0], metadata={"help": "One completion per prompt for each; 0 is greedy."}
+    )
+    top_p: float = _option(1.0, "Nucleus sampling at temperatures above 0.")
+    top_k: int = _option(0, "Top-k sampling at temperatures above 0; 0 keeps every token.")
+    repetition_penalty: float = _option(1.0, "As in transformers; 1 is none.")
+    num_completions: int = _option(1, "Completions per prompt at each temperature above 0.")
+    seed: int = _option(0, "Seed of the whole data set.")
+    batch_size: int = _option(8, "Prompts decoded together. Sampled completions depend on it.")
+    shard_size: int | None = _option(None, "Prompts per shard; by default a sixteenth of them, 4 batches to 256.")
+    context_length: int | None = _option(
+        None, "Longest text the target takes, prompt and completion, in tokens; by default what its config says."
+    )
+    continuous_batching: bool = _option(
+        False, "transformers' continuous batching: exact ids, but sampled rows cannot be repeated."
+    )
+    cache_distributions: dict | str | None = field(
+        default=None, metadata={"help": "Keep the target's distributions: top_k=64 or sampled=50."}
+    )
+    cache_loss_temperature: float = _option(1.0, "Loss temperature of the kept distributions; train at the same one.")
+    cache_dtype: str = _option("float16", "Type of the kept log-probabilities: float16 or float32.")
+
+    # A target behind a server
+    endpoint: str | None = _option(None, "An OpenAI-compatible server that runs the target. Key: OPENAI_API_KEY.")
+    concurrency: int = _option(16, "endpoint: requests in flight.")
+    timeout: float = _option(600.0, "endpoint: seconds to wait for one answer.")
+    max_retries: int = _option(8, "endpoint: further attempts after 429, 5xx, a time-out or a lost connection.")
+    send_ids: bool = _option(False, "endpoint: send token ids instead of text.")
+
+    def __post_init__(self) -> None:
+        """Check every value that can be checked without the target."""
+        if self.output_dir is not None:
+            self.output_dir = os.path.expanduser(self.output_dir)
+        if isinstance(self.temperatures, int | float):
+            self.temperatures = [self.temperatures]
+        one_of("scenario", self.scenario, SCENARIOS)
+        for name in (
+            *("max_new_tokens", "num_completions", "batch_size", "concurrency", "opening_tokens", "num_prompts"),
+            "query_max_new_tokens",
+        ):
+            whole_number(name, getattr(self, name))
+        for name in ("max_prompts", "shard_size", "context_length", "min_characters", "max_characters"):
+            if (value := getattr(self, name)) is not None:
+                whole_number(name, value)
+        whole_number("max_retries", self.max_retries, 0)
+        in_range("timeout", self.timeout, 0, open_low=True)
+        settings_at(self.temperatures, top_p=self.top_p, top_k=self.top_k, repetition_penalty=self.repetition_penalty)
+        self._refuse_what_would_do_nothing()
+        cache = self.cache
+        if self.endpoint is not None and cache is not None and (cache.top_k is None or cache.loss_temperature != 1):
+            raise ValueError(
+                "A server returns its likeliest tokens, at temperature 1, and nothing else: give `top_k` alone, got "
+                f"{self.cache_distributions!r}. OpenAI's servers return 5 at most, vLLM 20 unless started with more."
+            )
+
+    @property
+    def requests(self) -> dict[DecodingSetting, int]:
+        """Each decoding setting, and how many completions of a prompt are asked for under it."""
+        settings = settings_at(
+            self.temperatures, top_p=self.top_p, top_k=self.top_k, repetition_penalty=self.repetition_penalty
+        )
+        return {setting: 1 if setting.is_greedy else self.num_completions for setting in settings}
+
+    @property
+    def cache(self) -> CacheOptions | None:
+        """What to keep of the target's distributions."""
+        given = self.cache_distributions
+        if given is None or isinstance(given, dict):
+            for name in given or {}:
+                one_of("option of `cache_distributions`", name, asdict(CacheOptions()))
+            return None if given is None else CacheOptions(**{"seed": self.seed, **given})
+        name, _, number = given.partition("=")
+        if name not in ("top_k", "sampled") or not number.isdigit():
+            raise ValueError(f"`cache_distributions` is written as top_k=64 or sampled=50, got {given!r}.")
+        return CacheOptions(
+            **{name: int(number)},
+            loss_temperature=self.cache_loss_temperature,
+            dtype=self.cache_dtype,
+            seed=self.seed,
+        )
+
+    def _refuse_what_would_do_nothing(self) -> None:
+        """A system prompt that no query is written under, or a time-out without a server."""
+        defaults = {each.name: each.default for each in fields(self)}
+        for (name, wanted), idle in _ONLY_WITH.items():
+            given = getattr(self, name)
+            if given is not None if wanted is None else given == wanted:
+                continue
+            for each in idle:
+                if getattr(self, each) != defaults[each]:
+                    condition = name if wanted is None else f"{name} {wanted}"
+                    raise ValueError(f"`{each}` would do nothing without `{condition}`. Leave it out, or add that.")

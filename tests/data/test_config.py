@@ -1,0 +1,88 @@
+"""One config for Python and the command line: what it means, and what it refuses before anything is loaded."""
+
+import dataclasses
+
+import pytest
+
+from hf_draftkd.data.config import AlignmentDataConfig
+from hf_draftkd.data.generation import generate_alignment_data
+from hf_draftkd.data.target_cache import CacheOptions
+from hf_draftkd.decoding.setting import DecodingSetting
+
+
+def test_every_field_has_its_help():
+    assert all(field.metadata["help"] for field in dataclasses.fields(AlignmentDataConfig))
+
+
+def test_the_cache_is_written_as_text_or_as_a_dict():
+    """Catches a loss temperature or a type that one of the two forms loses."""
+    text = AlignmentDataConfig(cache_distributions="sampled=50", cache_loss_temperature=2.0, seed=3)
+    assert text.cache == CacheOptions(sampled=50, loss_temperature=2.0, seed=3)
+    given = AlignmentDataConfig(cache_distributions={"top_k": 8, "dtype": "float32", "seed": 1})
+    assert given.cache == CacheOptions(top_k=8, dtype="float32", seed=1)
+    assert AlignmentDataConfig().cache is None
+
+
+def test_greedy_decoding_gives_one_completion_and_knows_no_filters():
+    config = AlignmentDataConfig(temperatures=[0, 0.7], top_p=0.9, num_completions=3)
+    assert config.requests == {DecodingSetting(): 1, DecodingSetting(0.7, 0.9): 3}
+
+
+def test_one_temperature_is_a_list_of_one():
+    """As a YAML file may say it."""
+    assert AlignmentDataConfig(temperatures=0.7).temperatures == [0.7]
+
+
+def test_a_config_and_its_fields_make_the_same_rows(target, tokenizer):
+    """Catches an argument beside the config that is not listened to."""
+    config = AlignmentDataConfig(max_new_tokens=4, temperatures=[1.0], seed=5)
+    rows = generate_alignment_data(target, tokenizer, ["the cat", "on"], config=config)
+    fields = {"max_new_tokens": 4, "temperatures": (1.0,), "seed": 5}
+    assert rows.to_list() == generate_alignment_data(target, tokenizer, ["the cat", "on"], **fields).to_list()
+    other = generate_alignment_data(target, tokenizer, ["the cat", "on"], config=config, seed=6)
+    assert other["completion_ids"] != rows["completion_ids"]
+    assert config.seed == 5
+
+
+@pytest.mark.parametrize("scenario", ["queries", "curated", "synthetic"])
+def test_a_config_alone_says_where_the_prompts_come_from(tmp_path, target, tokenizer, scenario):
+    options = {"scenario": scenario, "max_new_tokens": 3}
+    if scenario == "synthetic":
+        options |= {"num_prompts": 2, "query_max_new_tokens": 60}
+    else:
+        (tmp_path / "texts.txt").write_text("the cat sat on the mat, and sat, and sat\n")
+        options |= {"dataset": str(tmp_path / "texts.txt")}
+    rows = generate_alignment_data(target, tokenizer, config=AlignmentDataConfig(**options))
+    assert len(rows) == (2 if scenario == "synthetic" else 1)
+    assert set(rows["scenario"]) == {scenario}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperatures": ()}, "empty"),
+        ({"temperatures": (1.0, 1.0)}, "repeats"),
+        ({"temperatures": (-1.0,)}, "temperature"),
+        ({"top_p": 2.0}, "top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"num_completions": 0}, "num_completions"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"shard_size": 0}, "shard_size"),
+        ({"max_prompts": 0, "dataset": "x"}, "max_prompts"),
+        ({"scenario": "query"}, "Did you mean 'queries'"),
+        ({"system_prompt": "Ask about tax."}, "`system_prompt` would do nothing without `scenario synthetic`"),
+        ({"timeout": 5.0}, "`timeout` would do nothing without `endpoint`"),
+        ({"cache_distributions": "top=5"}, "top_k=64 or sampled=50"),
+        ({"cache_distributions": {"topk": 5}}, "Did you mean 'top_k'"),
+        ({"cache_distributions": {"top_k": 5, "sampled": 5}}, "one form"),
+        ({"cache_distributions": "sampled=5", "endpoint": "http://localhost/v1"}, "give `top_k` alone"),
+    ],
+)
+def test_bad_values_are_refused_when_the_config_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        AlignmentDataConfig(**options)
+
+
+def test_without_any_prompts_there_is_nothing_to_answer(target, tokenizer):
+    with pytest.raises(ValueError, match="needs a `dataset`"):
+        generate_alignment_data(target, tokenizer)
