@@ -8,9 +8,9 @@ from transformers import AutoConfig
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.models.building import build_draft, check_plan
-from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
+from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
-from hf_draftkd.models.resolve import check_model
+from hf_draftkd.models.resolve import resolve
 
 
 @dataclass
@@ -55,36 +55,23 @@ def run(argv: list[str]) -> int:
         directory = new_directory(
             options.output_dir, overwrite=options.overwrite_output_dir, target_model=options.target_model
         )
-        target_config = check_model(options.target_model, revision=options.target_model_revision, **trusted)
-        tokenizer = load_tokenizer(options.target_model, revision=options.target_model_revision, **trusted)
-        config = None if options.draft_config is None else AutoConfig.from_pretrained(options.draft_config, **trusted)
+        checkpoint = resolve(options.target_model, revision=options.target_model_revision, **trusted)
         if options.model is not None:
-            check_model(options.model, **trusted)
-            check_tokenizers(load_tokenizer(options.model, **trusted), tokenizer)
+            stock = resolve(options.model, **trusted)
+            check_tokenizers(stock.tokenizer, checkpoint.tokenizer)
+            draft = load_draft(stock, dtype=options.dtype)
+            target = load_target(checkpoint)
+            align_vocabulary(draft, target, checkpoint.tokenizer)
         else:
-            check_plan(
-                target_config,
-                num_layers=options.num_layers,
-                layers=options.layers,
-                share=options.share,
-                config=config,
-            )
-        target = load_target(options.target_model, revision=options.target_model_revision, **trusted)
-        if options.model is not None:
-            draft = align_vocabulary(load_draft(options.model, dtype=options.dtype, **trusted), target, tokenizer)
-        else:
-            draft = build_draft(
-                target,
-                num_layers=options.num_layers,
-                layers=options.layers,
-                share=options.share,
-                config=config,
-                tokenizer=tokenizer,
-                dtype=getattr(torch, options.dtype),
-                seed=options.seed,
-            )
+            plan = {name: getattr(options, name) for name in ("num_layers", "layers", "share")}
+            if options.draft_config is not None:
+                plan["config"] = AutoConfig.from_pretrained(options.draft_config, **trusted)
+            check_plan(checkpoint.config, **plan)
+            target = load_target(checkpoint)
+            dtype = getattr(torch, options.dtype)
+            draft = build_draft(target, **plan, tokenizer=checkpoint.tokenizer, dtype=dtype, seed=options.seed)
     draft.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    checkpoint.tokenizer.save_pretrained(directory)
     share = draft.num_parameters() / target.num_parameters()
     print(
         f"Wrote {directory}: {draft.num_parameters():,} parameters, {share:.2%} of the target's. Next:\n"

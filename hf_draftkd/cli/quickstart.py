@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-from hf_draftkd.cli.errors import UsageError, usage_errors
+from hf_draftkd.cli.errors import usage_errors
 from hf_draftkd.cli.options import new_directory, parse
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import load_prompts
@@ -23,9 +23,11 @@ from hf_draftkd.evaluation.plots import block_efficiency_figure, save_figure
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.draft_length import store_draft_length
-from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
+from hf_draftkd.models.loading import load_draft, load_target
+from hf_draftkd.models.resolve import resolve
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.trainer import DraftDistillTrainer
+from hf_draftkd.utils.checks import whole_number
 
 PLOT = "block_efficiency.png"
 
@@ -50,12 +52,12 @@ def run(argv: list[str]) -> int:
     console = Console(width=max(Console().width, 110))
     with usage_errors():
         out = new_directory(options.output_dir, overwrite=True)
-        if not 0 <= options.seed < 2**32:  # numpy's bounds, met when training begins
-            raise UsageError(f"`--seed` must lie between 0 and {2**32 - 1:,}, got {options.seed}.")
+        whole_number("seed", options.seed, 0, 2**32 - 1)  # numpy's bounds, met when training begins
         check_options(["rejection_sampling"], options.max_new_tokens, None, options.num_speed_prompts)
-        tokenizer = load_tokenizer(demo_path("target"))
+        checkpoint = resolve(demo_path("target"))
+        tokenizer = checkpoint.tokenizer
         # float32: the fastest format on most CPUs, and one in which greedy decoding has hardly any ties.
-        target = load_target(demo_path("target"), dtype=torch.float32)
+        target = load_target(checkpoint, dtype=torch.float32)
         stock = load_draft(demo_path("draft"), dtype=torch.float32)
         train_prompts = load_prompts(demo_path("train.jsonl"), limit=options.num_train_prompts)
         test_prompts = load_prompts(demo_path("test.jsonl"), limit=options.num_test_prompts)

@@ -100,25 +100,18 @@ def build_trainer(options: TrainOptions, args: DraftDistillConfig, model_config:
         "attn_implementation": model_config.attn_implementation,
         **(args.model_init_kwargs or {}),
     }
-    train = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
-    held_out = (
-        None
-        if options.eval_dataset is None
-        else open_dataset(options.eval_dataset, split=options.eval_dataset_split, config=options.dataset_config)
-    )
-    mix = (
-        None
-        if options.mix_dataset is None
-        else open_dataset(options.mix_dataset, split=options.mix_dataset_split, config=options.mix_dataset_config)
-    )
+
+    def opened(name: str | None, split: str, config: str | None) -> Any:
+        return None if name is None else open_dataset(name, split=split, config=config)
+
     return DraftDistillTrainer(
         model=options.model,
         target_model=options.target_model,
         reference_model=options.reference_model,
         args=args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        mix_dataset=mix,
+        train_dataset=opened(options.dataset, options.dataset_split, options.dataset_config),
+        eval_dataset=opened(options.eval_dataset, options.eval_dataset_split, options.dataset_config),
+        mix_dataset=opened(options.mix_dataset, options.mix_dataset_split, options.mix_dataset_config),
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
     )
@@ -138,9 +131,7 @@ def _where_to_start(args: DraftDistillConfig, *, overwrite: bool) -> Any:
         if not Path(str(wanted)).is_dir():
             raise UsageError(f"`--resume_from_checkpoint {wanted}` is not a directory.")
         return wanted
-    if not directory.is_dir() or not any(directory.iterdir()):
-        return None
-    if overwrite:
+    if overwrite or not directory.is_dir() or not any(directory.iterdir()):
         return None
     last, skipped = last_complete_checkpoint(directory)
     if last is None:

@@ -37,4 +37,4 @@ def test_quickstart_refuses_before_it_trains(tmp_path, capsys, monkeypatch):
         assert dispatch(["quickstart", option, "0", "--output_dir", str(tmp_path / "out")]) == 2
         assert f"`{option[2:]}` must be at least 1, got 0" in capsys.readouterr().err
     assert dispatch(["quickstart", "--seed=-1", "--output_dir", str(tmp_path / "out")]) == 2
-    assert "`--seed` must lie between 0 and 4,294,967,295, got -1" in capsys.readouterr().err
+    assert "`seed` must be a whole number from 0 to 4294967295, got -1" in capsys.readouterr().err
