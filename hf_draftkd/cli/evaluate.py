@@ -20,9 +20,9 @@ from hf_draftkd.evaluation.plots import figure_class
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
 from hf_draftkd.models.draft_length import draft_length_settings, drop_idle_sampling
-from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
+from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.pairing import check_own_tokenizer
-from hf_draftkd.models.resolve import check_model
+from hf_draftkd.models.resolve import Checkpoint, resolve
 from hf_draftkd.utils.text import printable
 
 _RECORDED = {"prompt_ids", "completion_ids", "temperature", "top_p", "top_k", "repetition_penalty"}
@@ -114,23 +114,12 @@ def run(argv: list[str]) -> int:
         texts = _texts(rows, options)
         if "dataset" in texts and asked is None:
             _refuse_other_settings(options)
-        trusted = {"trust_remote_code": options.trust_remote_code}
-        named = [(options.target_model, options.target_model_revision)]
-        named += [(path, options.model_revision) for path in options.model]
-        named += [] if options.baseline is None else [(options.baseline, None)]
-        for path, revision in named:
-            check_model(path, revision=revision, **trusted)
-        tokenizer = load_tokenizer(options.target_model, revision=options.target_model_revision, **trusted)
-        for path, revision in named[1:]:
-            check_own_tokenizer(path, tokenizer, revision=revision, **trusted)
-        loading = {
-            "dtype": options.dtype,
-            "device_map": _device_map(),
-            "trust_remote_code": options.trust_remote_code,
-        }
-        target = load_target(options.target_model, revision=options.target_model_revision, **loading)
-        drafts = [load_draft(path, revision=options.model_revision, **loading) for path in options.model]
-        baseline = None if options.baseline is None else load_draft(options.baseline, **loading)
+        target_checkpoint, *draft_checkpoints = _look_up(options)
+        tokenizer = target_checkpoint.tokenizer
+        loading = {"dtype": options.dtype, "device_map": _device_map()}
+        target = load_target(target_checkpoint, **loading)
+        drafts = [load_draft(checkpoint, **loading) for checkpoint in draft_checkpoints]
+        baseline = None if options.baseline is None else drafts.pop()
         if asked is None and texts.get("dataset") is None:
             asked = _settings(options, temperatures=[0.0, 1.0], penalty=own_penalty(target))
         elif options.temperatures is not None and options.repetition_penalty is None:
@@ -157,6 +146,18 @@ def run(argv: list[str]) -> int:
         )
     _write(report, options, out)
     return 0
+
+
+def _look_up(options: EvaluateOptions) -> list[Checkpoint]:
+    """The target, the drafts, and the baseline where there is one, once all of them fit together."""
+    named = [(options.target_model, options.target_model_revision)]
+    named += [(path, options.model_revision) for path in options.model or ()]
+    named += [] if options.baseline is None else [(options.baseline, None)]
+    found = [resolve(name, revision=at, trust_remote_code=options.trust_remote_code) for name, at in named]
+    for checkpoint in found:
+        _ = checkpoint.config  # refuses what is not a usable causal LM
+        check_own_tokenizer(checkpoint, found[0].tokenizer)
+    return found
 
 
 def _settings(

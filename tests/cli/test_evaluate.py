@@ -2,10 +2,11 @@
 
 import json
 import sys
+from collections import Counter
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from hf_draftkd.cli.main import dispatch
 from hf_draftkd.data.generation import generate_alignment_data
@@ -71,6 +72,31 @@ def test_it_writes_and_prints_the_report(files, tmp_path):
     assert stored.eos_token_id == 1  # what was there stays
 
 
+def test_each_config_and_tokenizer_is_read_once(files, tmp_path, monkeypatch):
+    """For two models 8 lookups, 10 configs and 4 tokenizers were read; of Hub ids each was a request."""
+    opened, built = Counter(), Counter()
+    from_pretrained = AutoTokenizer.from_pretrained
+
+    def count(event, args):
+        if watching and event == "open":
+            opened[str(args[0])] += 1
+
+    def counted(name, **options):
+        built[name] += 1
+        return from_pretrained(name, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", counted)
+    watching = True
+    sys.addaudithook(count)  # it cannot be taken away again
+    try:
+        assert dispatch(options(files, tmp_path / "out", "--no_measure_speed", temperatures=0, limit=2)) == 0
+    finally:
+        watching = False
+    for name in ("model", "target_model"):
+        assert opened[str(files[name] / "config.json")] == opened[str(files[name] / "tokenizer.json")] == 1
+        assert built[str(files[name])] == 1
+
+
 def test_several_drafts_and_a_yaml_file(files, tmp_path, capsys):
     other = tmp_path / "other"
     tiny_llama(seed=9).save_pretrained(other)
@@ -115,7 +141,7 @@ def test_recorded_answers_are_taken_as_they_are(files, pair, tmp_path, capsys):
         ({"limit": 0}, "--limit"),
         ({"num_assistant_tokens": 99}, "between 1 and 16"),
         ({"max_new_tokens": 1000}, "leaves no room"),
-        ({"num_asistant_tokens": 3}, "Did you mean `--num_assistant_tokens`"),
+        ({"num_asistant_tokens": 3}, "Did you mean '--num_assistant_tokens'"),
         ({"dtype": "float3"}, "float3"),
         ({"verify": -1}, "`verify` must be at least 0, got -1"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
