@@ -10,7 +10,7 @@ itself, so of whatever is linear in p: forward KL's gradient, and cross-entropy.
 estimate would be biased; it is refused (Sparse Logit Sampling, https://arxiv.org/abs/2503.16870).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,11 @@ class SparseTarget:
     def __getitem__(self, index: Any) -> "SparseTarget":
         """Select positions."""
         return SparseTarget(self.token_ids[index], self.logprobs[index], self.tail_logprob[index])
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["SparseTarget"]) -> "SparseTarget":
+        """Join the positions of several targets that keep the same k, in order."""
+        return cls(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,14 @@
 
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.losses.sparse import SparseTarget
+from hf_draftkd.losses import SparseTarget
 from hf_draftkd.online.capture import ServedRequest
-
-_RAGGED = ("prompt_ids", "completion_ids")
 
 
 class ReplayBuffer:
@@ -35,7 +34,7 @@ class ReplayBuffer:
         self._holdout_share, self._seed = holdout_share, seed
 
     def add(self, request: ServedRequest) -> None:
-        """Take up a request; the oldest of its kind makes room."""
+        """Take in a request; the oldest of its kind makes room."""
         if request.is_held_out(self._holdout_share, self._seed):
             self.held_out.append(request)
             return
@@ -48,7 +47,7 @@ class ReplayBuffer:
         """What an update learns from: in each epoch every new request once, among older ones drawn without replacement.
 
         Args:
-            batch_size: Requests a batch; the last of an epoch may have fewer.
+            batch_size: Requests per batch; the last of an epoch may have fewer.
             num_epochs: Passes over the new requests.
             replay_ratio: Older requests for each new one, as far as there are any.
             generator: Draws and shuffles.
@@ -66,50 +65,32 @@ class ReplayBuffer:
             ]
         return made
 
-    def pack(self) -> tuple[dict[str, Tensor], list[dict[str, float] | None]]:
-        """Everything as a few tensors, and the decoding settings: training requests first, then the held-out ones."""
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything as tensors and JSON: training requests first, then the held-out ones."""
         requests = [*self.training, *self.held_out]
-        if not requests:
-            return {}, []
-        tensors = {name: torch.cat([getattr(request, name) for request in requests]) for name in _RAGGED}
-        tensors["lengths"] = torch.tensor([[len(getattr(request, name)) for name in _RAGGED] for request in requests])
-        for name in ("token_ids", "logprobs", "tail_logprob"):
-            tensors[name] = torch.cat([getattr(request.target, name) for request in requests])
-        return tensors, [None if (how := request.setting) is None else how.to_dict() for request in requests]
+        tensors = {
+            f"{number}.{name}": tensor
+            for number, one in enumerate(requests)
+            for name, tensor in {"prompt": one.prompt_ids, "completion": one.completion_ids, **vars(one.target)}.items()
+        }
+        settings = [None if one.setting is None else one.setting.to_dict() for one in requests]
+        return tensors, {"settings": settings, "num_training": len(self.training), "num_new": self.num_new}
 
-    def unpack(
-        self,
-        tensors: Mapping[str, Tensor],
-        settings: list[dict[str, float] | None],
-        num_training: int,
-        num_new: int,
-    ) -> None:
-        """Take up what `pack` gave; if the buffer is smaller now, the newest of it."""
-        self.training.clear()
-        self.held_out.clear()
-        if settings:
-            prompt_lengths, completion_lengths = tensors["lengths"].T.tolist()
-            target = zip(
-                *(tensors[name].split(completion_lengths) for name in ("token_ids", "logprobs", "tail_logprob")),
-                strict=True,
+    def unpack(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Take in what `pack` returned; if the buffer is smaller now, the newest of it."""
+        requests = []
+        for number, setting in enumerate(facts["settings"]):
+            # Copies: what is read from a file may be a view of it.
+            prompt, completion, *target = (
+                tensors[f"{number}.{name}"].clone()
+                for name in ("prompt", "completion", "token_ids", "logprobs", "tail_logprob")
             )
-            rows = zip(
-                tensors["prompt_ids"].split(prompt_lengths),
-                tensors["completion_ids"].split(completion_lengths),
-                target,
-                settings,
-                strict=True,
-            )
-            requests = [
-                # Copies: a slice would keep the whole file's tensor alive for as long as one request of it.
-                ServedRequest(
-                    prompt.clone(),
-                    completion.clone(),
-                    SparseTarget(*(part.clone() for part in kept)),
-                    None if setting is None else DecodingSetting(**setting),  # type: ignore[arg-type]
-                )
-                for prompt, completion, kept, setting in rows
-            ]
-            self.training.extend(requests[:num_training])
-            self.held_out.extend(requests[num_training:])
-        self.num_new = min(num_new, len(self.training))
+            known = None if setting is None else DecodingSetting(**setting)
+            requests.append(ServedRequest(prompt, completion, SparseTarget(*target), known))
+        for side, part in (
+            (self.training, requests[: facts["num_training"]]),
+            (self.held_out, requests[facts["num_training"] :]),
+        ):
+            side.clear()
+            side.extend(part)
+        self.num_new = min(facts["num_new"], len(self.training))

@@ -1,7 +1,7 @@
-"""One served request: what `generate(assistant_model=...)` did, and what the target said at every token it wrote.
+"""One served request: what `generate(assistant_model=...)` did, and the target's distribution at every token it wrote.
 
-The target has computed a distribution for each token of the text while it checked the draft. They are taken where they
-arise, call by call, and cut to the k likeliest tokens at once, so that learning costs no further pass of the target and
+The target computed a distribution for each token of the text while it checked the draft. They are taken where they
+arise, call by call, and cut to the k likeliest tokens at once, so that learning needs no further pass of the target and
 `[tokens, vocabulary]` is never held. (`generate(output_logits=True)` returns the same rows, but holds all of them in
 float32 until the text ends, with those of rejected tokens beside them.)
 """
@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from hf_draftkd.acceptance import AcceptanceCounts
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.assisted import AssistedStep, observe_steps
-from hf_draftkd.losses.sparse import SparseTarget, top_k_target
+from hf_draftkd.losses import SparseTarget, top_k_target
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.utils.hashing import hash_number
 
@@ -46,11 +45,11 @@ class ServedRequest:
 
 @dataclass
 class Served:
-    """What is known of a request after `serving` has ended.
+    """What is known about a request after `serving` has ended.
 
     Attributes:
         counts: Drafted and accepted tokens.
-        parts: The target's distributions, one part a target call.
+        parts: The target's distributions, one part per target call.
     """
 
     counts: AcceptanceCounts = field(default_factory=AcceptanceCounts)
@@ -58,12 +57,9 @@ class Served:
 
     def target(self, num_tokens: int) -> SparseTarget:
         """The distributions of the first tokens written, on the CPU."""
-        token_ids, logprobs, tail = (
-            torch.cat([getattr(part, name) for part in self.parts])[:num_tokens].cpu()
-            for name in ("token_ids", "logprobs", "tail_logprob")
-        )
-        # Half the bytes of int64; no vocabulary has more than 2**31 tokens.
-        return SparseTarget(token_ids.int(), logprobs, tail)
+        kept = SparseTarget.concatenate(self.parts)[:num_tokens]
+        # int32 takes half the bytes of int64; no vocabulary has more than 2**31 tokens.
+        return SparseTarget(kept.token_ids.int().cpu(), kept.logprobs.cpu(), kept.tail_logprob.cpu())
 
 
 @contextmanager
@@ -107,17 +103,14 @@ def serving(target_model: PreTrainedModel, *, top_k: int, loss_temperature: floa
             handle.remove()
 
 
-def served_setting(
-    target_model: PreTrainedModel, generation_config: Any, kwargs: Mapping[str, Any]
-) -> DecodingSetting | None:
-    """How `generate` will decode, from the call's arguments and the target's own defaults.
+def served_setting(config: GenerationConfig, kwargs: Mapping[str, Any]) -> DecodingSetting | None:
+    """How `generate` decodes with this config and these arguments.
 
     Returns:
         The setting; None where temperature, top-k, top-p and repetition penalty do not describe it.
     """
     if kwargs.get("logits_processor") or kwargs.get("prefix_allowed_tokens_fn"):
         return None
-    config, _ = unwrapped(target_model)._prepare_generation_config(generation_config, **kwargs)
     try:
         return DecodingSetting.from_generation_config(config)
     except ValueError:
@@ -125,6 +118,6 @@ def served_setting(
 
 
 def prompt_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """[P] the tokens of a request [1, L] that are no padding."""
+    """[P] the tokens of a request [1, L] that are not padding."""
     ids = input_ids[0]
     return ids.cpu() if attention_mask is None else ids[attention_mask[0].bool()].cpu()

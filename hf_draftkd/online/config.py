@@ -1,27 +1,27 @@
 """What learning from served traffic is made of: how often, from how much, and how cautiously."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from hf_draftkd.losses import check_divergence
+from hf_draftkd.utils.checks import in_range, whole_number
 
 
 @dataclass
 class OnlineDistillConfig:
     """Configuration class for the [`OnlineDraftDistiller`].
 
-    A server has no epochs, no evaluation data and no end, so this is no `TrainingArguments`: the few names that mean
-    the same there and here are the same.
+    A server has no epochs, no evaluation data and no end, so this is not a `TrainingArguments`; the few names that mean
+    the same there are the same here.
 
     Parameters:
         > Parameters that control when the draft learns
 
         update_every (`int`, *optional*, defaults to `16`):
-            Requests between two updates. Requests held out for the gate count too.
+            Requests between two updates, those held out for the gate included.
         auto_update (`bool`, *optional*, defaults to `True`):
-            Whether [`OnlineDraftDistiller.generate`] itself runs an update that is due, after its text is complete and
-            before it returns. Otherwise call [`OnlineDraftDistiller.step`] when the server is idle.
+            Whether [`OnlineDraftDistiller.generate`] runs an update that is due by itself, after its text is complete
+            and before it returns. Otherwise call [`OnlineDraftDistiller.step`] when the server is idle.
 
         > Parameters that control what it learns from
 
@@ -29,18 +29,18 @@ class OnlineDistillConfig:
             Served requests kept to learn from; the oldest make room. One completion token takes
             `8 * top_k + 12` bytes.
         top_k (`int`, *optional*, defaults to `64`):
-            The target's likeliest tokens that are kept of each distribution, with the probability of all others
-            together. A smaller vocabulary is kept whole.
+            How many of the target's likeliest tokens are kept of each distribution, with the total probability of the
+            others. A smaller vocabulary is kept whole.
         max_length (`int`, *optional*, defaults to `2048`):
             Longest prompt and completion together that is learnt from, in tokens. Longer completions are cut; a
-            request whose prompt alone is that long is served and not learnt from.
+            request whose prompt alone is that long is served but not learnt from.
         replay_ratio (`float`, *optional*, defaults to `1.0`):
-            For each request that is new since the last update, how many older ones an update sees again: what keeps
-            the draft from forgetting the traffic of an hour ago.
+            How many older requests an update sees again for each new one, which keeps the draft from forgetting the
+            traffic of an hour ago.
         num_epochs (`int`, *optional*, defaults to `2`):
-            Passes of an update over its requests; older ones are drawn anew for each.
+            Passes of an update over its requests; older ones are drawn again for each.
         batch_size (`int`, *optional*, defaults to `8`):
-            Requests a gradient step.
+            Requests per gradient step.
 
         > Parameters that control the loss and the optimiser
 
@@ -55,33 +55,33 @@ class OnlineDistillConfig:
         cross_entropy_weight (`float`, *optional*, defaults to `0.0`):
             Share w of the loss that is cross-entropy on the text: (1 - w) * divergence + w * cross-entropy.
         learning_rate (`float`, *optional*, defaults to `3e-4`):
-            Of AdamW, constant: traffic does not end.
+            Learning rate of AdamW; constant, since traffic does not end.
         weight_decay (`float`, *optional*, defaults to `0.0`):
-            Of AdamW.
+            Weight decay of AdamW.
         max_grad_norm (`float`, *optional*, defaults to `1.0`):
             Gradients are scaled down to this norm.
 
         > Parameters that control the gate
 
         holdout_share (`float`, *optional*, defaults to `0.25`):
-            Share of the prompts whose requests are never learnt from, but measure every update. The prompt itself
-            decides, so that a question asked twice is never on both sides. 0 switches the gate off.
+            Share of the prompts whose requests are never learnt from, but measure every update; at most 0.5. The prompt
+            itself decides, so that a question asked twice is never on both sides. 0 switches the gate off.
         holdout_size (`int`, *optional*, defaults to `16`):
             Held-out requests kept; the oldest make room.
 
         > Parameters that control the rest
 
         output_dir (`str`, *optional*):
-            Where the state is saved by itself; see [`OnlineDraftDistiller.save`]. `None` saves nothing.
+            Where the state is saved automatically; see [`OnlineDraftDistiller.save`]. `None` saves nothing.
         save_every (`int`, *optional*, defaults to `16`):
-            Requests between two savings: what a crash can lose at most.
+            Requests between two saves: the most that a crash can lose.
         max_history (`int`, *optional*, defaults to `1000`):
             Entries of [`OnlineDraftDistiller.history`] that are kept.
         seed (`int`, *optional*, defaults to `0`):
             Decides which requests are held out and which older ones are seen again.
 
     Raises:
-        ValueError: A value is out of range or of an unknown name.
+        ValueError: A value is out of range or not one of the known names.
     """
 
     update_every: int = 16
@@ -113,24 +113,15 @@ class OnlineDistillConfig:
     def __post_init__(self) -> None:
         counts = ("update_every", "buffer_size", "top_k", "max_length", "num_epochs", "batch_size", "holdout_size")
         for name in (*counts, "save_every", "max_history"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"`{name}` must be a whole number, 1 or above, got {value!r}.")
-        if type(self.seed) is not int or self.seed < 0:
-            raise ValueError(f"`seed` must be a whole number, 0 or above, got {self.seed!r}.")
-        for name, low, high, within in (
-            ("replay_ratio", 0, math.inf, "[0, ∞)"),
-            ("cross_entropy_weight", 0, 1, "[0, 1]"),
-            ("weight_decay", 0, math.inf, "[0, ∞)"),
-            ("holdout_share", 0, 0.5, "[0, 0.5]: the other requests are what is learnt from"),
-            ("loss_temperature", math.ulp(0.0), math.inf, "(0, ∞)"),
-            ("learning_rate", math.ulp(0.0), math.inf, "(0, ∞)"),
-            ("max_grad_norm", math.ulp(0.0), math.inf, "(0, ∞)"),
-        ):
-            value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not is_number or not low <= value <= high:
-                raise ValueError(f"`{name}` must be a number in {within}, got {value!r}.")
+            whole_number(name, getattr(self, name))
+        whole_number("seed", self.seed, 0)
+        in_range("replay_ratio", self.replay_ratio, 0)
+        in_range("weight_decay", self.weight_decay, 0)
+        in_range("cross_entropy_weight", self.cross_entropy_weight, 0, 1)
+        # At least half of the requests are learnt from.
+        in_range("holdout_share", self.holdout_share, 0, 0.5)
+        for name in ("loss_temperature", "learning_rate", "max_grad_norm"):
+            in_range(name, getattr(self, name), 0, open_low=True)
         check_divergence(self.divergence, self.divergence_options)
         if not self.needs_target and self.loss_temperature != 1:
             raise ValueError(

@@ -1,7 +1,7 @@
 """`OnlineDraftDistiller`: a draft that learns from the requests it helps to serve.
 
-Traffic drifts, and a draft made for last month's questions is accepted less often. The target writes the data to mend
-that with every answer. Here each served request leaves its text and the target's distributions in a bounded buffer, and
+Traffic drifts, and a draft made for last month's questions is accepted less often. With every answer the target writes
+the data to mend that: each served request leaves its text and the target's distributions in a bounded buffer, and
 between requests the draft learns from them. Whatever it learns, the served text stays the target's own: a draft decides
 how fast an answer comes, never what it says.
 
@@ -29,10 +29,10 @@ from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.pairing import align_vocabulary, shared_vocab_size
 from hf_draftkd.online.buffer import ReplayBuffer
 from hf_draftkd.online.capture import Served, ServedRequest, prompt_of, served_setting, serving
-from hf_draftkd.online.checks import check_decoding, check_pair, check_request, check_state
+from hf_draftkd.online.checks import check_pair, check_request
 from hf_draftkd.online.config import OnlineDistillConfig
 from hf_draftkd.online.learner import Learner, acceptance_of
-from hf_draftkd.online.state import has_state, load_state, save_state, saved_by
+from hf_draftkd.online.state import check_same, load_tensors, read_facts, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class OnlineDraftDistiller:
     from hf_draftkd import OnlineDistillConfig, OnlineDraftDistiller
 
     distiller = OnlineDraftDistiller(draft, target, tokenizer, args=OnlineDistillConfig(output_dir="online"))
-    distiller.resume()  # goes on where the last process stopped, if there was one
+    distiller.resume()  # continues where the last process stopped, if there was one
     for inputs in requests:
         output = distiller.generate(**inputs, max_new_tokens=256)  # what target.generate returns
     print(distiller.counts.draft_acceptance_rate)
@@ -54,26 +54,27 @@ class OnlineDraftDistiller:
 
     One request is served at a time, as assisted decoding demands, and no thread is started: an update happens inside
     `generate` after every `args.update_every` requests, or, with `args.auto_update=False`, when you call `step()`. The
-    serving loop may stand under `torch.inference_mode()` or `torch.no_grad()`; an update switches them off for itself.
+    serving loop may run under `torch.inference_mode()` or `torch.no_grad()`; an update switches them off for itself.
 
     An update is measured before it is kept: exact acceptance of the draft before and after it on requests that were
-    never learnt from, each under the setting it was decoded with. If it fell, weights and optimiser are put back.
+    never learnt from, each under the setting it was decoded with. If acceptance fell, weights and optimiser are put
+    back.
 
-    No failure of learning or saving costs an answer. Where the update or the saving that `generate` does by itself
-    fails (no memory, a full disk, an `on_log` that raises), the error is logged with its traceback and noted in
-    `history`, and the finished output is returned. An update that failed leaves the draft as it was, and the next one
-    learns from its requests as well; the next saving writes everything. `step()` and `save()` that you call raise.
+    No failure of learning or saving costs an answer. If an automatic update or save inside `generate` fails (out of
+    memory, a full disk, an `on_log` that raises), the error is logged with its traceback and noted in `history`, and
+    the finished output is returned. A failed update leaves the draft as it was, and the next one learns from its
+    requests as well; the next save writes everything. Your own calls of `step()` and `save()` raise.
 
     The draft is trained in place and is in evaluation mode except inside an update. A bfloat16 draft learns in float32
     copies of its weights, in which small updates are not lost. The target is never written to.
 
     Args:
         draft_model (`PreTrainedModel` or `PeftModel`):
-            The draft; its trainable parameters learn. A vocabulary padded differently is aligned in place.
+            The draft; its trainable parameters learn. A differently padded vocabulary is aligned in place.
         target_model (`PreTrainedModel`):
             The target, in evaluation mode.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            The one both share. Without it, rows that both models pad count as tokens.
+            The one that both share. Without it, rows that are padding in both models count as tokens.
         args ([`OnlineDistillConfig`], *optional*):
             Configuration.
         on_log (`Callable[[dict], None]`, *optional*):
@@ -84,11 +85,13 @@ class OnlineDraftDistiller:
             so far; `draft_acceptance_rate` and `mean_acceptance_length` counted while serving since the step before;
             `num_tokens` learnt from and their mean `loss`; `held_out_acceptance_rate_before` and
             `held_out_acceptance_rate`, exact, absent while nothing is held out; `kept`, whether the new weights
-            stayed; `seconds`. An update or a saving inside `generate` that failed has an entry of its own, with
-            `num_requests`, `failed` (`"step"` or `"save"`) and `error` alone.
-        counts: Drafted and accepted tokens of all requests since this object was made or its state was saved.
+            stayed; `seconds`. A failed update or save inside `generate` has its own entry, with only `num_requests`,
+            `failed` (`"step"` or `"save"`) and `error`.
+        counts: Drafted and accepted tokens of all requests, those before `resume` included.
         num_requests: Requests served.
         num_updates: Updates that were kept.
+        buffer: The requests to learn from, and those held out.
+        learner: The trained weights and their optimiser.
 
     Raises:
         ValueError: The pair does not fit, nothing of the draft can be trained (or it was loaded under
@@ -113,21 +116,20 @@ class OnlineDraftDistiller:
         self.counts = AcceptanceCounts()
         self.num_requests = self.num_updates = 0
 
-        self._on_log = on_log
         self._vocab_size = shared_vocab_size(unwrapped(draft_model), unwrapped(target_model), tokenizer)
         self._top_k = min(self.args.top_k, self._vocab_size)
-        self._learner = Learner(draft_model, self._vocab_size, self.args)
-        self._buffer = ReplayBuffer(
+        self.learner = Learner(draft_model, self._vocab_size, self.args)
+        self.buffer = ReplayBuffer(
             self.args.buffer_size, self.args.holdout_size, self.args.holdout_share, self.args.seed
         )
+        self._on_log = on_log
         self._generator = torch.Generator().manual_seed(self.args.seed)
-        self._window = AcceptanceCounts()
+        self._window = AcceptanceCounts()  # since the last step
         self._requests_at_step = 0
+        # Which save in the output directory is this process's, and how many updates its draft file has seen.
+        self._last_save: str | None = None
         self._saved_updates: int | None = None
-        # Whose saving lies in the output directory: not from torch's or Python's random state, which are the user's.
-        self._name = os.urandom(8).hex()
-        self._last_writer: str | None = None
-        self._owns_output_dir = self.args.output_dir is None
+        self._must_resume = self.args.output_dir is not None and read_facts(self.args.output_dir) is not None
 
     # Serving ---------------------------------------------------------------------------------------------------------
 
@@ -140,18 +142,16 @@ class OnlineDraftDistiller:
             **kwargs: As in `generate`: `attention_mask`, `max_new_tokens`, `streamer`, ...
 
         Returns:
-            What `target_model.generate` returned, also where the update or the saving after it failed.
+            What `target_model.generate` returned, even if the update or save after it failed.
 
         Raises:
             ValueError: More than one request, no token ids, or another `assistant_model` was given; the request
                 decodes with beams or guidance; the output directory holds a state that `resume` was not called for; or
-                this is inside `count_acceptance`, whose figures are `counts`.
+                this is inside `count_acceptance`, whose numbers are in `counts`.
         """
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        check_request(ids, kwargs)
-        check_decoding(self.target_model, self.draft_model, generation_config, kwargs)
-        self._claim_output_dir()
-        setting = served_setting(self.target_model, generation_config, kwargs)
+        config = check_request(self.target_model, self.draft_model, ids, generation_config, kwargs)
+        self._check_resumed()
         kept: dict[str, Any] = {"top_k": self._top_k, "loss_temperature": self.args.loss_temperature}
         with serving(self.target_model, vocab_size=self._vocab_size, **kept) as served:
             output = self.target_model.generate(
@@ -159,7 +159,8 @@ class OnlineDraftDistiller:
             )
         sequences = output if isinstance(output, Tensor) else output.sequences
         assert ids is not None
-        self._remember(prompt_of(ids, kwargs.get("attention_mask")), sequences[0, ids.shape[1] :], served, setting)
+        prompt, completion = prompt_of(ids, kwargs.get("attention_mask")), sequences[0, ids.shape[1] :]
+        self._remember(prompt, completion, served, served_setting(config, kwargs))
         if self.args.auto_update and self.update_due:
             self._attempt("step", self.step)
         if self.args.output_dir is not None and self.num_requests % self.args.save_every == 0:
@@ -167,7 +168,7 @@ class OnlineDraftDistiller:
         return output
 
     def _attempt(self, name: str, action: Callable[[], Any]) -> None:
-        """Do what is due while a finished answer waits, which no failure of it may cost."""
+        """Do what is due while a finished answer waits; no failure may cost that answer."""
         try:
             action()
         except Exception as error:
@@ -178,7 +179,7 @@ class OnlineDraftDistiller:
             try:
                 self._note({"num_requests": self.num_requests, "failed": name, "error": cause})
             except Exception:
-                logger.exception("`on_log` failed on the entry that says so.")
+                logger.exception("`on_log` failed on the entry about it.")
 
     def _note(self, entry: dict[str, Any]) -> None:
         self.history.append(entry)
@@ -190,7 +191,7 @@ class OnlineDraftDistiller:
         """Whether `args.update_every` requests were served since the last `step`."""
         return self.num_requests - self._requests_at_step >= self.args.update_every
 
-    @torch.inference_mode(False)  # What is kept outlives the caller's `inference_mode`, so it must be ordinary tensors.
+    @torch.inference_mode(False)  # What is kept outlives the caller's `inference_mode`: it must be ordinary tensors.
     def _remember(self, prompt: Tensor, completion: Tensor, served: Served, setting: DecodingSetting | None) -> None:
         assert served.counts.num_tokens == len(completion), "every token was written by an observed call"
         self.num_requests += 1
@@ -199,33 +200,33 @@ class OnlineDraftDistiller:
         # Copies: `prompt` may be the caller's own memory, and `completion` is that of the output.
         prompt = prompt.clone()
         kept = completion[: max(0, self.args.max_length - len(prompt))].cpu().clone()
-        # A target may write an id that it pads its vocabulary with; nothing can be learnt from there on.
+        # A target may write an id from its vocabulary's padding; from there on nothing can be learnt.
         unknown = (torch.cat([prompt, kept]) >= self._vocab_size).nonzero()
         if len(unknown):
             kept = kept[: max(0, int(unknown[0]) - len(prompt))]
         if len(prompt) and len(kept):
-            self._buffer.add(ServedRequest(prompt, kept, served.target(len(kept)), setting))
+            self.buffer.add(ServedRequest(prompt, kept, served.target(len(kept)), setting))
 
     # Learning --------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode(False)
     @torch.enable_grad()
     def step(self) -> dict[str, Any] | None:
-        """Learn from what was served since the last step, and keep that only if held-out acceptance did not fall.
+        """Learn from what was served since the last step, and keep the result only if held-out acceptance did not fall.
 
         Returns:
             The new entry of `history`; None if no request to learn from has arrived.
 
         Raises:
-            Exception: Whatever went wrong (out of memory, say), after the draft was put back as it was. A loss or
-                gradient that is not finite raises nothing: the update is discarded and logged, and serving goes on.
+            Exception: Whatever went wrong (such as out of memory), after the draft was put back as it was. A loss or
+                gradient that is NaN or Inf does not raise: the update is discarded and logged, and serving continues.
         """
         self._requests_at_step = self.num_requests
-        if not self._buffer.num_new:
+        if not self.buffer.num_new:
             return None
         started = time.perf_counter()
         entry: dict[str, Any] = {"num_requests": self.num_requests, **_rates(self._window)}
-        with self._own_random_state(), self._learner.undoable() as undo:
+        with self._own_random_state(), self.learner.undoable() as undo:
             try:
                 entry |= self._learn()
             except FloatingPointError as error:
@@ -233,9 +234,9 @@ class OnlineDraftDistiller:
                 entry["kept"] = False
             if not entry["kept"]:
                 undo()
-        # Only now: after an error the next update reports and learns from these requests, too.
+        # Only now: after an error the next update reports these requests and learns from them as well.
         self._window = AcceptanceCounts()
-        self._buffer.num_new = 0
+        self.buffer.num_new = 0
         self.num_updates += entry["kept"]
         entry["seconds"] = time.perf_counter() - started
         logger.info("Online update: %s", entry)
@@ -243,25 +244,24 @@ class OnlineDraftDistiller:
         return entry
 
     def _learn(self) -> dict[str, Any]:
-        args, held_out = self.args, self._buffer.held_out
+        args, held_out = self.args, self.buffer.held_out
         before = copy.deepcopy(self.draft_model) if held_out else None
-        batches = self._buffer.batches(args.batch_size, args.num_epochs, args.replay_ratio, self._generator)
-        figures: dict[str, Any] = self._learner.learn(batches)
+        batches = self.buffer.batches(args.batch_size, args.num_epochs, args.replay_ratio, self._generator)
+        entry: dict[str, Any] = self.learner.learn(batches)
         if not held_out:
-            return figures | {"kept": True}
-        rates = acceptance_of(
+            return entry | {"kept": True}
+        entry["held_out_acceptance_rate_before"], entry["held_out_acceptance_rate"] = acceptance_of(
             [before, self.draft_model],
             self.target_model,
             held_out,
             vocab_size=self._vocab_size,
             batch_size=args.batch_size,
         )
-        figures["held_out_acceptance_rate_before"], figures["held_out_acceptance_rate"] = rates
-        return figures | {"kept": rates[1] >= rates[0]}
+        return entry | {"kept": entry["held_out_acceptance_rate"] >= entry["held_out_acceptance_rate_before"]}
 
     @contextmanager
     def _own_random_state(self) -> Iterator[None]:
-        """Dropout and sampled losses draw from a state of their own: what is served next must not depend on them."""
+        """Let dropout and sampled losses draw from a separate state: what is served next must not depend on them."""
         accelerators = {model.device for model in (self.draft_model, self.target_model) if model.device.type != "cpu"}
         kind = {"device_type": next(iter(accelerators)).type} if accelerators else {}
         with torch.random.fork_rng(devices=accelerators, **kind):
@@ -273,7 +273,7 @@ class OnlineDraftDistiller:
     def save(self, directory: str | None = None) -> None:
         """Write weights, optimiser, buffer, counters and history, whole or not at all.
 
-        `generate` does it by itself every `args.save_every` requests where `args.output_dir` is set. For a draft that
+        `generate` does it automatically every `args.save_every` requests if `args.output_dir` is set. For a draft that
         others can load, call `draft_model.save_pretrained`.
 
         Args:
@@ -285,85 +285,92 @@ class OnlineDraftDistiller:
         """
         directory = self._named(directory)
         is_own = self._is_own(directory)
-        writer = saved_by(directory)
+        existing = read_facts(directory)
         if is_own:
-            self._claim_output_dir()
-            if writer not in (None, self._last_writer):
+            self._check_resumed()
+            if existing is not None and existing["save"] != self._last_save:
                 raise ValueError(
                     f"Another process has saved its state in `output_dir={directory!r}` since, which would be "
-                    "overwritten. Two cannot learn into one directory: `save` this one elsewhere."
+                    "overwritten. Two processes cannot learn into one directory: `save` this one elsewhere."
                 )
-        tensors, settings = self._buffer.pack()
+        tensors, buffer = self.buffer.pack()
+        tensors["generator"] = self._generator.get_state()
+        # Not from torch's or Python's random state, which are the user's.
+        save = os.urandom(8).hex()
         facts = {
             **self._identity,
-            "settings": settings,
-            "num_training": len(self._buffer.training),
-            "num_new": self._buffer.num_new,
+            "buffer": buffer,
             "num_requests": self.num_requests,
             "num_updates": self.num_updates,
             "requests_at_step": self._requests_at_step,
             "history": list(self.history),
             "counts": vars(self.counts),
             "window": vars(self._window),
-            "writer": self._name,
+            "save": save,
         }
-        tensors["generator"] = self._generator.get_state()
-        # The draft only changes with an update that is kept. Where the folder was emptied meanwhile, it is gone too.
-        is_there = is_own and writer is not None and self._saved_updates == self.num_updates
-        draft = None if is_there else self._learner.state()
-        save_state(directory, draft, tensors, facts, self.num_updates)
+        # The draft only changes with an update that is kept. If the folder was emptied meanwhile, its file is gone too.
+        is_there = is_own and existing is not None and self._saved_updates == self.num_updates
+        save_state(directory, None if is_there else self.learner.state(), tensors, facts)
         if is_own:
-            self._saved_updates, self._last_writer = self.num_updates, self._name
+            self._last_save, self._saved_updates = save, self.num_updates
 
     @torch.inference_mode(False)
     def resume(self, directory: str | None = None) -> bool:
-        """Go on from a saved state: weights, optimiser, buffer, counters, history and random state.
+        """Continue from a saved state: weights, optimiser, buffer, counters, history and random state.
 
         Args:
             directory: By default `args.output_dir`.
 
         Returns:
-            False if nothing was ever saved there; the distiller is then as it was.
+            False if nothing was ever saved there; the distiller is then unchanged.
 
         Raises:
             ValueError: The state cannot be read, or belongs to another draft, target, `top_k` or `loss_temperature`.
         """
         directory = self._named(directory)
-        if not has_state(directory):
+        facts = read_facts(directory)
+        if facts is None:
             return False
-        draft, requests, facts = load_state(directory)
-        check_state(directory, facts, self._identity)
+        check_same(directory, facts, self._identity)
+        draft, requests = load_tensors(directory, facts)
         try:
-            self._learner.load(draft)
+            self.learner.load(draft)
         except ValueError as error:
             raise ValueError(
                 f"The state in {directory!r} belongs to another draft: {error} Make the distiller with the draft it "
                 "was saved with."
             ) from error
-        self._generator.set_state(requests.pop("generator"))
-        self._buffer.unpack(requests, facts["settings"], facts["num_training"], facts["num_new"])
+        self._generator.set_state(requests["generator"])
+        self.buffer.unpack(requests, facts["buffer"])
         self.num_requests, self.num_updates = facts["num_requests"], facts["num_updates"]
         self._requests_at_step = facts["requests_at_step"]
         self.history = deque(facts["history"], maxlen=self.args.max_history)
         self.counts, self._window = AcceptanceCounts(**facts["counts"]), AcceptanceCounts(**facts["window"])
         if self._is_own(directory):
-            self._owns_output_dir, self._saved_updates = True, self.num_updates
-            self._last_writer = str(facts.get("writer"))
+            self._must_resume, self._last_save, self._saved_updates = False, facts["save"], self.num_updates
         return True
 
     def _named(self, directory: str | None) -> str:
         directory = directory if directory is not None else self.args.output_dir
         if directory is None:
-            raise ValueError("Where the state lies was not said: give a directory, or set `args.output_dir`.")
+            raise ValueError("There is no directory for the state: give one, or set `args.output_dir`.")
         return directory
 
     def _is_own(self, directory: str) -> bool:
         own = self.args.output_dir
         return own is not None and os.path.abspath(own) == os.path.abspath(directory)
 
+    def _check_resumed(self) -> None:
+        """Refuse to overwrite what an earlier process has learnt."""
+        if self._must_resume:
+            raise ValueError(
+                f"`output_dir={self.args.output_dir!r}` holds the state of an earlier run, which would be overwritten. "
+                "Call `resume()` before serving to continue from it, or name another directory."
+            )
+
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        """What the kept distributions depend on: a buffer is of use where all of this is the same."""
+        """What the kept distributions depend on: a buffer is only of use where all of this is the same."""
         return {
             "target": weights_fingerprint(unwrapped(self.target_model)),
             "vocab_size": self._vocab_size,
@@ -371,18 +378,7 @@ class OnlineDraftDistiller:
             "loss_temperature": self.args.loss_temperature,
         }
 
-    def _claim_output_dir(self) -> None:
-        """Refuse to overwrite what an earlier process has learnt."""
-        if not self._owns_output_dir:
-            assert self.args.output_dir is not None
-            if has_state(self.args.output_dir):
-                raise ValueError(
-                    f"`output_dir={self.args.output_dir!r}` holds the state of an earlier run, which would be "
-                    "overwritten. Call `resume()` before serving to go on from it, or name another directory."
-                )
-            self._owns_output_dir = True
-
 
 def _rates(counts: AcceptanceCounts) -> dict[str, float]:
-    figures = counts.to_dict()
-    return {name: figures[name] for name in ("draft_acceptance_rate", "mean_acceptance_length") if name in figures}
+    known = counts.to_dict()
+    return {name: known[name] for name in ("draft_acceptance_rate", "mean_acceptance_length") if name in known}

@@ -20,19 +20,19 @@ from hf_draftkd.models.forward import head_arithmetic, logits_at, loss_at, predi
 from hf_draftkd.online.capture import ServedRequest
 from hf_draftkd.online.config import OnlineDistillConfig
 
-# How a held-out text is judged whose own decoding cannot be written as a setting (`min_p`, processors of one's own).
+# How a held-out text is judged if its decoding cannot be written as a setting (`min_p`, custom processors).
 _UNFILTERED = DecodingSetting(temperature=1.0)
 
 
 class Learner:
     """A draft, the weights that the optimiser sees, and the optimiser.
 
-    For a float32 draft these weights are its own. A bfloat16 draft learns in float32 copies, and is brought to what
-    they say after each gradient step: small updates are lost in bfloat16.
+    For a float32 draft these weights are its own. A bfloat16 draft learns in float32 copies, which are written back to
+    it after each gradient step: small updates are lost in bfloat16.
 
     Args:
         draft_model: The draft, with an adapter or without. In evaluation mode except inside `learn`.
-        vocab_size: Tokens that it shares with its target.
+        vocab_size: Tokens that the draft shares with its target.
         args: The configuration.
 
     Raises:
@@ -49,7 +49,7 @@ class Learner:
         self._arithmetic = head_arithmetic(draft_model)
 
     def learn(self, batches: Sequence[Sequence[ServedRequest]]) -> dict[str, float]:
-        """One gradient step a batch.
+        """Take one gradient step per batch.
 
         Returns:
             `num_tokens` learnt from, and their mean `loss`.
@@ -67,7 +67,7 @@ class Learner:
                 total += float(result.token_losses.cpu().double().sum())
                 num_tokens += result.num_tokens
         finally:
-            # Nothing of an update may reach serving: neither dropout nor the memory of gradients.
+            # Serving must see nothing of an update: neither dropout nor memory held by gradients.
             self._draft.eval()
             self._draft.zero_grad()
             self._optimizer.zero_grad()
@@ -88,17 +88,14 @@ class Learner:
         """The objective on a batch of requests: a mean over their completion tokens."""
         device = self._draft.device
         texts = [torch.cat([request.prompt_ids, request.completion_ids]) for request in requests]
-        ids, labels = (
-            pad_sequence(texts, batch_first=True),
-            pad_sequence(texts, batch_first=True, padding_value=IGNORED),
-        )
-        mask = (labels != IGNORED).long()
+        ids = pad_sequence(texts, batch_first=True)
+        labels = pad_sequence(texts, batch_first=True, padding_value=IGNORED)
+        inputs = {"input_ids": ids.to(device), "attention_mask": (labels != IGNORED).long().to(device)}
         for row, request in enumerate(requests):
             labels[row, : len(request.prompt_ids)] = IGNORED
         keep = predicting_positions(labels)
-        tokens = labels[:, 1:][keep[:, :-1]].to(device)
-        inputs, keep = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, keep.to(device)
-        # Row by row in the order of the requests, as kept positions come: a completion token each, prompts have none.
+        # Row by row in the order of the requests, which is the order of the kept positions.
+        tokens, keep = labels[:, 1:][keep[:, :-1]].to(device), keep.to(device)
         compare = partial(self._compare, target=self._target(requests), tokens=tokens)
         if self._arithmetic is None:
             return compare(logits_at(self._draft, inputs, keep)[:, : self._vocab_size])
@@ -107,11 +104,8 @@ class Learner:
     def _target(self, requests: Sequence[ServedRequest]) -> SparseTarget | None:
         if not self._args.needs_target:
             return None
-        token_ids, logprobs, tail = (
-            torch.cat([getattr(request.target, name) for request in requests]).to(self._draft.device)
-            for name in ("token_ids", "logprobs", "tail_logprob")
-        )
-        return SparseTarget(token_ids.long(), logprobs, tail)
+        kept, device = SparseTarget.concatenate([request.target for request in requests]), self._draft.device
+        return SparseTarget(kept.token_ids.to(device).long(), kept.logprobs.to(device), kept.tail_logprob.to(device))
 
     def _compare(self, draft: Tensor | Unprojected, target: SparseTarget | None, tokens: Tensor) -> DistillationLoss:
         if target is None:
@@ -128,7 +122,7 @@ class Learner:
 
     @contextmanager
     def undoable(self) -> Iterator[Callable[[], None]]:
-        """Gives a function that puts weights and optimiser back as they are now; an error calls it by itself."""
+        """Yield a function that puts weights and optimiser back as they are now; an error calls it too."""
         weights = {name: weight.detach().clone() for name, weight in self._weights.items()}
         optimizer = copy.deepcopy(self._optimizer.state_dict())
 
@@ -160,19 +154,16 @@ class Learner:
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take up what `state` gave.
+        """Take in what `state` returned.
 
         Raises:
             ValueError: It is of another draft.
         """
         saved = {key.removeprefix("weights."): value for key, value in state.items() if key.startswith("weights.")}
-        shapes = [{name: tuple(value.shape) for name, value in of.items()} for of in (saved, self._weights)]
-        unlike = next(
-            (name for name in sorted(shapes[0] | shapes[1]) if shapes[0].get(name) != shapes[1].get(name)), None
-        )
-        if unlike is not None:
-            there, here = (of.get(unlike, "no place") for of in shapes)
-            raise ValueError(f"{unlike} has {there} in the saved draft and {here} in this one.")
+        for name in sorted(saved | self._weights):
+            there, here = (tuple(of[name].shape) if name in of else "no place" for of in (saved, self._weights))
+            if there != here:
+                raise ValueError(f"{name} has {there} in the saved draft and {here} in this one.")
         moments: dict[int, dict[str, Tensor]] = {}
         index_of = {name: index for index, name in enumerate(self._weights)}
         for key, value in state.items():
@@ -197,11 +188,11 @@ def acceptance_of(
     """Exact acceptance rate of each draft on served requests, each under its own setting: a ratio of sums.
 
     Args:
-        drafts: Run beside one pass of the target.
+        drafts: They share one pass of the target.
         target_model: The target that served the requests.
         requests: At least one.
         vocab_size: Tokens that the pair shares.
-        batch_size: Requests a forward pass.
+        batch_size: Requests per forward pass.
 
     Raises:
         FloatingPointError: A model returned NaN or inf.
@@ -223,7 +214,7 @@ def _trainable(draft: Any) -> dict[str, nn.Parameter]:
     trainable = {name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise ValueError(
-            "No parameter of the draft can be trained. Load it with `load_draft`, or add an adapter if it is quantised."
+            "The draft has no trainable parameter. Load it with `load_draft`, or add an adapter if it is quantised."
         )
     half = next((name for name, parameter in trainable.items() if parameter.dtype == torch.float16), None)
     if half is not None:
@@ -232,7 +223,7 @@ def _trainable(draft: Any) -> dict[str, nn.Parameter]:
     if frozen is not None:
         raise ValueError(
             f"The draft's {frozen} was made under `torch.inference_mode()`, and such a tensor can never be trained. "
-            "Load the draft outside of it; serving may stand inside."
+            "Load the draft outside of it; serving may run inside."
         )
     return trainable
 

@@ -1,9 +1,9 @@
-"""The state of an online draft on disk: two safetensors files, of which one is the point where a saving is complete.
+"""The state of an online draft on disk: two safetensors files that are only ever seen together.
 
 `draft-N.safetensors` holds the weights as they are trained and the optimiser's moments after N kept updates.
 `requests.safetensors` holds the buffer, counters and history, and names the draft file it belongs to. The draft is
-written first, the requests take their name in one step, and only then older drafts are removed: whenever the process
-dies, the two that are found belong together.
+written first, the requests replace their predecessor in one step, and only then are older drafts removed: whenever the
+process dies, the two files that are found belong together.
 """
 
 import json
@@ -16,8 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_draftkd.utils.files import replacing
+
 REQUESTS = "requests.safetensors"
-_FORMAT = 1
+
+# What the distributions in a saved buffer depend on, and what to do where it differs.
+_REMEDIES = {
+    "target": "Serve the target it was saved with",
+    "vocab_size": "Give the same tokenizer",
+    "top_k": "Set it as it was",
+    "loss_temperature": "Set it as it was",
+}
 
 
 def save_state(
@@ -25,71 +34,82 @@ def save_state(
     draft: Mapping[str, Tensor] | None,
     requests: Mapping[str, Tensor],
     facts: dict[str, Any],
-    num_updates: int,
 ) -> None:
-    """Write a state whole, or leave the one before.
+    """Write a whole state, or leave the previous one.
 
     Args:
         directory: Created if need be.
-        draft: Weights and moments; None where the file of `num_updates` is known to be there.
+        draft: Weights and moments; None where the draft file of this many updates is known to be there.
         requests: The buffer's tensors.
-        facts: What else there is, as JSON.
-        num_updates: Updates that the draft has seen and kept.
+        facts: Everything else, as JSON; `num_updates` names the draft file.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"draft-{num_updates:08d}.safetensors"
+    name = f"draft-{facts['num_updates']:08d}.safetensors"
     if draft is not None:
         _write(folder / name, draft, {})
-    _write(folder / REQUESTS, requests, {"format": str(_FORMAT), "facts": json.dumps({**facts, "draft_file": name})})
+    _write(folder / REQUESTS, requests, {"facts": json.dumps({**facts, "draft_file": name})})
     for old in folder.glob("draft-*.safetensors"):
         if old.name != name:
             old.unlink()
 
 
-def has_state(directory: str | os.PathLike[str]) -> bool:
-    """Whether a saving was ever completed here."""
-    return Path(directory, REQUESTS).is_file()
-
-
-def saved_by(directory: str | os.PathLike[str]) -> str | None:
-    """The `writer` among the facts of the state that lies here; None where none can be read."""
-    try:
-        with safe_open(Path(directory, REQUESTS), framework="pt") as file:
-            return str(json.loads((file.metadata() or {})["facts"]).get("writer"))
-    except (OSError, SafetensorError, ValueError, KeyError):
-        return None
-
-
-def load_state(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_state` wrote.
-
-    Returns:
-        The draft's tensors, the buffer's, and the facts.
+def read_facts(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The facts of the state that lies here; None where no saving was ever completed.
 
     Raises:
-        ValueError: A file is missing or cannot be read.
+        ValueError: The file cannot be read.
     """
-    folder = Path(directory)
+    path = Path(directory, REQUESTS)
+    if not path.is_file():
+        return None
     try:
-        with safe_open(folder / REQUESTS, framework="pt") as file:
-            metadata = file.metadata() or {}
-        if metadata.get("format") != str(_FORMAT):
-            raise ValueError(f"it is of format {metadata.get('format')!r}, and this version reads {_FORMAT}")
-        facts = json.loads(metadata["facts"])
-        return load_file(folder / facts["draft_file"]), load_file(folder / REQUESTS), facts
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {})["facts"])
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"The state in {str(folder)!r} cannot be read: {error}. Restore the folder, or name another `output_dir` "
-            "to start anew."
-        ) from error
+        raise _unreadable(directory, error) from error
+
+
+def load_tensors(
+    directory: str | os.PathLike[str], facts: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The draft's tensors and the buffer's.
+
+    Raises:
+        ValueError: A file is missing or damaged.
+    """
+    try:
+        return load_file(Path(directory, facts["draft_file"])), load_file(Path(directory, REQUESTS))
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(directory, error) from error
+
+
+def check_same(directory: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse a state whose distributions mean something else in this process.
+
+    Args:
+        directory: Where it lies.
+        saved: Its facts.
+        current: `target`, `vocab_size`, `top_k` and `loss_temperature` of this process.
+
+    Raises:
+        ValueError: One of them differs.
+    """
+    for name, remedy in _REMEDIES.items():
+        if saved[name] != current[name]:
+            raise ValueError(
+                f"The state in {directory!r} was saved with {name}={saved[name]!r}, and here it is {current[name]!r}, "
+                f"so the distributions in its buffer are of no use. {remedy}, or name another `output_dir`."
+            )
+
+
+def _unreadable(directory: str | os.PathLike[str], error: Exception) -> ValueError:
+    return ValueError(
+        f"The state in {str(directory)!r} cannot be read: {error}. Restore the folder, or name another `output_dir` to "
+        "start again."
+    )
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    unfinished = path.with_name(f"_unfinished-{path.name}")
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
-        os.replace(unfinished, path)
-    finally:
-        # Half a file on a full disk would keep it full.
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)

@@ -32,11 +32,11 @@ def assert_same(left, right):
 
 
 def kept_by(distiller):
-    return [*distiller._buffer.training, *distiller._buffer.held_out]
+    return [*distiller.buffer.training, *distiller.buffer.held_out]
 
 
 def target_rows(target, request):
-    """[T, V] float64 log p of the tokens after the prompt: position t - 1 speaks of token t."""
+    """[T, V] float64 log p of the tokens after the prompt: position t - 1 predicts token t."""
     ids = torch.cat([request.prompt_ids, request.completion_ids])
     with torch.no_grad():
         return target(ids[None]).logits[0].double().log_softmax(-1)[len(request.prompt_ids) - 1 : -1]

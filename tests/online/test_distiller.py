@@ -13,7 +13,7 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import DIVERGENCES
 from hf_draftkd.online import state as online_state
 from hf_draftkd.online.buffer import ReplayBuffer
-from hf_draftkd.online.capture import ServedRequest, served_setting
+from hf_draftkd.online.capture import ServedRequest
 from tests.online.serving import (
     SAMPLED,
     UNFILTERED,
@@ -90,7 +90,7 @@ def test_a_name_in_place_of_a_model_is_refused(pair, place):
         OnlineDraftDistiller(*models)
 
 
-def test_padding_is_no_part_of_a_prompt(pair, tokenizer):
+def test_padding_is_not_part_of_a_prompt(pair, tokenizer):
     """A left-padded request learnt from with its padding."""
     prompt = tiny_prompts(tokenizer)[0]
     padded = torch.nn.functional.pad(prompt, (3, 0), value=2)
@@ -126,17 +126,22 @@ def test_long_requests_are_cut_or_served_without_learning(pair, tokenizer):
     assert (distiller.num_requests, len(kept_by(distiller))) == (2, 1)
 
 
-def test_the_setting_of_a_request_is_that_of_generate(pair):
+@pytest.mark.parametrize(
+    ("options", "setting"),
+    [
+        ({}, DecodingSetting()),
+        ({"do_sample": True}, DecodingSetting(1.0, 1.0, 50)),  # transformers' own default of 50
+        ({"generation_config": GenerationConfig(do_sample=True, temperature=0.7, top_k=0)}, DecodingSetting(0.7)),
+        ({"do_sample": True, "min_p": 0.1}, None),
+        ({"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.5)])}, None),
+    ],
+)
+def test_the_setting_of_a_request_is_that_of_generate(pair, tokenizer, options, setting):
     """Text judged under another setting than it was decoded with."""
-    _, target = pair
-    assert served_setting(target, None, {"max_new_tokens": 4}) == DecodingSetting()
-    # transformers' own default of 50.
-    assert served_setting(target, None, {"do_sample": True}) == DecodingSetting(1.0, 1.0, 50)
-    own = GenerationConfig(do_sample=True, temperature=0.7, top_k=0)
-    assert served_setting(target, own, {}) == DecodingSetting(0.7)
-    assert served_setting(target, None, {"do_sample": True, "min_p": 0.1}) is None
-    processors = LogitsProcessorList([TemperatureLogitsWarper(0.5)])
-    assert served_setting(target, None, {"logits_processor": processors}) is None
+    distiller = distiller_for(pair, auto_update=False)
+    serve(distiller, tokenizer, 1, **options)
+    (one,) = kept_by(distiller)
+    assert one.setting == setting
 
 
 # Learning ------------------------------------------------------------------------------------------------------------
@@ -172,7 +177,7 @@ def test_the_loss_is_the_one_that_was_named(any_pair, tokenizer, divergence, opt
     wanted.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in draft.named_parameters()}
     draft.zero_grad()
-    result = distiller._learner.loss(served)
+    result = distiller.learner.loss(served)
     result.loss.backward()
     assert result.loss.item() == pytest.approx(wanted.item(), rel=1e-4)
     for name, parameter in draft.named_parameters():
@@ -220,7 +225,7 @@ SERVERS = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad}
 
 
 def all_tensors(distiller):
-    learner = distiller._learner
+    learner = distiller.learner
     moments = [value for state in learner._optimizer.state.values() for value in state.values()]
     requests = [
         value
@@ -261,7 +266,7 @@ def test_requests_served_under_inference_mode_are_learnt_from_outside_it(pair, t
     assert distiller.step()["kept"]
 
 
-def test_what_is_kept_is_no_view_of_the_callers_memory(pair, tokenizer):
+def test_what_is_kept_is_not_a_view_of_the_callers_memory(pair, tokenizer):
     """A server that reads every prompt into the same tensor would teach the draft from the last one alone."""
     distiller = distiller_for(pair, auto_update=False)
     prompt = tiny_prompts(tokenizer)[0].clone()
@@ -296,14 +301,14 @@ def test_held_out_requests_are_never_learnt_from(pair, tokenizer):
         serve(distiller, tokenizer, 8)
     training, held_out = (
         {tuple(one.prompt_ids.tolist()) for one in side}
-        for side in (distiller._buffer.training, distiller._buffer.held_out)
+        for side in (distiller.buffer.training, distiller.buffer.held_out)
     )
     assert training
     assert held_out
     assert not training & held_out
     seen = []
-    learn = distiller._learner.learn
-    distiller._learner.learn = lambda batches: seen.extend(one for b in batches for one in b) or learn(batches)
+    learn = distiller.learner.learn
+    distiller.learner.learn = lambda batches: seen.extend(one for b in batches for one in b) or learn(batches)
     distiller.step()
     assert {tuple(one.prompt_ids.tolist()) for one in seen} == training
 
@@ -326,23 +331,23 @@ def test_the_buffer_is_bounded_and_new_requests_come_in_every_epoch():
     assert [chosen.count(number) for number in numbers[-2:]] == [5, 5]
     for epoch in range(5):
         assert len(set(chosen[4 * epoch : 4 * epoch + 4])) == 4
-    assert len(set(chosen) & set(numbers[:4])) > 2, "older ones are drawn anew for each epoch"
+    assert len(set(chosen) & set(numbers[:4])) > 2, "older ones are drawn again for each epoch"
 
 
 def test_an_update_that_lowers_acceptance_is_taken_back(pair, tokenizer):
-    """A draft that gets worse while serving; an optimiser that goes on with the moments of a step that was undone."""
+    """A draft that gets worse while serving; an optimiser that continues with the moments of a step that was undone."""
     draft, _ = pair
     distiller = distiller_for(pair, auto_update=False)
     serve(distiller, tokenizer, 10, **UNFILTERED)
     assert distiller.step()["kept"]
-    state = {name: value.clone() for name, value in distiller._learner.state().items()}
-    distiller._learner._optimizer.param_groups[0]["lr"] = 10.0
+    state = {name: value.clone() for name, value in distiller.learner.state().items()}
+    distiller.learner._optimizer.param_groups[0]["lr"] = 10.0
     serve(distiller, tokenizer, 4, start=10, **UNFILTERED)
     entry = distiller.step()
     assert not entry["kept"]
     assert entry["held_out_acceptance_rate"] < entry["held_out_acceptance_rate_before"]
     assert distiller.num_updates == 1
-    assert_same(state, {name: value.clone() for name, value in distiller._learner.state().items()})
+    assert_same(state, {name: value.clone() for name, value in distiller.learner.state().items()})
     assert not draft.training
 
 
@@ -352,7 +357,7 @@ def test_numbers_that_are_not_finite_end_an_update_and_not_the_service(pair, tok
     distiller = distiller_for(pair, auto_update=False, holdout_share=0)
     serve(distiller, tokenizer, 4)
     before = weights_of(draft)
-    distiller._buffer.training[-1].target.logprobs[0, 0] = float("nan")
+    distiller.buffer.training[-1].target.logprobs[0, 0] = float("nan")
     with caplog.at_level(logging.WARNING):
         assert not distiller.step()["kept"]
     assert "discarded" in caplog.text
@@ -366,7 +371,7 @@ def test_an_error_in_an_update_leaves_the_draft_as_it_was(pair, tokenizer):
     distiller = distiller_for(pair, auto_update=False)
     serve(distiller, tokenizer, 6)
     before = weights_of(draft)
-    loss, calls = distiller._learner.loss, []
+    loss, calls = distiller.learner.loss, []
 
     def fails(batch):
         calls.append(batch)
@@ -374,7 +379,7 @@ def test_an_error_in_an_update_leaves_the_draft_as_it_was(pair, tokenizer):
             raise MemoryError("no room")
         return loss(batch)
 
-    distiller._learner.loss = fails
+    distiller.learner.loss = fails
     window = copy.deepcopy(distiller._window)
     with pytest.raises(MemoryError):
         distiller.step()
@@ -392,8 +397,8 @@ def test_an_automatic_update_that_fails_costs_no_answer(pair, tokenizer, caplog)
     draft, target = pair
     entries = []
     distiller = distiller_for(pair, holdout_share=0, on_log=entries.append)
-    before, learn = weights_of(draft), distiller._learner.learn
-    distiller._learner.learn = out_of_memory
+    before, learn = weights_of(draft), distiller.learner.learn
+    distiller.learner.learn = out_of_memory
     with caplog.at_level(logging.ERROR):
         outputs = serve(distiller, tokenizer, 4)
     assert torch.equal(outputs[-1], target.generate(**request(tiny_prompts(tokenizer)[3])))
@@ -404,18 +409,18 @@ def test_an_automatic_update_that_fails_costs_no_answer(pair, tokenizer, caplog)
     assert not draft.training
 
     # Not with every request from now on, but when the next one is due; its window is the whole time.
-    distiller._learner.learn = learn
+    distiller.learner.learn = learn
     serve(distiller, tokenizer, 3, start=4)
     assert len(distiller.history) == 1
     serve(distiller, tokenizer, 1, start=7)
     assert distiller.history[-1]["kept"]
     assert distiller.history[-1]["mean_acceptance_length"] == distiller.counts.mean_acceptance_length
-    assert distiller._buffer.num_new == 0
+    assert distiller.buffer.num_new == 0
 
 
 @pytest.mark.parametrize("file", ["draft-", "requests"])
-def test_an_automatic_saving_that_fails_costs_no_answer_and_is_made_up_for(tokenizer, tmp_path, monkeypatch, file):
-    """A full disk; a later saving that takes the draft's file for written; half a file that keeps the disk full."""
+def test_an_automatic_save_that_fails_costs_no_answer_and_is_made_up_for(tokenizer, tmp_path, monkeypatch, file):
+    """A full disk; a later save that takes the draft's file for written; half a file that keeps the disk full."""
     distiller = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=4, holdout_share=0)
     write = online_state.save_file
 
@@ -430,11 +435,11 @@ def test_an_automatic_saving_that_fails_costs_no_answer_and_is_made_up_for(token
     assert distiller.history[0]["kept"]
     assert distiller.history[1]["failed"] == "save"
     assert "No space left" in distiller.history[1]["error"]
-    assert not list(tmp_path.glob("_unfinished*"))
+    assert not [path for path in tmp_path.iterdir() if path.read_bytes() == b"half"]
     with pytest.raises(OSError, match="No space left"):
         distiller.save()
     monkeypatch.undo()
-    # The same draft as in the saving that failed.
+    # The same draft as in the save that failed.
     distiller.args.auto_update = False
     serve(distiller, tokenizer, 4, start=4)
     again = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path))
@@ -464,7 +469,7 @@ def test_an_interruption_goes_through(pair, tokenizer):
     def interrupted(batches):
         raise KeyboardInterrupt
 
-    distiller._learner.learn = interrupted
+    distiller.learner.learn = interrupted
     with pytest.raises(KeyboardInterrupt):
         serve(distiller, tokenizer, 4)
     assert not distiller.history
@@ -477,7 +482,7 @@ def test_a_bfloat16_draft_learns_in_float32(tokenizer):
     before = weights_of(draft)
     distiller = distiller_for((draft, target), holdout_share=0, learning_rate=1e-5)
     serve(distiller, tokenizer, 8)
-    masters = distiller._learner.state()
+    masters = distiller.learner.state()
     name = "lm_head.weight"
     moved = masters[f"weights.{name}"] - before[name].float()
     assert 0 < moved.abs().max() < 1e-3
@@ -498,4 +503,4 @@ def test_an_adapter_learns_and_its_base_does_not(pair, tokenizer):
     assert distiller.num_updates == 1
     now = dict(wrapped.named_parameters())
     assert_same(frozen, {name: now[name] for name in frozen})
-    assert all("lora_" in name for name in distiller._learner.state())
+    assert all("lora_" in name for name in distiller.learner.state())

@@ -1,16 +1,15 @@
-"""What an online draft saves and goes on from: whole states, each its own."""
+"""What an online draft saves and resumes from: whole states, each by one process."""
 
-import os
+from pathlib import Path
 
 import pytest
 
-from hf_draftkd.online import state as online_state
 from tests.online.serving import assert_same, distiller_for, serve, weights_of, without_seconds
 from tests.tiny import tiny_pair
 
 
-def test_a_resumed_server_goes_on_as_if_nothing_had_happened(tokenizer, tmp_path):
-    """Optimiser, buffer, counters or random state forgotten in a saving."""
+def test_a_resumed_server_continues_as_if_nothing_had_happened(tokenizer, tmp_path):
+    """Optimiser, buffer, counters or random state forgotten in a save."""
     straight = distiller_for(tiny_pair("llama"))
     serve(straight, tokenizer, 12)
     assert {entry["kept"] for entry in straight.history} == {True, False}
@@ -18,26 +17,26 @@ def test_a_resumed_server_goes_on_as_if_nothing_had_happened(tokenizer, tmp_path
     serve(distiller, tokenizer, 8)
     resumed = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=3)
     assert resumed.resume()
-    assert resumed.num_requests == 6, "a crash loses what came after the last saving"
+    assert resumed.num_requests == 6, "a crash loses what came after the last save"
     serve(resumed, tokenizer, 6, start=6)
     assert without_seconds(resumed) == without_seconds(straight)
     assert resumed.counts == straight.counts
     assert_same(weights_of(resumed.draft_model), weights_of(straight.draft_model))
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
-    assert len(list(tmp_path.glob("draft-*"))) == 1, "drafts of earlier savings are removed"
+    assert len(list(tmp_path.glob("draft-*"))) == 1, "drafts of earlier saves are removed"
 
 
 @pytest.mark.parametrize("dies_at", [0, 1], ids=["draft", "requests"])
 def test_dying_in_mid_save_leaves_the_state_before(tokenizer, tmp_path, monkeypatch, dies_at):
-    """Weights of one saving beside the buffer of another."""
+    """Weights of one save beside the buffer of another."""
     distiller = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=100, holdout_share=0)
     serve(distiller, tokenizer, 5)
     distiller.save()
-    saved = {name: value.clone() for name, value in distiller._learner.state().items()}
+    saved = {name: value.clone() for name, value in distiller.learner.state().items()}
     serve(distiller, tokenizer, 5, start=5)
     assert distiller.num_updates > 1
 
-    calls, replace = [], os.replace
+    calls, replace = [], Path.replace
 
     def dies(source, destination):
         calls.append(destination)
@@ -45,15 +44,15 @@ def test_dying_in_mid_save_leaves_the_state_before(tokenizer, tmp_path, monkeypa
             raise KeyboardInterrupt
         replace(source, destination)
 
-    monkeypatch.setattr(online_state.os, "replace", dies)
+    monkeypatch.setattr(Path, "replace", dies)
     with pytest.raises(KeyboardInterrupt):
         distiller.save()
     monkeypatch.undo()
     again = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), holdout_share=0)
     assert again.resume()
     assert again.num_requests == 5
-    assert_same(saved, {name: value.clone() for name, value in again._learner.state().items()})
-    # What the interrupted saving left behind goes with the next one.
+    assert_same(saved, {name: value.clone() for name, value in again.learner.state().items()})
+    # What the interrupted save left behind goes with the next one.
     again.save()
     assert len(list(tmp_path.glob("draft-*"))) == 1
 
@@ -80,9 +79,6 @@ def test_two_servers_on_one_directory_do_not_overwrite_each_other(tokenizer, tmp
         for _ in range(2)
     )
     assert [first.resume(), second.resume()] == [resumed, resumed]
-    if not resumed:  # both found nothing, and serve
-        first._claim_output_dir()
-        second._claim_output_dir()
     serve(first, tokenizer, 3)
     serve(second, tokenizer, 1)
     assert "Another process has saved" in second.history[-1]["error"]
