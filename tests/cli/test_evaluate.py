@@ -144,7 +144,7 @@ def test_recorded_answers_are_taken_as_they_are(files, pair, tmp_path, capsys):
         ({"num_asistant_tokens": 3}, "Did you mean '--num_assistant_tokens'"),
         ({"dtype": "float3"}, "float3"),
         ({"verify": -1}, "`verify` must be at least 0, got -1"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, got 0"),
         ({"temperatures": 0, "lossy": True}, "`lossy` is about sampled text"),
     ],
 )
