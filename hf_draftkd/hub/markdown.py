@@ -15,6 +15,7 @@ from urllib.parse import quote
 from jinja2 import PackageLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from hf_draftkd.acceptance import Estimate
 from hf_draftkd.hub.card_merge import marked
 from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.utils.text import one_line
@@ -74,21 +75,16 @@ def dataset_link(name: str) -> Markdown:
     return code(name)
 
 
-def value_of(estimate: Any) -> float | None:
-    """The point value of an estimate, which is a number or `{value, low, high}`."""
-    return estimate.get("value") if isinstance(estimate, Mapping) else estimate
-
-
-def estimate_text(estimate: Any, digits: int, *, signed: bool = False) -> Markdown | None:
-    """`0.612 [0.598, 0.627]`, or without the bracket where no interval was estimated."""
-    value = value_of(estimate)
-    if value is None:
+def estimate_text(estimate: Estimate | float | None, digits: int, *, signed: bool = False) -> Markdown | None:
+    r"""`0.612 \[0.598, 0.627\]`, or without the bracket where no interval was estimated; None for None."""
+    if estimate is None:
         return None
     form = f"{'+' if signed else ''}.{digits}f"
-    interval = ""
-    if isinstance(estimate, Mapping) and "low" in estimate and "high" in estimate:
-        interval = f" \\[{estimate['low']:{form}}, {estimate['high']:{form}}\\]"
-    return Markdown(f"{value:{form}}{interval}")
+    if not isinstance(estimate, Estimate):
+        return Markdown(f"{estimate:{form}}")
+    if estimate.low is None or estimate.high is None:
+        return Markdown(f"{estimate.value:{form}}")
+    return Markdown(f"{estimate.value:{form}} \\[{estimate.low:{form}}, {estimate.high:{form}}\\]")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown | None:

@@ -10,22 +10,25 @@ escaped, and the templates run in a sandbox.
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Self
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.evaluation.report import ModelInfo, PromptInfo, SpeculationReport
+from hf_draftkd.hub import report_tables as tables
 from hf_draftkd.hub.card_merge import CARD_FILE, updated
-from hf_draftkd.hub.markdown import render_card
+from hf_draftkd.hub.citations import papers, papers_used
+from hf_draftkd.hub.markdown import Markdown, code, dataset_link, fenced, model_link, render_card, table, text
 from hf_draftkd.hub.metadata import card_data, eval_results
-from hf_draftkd.hub.parts import card_context
-from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
-from hf_draftkd.hub.public_names import public_report
+from hf_draftkd.hub.provenance import COMPLETIONS, SIGNALS, PairFacts, Provenance, TrainingSummary
+from hf_draftkd.hub.public_names import is_public, public_name, public_report
+from hf_draftkd.hub.serving_commands import UNTUNED_LENGTH, serving_commands
 from hf_draftkd.utils.files import write_text
+from hf_draftkd.utils.text import one_line
 
-Json = Mapping[str, Any]
-SECTIONS = ("summary", "use", "figures", "training", "limits", "citation")
+SECTIONS = ("summary", "use", "metrics", "training", "limits", "citation")
 TEMPLATE = "draft_model_card.md"
 
 
@@ -41,7 +44,7 @@ class DraftModelCard(ModelCard):
     @classmethod
     def from_report(
         cls,
-        report: Any = None,
+        report: SpeculationReport | Mapping[str, Any] | None = None,
         *,
         training: TrainingSummary | None = None,
         pair: PairFacts | None = None,
@@ -79,21 +82,34 @@ class DraftModelCard(ModelCard):
         if report is None and training is None and name is None:
             raise ValueError("A card needs something to say: pass a report, a training summary, or at least a name.")
         if report is not None and not isinstance(report, SpeculationReport):
-            report = SpeculationReport.from_dict(report)
-        known = public_report(report).to_dict() if report else {}
-        context = card_context(
-            known, training, pair, provenance, name, plots or {}, [*(provenance.notes or ()), *notes]
-        )
+            report = SpeculationReport.from_dict(report)  # type: ignore[arg-type]
+        known = public_report(report) if report else None
+        target = known.target.name if known else training.public_name("target") if training else None
+        shown = public_name(name) if name else known.draft.name if known else "path/to/draft"
+        if "/" not in shown:
+            # A draft that was given a name but no owner is not on the Hub: nobody could load it by that name.
+            shown = f"path/to/{shown}"
         data = card_data(
-            name=context["name"].rsplit("/", 1)[-1],
-            target=context["target"],
+            name=shown.rsplit("/", 1)[-1],
+            target=target if is_public(target) else None,
             base_model=training.public_name("draft") if training else None,
-            datasets=[name for name in [training and training.public_name("dataset")] if name],
+            dataset=training.public_name("dataset") if training else None,
             license=license,
             language=language,
             tags=tags,
             results=eval_results(known),
         )
+        context = {
+            "name": shown,
+            "title": shown if is_public(shown) else PurePath(shown).name,
+            "notes": [*(provenance.notes or ()), *notes],
+            "plots": [(caption, Markdown(quote(one_line(path)))) for caption, path in (plots or {}).items()],
+            "made_with": _made_with(provenance),
+            **_measured(known),
+            **_trained(training),
+            **_pair(shown, target, known, training, pair),
+            "citations": [fenced(papers()[key], "bibtex") for key in papers_used(training, known)],
+        }
         return cls(f"---\n{data.to_yaml()}\n---\n\n{render_card(TEMPLATE, SECTIONS, context, template)}")
 
     def render(self) -> str:
@@ -110,9 +126,218 @@ class DraftModelCard(ModelCard):
         return write_text(path / CARD_FILE if path.is_dir() else path, self.render())
 
     def updated_from(self, fresh: "DraftModelCard") -> "DraftModelCard":
-        """Keep the prose and hand-set metadata of this card, and take the figures of a new one.
+        """Keep the prose and hand-set metadata of this card, and take the metrics of a new one.
 
         Sections between the marks are taken from `fresh`, text outside them is kept. Metadata: what follows from the
         weights is taken from `fresh`, tags are united, and all else is kept, licence and language included.
         """
         return updated(self, fresh)
+
+
+def _measured(report: SpeculationReport | None) -> dict[str, Any]:
+    """What the template says about the report; each value is empty where there is none."""
+    if report is None:
+        return dict.fromkeys(("recommendation", "hardware", "stock", "speed", "relative_cost"), None) | dict.fromkeys(
+            ("parts", "prompts", "verdicts"), ()
+        )
+    parts = []
+    for index, (domain, settings) in enumerate(tables.by_domain(report)):
+        acceptance = tables.acceptance_table(report, settings, is_whole=index == 0)
+        lengths = tables.length_table(settings)
+        if acceptance or lengths:
+            parts.append({"title": domain, "acceptance": acceptance, "lengths": lengths})
+    return {
+        "recommendation": report.recommendation,
+        "parts": parts,
+        "prompts": _prompts(report.prompts),
+        "stock": _model(report.baseline.draft) if report.baseline and report.baseline.settings else None,
+        "speed": tables.speed_table(report.settings),
+        "hardware": tables.hardware_text(report.hardware),
+        "relative_cost": report.latency.relative_cost if report.latency else None,
+        "verdicts": tables.verdict_list(report.settings),
+    }
+
+
+def _pair(
+    name: str,
+    target: str | None,
+    report: SpeculationReport | None,
+    training: TrainingSummary | None,
+    pair: PairFacts,
+) -> dict[str, Any]:
+    """What the template says about draft and target together: the summary, the commands and the limits."""
+    revision = (report.target.revision if report else None) or (training.target_revision if training else None)
+    is_commit = revision is not None and len(revision) == 40 and set(revision) <= set("0123456789abcdef")
+    # What evaluation recommends wins over what a config still holds from before.
+    length = tables.recommended_length(report) or pair.num_assistant_tokens
+    commands = serving_commands(
+        name,
+        target or "path/to/target",
+        target_revision=revision if is_public(target) and is_commit else None,
+        pair=pair,
+        num_assistant_tokens=length,
+    )
+    sizes = {pair.draft_vocab_size, pair.target_vocab_size}
+    shown_target = _at(model_link(target), revision) if target else None
+    return {
+        "summary": _summary(shown_target, report, training, pair, length),
+        "commands": commands,
+        "has_engines": any(command.language == "bash" for command in commands),
+        "draft_length": length,
+        "untuned_length": UNTUNED_LENGTH,
+        "pair": pair,
+        "sizes_differ": None not in sizes and len(sizes) == 2,
+        "limits": _limits(shown_target, report, training),
+    }
+
+
+def _at(shown: Markdown, revision: str | None) -> Markdown:
+    return Markdown(f"{shown} at {code(revision)}") if revision else shown
+
+
+def _model(model: ModelInfo) -> Markdown:
+    return _at(model_link(model.name), model.revision)
+
+
+def _rows(rows: Mapping[str, Any]) -> Markdown | None:
+    """A table of what is known."""
+    return table(("", ""), [row for row in rows.items() if row[1] is not None])
+
+
+def _count(number: int | None) -> str | None:
+    return None if number is None else f"{number:,}"
+
+
+def _summary(
+    target: Markdown | None,
+    report: SpeculationReport | None,
+    training: TrainingSummary | None,
+    pair: PairFacts,
+    length: int | None,
+) -> Markdown | None:
+    draft_size = report.draft.num_parameters if report else pair.draft_parameters
+    target_size = report.target.num_parameters if report else pair.target_parameters
+    share = f" ({draft_size / target_size:.2%} of the target)" if draft_size and target_size else ""
+    origin = None
+    if training and training.draft:
+        origin = _at(model_link(str(training.public_name("draft"))), training.draft_revision)
+    elif training and training.built_from:
+        origin = text(training.built_from)
+    return _rows(
+        {
+            "Target": target,
+            "Started from": origin,
+            "Parameters": f"{draft_size:,}{share}" if draft_size else None,
+            "Parameters of the target": _count(target_size),
+            "Tokenizer": code(pair.tokenizer_fingerprint) if pair.tokenizer_fingerprint else None,
+            "Tuned draft length": length,
+        }
+    )
+
+
+def _prompts(prompts: PromptInfo) -> Markdown:
+    source = ""
+    if prompts.source != "given":
+        source = f" of {dataset_link(prompts.source) if '/' in prompts.source else text(prompts.source)}"
+    return Markdown(f"{prompts.count} prompts{source} (sha256 {code(prompts.sha256)})")
+
+
+def _trained(training: TrainingSummary | None) -> dict[str, Any]:
+    """What the template says about the training; each value is None where nothing is known."""
+    if training is None:
+        return dict.fromkeys(("training_table", "training_metrics", "hyperparameters"))
+    dataset = training.public_name("dataset")
+    divergence = code(training.divergence) if training.divergence else None
+    if divergence and training.divergence_options:
+        options = ", ".join(f"{name} = {value}" for name, value in training.divergence_options.items())
+        divergence = Markdown(f"{divergence}, {text(options)}")
+    rows = {
+        "Data set": _at(dataset_link(dataset), training.dataset_revision) if dataset else None,
+        "Scenario": ", ".join(training.scenarios) if training.scenarios else None,
+        "Rows": _count(training.num_rows),
+        "Mixed in": _mixed_in(training),
+        "Completion tokens": _count(training.num_tokens),
+        "Decoding of the data": "; ".join(map(str, training.sampling or ())) or None,
+        "Who wrote the completions": _writer(training),
+        "Signal": SIGNALS[training.signal] if training.signal else None,
+        "Divergence": divergence,
+        "Loss temperature": training.loss_temperature,
+        "Adapter, merged": training.peft,
+        "Optimiser steps": training.num_steps,
+        "Epochs": training.num_epochs,
+        "Seed": training.seed,
+    }
+    return {
+        "training_table": _rows(rows),
+        "training_metrics": _pairs("Metric", training.metrics),
+        "hyperparameters": _pairs("Name", training.hyperparameters),
+    }
+
+
+def _writer(training: TrainingSummary) -> str | None:
+    if training.completions is None:
+        return None
+    writer = COMPLETIONS[training.completions]
+    if training.lmbda is not None and training.lmbda < 1:
+        writer += f"; the draft writes a fraction of {training.lmbda:g}"
+    if training.skd_top_k is not None:
+        writer += f"; of its tokens, those outside the target's top {training.skd_top_k} are replaced by the target's"
+    return writer
+
+
+def _mixed_in(training: TrainingSummary) -> str | None:
+    if not training.num_mixed_rows:
+        return None
+    share = training.num_mixed_rows / (training.num_mixed_rows + (training.num_rows or 0))
+    return f"{training.num_mixed_rows:,} rows of other text" + (f" ({share:.0%} of all)" if training.num_rows else "")
+
+
+def _pairs(header: str, values: Mapping[str, Any] | None) -> Markdown | None:
+    rows = [
+        (code(name), text(f"{value:.4g}" if isinstance(value, float) else value))
+        for name, value in (values or {}).items()
+    ]
+    return table((header, "Value"), rows)
+
+
+def _made_with(provenance: Provenance) -> Markdown | None:
+    versions = ", ".join(f"{name} {version}" for name, version in (provenance.versions or {}).items())
+    sentences = [
+        f"Made with {text(versions)}." if versions else None,
+        f"Code at commit {code(provenance.commit)}." if provenance.commit else None,
+        f"Trained on {text(provenance.hardware)}." if provenance.hardware else None,
+        f"Finished {text(provenance.created)}." if provenance.created else None,
+        f"Weights (sha256) {code(provenance.weights_sha256)}." if provenance.weights_sha256 else None,
+        f"Command:\n\n{fenced(provenance.command, 'bash')}" if provenance.command else None,
+    ]
+    return Markdown(" ".join(filter(None, sentences))) if any(sentences) else None
+
+
+def _limits(
+    target: Markdown | None, report: SpeculationReport | None, training: TrainingSummary | None
+) -> list[Markdown]:
+    """What the metrics do not show, derived from what is absent from the report."""
+    found = []
+    if report is None or not report.settings:
+        so_far = "Only the metrics above were measured" if training and training.metrics else "Nothing was measured"
+        found.append(f"{so_far} with this draft yet: whether it helps is not known.")
+    else:
+        names = [name for name, _ in tables.by_domain(report) if name]
+        where = f"on {text(', '.join(names))}" if names else "on the prompts above"
+        found.append(f"It was tested {where} only. On other topics or languages acceptance is likely to be lower.")
+        tested = dict.fromkeys(str(setting.decoding) for setting in report.settings)
+        found.append(f"Decoding settings tested: {text('; '.join(tested))}. Others were not measured.")
+        if not any(setting.assisted for setting in report.settings):
+            found.append("No speed-up was measured: whether it pays depends on the hardware.")
+        if report.baseline is None:
+            found.append("It was not compared with another draft.")
+    if report and report.lossy:
+        found.append("Some metrics were taken with lossy verification, which changes the target's output.")
+    if target:
+        found.append(f"It fits {target}. A target that was fine-tuned further agrees with it less.")
+    found.append(
+        "Speculative decoding saves time where decoding is limited by memory bandwidth, which means small batches. "
+        "With large batches, or very short answers, it can be slower than plain decoding."
+    )
+    found += [text(warning) for warning in (report.warnings if report else ())]
+    return [Markdown(limit) for limit in found]

@@ -245,7 +245,7 @@ def _contents(
     files.append(PlannedFile(PROVENANCE_FILE, json_bytes(provenance.to_dict())))
     files += [*model_files(draft.path), *([generation] if generation else []), *plots]
     if task is not None:
-        entries = eval_result_entries_to_yaml(benchmark_entries(report.to_dict() if report else {}, task))
+        entries = eval_result_entries_to_yaml(benchmark_entries(report, task))
         files.append(PlannedFile(_BENCHMARK_FILE, yaml.safe_dump(entries, sort_keys=False).encode()))
     return card, files
 

@@ -1,64 +1,56 @@
-"""From a report's JSON to the numbers and tables of a card. Nothing is computed here that the report does not say.
+"""From a report to the tables of a card. Nothing is computed here, and a column without any value is left out."""
 
-The report is the dictionary that `SpeculationReport.to_json()` gives. Every reader below answers None, or leaves the
-column out, where a figure is absent.
-"""
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from hf_draftkd.acceptance import Estimate
+from hf_draftkd.evaluation.report import HardwareInfo, PairedDifference, SettingResult, SpeculationReport
+from hf_draftkd.hub.markdown import Markdown, code, estimate_text, table, text
 
-from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.hub.markdown import Markdown, code, estimate_text, table, text, value_of
-
-Json = Mapping[str, Any]
+Entry = TypeVar("Entry", SettingResult, PairedDifference)
 
 
-def decoding_name(setting: Json) -> str:
-    """`greedy` or `temperature 1, top-p 0.95`: how an entry of `settings` was decoded."""
-    return str(DecodingSetting(**setting["decoding"]))
+def recommended_length(report: SpeculationReport | None) -> int | None:
+    """The draft length that a report recommends, None where it recommends none."""
+    return report.recommendation.num_assistant_tokens if report and report.recommendation else None
 
 
-def same_setting(one: Json, other: Json) -> bool:
-    """Whether two entries describe the same decoding and verification."""
-    return all(one[key] == other[key] for key in ("decoding", "verification"))
-
-
-def tuned_length(report: Json | None) -> int | None:
-    """The draft length that the report recommends, None where it recommends none."""
-    return None if report is None else report.get("recommendation", {}).get("num_assistant_tokens")
-
-
-def shown_length(report: Json, settings: Iterable[Json]) -> int | None:
+def shown_length(report: SpeculationReport, settings: Sequence[SettingResult]) -> int | None:
     """The draft length of the tables: the recommended one, else the one asked about, else the longest measured."""
-    lengths = sorted({int(length) for setting in settings for length in setting.get("block_efficiency", {})})
-    for wanted in (tuned_length(report), report.get("num_assistant_tokens")):
+    lengths = _lengths(settings)
+    for wanted in (recommended_length(report), report.num_assistant_tokens):
         if wanted in lengths:
             return wanted
     return lengths[-1] if lengths else None
 
 
-def domains(report: Json) -> list[tuple[str | None, Sequence[Json]]]:
+def at_length(estimates: Mapping[int, Estimate] | None, length: int | None) -> Estimate | None:
+    """The estimate for one draft length, None where there is none."""
+    return estimates[length] if estimates and length is not None and length in estimates else None
+
+
+def by_domain(report: SpeculationReport) -> list[tuple[str | None, Sequence[SettingResult]]]:
     """(domain, settings) pairs: the whole first, then the report's groups.
 
     A group that holds every text is the whole again: it gives the whole its name, where that has none, and is not
     repeated.
     """
-    whole: Sequence[Json] = report.get("settings", ())
-    name = report.get("prompts", {}).get("domain")
-    groups: dict[str, Sequence[Json]] = dict(report.get("groups", {}))
+    whole, name, groups = report.settings, report.prompts.domain, report.groups or {}
     if len(groups) == 1:
-        (only, settings), *_ = groups.items()
-        if [entry["num_texts"] for entry in settings] == [entry["num_texts"] for entry in whole]:
+        ((only, settings),) = groups.items()
+        if [entry.num_texts for entry in settings] == [entry.num_texts for entry in whole]:
             return [(name or only, whole)]
     return [(name, whole), *groups.items()]
 
 
-def acceptance_table(report: Json, settings: Sequence[Json], *, is_whole: bool) -> Markdown | None:
+def acceptance_table(
+    report: SpeculationReport, settings: Sequence[SettingResult], *, is_whole: bool
+) -> Markdown | None:
     """Acceptance rate and block efficiency per setting; for the whole also the stock draft and the difference."""
     length = shown_length(report, settings)
-    stock = report.get("baseline", {}).get("settings", ()) if is_whole else ()
-    differences = report.get("paired_difference", ()) if is_whole else ()
-    headers = [
+    stock = report.baseline.settings if report.baseline and is_whole else []
+    differences = report.paired_difference or [] if is_whole else []
+    headers = (
         "Decoding",
         "Verification",
         "Texts",
@@ -69,54 +61,57 @@ def acceptance_table(report: Json, settings: Sequence[Json], *, is_whole: bool) 
         "τ of the stock draft",
         "Gain in α, paired",
         "Gain in τ, paired",
-    ]
+    )
     rows = []
     for setting in settings:
-        old: Json = next((other for other in stock if same_setting(setting, other)), {})
-        gain: Json = next((other for other in differences if same_setting(setting, other)), {})
+        old, gain = _same(stock, setting), _same(differences, setting)
         rows.append(
             [
-                decoding_name(setting),
-                code(setting["verification"]) if "verification" in setting else None,
-                setting.get("num_texts"),
-                estimate_text(setting.get("acceptance_rate"), 3),
-                estimate_text(setting.get("block_efficiency", {}).get(str(length)), 2),
-                estimate_text(setting.get("transformers_block_efficiency", {}).get(str(length)), 2),
-                estimate_text(old.get("acceptance_rate"), 3),
-                estimate_text(old.get("block_efficiency", {}).get(str(length)), 2),
-                estimate_text(gain.get("acceptance_rate"), 3, signed=True),
-                _gain_text(gain.get("block_efficiency", {}), length),
+                str(setting.decoding),
+                code(setting.verification),
+                setting.num_texts,
+                estimate_text(setting.acceptance_rate, 3),
+                estimate_text(at_length(setting.block_efficiency, length), 2),
+                estimate_text(at_length(setting.transformers_block_efficiency, length), 2),
+                estimate_text(old.acceptance_rate, 3) if old else None,
+                estimate_text(at_length(old.block_efficiency, length), 2) if old else None,
+                estimate_text(gain.acceptance_rate, 3, signed=True) if gain else None,
+                _gain_text(gain, length) if gain else None,
             ]
         )
-    return table(headers, rows) if rows else None
+    return table(headers, rows)
 
 
-def _gain_text(gains: Json, length: int | None) -> Markdown | None:
-    if str(length) in gains:
-        return estimate_text(gains[str(length)], 2, signed=True)
-    if not gains:
-        return None
+def _same(entries: Sequence[Entry], setting: SettingResult) -> Entry | None:
+    """The entry about the same decoding and verification."""
+    wanted = (setting.decoding, setting.verification)
+    return next((entry for entry in entries if (entry.decoding, entry.verification) == wanted), None)
+
+
+def _gain_text(gain: PairedDifference, length: int | None) -> Markdown | None:
+    if not gain.block_efficiency or length in gain.block_efficiency:
+        return estimate_text(at_length(gain.block_efficiency, length), 2, signed=True)
     # The difference was taken at another length than the table's: say which.
-    other, gain = next(iter(gains.items()))
-    return Markdown(f"{estimate_text(gain, 2, signed=True)} (γ = {text(other)})")
+    other, estimate = next(iter(gain.block_efficiency.items()))
+    return Markdown(f"{estimate_text(estimate, 2, signed=True)} (γ = {other})")
 
 
-def length_table(settings: Sequence[Json]) -> Markdown | None:
+def length_table(settings: Sequence[SettingResult]) -> Markdown | None:
     """Block efficiency for every draft length that was computed."""
-    lengths = sorted({int(length) for setting in settings for length in setting.get("block_efficiency", {})})
+    lengths = _lengths(settings)
     if len(lengths) < 2:
         return None
     rows = []
     for setting in settings:
-        efficiency = setting.get("block_efficiency", {})
-        cells = [estimate_text(value_of(efficiency.get(str(length))), 2) for length in lengths]
-        rows.append([f"{decoding_name(setting)}, {setting.get('verification', 'rule not recorded')}", *cells])
+        estimates = [at_length(setting.block_efficiency, length) for length in lengths]
+        cells = [estimate_text(estimate and estimate.value, 2) for estimate in estimates]
+        rows.append([f"{setting.decoding}, {setting.verification}", *cells])
     return table(["τ at γ =", *map(str, lengths)], rows)
 
 
-def speed_table(settings: Sequence[Json]) -> Markdown | None:
+def speed_table(settings: Sequence[SettingResult]) -> Markdown | None:
     """Counted acceptance and wall-clock of real `generate(assistant_model=...)`, per setting that was run."""
-    headers = [
+    headers = (
         "Decoding",
         "Prompts",
         "Draft length",
@@ -125,41 +120,44 @@ def speed_table(settings: Sequence[Json]) -> Markdown | None:
         "Speed-up",
         "Tokens per target call, counted",
         "Draft tokens accepted, counted",
+    )
+    rows = [
+        [
+            str(setting.decoding),
+            run.num_prompts,
+            run.num_assistant_tokens,
+            estimate_text(run.plain_tokens_per_second, 1),
+            estimate_text(run.tokens_per_second, 1),
+            estimate_text(run.speedup, 2),
+            estimate_text(run.mean_acceptance_length, 2),
+            estimate_text(run.draft_acceptance_rate, 3),
+        ]
+        for setting in settings
+        if (run := setting.assisted)
     ]
-    rows = []
-    for setting in settings:
-        run = setting.get("assisted")
-        if run:
-            rows.append(
-                [
-                    decoding_name(setting),
-                    run.get("num_prompts"),
-                    run.get("num_assistant_tokens"),
-                    estimate_text(run.get("plain_tokens_per_second"), 1),
-                    estimate_text(run.get("tokens_per_second"), 1),
-                    estimate_text(run.get("speedup"), 2),
-                    estimate_text(run.get("mean_acceptance_length"), 2),
-                    estimate_text(run.get("draft_acceptance_rate"), 3),
-                ]
-            )
-    return table(headers, rows) if rows else None
+    return table(headers, rows)
 
 
-def verdict_rows(report: Json) -> list[tuple[Markdown, Json]]:
-    """(setting in words, its recommendation) for every setting that has one."""
+def verdict_list(settings: Sequence[SettingResult]) -> list[Markdown]:
+    """Whether the draft pays, in each setting that has a recommendation."""
     return [
-        (Markdown(f"{text(decoding_name(setting))}, {code(setting.get('verification', 'rule not recorded'))}"), advice)
-        for setting in report.get("settings", ())
-        if (advice := setting.get("recommendation"))
+        Markdown(
+            f"{text(setting.decoding)}, {code(setting.verification)}: {'pays' if advice.worth_it else 'does not pay'}. "
+            f"{text(advice.reason)}"
+        )
+        for setting in settings
+        if (advice := setting.recommendation)
     ]
 
 
-def hardware_text(hardware: Json | None) -> str | None:
+def hardware_text(hardware: HardwareInfo) -> str:
     """The machine of a report in words."""
-    if hardware is None:
-        return None
-    count = hardware.get("num_devices", 1)
-    details = [hardware["device"], hardware["dtype"]]
-    if hardware["device"] == "cpu":
-        details.append(f"{hardware['num_threads']} threads")
-    return f"{f'{count} × ' if count > 1 else ''}{hardware['name']} ({', '.join(map(str, details))})"
+    details = [hardware.device, hardware.dtype]
+    if hardware.device == "cpu":
+        details.append(f"{hardware.num_threads} threads")
+    count = f"{hardware.num_devices} × " if hardware.num_devices > 1 else ""
+    return f"{count}{hardware.name} ({', '.join(details)})"
+
+
+def _lengths(settings: Sequence[SettingResult]) -> list[int]:
+    return sorted({length for setting in settings for length in setting.block_efficiency or {}})

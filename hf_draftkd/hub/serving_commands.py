@@ -34,7 +34,7 @@ class Command:
     remark: str = ""
 
 
-def commands(
+def serving_commands(
     draft: str, target: str, *, target_revision: str | None, pair: PairFacts, num_assistant_tokens: int | None
 ) -> list[Command]:
     """The commands that are true for this pair.
@@ -57,11 +57,12 @@ def commands(
     if not sizes_known:
         return found
     length = num_assistant_tokens or UNTUNED_LENGTH
+    pin = f" --revision {shlex.quote(target_revision)}" if target_revision else ""
     if same_size:
-        found += [_vllm(draft, target, target_revision, length), _sglang(draft, target, target_revision, length)]
+        found += [_vllm(draft, target, pin, length), _sglang(draft, target, pin, length)]
     distance = abs((pair.draft_vocab_size or 0) - (pair.target_vocab_size or 0))
     if distance <= LLAMA_CPP_MAX_VOCAB_DIFFERENCE and pair.same_special_ids:
-        found.append(_llama_cpp(draft, target, target_revision, length))
+        found.append(_llama_cpp(draft, target, pin, length))
     return found
 
 
@@ -128,18 +129,16 @@ def _pipeline(draft: str, target: str, revision: str | None, pair: PairFacts, le
     return Command("transformers: `pipeline`", "python", "\n".join(lines))
 
 
-def _vllm(draft: str, target: str, revision: str | None, length: int) -> Command:
+def _vllm(draft: str, target: str, pin: str, length: int) -> Command:
     config = json.dumps({"method": "draft_model", "model": draft, "num_speculative_tokens": length})
-    pin = f" --revision {shlex.quote(revision)}" if revision else ""
     content = f"vllm serve {shlex.quote(target)}{pin} \\\n    --speculative-config {shlex.quote(config)}"
     remark = (
-        "vLLM lets the draft propose its likeliest token: compare with the figures for `greedy_draft` verification."
+        "vLLM lets the draft propose its likeliest token: compare with the metrics for `greedy_draft` verification."
     )
     return Command("vLLM", "bash", content, remark)
 
 
-def _sglang(draft: str, target: str, revision: str | None, length: int) -> Command:
-    pin = f" --revision {shlex.quote(revision)}" if revision else ""
+def _sglang(draft: str, target: str, pin: str, length: int) -> Command:
     content = (
         f"python -m sglang.launch_server --model-path {shlex.quote(target)}{pin} \\\n"
         f"    --speculative-algorithm STANDALONE --speculative-draft-model-path {shlex.quote(draft)} \\\n"
@@ -148,8 +147,7 @@ def _sglang(draft: str, target: str, revision: str | None, length: int) -> Comma
     return Command("SGLang", "bash", content)
 
 
-def _llama_cpp(draft: str, target: str, revision: str | None, length: int) -> Command:
-    pin = f" --revision {shlex.quote(revision)}" if revision else ""
+def _llama_cpp(draft: str, target: str, pin: str, length: int) -> Command:
     content = (
         f"hf download {shlex.quote(target)}{pin} --local-dir target-hf\n"
         f"hf download {shlex.quote(draft)} --local-dir draft-hf\n"
@@ -159,7 +157,7 @@ def _llama_cpp(draft: str, target: str, revision: str | None, length: int) -> Co
     )
     remark = (
         "The converter must know the architecture and the tokenizer of both models. llama.cpp verifies by exact match: "
-        "compare with the figures for `exact_match`. Builds from before mid-2026 call the last option `--draft-max` "
+        "compare with the metrics for `exact_match`. Builds from before mid-2026 call the last option `--draft-max` "
         "and have no `draft-simple`."
     )
     return Command("llama.cpp", "bash", content, remark)
