@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 
 TARGET = "org/target-7b"
@@ -110,6 +111,10 @@ def report(**changes: Any) -> dict[str, Any]:
     """A whole report; `changes` replace top-level keys, None removes one."""
     merged = copy.deepcopy(_REPORT) | changes
     return {key: value for key, value in merged.items() if value is not None}
+
+
+def checked_report(**changes: Any) -> SpeculationReport:
+    return SpeculationReport.from_dict(report(**changes))
 
 
 def training(**changes: Any) -> TrainingSummary:

@@ -93,7 +93,7 @@ def test_metadata_round_trips_through_the_hubs_own_classes(tmp_path):
     card = full_card()
     path = card.save(tmp_path / "README.md")
     loaded = ModelCard.load(path)
-    assert loaded.data.eval_results == eval_results(samples.report())
+    assert loaded.data.eval_results == eval_results(samples.checked_report())
     assert loaded.data.to_dict() == card.data.to_dict()
     assert loaded.data.base_model == "org/stock-draft"
     assert loaded.data.license == "apache-2.0"
@@ -113,7 +113,7 @@ def test_metadata_round_trips_through_the_hubs_own_classes(tmp_path):
 
 def test_two_settings_never_share_one_result():
     """Catches a model-index keyed so that temperature 1 overwrites temperature 0."""
-    rates = [result for result in eval_results(samples.report()) if result.metric_type == "acceptance_rate"]
+    rates = [result for result in eval_results(samples.checked_report()) if result.metric_type == "acceptance_rate"]
     assert [(rate.metric_args["temperature"], rate.metric_value) for rate in rates] == [(0.0, 0.71), (1.0, 0.62)]
 
 
@@ -148,7 +148,7 @@ def test_a_card_needs_no_report():
     card = DraftModelCard.from_report(training=samples.training(metrics={"eval_acceptance_rate": 0.7}), name="draft")
     assert card.data.to_dict().get("model-index") is None
     assert "| `eval_acceptance_rate` | 0.7 |" in card.text
-    assert "Only the figures above were measured" in card.text
+    assert "Only the metrics above were measured" in card.text
     assert "`forward_kl`" in card.text
     with pytest.raises(ValueError, match="needs something to say"):
         DraftModelCard.from_report()
