@@ -1,6 +1,6 @@
 """One forward pass of a causal LM that projects only the positions asked for, or none at all.
 
-The vocabulary is what makes logits large, and most positions of a batch (prompts, padding) are never looked at. The
+Logits are large because the vocabulary is, and most positions of a batch (prompts, padding) are never used. The
 positions are chosen in front of the head, inside the model's own forward, so that wrappers (DDP, FSDP, PEFT) run as
 always and whatever the model does after its head (scaling, soft-capping) still happens.
 
@@ -59,7 +59,7 @@ def logits_at(model: nn.Module, inputs: Mapping[str, Any], keep: Tensor) -> Tens
 
 
 def _placed(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs where the model reads them: a target may lie on another device than the draft."""
+    """The inputs on the model's device: a target may be on another one than the draft."""
     device = unwrapped(model).get_input_embeddings().weight.device
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
@@ -75,20 +75,20 @@ class HeadArithmetic(NamedTuple):
 
 @torch.no_grad()
 def head_arithmetic(model: nn.Module) -> HeadArithmetic | None:
-    """Find out what stands between a model's head and its logits by handing it numbers in the head's place.
+    """Find out what a model does between its head and its logits by returning known numbers in the head's place.
 
-    So scaling and soft-capping are seen whatever an architecture calls them, and anything else is not overlooked.
+    Scaling and soft-capping are found whatever an architecture calls them, and anything else is noticed.
 
     Args:
         model: A causal LM, wrapped or not; its parameters are not read.
 
     Returns:
         The arithmetic; None where the logits are not scale and soft-cap of a plain linear layer's output (an adapter
-        or quantised weights on the head, weights kept elsewhere, a model of its own kind).
+        or quantised weights on the head, offloaded weights, an unusual model).
     """
     inner = unwrapped(model)
     head = inner.get_output_embeddings()
-    # A `forward` of the module's own is accelerate's, which moves weights.
+    # A module has a `forward` among its variables where accelerate moves its weights.
     if type(head) is not nn.Linear or "forward" in vars(head) or head.weight.numel() == 0 or head._forward_hooks:
         return None
     probe = torch.logspace(-4, 6, head.weight.shape[0], device=head.weight.device)
@@ -126,21 +126,7 @@ def loss_at(
     vocab_size: int,
     loss: Callable[[Unprojected], DistillationLoss],
 ) -> DistillationLoss:
-    """Compute a loss where the model would have projected its hidden states.
-
-    Inside the forward the head's weight is whole, whoever shards it.
-
-    Args:
-        model: A causal LM, wrapped or not.
-        inputs: What its forward takes.
-        keep: [B, L] bool, N of them True.
-        arithmetic: The model's, from `head_arithmetic`.
-        vocab_size: Tokens to compare: the head's first rows.
-        loss: Hidden states [N, H] with their head -> loss.
-
-    Returns:
-        What `loss` returned.
-    """
+    """`in_head` for a loss of hidden states [N, H] with their head, which becomes what the model's forward returns."""
 
     def compute(source: Unprojected) -> tuple[DistillationLoss, Tensor]:
         result = loss(source)
@@ -158,6 +144,8 @@ def in_head(
     compute: Callable[[Unprojected], tuple[Any, Tensor]],
 ) -> Any:
     """Compute anything where the model would have projected its hidden states.
+
+    Inside the forward the head's weight is whole, whoever shards it.
 
     Args:
         model: A causal LM, wrapped or not.

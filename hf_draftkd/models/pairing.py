@@ -84,7 +84,7 @@ def check_own_tokenizer(
 
 
 def check_weights_apart(draft: nn.Module, other: nn.Module, what: str = "target") -> None:
-    """Make sure that teaching the draft changes no other model, and that freezing the other freezes no draft.
+    """Make sure that training the draft does not change the other model, and that freezing that does not freeze it.
 
     Args:
         draft: The model that learns.
@@ -98,13 +98,13 @@ def check_weights_apart(draft: nn.Module, other: nn.Module, what: str = "target"
     shared = next((name for name, parameter in draft.named_parameters() if theirs & _places(parameter)), None)
     if shared is not None:
         raise ValueError(
-            f"Draft and {what} share weights ({shared}): teaching the draft would change the {what}, which is frozen. "
+            f"Draft and {what} share weights ({shared}): training the draft would change the {what}, which is frozen. "
             "Load it twice, or copy what they share (`copy.deepcopy`)."
         )
 
 
 def _places(parameter: nn.Parameter) -> set[tuple[str, int]]:
-    """What tells a weight: the object, and where its numbers lie. A tensor without numbers lies nowhere."""
+    """What identifies a weight: the object, and the address of its numbers. A meta tensor has none."""
     address = parameter.data_ptr() if parameter.device.type != "meta" else 0
     return {("object", id(parameter)), *({("address", address)} if address else ())}
 
@@ -112,7 +112,7 @@ def _places(parameter: nn.Parameter) -> set[tuple[str, int]]:
 def shared_vocab_size(
     draft_model: PreTrainedModel, target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> int:
-    """How many rows of both models' logits stand for tokens: the vocabulary that losses and analysis look at.
+    """How many rows of both models' logits stand for tokens: the vocabulary that losses and analysis use.
 
     Args:
         draft_model: The draft.
@@ -136,10 +136,10 @@ def align_vocabulary(
     - The draft gets the target's `vocab_size`. New rows of embedding and head are zero; rows too many are cut off,
       but only where they are padding.
     - Padded ids go into the draft's `generation_config.suppress_tokens`, which assisted decoding honours: a zero row
-      has logit 0, which is likelier than many a token. (What a target does with its own padded rows is left as it
-      is: speculative decoding must not change the target's output.)
+      has logit 0, more than many tokens have. (The target's own padded rows are left alone: speculative decoding must
+      not change the target's output.)
     - bos, eos and pad ids are copied into the draft's config and generation config; sampling settings that do nothing
-      there, because `do_sample` is off, are taken out: transformers would refuse to save them.
+      there, because `do_sample` is off, are removed: transformers would refuse to save them.
 
     All of it is saved with the draft. Doing it twice changes nothing more. Do it before making an optimiser and
     before adding adapters, since embedding and head may be replaced.

@@ -112,7 +112,9 @@ class Checkpoint:
         if SAFE_WEIGHTS_NAME not in self.files:
             # transformers reads whatever file the index names, pickles too.
             read_index(Path(str(cached_file(self.name, SAFE_WEIGHTS_INDEX_NAME, revision=self.revision))))
-        _check_generation_config(self)
+        # transformers ignores a broken one, and with it the ids that end a chat model's answer.
+        if broken := _broken_json(self, GENERATION_CONFIG_NAME):
+            raise ValueError(f"{broken}. Save it again, or delete it.")
         return self._config
 
     @cached_property
@@ -140,7 +142,7 @@ class Checkpoint:
         except ImportError:  # says which package is missing
             raise
         except Exception as error:  # the tokenizers' own parser raises bare `Exception`
-            reason = _broken_json(self) or str(error).rstrip(".")
+            reason = _broken_json(self, *TOKENIZER_FILES) or str(error).rstrip(".")
             raise ValueError(f"The tokenizer of {self.name!r} cannot be read: {reason}. {instead}") from error
 
     @cached_property
@@ -382,25 +384,14 @@ def _check_files(checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_generation_config(checkpoint: Checkpoint) -> None:
-    """Transformers ignores a broken one, and with it the ids that end a chat model's answer."""
-    if checkpoint.is_local and GENERATION_CONFIG_NAME in checkpoint.files:
-        path = Path(checkpoint.name) / GENERATION_CONFIG_NAME
+def _broken_json(checkpoint: Checkpoint, *names: str) -> str | None:
+    """The first of a local checkpoint's files that is not JSON: parsers say where they stumbled, not in which file."""
+    for path in (Path(checkpoint.name) / name for name in names if name.endswith(".json")):
         try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}. Save it again, or delete it.") from error
-
-
-def _broken_json(checkpoint: Checkpoint) -> str | None:
-    """The first of a local tokenizer's files that is not JSON: parsers say where they stumbled, not in which file."""
-    for name in sorted(checkpoint.files & set(TOKENIZER_FILES)) if checkpoint.is_local else []:
-        path = Path(checkpoint.name) / name
-        if path.suffix == ".json" and path.is_file():
-            try:
+            if path.is_file():
                 json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                return f"{path} ({error}) is not valid JSON"
+        except ValueError as error:
+            return f"{path} ({error}) is not valid JSON"
     return None
 
 

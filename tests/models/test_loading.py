@@ -303,7 +303,7 @@ def test_a_config_that_contradicts_itself(saved, no_weights_read, change):
 def test_a_broken_generation_config(saved, no_weights_read):
     """Transformers goes on without it: a chat target then writes past its end of turn."""
     (saved / "generation_config.json").write_text('{"eos_token_id": [1, ')
-    with pytest.raises(ValueError, match=r"generation_config\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"generation_config\.json .* is not valid JSON"):
         load_target(saved)
 
 
