@@ -56,7 +56,6 @@ _SIZES = {
         "index_n_heads",
         "linear_num_value_heads",
         "linear_num_heads",
-        "n_group",
         "o_groups",
         "query_pre_attn_scalar",
         "laurel_rank",
@@ -66,6 +65,7 @@ _SIZES = {
         "qk_rope_head_dim",
         "qk_nope_head_dim",
     ),
+    1: ("topk_group",),
     2: (
         "num_key_value_heads",
         "num_kv_heads",
@@ -74,7 +74,8 @@ _SIZES = {
         "num_experts_per_token",
         "moe_k",
         "moe_topk",
-        "topk_group",
+        "n_group",
+        "num_expert_group",
         "linear_num_key_heads",
     ),
     8: (
@@ -138,6 +139,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": {
         "num_kv_shared_layers": 2,
+        "global_head_dim": 16,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     },
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
@@ -170,8 +172,11 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     named = {alias: real for alias, real in config_class.attribute_map.items() if hasattr(default, real)}
     values: dict[str, Any] = {}
     for name in vars(default):
-        if name in _SIZE_OF and name not in named and getattr(default, name) is not None:
+        if name in _SIZE_OF and name not in named and vars(default)[name] is not None:
             values[name] = _SIZE_OF[name]
+    if "qk_rope_head_dim" in values:  # from which these follow
+        values.pop("head_dim", None)
+        values.pop("qk_head_dim", None)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         values[name] = ("bos_token_id", "eos_token_id", "pad_token_id").index(name)
     dropout = [n for n in vars(default) if n.endswith(("dropout", "pdrop", "dropout_prob")) and getattr(default, n)]

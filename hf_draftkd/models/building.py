@@ -10,10 +10,11 @@ model must be pretrained first (https://arxiv.org/abs/2403.00858), and can be mu
 """
 
 import copy
+import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -25,7 +26,10 @@ from transformers import (
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import align_vocabulary
 from hf_draftkd.models.resolve import check_config
-from hf_draftkd.models.sizing import check_share, cut_layers, evenly_spread, sized_config
+from hf_draftkd.models.sizing import check_share, cut_layers, evenly_spread, sized_config, spread_layers
+
+# Whether a layer leaves its keys to later ones follows from which of those are there.
+_FREE_TO_DIFFER = ("training", "store_full_length_kv")
 
 
 def build_draft(
@@ -68,20 +72,23 @@ def build_draft(
     require_loaded(target_model)
     _check_request(num_layers, layers, config, share, tie_word_embeddings)
     check_plan(target_model.config, num_layers=num_layers, layers=layers, config=config, share=share)
-    depth = target_model.config.get_text_config().num_hidden_layers
+    depth = target_model.config.num_hidden_layers
     if share is not None:
         new_config = sized_config(target_model, share, num_layers=num_layers, tie_word_embeddings=tie_word_embeddings)
     elif config is not None:
         new_config = copy.deepcopy(config)
     else:
         _check_copyable(target_model)
-        chosen = evenly_spread(num_layers, depth) if num_layers is not None else _checked_layers(layers or [], depth)
-        new_config = cut_layers(target_model.config, chosen)
+        given = target_model.config
+        chosen = spread_layers(given, num_layers) if num_layers is not None else _checked_layers(layers or [], depth)
+        _check_sources(given, chosen)
+        new_config = cut_layers(given, chosen)
 
     draft = _new_model(new_config, target_model, dtype, seed)
     if share is None and config is None:
         _copy_weights(draft, target_model, chosen)
     draft.generation_config = GenerationConfig()
+    _check_runs(draft)
     return align_vocabulary(draft, target_model, tokenizer)
 
 
@@ -126,40 +133,117 @@ def _new_model(
 
 def _copy_weights(draft: PreTrainedModel, target_model: PreTrainedModel, layers: list[int]) -> None:
     """Copy the chosen layers and everything that is not a layer, bit for bit."""
-    stacks = _layer_stacks(target_model)
+    depth = target_model.config.num_hidden_layers
+    stacks = _layer_stacks(target_model, depth)
+    _check_same_kinds(draft, target_model, stacks, layers)
     theirs = target_model.state_dict()
     copied = {}
-    for name in draft.state_dict():
-        source = name
-        for stack in stacks:
-            if name.startswith(stack):
-                index, _, rest = name.removeprefix(stack).partition(".")
-                source = f"{stack}{layers[int(index)]}.{rest}"
-        copied[name] = theirs.get(source)
-    unlike = [name for name, own in draft.state_dict().items() if getattr(copied[name], "shape", None) != own.shape]
-    if unlike:
-        raise ValueError(
-            f"Layers {layers} of this {target_model.config.model_type!r} target cannot be put into a shorter model: "
-            f"{unlike[0]} has no counterpart, since what a layer contains depends on its position. Choose layers whose "
-            "kinds alternate as the first ones do, or use `share` or `config`."
-        )
+    for name, own in draft.state_dict().items():
+        stack = next((stack for stack in stacks if name.startswith(stack)), None)
+        if stack is None:
+            copied[name] = _of_layers(theirs.get(name), own.shape, layers, depth)
+        else:
+            index, _, rest = name.removeprefix(stack).partition(".")
+            copied[name] = theirs.get(f"{stack}{layers[int(index)]}.{rest}")
+        if getattr(copied[name], "shape", None) != own.shape:
+            raise _unfit(target_model, layers, f"{name} has no counterpart in the target")
     draft.load_state_dict(copied)
 
 
-def _layer_stacks(model: PreTrainedModel) -> list[str]:
-    """Prefixes such as "model.layers." of the module lists that hold one module a layer."""
-    depth = model.config.get_text_config().num_hidden_layers
-    stacks = [
-        name + "."
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and name.count(".") == 1
-    ]
+def _layer_stacks(model: PreTrainedModel, depth: int) -> list[str]:
+    """Prefixes such as "model.layers." of the module lists that hold one module per layer."""
+    stacks: list[str] = []
+    for name, module in model.named_modules():
+        is_inside = any(name.startswith(stack) for stack in stacks)  # a layer's experts may be as many
+        if isinstance(module, nn.ModuleList) and len(module) == depth and not is_inside:
+            stacks.append(name + ".")
     if not stacks:
         raise ValueError(
             f"No list of {depth} layers was found in this {model.config.model_type!r} target, so layers cannot be "
             "copied. Use `share` or `config`."
         )
     return stacks
+
+
+def _of_layers(table: Tensor | None, shape: torch.Size, layers: list[int], depth: int) -> Tensor | None:
+    """The part of a table that belongs to these layers, where one dimension is made of equal pieces, one per layer."""
+    if table is None or table.shape == shape or table.ndim != len(shape):
+        return table
+    unlike = [d for d in range(table.ndim) if table.shape[d] != shape[d]]
+    if len(unlike) != 1 or table.shape[unlike[0]] * len(layers) != shape[unlike[0]] * depth:
+        return table
+    pieces = table.unflatten(unlike[0], (depth, -1))
+    chosen = torch.tensor(layers, device=table.device)
+    return pieces.index_select(unlike[0], chosen).flatten(unlike[0], unlike[0] + 1)
+
+
+def _check_same_kinds(
+    draft: PreTrainedModel, target_model: PreTrainedModel, stacks: list[str], layers: list[int]
+) -> None:
+    """Refuse layers that would compute something else at their new place, though their weights fit.
+
+    What a layer is follows from the config and its index: local or global attention, with or without positions, dense
+    or experts. Modules keep it in attributes, which must be equal before and after.
+    """
+    for stack in stacks:
+        for new, old in enumerate(layers):
+            theirs = dict(target_model.get_submodule(f"{stack}{old}").named_modules())
+            for name, module in draft.get_submodule(f"{stack}{new}").named_modules():
+                other = theirs.get(name)
+                if type(other) is not type(module):
+                    kinds = f"{type(other).__name__} would become {type(module).__name__}"
+                    raise _unfit(target_model, layers, f"in layer {old}, {kinds}")
+                for key, value in vars(module).items():
+                    before = vars(other).get(key)
+                    if not _is_equal_setting(key, before, value) and (before, value) != (old, new):
+                        reason = f"layer {old} has {key}={before!r}, which would become {value!r}"
+                        raise _unfit(target_model, layers, reason)
+
+
+def _is_equal_setting(key: str, before: Any, value: Any) -> bool:
+    if key.startswith("_") or key in _FREE_TO_DIFFER or not isinstance(value, bool | int | float | str | None):
+        return True
+    if isinstance(before, float) and isinstance(value, float):
+        return math.isclose(before, value)
+    return before == value
+
+
+def _unfit(target_model: PreTrainedModel, layers: list[int], reason: str) -> ValueError:
+    return ValueError(
+        f"Layers {layers} of this {target_model.config.model_type!r} target cannot be put into a shorter model: "
+        f"{reason}, since what a layer is depends on its position. Choose layers whose kinds follow each other as the "
+        "first ones do, or use `share` or `config`."
+    )
+
+
+def _check_sources(config: PreTrainedConfig, layers: list[int]) -> None:
+    """A layer without keys of its own reads those of the last layer of its type that has some."""
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    first_shared = config.num_hidden_layers - shared
+    for layer in layers:
+        if layer < first_shared:
+            continue
+        source = max(i for i in range(first_shared) if config.layer_types[i] == config.layer_types[layer])
+        if source not in layers:
+            raise ValueError(
+                f"Layer {layer} of this {config.model_type!r} target reads the keys and values of layer {source}, "
+                f"which is not among {layers}. Add it, or take layers before {first_shared}, which have their own."
+            )
+
+
+@torch.no_grad()
+def _check_runs(draft: PreTrainedModel) -> None:
+    """Refuse a model that fails on its first tokens: layers without any attention, for one, cannot decode."""
+    if draft.device.type == "meta":
+        return
+    ids = torch.tensor([[0, 1, 2]], device=draft.device) % draft.config.vocab_size
+    try:
+        draft.generate(ids, max_new_tokens=2, do_sample=False)
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"This {draft.config.model_type!r} draft cannot decode: {str(error).rstrip('.')}. Choose other layers, or "
+            "use `share` or `config`."
+        ) from error
 
 
 def _check_request(num_layers: Any, layers: Any, config: Any, share: Any, tie_word_embeddings: Any) -> None:

@@ -16,6 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 _DEPTHS = (4, 3, 2, 5, 6)
 _CLOSE_ENOUGH = 0.1
 _WIDTH_OF_MLP = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+# What configs say of single layers: indices of one kind, how many come first, and the last one (counted in) of a kind.
+_INDICES_OF_LAYERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers")
+_LEADING_LAYERS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+_LAST_INDEX = ("moe_layer_end_index",)
+# Lists that may have as many entries as there are layers: [151645, 151643] are ids, in a model of two layers too.
+_NOT_OF_LAYERS = ("_id", "_ids", "architectures", "keys_to_ignore_at_inference")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -33,28 +39,55 @@ def evenly_spread(count: int, depth: int) -> list[int]:
     return [(2 * i * (depth - 1) + count - 1) // (2 * (count - 1)) for i in range(count)]
 
 
+def spread_layers(config: PreTrainedConfig, count: int) -> list[int]:
+    """The `count` layers to keep of this config's: evenly spread.
+
+    Layers that read the keys and values of earlier ones (Gemma 3n and 4) cannot do without these, so they are left out
+    where there are enough others.
+    """
+    depth = config.num_hidden_layers
+    own_keys = depth - (getattr(config, "num_kv_shared_layers", None) or 0)
+    return evenly_spread(count, own_keys if isinstance(count, int) and count <= own_keys else depth)
+
+
 def cut_layers(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConfig:
     """The same config with only these layers; what it says layer by layer is cut with them.
 
     Raises:
         ValueError: The architecture describes its layers in a way that cannot be cut.
     """
-    new = plain_copy(config)
-    text = new.get_text_config()
-    depth = text.num_hidden_layers
-    for name, value in list(vars(text).items()):
-        # Ids are no layers, though there may be as many: [151645, 151643] in a model of two layers.
-        is_per_layer = isinstance(value, list | tuple) and len(value) == depth and not name.endswith(("_id", "_ids"))
-        if is_per_layer and name not in ("architectures", "mlp_only_layers", "keys_to_ignore_at_inference"):
-            setattr(text, name, type(value)(value[i] for i in layers))
-    # Numbers of leading layers of one kind, and indices of layers of one kind.
-    for name in ("max_window_layers", "first_k_dense_replace"):
-        if isinstance(getattr(text, name, None), int):
-            setattr(text, name, sum(i < getattr(text, name) for i in layers))
-    if getattr(text, "mlp_only_layers", None):
-        text.mlp_only_layers = [new_i for new_i, i in enumerate(layers) if i in text.mlp_only_layers]
-    text.num_hidden_layers = len(layers)
-    _check_reloads(new, layers)
+    depth = config.num_hidden_layers
+    kept = set(layers)
+    values = plain_copy(config).to_dict()
+    for name, value in values.items():
+        if name in _INDICES_OF_LAYERS and value is not None:
+            values[name] = [new for new, old in enumerate(layers) if old in value]
+        elif name in _LEADING_LAYERS and isinstance(value, int):
+            values[name] = sum(i < value for i in kept)
+        elif name in _LAST_INDEX and isinstance(value, int):
+            values[name] = sum(i <= value for i in kept) - 1
+        elif name == "num_kv_shared_layers" and value:
+            values[name] = sum(i >= depth - value for i in kept)
+        elif name == "scale_depth":  # MiniCPM divides it by the root of the number of layers
+            values[name] = value * (len(layers) / depth) ** 0.5
+        elif name == "per_layer_config" and value:
+            own = {int(index): overrides for index, overrides in value.items()}
+            values[name] = {new: own[old] for new, old in enumerate(layers) if old in own}
+        elif name == "attention_types" and hasattr(config, "attention_layers"):  # GPT-Neo: [[[kinds], repeats]]
+            values[name] = [[[config.attention_layers[i]], 1] for i in layers]
+        elif isinstance(value, list | tuple) and len(value) == depth and not name.endswith(_NOT_OF_LAYERS):
+            values[name] = type(value)(value[i] for i in layers)
+    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+    try:
+        new = type(config).from_dict(values)
+        again = type(config).from_dict(new.to_dict())
+    except Exception as error:
+        raise ValueError(
+            f"Layers {layers} cannot be taken out of a {config.model_type!r} config: {error} Choose others, or pass a "
+            "`config`."
+        ) from error
+    if new.num_hidden_layers != len(layers) or again.to_dict() != new.to_dict():
+        raise ValueError(f"A {config.model_type!r} config changes when it is saved and loaded. Pass a `config`.")
     return new
 
 
@@ -83,7 +116,7 @@ def sized_config(
         ValueError: `share` is out of range or beyond `num_layers`, or the embeddings alone are larger.
     """
     check_share(share)
-    base = plain_copy(target_model.config)
+    base = _of_equal_layers(plain_copy(target_model.config))
     text = base.get_text_config()
     if any((getattr(text, name, None) or 0) > 1 for name in _EXPERTS):
         raise ValueError(
@@ -100,7 +133,7 @@ def sized_config(
     _check_embeddings_fit(text, budget, share)
     best: tuple[float, PreTrainedConfig] | None = None
     for layers, unit, head_dim in _searches(text, _depths(base, num_layers, budget)):
-        candidate = cut_layers(base, evenly_spread(layers, depth))
+        candidate = cut_layers(base, spread_layers(base, layers))
         error, config = _closest_width(candidate, budget, unit, head_dim)
         if best is None or error < best[0]:
             best = error, config
@@ -135,11 +168,22 @@ def count_parameters(config: PreTrainedConfig) -> int:
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
+def _of_equal_layers(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same with the config's general sizes in every layer, where single layers have others (Gemma 4)."""
+    values = config.to_dict()
+    overrides = values.get("per_layer_config")
+    if not overrides:
+        return config
+    # Not left out: without any, the class would make its own again.
+    values["per_layer_config"] = {i: {name: values[name] for name in own} for i, own in overrides.items()}
+    return type(config).from_dict(values)
+
+
 def _depths(base: PreTrainedConfig, num_layers: int | None, budget: float) -> list[int]:
     """The depths to try, best first: few layers, unless the size asked for is beyond them."""
     depth = base.get_text_config().num_hidden_layers
     depths = [num_layers] if num_layers is not None else [n for n in _DEPTHS if n <= depth]
-    largest = count_parameters(cut_layers(base, evenly_spread(max(depths), depth)))
+    largest = count_parameters(cut_layers(base, spread_layers(base, max(depths))))
     if largest >= (1 - _CLOSE_ENOUGH) * budget:
         return depths
     if num_layers is not None:
@@ -230,15 +274,3 @@ def _check_embeddings_fit(text: PreTrainedConfig, budget: float, share: float) -
             f"tokens alone take {embeddings:,} at the narrowest width ({narrowest}).{hint} Ask for a larger "
             "share, or pass a `config`."
         )
-
-
-def _check_reloads(config: PreTrainedConfig, layers: list[int]) -> None:
-    """A config that cannot be written and read back would only fail when the saved draft is loaded."""
-    try:
-        again = type(config).from_dict(config.to_dict())
-    except Exception as error:
-        raise ValueError(
-            f"Layers {layers} cannot be taken out of a {config.model_type!r} config: {error} Pass your own `config`."
-        ) from error
-    if again.to_dict() != config.to_dict():
-        raise ValueError(f"A {config.model_type!r} config changes when it is saved and loaded. Pass your own `config`.")

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn import Parameter
 from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
@@ -16,6 +17,7 @@ from transformers import (
     T5Config,
 )
 
+from examples.benchmarks.tiny_architectures import LAYERS, VOCAB_SIZE, tiny_config, tiny_model
 from hf_draftkd.models.building import build_draft
 from hf_draftkd.models.sizing import count_parameters, cut_layers, evenly_spread, sized_config
 from tests.tiny import ARCHITECTURES, tiny_gpt2, tiny_llama, tiny_prompts, tiny_qwen3, tiny_tokenizer
@@ -145,7 +147,7 @@ def test_layers_of_another_kind_are_refused_rather_than_left_random(tmp_path):
     assert draft.config.mlp_only_layers == [0, 2]
     assert torch.equal(draft.model.layers[1].mlp.gate.weight, target.model.layers[1].mlp.gate.weight)
     target.config.mlp_only_layers, target.config.decoder_sparse_step = [], 2  # experts in every second layer only
-    with pytest.raises(ValueError, match="has no counterpart"):
+    with pytest.raises(ValueError, match="in layer 1, Qwen3MoeSparseMoeBlock would become Qwen3MoeMLP"):
         build_draft(target, layers=[1, 2])
 
     neo = GPTNeoConfig(num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], **sizes)
@@ -306,3 +308,93 @@ def test_targets_that_cannot_be_copied_are_refused_with_the_remedy():
     )
     with pytest.raises(ValueError, match="mixture of experts"):
         build_draft(AutoModelForCausalLM.from_config(experts), share=0.5)
+
+
+# What layers may depend on: place among layers, tables of all layers, keys of earlier layers, nested module lists.
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "deepseek_v3",
+        "ernie4_5_moe",
+        "gemma2",
+        "gemma3n_text",
+        "gemma4_text",
+        "gpt_neo",
+        "gpt_oss",
+        "granite_swa",
+        "laguna",
+        "lfm2",
+        "llama4_text",
+        "minicpm3",
+        "opt",
+        "smollm3",
+    ],
+)
+def test_architectures_that_describe_their_layers_one_by_one(model_type, tmp_path):
+    """Reference: the target itself with its other layers, and their part of every table, taken out by hand."""
+    target = tiny_model(model_type)
+    whole = build_draft(target, num_layers=LAYERS)
+    with torch.no_grad():
+        assert torch.equal(whole(PROMPT).logits, target(PROMPT).logits)
+    chosen = [0, 1, 3] if model_type != "lfm2" else [1, 2]
+    draft = build_draft(target, layers=chosen)
+    assert draft.config.num_hidden_layers == len(chosen)
+
+    decoder = target.model if model_type == "llama4_text" else target.get_decoder()
+    name = "h" if model_type == "gpt_neo" else "layers"
+    setattr(decoder, name, torch.nn.ModuleList([getattr(decoder, name)[i] for i in chosen]))
+    with torch.no_grad():
+        if model_type.startswith(("gemma3n", "gemma4")):
+            table, projection = decoder.embed_tokens_per_layer, decoder.per_layer_model_projection
+            table.weight = Parameter(table.weight.view(VOCAB_SIZE, LAYERS, 8)[:, chosen].reshape(VOCAB_SIZE, -1))
+            projection.weight = Parameter(projection.weight.view(LAYERS, 8, 32)[chosen].reshape(-1, 32))
+        for key in ("layer_types", "attention_layers"):
+            if key in vars(target.config):
+                setattr(target.config, key, [getattr(target.config, key)[i] for i in chosen])
+        target.config.num_hidden_layers = len(chosen)
+        decoder.first_kv_shared_layer_idx = 2
+        assert torch.equal(draft(PROMPT).logits, target(PROMPT, use_cache=False).logits)
+    cached, uncached = (draft.generate(PROMPT, max_new_tokens=10, do_sample=False, use_cache=c) for c in (True, False))
+    assert torch.equal(cached, uncached)
+    draft.save_pretrained(tmp_path)
+    assert _same_weights(draft, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers", "reason"),
+    [
+        ("lfm2", [0], "cannot decode"),  # convolutions alone
+        ("gemma3n_text", [1, 2], "reads the keys and values of layer 0"),
+        ("gemma4_text", [0], "'sliding_attention', which would become 'full_attention'"),  # the last must be full
+        ("diffllama", [1, 2], "lambda_init"),
+    ],
+)
+def test_layers_that_cannot_run_or_would_compute_something_else(model_type, layers, reason):
+    with pytest.raises(ValueError, match=reason):
+        build_draft(tiny_model(model_type), layers=layers)
+
+
+def test_few_layers_of_a_model_that_shares_keys_have_keys_of_their_own():
+    draft = build_draft(tiny_model("gemma3n_text"), num_layers=2)
+    assert draft.config.num_kv_shared_layers == 0
+    assert draft.config.layer_types == ["sliding_attention", "full_attention"]
+
+
+def test_a_share_of_a_model_whose_layers_differ_in_size():
+    target = tiny_model("gemma4_text")
+    draft = build_draft(target, share=0.3, num_layers=2)
+    assert draft.config.num_hidden_layers == 2
+    assert draft.num_parameters() < target.num_parameters()
+    assert draft.generate(PROMPT, max_new_tokens=4).shape[1] > PROMPT.shape[1]
+
+
+def test_opt_with_a_narrower_embedding(tmp_path):
+    """OPT-350M: the embedding is half as wide as the layers, with projections between."""
+    config = tiny_config("opt")
+    config.word_embed_proj_dim = 16
+    target = AutoModelForCausalLM.from_config(config).eval()
+    draft = build_draft(target, layers=[0, 3])
+    assert torch.equal(draft.model.decoder.project_in.weight, target.model.decoder.project_in.weight)
+    assert torch.equal(draft.model.decoder.layers[1].fc1.weight, target.model.decoder.layers[3].fc1.weight)
+    _works_as_a_draft(draft, target, tmp_path)
+    assert build_draft(target, share=0.5).config.word_embed_proj_dim == 16
