@@ -1,6 +1,7 @@
 """`draftkd init`: a draft that fits a target, made from the target, from a config, or from a stock draft."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig
@@ -10,12 +11,13 @@ from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.models.building import build_draft, check_plan
 from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
-from hf_draftkd.models.resolve import resolve
+from hf_draftkd.models.resolve import Checkpoint, resolve
+from hf_draftkd.models.text_model import extract_text_model
 
 
 @dataclass
 class InitOptions:
-    """Give exactly one of `model`, `num_layers`, `layers`, `share` and `draft_config`."""
+    """Give exactly one of `model`, `num_layers`, `layers`, `share`, `draft_config` and `text_of`."""
 
     target_model: str | None = field(default=None, metadata={"help": "The target: a Hub id or a local path."})
     target_model_revision: str | None = field(default=None, metadata={"help": "Revision of the target."})
@@ -32,6 +34,10 @@ class InitOptions:
         default=None, metadata={"help": "A new draft of this share of the target's parameters, such as 0.0164."}
     )
     draft_config: str | None = field(default=None, metadata={"help": "A new draft from this config: an id or a path."})
+    text_of: str | None = field(
+        default=None,
+        metadata={"help": "A multimodal model: write its text model alone, as a target to give to other commands."},
+    )
     dtype: str = field(
         default="float32",
         metadata={"help": "dtype the draft is written in.", "choices": ["float32", "bfloat16", "float16"]},
@@ -44,18 +50,21 @@ class InitOptions:
 def run(argv: list[str]) -> int:
     """`draftkd init *argv`; returns the exit code."""
     (options,) = parse("init", (InitOptions,), argv, "Make a draft that fits a target.")
-    required(target_model=options.target_model, output_dir=options.output_dir)
-    ways = ("model", "num_layers", "layers", "share", "draft_config")
+    ways = ("model", "num_layers", "layers", "share", "draft_config", "text_of")
     chosen = [name for name in ways if getattr(options, name) is not None]
     if len(chosen) != 1:
         given = f"got {', '.join(f'--{name}' for name in chosen)}" if chosen else "got none"
         raise UsageError(f"give exactly one of {', '.join(f'--{name}' for name in ways)}; {given}")
+    if options.text_of is not None and options.target_model is not None:
+        raise UsageError("`--text_of` makes a target; leave out `--target_model`.")
+    source = options.text_of or options.target_model
+    required(target_model=source, output_dir=options.output_dir)
     trusted = {"trust_remote_code": options.trust_remote_code}
     with usage_errors():
-        directory = new_directory(
-            options.output_dir, overwrite=options.overwrite_output_dir, target_model=options.target_model
-        )
-        checkpoint = resolve(options.target_model, revision=options.target_model_revision, **trusted)
+        directory = new_directory(options.output_dir, overwrite=options.overwrite_output_dir, target_model=source)
+        checkpoint = resolve(source, revision=options.target_model_revision, **trusted)
+        if options.text_of is not None:
+            return _write_text_model(checkpoint, directory)
         if options.model is not None:
             stock = resolve(options.model, **trusted)
             check_tokenizers(stock.tokenizer, checkpoint.tokenizer)
@@ -77,4 +86,13 @@ def run(argv: list[str]) -> int:
         f"Wrote {directory}: {draft.num_parameters():,} parameters, {share:.2%} of the target's. Next:\n"
         f"  draftkd train --model {directory} --target_model {options.target_model} --dataset DATA --output_dir OUT"
     )
+    return 0
+
+
+def _write_text_model(checkpoint: Checkpoint, directory: Path) -> int:
+    tokenizer = checkpoint.tokenizer
+    text = extract_text_model(checkpoint.name, revision=checkpoint.revision)
+    text.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    print(f"Wrote {directory}: the text model of {checkpoint.name}, {text.num_parameters():,} parameters.")
     return 0

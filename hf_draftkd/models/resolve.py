@@ -225,8 +225,8 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
     modality = next((m for m in ("vision", "audio") if getattr(config, f"{m}_config", None) is not None), None)
     if modality:
         raise ValueError(
-            f"{kind} is a model with {modality} input. {instead} If it contains a text model, save that alone and give "
-            "its directory."
+            f"{kind} is a model with {modality} input. {instead} Its text model can be one: `draftkd init --text_of "
+            "MODEL`, or `extract_text_model`, takes it out; give the directory it is saved to."
         )
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return  # The model brings its own code, and trust_remote_code was given or the config would not have loaded.

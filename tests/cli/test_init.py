@@ -3,7 +3,9 @@
 import pytest
 
 from hf_draftkd.cli.main import dispatch
-from tests.tiny import tiny_llama
+from hf_draftkd.models.resolve import resolve
+from tests.multimodal import tiny_multimodal
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,20 @@ def test_what_cannot_work_is_refused_before_the_target_is_loaded(
     words = [places.get(word, word) for word in words]
     assert dispatch(["init", "--target_model", str(target), "--output_dir", str(tmp_path / "new"), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_text_model_of_a_multimodal_one(tmp_path, capsys):
+    """The refusal of a vision model named a command that was not there."""
+    tiny_multimodal("Gemma3").save_pretrained(tmp_path / "whole")
+    tiny_tokenizer().save_pretrained(tmp_path / "whole")
+    command = ["init", "--output_dir", str(tmp_path / "text")]
+    assert dispatch([*command, "--num_layers", "1", "--target_model", str(tmp_path / "whole")]) == 2
+    assert "draftkd init --text_of" in capsys.readouterr().err
+    assert dispatch([*command, "--text_of", str(tmp_path / "whole"), "--target_model", "x"]) == 2
+    assert dispatch([*command, "--text_of", str(tmp_path / "whole")]) == 0
+    checkpoint = resolve(tmp_path / "text")
+    assert checkpoint.config.get_text_config() is checkpoint.config
+    assert len(checkpoint.tokenizer) == 300
 
 
 def test_quickstart_refuses_before_it_trains(tmp_path, capsys, monkeypatch):
