@@ -2,7 +2,7 @@
 
 python examples/adaspec.py [--max_steps 200] [--selected_share 0.4] [--prompts 512]
 
-The reference is a copy of the draft distilled from all tokens: it is also what AdaSPEC has to beat.
+The reference is a copy of the draft distilled from all tokens: it is also the baseline AdaSPEC has to beat.
 """
 
 import copy
@@ -33,7 +33,7 @@ answers = answers.train_test_split(0.25, seed=args.seed)
 
 
 def distil(selection, reference=None):
-    """A new draft, trained on the tokens that `selection` says; and its figures before and after."""
+    """A new draft, trained on the tokens that `selection` says; and its metrics before and after."""
     own = copy.deepcopy(args)
     own.token_selection, own.output_dir = selection, str(Path(args.output_dir, selection))
     trainer = DraftDistillTrainer(
@@ -53,7 +53,7 @@ def distil(selection, reference=None):
 reference, stock, everything = distil("all")
 _, _, selected = distil("adaspec", reference)
 
-# Draft length -> figure: the one that --eval_num_assistant_tokens asks for is there once, under the plain name.
+# Draft length -> metric: the one that --eval_num_assistant_tokens asks for is there once, under the plain name.
 efficiency = {8: "block_efficiency_at_8"} | {args.eval_num_assistant_tokens: "block_efficiency"}
 columns = {f"tokens per target call, γ = {length}": name for length, name in sorted(efficiency.items())}
 columns["acceptance rate, greedy"] = "acceptance_rate_t0"

@@ -6,8 +6,8 @@
 - curated: there is only domain text, here the docstrings of a few modules of the standard library, cut into openings;
 - synthetic: there is nothing, and the target writes the queries itself before it answers them.
 
-Then the proof that a killed run loses nothing: one is killed with `kill -9` in the middle of its shards and started
-again, and its rows are compared with those of the undisturbed one.
+It also shows that a killed run loses nothing: one is killed with `kill -9` in the middle of its shards and started
+again, and its rows are compared with those of an undisturbed run.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def docstrings() -> Dataset:
 
 
 def show(title: str, rows: Dataset, seconds: float) -> None:
-    """One row of each kind, and the figures."""
+    """One row of each kind, and the numbers."""
     tokens = sum(len(ids) for ids in rows["completion_ids"])
     stopped = sum(reason == "stop" for reason in rows["finish_reason"])
     print(f"\n== {title}: {len(rows)} rows, {tokens} tokens, {stopped} ended by themselves")

@@ -1,4 +1,4 @@
-"""A loss of your own: override one method. Here: squared Hellinger distance, H²(p, q) = 1 − Σ √(p·q).
+"""A custom loss: override one method. Here: squared Hellinger distance, H²(p, q) = 1 − Σ √(p·q).
 
 python examples/custom_divergence.py [--max_steps 30]
 """

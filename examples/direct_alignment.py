@@ -1,8 +1,8 @@
-"""A draft from nothing: build it from a config, pretrain it, align it with its target (https://arxiv.org/abs/2403.00858).
+"""A draft from scratch: build it from a config, pretrain it, align it with its target (https://arxiv.org/abs/2403.00858).
 
     python examples/direct_alignment.py --output_dir direct_alignment [--seeds 0 1 2]
 
-(about eight minutes on two cores for one seed; started again with the same options, it goes on with what is not done)
+(about eight minutes on two cores for one seed; started again with the same options, it does only what is left)
 
 The recipe of the Llama 2 chat drafter, with the demo target in the place of Llama 2 chat:
 
@@ -14,7 +14,7 @@ The recipe of the Llama 2 chat drafter, with the demo target in the place of Lla
 
 Every draft is measured on queries that nothing was trained on, and on documentation to be continued, which is outside
 what the target was asked in training: there the paper's drafts fell behind their pretrained start. Some of these
-docstrings stand in the pretraining text of all drafts; what is compared is the target's own continuation of them.
+docstrings are in the pretraining text of all drafts; what is compared is the target's own continuation of them.
 
 Prints tokens per target call with 95% intervals over prompts; writes `direct_alignment.json`.
 """
@@ -132,7 +132,7 @@ class Recipe:
             trainer.train()
             seconds = time.perf_counter() - began
             trainer.save_model(str(self.folder / name))
-            write_json(self.folder / f"{name}.json", {"seconds": seconds})  # last: without it, the draft is made anew
+            write_json(self.folder / f"{name}.json", {"seconds": seconds})  # last: without it, the draft is made again
         return self.folder / name
 
     def reports(self, folders):
@@ -221,7 +221,7 @@ def main():
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--num_assistant_tokens", type=int, default=3, help="draft length of the figures; the paper's")
+    parser.add_argument("--num_assistant_tokens", type=int, default=3, help="draft length of the results; the paper's")
     options = parser.parse_args()
     options.mix = options.mix or None
     # What would otherwise be found wrong only after the pretraining.

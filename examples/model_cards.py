@@ -1,4 +1,4 @@
-"""The cards in `model_cards/`: four drafts of the demo pair, each trained another way, measured and described.
+"""The cards in `model_cards/`: four drafts of the demo pair, each trained in a different way, measured and described.
 
 python examples/model_cards.py                                # write the cards again from the stored reports
 python examples/model_cards.py --train full lora on_policy tvd_plus_plus  # train first: ten minutes
@@ -46,7 +46,7 @@ RECIPES: dict[str, dict] = {
 class Options:
     """Sizes of the runs; the stored cards were made with the defaults."""
 
-    train: list[str] = field(default_factory=list, metadata={"help": f"Drafts to train anew: {', '.join(RECIPES)}."})
+    train: list[str] = field(default_factory=list, metadata={"help": f"Drafts to train again: {', '.join(RECIPES)}."})
     num_train_prompts: int = field(default=160, metadata={"help": "Training queries the target answers."})
     num_test_prompts: int = field(default=32, metadata={"help": "Test queries the drafts are measured on."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the target's answers."})

@@ -1,16 +1,16 @@
-"""A server whose traffic changes half-way: a draft that learns from it beside the same draft frozen.
+"""A server whose traffic changes halfway: a draft that learns from it, beside the same draft frozen.
 
     python examples/online_serving.py --output_dir online_serving
 
-(about five minutes on two cores; started again with the same options, it goes on where it was killed)
+(about five minutes on two cores; started again with the same options, it resumes where it was killed)
 
 The demo target serves function-calling queries and then, from one request to the next, documentation to be continued.
-Every request is decoded twice, with a draft that an `OnlineDraftDistiller` teaches and with one that stays as it is;
-how many texts are the same is counted (rounding may decide between two tokens that are equally likely). Time spent on
-learning, on measuring each update before it is kept and on saving the state is part of the first server's time.
+Every request is decoded twice, with a draft that an `OnlineDraftDistiller` trains and with one that stays as it is;
+equal texts are counted (rounding may decide between two tokens that are equally likely). The first server's time
+includes learning, measuring each update before it is kept, and saving the state.
 
-Prints a table by window of requests, and what it comes to in each half; writes `online_serving.json`, and
-`online_serving.png` where matplotlib is installed.
+Prints a table by window of requests and one by domain; writes `online_serving.json`, and `online_serving.png` if
+matplotlib is installed.
 """
 
 import argparse
@@ -75,8 +75,8 @@ def serve(target, tokenizer, prompts, options):
             update_every=options.update_every, learning_rate=options.learning_rate, seed=options.seed
         ),
     )
-    # Saved by hand, and not by `output_dir`, since the figures of a request must be on disk before the state is: then
-    # a state never knows of a request that has no figures.
+    # Saved by hand instead of by `output_dir`: the record of a request must be on disk before the state is, so that no
+    # state ever includes a request without a record.
     state, records = str(options.output_dir / "state"), options.output_dir / "requests.json"
     online, still = Traffic(), Traffic()
     if distiller.resume(state):
@@ -126,21 +126,21 @@ def windows(online, still, history, size, change):
 
 
 def halves(online, still, change):
-    """Each domain's figures with intervals over requests, and the seconds of both servers."""
-    figures = {}
+    """Each domain's metrics with intervals over requests, and the seconds of both servers."""
+    metrics = {}
     for name, part in zip(DOMAINS, (slice(0, change), slice(change, None)), strict=True):
         columns = [column[part] for of in (online, still) for column in (of.tokens, of.calls)]
-        figures[name] = {
+        metrics[name] = {
             "online": bootstrap_ratio(*columns[:2]).to_dict(),
             "frozen": bootstrap_ratio(*columns[2:]).to_dict(),
             "difference": bootstrap_paired_ratio_difference(*columns).to_dict(),
             "online_seconds": sum(online.seconds[part]),
             "frozen_seconds": sum(still.seconds[part]),
         }
-    return figures
+    return metrics
 
 
-def table(rows, figures):
+def table(rows, metrics):
     lines = [
         "| requests | domain | frozen, tokens per target call | online | held-out acceptance, update before → after |",
         "|---|---|---|---|---|",
@@ -156,7 +156,7 @@ def table(rows, figures):
         "| domain | frozen [95%] | online [95%] | difference [95%] | seconds frozen | online, learning included |",
         "|---|---|---|---|---|---|",
     ]
-    for name, of in figures.items():
+    for name, of in metrics.items():
         cells = [cell(of[key]) for key in ("frozen", "online", "difference")]
         lines.append(f"| {name} | {' | '.join(cells)} | {of['frozen_seconds']:.1f} | {of['online_seconds']:.1f} |")
     return "\n".join(lines)
@@ -199,14 +199,14 @@ def main():
     online, still, distiller = serve(target, tokenizer, prompts, options)
 
     rows = windows(online, still, distiller.history, options.update_every, change)
-    figures = halves(online, still, change)
-    print(table(rows, figures))
+    metrics = halves(online, still, change)
+    print(table(rows, metrics))
     print(f"\n{sum(online.same)} of {len(prompts)} texts are the same with both drafts.")
     print(f"{distiller.num_updates} of {len(distiller.history)} updates were kept.")
     result = {
         "settings": settings,
         "windows": rows,
-        "domains": figures,
+        "domains": metrics,
         "same": sum(online.same),
         "history": list(distiller.history),
     }

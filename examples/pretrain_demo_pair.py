@@ -4,9 +4,9 @@
     python examples/pretrain_demo_pair.py --stage target      # one stage, from what the earlier ones left
     python examples/pretrain_demo_pair.py --smoke             # all stages at toy size, under a minute
 
-The stages are corpus, base, target, draft and evaluate. Each leaves its result in `--work_dir`; base and draft go on
+The stages are corpus, base, target, draft and evaluate. Each leaves its result in `--work_dir`; base and draft resume
 from their last checkpoint when interrupted. `evaluate` writes the shipped files to `--assets_dir`. `--smoke` uses
-directories of its own unless told otherwise, so it never touches the real ones.
+separate directories unless told otherwise, so it never touches the real ones.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What several examples do: remember the settings of a run that can go on, write whole files, print intervals."""
+"""What several examples do: remember the settings of a run that can be resumed, write whole files, print intervals."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def claim(folder: Path, options: Namespace) -> dict[str, Any]:
-    """Make `folder` the place of a run with these options, or go on with the run that is there.
+    """Make `folder` the place of a run with these options, or resume the run that is there.
 
     Returns:
         The options without `output_dir`, for the result.

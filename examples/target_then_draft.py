@@ -2,7 +2,7 @@
 
     python examples/target_then_draft.py --output_dir target_then_draft
 
-(about nine minutes on two cores; started again with the same options, it goes on with what is not done)
+(about nine minutes on two cores; started again with the same options, it does only what is left)
 
 Speculative decoding makes a target faster and never worse. Where a little quality may be given up, the target itself
 can be made smaller first: https://arxiv.org/abs/2310.08461 distils it from a larger one, then a draft from *it*, and
@@ -12,8 +12,8 @@ layers, and both get the stock draft, and one distilled for them:
     large ──► its layers, distilled: small ──► stock draft, distilled from small
       └─────► stock draft, distilled from large
 
-Every way answers held-out queries, all of them in turn for each query, so that none has the quieter machine. A draft
-does not change what its target says (how many answers are the same is counted), so quality belongs to the target and
+Every way answers held-out queries, in turn for each query, so that none has the quieter machine. A draft does not
+change what its target says (how many answers are the same is counted), so quality belongs to the target and
 latency to the way.
 
 Prints latency and quality of each way, with 95% intervals over queries, and the seconds that making the models took;
@@ -99,7 +99,7 @@ class Chain:
             )
             trainer.train()
             trainer.save_model(str(folder))
-            write_json(made, {"seconds": time.perf_counter() - began})  # last: without it, the model is made anew
+            write_json(made, {"seconds": time.perf_counter() - began})  # last: without it, the model is made again
         return load_target(str(folder), dtype="float32")
 
     def models(self):

@@ -20,7 +20,7 @@ from demo_texts import GAMMA, TEMPERATURES, figures, pooled, ratio, texts, the_t
 from resumable import done_so_far, run_all
 
 DEFAULT = "default"
-# Divergences that come near the default or stand in the papers: at each learning rate.
+# Divergences that come near the default or are in the papers: at each learning rate.
 LEADING = ("forward_kl", "total_variation", "tvd_plus_plus", "negative_log_acceptance", "lk_hybrid")
 OTHERS = ("reverse_kl", "generalized_jsd", "cross_entropy")
 # Not values of the configuration: `source`, which of the target's texts; `cached`, the k likeliest tokens are kept.
@@ -94,7 +94,7 @@ def train(draft: Any, rows: Any, job: dict[str, Any], change: dict[str, Any], re
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """One cell with one seed: its figures on the dev queries."""
+    """One cell with one seed: its metrics on the dev queries."""
     from hf_draftkd import load_draft
     from hf_draftkd.models.demo import demo_path
 

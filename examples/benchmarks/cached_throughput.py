@@ -1,12 +1,12 @@
-"""What does learning from cached distributions cost beside plain fine-tuning of the same draft on the same tokens?
+"""What does learning from cached distributions cost, beside plain fine-tuning of the same draft on the same tokens?
 
     python examples/benchmarks/cached_throughput.py
     python examples/benchmarks/cached_throughput.py --vocab_size 4096 --steps 10 --rounds 5
 
 `DraftDistillTrainer` without a target, from rows that keep the k likeliest tokens and the tail, beside
-`trl.SFTTrainer`. Both run in a process of their own, in turn and several times. Seconds are medians over the steps
+`trl.SFTTrainer`. Both run in separate processes, in turn and several times. Seconds are medians over the steps
 after the first; memory is the peak of resident memory above what the process held with its draft loaded. With
-`--results FILE` every result is written there as it arrives, and a run that was cut off goes on from it.
+`--results FILE` every result is written there as it arrives, and an interrupted run resumes from it.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--divergence", default="forward_kl")
     parser.add_argument("--steps", type=int, default=3, help="timed steps a process, after one that is not")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--results", type=Path, help="JSON lines: written as results arrive, read to go on")
+    parser.add_argument("--results", type=Path, help="JSON lines: written as results arrive, read to resume")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:

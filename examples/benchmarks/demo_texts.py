@@ -1,4 +1,4 @@
-"""What the target of the demo pair writes, kept on disk; and how good a draft is on its test queries."""
+"""What the target of the demo pair writes, kept on disk, and how good a draft is on its test queries."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ def write_texts(folder: Path, *, train: int, held_out: int, max_new_tokens: int)
     """Let the target answer the demo queries greedily and at temperature 1, unless it has.
 
     Args:
-        folder: Where the rows lie, a folder a split.
+        folder: Where the rows are, one folder per split.
         train: Training prompts.
         held_out: Prompts of the dev and of the test queries each.
         max_new_tokens: Longest answer.

@@ -2,10 +2,10 @@
 
     python examples/benchmarks/generation_memory.py --prompts 1000 100000
 
-Each number of prompts runs in a process of its own, with a target of a few thousand weights (the question is about the
-prompts). Printed is anonymous memory, which only this process holds, in MB: before; what plain `load_dataset` adds at
-most when it reads the same file, in a process of its own; what reading and checking the prompts adds at most here; and
-what answering adds on top, at most. Resident memory also counts pages of memory-mapped files, which the system may take
+Each number of prompts runs in a separate process, with a target of a few thousand weights (the question is about the
+prompts). Printed is anonymous memory, which only this process holds, in MB: before; the most that plain `load_dataset`
+adds when it reads the same file, in a separate process; the most that reading and checking the prompts adds here; and
+the most that answering adds on top. Resident memory also counts pages of memory-mapped files, which the system may take
 back at any time.
 """
 

@@ -1,4 +1,4 @@
-"""Each contender in a process of its own, in turn: honest peaks of memory, and a busy machine is busy for all."""
+"""Each contender in a separate process, in turn: honest peaks of memory, and a busy machine is busy for all."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def resident_mb(kind: str = "VmRSS") -> float:
 
 
 def forget_peak() -> None:
-    """From here on `VmHWM` counts anew."""
+    """`VmHWM` starts again from here."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

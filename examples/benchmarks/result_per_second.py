@@ -4,8 +4,8 @@
     python examples/benchmarks/result_per_second.py --output_dir race --report
 
 Same draft, target, rows, batch size, float32, constant learning rate and one thread for every trainer. The clock runs
-from the start of training and stands still while weights are put aside; what a trainer writes itself counts, the
-target's text is there before. Judged exactly on what the target wrote in answer to the test queries. Each trainer runs
+from the start of training and stops while weights are stored; text that a trainer writes counts, the target's text
+exists before. Judged exactly on what the target wrote in answer to the test queries. Each trainer runs
 with one seed at every learning rate; the best of them, by the dev queries at the last mark, and the shared one run with
 the other seeds too. Started again, it does what is left.
 """
@@ -73,7 +73,7 @@ def count_writing(draft: Any) -> list[float]:
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """One run: its figures on the test queries at every mark, and on the dev queries at the last."""
+    """One run: its metrics on the test queries at every mark, and on the dev queries at the last."""
     from hf_draftkd import load_draft
     from hf_draftkd.models.demo import demo_path
     from hf_draftkd.models.loading import load_tokenizer

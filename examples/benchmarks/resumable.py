@@ -1,4 +1,4 @@
-"""Many runs, some at a time, each with one thread; what is done lies in a file of JSON lines and is not done again."""
+"""Many runs, a few at a time, each with one thread; finished ones are kept in a file of JSON lines and not repeated."""
 
 import json
 import multiprocessing

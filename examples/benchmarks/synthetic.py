@@ -1,6 +1,6 @@
 """Models, tokenizer and rows of any size, made in code: what the speed and memory benchmarks train on.
 
-Weights and tokens are random. Speed does not depend on what they say, and every contender gets the same.
+Weights and tokens are random. Speed does not depend on their values, and every contender gets the same ones.
 """
 
 from dataclasses import dataclass
@@ -105,7 +105,7 @@ def with_cached_distributions(rows: Dataset, vocab_size: int, top_k: int, seed: 
     cached = CacheOptions().features(vocab_size)
     columns: dict[str, list] = {name: [] for name in cached}
     for completion in rows["completion_ids"]:
-        # One logit more than tokens kept stands for the tail, and is the least likely.
+        # One more logit than tokens kept represents the tail, and is the least likely.
         logits = torch.randn(len(completion), top_k + 1, generator=generator) * 3
         logprobs = logits.log_softmax(dim=-1).sort(dim=-1, descending=True).values
         # Distinct by construction: one token from each of top_k equal stretches of the vocabulary.

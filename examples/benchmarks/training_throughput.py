@@ -1,14 +1,15 @@
-"""What does a training step cost, ours beside TRL's trainers: seconds, completion tokens a second, peak memory?
+"""What does a training step cost, ours beside TRL's trainers: seconds, completion tokens per second, peak memory?
 
     python examples/benchmarks/training_throughput.py
     python examples/benchmarks/training_throughput.py --vocab_size 4096 --steps 10
     python examples/benchmarks/training_throughput.py --completion_tokens 256 1024 --contenders "ours, forward_kl"
 
-Several `--completion_tokens` also show how memory grows: 4 rows of 256 and of 1,024 are 1,024 and 4,096 tokens a step.
+Several `--completion_tokens` also show how memory grows: 4 rows of 256 and of 1,024 are 1,024 and 4,096 tokens in a
+step.
 
-Same models, same rows, same training arguments; every contender runs in a process of its own, all of them in turn and
-several times. With `--results FILE` every result is written there as it arrives, and a run that was cut off goes on
-from it. Seconds are medians over the steps after the first. Memory is the peak of resident memory above what the
+Same models, same rows, same training arguments; every contender runs in a separate process, all of them in turn and
+several times. With `--results FILE` every result is written there as it arrives, and an interrupted run resumes from
+it. Seconds are medians over the steps after the first. Memory is the peak of resident memory above what the
 process held with its models loaded: activations, logits, gradients, optimizer.
 """
 
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--target_width", type=int, default=Sizes.target_width)
     parser.add_argument("--steps", type=int, default=3, help="timed steps a process, after one that is not")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--results", type=Path, help="JSON lines: written as results arrive, read to go on")
+    parser.add_argument("--results", type=Path, help="JSON lines: written as results arrive, read to resume")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()

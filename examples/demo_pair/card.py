@@ -1,6 +1,6 @@
-"""The pair's card, written from its provenance, so that no figure in it is typed by hand.
+"""The pair's card, written from its provenance, so that no number in it is typed by hand.
 
-What a person has to say of a run stands in `provenance.json` too: `notes` on how it went, `limits` of its target.
+What a person has to say about a run is in `provenance.json` too: `notes` on how it went, `limits` of its target.
 """
 
 import textwrap

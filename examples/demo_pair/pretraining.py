@@ -91,7 +91,7 @@ def set_learning_rates(pair: list[torch.optim.Optimizer], matrices: float, other
 
 
 def batch_at(stream: np.ndarray, step: int, length: int, tokens: int, seed: int) -> Tensor:
-    """The token ids [tokens / length, length] of a step: windows of the stream, each seen once in an epoch.
+    """The token ids [tokens / length, length] of a step: windows of the stream, each seen once per epoch.
 
     Each epoch cuts the stream at another offset. The batch is a function of (step, length, seed) alone.
     """
@@ -141,7 +141,7 @@ def pretrain(
     seed: int,
     checkpoint_every: int = 50,
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """Train a new model on `stream` [N], or go on from the checkpoint in `directory`; return it with its figures."""
+    """Train a new model on `stream` [N], or resume from the checkpoint in `directory`; return it with its metrics."""
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint = directory / "checkpoint.pt"
     model = new_model(config, seed)

@@ -8,7 +8,7 @@ A lossy verifier keeps a drafted token x ~ q with probability min(1, v(x)/q(x)) 
   `assistant_ensemble_weight`. w = 1 is lossless.
 
 On a rejection the target's correction is drawn from the normalised max(0, p − q), as in lossless decoding. So one
-drafted position puts out π = min(q, v) + (1 − Σ min(q, v))·norm(max(0, p − q)), and both Σ min(q, v) and TV(π, p)
+drafted position outputs π = min(q, v) + (1 − Σ min(q, v))·norm(max(0, p − q)), and both Σ min(q, v) and TV(π, p)
 follow from one pass over text, without decoding. Block efficiency does not: after a lossy step the text is no longer
 one the target wrote. It is counted by real decoding instead, which transformers offers for `ensemble`.
 
@@ -44,7 +44,7 @@ class LenientRates(NamedTuple):
 
 
 def lenient_rates(q: torch.Tensor, p: torch.Tensor, form: str, lenience: float) -> LenientRates:
-    """Return expected acceptance of one drafted token, and how far what is put out there moves from the target's.
+    """Return expected acceptance of one drafted token, and how far the output there moves from the target's.
 
     Args:
         q: Draft probabilities `[..., V]`. Not logits: a curve has many points, and softmax is passed once.

@@ -103,7 +103,7 @@ def accepted_given_output(
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         raise ValueError(
             f"tokens must lie in [0, {vocab_size}), got values from {int(tokens.min())} to {int(tokens.max())}. Select "
-            "the completion positions first (a label of -100 is no token)."
+            "the completion positions first (a label of -100 is not a token)."
         )
     if verification != "rejection_sampling":
         return (draft_logits.argmax(dim=-1) == tokens).to(at_least_float32(draft_logits).dtype)

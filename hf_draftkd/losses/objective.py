@@ -114,7 +114,7 @@ def distillation_loss(
         with_acceptance: Whether to return acceptance rates, which costs little more.
 
     Returns:
-        The loss and figures to log. A batch without completion tokens gives a finite 0 with its gradient path.
+        The loss, and what to log. A batch without completion tokens gives a finite 0 with its gradient path.
 
     Raises:
         ValueError: If arguments are out of range, do not fit each other, or a target is missing.

@@ -152,8 +152,12 @@ class OnlineDraftDistiller:
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         config = check_request(self.target_model, self.draft_model, ids, generation_config, kwargs)
         self._check_resumed()
-        kept: dict[str, Any] = {"top_k": self._top_k, "loss_temperature": self.args.loss_temperature}
-        with serving(self.target_model, vocab_size=self._vocab_size, **kept) as served:
+        with serving(
+            self.target_model,
+            top_k=self._top_k,
+            loss_temperature=self.args.loss_temperature,
+            vocab_size=self._vocab_size,
+        ) as served:
             output = self.target_model.generate(
                 inputs, generation_config=generation_config, assistant_model=self.draft_model, **kwargs
             )
@@ -172,9 +176,7 @@ class OnlineDraftDistiller:
         try:
             action()
         except Exception as error:
-            logger.exception(
-                "The automatic `%s` after request %d failed; the answer is returned.", name, self.num_requests
-            )
+            logger.exception("The automatic `%s` after request %d failed.", name, self.num_requests)
             cause = f"{type(error).__name__}: {error}"
             try:
                 self._note({"num_requests": self.num_requests, "failed": name, "error": cause})
@@ -225,7 +227,7 @@ class OnlineDraftDistiller:
         if not self.buffer.num_new:
             return None
         started = time.perf_counter()
-        entry: dict[str, Any] = {"num_requests": self.num_requests, **_rates(self._window)}
+        entry: dict[str, Any] = {"num_requests": self.num_requests, **self._window_rates()}
         with self._own_random_state(), self.learner.undoable() as undo:
             try:
                 entry |= self._learn()
@@ -242,6 +244,10 @@ class OnlineDraftDistiller:
         logger.info("Online update: %s", entry)
         self._note(entry)
         return entry
+
+    def _window_rates(self) -> dict[str, float]:
+        counted = self._window.to_dict()
+        return {name: counted[name] for name in ("draft_acceptance_rate", "mean_acceptance_length") if name in counted}
 
     def _learn(self) -> dict[str, Any]:
         args, held_out = self.args, self.buffer.held_out
@@ -283,8 +289,7 @@ class OnlineDraftDistiller:
             ValueError: Neither is given, or `args.output_dir` holds the state of an earlier run, or of another
                 process that saves there too.
         """
-        directory = self._named(directory)
-        is_own = self._is_own(directory)
+        directory, is_own = self._state_directory(directory)
         existing = read_facts(directory)
         if is_own:
             self._check_resumed()
@@ -327,38 +332,30 @@ class OnlineDraftDistiller:
         Raises:
             ValueError: The state cannot be read, or belongs to another draft, target, `top_k` or `loss_temperature`.
         """
-        directory = self._named(directory)
+        directory, is_own = self._state_directory(directory)
         facts = read_facts(directory)
         if facts is None:
             return False
         check_same(directory, facts, self._identity)
         draft, requests = load_tensors(directory, facts)
-        try:
-            self.learner.load(draft)
-        except ValueError as error:
-            raise ValueError(
-                f"The state in {directory!r} belongs to another draft: {error} Make the distiller with the draft it "
-                "was saved with."
-            ) from error
+        self.learner.load(draft)
         self._generator.set_state(requests["generator"])
         self.buffer.unpack(requests, facts["buffer"])
         self.num_requests, self.num_updates = facts["num_requests"], facts["num_updates"]
         self._requests_at_step = facts["requests_at_step"]
         self.history = deque(facts["history"], maxlen=self.args.max_history)
         self.counts, self._window = AcceptanceCounts(**facts["counts"]), AcceptanceCounts(**facts["window"])
-        if self._is_own(directory):
+        if is_own:
             self._must_resume, self._last_save, self._saved_updates = False, facts["save"], self.num_updates
         return True
 
-    def _named(self, directory: str | None) -> str:
-        directory = directory if directory is not None else self.args.output_dir
+    def _state_directory(self, directory: str | None) -> tuple[str, bool]:
+        """The directory to use, and whether it is `args.output_dir`, which is guarded against overwriting."""
+        own = self.args.output_dir
+        directory = directory if directory is not None else own
         if directory is None:
             raise ValueError("There is no directory for the state: give one, or set `args.output_dir`.")
-        return directory
-
-    def _is_own(self, directory: str) -> bool:
-        own = self.args.output_dir
-        return own is not None and os.path.abspath(own) == os.path.abspath(directory)
+        return directory, own is not None and os.path.abspath(own) == os.path.abspath(directory)
 
     def _check_resumed(self) -> None:
         """Refuse to overwrite what an earlier process has learnt."""
@@ -377,8 +374,3 @@ class OnlineDraftDistiller:
             "top_k": self._top_k,
             "loss_temperature": self.args.loss_temperature,
         }
-
-
-def _rates(counts: AcceptanceCounts) -> dict[str, float]:
-    known = counts.to_dict()
-    return {name: known[name] for name in ("draft_acceptance_rate", "mean_acceptance_length") if name in known}

@@ -163,7 +163,10 @@ class Learner:
         for name in sorted(saved | self._weights):
             there, here = (tuple(of[name].shape) if name in of else "no place" for of in (saved, self._weights))
             if there != here:
-                raise ValueError(f"{name} has {there} in the saved draft and {here} in this one.")
+                raise ValueError(
+                    f"The state belongs to another draft: {name} has {there} there and {here} in this one. Make the "
+                    "distiller with the draft that it was saved with."
+                )
         moments: dict[int, dict[str, Tensor]] = {}
         index_of = {name: index for index, name in enumerate(self._weights)}
         for key, value in state.items():

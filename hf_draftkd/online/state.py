@@ -20,14 +20,6 @@ from hf_draftkd.utils.files import replacing
 
 REQUESTS = "requests.safetensors"
 
-# What the distributions in a saved buffer depend on, and what to do where it differs.
-_REMEDIES = {
-    "target": "Serve the target it was saved with",
-    "vocab_size": "Give the same tokenizer",
-    "top_k": "Set it as it was",
-    "loss_temperature": "Set it as it was",
-}
-
 
 def save_state(
     directory: str | os.PathLike[str],
@@ -85,21 +77,12 @@ def load_tensors(
 
 
 def check_same(directory: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse a state whose distributions mean something else in this process.
-
-    Args:
-        directory: Where it lies.
-        saved: Its facts.
-        current: `target`, `vocab_size`, `top_k` and `loss_temperature` of this process.
-
-    Raises:
-        ValueError: One of them differs.
-    """
-    for name, remedy in _REMEDIES.items():
-        if saved[name] != current[name]:
+    """Refuse a state whose distributions mean something else here: a `ValueError` if anything in `current` differs."""
+    for name, value in current.items():
+        if saved[name] != value:
             raise ValueError(
-                f"The state in {directory!r} was saved with {name}={saved[name]!r}, and here it is {current[name]!r}, "
-                f"so the distributions in its buffer are of no use. {remedy}, or name another `output_dir`."
+                f"The state in {directory!r} was saved with {name}={saved[name]!r}, and here it is {value!r}, so the "
+                "distributions in its buffer are of no use. Set it as it was, or name another `output_dir`."
             )
 
 
