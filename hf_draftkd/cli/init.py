@@ -27,7 +27,7 @@ class InitOptions:
         metadata={"help": "A stock draft to repair: it gets the target's vocabulary size and special ids."},
     )
     num_layers: int | None = field(
-        default=None, metadata={"help": "Copy so many of the target's layers, evenly spread."}
+        default=None, metadata={"help": "Copy this many of the target's layers, evenly spread."}
     )
     layers: list[int] | None = field(default=None, metadata={"help": "Copy these layers of the target, from 0."})
     share: float | None = field(

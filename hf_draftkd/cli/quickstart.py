@@ -34,7 +34,7 @@ PLOT = "block_efficiency.png"
 
 @dataclass
 class QuickstartOptions:
-    """The defaults are what the README's figures were made with."""
+    """The defaults produced the numbers in the README."""
 
     output_dir: str = field(default="quickstart", metadata={"help": "Where everything is written."})
     num_train_prompts: int = field(default=320, metadata={"help": "Training queries the target answers."})

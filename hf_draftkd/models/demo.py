@@ -1,4 +1,4 @@
-"""Where the demo pair lies that ships with the package: a drifted target, its stock draft, and their prompts."""
+"""The demo pair that ships with the package: a drifted target, its stock draft, and their prompts."""
 
 from pathlib import Path
 

@@ -197,7 +197,7 @@ def _check_padding(
         if old_size < min(size, new_size):
             raise ValueError(
                 f"The draft has {old_size} rows, but the tokenizer has {size} tokens and the target {new_size} rows: "
-                "the missing rows are tokens that the draft never learnt, not padding. Add them yourself with "
+                "the missing rows are tokens that the draft was never trained on, not padding. Add them yourself with "
                 f"`draft_model.resize_token_embeddings({new_size})` and train them, or choose another draft."
             )
         if new_size < min(size, old_size):

@@ -171,6 +171,8 @@ def resolve(name_or_path: Any, *, revision: str | None = None, trust_remote_code
         ValueError: Nothing is there, or the Hub cannot be asked and the local cache does not hold it.
     """
     if isinstance(name_or_path, Checkpoint):
+        if revision not in (None, name_or_path.revision):
+            raise ValueError(f"{name_or_path.name!r} was looked up already: give `revision` to `resolve`.")
         return name_or_path
     if hasattr(name_or_path, "repo_id"):
         revision = revision or getattr(name_or_path, "revision", None)

@@ -45,6 +45,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def vocabulary_difference(draft: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> str | None:
     """The first difference that matters to a pair, as a sentence or two; None where there is none."""
+    if draft is target:
+        return None
     mine, theirs = _contents(draft), _contents(target)
     if mine == theirs:
         return None

@@ -125,7 +125,7 @@ class _Masked(type(tiny_llama())):
 
 
 def test_a_head_that_is_more_than_arithmetic_is_left_to_the_model():
-    """An adapter, a mask behind the head, or weights that lie elsewhere: ignored, the loss is that of another model."""
+    """An adapter, a mask behind the head, or offloaded weights: ignored, the loss is that of another model."""
     masked = _Masked(tiny_llama().config)
     adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
     moved = tiny_llama()

@@ -23,7 +23,7 @@ FORMATS = ("float32", "bfloat16")
 
 @pytest.mark.parametrize("kind", sorted(tiny.ARCHITECTURES))
 def test_a_loaded_model_has_the_checksum_of_its_folder(tmp_path, kind):
-    """Catches tied heads, buffers and renamed tensors that lie in memory otherwise than on disk."""
+    """Catches tied heads, buffers and renamed tensors that are stored otherwise in memory than on disk."""
     draft, _ = tiny.tiny_pair(kind)
     draft.save_pretrained(tmp_path)
     assert loaded_checksum(draft) == loaded_checksum(load_draft(tmp_path)) == weights_checksum(tmp_path)
@@ -43,7 +43,7 @@ def test_the_format_of_measuring_is_applied_to_the_folder(tmp_path, pair, stored
 
 
 def test_an_adapter_counts_once_it_is_merged(tmp_path, pair):
-    """Catches the base model's checksum on figures of its adapter."""
+    """Catches the base model's checksum on metrics of its adapter."""
     draft, _ = pair
     wrapped = get_peft_model(draft, LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
     assert loaded_checksum(wrapped) is None
@@ -98,7 +98,7 @@ def test_the_commit_comes_from_the_cache(tmp_path, monkeypatch):
 
 
 def test_an_adapter_has_a_commit_too(tmp_path, monkeypatch):
-    """Its repository holds no `config.json`, so figures of an adapter named no commit, or that of its base."""
+    """Its repository holds no `config.json`, so metrics of an adapter named no commit, or that of its base."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     snapshot = tmp_path / "models--org--adapter" / "snapshots" / ("c" * 40)
     snapshot.mkdir(parents=True)

@@ -146,6 +146,8 @@ class TestNothingThere:
             load_target(saved / "config.json")
         with pytest.raises(ValueError, match="local directory and has no revisions"):
             load_target(saved, revision="v1.0")
+        with pytest.raises(ValueError, match="give `revision` to `resolve`"):
+            load_draft(resolve(saved), revision="v1.0")
 
 
 @pytest.mark.usefixtures("no_weights_read")
@@ -301,7 +303,7 @@ def test_a_config_that_contradicts_itself(saved, no_weights_read, change):
 
 
 def test_a_broken_generation_config(saved, no_weights_read):
-    """Transformers goes on without it: a chat target then writes past its end of turn."""
+    """Transformers ignores it: a chat target then writes past its end of turn."""
     (saved / "generation_config.json").write_text('{"eos_token_id": [1, ')
     with pytest.raises(ValueError, match=r"generation_config\.json .* is not valid JSON"):
         load_target(saved)
@@ -374,7 +376,7 @@ class TestAdapters:
         ("found", "replacement"), [("layers.1", "layers.7"), ("self_attn", "attn")], ids=["other layers", "other names"]
     )
     def test_weights_that_fit_in_part_are_refused(self, adapter, found, replacement):
-        """PEFT warns, or says nothing, and half an adapter is measured."""
+        """PEFT at most warns, and half an adapter is measured."""
         path, _ = adapter
         weights = load_file(path / "adapter_model.safetensors")
         renamed = {name.replace(found, replacement): weight for name, weight in weights.items()}
