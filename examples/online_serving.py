@@ -29,7 +29,8 @@ from transformers.utils import logging
 from hf_draftkd import OnlineDistillConfig, OnlineDraftDistiller, count_acceptance, load_draft, load_target
 from hf_draftkd.acceptance import bootstrap_paired_ratio_difference, bootstrap_ratio
 from hf_draftkd.data.curation import curate_prompts
-from hf_draftkd.data.prompts import load_prompts, render_prompts
+from hf_draftkd.data.prompts import load_prompts
+from hf_draftkd.data.rows import render_prompts
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.draft_length import store_draft_length
 from hf_draftkd.models.loading import load_tokenizer

@@ -39,7 +39,8 @@ from hf_draftkd import (
     load_target,
 )
 from hf_draftkd.acceptance import bootstrap_paired_ratio_quotient, bootstrap_ratio
-from hf_draftkd.data.prompts import load_prompts, render_prompts
+from hf_draftkd.data.prompts import load_prompts
+from hf_draftkd.data.rows import render_prompts
 from hf_draftkd.evaluation.assisted import fixed_draft_length
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.loading import load_tokenizer

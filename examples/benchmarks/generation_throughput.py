@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd import generate_alignment_data, load_target
 from hf_draftkd.data.backends import cut_completion
-from hf_draftkd.data.prompts import load_prompts, render_prompts
+from hf_draftkd.data.prompts import load_prompts
+from hf_draftkd.data.rows import render_prompts
 from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.loading import load_tokenizer

@@ -12,7 +12,8 @@ from transformers import AutoConfig, GenerationConfig
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
-from hf_draftkd.data.prompts import load_prompts, open_dataset
+from hf_draftkd.data.prompts import load_prompts
+from hf_draftkd.data.sources import open_dataset
 from hf_draftkd.decoding.setting import DecodingSetting, settings_at
 from hf_draftkd.evaluation.checks import own_penalty
 from hf_draftkd.evaluation.evaluate import check_options, evaluate_draft

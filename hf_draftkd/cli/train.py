@@ -9,7 +9,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
-from hf_draftkd.data.prompts import open_dataset
+from hf_draftkd.data.sources import open_dataset
 from hf_draftkd.training.checkpoints import UNFINISHED, last_complete_checkpoint, only_run
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.trainer import DraftDistillTrainer

@@ -108,7 +108,7 @@ class DraftDistillCollator(DataCollatorForLanguageModeling):
         return batch
 
     def padded(self) -> "DraftDistillCollator":
-        """The same for one text a row."""
+        """The same for one text per row."""
         made = copy.copy(self)
         made.padding_free = False
         return made

@@ -8,8 +8,9 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_draftkd.data.prompts import require_chat_template
-from hf_draftkd.data.sources import open_dataset, unknown
+from hf_draftkd.data.rows import require_chat_template
+from hf_draftkd.data.sources import open_dataset
+from hf_draftkd.utils.checks import one_of, whole_number
 
 logger = logging.get_logger(__name__)
 
@@ -29,13 +30,13 @@ def curate_prompts(
     config: str | None = None,
     limit: int | None = None,
 ) -> tuple[Dataset, dict[str, int]]:
-    """Cut domain text into prompts, for the target to answer or to go on with.
+    """Cut domain text into prompts, for the target to answer or to continue.
 
     Args:
         source: As in `load_prompts`.
         tokenizer: The target's tokenizer.
         text_column: The column with documents.
-        question_column: A column with questions: each becomes a prompt of its own, and the documents are not cut. With
+        question_column: A column with questions: each becomes a prompt, and the documents are not cut. With
             a chat template the question is the user's message.
         opening_tokens: Tokens of a document's opening.
         min_tokens: Documents shorter than this are left out.
@@ -53,15 +54,13 @@ def curate_prompts(
         ValueError: No such column, nothing left, or an instruction without `{text}` or without a chat template.
     """
     column = question_column or text_column
-    if opening_tokens < 1:
-        raise ValueError(f"`opening_tokens` must be at least 1, got {opening_tokens}.")
+    whole_number("opening_tokens", opening_tokens)
     if instruction is not None and "{text}" not in instruction:
         raise ValueError(f"`instruction` must say where the text goes with {{text}}, got {instruction!r}.")
     if instruction is not None:
         require_chat_template(tokenizer)
     data = open_dataset(source, split=split, config=config, text_column=column)
-    if column not in data.column_names:
-        raise ValueError(unknown("column", column, data.column_names))
+    one_of("column", column, data.column_names)
     if limit is not None:
         data = data.select(range(min(limit, len(data))))
     as_chat = instruction is not None or (question_column is not None and bool(tokenizer.chat_template))
@@ -70,7 +69,7 @@ def curate_prompts(
     rows, prompts = [], []
     for number, text in enumerate(data[column]):
         if not isinstance(text, str):
-            raise ValueError(f"Row {number} (counted from 0) of column {column!r} is no text ({type(text).__name__}).")
+            raise ValueError(f"Row {number} (counted from 0) of column {column!r} is not text ({type(text).__name__}).")
         prompt = text.strip() if question_column else opening(text, tokenizer, opening_tokens)
         if not prompt:
             reason = "empty"

@@ -4,14 +4,11 @@ Prompts go rendered to `/v1/completions`, so that nothing a server's own chat pa
 cannot set (a server's own penalties or `top_k`) stays the server's.
 """
 
-import difflib
 import json
 import os
 import re
-import time
 from base64 import b64encode
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
 from typing import Any
@@ -24,12 +21,12 @@ from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
 from hf_draftkd.data.server_answers import FaultyAnswerError, TokenTexts, read_completion, require_usable
 from hf_draftkd.data.shards import StoppedError
 from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.utils.checks import did_you_mean
 from hf_draftkd.utils.text import printable
 
 logger = logging.get_logger(__name__)
 
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds between attempts, as in the client
-_GO_ON = "Finished shards stay valid: run the same command again to go on."
+_RESUME = "Finished shards stay valid: run the same command again to resume."
 _SAMPLING_PROBE = 16  # tokens: no language model writes so many alike three times at temperature 2
 
 
@@ -57,11 +54,11 @@ def endpoint_backend(
         tokenizer: The target's tokenizer.
         max_new_tokens: Longest completion, in tokens.
         settings: The decoding settings that will be asked for; the server has to take each of them.
-        top_logprobs: Keep this many log-probabilities a token, as the server returns them.
+        top_logprobs: Keep this many log-probabilities per token, as the server returns them.
         api_key: Key of the server; by default the environment's `OPENAI_API_KEY`, if any.
         concurrency: Requests in flight.
         timeout: Seconds to wait for one answer.
-        max_retries: Further attempts, with back-off, after 429, 5xx, a time-out, a lost connection or a broken answer.
+        max_retries: Further attempts, with back-off, after 429, 5xx, a time-out or a lost connection (by the client).
         send_ids: Send token ids instead of text. vLLM and OpenAI take them, `transformers serve` does not.
         extra_body: Further fields of each request, such as vLLM's `{"return_tokens_as_token_ids": True}`.
         end_ids: Ids that end a text of the target, besides the tokenizer's `eos_token_id`.
@@ -75,15 +72,7 @@ def endpoint_backend(
             not sample, or returns no log-probabilities.
     """
     server = _Server(url, model, api_key, timeout, max_retries, top_logprobs, extra_body)
-    hello = tokenizer("Hello")["input_ids"] if send_ids else "Hello"
-
-    def first_answer(max_tokens: int, setting: DecodingSetting, seed: int = 0) -> Any:
-        return _first_answer(server, partial(server.complete, hello, max_tokens, setting, seed))
-
-    for setting in settings:
-        _require_logprobs(server.url, first_answer(1, setting), top_logprobs)
-    if not all(setting.is_greedy for setting in settings):
-        _require_sampling(server.url, first_answer)
+    _try_out(server, tokenizer("Hello")["input_ids"] if send_ids else "Hello", settings)
     ids_of = TokenTexts(tokenizer)
     ends = frozenset(token for token in [tokenizer.eos_token_id, *(end_ids or [])] if token is not None)
 
@@ -134,42 +123,23 @@ class _Server:
         import openai
 
         self.openai, self.model, self.max_retries = openai, model, max_retries
-        self.url, login = without_login(url)
         self.top_logprobs, self.extra_body = top_logprobs, extra_body
-        self.key, self.has_answered = _sendable_key(api_key), False
-        # Servers of one's own want no key, but the client insists on one.
+        self.url, login = without_login(url)
+        key = _sendable_key(api_key)
         # A name and password go in the header that they become anyway: addresses are logged, and quoted in errors.
         encoded = b64encode(login.encode()).decode() if login else ""
         name, _, password = (login or "").partition(":")
-        self.secrets = [secret for secret in (self.key, encoded, password or name) if secret]  # a key may be the name
+        self.secrets = [secret for secret in (key, encoded, password or name) if secret]  # a key may be the name
         self.client = openai.OpenAI(
             base_url=self.url,
             timeout=timeout,
             max_retries=max_retries,
-            api_key=self.key or "none",
+            api_key=key or "none",  # a local server wants no key, but the client insists on one
             default_headers={"Authorization": f"Basic {encoded}"} if login else None,
         )
 
-    def complete(self, *request: Any) -> Any:
-        """A usable answer to `(prompt, max_tokens, setting, seed)`.
-
-        The client itself tries again after what HTTP calls an error. An answer that is called a success and cannot be
-        used is asked for again here, at the same pace; not from a server that never gave a usable one, whose address is
-        wrong.
-        """
-        for attempt in range(self.max_retries + 1):
-            try:
-                answer = self._ask(*request)
-            except FaultyAnswerError as error:
-                if not (error.may_pass and self.has_answered) or attempt == self.max_retries:
-                    raise
-                time.sleep(min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT))
-            else:
-                self.has_answered = True
-                return answer
-        raise AssertionError("the last attempt returns or raises")
-
-    def _ask(self, prompt: "str | list[int]", max_tokens: int, setting: DecodingSetting, seed: int) -> Any:
+    def complete(self, prompt: "str | list[int]", max_tokens: int, setting: DecodingSetting, seed: int) -> Any:
+        """A usable answer; the client tries again after 429, 5xx, a time-out or a lost connection."""
         body = dict(self.extra_body or {})
         if setting.top_k:
             body["top_k"] = setting.top_k
@@ -189,17 +159,34 @@ class _Server:
         require_usable(answer)
         return answer
 
+    def refusal(self, error: Exception) -> Exception:
+        """What a first request that failed means for the whole run."""
+        openai, said = self.openai, self.said(error).rstrip(".")
+        if isinstance(error, FaultyAnswerError):
+            hint = "" if error.about_prompt else " Does the address end in /v1?"
+            return ValueError(f"{self.url} does not answer as an OpenAI-compatible server does: {said}.{hint}")
+        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+            return ValueError(f"{self.url} refuses the API key: {said}. Set OPENAI_API_KEY or pass `api_key`.")
+        if isinstance(error, openai.NotFoundError):
+            return ValueError(f"{self.url} knows no model {self.model!r}: {said}.{self._models()}")
+        if isinstance(error, openai.APIConnectionError):
+            return ValueError(
+                f"{self.url} does not answer: {said}. Is the server running, and does the address end in /v1?"
+            )
+        if isinstance(error, openai.APIStatusError):
+            return ValueError(f"{self.url} refuses a request for one token: {said}.")
+        return error
+
     def failure(self, error: Exception, number: int) -> Exception:
-        """What a failed request for prompt `number` means: for the prompt, or for the run."""
+        """What a later request that failed means: for its prompt, or for the run."""
+        status = getattr(error, "status_code", 500)
         if isinstance(error, FaultyAnswerError):
             text = f"{self.url} gave no usable answer: {self.said(error)}"
-            if error.may_pass:
-                text += f" (asked {self.max_retries + 1} times)"
-            return PromptFailedError(number, text) if error.about_prompt else StoppedError(f"{text}. {_GO_ON}")
-        if not isinstance(error, self.openai.APIError):
+            if error.about_prompt:
+                return PromptFailedError(number, text)
+        elif not isinstance(error, self.openai.APIError):
             return error
-        status = getattr(error, "status_code", 500)
-        if status >= 500 or status in (408, 409, 429):  # what the client tries again
+        elif status >= 500 or status in (408, 409, 429):  # what the client tries again
             text = f"{self.url} stopped answering after {self.max_retries} retries: {self.said(error)}"
         elif status in (401, 402, 403, 404):  # about the account or the model, whatever the prompt
             text = f"{self.url} no longer serves {self.model!r} to this key: {self.said(error)}"
@@ -209,21 +196,24 @@ class _Server:
                 f"{self.url} refused the prompt: {self.said(error).rstrip('.')}. If that is for its length, "
                 "`skip_too_long` with the server's `context_length` leaves out all such prompts",
             )
-        return StoppedError(f"{text}. {_GO_ON}")
+        return StoppedError(f"{text.rstrip('.')}. {_RESUME}")
 
     def said(self, error: Exception) -> str:
-        """Why a request failed. Whoever quotes it raises `from None`: the client's own error may repeat the key."""
+        """Why a request failed, without the key, which the client's own error may repeat: raise `from None`."""
         # The client repeats what OpenAI's servers say, and drops what others say in a form of their own (`detail`).
         answer = getattr(error, "response", None)
-        detail = self._without_key(str(error.__cause__ or "") if answer is None else answer.text)[:500]
-        known = self._without_key(str(error))
-        return known if not detail or " - " in known else f"{known.rstrip('.')} ({detail})"
-
-    def _without_key(self, text: str) -> str:
+        known, detail = str(error), str(error.__cause__ or "") if answer is None else answer.text[:500]
+        text = known if not detail or " - " in known else f"{known.rstrip('.')} ({detail})"
         for secret in self.secrets:
             text = text.replace(secret, "***")
-        # A stranger's words, which end in a terminal.
         return printable(text)
+
+    def _models(self) -> str:
+        try:
+            names = [each.id for each in self.client.models.list()]
+        except self.openai.APIError:
+            return ""
+        return f" It serves: {', '.join(names)}.{did_you_mean(self.model, names)}"
 
 
 def without_login(url: str) -> tuple[str, str | None]:
@@ -264,49 +254,35 @@ def prompt_text(prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> st
     )
 
 
-def _first_answer(server: _Server, request: Callable[[], Any]) -> Any:
-    openai, url, said = server.openai, server.url, server.said
-    try:
-        return request()
-    except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-        raise ValueError(f"{url} refuses the API key: {said(error)}. Set OPENAI_API_KEY or pass `api_key`.") from None
-    except openai.NotFoundError as error:
-        raise ValueError(f"{url} knows no model {server.model!r}: {said(error)}.{_nearest_model(server)}") from None
-    except openai.APIConnectionError as error:
-        raise ValueError(
-            f"{url} does not answer: {said(error)}. Is the server running, and does the address end as it should "
-            "(usually in /v1)?"
-        ) from None
-    except openai.APIStatusError as error:
-        raise ValueError(f"{url} refuses a request for one token: {said(error)}.") from None
-    except FaultyAnswerError as error:
-        hint = "" if error.about_prompt else " Does the address end in /v1?"
-        raise ValueError(f"{url} does not answer as an OpenAI-compatible server does: {said(error)}.{hint}") from None
+def _try_out(server: _Server, hello: "str | list[int]", settings: Sequence[DecodingSetting]) -> None:
+    """Ask for a few tokens under each setting: what the server cannot do is found out before any work."""
 
+    def ask(max_tokens: int, setting: DecodingSetting, seed: int = 0) -> Any:
+        try:
+            return server.complete(hello, max_tokens, setting, seed)
+        except Exception as error:
+            raise server.refusal(error) from None
 
-def _require_logprobs(url: str, answer: Any, top_logprobs: int | None) -> None:
-    # The answer counts and not the status: servers ignore what they do not know.
-    if top_logprobs is None:
+    for setting in settings:
+        choice = ask(1, setting).choices[0]
+        # The answer counts and not the status: servers ignore what they do not know. An end token alone, where it is
+        # hidden, leaves empty lists.
+        nothing_to_show = choice.logprobs is not None and not choice.text
+        has_logprobs = nothing_to_show or (choice.logprobs and choice.logprobs.top_logprobs)
+        if server.top_logprobs is not None and not has_logprobs:
+            raise ValueError(
+                f"Log-probabilities were asked for, but {server.url} returns none. Use a server that has them (vLLM "
+                "does), or train on the text alone without `cache_distributions`."
+            )
+    if all(setting.is_greedy for setting in settings):
         return
-    choice = answer.choices[0]
-    # An end token alone, hidden, leaves empty lists.
-    nothing_to_show = choice.logprobs is not None and not choice.text
-    if not nothing_to_show and not (choice.logprobs and choice.logprobs.top_logprobs):
-        raise ValueError(
-            f"Log-probabilities were asked for, but {url} returns none. Use a server that has them (vLLM does), or "
-            "train on the text alone without `cache_distributions`."
-        )
-
-
-def _require_sampling(url: str, answer: Callable[[int, DecodingSetting, int], Any]) -> None:
     # `transformers serve` takes any temperature and decodes greedily where the model's generation config says so: its
     # rows would be recorded under a setting that did not write them.
-    hot = DecodingSetting(temperature=2.0)
-    texts = {answer(_SAMPLING_PROBE, hot, seed).choices[0].text for seed in range(3)}
+    texts = {ask(_SAMPLING_PROBE, DecodingSetting(temperature=2.0), seed).choices[0].text for seed in range(3)}
     if len(texts) == 1:
         raise ValueError(
-            f"{url} does not sample: it wrote the same {_SAMPLING_PROBE} tokens three times at temperature 2. Ask for "
-            "temperature 0 only, or have the server sample: `transformers serve` does where the model's "
+            f"{server.url} does not sample: it wrote the same {_SAMPLING_PROBE} tokens three times at temperature 2. "
+            "Ask for temperature 0 only, or have the server sample: `transformers serve` does where the model's "
             "generation_config.json holds `do_sample: true`."
         )
 
@@ -325,12 +301,3 @@ def _warn_of_gaps(completions: list[Completion]) -> None:
             f"{cut} of {len(completions)} answers lack the end token, which the server does not show: a draft will not "
             "learn from them where to stop, and they do not count as exact. vLLM shows it."
         )
-
-
-def _nearest_model(server: _Server) -> str:
-    try:
-        names = [each.id for each in server.client.models.list()]
-    except server.openai.APIError:
-        return ""
-    near = difflib.get_close_matches(server.model, names, n=1, cutoff=0.4)
-    return f" It serves: {', '.join(names)}." + (f" Did you mean {near[0]!r}?" if near else "")

@@ -13,8 +13,8 @@ from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.curation import curate_prompts
 from hf_draftkd.data.filters import QueryFilter
 from hf_draftkd.data.fingerprints import plain, template_hash, text_hash
-from hf_draftkd.data.prompts import dated, fitting_rows, load_prompts, render_prompts
-from hf_draftkd.data.rows import alignment_rows
+from hf_draftkd.data.prompts import fitting_rows, load_prompts
+from hf_draftkd.data.rows import alignment_rows, dated, render_prompts
 from hf_draftkd.data.shards import DAY, StoppedError, cut_shards, day_begun, run_shards
 from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
 from hf_draftkd.data.target_cache import with_cache
@@ -87,15 +87,17 @@ def generate_alignment_data(
     folder = None if config.output_dir is None else Path(config.output_dir)
     day = day_begun(folder)
     clock = dated(tokenizer, day)
-    if prompts is None:
-        source = source or config.dataset or "the target itself"
-        prompts, prompt_counts = _prompts_of(config, target_model, tokenizer, template_options)
-    elif source is None:
-        source = str(prompts) if isinstance(prompts, str | Path) else type(prompts).__name__
     context = config.context_length
     if context is None:
         is_name = isinstance(target_model, str)
         context = served_context(target_model, tokenizer) if is_name else context_length(target_model)
+    if prompts is None:
+        source = source or config.dataset or "the target itself"
+        prompts, prompt_counts = read_prompts(config, tokenizer, context)
+        if prompts is None:
+            prompts, prompt_counts = _synthesized(config, target_model, tokenizer, template_options)
+    elif source is None:
+        source = str(prompts) if isinstance(prompts, str | Path) else type(prompts).__name__
     asked, prompts_hash = check_prompts(
         load_prompts(prompts), tokenizer, config, context, template_options=clock | template_options
     )
@@ -201,22 +203,16 @@ def read_prompts(
     return check_prompts(prompts, tokenizer, config, context)[0], counts
 
 
-def _prompts_of(
+def _synthesized(
     config: AlignmentDataConfig,
     target_model: "PreTrainedModel | str",
     tokenizer: PreTrainedTokenizerBase,
     template_options: dict[str, Any],
-) -> tuple[Dataset, dict[str, int] | None]:
+) -> tuple[Dataset, dict[str, int]]:
     if isinstance(target_model, str):
-        if config.scenario == "synthetic":
-            raise ValueError("A target behind an `endpoint` cannot be fed an open turn exactly: synthesize locally.")
-        context = served_context(target_model, tokenizer)
-    else:
-        context = context_length(target_model)
-    prompts, counts = read_prompts(config, tokenizer, config.context_length or context)
-    if prompts is not None:
-        return prompts, counts
-    assert not isinstance(target_model, str)
+        raise ValueError(
+            "A target behind an `endpoint` cannot be fed an open turn exactly: synthesize with a local one."
+        )
     return synthesize_prompts(
         target_model,
         tokenizer,

@@ -41,7 +41,7 @@ def mix_datasets(alignment: Dataset, pretraining: Dataset, *, mix: str = "9:1", 
 
     Args:
         alignment: The data that decide the length.
-        pretraining: The data to strew in.
+        pretraining: The data to interleave.
         mix: Parts of the first and of the second.
         seed: Seed of the order.
 
@@ -83,7 +83,7 @@ def _with_types_of(alignment: Dataset, pretraining: Dataset) -> Dataset:
 
 
 def mixed_in(train_dataset: Any, mix_dataset: Any, mix: str | None, seed: int, *, text_field: str = "text") -> Any:
-    """The training data with `mix_dataset` strewn in, if there is one.
+    """The training data with `mix_dataset` interleaved, if there is one.
 
     Args:
         train_dataset: Rows in any format; None where nothing is trained.
@@ -104,15 +104,14 @@ def mixed_in(train_dataset: Any, mix_dataset: Any, mix: str | None, seed: int, *
     if train_dataset is None:
         raise ValueError("`mix_dataset` is mixed into `train_dataset`, which was not given.")
     if not isinstance(mix_dataset, IterableDataset):
-        needed = next((names for names in _formats(text_field) if set(names) <= set(mix_dataset.column_names)), None)
-        if needed is None:
+        formats = _formats_of(mix_dataset, text_field)
+        if not formats:
             raise ValueError(
                 f"`mix_dataset` has the columns {mix_dataset.column_names}, none of which can be trained on: give it a "
                 f"column {text_field!r}."
             )
-        if needed != FORMATS[0]:  # exact ids bring columns that say what they are, distributions among them
-            beside = [name for name in _BESIDE if name in mix_dataset.column_names and name not in needed]
-            mix_dataset = mix_dataset.select_columns([*needed, *beside])
+        if formats[0] != FORMATS[0]:  # exact ids bring columns that say what they are, distributions among them
+            mix_dataset = mix_dataset.select_columns([*formats[0], *_beside(mix_dataset, formats[0])])
     return mix_datasets(train_dataset, mix_dataset, mix=mix or "9:1", seed=seed)
 
 
@@ -130,7 +129,7 @@ def split_by_format(dataset: Dataset, name: str, *, text_field: str = "text") ->
     Raises:
         ValueError: A row fills the columns of no format.
     """
-    present = [names for names in _formats(text_field) if set(names) <= set(dataset.column_names)]
+    present = _formats_of(dataset, text_field)
     if not present:  # a `formatting_func` reads it
         return [(dataset, np.arange(len(dataset)))]
     columns = sorted({column for names in present for column in names})
@@ -167,10 +166,14 @@ def _readable(part: Dataset, names: tuple[str, ...]) -> Dataset:
     """Rows of one format without the columns of others, which SFTTrainer would read first."""
     if names == FORMATS[0]:
         return part
-    beside = [name for name in _BESIDE if name in part.column_names and name not in names]
+    beside = _beside(part, names)
     table = part.select_columns(beside).with_format("arrow")[:] if beside else {}
     return part.select_columns([*names, *(name for name in beside if table[name].null_count == 0)])
 
 
-def _formats(text_field: str) -> list[tuple[str, ...]]:
-    return [*FORMATS, (text_field,)]
+def _formats_of(dataset: Dataset, text_field: str) -> list[tuple[str, ...]]:
+    return [names for names in (*FORMATS, (text_field,)) if set(names) <= set(dataset.column_names)]
+
+
+def _beside(dataset: Dataset, names: tuple[str, ...]) -> list[str]:
+    return [name for name in _BESIDE if name in dataset.column_names and name not in names]

@@ -1,23 +1,16 @@
-"""Prompts in: from the Hub, a file, a folder or memory, checked before anything runs, rendered to token ids once."""
+"""Prompts in: from the Hub, a file, a folder or memory, checked before anything runs."""
 
-import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Json, concatenate_datasets
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_draftkd.data.sources import open_dataset, row_numbers, unknown
+from hf_draftkd.data.sources import open_dataset, row_numbers
+from hf_draftkd.utils.checks import one_of, whole_number
 
 logger = logging.get_logger(__name__)
-
-Prompt = str | list[dict[str, Any]]
-# How a chat template asks for the date.
-_CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<form>.*?)(?P=quote)\s*\)""")
 
 
 def load_prompts(
@@ -41,7 +34,7 @@ def load_prompts(
         split: Split to take where there are several. Defaults to `train`.
         config: Configuration (subset) of a Hub dataset.
         limit: Take only the first so many rows.
-        drop_last_answer: Take away assistant messages at the end of a conversation, so that the target answers anew.
+        drop_last_answer: Take away assistant messages at the end of a conversation, so that the target answers again.
         skip_invalid: Leave out prompts that are empty or malformed, and say how many, instead of refusing them.
 
     Returns:
@@ -52,110 +45,17 @@ def load_prompts(
             (with their row numbers, counted from 0).
     """
     dataset = open_dataset(source, split=split, config=config, text_column=column)
-    if column not in dataset.column_names:
-        raise ValueError(
-            f"{unknown('column', column, dataset.column_names)} Say which holds the prompts: `load_prompts(..., "
-            "column=...)`, or `draftkd generate --prompt_column ...`."
-        )
+    one_of("column", column, dataset.column_names)
     if column != "prompt":
         dataset = dataset.remove_columns([name for name in ["prompt"] if name in dataset.column_names])
         dataset = dataset.rename_column(column, "prompt")
     if limit is not None:
-        if limit < 1:
-            raise ValueError(f"`limit` must be at least 1, got {limit}.")
-        dataset = dataset.select(range(min(limit, len(dataset))))
+        dataset = dataset.select(range(min(whole_number("limit", limit), len(dataset))))
     if len(dataset) == 0:
         raise ValueError(f"{_name(source)} holds no rows, so there is nothing to answer.")
     if drop_last_answer:
         dataset = dataset.map(_without_last_answer)
     return _check_prompts(dataset, _name(source), skip_invalid)
-
-
-def render_prompt(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, tools: Any = None, **template_options: Any
-) -> list[int]:
-    """The exact token ids that the target reads for one prompt. See `render_prompts`."""
-    if not isinstance(prompt, str):
-        return tokenizer.apply_chat_template(
-            [clean_message(message) for message in prompt],
-            tools=tool_schemas(tools),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **template_options,
-        )
-    ids = tokenizer(prompt)["input_ids"]
-    # A tokenizer that closes every text would close the prompt before the target could continue it.
-    if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
-        ids = ids[:-1]
-    # Text that was already rendered brings its own beginning-of-text token.
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos] and not prompt.startswith(str(tokenizer.bos_token) * 2):
-        ids = ids[1:]
-    return ids
-
-
-def render_prompts(
-    prompts: "Dataset | Sequence[Prompt]",
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    first_row: int = 0,
-    **template_options: Any,
-) -> list[list[int]]:
-    """Turn prompts into the token ids that the target reads, once and for all.
-
-    Messages go through the tokenizer's chat template with `add_generation_prompt=True` and receive no further special
-    tokens. Strings are encoded as plain text, with the special tokens the tokenizer puts in front of a text.
-
-    Args:
-        prompts: Strings and message lists; or a dataset with a `prompt` column and, if it likes, a `tools` column and
-            a `chat_template_kwargs` column (as in TRL). Tools may be schemas or their JSON; in schemas, keys without a
-            value are left out, since Arrow adds them where the schemas of two tools differ.
-        tokenizer: The target's tokenizer.
-        first_row: Number of the first prompt, for messages.
-        **template_options: Further arguments of the chat template, such as `enable_thinking=False`.
-
-    Returns:
-        One list of token ids a prompt.
-
-    Raises:
-        ValueError: Messages are given and the tokenizer has no chat template, or the template refuses them.
-    """
-    rows: Iterable[Mapping[str, Any]]
-    rows = prompts if isinstance(prompts, Dataset) else ({"prompt": prompt} for prompt in prompts)
-    rendered = []
-    for number, row in enumerate(rows, start=first_row):
-        if not isinstance(row["prompt"], str):
-            require_chat_template(tokenizer)
-        options = {**template_options, **(row.get("chat_template_kwargs") or {})}
-        try:
-            rendered.append(render_prompt(row["prompt"], tokenizer, tools=row.get("tools"), **options))
-        except Exception as error:
-            # Templates raise whatever their author chose; all of it is about this row.
-            raise ValueError(f"The chat template cannot render prompt {number} (from 0): {error}") from error
-    return rendered
-
-
-def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise a `ValueError` if `tokenizer` cannot render messages."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"The prompts are chat messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template. Give "
-            "the prompts as plain strings, or use a chat-tuned target, or set `tokenizer.chat_template`."
-        )
-
-
-def dated(tokenizer: PreTrainedTokenizerBase, day: str) -> dict[str, Any]:
-    """Template options under which a template shows a given day (ISO) as today's; none where it shows no date.
-
-    Those of Llama 3.2 and gpt-oss write the date into every prompt, so that a run which goes on the next day would read
-    other tokens than it was begun with. transformers gives templates nothing but plain data, so the day stands in them.
-    """
-    template = getattr(tokenizer, "chat_template", None)
-    if not isinstance(template, str) or not _CLOCK.search(template):
-        return {}
-    moment = datetime.fromisoformat(day)
-    return {"chat_template": _CLOCK.sub(lambda call: json.dumps(moment.strftime(call["form"])), template)}
 
 
 def fitting_rows(
@@ -208,25 +108,6 @@ def fitting_rows(
     return [row for row, length in enumerate(lengths) if length <= room]
 
 
-def tool_schemas(tools: Any) -> Any:
-    """A row's `tools` as a chat template takes them: read from their JSON, and without the keys that Arrow adds."""
-    return json.loads(tools) if isinstance(tools, str) else (_without_nulls(tools) or None)
-
-
-def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without the empty keys that Arrow adds where rows differ: a template may ask whether a key is there.
-
-    Inside tool calls as well, where a null that was meant cannot be told from one of Arrow's.
-    """
-    return {key: _without_nulls(value) for key, value in message.items() if value is not None or key == "content"}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list | tuple) else value
-
-
 def prompt_problem(prompt: Any) -> str | None:
     """What is wrong with a prompt, or None."""
     if isinstance(prompt, str):
@@ -244,9 +125,9 @@ def prompt_problem(prompt: Any) -> str | None:
     if all(_is_blank(message.get("content")) for message in prompt):
         return "is empty"
     if prompt[-1]["role"] == "user" and _is_blank(prompt[-1].get("content")):
-        return "ends with an empty message of the user"
+        return "ends with an empty user message"
     if prompt[-1]["role"] == "assistant":
-        return "ends with the assistant's answer (with `drop_last_answer` the target answers anew)"
+        return "ends with the assistant's answer (with `drop_last_answer` the target answers again)"
     return None
 
 

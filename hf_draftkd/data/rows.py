@@ -1,16 +1,185 @@
-"""The row of alignment data: what the target read and wrote, and under which setting."""
+"""Rows: from what users bring to the token ids that the target reads, and from its answers to alignment data.
 
-from collections.abc import Mapping, Sequence
+Prompts and texts become token ids here and nowhere else.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_draftkd.data.backends import Completion, cut_completion
-from hf_draftkd.data.prompts import clean_message, render_prompt, tool_schemas
-from hf_draftkd.data.sources import unknown
 from hf_draftkd.data.target_cache import CACHE_COLUMNS, TEMPERATURE_COLUMN
 from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.utils.checks import one_of
+
+Prompt = str | list[dict[str, Any]]
+# How a chat template asks for the date.
+_CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<form>.*?)(?P=quote)\s*\)""")
+
+
+def render_prompt(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, tools: Any = None, **template_options: Any
+) -> list[int]:
+    """The exact token ids that the target reads for one prompt. See `render_prompts`."""
+    if not isinstance(prompt, str):
+        return tokenizer.apply_chat_template(
+            [clean_message(message) for message in prompt],
+            tools=tool_schemas(tools),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **template_options,
+        )
+    ids = tokenizer(prompt)["input_ids"]
+    # A tokenizer that closes every text would close the prompt before the target could continue it.
+    if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
+        ids = ids[:-1]
+    # Text that was already rendered brings its own beginning-of-text token.
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos] and not prompt.startswith(str(tokenizer.bos_token) * 2):
+        ids = ids[1:]
+    return ids
+
+
+def render_prompts(
+    prompts: "Dataset | Sequence[Prompt]",
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    first_row: int = 0,
+    **template_options: Any,
+) -> list[list[int]]:
+    """Turn prompts into the token ids that the target reads, once and for all.
+
+    Messages go through the tokenizer's chat template with `add_generation_prompt=True` and receive no further special
+    tokens. Strings are encoded as plain text, with the special tokens the tokenizer puts in front of a text.
+
+    Args:
+        prompts: Strings and message lists; or a dataset with a `prompt` column and, if it likes, a `tools` column and
+            a `chat_template_kwargs` column (as in TRL). Tools may be schemas or their JSON; in schemas, keys without a
+            value are left out, since Arrow adds them where the schemas of two tools differ.
+        tokenizer: The target's tokenizer.
+        first_row: Number of the first prompt, for messages.
+        **template_options: Further arguments of the chat template, such as `enable_thinking=False`.
+
+    Returns:
+        One list of token ids per prompt.
+
+    Raises:
+        ValueError: Messages are given and the tokenizer has no chat template, or the template refuses them.
+    """
+    rows: Iterable[Mapping[str, Any]]
+    rows = prompts if isinstance(prompts, Dataset) else ({"prompt": prompt} for prompt in prompts)
+    rendered = []
+    for number, row in enumerate(rows, start=first_row):
+        if not isinstance(row["prompt"], str):
+            require_chat_template(tokenizer)
+        options = {**template_options, **(row.get("chat_template_kwargs") or {})}
+        try:
+            rendered.append(render_prompt(row["prompt"], tokenizer, tools=row.get("tools"), **options))
+        except Exception as error:
+            # Templates raise whatever their author chose; all of it is about this row.
+            raise ValueError(f"The chat template cannot render prompt {number} (from 0): {error}") from error
+    return rendered
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `ValueError` if `tokenizer` cannot render messages."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"The prompts are chat messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template. Give "
+            "the prompts as plain strings, or use a chat-tuned target, or set `tokenizer.chat_template`."
+        )
+
+
+def dated(tokenizer: PreTrainedTokenizerBase, day: str) -> dict[str, Any]:
+    """Template options under which a template shows a given day (ISO) as today's; none where it shows no date.
+
+    Those of Llama 3.2 and gpt-oss write the date into every prompt, so that a run resumed on the next day would read
+    other tokens than it was begun with. transformers gives templates nothing but plain data, so the day stands in them.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str) or not _CLOCK.search(template):
+        return {}
+    moment = datetime.fromisoformat(day)
+    return {"chat_template": _CLOCK.sub(lambda call: json.dumps(moment.strftime(call["form"])), template)}
+
+
+def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **template_options: Any) -> Dataset:
+    """Give text that exists the token columns of alignment data, encoded once (`ids_source` "retokenized").
+
+    The tokens are those the tokenizer makes of the text, which need not be those that its writer read and wrote: such
+    rows serve training and caches, not block efficiency.
+
+    Args:
+        dataset: Rows with `prompt` and `completion`, strings or lists of messages, and `tools` and
+            `chat_template_kwargs` as in `render_prompts`; or with `text`, of which the first token becomes the prompt
+            and all others, each predicted by those before it, the completion.
+        tokenizer: The target's tokenizer.
+        **template_options: Further arguments of the chat template.
+
+    Returns:
+        The dataset with `prompt_ids`, `completion_ids` (with the end token) and `ids_source`.
+
+    Raises:
+        ValueError: A column is missing, or the chat template does not continue the prompt with the completion.
+    """
+    is_text = "text" in dataset.column_names and not {"prompt", "completion"} <= set(dataset.column_names)
+    for name in () if is_text else ("prompt", "completion"):
+        one_of("column", name, dataset.column_names)
+    features = Features(
+        {**dataset.features, **{name: List(Value("int32")) for name in ("prompt_ids", "completion_ids")}}
+        | {"ids_source": Value("string")}
+    )
+
+    def encode(row: dict[str, Any], number: int) -> dict[str, Any]:
+        if is_text:
+            end = str(tokenizer.eos_token or "")
+            ids = tokenizer(row["text"] if row["text"].endswith(end) else row["text"] + end)["input_ids"]
+            return {**row, "prompt_ids": ids[:1], "completion_ids": ids[1:], "ids_source": "retokenized"}
+        options = {**template_options, **(row.get("chat_template_kwargs") or {})}
+        prompt_ids = render_prompt(row["prompt"], tokenizer, tools=row.get("tools"), **options)
+        if isinstance(row["prompt"], str):
+            ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+            ids = ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+        else:
+            messages = [clean_message(message) for message in [*row["prompt"], *row["completion"]]]
+            tools = tool_schemas(row.get("tools"))
+            whole = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False, **options)
+            if whole[: len(prompt_ids)] != prompt_ids:
+                raise ValueError(
+                    f"Row {number} (counted from 0): the chat template does not continue the rendered prompt when the "
+                    "completion is added, so there are no completion tokens. Generate the data with the target instead."
+                )
+            # Templates put a line break behind the end token, which no target writes.
+            ends = frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
+            ids, _ = cut_completion(whole[len(prompt_ids) :], ends)
+        return {**row, "prompt_ids": prompt_ids, "completion_ids": ids, "ids_source": "retokenized"}
+
+    return dataset.map(encode, with_indices=True, features=features, desc="Encoding text")
+
+
+def tool_schemas(tools: Any) -> Any:
+    """A row's `tools` as a chat template takes them: read from their JSON, and without the keys that Arrow adds."""
+    return json.loads(tools) if isinstance(tools, str) else (_without_nulls(tools) or None)
+
+
+def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without the empty keys that Arrow adds where rows differ: a template may ask whether a key is there.
+
+    Inside tool calls as well, where a null that was meant cannot be told from one of Arrow's.
+    """
+    return {key: _without_nulls(value) for key, value in message.items() if value is not None or key == "content"}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def alignment_rows(
@@ -21,12 +190,12 @@ def alignment_rows(
     origin: dict[str, Any],
     brought: Features | None = None,
 ) -> Dataset:
-    """Assemble alignment data, one row a completion, in the order of prompts, then settings.
+    """Assemble alignment data, one row per completion, in the order of prompts, then settings.
 
     Args:
         prompts: The prompts and the columns carried along, P rows.
         prompt_ids: Their tokens, P lists.
-        answers: Per decoding setting P lists of completions, one list a prompt.
+        answers: Per decoding setting P lists of completions, one list per prompt.
         tokenizer: Decodes the completions, without special tokens.
         origin: `scenario`, `target`, `target_revision` and `seed` of every row.
         brought: Columns that each completion brings along as its `distributions`.
@@ -76,61 +245,6 @@ def alignment_features(prompt_features: Features) -> Features:
         "seed": Value("int64"),
         "finish_reason": text,
     }
-    # Prompts may come from older alignment data: its distributions are of completions that are now written anew.
+    # Prompts may come from older alignment data: its distributions are of completions that are now replaced.
     left_behind = {*own, *CACHE_COLUMNS, TEMPERATURE_COLUMN}
     return Features({**own, **{name: kind for name, kind in prompt_features.items() if name not in left_behind}})
-
-
-def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **template_options: Any) -> Dataset:
-    """Give text that exists the token columns of alignment data, encoded once (`ids_source` "retokenized").
-
-    The tokens are those the tokenizer makes of the text, which need not be those that its writer read and wrote: such
-    rows serve training and caches, not block efficiency.
-
-    Args:
-        dataset: Rows with `prompt` and `completion`, strings or lists of messages, and `tools` and
-            `chat_template_kwargs` as in `render_prompts`; or with `text`, of which the first token becomes the prompt
-            and all others, each predicted by those before it, the completion.
-        tokenizer: The target's tokenizer.
-        **template_options: Further arguments of the chat template.
-
-    Returns:
-        The dataset with `prompt_ids`, `completion_ids` (with the end token) and `ids_source`.
-
-    Raises:
-        ValueError: A column is missing, or the chat template does not continue the prompt with the completion.
-    """
-    is_text = "text" in dataset.column_names and not {"prompt", "completion"} <= set(dataset.column_names)
-    for name in () if is_text else ("prompt", "completion"):
-        if name not in dataset.column_names:
-            raise ValueError(unknown("column", name, dataset.column_names))
-    features = Features(
-        {**dataset.features, **{name: List(Value("int32")) for name in ("prompt_ids", "completion_ids")}}
-        | {"ids_source": Value("string")}
-    )
-
-    def encode(row: dict[str, Any], number: int) -> dict[str, Any]:
-        if is_text:
-            end = str(tokenizer.eos_token or "")
-            ids = tokenizer(row["text"] if row["text"].endswith(end) else row["text"] + end)["input_ids"]
-            return {**row, "prompt_ids": ids[:1], "completion_ids": ids[1:], "ids_source": "retokenized"}
-        options = {**template_options, **(row.get("chat_template_kwargs") or {})}
-        prompt_ids = render_prompt(row["prompt"], tokenizer, tools=row.get("tools"), **options)
-        if isinstance(row["prompt"], str):
-            ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-            ids = ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
-        else:
-            messages = [clean_message(message) for message in [*row["prompt"], *row["completion"]]]
-            tools = tool_schemas(row.get("tools"))
-            whole = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False, **options)
-            if whole[: len(prompt_ids)] != prompt_ids:
-                raise ValueError(
-                    f"Row {number} (counted from 0): the chat template does not continue the rendered prompt when the "
-                    "completion is added, so there are no completion tokens. Generate the data with the target instead."
-                )
-            # Templates put a line break behind the end token, which no target writes.
-            ends = frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
-            ids, _ = cut_completion(whole[len(prompt_ids) :], ends)
-        return {**row, "prompt_ids": prompt_ids, "completion_ids": ids, "ids_source": "retokenized"}
-
-    return dataset.map(encode, with_indices=True, features=features, desc="Encoding text")

@@ -9,20 +9,17 @@ from hf_draftkd.data.backends import LENGTH, STOP, Completion
 from hf_draftkd.data.target_cache import TEMPERATURE_COLUMN
 from hf_draftkd.models.tokenizers import tokenizer_size
 
-_FILTERED = "content_filter"
-
 
 class FaultyAnswerError(Exception):
     """A server answered 200, and the answer cannot be used.
 
     Attributes:
         about_prompt: Whether the answer to this one prompt is at fault, and not what lies between server and client.
-        may_pass: Whether asking again may help.
     """
 
-    def __init__(self, message: str, *, about_prompt: bool = False, may_pass: bool = True) -> None:
+    def __init__(self, message: str, *, about_prompt: bool = False) -> None:
         super().__init__(message)
-        self.about_prompt, self.may_pass = about_prompt, may_pass
+        self.about_prompt = about_prompt
 
 
 def require_usable(answer: Any) -> None:
@@ -33,14 +30,9 @@ def require_usable(answer: Any) -> None:
     choices = getattr(answer, "choices", None)
     if not isinstance(choices, list) or not choices or not isinstance(getattr(choices[0], "text", None), str):
         raise FaultyAnswerError(f"it holds no completion: {str(answer)[:200]!r}")
-    reason = choices[0].finish_reason
-    if reason not in (STOP, LENGTH):
+    if (reason := choices[0].finish_reason) not in (STOP, LENGTH):
         # Whatever cut the text off, the target did not end it there.
-        raise FaultyAnswerError(
-            f"its finish_reason is {reason!r}, and not {STOP!r} or {LENGTH!r}",
-            about_prompt=True,
-            may_pass=reason != _FILTERED,
-        )
+        raise FaultyAnswerError(f"its finish_reason is {reason!r}, and not {STOP!r} or {LENGTH!r}", about_prompt=True)
 
 
 class TokenTexts:

@@ -1,6 +1,5 @@
 """Where rows come from: the Hub, a file, a folder or memory."""
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +9,11 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pyarrow import ArrowException
 
+from hf_draftkd.utils.checks import one_of
+
 # File suffix -> the builder of `datasets` that reads it.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+_UNREADABLE = (DatasetGenerationError, ArrowException, UnicodeDecodeError)
 _BLOCK = 2**20  # bytes of a JSONL file parsed at a time; the 10 MB of `datasets` take ten times as much memory
 
 
@@ -60,51 +62,48 @@ def _load(name: str, config: str | None, is_local: bool) -> DatasetDict:
     if looks_local and not is_local:
         raise ValueError(f"There is no file or folder {name!r} (looked from {Path.cwd()}).")
     try:
-        loaded = load_dataset(name, config)
-    except (DatasetGenerationError, ArrowException, UnicodeDecodeError) as error:
+        return load_dataset(name, config)
+    except _UNREADABLE as error:
         for path in sorted(Path(name).rglob("*.jsonl")) if is_local else ():
             _check_json_lines(path)  # names file and line
-        reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
-        raise ValueError(f"{name!r} cannot be read: {reason}.") from error
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, OSError) as error:
+        raise ValueError(f"{name!r} cannot be read: {_reason(error)}.") from error
+    except (DatasetNotFoundError, ConnectionError, OSError) as error:
         raise ValueError(
             f"{name!r} is neither a local path nor a dataset that could be read from the Hub: {error}"
         ) from error
-    return loaded
 
 
 def _read_file(path: Path, column: str) -> Dataset:
-    builder = _BUILDERS.get(path.suffix.lower())
-    if builder is None:
+    suffix = path.suffix.lower()
+    if suffix not in _BUILDERS:
         raise ValueError(f"Cannot read {path.name!r}: give one of {', '.join(_BUILDERS)}, or a folder or Hub dataset.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty, so there is nothing to answer.")
-    options: dict[str, Any] = {}
-    kinds: dict[tuple[str, str], int] = {}
-    if path.suffix.lower() == ".jsonl":
-        kinds, options["chunksize"] = _check_json_lines(path)
+    options = {"chunksize": _check_json_lines(path)} if suffix == ".jsonl" else {}
     try:
-        dataset = load_dataset(builder, data_files=str(path), split="train", **options)
-    except (DatasetGenerationError, ArrowException, UnicodeDecodeError, ValueError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
-        raise ValueError(f"{path} cannot be read as {builder}: {reason}.{_changes(kinds)}") from error
-    if builder == "text":
-        # A byte order mark, which Windows puts in front of a file, is no part of the first prompt.
-        if dataset and dataset[0]["text"].startswith("\ufeff"):
-            dataset = dataset.map(lambda row: {"text": row["text"].removeprefix("\ufeff")})
-        dataset = dataset.filter(lambda row: row["text"].strip() != "")
-        return dataset if column == "text" else dataset.rename_column("text", column)
-    return dataset
+        dataset = load_dataset(_BUILDERS[suffix], data_files=str(path), split="train", **options)
+    except (*_UNREADABLE, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as {_BUILDERS[suffix]}: {_reason(error)}.") from error
+    if suffix != ".txt":
+        return dataset
+    # A byte order mark, which Windows puts in front of a file, is not part of the first prompt.
+    dataset = dataset.map(lambda row: {"text": row["text"].removeprefix("\ufeff")})
+    dataset = dataset.filter(lambda row: row["text"].strip() != "")
+    return dataset if column == "text" else dataset.rename_column("text", column)
 
 
-def _check_json_lines(path: Path) -> tuple[dict[tuple[str, str], int], int]:
-    """Check each line; returns what kinds of values stand where, with the first line of each, and the block to parse.
+def _reason(error: Exception) -> str:
+    return str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
+
+
+def _check_json_lines(path: Path) -> int:
+    """Check each line; returns how many bytes to parse as one block.
 
     `datasets` reports a broken line by its byte offset in a block, or not at all. It takes the columns and their types
     from the first block: a key that is new in a later one fails, and a list where texts stood silently becomes the
     text of its JSON. So the first block reaches to the last line that brings something new.
     """
-    kinds: dict[tuple[str, str], int] = {}
+    kinds: set[tuple[str, str]] = set()
     position, block = 0, _BLOCK
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -118,54 +117,28 @@ def _check_json_lines(path: Path) -> tuple[dict[tuple[str, str], int], int]:
                     f"{path}, line {number} is not valid JSON: {error.msg} (column {error.colno})."
                 ) from error
             except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number} is not UTF-8 ({error.reason} at byte {error.start} of the line). Convert "
-                    "the file, for instance with iconv."
-                ) from error
+                raise ValueError(f"{path}, line {number} is not UTF-8 ({error.reason}): convert the file.") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} holds a {type(row).__name__} where a JSON object is needed.")
             before = len(kinds)
-            _note_kinds(row, "", number, kinds)
+            _note_kinds(row, "", kinds)
             if len(kinds) > before:
                 block = max(block, position)
-    return kinds, block
+    return block
 
 
-def _note_kinds(value: Any, place: str, line: int, kinds: dict[tuple[str, str], int]) -> None:
-    kinds.setdefault((place, type(value).__name__), line)
-    if isinstance(value, dict):
-        for name, each in value.items():
-            _note_kinds(each, f"{place}.{name}" if place else name, line, kinds)
-    elif isinstance(value, list):
-        for each in value:
-            _note_kinds(each, f"{place}[]", line, kinds)
-
-
-def _changes(kinds: dict[tuple[str, str], int]) -> str:
-    """Where the first column that changes its type does so, for a message."""
-    first: dict[str, tuple[str, int]] = {}
-    for (place, kind), line in kinds.items():
-        if kind == "NoneType":
-            continue
-        before, line_before = first.setdefault(place, (kind, line))
-        if kind != before and {kind, before} != {"int", "float"}:
-            return f" {place!r} holds {before} on line {line_before} and {kind} on line {line}."
-    return ""
+def _note_kinds(value: Any, place: str, kinds: set[tuple[str, str]]) -> None:
+    kinds.add((place, type(value).__name__))
+    for name, each in value.items() if isinstance(value, dict) else ():
+        _note_kinds(each, f"{place}.{name}", kinds)
+    for each in value if isinstance(value, list) else ():
+        _note_kinds(each, f"{place}[]", kinds)
 
 
 def _pick_split(splits: DatasetDict, split: str | None) -> Dataset:
     if split is None:
         split = next(iter(splits)) if len(splits) == 1 else "train"
-    if split not in splits:
-        raise ValueError(unknown("split", split, list(splits)))
-    return splits[split]
-
-
-def unknown(kind: str, given: str, known: Sequence[str]) -> str:
-    """A message for a name that does not exist, with the nearest that does."""
-    near = difflib.get_close_matches(given, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"There is no {kind} {given!r}; there are: {', '.join(known)}.{hint}"
+    return splits[one_of("split", split, splits)]
 
 
 def row_numbers(rows: Sequence[int], shown: int = 10) -> str:

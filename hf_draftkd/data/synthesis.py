@@ -1,11 +1,13 @@
 """Prompts from nothing: the target writes the queries itself (Magpie, https://arxiv.org/abs/2406.08464).
 
-An aligned target is fed only the tokens that open a user's turn in its own chat template, and goes on with what users
-say there. A base model goes on from its beginning-of-text token.
+An aligned target is fed only the tokens that open a user's turn in its own chat template, and continues with what users
+say there. A base model continues from its beginning-of-text token.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +16,24 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_draftkd.data.backends import STOP, Completion, pipeline_backend
+from hf_draftkd.data.backends import STOP, Completion, local_backend
 from hf_draftkd.data.filters import QueryFilter
-from hf_draftkd.data.fingerprints import template_hash, weights_fingerprint
-from hf_draftkd.data.prompts import dated
+from hf_draftkd.data.fingerprints import template_hash
+from hf_draftkd.data.rows import dated
 from hf_draftkd.data.shards import (
     DAY,
+    check_processes,
     completion_progress,
     day_begun,
+    full_disk_is_reported,
     open_folder,
-    read_round,
-    this_process,
-    write_round,
+    wait_until,
 )
 from hf_draftkd.data.targets import ids_without_token
 from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.models.identity import weights_fingerprint
+from hf_draftkd.utils.checks import whole_number
+from hf_draftkd.utils.files import write_text
 from hf_draftkd.utils.hashing import derived_seed
 from hf_draftkd.utils.versions import package_versions
 
@@ -37,6 +42,7 @@ logger = logging.get_logger(__name__)
 # Stand where the user's text would, to see what the template puts around it. They begin and end with different kinds
 # of characters, so that no token can swallow the border unnoticed in all of them.
 _PROBES = ("Alpha beta9", "42 zebrasQ", "?quiet!", "été Ж", "xyz")
+_INSTEAD = "Give prompts instead (scenario queries or curated)."
 
 
 @dataclass(frozen=True)
@@ -62,30 +68,25 @@ def open_user_turn(
     Raises:
         ValueError: The template refuses a single user message, or does not show the user's text as it is.
     """
-    opening = [] if system is None else [{"role": "system", "content": system}]
+    refused = "The chat template cannot be opened for a user's turn"
+    options = {"add_generation_prompt": False, **(template_options or {})}
     rendered, texts = [], []
     for probe in _PROBES:
-        messages = [*opening, {"role": "user", "content": probe}]
-        options = {"add_generation_prompt": False, **(template_options or {})}
+        messages = _chat(probe, system)
         try:
             texts.append(tokenizer.apply_chat_template(messages, tokenize=False, **options))
             rendered.append(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
         except Exception as error:  # templates raise whatever their author chose
-            raise ValueError(f"The chat template cannot be opened for a user's turn: {error}") from error
+            raise ValueError(f"{refused}: {error}") from error
         if texts[-1].count(probe) != 1:
             raise ValueError(
-                "The chat template cannot be opened for a user's turn: it does not show the user's text once and as "
-                f"it is (it makes {texts[-1][:80]!r} of {probe!r}). Give prompts of your own (scenario queries or "
-                "curated)."
+                f"{refused}: it does not show the user's text once and as it is (it makes {texts[-1][:80]!r} of "
+                f"{probe!r}). {_INSTEAD}"
             )
-    prefix = rendered[0][: _common(rendered)]
-    backwards = [list(reversed(ids)) for ids in rendered]
-    suffix_ids = list(reversed(backwards[0][: _common(backwards)]))
+    prefix = _common_beginning(rendered)
+    suffix_ids = _common_beginning([ids[::-1] for ids in rendered])[::-1]
     if not prefix:
-        raise ValueError(
-            "The chat template cannot be opened for a user's turn: nothing stands in front of the user's text, so "
-            "there is nothing to start from. Give prompts of your own (scenario queries or curated)."
-        )
+        raise ValueError(f"{refused}: nothing stands in front of the user's text to start from. {_INSTEAD}")
     return OpenTurn(prefix, suffix_ids, texts[0].split(_PROBES[0])[1])
 
 
@@ -126,7 +127,7 @@ def synthesize_prompts(
         script: Unicode script to keep, such as `latin`.
         keep: Any further test on a query's text, such as a language detector.
         max_rounds: Rounds of `2 * batch_size` queries after which to stop. By default ten times as many as needed.
-        output_dir: A folder in which each round is kept, so that a killed run goes on. Needed for several processes.
+        output_dir: A folder in which each round is kept, so that a killed run resumes. Needed for several processes.
         template_options: Further arguments of the chat template.
 
     Returns:
@@ -145,7 +146,7 @@ def synthesize_prompts(
     )
     accept = QueryFilter(min_characters=min_characters, max_characters=max_characters, script=script, keep=keep)
     setting = DecodingSetting(temperature=temperature, top_p=top_p)
-    backend = pipeline_backend(
+    backend = local_backend(
         target_model,
         tokenizer,
         max_new_tokens=max_new_tokens,
@@ -154,9 +155,7 @@ def synthesize_prompts(
     )
     size = 2 * batch_size
     rounds = max_rounds if max_rounds is not None else 10 * -(-num_prompts // size)
-    state = this_process()
-    if folder is None and state.num_processes > 1:
-        raise ValueError("Several processes meet in a folder: give an `output_dir` that all of them can write to.")
+    state = check_processes(folder)
     if folder is not None:
         manifest = {
             "schema_version": 1,
@@ -185,12 +184,10 @@ def synthesize_prompts(
     counts = dict(accept.counts)
     if (surplus := len(kept) - num_prompts) > 0:
         counts |= {"kept": num_prompts, "surplus": surplus}
-    _report(kept, num_prompts, counts)
+    _report(len(kept), num_prompts, counts)
     kept = kept[:num_prompts]
-    if turn is None:
-        return Dataset.from_dict({"prompt": kept}), counts
-    opening = [] if system is None else [{"role": "system", "content": system}]
-    return Dataset.from_dict({"prompt": [[*opening, {"role": "user", "content": query}] for query in kept]}), counts
+    prompts = kept if turn is None else [_chat(query, system) for query in kept]
+    return Dataset.from_dict({"prompt": prompts}), counts
 
 
 def _in_turn(
@@ -203,12 +200,17 @@ def _in_turn(
             continue
         mine = first + state.process_index
         # Before anything is waited for: all write at the same time.
-        if mine < rounds and read_round(folder, mine) is None:
-            write_round(folder, mine, sample(mine))
+        if mine < rounds and not (path := _round_path(folder, mine)).exists():
+            with full_disk_is_reported(f"round {mine} of the queries", folder):
+                write_text(path, json.dumps(sample(mine), ensure_ascii=False))
         for number in range(first, min(first + state.num_processes, rounds)):
-            queries = read_round(folder, number, wait=True)
-            assert queries is not None
-            yield queries
+            path = _round_path(folder, number)
+            wait_until(path.exists)
+            yield [(text, finished) for text, finished in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def _round_path(folder: Path, number: int) -> Path:
+    return folder / "data" / f"round-{number:05d}.json"
 
 
 def check_synthesis(
@@ -224,11 +226,10 @@ def check_synthesis(
     Raises:
         ValueError: The template cannot be opened, there is nothing to start from, or a value is out of range.
     """
-    if num_prompts < 1:
-        raise ValueError(f"`num_prompts` must be at least 1, got {num_prompts}.")
+    whole_number("num_prompts", num_prompts)
     if temperature == 0:
         raise ValueError("At temperature 0 every query would be the same. Sample them at a temperature above 0.")
-    if not _is_chat(tokenizer):
+    if not getattr(tokenizer, "chat_template", None):
         return None, [_first_token(tokenizer)]
     turn = open_user_turn(tokenizer, system=system, template_options=template_options)
     return turn, turn.prefix_ids
@@ -252,23 +253,29 @@ def query_text(completion: Completion, tokenizer: PreTrainedTokenizerBase, turn:
     return text.strip(), completion.finish_reason == STOP
 
 
-def _report(kept: list[str], num_prompts: int, counts: dict[str, int]) -> None:
+def _report(kept: int, num_prompts: int, counts: dict[str, int]) -> None:
+    total = sum(counts.values())
     fallen = ", ".join(f"{count} {reason}" for reason, count in counts.items() if reason != "kept") or "none"
     if not kept:
         raise ValueError(
-            f"None of {sum(counts.values())} queries was kept (left out: {fallen}). Does the target answer chats at "
-            "all? Raise `max_new_tokens` if they are unfinished."
+            f"None of {total} queries was kept (left out: {fallen}). Does the target answer chats at all? Raise "
+            "`max_new_tokens` if they are unfinished."
         )
-    logger.info(f"Kept {counts['kept']} of {sum(counts.values())} queries; left out: {fallen}.")
-    if len(kept) < num_prompts:
+    logger.info(f"Kept {counts['kept']} of {total} queries; left out: {fallen}.")
+    if kept < num_prompts:
         logger.warning(
-            f"Only {len(kept)} of {num_prompts} prompts could be synthesized from {sum(counts.values())} queries (left "
-            f"out: {fallen}). Raise `max_rounds` or the temperature for more."
+            f"Only {kept} of {num_prompts} prompts could be synthesized from {total} queries (left out: {fallen}). "
+            "Raise `max_rounds` or the temperature for more."
         )
 
 
-def _is_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return bool(getattr(tokenizer, "chat_template", None))
+def _chat(query: str, system: str | None) -> list[dict[str, str]]:
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return [*opening, {"role": "user", "content": query}]
+
+
+def _common_beginning(lists: list[list[int]]) -> list[int]:
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*lists, strict=False))]
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -277,14 +284,6 @@ def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:
         if token is not None:
             return token
     raise ValueError(
-        "The tokenizer has neither a chat template nor a beginning-of-text token, so the target has nothing to start "
-        "from. Give prompts of your own (scenario queries or curated)."
+        "The tokenizer has neither a chat template nor a beginning-of-text token for the target to start from. "
+        + _INSTEAD
     )
-
-
-def _common(lists: list[list[int]]) -> int:
-    """Length of the beginning that all lists share."""
-    length = 0
-    while all(len(each) > length for each in lists) and len({each[length] for each in lists}) == 1:
-        length += 1
-    return length

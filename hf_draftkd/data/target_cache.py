@@ -25,9 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.data_utils import get_dataset_column_names
 
-from hf_draftkd.data.fingerprints import weights_fingerprint
 from hf_draftkd.losses.sparse import sample_target, top_k_target
 from hf_draftkd.models.forward import evaluating, logits_at
+from hf_draftkd.models.identity import weights_fingerprint
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.tokenizers import tokenizer_size
 from hf_draftkd.utils.checks import in_range, one_of, whole_number
@@ -296,9 +296,7 @@ def rows_with_distributions(
         logger.warning(
             "%d of %d rows of the %s dataset are left out: their answers came without usable log-probabilities. To "
             'learn from them too, give the target, or learn from text with `divergence="cross_entropy"`.',
-            len(dataset) - len(keep),
-            len(dataset),
-            name,
+            *(len(dataset) - len(keep), len(dataset), name),
         )
     return dataset.select(keep)
 
@@ -321,32 +319,29 @@ def cache_facts(dataset: Dataset | IterableDataset, name: str) -> CacheFacts:
         )
     draws = "target_counts" in dataset.column_names
     columns = ["completion_ids", "completion_logprobs", "target_token_ids"]
-    seen: set[int] = set()
+    widths: set[int] = set()
     first = 0
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
-        lengths = [pc.fill_null(pc.list_value_length(table[column]), -1).to_numpy() for column in columns]
-        wrong = np.flatnonzero((lengths[0] != lengths[1]) | (lengths[0] != lengths[2]))
-        if len(uncached := np.flatnonzero(lengths[0] < 0)):
+        written, logged, kept = (pc.fill_null(pc.list_value_length(table[each]), -1).to_numpy() for each in columns)
+        for row in np.flatnonzero((written < 0) | (written != logged) | (written != kept)):
+            if written[row] < 0:
+                raise ValueError(
+                    f"Row {first + row} of the {name} dataset is text without the target's distributions, but "
+                    "`target_model` is None: give the target, or mix in "
+                    "`cache_target_distributions(with_token_ids(text, tokenizer), target, ...)`."
+                )
             raise ValueError(
-                f"Row {first + int(uncached[0])} of the {name} dataset is text without the target's distributions, but "
-                "`target_model` is None: give the target, or mix in "
-                "`cache_target_distributions(with_token_ids(text, tokenizer), target, ...)`."
+                f"Row {first + row} of the {name} dataset has {written[row]} completion tokens, but "
+                f"{'no' if kept[row] < 0 else kept[row]} distributions. Cache them with `cache_target_distributions` "
+                "as the last step, after mixing and editing."
             )
-        if len(wrong):
-            row = int(wrong[0])
-            raise ValueError(
-                f"Row {first + row} of the {name} dataset has {lengths[0][row]} completion tokens, but "
-                f"{'no distributions' if lengths[2][row] < 0 else f'{lengths[2][row]} distributions'}. Cache them with "
-                "`cache_target_distributions` as the last step, after mixing and editing."
-            )
-        if not draws:
-            for chunk in table["target_token_ids"].chunks:
-                seen.update(pc.unique(pc.list_value_length(chunk.flatten())).to_pylist())
+        for chunk in () if draws else table["target_token_ids"].chunks:
+            widths.update(pc.unique(pc.list_value_length(chunk.flatten())).to_pylist())
         first += len(table)
-    if len(seen) > 1:
+    if len(widths) > 1:
         raise ValueError(
-            f"Rows of the {name} dataset keep different numbers of tokens ({sorted(seen)[:5]}): they were cached with "
-            "different `top_k`. Cache all of them with one."
+            f"Rows of the {name} dataset keep different numbers of tokens ({sorted(widths)[:5]}): they were cached "
+            "with different `top_k`. Cache all of them with one."
         )
     temperatures = dataset.unique(TEMPERATURE_COLUMN)
     if len(temperatures) > 1:
@@ -354,4 +349,4 @@ def cache_facts(dataset: Dataset | IterableDataset, name: str) -> CacheFacts:
             f"Rows of the {name} dataset were cached at different temperatures ({temperatures[:5]}). Cache all of "
             "them at one."
         )
-    return CacheFacts(None if draws else seen.pop() if seen else 0, temperatures[0])
+    return CacheFacts(None if draws else max(widths, default=0), temperatures[0])

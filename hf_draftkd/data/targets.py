@@ -14,13 +14,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_draftkd.data.backends import Backend, continuous_backend, pipeline_backend
+from hf_draftkd.data.backends import Backend, continuous_backend, local_backend
 from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.endpoint import endpoint_backend, without_login
-from hf_draftkd.data.fingerprints import weights_fingerprint
 from hf_draftkd.data.target_cache import CacheOptions, real_vocab_size
 from hf_draftkd.models.context import context_length
-from hf_draftkd.models.identity import model_revision, resolved_revision
+from hf_draftkd.models.identity import model_revision, resolved_revision, weights_fingerprint
 from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.models.tokenizers import tokenizer_size
 
@@ -55,13 +54,13 @@ def local_target(
     if config.continuous_batching:
         backend = continuous_backend(target_model, config=continuous_batching_config, **limits)
     else:
-        backend = pipeline_backend(target_model, tokenizer, batch_size=config.batch_size, **limits)
+        backend = local_backend(target_model, tokenizer, batch_size=config.batch_size, **limits)
     identity = {
         "target": name,
         "target_revision": resolved_revision(name, revision) if revision else model_revision(target_model),
         "target_weights": weights_fingerprint(target_model),
         "target_dtype": str(target_model.dtype),
-        "backend": "continuous batching" if config.continuous_batching else "pipeline",
+        "backend": "continuous batching" if config.continuous_batching else "generate",
         "suppressed_tokens": suppressed,
     }
     if is_hub_id(name) and Path(name).is_dir():
@@ -99,11 +98,8 @@ def remote_target(
 
 def served_context(name: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The longest text of a target behind a server, in tokens, as far as a config beside its tokenizer says."""
-    for place in _places(name, tokenizer):
-        config = _read(AutoConfig, place)
-        if config is not None and (context := context_length(config)) is not None:
-            return context
-    return None
+    found = (_read(AutoConfig, place) for place in _places(name, tokenizer))
+    return next((context for config in found if config and (context := context_length(config))), None)
 
 
 def served_end_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -124,7 +120,7 @@ def _places(name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _read(kind: Any, place: str) -> Any:
     try:
         return kind.from_pretrained(place)
-    except (OSError, ValueError, HTTPError):  # not there, not readable without code of its own, or no network
+    except (OSError, ValueError, HTTPError):  # not there, not readable without custom code, or no network
         return None
 
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_draftkd.acceptance import LENIENCE_FORMS, bootstrap_ratio
-from hf_draftkd.data.prompts import fitting_rows, load_prompts, render_prompts
+from hf_draftkd.data.prompts import fitting_rows, load_prompts
+from hf_draftkd.data.rows import render_prompts
 from hf_draftkd.data.targets import ids_without_token
 from hf_draftkd.decoding.setting import DecodingSetting, settings_at
 from hf_draftkd.evaluation.checks import (

@@ -27,6 +27,7 @@ WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 _DENSE = {"F64", "F32", "F16", "BF16"}
 _ADAPTER_KEY = re.compile(r"\b(lora_[AB]|lora_embedding_[AB]|base_layer|modules_to_save|lora_magnitude_vector)\b")
 _ATTRIBUTE = "_draftkd_checkpoint"
+_NUMBERS_READ = 64  # of each weight, for a fingerprint
 
 
 def remember_checkpoint(model: Any, checkpoint: Checkpoint) -> None:
@@ -154,6 +155,22 @@ def loaded_checksum(model: PreTrainedModel) -> str | None:
     except OSError as error:
         logger.warning(f"The weights could not be saved to take their checksum, so the report names none: {error}")
         return None
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """A hash over some numbers of every weight: another revision or a tuned copy of a model has another one.
+
+    Targets may have hundreds of gigabytes, so not every number is read; training moves all of them.
+    """
+
+    def pieces() -> Iterator[str | torch.Tensor]:
+        for name, weight in sorted(model.state_dict().items()):
+            yield f"{name} {tuple(weight.shape)} {weight.dtype}"
+            if not weight.is_meta:  # offloaded by accelerate
+                flat = weight.detach().reshape(-1)
+                yield flat[:: max(1, flat.numel() // _NUMBERS_READ)]
+
+    return sha256(pieces())[:16]
 
 
 @contextmanager

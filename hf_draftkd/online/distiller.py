@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.acceptance import AcceptanceCounts
-from hf_draftkd.data.fingerprints import weights_fingerprint
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.models.identity import weights_fingerprint
 from hf_draftkd.models.pairing import align_vocabulary, shared_vocab_size
 from hf_draftkd.online.buffer import ReplayBuffer
 from hf_draftkd.online.capture import Served, ServedRequest, prompt_of, served_setting, serving

@@ -103,7 +103,7 @@ def test_the_target_goes_on_with_domain_text(target, tokenizer):
 
 def test_bad_input(tokenizer):
     data = Dataset.from_dict({"text": DOCUMENTS})
-    with pytest.raises(ValueError, match="no column 'texts'.*Did you mean 'text'"):  # noqa: RUF043
+    with pytest.raises(ValueError, match="column 'texts'.*Did you mean 'text'"):  # noqa: RUF043
         curate_prompts(data, tokenizer, text_column="texts")
     with pytest.raises(ValueError, match="No prompt could be cut"):
         curate_prompts(data, tokenizer, min_tokens=1000)

@@ -17,7 +17,7 @@ pytest.importorskip("openai")
 
 from hf_draftkd.data.endpoint import endpoint_backend, prompt_text
 from hf_draftkd.data.generation import generate_alignment_data
-from hf_draftkd.data.prompts import render_prompts
+from hf_draftkd.data.rows import render_prompts
 from hf_draftkd.data.server_answers import TokenTexts
 from hf_draftkd.data.shards import StoppedError
 from hf_draftkd.data.target_cache import cache_target_distributions
@@ -35,7 +35,6 @@ FAST = {"max_retries": 3, "timeout": 20.0}
 def _no_waiting(monkeypatch):
     """Back-off as the client does it, without its seconds; and no key from the machine the tests run on."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
-    monkeypatch.setattr("hf_draftkd.data.endpoint._FIRST_WAIT", 0.001)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -90,9 +89,9 @@ def test_sampled_answers_differ_and_can_be_asked_for_again(readable_target, toke
     assert len({str(each) for each in rows[0]["completion"][:3]}) == 3
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "cut", *BROKEN])
+@pytest.mark.parametrize("fault", ["429", "500", "cut"])
 def test_passing_faults_are_tried_again(readable_target, tokenizer, fault):
-    """Too many requests, an internal error, a connection cut in the middle of an answer, and broken answers."""
+    """Too many requests, an internal error, a connection cut in the middle of an answer."""
     with serving(readable_target, tokenizer) as server:
         expected = ask(server.url, tokenizer)
         before = len(server.requests)
@@ -102,14 +101,14 @@ def test_passing_faults_are_tried_again(readable_target, tokenizer, fault):
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_broken_answers_without_end_stop_the_run_and_not_with_a_bare_error(tmp_path, readable_target, tokenizer, fault):
+def test_broken_answers_stop_the_run_and_not_with_a_bare_error(tmp_path, readable_target, tokenizer, fault):
     """JSONDecodeError, AttributeError, IndexError; what was finished stays and the same call goes on."""
     options = {"output_dir": tmp_path, "batch_size": 1, "shard_size": 1}
     with serving(readable_target, tokenizer) as server:
-        server.faults = ["none", "none", *[fault] * 4]
-        with pytest.raises(StoppedError, match=r"gave no usable answer: it.* \(asked 4 times\).* run the same command"):
+        server.faults = ["none", "none", fault]
+        with pytest.raises(StoppedError, match=r"gave no usable answer: it.* run the same command"):
             ask(server.url, tokenizer, **options)
-        assert len(server.requests) == 2 + 4
+        assert len(server.requests) == 2 + 1
         assert len(list(tmp_path.glob("data/train-*"))) == 1
         assert len(ask(server.url, tokenizer, **options)) == len(CHATS)
 
@@ -150,15 +149,15 @@ def test_an_interruption_waits_for_nothing(readable_target, tokenizer):
         assert len(server.requests) == 1 + 2
 
 
-@pytest.mark.parametrize(("reason", "times"), [("content_filter", 1), ("abort", 4), (None, 4), ("eos_token", 4)])
-def test_a_text_that_the_target_did_not_end_is_no_row(tmp_path, readable_target, tokenizer, reason, times):
+@pytest.mark.parametrize("reason", ["content_filter", "abort", None, "eos_token"])
+def test_a_text_that_the_target_did_not_end_is_no_row(tmp_path, readable_target, tokenizer, reason):
     """It was recorded as `stop`, with an end token that the target never wrote."""
     with serving(readable_target, tokenizer) as server:
         server.finish_reasons = {"a mat": reason}
         message = rf"finish_reason is {reason!r}.*asked prompt 3 \(from 0, of 5\), 'a mat'"
         with pytest.raises(StoppedError, match=message):
             ask(server.url, tokenizer, output_dir=tmp_path, batch_size=1, shard_size=1, num_completions=2)
-        assert len(server.requests) == 1 + 3 + times
+        assert len(server.requests) == 1 + 3 + 1
     assert len(list(tmp_path.glob("data/train-*"))) == 3
 
 

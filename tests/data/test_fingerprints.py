@@ -1,6 +1,7 @@
 import torch
 
-from hf_draftkd.data.fingerprints import template_hash, text_hash, weights_fingerprint
+from hf_draftkd.data.fingerprints import template_hash, text_hash
+from hf_draftkd.models.identity import weights_fingerprint
 from tests.data.small import make_target, make_tokenizer
 
 

@@ -46,7 +46,7 @@ def test_a_template_that_changes_the_prompt_is_refused():
 
 
 def test_missing_columns_are_named(tokenizer):
-    with pytest.raises(ValueError, match="no column 'completion'"):
+    with pytest.raises(ValueError, match="column 'completion'"):
         with_token_ids(Dataset.from_list([{"prompt": "x"}]), tokenizer)
 
 

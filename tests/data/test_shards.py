@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 
 from hf_draftkd.data import shards
 from hf_draftkd.data.generation import generate_alignment_data
@@ -166,7 +166,7 @@ def test_a_full_disk_leaves_the_finished_shards_valid(tmp_path, target, tokenize
         return write(rows, path)
 
     monkeypatch.setattr(shards, "write_parquet", onto_a_full_device)
-    with pytest.raises(RuntimeError, match=r"disk is full.* 2 of 5 shards are finished"):
+    with pytest.raises(RuntimeError, match=r"disk is full.* 2 shards are finished"):
         generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
     assert len(list(tmp_path.glob("data/*"))) == 2
     monkeypatch.undo()
@@ -192,19 +192,3 @@ def test_several_processes_without_a_folder_are_refused(target, tokenizer, monke
     monkeypatch.setitem(state.__dict__, "num_processes", 2)
     with pytest.raises(ValueError, match="output_dir"):
         generate_alignment_data(target, tokenizer, TEXTS, **OPTIONS)
-
-
-def test_a_shard_that_a_second_run_wrote_too_ends_nothing(tmp_path, monkeypatch):
-    """The same command twice: the one that is done first clears the folder, and the file goes that the other writes."""
-    rows = Dataset.from_dict({"prompt": ["a"]})
-    (tmp_path / "data").mkdir()
-    write = shards.write_parquet
-
-    def beside_one_that_is_done(rows, path):
-        write(rows, path)
-        write(rows, shards.shard_path(tmp_path, 0, 1))
-        shards.remove_leftovers(tmp_path)
-
-    monkeypatch.setattr(shards, "write_parquet", beside_one_that_is_done)
-    shards.write_shard(tmp_path, 0, 1, rows)
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["train-00000-of-00001.parquet"]
