@@ -107,7 +107,7 @@ def test_bad_input(tokenizer):
         curate_prompts(data, tokenizer, text_column="texts")
     with pytest.raises(ValueError, match="No prompt could be cut"):
         curate_prompts(data, tokenizer, min_tokens=1000)
-    with pytest.raises(ValueError, match=r"Row 0 .* no text \(int\)"):
+    with pytest.raises(ValueError, match=r"Row 0 .* not text \(int\)"):
         curate_prompts(Dataset.from_dict({"text": [1]}), tokenizer)
     with pytest.raises(ValueError, match="opening_tokens"):
         curate_prompts(data, tokenizer, opening_tokens=0)
