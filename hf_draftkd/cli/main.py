@@ -5,7 +5,6 @@ Nothing heavy is imported before a command is known, so that `draftkd --help` an
 
 import sys
 from importlib import import_module
-from typing import Any
 
 from hf_draftkd import __version__
 from hf_draftkd.cli.errors import UsageError
@@ -54,13 +53,10 @@ def dispatch(argv: list[str]) -> int:
         return 2
     try:
         run = import_module(f"hf_draftkd.cli.{command}").run
-        from transformers.utils import logging
+        from hf_draftkd.models.identity import without_weight_bars
 
-        hook = logging.set_tqdm_hook(_without_loading_bars)
-        try:
+        with without_weight_bars():
             return run(options)
-        finally:
-            logging.set_tqdm_hook(hook)
     # A lost connection, or a loss that is not finite, is not the user's mistake, but its message says it all.
     except (UsageError, ConnectionError, FloatingPointError) as error:
         # It may quote a stranger's file, template or server.
@@ -69,11 +65,6 @@ def dispatch(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"draftkd {command}: interrupted", file=sys.stderr)
         return 130
-
-
-def _without_loading_bars(bar: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Leave out the bar that transformers shows for every model it loads, however small."""
-    return bar(*args, **options | {"disable": options.get("disable") or options.get("desc") == "Loading weights"})
 
 
 def main() -> None:

@@ -149,7 +149,7 @@ def loaded_checksum(model: PreTrainedModel) -> str | None:
     if is_adapted or getattr(model, "hf_quantizer", None) is not None:
         return None
     try:
-        with tempfile.TemporaryDirectory() as folder, without_progress_bars():
+        with tempfile.TemporaryDirectory() as folder, without_weight_bars():
             model.save_pretrained(folder)
             return weights_checksum(Path(folder), model.dtype)
     except OSError as error:
@@ -174,15 +174,18 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 
 
 @contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Switch off transformers' bars ("Loading weights", "Writing model shards") and put the user's choice back."""
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def without_weight_bars() -> Iterator[None]:
+    """Leave out the bars that transformers shows for every model it reads or writes; downloads keep theirs."""
+
+    def hook(bar: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        is_idle = options.get("desc") in ("Loading weights", "Writing model shards")
+        return bar(*args, **options | ({"disable": True} if is_idle else {}))
+
+    previous = logging.set_tqdm_hook(hook)
     try:
         yield
     finally:
-        if was_enabled:
-            logging.enable_progress_bar()
+        logging.set_tqdm_hook(previous)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[Path, str, safe_open]]:

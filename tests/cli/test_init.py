@@ -41,6 +41,7 @@ def test_the_text_model_of_a_multimodal_one(tmp_path, capsys):
     assert "draftkd init --text_of" in capsys.readouterr().err
     assert dispatch([*command, "--text_of", str(tmp_path / "whole"), "--target_model", "x"]) == 2
     assert dispatch([*command, "--text_of", str(tmp_path / "whole")]) == 0
+    assert "weights:" not in capsys.readouterr().err  # a bar of transformers for each model
     checkpoint = resolve(tmp_path / "text")
     assert checkpoint.config.get_text_config() is checkpoint.config
     assert len(checkpoint.tokenizer) == 300
