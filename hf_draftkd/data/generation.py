@@ -21,6 +21,7 @@ from hf_draftkd.data.target_cache import with_cache
 from hf_draftkd.data.targets import local_target, remote_target, served_context
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.models.context import context_length
+from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.tokenizers import tokenizer_size
 from hf_draftkd.utils.hashing import derived_seed
 from hf_draftkd.utils.versions import package_versions
@@ -83,6 +84,8 @@ def generate_alignment_data(
         raise ValueError(
             f"`target_model` is a name ({target_model!r}). Load it with `load_target`, or give `endpoint`."
         )
+    if not isinstance(target_model, str):
+        require_loaded(target_model)
     template_options = template_options or {}
     folder = None if config.output_dir is None else Path(config.output_dir)
     day = day_begun(folder)

@@ -146,6 +146,11 @@ def _check_folder(folder: str | Path) -> Checkpoint:
             "`assistant_model`. Merge it: `model.merge_and_unload().save_pretrained(folder)`, or publish the "
             "`--output_dir` of `draftkd train`, which is merged, and not one of its checkpoints."
         )
+    if checkpoint.is_multimodal:
+        raise ValueError(
+            f"{str(folder)!r} holds a multimodal model, which cannot be passed as `assistant_model`. Publish its text "
+            f"model: `draftkd init --text_of {folder} --output_dir DIRECTORY`."
+        )
     if getattr(checkpoint.config, "auto_map", None):
         raise ValueError(
             f"The config of {str(folder)!r} names custom code (`auto_map`). Code is not published with a draft, and "

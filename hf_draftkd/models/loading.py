@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.models.identity import remember_checkpoint
-from hf_draftkd.models.resolve import ADAPTER_CONFIG_NAME, Checkpoint, resolve
+from hf_draftkd.models.resolve import ADAPTER_CONFIG_NAME, Checkpoint, check_config, resolve
+from hf_draftkd.models.text_model import extract_text_model
 from hf_draftkd.utils.checks import one_of
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -38,7 +39,7 @@ def load_target(
 
     Args:
         name_or_path: Local directory, Hub id, an object with `repo_id` and `revision`, or a `Checkpoint`. A PEFT
-            adapter is merged into its base model.
+            adapter is merged into its base model; of a multimodal model it is the text model (`extract_text_model`).
         revision: Branch, tag or commit on the Hub.
         dtype: Of the weights: "auto" (as saved), a name such as "bfloat16", or a `torch.dtype`.
         device_map: As in transformers; None loads onto the CPU.
@@ -105,16 +106,18 @@ def load_tokenizer(
 
 
 def require_loaded(*models: Any) -> None:
-    """Refuse a name or a path where a model is needed.
+    """Make sure that models in memory can be target or draft: the checks that loading makes of a checkpoint.
 
     Raises:
-        ValueError: One of them is a name.
+        ValueError: One is a name or a path, or not a decoder-only language model that transformers decodes with
+            speculatively (see `check_config`).
     """
     for model in models:
         if isinstance(model, str | Path):
             raise ValueError(
                 f"{str(model)!r} is a name: load the model with `load_target`, or `load_draft`, and give that."
             )
+        check_config(model.config, model.name_or_path or type(model).__name__)
 
 
 def _load(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
@@ -126,6 +129,8 @@ def _load(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
     config = checkpoint.config  # refuses what is not a usable causal LM
     if checkpoint.is_adapter:
         model = _load_merged(checkpoint, options)
+    elif checkpoint.is_multimodal:
+        model = _load_text_of(checkpoint, options)
     else:
         # Loading changes a config.
         model = _load_plain(checkpoint, options | {"config": copy.deepcopy(config)})
@@ -162,6 +167,17 @@ def _load_plain(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedMo
             "missing. Give a model that was saved whole, head included."
         )
     return model
+
+
+def _load_text_of(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedModel:
+    name = checkpoint.name
+    if options["quantization_config"] is not None:
+        raise ValueError(
+            f"{name!r} is multimodal, and its text model cannot be taken out of quantised weights. Save it once, with "
+            f"`draftkd init --text_of {name} --output_dir DIRECTORY`, and load that quantised."
+        )
+    given = {key: value for key, value in options.items() if value is not None}
+    return extract_text_model(name, revision=checkpoint.revision, **given)
 
 
 def _load_merged(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedModel:

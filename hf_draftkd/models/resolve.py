@@ -29,7 +29,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
 from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -38,6 +42,7 @@ from transformers.utils import (
     cached_file,
 )
 
+from hf_draftkd.models.text_model import is_multimodal, text_class, text_config
 from hf_draftkd.utils.checks import nearest
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -80,6 +85,10 @@ class Checkpoint:
     def is_adapter(self) -> bool:
         return ADAPTER_CONFIG_NAME in self.files and not self.has_weights
 
+    @property
+    def is_multimodal(self) -> bool:
+        return not self.is_adapter and is_multimodal(self._config)
+
     @cached_property
     def base(self) -> "Checkpoint":
         """Of a PEFT adapter: the model it was trained on.
@@ -96,7 +105,9 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """The config of this model, or of an adapter's base, once it is clear that a causal LM can be loaded.
+        """The config of this model, of an adapter's base, or of a multimodal model's text part.
+
+        It is read once it is clear that a causal LM can be loaded.
 
         Raises:
             ValueError: The weights are missing or only a pickle, or this is not a decoder-only language model.
@@ -108,7 +119,10 @@ class Checkpoint:
                 return base.config
             except ValueError as error:
                 raise ValueError(_unusable_base(self, error)) from error
-        check_config(self._config, self.name)
+        config = self._config
+        if self.is_multimodal and text_class(config) is not None:
+            config = text_config(config, repr(self.name))  # what `load_target` takes out of it
+        check_config(config, self.name)
         if SAFE_WEIGHTS_NAME not in self.files:
             # transformers reads whatever file the index names, pickles too.
             read_index(Path(str(cached_file(self.name, SAFE_WEIGHTS_INDEX_NAME, revision=self.revision))))
@@ -218,18 +232,20 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
     """Refuse a config that is not a decoder-only language model's.
 
     Raises:
-        ValueError: Encoder-decoder, vision or audio model, a classifier, or a model whose state cannot be rolled back.
+        ValueError: An encoder or encoder-decoder, a multimodal model, a classifier, or a model whose state cannot be
+            rolled back.
     """
     instead = "Speculative decoding needs two decoder-only causal language models: choose one."
     kind = f"{name!r} (model type {config.model_type!r})"
     if config.is_encoder_decoder:
         raise ValueError(f"{kind} is an encoder-decoder model. {instead}")
-    modality = next((m for m in ("vision", "audio") if getattr(config, f"{m}_config", None) is not None), None)
-    if modality:
-        raise ValueError(
-            f"{kind} is a model with {modality} input. {instead} Its text model can be one: `draftkd init --text_of "
-            "MODEL`, or `extract_text_model`, takes it out; give the directory it is saved to."
+    if is_multimodal(config):
+        way = (
+            " Its text model alone will do: `extract_text_model(model)`, or `draftkd init --text_of NAME`."
+            if text_class(config)
+            else ""
         )
+        raise ValueError(f"{kind} is a model with other input than text. {instead}{way}")
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return  # The model brings its own code, and trust_remote_code was given or the config would not have loaded.
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -239,6 +255,8 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
     other = [name for name in config.architectures or [] if name not in causal and not name.endswith("Model")]
     if other:
         raise ValueError(f"{kind} was saved as {other[0]}, which has no language-modelling head. {instead}")
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise ValueError(f"{kind} reads text in both directions (its config has no `is_decoder=True`). {instead}")
     if any(getattr(c, "_is_stateful", False) for c in _as_tuple(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])):
         raise ValueError(
             f"{kind} keeps a running state that cannot be taken back when a drafted token is rejected, so transformers "

@@ -49,15 +49,17 @@ def extract_text_model(model_or_path: Any, **options: Any) -> PreTrainedModel:
     if not is_multimodal(model.config):
         raise ValueError(f"{name} is a text model already ({model.config.model_type!r}): use it as it is.")
     _check_plain(model, name)
-    text_class, config = _class_and_config(model.config, name)
+    config = text_config(model.config, name)
+    found = text_class(model.config)
+    assert found is not None
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
     config.tie_word_embeddings = tied
-    config.architectures = [text_class.__name__]
+    config.architectures = [found.__name__]
     config._attn_implementation = decoder.config._attn_implementation
 
     with init_empty_weights(include_buffers=False):
-        text = text_class(config)
+        text = found(config)
     text.base_model.load_state_dict(decoder.state_dict(), strict=False, assign=True)
     text.get_output_embeddings().load_state_dict(head.state_dict(), assign=True)
     if tied:
@@ -90,31 +92,12 @@ def text_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     return found[0] if isinstance(found, tuple) else found
 
 
-def _load_whole(path: Any, options: dict[str, Any]) -> PreTrainedModel:
-    config = transformers.AutoConfig.from_pretrained(path, revision=options.get("revision"))
-    # The class it was saved as: the automatic classes take some of these checkpoints for text models.
-    whole_class = getattr(transformers, (config.architectures or [""])[0], None)
-    if whole_class is None:
-        raise ValueError(
-            f"{str(path)!r} does not say which class of transformers it was saved as (architectures: "
-            f"{config.architectures}). Load it yourself and give the model to `extract_text_model`."
-        )
-    return whole_class.from_pretrained(path, use_safetensors=True, **options).eval()
+def text_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """The config of a multimodal model's text part, for the class that `text_class` says.
 
-
-def _check_plain(model: PreTrainedModel, name: str) -> None:
-    instead = (
-        "Extract and save the text model once, on the CPU in plain weights (`draftkd init --text_of MODEL`, or "
-        "`extract_text_model(path).save_pretrained(directory)`), and load that as you like."
-    )
-    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(f"{name} is quantised, and its text model cannot be taken out of packed weights. {instead}")
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or torch.device("meta") in devices:
-        raise ValueError(f"{name} is spread over several devices. {instead}")
-
-
-def _class_and_config(config: PreTrainedConfig, name: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    Raises:
+        ValueError: There is no such class.
+    """
     text, found = config.get_text_config(decoder=True), text_class(config)
     if found is None:
         raise ValueError(
@@ -131,7 +114,36 @@ def _class_and_config(config: PreTrainedConfig, name: str) -> tuple[type[PreTrai
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(new, key, None) is None:
             setattr(new, key, getattr(config, key, None))
-    return found, new
+    return new
+
+
+def _load_whole(path: Any, options: dict[str, Any]) -> PreTrainedModel:
+    config = transformers.AutoConfig.from_pretrained(path, revision=options.get("revision"))
+    # The class it was saved as: the automatic classes take some of these checkpoints for text models.
+    whole_class = getattr(transformers, (config.architectures or [""])[0], None)
+    if whole_class is None:
+        raise ValueError(
+            f"{str(path)!r} does not say which class of transformers it was saved as (architectures: "
+            f"{config.architectures}). Load it yourself and give the model to `extract_text_model`."
+        )
+    model, info = whole_class.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+    # transformers fills what a checkpoint lacks with random numbers and continues.
+    missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if missing:
+        raise ValueError(f"The weights of {str(path)!r} are incomplete: {missing[0]} is missing. Save the model again.")
+    return model.eval()
+
+
+def _check_plain(model: PreTrainedModel, name: str) -> None:
+    instead = (
+        "Extract and save the text model once, on the CPU in plain weights (`draftkd init --text_of MODEL`, or "
+        "`extract_text_model(path).save_pretrained(directory)`), and load that as you like."
+    )
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{name} is quantised, and its text model cannot be taken out of packed weights. {instead}")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        raise ValueError(f"{name} is spread over several devices. {instead}")
 
 
 def _share_buffers(text: nn.Module, decoder: nn.Module) -> None:

@@ -9,7 +9,6 @@ from transformers.generation.configuration_utils import GenerationMode
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import check_own_tokenizer, check_weights_apart
-from hf_draftkd.models.resolve import check_config
 
 
 def check_pair(draft: Any, target: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -20,8 +19,6 @@ def check_pair(draft: Any, target: Any, tokenizer: PreTrainedTokenizerBase | Non
             processes.
     """
     require_loaded(draft, target)
-    for model in (draft, target):
-        check_config(model.config, model.name_or_path or type(model).__name__)
     if tokenizer is not None:
         check_own_tokenizer(unwrapped(draft), tokenizer)
         check_own_tokenizer(unwrapped(target), tokenizer, is_target=True)

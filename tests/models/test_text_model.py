@@ -2,11 +2,15 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, Mamba2Config, Qwen3ForCausalLM
 
+from hf_draftkd.data.generation import generate_alignment_data
+from hf_draftkd.evaluation.evaluate import evaluate_draft
+from hf_draftkd.models.building import build_draft
+from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.text_model import extract_text_model
 from tests.multimodal import MULTIMODAL, tiny_multimodal
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 IDS = torch.arange(3, 290).reshape(7, 41)
 
@@ -101,3 +105,58 @@ def test_what_cannot_be_extracted_says_why():
     alone.config.text_config.model_type = "qwen9_vl_text"
     with pytest.raises(ValueError, match="no causal LM class in transformers"):
         extract_text_model(alone)
+
+
+@pytest.mark.parametrize("name", ["Gemma3", "Qwen3VL"])
+def test_load_target_and_load_draft_take_the_text_model_out(name, tmp_path):
+    whole = _shaken(tiny_multimodal(name))
+    whole.save_pretrained(tmp_path)
+    target, draft = load_target(tmp_path), load_draft(tmp_path)
+    assert torch.equal(_logits(target), _logits(whole))
+    assert not any(parameter.requires_grad for parameter in target.parameters())
+    assert all(parameter.requires_grad for parameter in draft.parameters())
+    with pytest.raises(ValueError, match=r"draftkd init --text_of"):
+        load_target(tmp_path, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+
+def test_incomplete_weights_are_refused(tmp_path):
+    """Transformers fills them with random numbers."""
+    whole = tiny_multimodal("Qwen3VL")
+    state = {name: value for name, value in whole.state_dict().items() if name != "lm_head.weight"}
+    whole.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is missing"):
+        load_target(tmp_path)
+
+
+IN_MEMORY = {
+    "Gemma3": lambda: tiny_multimodal("Gemma3"),
+    "Qwen3VL": lambda: tiny_multimodal("Qwen3VL"),
+    "Mamba2": lambda: AutoModelForCausalLM.from_config(
+        Mamba2Config(hidden_size=16, num_heads=4, head_dim=8, state_size=8, num_hidden_layers=1, vocab_size=300)
+    ),
+    "Bert": lambda: AutoModelForCausalLM.from_config(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=300)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Gemma3", r"extract_text_model\(model\)"),
+        ("Qwen3VL", r"extract_text_model\(model\)"),
+        ("Mamba2", "running state"),
+        ("Bert", "both directions"),
+    ],
+)
+def test_models_in_memory_are_checked_as_loaded_ones_are(name, reason):
+    """They ended late or obscurely, and `build_draft(share=...)` made a draft with a vision tower."""
+    model, tokenizer = IN_MEMORY[name](), tiny_tokenizer()
+    with pytest.raises(ValueError, match=reason):
+        build_draft(model, share=0.5)
+    with pytest.raises(ValueError, match=reason):
+        generate_alignment_data(model, tokenizer, ["a prompt"])
+    with pytest.raises(ValueError, match=reason):
+        evaluate_draft(tiny_llama(), model, tokenizer, ["a prompt"])
+    with pytest.raises(ValueError, match=reason):
+        evaluate_draft(model, tiny_llama(), tokenizer, ["a prompt"])
