@@ -21,7 +21,9 @@ from transformers import (
 )
 
 from hf_draftkd.models import loading
+from hf_draftkd.models.identity import model_revision
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
+from hf_draftkd.models.pairing import check_own_tokenizer
 from hf_draftkd.models.resolve import check_model, resolve
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -257,6 +259,20 @@ def test_a_cached_hub_model_loads_without_the_network(saved, tmp_path, monkeypat
     assert load_target("org/name").config.hidden_size == 16
     assert load_draft("org/name", revision=commit).config.hidden_size == 16
     assert len(load_tokenizer("org/name")) == 300
+
+    # Looked up once, it is asked for no more, and stays at its commit.
+    asked = []
+
+    def model_info(self, repo_id, **_):
+        asked.append(repo_id)
+        raise HTTPError("502 Bad Gateway")
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    checkpoint = resolve("org/name")
+    draft = load_draft(checkpoint)
+    assert model_revision(draft) == checkpoint.revision == commit
+    check_own_tokenizer(draft, load_tokenizer(checkpoint))
+    assert asked == ["org/name"]
     with pytest.raises(ValueError, match="Hub cannot be asked"):
         load_target("org/other")
 
