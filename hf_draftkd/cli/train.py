@@ -10,7 +10,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.data.sources import open_dataset
-from hf_draftkd.training.checkpoints import UNFINISHED, last_complete_checkpoint, only_run
+from hf_draftkd.training.checkpoints import last_complete_checkpoint, only_run
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.trainer import DraftDistillTrainer
 
@@ -41,12 +41,12 @@ class TrainOptions:
     eval_dataset_split: str = field(default="train", metadata={"help": "Split of the held-out data."})
     mix_dataset: str | None = field(
         default=None,
-        metadata={"help": "Text to strew into the training data, against forgetting: an id, a file or a folder."},
+        metadata={"help": "Text to interleave with the training data, against forgetting: an id, a file or a folder."},
     )
     mix_dataset_config: str | None = field(default=None, metadata={"help": "Its configuration (subset) on the Hub."})
     mix_dataset_split: str = field(default="train", metadata={"help": "Its split."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew in an output directory that is not empty."}
+        default=False, metadata={"help": "Start again in an output directory that is not empty."}
     )
 
 
@@ -71,7 +71,7 @@ def run(argv: list[str]) -> int:
     if options.overwrite_output_dir and trainer.is_world_process_zero():
         # Checkpoints of an earlier run would be taken for this run's own when it is resumed. They go only now, when
         # nothing more can be refused.
-        for old in [*Path(args.output_dir).glob("checkpoint-*"), Path(args.output_dir) / UNFINISHED]:
+        for old in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(old, ignore_errors=True)
     if trainer.is_world_process_zero():
         processes = trainer.accelerator.num_processes
@@ -118,7 +118,7 @@ def build_trainer(options: TrainOptions, args: DraftDistillConfig, model_config:
 
 
 def _where_to_start(args: DraftDistillConfig, *, overwrite: bool) -> Any:
-    """The checkpoint to go on from, None for a start; refuses to write over anything else."""
+    """The checkpoint to resume from, None for a start; refuses to write over anything else."""
     directory = Path(args.output_dir)
     wanted = args.resume_from_checkpoint
     # `true`, as YAML and transformers' own scripts have it, means what is done anyway: the newest complete one.
@@ -126,7 +126,7 @@ def _where_to_start(args: DraftDistillConfig, *, overwrite: bool) -> Any:
         if str(wanted).lower() == "false":
             raise UsageError(
                 "`resume_from_checkpoint: false` is not needed: a run starts where there is no checkpoint. To start "
-                "anew where there is one, pass `--overwrite_output_dir`."
+                "again where there is one, pass `--overwrite_output_dir`."
             )
         if not Path(str(wanted)).is_dir():
             raise UsageError(f"`--resume_from_checkpoint {wanted}` is not a directory.")
@@ -137,10 +137,10 @@ def _where_to_start(args: DraftDistillConfig, *, overwrite: bool) -> Any:
     if last is None:
         useless = f" ({'; '.join(skipped)})" if skipped else ""
         raise UsageError(
-            f"`--output_dir {directory}` is not empty and holds no checkpoint to go on from{useless}. Name another "
+            f"`--output_dir {directory}` is not empty and holds no checkpoint to resume from{useless}. Name another "
             "directory, or pass `--overwrite_output_dir`."
         )
     for reason in skipped:
-        print(f"Not gone on from: {reason}")
-    print(f"Going on from {last}. Pass `--overwrite_output_dir` to start anew.")
+        print(f"Not resumed from {reason}")
+    print(f"Resuming from {last}. Pass `--overwrite_output_dir` to start again.")
     return last

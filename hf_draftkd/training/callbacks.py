@@ -1,4 +1,4 @@
-"""Acceptance while training: figures at several draft lengths, and a plot at the end."""
+"""Acceptance while training: metrics at several draft lengths, and a plot at the end."""
 
 import logging
 import math
@@ -29,7 +29,7 @@ def with_acceptance(
     return given if any(isinstance(each, AcceptanceCallback) for each in given) else [*given, AcceptanceCallback()]
 
 
-def asked_figures(callbacks: list[TrainerCallback], usual_length: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def asked_metrics(callbacks: list[TrainerCallback], usual_length: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """The draft lengths beside `usual_length`, and the temperatures, that a trainer's present callbacks ask for."""
     asking = [callback for callback in callbacks if isinstance(callback, AcceptanceCallback)]
     lengths = {length for callback in asking for length in callback.num_assistant_tokens}
@@ -63,10 +63,10 @@ class AcceptanceCallback(TrainerCallback):
     lengths, or remove it with `trainer.remove_callback(AcceptanceCallback)`.
 
     - `trainer.evaluate()` also reports `eval_block_efficiency_at_γ` (tokens per target call) at each of its draft
-      lengths. Like all figures they go wherever `report_to` says, and `metric_for_best_model` takes them.
+      lengths. Like all metrics they go wherever `report_to` says, and `metric_for_best_model` takes them.
     - The rate at which draft tokens are accepted when sampling at another temperature than 1 is
       `eval_acceptance_rate_t0.7`, on any text; at 0, `eval_acceptance_rate_t0` is the share of tokens where draft and
-      target like the same one best.
+      target find the same one likeliest.
     - Block efficiency is exact only for text that the target wrote under the very setting. So
       `eval_block_efficiency_t0` and `eval_block_efficiency_at_γ_t0` are those of the rows recorded at temperature 0
       (`_t0.7_p0.95_k50_r1.1`: with top-p, top-k and a repetition penalty), and absent where there is no such row.

@@ -1,7 +1,5 @@
 """What a distillation run is made of: `SFTConfig` plus the few values that distilling adds."""
 
-import difflib
-import math
 import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,7 +11,8 @@ from hf_draftkd.data.mixing import parse_mix
 from hf_draftkd.data.shards import launched_on_cpus
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import DIVERGENCES, get_divergence
-from hf_draftkd.training.positions import TOKEN_SELECTIONS
+from hf_draftkd.training.token_selection import TOKEN_SELECTIONS
+from hf_draftkd.utils.checks import in_range, one_of, whole_number
 
 # Inherited options that would silently do nothing here, each with what to use instead. A value other than the default
 # is refused by name.
@@ -22,10 +21,10 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "The target's own distribution already smooths the labels."),
     "router_aux_loss_coef": (None, "The draft's load-balancing loss is not part of distillation."),
     "use_liger_kernel": (False, "Liger replaces the forward pass that the distillation loss reads its logits from."),
-    "batch_eval_metrics": (False, "Figures are summed over all texts before dividing; see `trainer.evaluate()`."),
+    "batch_eval_metrics": (False, "Metrics are summed over all texts before dividing; see `trainer.evaluate()`."),
     "hub_strategy": ("end", "A draft is published whole and measured: call `trainer.push_to_hub()` after training."),
     "truncation_mode": ("keep_start", "A completion without its prompt is not what the target was asked."),
-    "include_for_metrics": ([], "Read the figures from `trainer.evaluate()`."),
+    "include_for_metrics": ([], "Read the metrics from `trainer.evaluate()`."),
 }
 
 
@@ -34,6 +33,11 @@ def bf16_is_usable() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return hasattr(torch, "xpu") and torch.xpu.is_available()
+
+
+def _option(default: Any, help_text: str) -> Any:
+    """A field whose text `draftkd train --help` shows."""
+    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass
@@ -95,7 +99,7 @@ class DraftDistillConfig(SFTConfig):
             of the papers' methods in [`hf_draftkd.training.rollouts`](rollouts.py). Ablation: the target's text is
             ahead by far while the draft is poor.
         seq_kd (`bool`, *optional*, defaults to `False`):
-            Whether the target writes the completions of all other steps, anew in each epoch. Text that it wrote once
+            Whether the target writes the completions of all other steps, again in each epoch. Text that it wrote once
             and kept ([`generate_alignment_data`]) costs its seconds once, and is as good in the ablation.
         skd_top_k (`int`, *optional*):
             Whether, and how strictly, the target corrects the draft while it writes: each token that is not among the
@@ -115,7 +119,7 @@ class DraftDistillConfig(SFTConfig):
         token_selection (`str`, *optional*, defaults to `"all"`):
             - `"all"` completion tokens alike. Ablation: no selection is ahead of it.
             - `"adaspec"` (arXiv 2510.19779): the `selected_share` of tokens where the draft's loss exceeds that of the
-              trainer's `reference_model` most, a copy of the draft that was distilled before. Chosen anew in each
+              trainer's `reference_model` most, a copy of the draft that was distilled before. Chosen again in each
               batch, as in the paper: so here, unlike elsewhere, batch size × accumulation steps changes the result.
               With `divergence="cross_entropy"` it needs no target.
             - `"after_first_rejection"`: each token by how likely speculative decoding, started with the completion,
@@ -125,7 +129,7 @@ class DraftDistillConfig(SFTConfig):
               the target wrote greedily these are exactly the tokens from the first rejection on. Needs no target.
 
             Losses are divided by the number of all completion tokens, selected or not (as AdaSPEC's own code does),
-            and figures of `evaluate()` are of all of them. For weights of your own override
+            and metrics of `evaluate()` are of all of them. For custom weights override
             [`DraftDistillTrainer.token_weights`].
         selected_share (`float`, *optional*, defaults to `0.4`):
             Share of tokens that `"adaspec"` learns from, in (0, 1]. The default is the paper's.
@@ -135,10 +139,10 @@ class DraftDistillConfig(SFTConfig):
         eval_num_assistant_tokens (`int`, *optional*, defaults to `5`):
             Draft length γ at which `eval_block_efficiency` is reported.
         metric_for_best_model (`str`, *optional*):
-            As in [`~transformers.TrainingArguments`]: any figure of `evaluate()`, such as `eval_block_efficiency`; with
+            As in [`~transformers.TrainingArguments`]: any metric of `evaluate()`, such as `eval_block_efficiency`; with
             several evaluation sets by name, `eval_{name}_block_efficiency`. `load_best_model_at_end` chooses by `loss`
-            where nothing is said, and with `divergence="tvd_plus_plus"`, whose value says nothing, by
-            `eval_acceptance_rate`. A figure that the data cannot give is refused.
+            where nothing is said, and with `divergence="tvd_plus_plus"`, whose value means nothing, by
+            `eval_acceptance_rate`. A metric that the data cannot give is refused.
 
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]:
@@ -158,97 +162,58 @@ class DraftDistillConfig(SFTConfig):
     >
     > Refused, since they would do nothing here: `loss_type`, `label_smoothing_factor`, `router_aux_loss_coef`,
     > `use_liger_kernel`, `batch_eval_metrics`, `include_for_metrics`, `truncation_mode="keep_end"`. Refused as
-    > well: a `chat_template_path` that is no `.jinja` file, since it would give the draft another vocabulary.
+    > well: a `chat_template_path` that is not a `.jinja` file, since it would give the draft another vocabulary.
 
     Raises:
         ValueError: A value is out of range or of an unknown name, or a refused option is set.
     """
 
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={"help": "Older name of `activation_checkpointing`. Off by default: a draft is small."},
+    gradient_checkpointing: bool | None = _option(
+        None, "Older name of `activation_checkpointing`. Off by default: a draft is small."
     )
-    learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
-    max_length: int | None = field(
-        default=2048,
-        metadata={"help": "Longest prompt and completion together, in tokens; longer rows are cut at the end."},
+    learning_rate: float = _option(3e-4, "The initial learning rate for AdamW.")
+    max_length: int | None = _option(
+        2048, "Longest prompt and completion together, in tokens; longer rows are cut at the end."
     )
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Leave off: a loss that is not finite stops the run instead of being hidden."},
+    logging_nan_inf_filter: bool = _option(
+        False, "Leave off: a loss that is not finite stops the run instead of being hidden."
     )
 
-    hub_strategy: str = field(
-        default="end", metadata={"help": "Only 'end': a draft is published whole, in one commit, after training."}
-    )
+    hub_strategy: str = _option("end", "Only 'end': a draft is published whole, in one commit, after training.")
 
-    target_model_revision: str | None = field(
-        default=None, metadata={"help": "Revision of the target, when it is given as an id."}
-    )
+    target_model_revision: str | None = _option(None, "Revision of the target, when it is given as an id.")
     target_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments for loading the target, as JSON: dtype, device_map, quantization_config."},
     )
-    shard_target: bool = field(
-        default=True, metadata={"help": "Whether FSDP shards the target too; False keeps it whole on each process."}
+    shard_target: bool = _option(True, "Whether FSDP shards the target too; False keeps it whole on each process.")
+    divergence: str = _option(
+        "forward_kl", f"How draft and target are compared at each token: {', '.join(DIVERGENCES)}."
     )
-    divergence: str = field(
-        default="forward_kl",
-        metadata={"help": f"How draft and target are compared at each token: {', '.join(DIVERGENCES)}."},
-    )
-    loss_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of both distributions inside the loss; unrelated to sampling."}
-    )
-    beta: float = field(
-        default=0.5, metadata={"help": "Mixture weight of generalized_jsd: 0 is forward KL, 1 is reverse KL."}
-    )
-    eta: float = field(
-        default=3.0, metadata={"help": "How fast lk_hybrid moves from KL to total variation as acceptance grows."}
-    )
-    tvd_estimator: str = field(
-        default="sampled", metadata={"help": "tvd_plus_plus: 'sampled' (one token per position) or 'full'."}
-    )
-    tvd_statistics: str = field(
-        default="batch", metadata={"help": "tvd_plus_plus: rewards are normalised over the 'batch' or per 'token'."}
-    )
-    cross_entropy_weight: float = field(
-        default=0.0, metadata={"help": "Share of the loss that is cross-entropy on the completion, in [0, 1]."}
-    )
-    mix: str | None = field(
-        default=None,
-        metadata={"help": "Parts of training data to parts of `mix_dataset`: 9:1 where one is given."},
-    )
-    lmbda: float = field(
-        default=0.0, metadata={"help": "Share of the steps whose completions the draft writes: 1.0 is on-policy."}
-    )
-    seq_kd: bool = field(default=False, metadata={"help": "Let the target write the completions of all other steps."})
-    skd_top_k: int | None = field(
-        default=None, metadata={"help": "The target replaces tokens of the draft outside its own k likeliest (SKD)."}
-    )
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest completion written while training."})
-    generation_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of completions written while training; 0 is greedy."}
-    )
-    generation_top_p: float = field(default=1.0, metadata={"help": "Probability mass they are sampled from."})
-    generation_top_k: int = field(
-        default=0, metadata={"help": "Number of likeliest tokens they are sampled from; 0 is all."}
-    )
-    token_selection: str = field(
-        default="all", metadata={"help": f"Which completion tokens are learned from: {', '.join(TOKEN_SELECTIONS)}."}
-    )
-    selected_share: float = field(
-        default=0.4, metadata={"help": "Share of the tokens that token_selection='adaspec' learns from, in (0, 1]."}
-    )
-    eval_num_assistant_tokens: int = field(
-        default=5, metadata={"help": "Draft length at which eval_block_efficiency is reported."}
-    )
+    loss_temperature: float = _option(1.0, "Temperature of both distributions inside the loss; unrelated to sampling.")
+    beta: float = _option(0.5, "Mixture weight of generalized_jsd: 0 is forward KL, 1 is reverse KL.")
+    eta: float = _option(3.0, "How fast lk_hybrid moves from KL to total variation as acceptance grows.")
+    tvd_estimator: str = _option("sampled", "tvd_plus_plus: 'sampled' (one token per position) or 'full'.")
+    tvd_statistics: str = _option("batch", "tvd_plus_plus: rewards are normalised over the 'batch' or per 'token'.")
+    cross_entropy_weight: float = _option(0.0, "Share of the loss that is cross-entropy on the completion, in [0, 1].")
+    mix: str | None = _option(None, "Parts of training data to parts of `mix_dataset`: 9:1 where one is given.")
+    lmbda: float = _option(0.0, "Share of the steps whose completions the draft writes: 1.0 is on-policy.")
+    seq_kd: bool = _option(False, "Let the target write the completions of all other steps.")
+    skd_top_k: int | None = _option(None, "The target replaces tokens of the draft outside its own k likeliest (SKD).")
+    max_new_tokens: int = _option(128, "Longest completion written while training.")
+    generation_temperature: float = _option(1.0, "Temperature of completions written while training; 0 is greedy.")
+    generation_top_p: float = _option(1.0, "Probability mass they are sampled from.")
+    generation_top_k: int = _option(0, "Number of likeliest tokens they are sampled from; 0 is all.")
+    token_selection: str = _option("all", f"Which completion tokens are learned from: {', '.join(TOKEN_SELECTIONS)}.")
+    selected_share: float = _option(0.4, "Share of the tokens that token_selection='adaspec' learns from, in (0, 1].")
+    eval_num_assistant_tokens: int = _option(5, "Draft length at which eval_block_efficiency is reported.")
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "target_model_init_kwargs"]
 
     def __post_init__(self) -> None:
         # Checked first: a wrong value should be named before anything else is set up.
         self._check_distillation_values()
-        # Otherwise each process would train on its own, into the others' folder.
+        # Otherwise each process would train alone, into the others' folder.
         self.use_cpu = self.use_cpu or launched_on_cpus()
         if self.bf16 is None and not self.fp16:
             # TRL would turn bf16 on, and transformers then refuses to start without an accelerator.
@@ -273,7 +238,7 @@ class DraftDistillConfig(SFTConfig):
         template = self.chat_template_path
         if template is not None and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
             raise ValueError(
-                f"`chat_template_path={template!r}` is no `.jinja` file. From a model TRL would take tokens as well, "
+                f"`chat_template_path={template!r}` is not a `.jinja` file. From a model TRL would take tokens too, "
                 "and resize the draft's vocabulary, which must stay the target's. Save the template in a file, or "
                 "set it: `tokenizer.chat_template`."
             )
@@ -283,31 +248,27 @@ class DraftDistillConfig(SFTConfig):
 
     def _check_distillation_values(self) -> None:
         get_divergence(self.divergence)
-        for name, low, high, open_low in (
-            ("loss_temperature", 0.0, math.inf, True),
-            ("beta", 0.0, 1.0, False),
-            ("eta", 0.0, math.inf, False),
-            ("cross_entropy_weight", 0.0, 1.0, False),
-            ("selected_share", 0.0, 1.0, True),
-            ("lmbda", 0.0, 1.0, False),
-        ):
-            _check_number(name, getattr(self, name), low, high, open_low=open_low)
+        in_range("loss_temperature", self.loss_temperature, 0, open_low=True)
+        in_range("eta", self.eta, 0)
+        in_range("selected_share", self.selected_share, 0, 1, open_low=True)
+        for name in ("beta", "cross_entropy_weight", "lmbda"):
+            in_range(name, getattr(self, name), 0, 1)
         if not self.needs_target and self.loss_temperature != 1:
             raise ValueError(
                 f"Cross-entropy on text has no temperature, got `loss_temperature={self.loss_temperature}`."
             )
         if self.mix is not None:
             parse_mix(self.mix)
-        _check_count("eval_num_assistant_tokens", self.eval_num_assistant_tokens, "a draft length")
+        whole_number("eval_num_assistant_tokens", self.eval_num_assistant_tokens)
+        one_of("`tvd_estimator`", self.tvd_estimator, ("sampled", "full"))
+        one_of("`tvd_statistics`", self.tvd_statistics, ("batch", "token"))
+        one_of("`token_selection`", self.token_selection, TOKEN_SELECTIONS)
         self._check_writing()
-        _check_choice("tvd_estimator", self.tvd_estimator, ("sampled", "full"))
-        _check_choice("tvd_statistics", self.tvd_statistics, ("batch", "token"))
-        _check_choice("token_selection", self.token_selection, TOKEN_SELECTIONS)
 
     def _check_writing(self) -> None:
-        _check_count("max_new_tokens", self.max_new_tokens, "a number of tokens")
+        whole_number("max_new_tokens", self.max_new_tokens)
         if self.skd_top_k is not None:
-            _check_count("skd_top_k", self.skd_top_k, "how many tokens the target allows")
+            whole_number("skd_top_k", self.skd_top_k)
         try:
             _ = self.generation_setting
         except ValueError as error:
@@ -355,23 +316,3 @@ class DraftDistillConfig(SFTConfig):
     def needs_target(self) -> bool:
         """Whether the loss reads the target's distributions (white box)."""
         return self.divergence != "cross_entropy" and self.cross_entropy_weight < 1
-
-
-def _check_number(name: str, value: Any, low: float, high: float, *, open_low: bool) -> None:
-    # Values read from YAML may be strings ("1e-1"), booleans or nan: none of them is a number in range.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not (low < value if open_low else low <= value) or value > high:
-        interval = f"{'(' if open_low else '['}{low:g}, {'∞)' if math.isinf(high) else f'{high:g}]'}"
-        raise ValueError(f"`{name}` must be a number in {interval}, got {value!r}.")
-
-
-def _check_count(name: str, value: Any, what: str) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"`{name}` is {what}: a whole number, 1 or above, got {value!r}.")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.{hint}")

@@ -9,7 +9,7 @@ What the papers call their methods, and the settings that make them:
 
 | method | settings |
 |---|---|
-| supervised fine-tuning | `divergence="cross_entropy"`, data of your own |
+| supervised fine-tuning | `divergence="cross_entropy"`, your own data |
 | SeqKD (arXiv 1606.07947) | `divergence="cross_entropy"`, on the target's text: `draftkd generate`, or `seq_kd=True` |
 | supervised KD | `divergence="forward_kl"`, `lmbda=0` |
 | ImitKD (arXiv 2009.07253) | `divergence="forward_kl"`, `lmbda=0.5` |
@@ -29,16 +29,14 @@ text that was mixed in, stay as they are, and so does the text that `evaluate()`
 
 import random
 import time
-from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, Trainer
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
@@ -52,7 +50,8 @@ from hf_draftkd.training.correcting import CorrectedByTarget
 DATA, TARGET, DRAFT = "data", "target", "draft"
 # Rows of one conversation each, of which TRL learns all tokens unless it is told otherwise.
 CHAT_COLUMNS = ("messages", "conversations")
-_TALLIED = ("rows", "by_draft", "completions", "tokens", "cut", "seconds")
+# What is counted between two log entries, in this order.
+_COUNTED = ("rows", "by_draft", "completions", "tokens", "cut", "seconds")
 
 
 def writer(args: DraftDistillConfig, step: int) -> str:
@@ -72,7 +71,7 @@ def writer(args: DraftDistillConfig, step: int) -> str:
 def last_prompt(labels: list[int]) -> int:
     """How many tokens stand before the last completion of a row: what it answers.
 
-    0 where there is none, as in plain text: nobody asked for that, so nobody can write it anew.
+    0 where there is none, as in plain text: nobody asked for that, so nobody can rewrite it.
 
     Args:
         labels: -100 where a token is not learned from. In a chat, the answer is the last one.
@@ -101,8 +100,8 @@ def check_writer(args: DraftDistillConfig, *, has_target: bool) -> None:
     """
     if args.writes_completions and not has_target:
         raise ValueError(
-            f"{_asked(args)} has completions written while training, which nobody but the target can write or judge, "
-            "but `target_model` is None. Give the target, or leave it out and learn from the text of the data."
+            f"{_asked(args)} has completions written while training, which only the target can write or judge, but "
+            " `target_model` is None. Give the target, or leave it out and learn from the text of the data."
         )
 
 
@@ -126,7 +125,7 @@ def check_writing(
         # processors that call the target.
         raise ValueError(
             "`skd_top_k` needs the whole target on each process, but FSDP or DeepSpeed shard it, and processes would "
-            "wait for each other for ever. Train on one device or with DDP, or leave `skd_top_k` out."
+            "wait for each other forever. Train on one device or with DDP, or leave `skd_top_k` out."
         )
     if not (args.writes_completions and isinstance(dataset, Dataset)):
         return
@@ -137,10 +136,10 @@ def check_writing(
         if not args.assistant_only_loss and set(CHAT_COLUMNS) & set(columns):
             # TRL takes the option with the one column only.
             convert = "" if "messages" in columns else "Convert `conversations` to `messages` (`role`, `content`). "
-            instead = f"{convert}Set `assistant_only_loss=True`: then the last answer of each chat is written anew."
+            instead = f"{convert}Set `assistant_only_loss=True`: then the last answer of each chat is rewritten."
         raise ValueError(
-            f"{_asked(args)} has completions written anew, but no row of the train dataset has a prompt to complete: "
-            f"all its tokens are learned from. {instead}"
+            f"{_asked(args)} has completions written while training, but no row of the train dataset has a prompt to "
+            f"complete: all its tokens are learned from. {instead}"
         )
     check_room(longest, args, context)
 
@@ -163,7 +162,7 @@ def check_room(longest: int, args: DraftDistillConfig, context: float) -> None:
 
 
 def check_batch(batch: dict[str, Any], args: DraftDistillConfig) -> None:
-    """Refuse batches of a collator of one's own out of which rows cannot be taken again.
+    """Refuse batches of a custom collator from which rows cannot be taken again.
 
     Raises:
         ValueError: The message says what is missing.
@@ -171,70 +170,85 @@ def check_batch(batch: dict[str, Any], args: DraftDistillConfig) -> None:
     missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in batch]
     if missing:
         raise ValueError(
-            f"{_asked(args)} takes prompts out of padded batches, but `data_collator` returns no `{missing[0]}`, only "
+            f"{_asked(args)} takes prompts from padded batches, but `data_collator` returns no `{missing[0]}`, only "
             f"{', '.join(map(repr, batch))}. Return it too (an `attention_mask` is 1 at tokens and 0 at padding), or "
             "leave `data_collator` out."
         )
 
 
-class WritesCompletions(Trainer):
-    """A trainer that has completions written before it learns from them. Mix it in before another trainer class.
+class CompletionWriter:
+    """Has the completions of batches written before they are learned from.
+
+    Args:
+        args: Who writes, and how.
+        target: The prepared target, wrapped or not.
+        accelerator: Of the run.
+        tokenizer: Of both models.
+        vocab_size: Tokens that draft and target share.
+        context: Longest text that both models read, in tokens.
 
     Attributes:
-        writing_seconds: What writing has taken on this process.
+        seconds: What writing has taken on this process.
     """
 
-    args: DraftDistillConfig
-    target_model: torch.nn.Module | None
-    _shared_vocab: int
-    writing_seconds: float = 0.0
-    # Longest text that both models read.
-    _context: float
+    def __init__(
+        self,
+        args: DraftDistillConfig,
+        *,
+        target: torch.nn.Module,
+        accelerator: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        context: float,
+    ) -> None:
+        self._args = args
+        self._target = target
+        self._accelerator = accelerator
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._context = context
+        self._counts = dict.fromkeys(_COUNTED, 0.0)
+        self.seconds = 0.0
 
-    @cached_property
-    def _tally(self) -> dict[str, float]:
-        return defaultdict(float)
+    def rewrite(
+        self, batches: list[dict[str, Any]], step: int, draft: torch.nn.Module, collator: Any
+    ) -> list[dict[str, Any]]:
+        """The batches of one accumulation window, with new completions unless it is the data's turn.
 
-    def _note(self, **amounts: float) -> None:
-        for name, amount in amounts.items():
-            self._tally[name] += amount
+        Args:
+            batches: Padded batches.
+            step: Optimizer steps taken before.
+            draft: The prepared draft, wrapped or not.
+            collator: Makes a batch of rows with `input_ids` and `labels`.
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, Tensor | int | None]:
-        """The batches of an accumulation window, written anew if it is their turn, and their completion tokens."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not (self.args.writes_completions and batches):
-            return batches, num_items
-        check_batch(batches[0], self.args)
-        who = writer(self.args, self.state.global_step)
+        Raises:
+            ValueError: Rows cannot be taken from the batches, or a prompt leaves no room for a completion.
+        """
+        check_batch(batches[0], self._args)
+        who = writer(self._args, step)
         num_rows = sum(len(batch["input_ids"]) for batch in batches)
-        self._note(rows=num_rows, by_draft=num_rows * (who == DRAFT))
+        self._count(rows=num_rows, by_draft=num_rows * (who == DRAFT))
         if who == DATA:
-            return batches, num_items
-        batches = self._written_anew(batches, who)
-        return batches, self._get_num_items_in_batch(batches, device)
-
-    def _written_anew(self, batches: list[dict[str, Any]], who: str) -> list[dict[str, Any]]:
+            return batches
         began = time.perf_counter()
         examples = [example for batch in batches for example in _examples(batch)]
         asked = [(example, start) for example in examples if (start := last_prompt(example["labels"]))]
         prompts = [example["input_ids"][:start] for example, start in asked]
-        # Data sets were looked at before training; a stream shows its prompts only now.
-        check_room(max(map(len, prompts), default=0), self.args, self._context)
+        # Data sets were checked before training; a stream shows its prompts only now.
+        check_room(max(map(len, prompts), default=0), self._args, self._context)
         written: list[tuple[list[int], str]] = []
         # A process without prompts writes all the same: the others may hold parts of the model it runs.
-        if prompts or self.accelerator.num_processes > 1:
-            written = self._write(prompts or [examples[0]["input_ids"][:1]], who)[: len(prompts)]
+        if prompts or self._accelerator.num_processes > 1:
+            written = self._write(prompts or [examples[0]["input_ids"][:1]], who, step, draft)[: len(prompts)]
         for (example, start), (completion, _) in zip(asked, written, strict=True):
-            # Earlier answers of a chat are context: they were not written by whoever learns or teaches here.
+            # Earlier answers of a chat are context: neither draft nor target wrote them here.
             example["input_ids"] = example["input_ids"][:start] + completion
             example["labels"] = [-100] * start + completion
         remaining = iter(examples)
-        batches = [self.data_collator([next(remaining) for _ in batch["input_ids"]]) for batch in batches]
+        batches = [collator([next(remaining) for _ in batch["input_ids"]]) for batch in batches]
         seconds = time.perf_counter() - began
-        self.writing_seconds += seconds
-        self._note(
+        self.seconds += seconds
+        self._count(
             completions=len(written),
             tokens=sum(len(completion) for completion, _ in written),
             cut=sum(reason == LENGTH for _, reason in written),
@@ -242,21 +256,42 @@ class WritesCompletions(Trainer):
         )
         return batches
 
-    def _write(self, prompts: list[list[int]], who: str) -> list[tuple[list[int], str]]:
+    def close_log_entry(self) -> dict[str, float]:
+        """What all processes wrote since this was last called.
+
+        `completions/draft_share` is of all rows, `completions/mean_length` in tokens, `completions/cut_share` the share
+        of those that `max_new_tokens` ended, `completions/seconds` the mean over processes.
+        """
+        counts = torch.tensor(list(self._counts.values()), dtype=torch.float32, device=self._accelerator.device)
+        rows, by_draft, completions, tokens, cut, seconds = self._accelerator.reduce(counts).tolist()
+        self._counts = dict.fromkeys(_COUNTED, 0.0)
+        entry = {"completions/draft_share": by_draft / rows} if rows else {}
+        if completions:
+            entry["completions/mean_length"] = tokens / completions
+            entry["completions/cut_share"] = cut / completions
+            # Processes write side by side.
+            entry["completions/seconds"] = seconds / self._accelerator.num_processes
+        return entry
+
+    def _count(self, **amounts: float) -> None:
+        for name, amount in amounts.items():
+            self._counts[name] += amount
+
+    def _write(self, prompts: list[list[int]], who: str, step: int, draft: Any) -> list[tuple[list[int], str]]:
         """New tokens of each prompt, and why they end."""
-        args, setting = self.args, self.args.generation_setting
-        model: Any = self.model_wrapped if who == DRAFT else self.target_model
+        args, setting, device = self._args, self._args.generation_setting, self._accelerator.device
+        model: Any = draft if who == DRAFT else self._target
         top_k = args.skd_top_k if who == DRAFT else None
         config = self._generation_config(unwrapped(model), setting, corrected=top_k is not None)
-        ids, mask = left_padded(prompts, config.pad_token_id, self.accelerator.device)
+        ids, mask = left_padded(prompts, config.pad_token_id, device)
         # Another seed for each process, or all would draw the same numbers for different rows.
-        seed = random.Random(f"{args.seed}/{self.state.global_step}/{self.accelerator.process_index}").getrandbits(63)
-        corrects = self.target_model if top_k is not None else None
+        seed = random.Random(f"{args.seed}/{step}/{self._accelerator.process_index}").getrandbits(63)
+        corrects = self._target if top_k is not None else None
         with self._generating(model) as writes, self._generating(corrects) as target, torch.no_grad():
             processors = LogitsProcessorList()
             if top_k is not None:
-                processors.append(CorrectedByTarget(target, setting, top_k, self._shared_vocab, mask))
-            with seeded(seed, self.accelerator.device):
+                processors.append(CorrectedByTarget(target, setting, top_k, self._vocab_size, mask))
+            with seeded(seed, device):
                 output = writes.generate(
                     input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
                 )
@@ -268,50 +303,30 @@ class WritesCompletions(Trainer):
             # What has been corrected is a finished distribution, from which `generate` only has to draw.
             setting = DecodingSetting(temperature=1.0)
         # Padded rows of the vocabulary stand for no token.
-        not_tokens = range(self._shared_vocab, model.config.get_text_config().vocab_size)
+        not_tokens = range(self._vocab_size, model.config.get_text_config().vocab_size)
         suppressed = sorted({*(model.generation_config.suppress_tokens or []), *not_tokens})
         pad_id = model.generation_config.pad_token_id
         return setting.generation_config(
             model,
-            self.args.max_new_tokens,
+            self._args.max_new_tokens,
             suppress_tokens=suppressed or None,
             # Which id pads does not matter: it is masked before a prompt, and cut off behind a completion.
-            pad_token_id=self.processing_class.pad_token_id if pad_id is None else pad_id,
+            pad_token_id=self._tokenizer.pad_token_id if pad_id is None else pad_id,
         )
 
     @contextmanager
     def _generating(self, model: Any) -> Iterator[Any]:
-        """The model as `generate` can run it: whole or sharded, without dropout and gradient checkpointing."""
+        """The model as `generate` can run it: whole or sharded, without dropout and activation checkpointing."""
         if model is None:
             yield None
             return
-        checkpointing = {"gradient_checkpointing_kwargs": self.args.gradient_checkpointing_kwargs}
+        checkpointing = {"gradient_checkpointing_kwargs": self._args.gradient_checkpointing_kwargs}
         with (
             evaluating(model),
-            unwrap_model_for_generation(model, self.accelerator, **checkpointing) as inner,
-            DistributedBackend(self.accelerator).summon_full_params(model, recurse=False),
+            unwrap_model_for_generation(model, self._accelerator, **checkpointing) as inner,
+            DistributedBackend(self._accelerator).summon_full_params(model, recurse=False),
         ):
             yield inner
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what was written since the last entry, by all processes.
-
-        `completions/draft_share` is of all rows, `completions/mean_length` in tokens, `completions/cut_share` the share
-        of those that `max_new_tokens` ended, `completions/seconds` the mean over processes.
-        """
-        if self.args.writes_completions and self.model.training:
-            tally = torch.tensor([self._tally[name] for name in _TALLIED], dtype=torch.float32)
-            sums = self.accelerator.reduce(tally.to(self.accelerator.device)).tolist()
-            rows, by_draft, completions, tokens, cut, seconds = sums
-            self._tally.clear()
-            if rows:
-                logs["completions/draft_share"] = by_draft / rows
-            if completions:
-                logs["completions/mean_length"] = tokens / completions
-                logs["completions/cut_share"] = cut / completions
-                # Processes write side by side.
-                logs["completions/seconds"] = seconds / self.accelerator.num_processes
-        super().log(logs, start_time)
 
 
 def _examples(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,59 +1,72 @@
 """`DraftDistillTrainer`: `trl.SFTTrainer` whose loss compares the draft with its target.
 
 Everything that fine-tuning a draft shares with fine-tuning any model (formats, chat templates, masks, packing, PEFT,
-checkpoints, logging) is SFTTrainer's. This file only wires: which positions count, what both models say there, how far
-apart they are, and how that is summed.
+checkpoints, logging) is SFTTrainer's. This file reads from top to bottom as a run does: build, rows, loss, rollouts,
+evaluation, logging, saving. What needs no trainer is done by its neighbours: `setup.py` (what is checked and loaded),
+`signals.py` (what is known of the target), `rollouts.py` (completions written while training), `token_selection.py`,
+`metrics.py` (sums), `finite.py`, `checkpoints.py`, `saving.py` (plain drafts), `run_provenance.py` (the card's facts).
 """
 
-from collections.abc import Callable
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import global_then_local_main_first
 
+from hf_draftkd.acceptance.tensors import widest_float
 from hf_draftkd.data.collator import CachedDistributions, DraftDistillCollator
-from hf_draftkd.data.mixing import mixed_in
+from hf_draftkd.data.formats import exact_features, packed, warn_of_cuts
+from hf_draftkd.data.mixing import mixed_in, rejoined, split_by_format
+from hf_draftkd.data.target_cache import rows_with_distributions
+from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.hub.model_card import DraftModelCard
+from hf_draftkd.hub.push import push_draft
 from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, get_divergence
-from hf_draftkd.models.forward import logits_at, loss_at, predicting_positions, unwrapped
+from hf_draftkd.models.forward import in_head, logits_at, predicting_positions, unwrapped
 from hf_draftkd.models.pairing import copy_special_ids, shared_vocab_size
-from hf_draftkd.training import preflight
-from hf_draftkd.training.best import check_best_metric
-from hf_draftkd.training.callbacks import KeepSpecialIds, asked_figures, with_acceptance
-from hf_draftkd.training.checkpoints import WholeCheckpoints
+from hf_draftkd.training import setup
+from hf_draftkd.training.callbacks import KeepSpecialIds, asked_metrics, with_acceptance
+from hf_draftkd.training.checkpoints import last_complete_checkpoint, only_run
 from hf_draftkd.training.config import DraftDistillConfig
-from hf_draftkd.training.describe import author, data_facts
-from hf_draftkd.training.evaluating import EvaluatesTexts
-from hf_draftkd.training.finite import StaysFinite, require_finite_loss
-from hf_draftkd.training.positions import TokenFigures, check_selection, check_weights, select_tokens, token_figures
-from hf_draftkd.training.preparing import PreparesRows
-from hf_draftkd.training.rollouts import WritesCompletions, check_writer, check_writing
-from hf_draftkd.training.saving import PlainDrafts, check_adapter, check_saving
-from hf_draftkd.training.signal import Distributions, check_cached, make_signal, model_inputs
-from hf_draftkd.training.watching import LogsAcceptance
+from hf_draftkd.training.finite import StopOnNonFiniteGradient, check_loss, check_weights
+from hf_draftkd.training.metrics import EvaluationSums, FilledUp, TrainingSums, check_best_metric, not_exact, row_sums
+from hf_draftkd.training.rollouts import CompletionWriter, check_writer, check_writing
+from hf_draftkd.training.run_provenance import author, data_facts, describe_run
+from hf_draftkd.training.saving import check_adapter, check_saving, merged
+from hf_draftkd.training.signals import Distributions, check_cached, make_signal, model_inputs
+from hf_draftkd.training.token_selection import (
+    TokenMetrics,
+    check_selection,
+    check_token_weights,
+    select_tokens,
+    token_metrics,
+)
+
+logger = logging.getLogger(__name__)
 
 
-class DraftDistillTrainer(
-    PreparesRows,
-    StaysFinite,
-    WritesCompletions,
-    EvaluatesTexts,
-    LogsAcceptance,
-    PlainDrafts,
-    WholeCheckpoints,
-    SFTTrainer,
-):
+class DraftDistillTrainer(SFTTrainer):
     """Distils a target into a draft for speculative decoding.
 
     The draft is trained on every completion token to say what the target says there. Afterwards it is an ordinary
     causal LM: `target.generate(**inputs, assistant_model=draft)`.
 
-    To try a loss of your own, override [`DraftDistillTrainer.token_loss`]; to learn from tokens of your own choice,
+    For a custom loss override [`DraftDistillTrainer.token_loss`]; to choose the tokens that are learned from,
     [`DraftDistillTrainer.token_weights`].
 
     Example:
@@ -84,16 +97,16 @@ class DraftDistillTrainer(
             Any format of [`~trl.SFTTrainer`], or alignment data with exact `prompt_ids` and `completion_ids`. May be
             `None` where only `evaluate()` is wanted.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
-            As `train_dataset`. Never packed: figures are sums over whole texts.
+            As `train_dataset`. Never packed: metrics are sums over whole texts.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer that both models share. If not given it is loaded by the target's name, in whose chat
             template it will be asked, or by the draft's where there is no target.
         mix_dataset ([`~datasets.Dataset`], *optional*):
-            Rows to strew into the training data, so that the draft does not forget what lies outside them: `args.mix`
-            says how many. Ordinarily plain text (`text`), learnt from on all its tokens.
+            Rows to interleave with the training data, so that the draft does not forget what lies outside it:
+            `args.mix` says how many. Ordinarily plain text (`text`), learned from on all its tokens.
         reference_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            For `args.token_selection="adaspec"`, or a `token_weights` of your own: a draft that was distilled before.
-            Frozen, and saved nowhere.
+            For `args.token_selection="adaspec"`, or a custom `token_weights`: a draft that was distilled before.
+            Frozen, and never saved.
         data_collator, callbacks, optimizers, optimizer_cls_and_kwargs, peft_config, formatting_func:
             As in [`~trl.SFTTrainer`]. With `peft_config`, checkpoints hold the adapter, while `save_model()` and
             `push_to_hub()` write the merged, plain draft.
@@ -108,6 +121,7 @@ class DraftDistillTrainer(
             left as it was.
     """
 
+    # Tags that `draft.push_to_hub()` would put on its card.
     _tag_names: ClassVar[list[str]] = [
         "hf_draftkd",
         "speculative-decoding",
@@ -115,9 +129,10 @@ class DraftDistillTrainer(
         "assistant-model",
         "knowledge-distillation",
     ]
-    _name = "DraftDistill"
     # `compute_loss` divides by the completion tokens of the whole accumulation window.
     loss_is_scaled_for_ga = True
+
+    # Build -----------------------------------------------------------------------------------------------------------
 
     def __init__(
         self,
@@ -137,49 +152,51 @@ class DraftDistillTrainer(
         mix_dataset: Dataset | None = None,
         reference_model: str | PreTrainedModel | None = None,
     ) -> None:
+        # What shows without a model is checked first.
         if args is None:
-            args = DraftDistillConfig(f"{preflight.model_name(model).split('/')[-1] or 'draft'}-DraftDistill")
+            args = DraftDistillConfig(f"{setup.model_name(model).split('/')[-1] or 'draft'}-DraftDistill")
         if not isinstance(args, DraftDistillConfig):
             raise ValueError(
                 f"`args` must be a `DraftDistillConfig`, got a `{type(args).__name__}`. It takes the same arguments, "
                 "and those of distilling."
             )
+        trains = train_dataset is not None
         train_dataset = mixed_in(train_dataset, mix_dataset, args.mix, args.seed, text_field=args.dataset_text_field)
         check_writer(args, has_target=target_model is not None)
-        datasets = preflight.check_datasets(train_dataset, eval_dataset, args, format_known=formatting_func is None)
-        own_loss = type(self).token_loss is not DraftDistillTrainer.token_loss
+        datasets = setup.check_datasets(train_dataset, eval_dataset, args, format_known=formatting_func is None)
+        self._custom_loss = type(self).token_loss is not DraftDistillTrainer.token_loss
         # Whether the loss reads the target's distributions, or only its text.
-        self.learns_from_target = args.needs_target or own_loss
-        cached = self.learns_from_target and target_model is None
-        own = {"own_loss": own_loss, "own_collator": data_collator is not None}
-        facts = check_cached(datasets, args, **own) if cached else []
+        self.learns_from_target = args.needs_target or self._custom_loss
+        facts = []
+        if self.learns_from_target and target_model is None:
+            custom = {"custom_loss": self._custom_loss, "custom_collator": data_collator is not None}
+            facts = check_cached(datasets, args, **custom)
         self._cache = CachedDistributions() if facts else None
-        own_weights = type(self).token_weights is not DraftDistillTrainer.token_weights
-        self._weighs_tokens = own_weights or args.token_selection != "all"
+        custom_weights = type(self).token_weights is not DraftDistillTrainer.token_weights
+        self._weighs_tokens = custom_weights or args.token_selection != "all"
         check_selection(
             args,
             has_reference=reference_model is not None,
-            own_weights=own_weights,
+            custom_weights=custom_weights,
             knows_distributions=self.learns_from_target,
             from_draws=any(fact.top_k is None for fact in facts),
         )
-        callbacks = with_acceptance(callbacks, args, evaluates=eval_dataset is not None)
 
-        draft, target, processing_class = preflight.prepare_pair(
+        # The models are loaded, and made a pair.
+        draft, target, processing_class = setup.prepare_pair(
             model,
             target_model,
             args,
             tokenizer=processing_class,
             quantization_config=quantization_config,
-            trains=train_dataset is not None,
+            trains=trains,
             adds_adapter=peft_config is not None,
         )
-        self.draft_name = preflight.model_name(unwrapped(draft))
-        # Where the target is not at hand, its name is what the data says.
-        self.target_name = author(datasets.values()) if target is None else preflight.model_name(target)
+        reference = setup.prepare_reference(reference_model, [draft, target], args, processing_class)
+        self.draft_name = setup.model_name(unwrapped(draft))
+        # Where the target is not at hand, the data names it.
+        self.target_name = author(datasets.values()) if target is None else setup.model_name(target)
         self.data_facts = data_facts(train_dataset, self.target_name, text_field=args.dataset_text_field)
-
-        reference = preflight.prepare_reference(reference_model, [draft, target], args, processing_class)
 
         # SFTTrainer would warn that it ignores them; they were used above.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
@@ -187,63 +204,129 @@ class DraftDistillTrainer(
             model=draft,
             args=args,
             data_collator=data_collator,
-            train_dataset=train_dataset if train_dataset is not None else preflight.stand_in(datasets),
+            train_dataset=train_dataset if trains else setup.stand_in(datasets),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=with_acceptance(callbacks, args, evaluates=eval_dataset is not None),
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
-        check_saving(self)
-        if train_dataset is not None:
-            check_adapter(self.model)
-            if not isinstance(model, str):
-                preflight.warn_of_lost_updates(self)
         args.model_init_kwargs = model_init_kwargs
-        if train_dataset is None:
+        check_saving(self)
+        if not trains:
             self.train_dataset = None
+        # Rows bring two columns more than SFTTrainer's.
+        self._set_signature_columns_if_needed()
+        self._signature_columns += ["decoding", "cache_index"]
         if data_collator is None:
             self.data_collator = DraftDistillCollator(**asdict(self.data_collator), cache=self._cache)
-
+        # The loss normalises itself, whatever the draft's own forward accepts.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
         if target is not None:
             # SFTTrainer gave the draft the tokenizer's pad and eos; assisted decoding compares them with the target's.
             copy_special_ids(unwrapped(self.model), target)
             self.add_callback(KeepSpecialIds(target))
-        # The loss normalises itself, whatever the draft's own forward accepts.
-        self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = True
+        if not self.is_deepspeed_enabled and self.accelerator.scaler is None:
+            self.add_callback(StopOnNonFiniteGradient(lambda: self._row_starts(self._step_batches)))
+
+        # What each model says is settled, now that it lies where it runs.
         models = [unwrapped(draft), *([] if target is None else [target])]
         # Both distributions are compared over rows that stand for tokens: never over padding.
         self._shared_vocab = shared_vocab_size(models[0], models[-1], processing_class)
-        self._read_distributions(target, reference, facts)
-        preflight.check_dataset_fits(preflight.named_datasets(self.train_dataset, self.eval_dataset), models, self.args)
-        self._context = preflight.shortest_context(models)
-        if train_dataset is not None:
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            columns = get_dataset_column_names(train_dataset)
-            check_writing(self.train_dataset, self.args, self._context, sharded=sharded, columns=columns)
-            if isinstance(self.data_collator, DraftDistillCollator):
-                asked = asked_figures(self.callback_handler.callbacks, args.eval_num_assistant_tokens)
-                check_best_metric(args, self.eval_dataset, self.signal, *asked)
-
-    def _read_distributions(self, target: Any, reference: Any, facts: list[Any]) -> None:
-        """Put target and reference where they run, and settle how each model's distributions are read."""
-        sharded = self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.args.shard_target)
-        self.target_model = preflight.place_target(target, self)
+        sharded = self.is_deepspeed_enabled or (self.is_fsdp_enabled and args.shard_target)
+        self.target_model = setup.place_target(target, self)
         self.signal = make_signal(self.target_model, self._cache, facts, self._shared_vocab, sharded=sharded)
-        self._reference: Any = None
+        self.reference_signal: Any = None
         if reference is not None:
-            placed = preflight.place_target(reference, self)
-            self._reference = make_signal(placed, None, [], self._shared_vocab, sharded=sharded)
+            placed = setup.place_target(reference, self)
+            self.reference_signal = make_signal(placed, None, [], self._shared_vocab, sharded=sharded)
         # Where the head is plain arithmetic, the loss takes hidden states, and no logits of all tokens are ever held.
-        self._arithmetic = preflight.draft_arithmetic(self)
+        self.head_arithmetic = setup.draft_arithmetic(self)
+
+        # What shows only now is checked, before anything is trained.
+        setup.check_dataset_fits(setup.named_datasets(self.train_dataset, self.eval_dataset), models, args)
+        context = setup.shortest_context(models)
+        if trains:
+            check_adapter(self.model)
+            if not isinstance(model, str):
+                setup.warn_of_lost_updates(self)
+            columns = get_dataset_column_names(train_dataset)
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            check_writing(self.train_dataset, args, context, sharded=sharded, columns=columns)
+            if isinstance(self.data_collator, DraftDistillCollator):
+                check_best_metric(args, self.eval_dataset, self.signal)
+
+        self._writer: CompletionWriter | None = None
+        if args.writes_completions and self.target_model is not None:
+            self._writer = CompletionWriter(
+                args,
+                target=self.target_model,
+                accelerator=self.accelerator,
+                tokenizer=processing_class,
+                vocab_size=self._shared_vocab,
+                context=context,
+            )
+        self._training_sums = TrainingSums()
+        self._num_tokens_read = 0
+        self._evaluation_sums: EvaluationSums | None = None
+        # The evaluation sets for which it was explained why they have no block efficiency.
+        self._explained: set[str] = set()
+        # The batches that the next optimizer step learns from.
+        self._step_batches: Sequence[dict[str, Any]] = ()
+        self._saving_checkpoint = False
+
+    # Rows ------------------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: Any,
+        args: DraftDistillConfig,
+        packing: bool,
+        formatting_func: Callable[[dict], str] | None,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        """SFTTrainer prepares one format at a time and tokenises what it reads. Here alignment rows keep their exact
+        ids, rows of several formats may be mixed, and rows know where their cached distributions lie.
+        """
+        usual = super()._prepare_dataset
+        map_kwargs: dict[str, Any] = {}
+        if isinstance(dataset, Dataset):
+            map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Reading exact ids of {dataset_name} dataset"}
+        first_row = None
+        if self._cache is not None:
+            # Again, since `evaluate` takes data of its own.
+            dataset = rows_with_distributions(dataset, dataset_name)
+            check_cached({dataset_name: dataset}, args)
+            first_row = self._cache.add(dataset)
+        # Whole first, so that rows of several formats can be joined, and what `max_length` costs can be counted.
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+
+        def prepared(part: Dataset | IterableDataset) -> Any:
+            with global_then_local_main_first():
+                part = exact_features(part, self.target_name, first_row=first_row, **map_kwargs)
+            return usual(part, processing_class, whole, False, formatting_func, dataset_name)
+
+        if isinstance(dataset, IterableDataset):
+            dataset = prepared(dataset)
+        else:
+            parts = split_by_format(dataset, dataset_name, text_field=args.dataset_text_field)
+            dataset = rejoined([(prepared(part), rows) for part, rows in parts])
+        warn_of_cuts(dataset, dataset_name, None if packing and args.packing_strategy != "bfd" else args.max_length)
+        if not (packing and self._cache):
+            return usual(dataset, processing_class, args, packing, None, dataset_name)
+        # SFTTrainer packs `input_ids` and `labels` and drops the rest, so the packing is done here.
+        with global_then_local_main_first():
+            return packed(dataset, args.max_length, {**map_kwargs, "desc": f"Packing {dataset_name} dataset"})
 
     # Loss ------------------------------------------------------------------------------------------------------------
 
     def token_loss(self, draft_logits: Tensor, target_logits: Tensor) -> Tensor:
-        """How far the draft is from the target at each token. Override this to train with a divergence of your own.
+        """How far the draft is from the target at each token. Override this to train with a custom divergence.
 
         Args:
             draft_logits: [n, V] next-token logits of the draft over the shared vocabulary, with gradient, divided by
@@ -257,22 +340,22 @@ class DraftDistillTrainer(
         """
         return get_divergence(self.args.divergence)(draft_logits, target_logits, **self.args.divergence_options)
 
-    def token_weights(self, figures: TokenFigures) -> Tensor:
-        """How much each completion token counts. Override this to learn from tokens of your own choice.
+    def token_weights(self, metrics: TokenMetrics) -> Tensor:
+        """How much each completion token counts. Override this to choose the tokens that are learned from.
 
-        Called once for each batch on each process, before the loss; `super().token_weights(figures)` gives what
+        Called once for each batch on each process, before the loss; `super().token_weights(metrics)` gives what
         `args.token_selection` says.
 
         Args:
-            figures: What is known of the batch's N completion tokens, without gradient: the draft's losses and, with
+            metrics: What is known of the batch's N completion tokens, without gradient: the draft's losses and, with
                 a `reference_model`, the reference's; acceptance rates; the tokens and their places. See
-                [`TokenFigures`](positions.py).
+                [`TokenMetrics`](token_selection.py).
 
         Returns:
             [N] weights, 0 or above. They multiply the losses, whose sum is divided by the number of completion
             tokens, selected or not: so a token's gradient depends on no other token's weight.
         """
-        return select_tokens(figures, self.args.token_selection, self.args.selected_share)
+        return select_tokens(metrics, self.args.token_selection, self.args.selected_share)
 
     def _distillation_loss(
         self,
@@ -285,8 +368,8 @@ class DraftDistillTrainer(
         args: DraftDistillConfig = self.args
         divergence: Any = args.divergence
         options = args.divergence_options
-        if type(self).token_loss is not DraftDistillTrainer.token_loss:
-            # Named divergences have gradients written by hand; a method of one's own is differentiated by autograd.
+        if self._custom_loss:
+            # Named divergences have gradients written by hand; a custom one is differentiated by autograd.
             divergence, options = self.token_loss, {}
         elif not self.learns_from_target:
             divergence, options, target = "cross_entropy", {}, None
@@ -303,24 +386,22 @@ class DraftDistillTrainer(
             with_acceptance=target is not None,
         )
 
-    def _weighted_loss(
+    def _with_draft(
         self,
-        draft: Tensor | Unprojected,
-        target: Distributions | Unprojected | None,
-        reference: Tensor | Unprojected | None,
-        batch: dict[str, Any],
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
         keep: Tensor,
-        num_items: Tensor | int | None,
-    ) -> DistillationLoss:
-        tokens = batch["labels"][:, 1:][keep[:, :-1]]
-        weights = None
-        if self._weighs_tokens:
-            # Only the head is passed twice: hidden states are at hand.
-            with torch.no_grad():
-                places = keep, batch.get("position_ids")
-                figures = token_figures(draft, target, reference, tokens, *places, self._distillation_loss)
-                weights = check_weights(self.token_weights(figures), figures)
-        return self._distillation_loss(draft, target, tokens, num_items, weights)
+        compute: Callable[[Tensor | Unprojected], tuple[Any, Tensor]],
+    ) -> Any:
+        """Run the draft, and compute something from what it says at the N positions [B, L] `keep`.
+
+        `compute` is given its hidden states with its head, or whole logits [N, V] where nothing else will do. It
+        returns the result, and what the model's forward passes on.
+        """
+        vocab_size = self._shared_vocab
+        if self.head_arithmetic is None:
+            return compute(logits_at(model, model_inputs(inputs), keep)[:, :vocab_size])[0]
+        return in_head(model, model_inputs(inputs), keep, self.head_arithmetic, vocab_size, compute)
 
     def compute_loss(
         self,
@@ -334,24 +415,279 @@ class DraftDistillTrainer(
         With `return_outputs` also `{"loss": loss}`: whole logits, which a model would return, are never held.
         """
         keep = predicting_positions(inputs["labels"])
+        tokens = inputs["labels"][:, 1:][keep[:, :-1]]
         target = self.signal.for_loss(inputs, keep) if self.learns_from_target else None
-        reference = None if self._reference is None else self._reference.for_loss(inputs, keep)
-        loss_from = partial(
-            self._weighted_loss,
-            target=target,
-            reference=reference,
-            batch=inputs,
-            keep=keep,
-            num_items=num_items_in_batch,
-        )
-        if self._arithmetic is None:
-            result = loss_from(logits_at(model, model_inputs(inputs), keep)[:, : self._shared_vocab])
-        else:
-            result = loss_at(model, model_inputs(inputs), keep, self._arithmetic, self._shared_vocab, loss_from)
-        require_finite_loss(result.loss, inputs, self)
-        self._window.add(inputs, result)
+        reference = None if self.reference_signal is None else self.reference_signal.for_loss(inputs, keep)
+
+        def loss_of(draft: Tensor | Unprojected) -> tuple[DistillationLoss, Tensor]:
+            weights = None
+            if self._weighs_tokens:
+                # Only the head is passed twice: hidden states are at hand.
+                with torch.no_grad():
+                    places = keep, inputs.get("position_ids")
+                    metrics = token_metrics(draft, target, reference, tokens, *places, self._distillation_loss)
+                    weights = check_token_weights(self.token_weights(metrics), metrics)
+            result = self._distillation_loss(draft, target, tokens, num_items_in_batch, weights)
+            return result, result.loss
+
+        result = self._with_draft(model, inputs, keep, loss_of)
+        check_loss(result.loss, self.model, self.state.global_step, partial(self._row_starts, [inputs]))
+        self._training_sums.add(inputs, result)
         loss = result.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The tokens of every process were counted, and DDP averages gradients over processes.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _row_starts(self, batches: Sequence[dict[str, Any]]) -> list[str]:
+        return [row for batch in batches for row in self.processing_class.batch_decode(batch["input_ids"][:, :16])]
+
+    # Rollouts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def writing_seconds(self) -> float:
+        """What writing completions while training has taken on this process."""
+        return 0.0 if self._writer is None else self._writer.seconds
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """The batches of an accumulation window, rewritten if it is the draft's or the target's turn, and the number of
+        their completion tokens.
+        """
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._writer is not None and batches:
+            collator = self.data_collator
+            batches = self._writer.rewrite(batches, self.state.global_step, self.model_wrapped, collator)
+            num_items = self._get_num_items_in_batch(batches, device)
+        self._step_batches = batches
+        return batches, num_items
+
+    # Evaluation ------------------------------------------------------------------------------------------------------
+
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """Metrics are sums over texts: what is evaluated comes one text a row, and each text once."""
+        usual = self.data_collator
+        if not is_training:
+            if isinstance(usual, DraftDistillCollator):
+                self.data_collator = usual.padded()
+            if isinstance(dataset, torch.utils.data.IterableDataset) and self.accelerator.num_processes > 1:
+                dataset = FilledUp(dataset, self.args.eval_batch_size * self.accelerator.num_processes)
+        try:
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = usual
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Adds the metrics that come from sums over all texts: see [`EvaluationSums`](metrics.py)."""
+        # Asked each time, since callbacks may be added or removed.
+        num_assistant_tokens = self.args.eval_num_assistant_tokens
+        asked = asked_metrics(self.callback_handler.callbacks, num_assistant_tokens)
+        sums = EvaluationSums(self.signal, num_assistant_tokens, *asked)
+        self._evaluation_sums = sums
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._evaluation_sums = None
+        metrics = sums.metrics()
+        is_left_out = metrics and sums.foreign_rows and self.signal.knows_distributions
+        if is_left_out and metric_key_prefix not in self._explained:
+            # Remembered here, and not by Python's own memory of warnings, which forgets with each checkpoint.
+            self._explained.add(metric_key_prefix)
+            warnings.warn(not_exact(sums.foreign_rows, self.signal, metric_key_prefix), stacklevel=2)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The loss of one batch, whose summands are added to those of the evaluation."""
+        evaluation = self._evaluation_sums
+        assert evaluation is not None, "evaluation_loop makes it"
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            keep = predicting_positions(inputs["labels"])
+            target = self.signal.for_loss(inputs, keep)
+
+            def sums_of(draft: Tensor | Unprojected) -> tuple[Tensor, Tensor]:
+                sums = row_sums(
+                    draft,
+                    target,
+                    inputs,
+                    keep,
+                    # Of all tokens alike, whichever are selected for training.
+                    loss=lambda *chunk: self._distillation_loss(*chunk).token_losses,
+                    signal=self.signal,
+                    temperatures=evaluation.temperatures,
+                    draft_lengths=evaluation.draft_lengths,
+                )
+                return sums, draft.new_zeros(0) if isinstance(draft, Tensor) else draft.hidden[:0]
+
+            sums = self._with_draft(model, inputs, keep, sums_of)
+        tokens, loss = sums[:, :2].sum(0)
+        rows = partial(self._row_starts, [inputs])
+        check_loss(loss, self.model, self.state.global_step, rows, evaluates=True)
+        if self.accelerator.num_processes > 1:
+            sums = sums.to(widest_float(keep.device)).to(keep.device)
+        # Gathered here, row by row, so that rows repeated to fill the last batch are dropped (see also `FilledUp`).
+        evaluation.add(self.accelerator.gather_for_metrics(sums))
+        return (loss / tokens.clamp(min=1)).float().to(keep.device), None, None
+
+    # Logging ---------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds `num_tokens` read so far, the `acceptance_rate` since the last entry where it can be told, and what was
+        written (see [`CompletionWriter.close_log_entry`](rollouts.py)).
+
+        The acceptance rate is that at the loss temperature, one minus total variation: `tvd_plus_plus`, whose own value
+        means nothing, has to be watched by it. From a cache without the whole tail it is named
+        `acceptance_rate_upper_bound`.
+        """
+        if self.model.training:
+            if self._writer is not None:
+                logs |= self._writer.close_log_entry()
+            read, acceptance = self._training_sums.close(self.accelerator)
+            self._num_tokens_read += read
+            if read:
+                logs["num_tokens"] = self._num_tokens_read
+            if acceptance is not None:
+                logs[self.signal.acceptance_name] = acceptance
+        super().log(logs, start_time)
+
+    # Saving ----------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; `resume_from_checkpoint=True` takes the newest complete checkpoint in `args.output_dir`.
+
+        Raises:
+            ValueError: There is none, or another run is training into `args.output_dir`.
+            FloatingPointError: A loss, a gradient or the weights are not finite.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint, skipped = last_complete_checkpoint(self.args.output_dir)
+            for reason in skipped if self.is_world_process_zero() else ():
+                logger.warning("Not resumed from %s", reason)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"`resume_from_checkpoint=True`, but {self.args.output_dir!r} holds no complete checkpoint"
+                    + (f" ({'; '.join(skipped)})." if skipped else ".")
+                    + " Leave it out to start from the beginning."
+                )
+        with only_run(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._check_weights()
+        return result
+
+    def _check_weights(self) -> None:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        check_weights(self.model, step=self.state.global_step, sharded=sharded)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the plain draft, with an adapter merged into it.
+
+        Checkpoints, which transformers saves through this method too, hold the adapter, so that they resume.
+
+        Raises:
+            FloatingPointError: The weights are not finite. Nothing is written.
+        """
+        self._check_weights()
+        # Only for a checkpoint does transformers itself name a folder.
+        self._saving_checkpoint = _internal_call and output_dir is not None
+        if output_dir is not None and self._saving_checkpoint and self.args.should_save:
+            # Written last, it tells that a checkpoint is complete: an older one of the same step is not any longer.
+            Path(output_dir, TRAINER_STATE_NAME).unlink(missing_ok=True)
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._saving_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        trained, token = self.model, self.args.hub_token
+        if is_peft_model(trained) and not self._saving_checkpoint:
+            if self.is_deepspeed_enabled:
+                # On all processes. Of ZeRO-3 shards transformers has collected the adapter without what it adapts.
+                state_dict = self.accelerator.get_state_dict(self.deepspeed)
+            if not self.args.should_save:
+                return
+            self.model, state_dict = merged(trained, state_dict), None
+        # transformers pickles all arguments into `training_args.bin`, beside what people share.
+        self.args.hub_token = None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.model, self.args.hub_token = trained, token
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        *,
+        report: SpeculationReport | None = None,
+        plots: dict[str, str] | None = None,
+    ) -> None:
+        """Write the draft's card and `provenance.json` into `args.output_dir`.
+
+        Args:
+            model_name: Name on the card; by default the Hub id, or the output directory's name.
+            dataset_name: Id of the training data on the Hub.
+            tags: Tags beside the usual ones.
+            report: What was measured, as from [`evaluate_draft`]; without one the card gives no measurements.
+            plots: Caption -> path of a picture inside `args.output_dir`.
+        """
+        if not self.is_world_process_zero():
+            return
+        directory = self.args.output_dir
+        provenance = describe_run(self, dataset_name)
+        provenance.save(directory)
+        card = DraftModelCard.from_report(
+            report,
+            provenance=provenance,
+            name=self.hub_model_id or model_name or Path(directory).name,
+            tags=[tags] if isinstance(tags, str) else tags or (),
+            plots=plots,
+        )
+        card.save(directory)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        license: str | None = None,
+        language: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the merged, plain draft and publish it in one commit: see [`push_draft`] for what is uploaded.
+
+        Args:
+            commit_message: First line of the commit.
+            blocking: Kept for the signature of [`~transformers.Trainer`]; the call always waits for the commit.
+            token: Overrides `args.hub_token`.
+            revision: Branch; by default `args.hub_revision`.
+            private: Whether a new repository is private; by default `args.hub_private_repo`.
+            license: Identifier, needed where the draft started from no model on the Hub to inherit one from.
+            language: Language code or codes for the metadata.
+            **kwargs: For `create_model_card`.
+
+        Returns:
+            What was published; None on processes other than the first.
+        """
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        return push_draft(
+            self.args.output_dir,
+            self.args.hub_model_id or Path(self.args.output_dir).name,
+            commit_message=commit_message or "End of training",
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            private=self.args.hub_private_repo if private is None else private,
+            license=license,
+            language=language,
+        )

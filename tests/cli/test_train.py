@@ -103,20 +103,20 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(files, tmp_path, capsys)
     assert dispatch(["train", *options(files, parts, max_steps=2, **more)]) == 0
     (parts / "model.safetensors").unlink()
     assert dispatch(["train", *options(files, parts, max_steps=4, **more)]) == 0
-    assert "Going on from" in capsys.readouterr().out
+    assert "Resuming from" in capsys.readouterr().out
     first, second = (load_file(path / "model.safetensors") for path in (whole, parts))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_half_a_checkpoint_is_not_gone_on_from(files, tmp_path, capsys):
+def test_half_a_checkpoint_is_not_resumed_from(files, tmp_path, capsys):
     """The highest number is taken, and the run dies reading it."""
     more = {"save_strategy": "steps", "save_steps": 1}
     assert dispatch(["train", *options(files, tmp_path / "out", **more)]) == 0
     (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").unlink()
     assert dispatch(["train", *options(files, tmp_path / "out", **more)]) == 0
     printed = capsys.readouterr().out
-    assert "checkpoint-2 (no readable trainer_state.json)" in printed
-    assert f"Going on from {tmp_path / 'out' / 'checkpoint-1'}" in printed
+    assert "checkpoint-2 (its saving was interrupted" in printed
+    assert f"Resuming from {tmp_path / 'out' / 'checkpoint-1'}" in printed
 
 
 def test_cached_distributions_need_no_target(files, tmp_path, pair, tokenizer, capsys):
@@ -144,14 +144,14 @@ def test_resuming_by_true_takes_the_newest_checkpoint(files, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("resume_from_checkpoint: true\n")
     again = options(files, out, **more | {"max_steps": 2})
     assert dispatch(["train", "--config", str(tmp_path / "run.yaml"), *again]) == 0
-    assert "Going on from" in capsys.readouterr().out
+    assert "Resuming from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"resume_from_checkpoint": "nope"}, "`--resume_from_checkpoint nope` is not a directory"),
-        ({"resume_from_checkpoint": "False"}, "To start anew where there is one, pass `--overwrite_output_dir`"),
+        ({"resume_from_checkpoint": "False"}, "To start again where there is one, pass `--overwrite_output_dir`"),
         ({"model": "no/such/path"}, "no/such/path"),
         ({"target_model": "./nowhere"}, "nowhere"),
         ({"dataset": "missing.jsonl"}, "missing.jsonl"),

@@ -13,7 +13,7 @@ from hf_draftkd import AcceptanceCallback, DraftDistillConfig, DraftDistillTrain
 from hf_draftkd.data.collator import DraftDistillCollator, rows_by_setting
 from hf_draftkd.data.target_cache import cache_target_distributions
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.losses import scanning
+from hf_draftkd.losses import chunked
 from tests.tiny import tiny_llama, tiny_pair
 from tests.training.rows import alignment_rows
 from tests.training.trainers import build
@@ -180,7 +180,7 @@ def test_chunks_change_no_figure_and_bound_memory(tmp_path, pair, tokenizer, cac
         rows = cache_target_distributions(rows.select(range(3)), pair[1], top_k=4)
     trainer = build(tmp_path, (pair[0], target), tokenizer, eval_rows=rows, per_device_eval_batch_size=12)
     whole = trainer.evaluate()
-    monkeypatch.setattr(scanning, "_CPU_CHUNK", 1)
+    monkeypatch.setattr(chunked, "_CPU_CHUNK", 1)
     with _Largest() as largest:
         found = trainer.evaluate()
     assert largest.numel <= 16 * 300
@@ -189,7 +189,7 @@ def test_chunks_change_no_figure_and_bound_memory(tmp_path, pair, tokenizer, cac
     for name in whole.keys() - set(timing):
         assert found[name] == pytest.approx(whole[name], rel=1e-6), name
     # As from logits of all positions, which some models have to give.
-    trainer._arithmetic = None
+    trainer.head_arithmetic = None
     assert trainer.evaluate()["eval_block_efficiency"] == pytest.approx(whole["eval_block_efficiency"], rel=1e-6)
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from trl import maybe_convert_to_chatml
 
 from hf_draftkd import DraftDistillTrainer
-from hf_draftkd.training.describe import describe_run
 from hf_draftkd.training.rollouts import check_writing, last_prompt, writer
+from hf_draftkd.training.run_provenance import describe_run
 from tests.cli.run import ROOT
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows, reference_forward_kl
@@ -325,8 +325,8 @@ def corrected(draft, target, prompt, top_k, count=6):
         ({"lmbda": 1.5}, r"`lmbda` must be a number in \[0, 1\]"),
         ({"lmbda": 1.0, "seq_kd": True}, "would do nothing"),
         ({"skd_top_k": 5}, "lets it write nothing"),
-        ({"lmbda": 0.5, "skd_top_k": 0}, "`skd_top_k` is how many tokens"),
-        ({"lmbda": 0.5, "max_new_tokens": 0}, "`max_new_tokens` is a number of tokens"),
+        ({"lmbda": 0.5, "skd_top_k": 0}, "`skd_top_k` must be"),
+        ({"lmbda": 0.5, "max_new_tokens": 0}, "`max_new_tokens` must be"),
         ({"lmbda": 0.5, "divergence": "cross_entropy"}, "whatever it wrote"),
         ({"lmbda": 0.5, "cross_entropy_weight": 0.1}, "whatever it wrote"),
         ({"lmbda": 0.5, "packing": True}, "padded batches"),

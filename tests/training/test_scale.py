@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_draftkd.losses import distillation_loss
 from hf_draftkd.models.forward import head_arithmetic, loss_at, predicting_positions
-from hf_draftkd.training import preflight
+from hf_draftkd.training import setup
 from tests.cli.run import ROOT
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
@@ -157,24 +157,24 @@ def test_fsdp_shards_the_target_as_it_does_the_draft(monkeypatch, version):
         seen.append((2, accelerator))
         return model
 
-    monkeypatch.setattr(preflight, "prepare_fsdp", fsdp1)
-    monkeypatch.setattr(preflight, "fsdp2_prepare_model", fsdp2)
+    monkeypatch.setattr(setup, "prepare_fsdp", fsdp1)
+    monkeypatch.setattr(setup, "fsdp2_prepare_model", fsdp2)
     accelerator = SimpleNamespace(is_fsdp2=version == 2)
     args = SimpleNamespace(shard_target=True)
     trainer = SimpleNamespace(is_deepspeed_enabled=False, is_fsdp_enabled=True, accelerator=accelerator, args=args)
     target = nn.Linear(2, 2).train()
-    assert preflight.place_target(target, trainer) is target
+    assert setup.place_target(target, trainer) is target
     assert seen == [(version, accelerator)]
     assert not target.training
 
 
 def test_deepspeed_prepares_the_target_for_evaluation(monkeypatch):
-    monkeypatch.setattr(preflight, "prepare_deepspeed", lambda model, accelerator: (model, accelerator))
+    monkeypatch.setattr(setup, "prepare_deepspeed", lambda model, accelerator: (model, accelerator))
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3)))
     args = SimpleNamespace(shard_target=True)
     trainer = SimpleNamespace(is_deepspeed_enabled=True, is_fsdp_enabled=False, accelerator=accelerator, args=args)
     target = nn.Linear(2, 2)
-    assert preflight.place_target(target, trainer) == (target, accelerator)
+    assert setup.place_target(target, trainer) == (target, accelerator)
     args.shard_target = False
     with pytest.raises(ValueError, match="ZeRO-3 shards every model as it is loaded"):
-        preflight.place_target(target, trainer)
+        setup.place_target(target, trainer)

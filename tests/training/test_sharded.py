@@ -85,7 +85,7 @@ def stop_alike(folder, out, **options):
     NoGradient.processes = (1,)
     stops = [(DraftDistillTrainer, AfterStep(1, ruin if second else weights), "Nothing is saved")]
     if "deepspeed" not in options:
-        stops.append((NoGradient, AfterStep(1, weights), "gradient is nan in optimizer step 3"))
+        stops.append((NoGradient, AfterStep(1, weights), "gradient is not finite in optimizer step 3"))
     pair, rows = (
         (str(folder / "draft"), str(folder / "target")),
         alignment_rows(tiny_pair("llama")[1], tiny_tokenizer()),

@@ -165,11 +165,11 @@ def test_the_loss_inside_the_head_is_that_of_whole_logits(tmp_path, tokenizer, d
             divergence=divergence,
             tvd_estimator="full",
         )
-        assert trainer._arithmetic is not None
+        assert trainer.head_arithmetic is not None
         batch = trainer.data_collator(list(trainer.train_dataset))
         found = []
-        for arithmetic in (trainer._arithmetic, None):
-            trainer._arithmetic = arithmetic
+        for arithmetic in (trainer.head_arithmetic, None):
+            trainer.head_arithmetic = arithmetic
             trainer.model.eval().zero_grad()
             loss = trainer.compute_loss(trainer.model, batch)
             loss.backward()

@@ -1,6 +1,6 @@
 """Which completion tokens a draft learns from, and how much from each.
 
-A selection is a function from what is known of a batch's completion tokens (`TokenFigures`) to their weights. The
+A selection is a function from what is known of a batch's completion tokens (`TokenMetrics`) to their weights. The
 named ones stand in `TOKEN_SELECTIONS`; for any other, override `DraftDistillTrainer.token_weights`.
 """
 
@@ -21,7 +21,7 @@ TOKEN_SELECTIONS = ("all", ADASPEC, AFTER_FIRST_REJECTION, AFTER_FIRST_MISMATCH)
 """The values of `DraftDistillConfig.token_selection`."""
 
 
-class TokenFigures(NamedTuple):
+class TokenMetrics(NamedTuple):
     """What is known of the N completion tokens of one batch on one process, without gradient, before the step.
 
     Tokens stand text by text, in reading order. A text of several turns has one completion for each of them.
@@ -44,7 +44,7 @@ class TokenFigures(NamedTuple):
     """[N] int64: its place in that completion, counted from 0."""
 
 
-def token_figures(
+def token_metrics(
     draft: Any,
     target: Any,
     reference: Any,
@@ -52,7 +52,7 @@ def token_figures(
     keep: Tensor,
     position_ids: Tensor | None,
     loss: Callable[[Tensor, Any, Tensor], DistillationLoss],
-) -> TokenFigures:
+) -> TokenMetrics:
     """Look at a batch's completion tokens without gradient, a chunk at a time.
 
     Args:
@@ -61,7 +61,7 @@ def token_figures(
         reference: As `draft`, of the reference model; None without one.
         tokens: [N].
         keep: [B, L] bool, where the N tokens are predicted.
-        position_ids: [B, L], which start anew with each text of a packed row; None where each row is a text.
+        position_ids: [B, L], which start again with each text of a packed row; None where each row is a text.
         loss: (draft logits [n, V], target at these n, tokens [n]) -> loss.
     """
     device = (draft if isinstance(draft, Tensor) else draft.hidden).device
@@ -82,7 +82,7 @@ def token_figures(
 
     scan((draft, target, reference), look)
     completions, positions = completion_places(keep, position_ids)
-    return TokenFigures(
+    return TokenMetrics(
         tokens=tokens,
         likeliest=likeliest,
         losses=values,
@@ -150,44 +150,44 @@ def rejected_by(acceptance: Tensor, positions: Tensor, completions: Tensor) -> T
     """
     if not len(acceptance):
         return torch.zeros_like(acceptance)
-    # One row a completion: products that start anew.
+    # One row a completion: products that start again.
     rows = acceptance.new_ones(int(completions[-1]) + 1, int(positions.max()) + 1)
     rows[completions, positions] = acceptance
     return 1 - rows.cumprod(-1)[completions, positions]
 
 
-def select_tokens(figures: TokenFigures, selection: str, share: float) -> Tensor:
+def select_tokens(metrics: TokenMetrics, selection: str, share: float) -> Tensor:
     """The weights of a named selection.
 
     Args:
-        figures: Of one batch.
+        metrics: Of one batch.
         selection: One of `TOKEN_SELECTIONS`.
         share: For `adaspec`.
 
     Returns:
         [N] weights in [0, 1].
     """
-    places = figures.positions, figures.completions
+    places = metrics.positions, metrics.completions
     if selection == ADASPEC:
-        assert figures.reference_losses is not None, "check_selection asks for a reference"
-        return adaspec_weights(figures.losses, figures.reference_losses, share)
+        assert metrics.reference_losses is not None, "check_selection asks for a reference"
+        return adaspec_weights(metrics.losses, metrics.reference_losses, share)
     if selection == AFTER_FIRST_REJECTION:
-        assert figures.acceptance is not None, "check_selection asks for distributions"
-        return rejected_by(figures.acceptance, *places)
+        assert metrics.acceptance is not None, "check_selection asks for distributions"
+        return rejected_by(metrics.acceptance, *places)
     if selection == AFTER_FIRST_MISMATCH:
-        return rejected_by((figures.likeliest == figures.tokens).to(figures.losses), *places)
-    return torch.ones_like(figures.losses)
+        return rejected_by((metrics.likeliest == metrics.tokens).to(metrics.losses), *places)
+    return torch.ones_like(metrics.losses)
 
 
 def check_selection(
-    args: Any, *, has_reference: bool, own_weights: bool, knows_distributions: bool, from_draws: bool
+    args: Any, *, has_reference: bool, custom_weights: bool, knows_distributions: bool, from_draws: bool
 ) -> None:
     """Make sure, before anything is loaded, that the tokens asked for can be chosen.
 
     Args:
         args: The configuration.
         has_reference: Whether a reference model is given.
-        own_weights: Whether `token_weights` is overridden.
+        custom_weights: Whether `token_weights` is overridden.
         knows_distributions: Whether the loss reads the target's distributions.
         from_draws: Whether all that is known of them are sampled tokens.
 
@@ -206,9 +206,9 @@ def check_selection(
                 '`token_selection="adaspec"` compares losses token by token, but the values of `tvd_plus_plus` say '
                 'nothing, only its gradient does. Use `divergence="total_variation"`.'
             )
-    elif has_reference and not own_weights:
+    elif has_reference and not custom_weights:
         raise ValueError(
-            f'`reference_model` is read by `token_selection="adaspec"` or a `token_weights` of your own, but '
+            f'`reference_model` is read by `token_selection="adaspec"` or a custom `token_weights`, but '
             f'`token_selection={selection!r}`. Leave it out, or choose "adaspec".'
         )
     if selection == AFTER_FIRST_REJECTION and (from_draws or not knows_distributions):
@@ -219,17 +219,17 @@ def check_selection(
         )
 
 
-def check_weights(weights: Any, figures: TokenFigures) -> Tensor:
+def check_token_weights(weights: Any, metrics: TokenMetrics) -> Tensor:
     """The weights, once it is clear that they are such.
 
     Raises:
-        ValueError: They are not [N], or negative or no numbers.
+        ValueError: They are not [N], or negative, infinite or NaN.
     """
-    shape = tuple(figures.losses.shape)
+    shape = tuple(metrics.losses.shape)
     if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
         given = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"`token_weights` must return one weight for each completion token, {shape}, got {given}.")
-    # Losses that are no numbers make such weights, and are reported with the batch they come from.
-    if not ((weights >= 0) & weights.isfinite()).all() and figures.losses.isfinite().all():
+    # Losses that are NaN make such weights, and are reported with the batch they come from.
+    if not ((weights >= 0) & weights.isfinite()).all() and metrics.losses.isfinite().all():
         raise ValueError("`token_weights` returned weights that are negative, infinite or NaN.")
     return weights.detach()

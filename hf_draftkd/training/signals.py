@@ -1,4 +1,4 @@
-"""What the draft learns from: a live target, its cached distributions, or nothing but its text.
+"""What the draft learns from: a live target, its cached distributions, or only its text.
 
 The three answer the same questions, so that the trainer does not care which it has: what did the target say at the
 completion tokens of this batch (`distributions`), how often would it accept the draft there (`acceptance`), and had
@@ -75,18 +75,20 @@ class Written(NamedTuple):
         )
 
 
-class Text:
+class TextSignal:
     """Black box: the target's text and nothing else.
 
     Attributes:
         name: As the model card calls it.
         acceptance_name: What `acceptance` is called in logs.
         exact_text: Which text block efficiency is exact for.
+        knows_distributions: Whether `acceptance` can be told at all.
     """
 
     name: ClassVar[str] = "black_box"
     acceptance_name: str = "acceptance_rate"
     exact_text: ClassVar[str] = "were written by one target, greedily"
+    knows_distributions: ClassVar[bool] = False
 
     def distributions(self, batch: dict[str, Any], keep: Tensor) -> Distributions | None:
         """The target at the N positions [B, L] `keep` that predict a completion token; None if it is not known."""
@@ -127,7 +129,7 @@ class Text:
         return (_processed(draft_logits, written, setting).argmax(-1) == written.tokens).float()
 
 
-class CachedTarget(Text):
+class CachedTarget(TextSignal):
     """The target's distributions as `cache_target_distributions` left them beside the text.
 
     Args:
@@ -136,6 +138,7 @@ class CachedTarget(Text):
     """
 
     name = "cached"
+    knows_distributions = True
     exact_text = "were written by one target, either greedily or at temperature 1 without top-p, top-k and penalties"
 
     def __init__(self, facts: list[CacheFacts], vocab_size: int) -> None:
@@ -175,7 +178,7 @@ class CachedTarget(Text):
         return (token_logprob(draft_logits, written.tokens) - written.logprobs.float()).clamp(max=0).exp()
 
 
-class LiveTarget(Text):
+class LiveTarget(TextSignal):
     """The target itself, run beside the draft.
 
     Args:
@@ -185,26 +188,27 @@ class LiveTarget(Text):
     """
 
     name = "white_box"
+    knows_distributions = True
     exact_text = "were written by this target, under a setting they record"
 
     def __init__(self, model: torch.nn.Module, vocab_size: int, *, sharded: bool = False) -> None:
         self._model = model
         self._vocab_size = vocab_size
-        self._arithmetic = None if sharded else head_arithmetic(model)
-        if self._arithmetic is None:
+        self.head_arithmetic = None if sharded else head_arithmetic(model)
+        if self.head_arithmetic is None:
             logger.warning(WHOLE_LOGITS, "target", "its weights are sharded" if sharded else NO_PLAIN_HEAD)
 
     def for_loss(self, batch: dict[str, Any], keep: Tensor) -> Tensor | Unprojected:
-        if self._arithmetic is None:
+        if self.head_arithmetic is None:
             return self.distributions(batch, keep)
         head = unwrapped(self._model).get_output_embeddings()
         if head.weight.device != keep.device:
-            # From a device of its own it hands over logits: moving its head in each step would cost more.
-            self._arithmetic = None
+            # From another device it hands over logits: moving its head in each step would cost more.
+            self.head_arithmetic = None
             logger.warning(WHOLE_LOGITS, "target", f"it lies on {head.weight.device}, the draft on {keep.device}")
             return self.distributions(batch, keep)
         with torch.no_grad():
-            return hidden_at(self._model, model_inputs(batch), keep, self._arithmetic, self._vocab_size)
+            return hidden_at(self._model, model_inputs(batch), keep, self.head_arithmetic, self._vocab_size)
 
     def distributions(self, batch: dict[str, Any], keep: Tensor) -> Tensor:
         with torch.no_grad():
@@ -239,7 +243,7 @@ def make_signal(
     vocab_size: int,
     *,
     sharded: bool = False,
-) -> Text:
+) -> TextSignal:
     """The target if it is there, else its cache, else its text.
 
     Args:
@@ -252,21 +256,25 @@ def make_signal(
     if target_model is not None:
         return LiveTarget(target_model, vocab_size, sharded=sharded)
     if cache is None:
-        return Text()
+        return TextSignal()
     cache.vocab_size = vocab_size
     return CachedTarget(facts, vocab_size)
 
 
 def check_cached(
-    datasets: dict[str, Dataset | IterableDataset], args: DraftDistillConfig, *, own_loss: bool, own_collator: bool
+    datasets: dict[str, Dataset | IterableDataset],
+    args: DraftDistillConfig,
+    *,
+    custom_loss: bool = False,
+    custom_collator: bool = False,
 ) -> list[CacheFacts]:
     """Make sure, before anything is loaded, that the loss asked for can be computed from cached distributions.
 
     Args:
         datasets: Name -> rows.
         args: The configuration.
-        own_loss: Whether `token_loss` is overridden.
-        own_collator: Whether the user gave a collator.
+        custom_loss: Whether `token_loss` is overridden.
+        custom_collator: Whether the user gave a collator.
 
     Returns:
         What the caches say of themselves, one entry a data set.
@@ -283,7 +291,7 @@ def check_cached(
                 '`divergence="cross_entropy"`.'
             )
     for given, what, why in (
-        (own_collator, "data_collator", "distributions are looked up by the trainer's own"),
+        (custom_collator, "data_collator", "distributions are looked up by the trainer's own"),
         ((args.dataset_kwargs or {}).get("skip_prepare_dataset"), "skip_prepare_dataset", "rows are linked to them"),
         (args.packing and args.packing_strategy != "bfd", "packing_strategy", "others cut texts apart"),
     ):
@@ -301,7 +309,7 @@ def check_cached(
                 f"cannot be re-tempered: set `loss_temperature={fact.loss_temperature:g}`, or cache again."
             )
         if fact.top_k is None:
-            check_sampled("a `token_loss` of your own" if own_loss else args.divergence)
+            check_sampled("a custom `token_loss`" if custom_loss else args.divergence)
     return list(facts.values())
 
 

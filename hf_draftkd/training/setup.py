@@ -3,6 +3,7 @@
 import logging
 import math
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from trl.trainer.utils import get_config_model_id
 from hf_draftkd.data.formats import check_format, has_labels, longest_text
 from hf_draftkd.models.context import context_length
 from hf_draftkd.models.forward import HeadArithmetic, head_arithmetic, unwrapped
+from hf_draftkd.models.identity import checkpoint_of
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, check_weights_apart, shared_vocab_size
-from hf_draftkd.models.resolve import check_config, check_model
+from hf_draftkd.models.resolve import Checkpoint, check_config, check_model, resolve
 from hf_draftkd.training.config import DraftDistillConfig
-from hf_draftkd.training.signal import NO_PLAIN_HEAD, WHOLE_LOGITS
+from hf_draftkd.training.signals import NO_PLAIN_HEAD, WHOLE_LOGITS
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ def check_datasets(
                     "`mix_dataset`."
                 )
     if args.eval_packing:
-        raise ValueError("`eval_packing=True` would cut texts apart, but figures are sums over whole texts.")
+        raise ValueError("`eval_packing=True` would cut texts apart, but metrics are sums over whole texts.")
     args.eval_packing = False
     return datasets
 
@@ -124,41 +126,32 @@ def prepare_pair(
         The draft, the frozen target (None without one), and the tokenizer they share.
 
     Raises:
-        ValueError: A model cannot be loaded, is no causal LM, its tokenizer differs from the other's, or the draft is
-            quantised, has nothing to train, or shares weights with the target.
+        ValueError: A model cannot be loaded, is not a causal LM, its tokenizer differs from the other's, or the draft
+            is quantised, has nothing to train, or shares weights with the target.
     """
-    trusted = {"trust_remote_code": args.trust_remote_code}
-    draft_kwargs: dict[str, Any] = {"dtype": "float32", **trusted, **_as_dict(args.model_init_kwargs)}
-    revision = draft_kwargs.get("revision")
+    draft_kwargs = {"dtype": "float32", **_loading_options(args, args.model_init_kwargs)}
+    target_kwargs = _loading_options(args, args.target_model_init_kwargs)
     if quantization_config is not None or draft_kwargs.get("quantization_config") is not None:
         raise ValueError(_QUANTISED_DRAFT.format(name=model_name(model)))
     # Whatever shows without the weights is looked at first: a pair that does not fit is refused in seconds.
-    for given, at in ((model, revision), (target_model, args.target_model_revision)):
-        if isinstance(given, str):
-            check_model(given, revision=at, **trusted)
-        elif given is not None:
-            check_config(given.config, given.name_or_path or type(given).__name__)
-    if model is target_model:
+    draft = _looked_up(model, draft_kwargs.get("revision"), args)
+    target = None if target_model is None else _looked_up(target_model, args.target_model_revision, args)
+    if draft is target:
         raise ValueError("`model` and `target_model` are the same object; the target is frozen. Load the model twice.")
     if tokenizer is None:
-        of_target = None if target_model is None else (target_model, args.target_model_revision)
-        tokenizer = _shared_tokenizer(model_name(model), revision, of_target, **trusted)
-    check_own_tokenizer(model, tokenizer, revision=revision, **trusted)
-    if target_model is not None:
-        check_own_tokenizer(target_model, tokenizer, is_target=True, revision=args.target_model_revision, **trusted)
-    for option in (*draft_kwargs, *_as_dict(args.target_model_init_kwargs)):
-        if option not in _LOADING:
-            raise ValueError(f"Models are loaded with {', '.join(_LOADING)}; there is no {option!r}.")
-    draft = load_draft(model, **draft_kwargs) if isinstance(model, str) else model
+        tokenizer = _shared_tokenizer(draft, target)
+    check_own_tokenizer(draft, tokenizer)
+    if target is not None:
+        check_own_tokenizer(target, tokenizer, is_target=True)
+    if isinstance(draft, Checkpoint):
+        draft = load_draft(draft, **draft_kwargs)
     if getattr(unwrapped(draft), "hf_quantizer", None) is not None:
         raise ValueError(_QUANTISED_DRAFT.format(name=model_name(unwrapped(draft))))
     learns_itself = trains and not adds_adapter
     if learns_itself and not any(parameter.requires_grad for parameter in draft.parameters()):
         raise ValueError(_NOTHING_TO_TRAIN.format(name=model_name(unwrapped(draft))))
-    if isinstance(target_model, str):
-        target_kwargs: dict[str, Any] = {**trusted, **_as_dict(args.target_model_init_kwargs)}
-        target_model = load_target(target_model, revision=args.target_model_revision, **target_kwargs)
-    target: PreTrainedModel | None = target_model
+    if isinstance(target, Checkpoint):
+        target = load_target(target, **target_kwargs)
     if target is not None:
         if learns_itself:
             check_weights_apart(draft, target)
@@ -167,22 +160,36 @@ def prepare_pair(
     return draft, target, tokenizer
 
 
-def _shared_tokenizer(
-    draft_name: str, revision: str | None, target: tuple[str | PreTrainedModel, str | None] | None, **trusted: bool
-) -> PreTrainedTokenizerBase:
+def _loading_options(args: DraftDistillConfig, given: Any) -> dict[str, Any]:
+    for option in given or {}:
+        if option not in _LOADING:
+            raise ValueError(f"Models are loaded with {', '.join(_LOADING)}; not with {option!r}.")
+    return {"trust_remote_code": args.trust_remote_code, **(given or {})}
+
+
+def _looked_up(model: Any, revision: str | None, args: DraftDistillConfig) -> Any:
+    """The checkpoint of that name, or the loaded model; refused if it is not a causal LM."""
+    if isinstance(model, str):
+        checkpoint = resolve(model, revision=revision, trust_remote_code=args.trust_remote_code)
+        check_model(checkpoint)
+        return checkpoint
+    check_config(model.config, model.name_or_path or type(model).__name__)
+    return model
+
+
+def _shared_tokenizer(draft: Any, target: Any) -> PreTrainedTokenizerBase:
     """The target's, if it has one: chats are put to the target in its own template, and end with its own token.
 
     Raises:
         ValueError: The target was named and has none; or there is no target, and the draft has none.
     """
-    if target is not None and (name := model_name(target[0])):
-        try:
-            return load_tokenizer(name, revision=target[1], **trusted)
-        except ValueError:
-            # A model in memory may come from where no tokenizer lies.
-            if name is target[0]:
-                raise
-    return load_tokenizer(draft_name, revision=revision, **trusted)
+    if isinstance(target, Checkpoint):
+        return target.tokenizer
+    if target is not None and target.name_or_path:
+        # A model in memory may come from where no tokenizer lies.
+        with suppress(ValueError):
+            return checkpoint_of(target).tokenizer
+    return draft.tokenizer if isinstance(draft, Checkpoint) else load_tokenizer(model_name(draft))
 
 
 def prepare_reference(
@@ -198,34 +205,24 @@ def prepare_reference(
     """
     if reference_model is None:
         return None
-    trusted = {"trust_remote_code": args.trust_remote_code}
     if any(reference_model is model for model in pair if model is not None):
         raise ValueError(
-            "`reference_model` is the same object as the draft or the target, and would say nothing of its own. Give a "
+            "`reference_model` is the same object as the draft or the target, and could tell nothing new. Give a "
             "copy of the draft that was distilled before."
         )
-    if isinstance(reference_model, str):
-        check_model(reference_model, **trusted)
-    else:
-        check_config(reference_model.config, reference_model.name_or_path or type(reference_model).__name__)
-    check_own_tokenizer(reference_model, tokenizer, **trusted)
-    if isinstance(reference_model, str):
-        reference_model = load_draft(reference_model, dtype="float32", **trusted)
+    reference = _looked_up(reference_model, None, args)
+    check_own_tokenizer(reference, tokenizer)
+    if isinstance(reference, Checkpoint):
+        reference = load_draft(reference, dtype="float32")
     needed = shared_vocab_size(unwrapped(pair[0]), unwrapped(pair[0] if pair[1] is None else pair[1]), tokenizer)
-    rows = shared_vocab_size(reference_model, reference_model, tokenizer)
+    rows = shared_vocab_size(reference, reference, tokenizer)
     if rows < needed:
         raise ValueError(
             f"`reference_model` predicts {rows} tokens, but draft and target share {needed}. Give a copy of the draft "
             "that was distilled from this target."
         )
-    frozen: PreTrainedModel = reference_model
-    check_weights_apart(pair[0], frozen, "`reference_model`")
-    return frozen.eval().requires_grad_(False)
-
-
-def _as_dict(value: Any) -> dict[str, Any]:
-    assert value is None or isinstance(value, dict), "SFTConfig has parsed it"
-    return value or {}
+    check_weights_apart(pair[0], reference, "`reference_model`")
+    return reference.eval().requires_grad_(False)
 
 
 def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Module | None:

@@ -130,8 +130,8 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
     facts = _facts_of_writing(trainer.data_facts, args)
     if target is not None:
         facts["target_revision"] = model_revision(target)
-    figures = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    metrics = {name: value for name, value in (figures[-1] if figures else {}).items() if name in _METRICS}
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    metrics = {name: value for name, value in (evaluations[-1] if evaluations else {}).items() if name in _METRICS}
     training = TrainingSummary(
         target=trainer.target_name or None,
         # Of a target that only wrote the data, its rows know the name alone.

@@ -1,18 +1,24 @@
-"""What `trainer.evaluate()` reports: sums over every text on every process, divided once at the end."""
+"""What training logs and what `trainer.evaluate()` reports: sums over all texts and processes, divided at the end."""
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import IterableDataset
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_draftkd.acceptance import expected_target_calls
-from hf_draftkd.data.collator import rows_by_setting
+from hf_draftkd.data.collator import UNKNOWN_SETTING, rows_by_setting
 from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.losses import DistillationLoss
 from hf_draftkd.losses.chunked import scan
-from hf_draftkd.training.signal import Text, Written
+from hf_draftkd.training.config import DraftDistillConfig
+from hf_draftkd.training.signals import TextSignal, Written
 
 # The first columns of `row_sums`, in order. For each temperature follow rated tokens and their Σα, then target calls
 # at each draft length.
@@ -24,6 +30,55 @@ _UNTOLD = -1.0
 TokenLoss = Callable[[Tensor, Any, Tensor], Tensor]
 
 
+class TrainingSums:
+    """What is logged of the training steps since the last log entry: tokens read, and their mean acceptance rate."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64)
+
+    def add(self, batch: dict[str, Any], result: DistillationLoss) -> None:
+        """Add one batch of this process."""
+        read = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
+        alpha = result.acceptance
+        # Summed over batches in float64 on the CPU: not every accelerator has it.
+        rated, accepted = (0, 0.0) if alpha is None else (alpha.numel(), float(alpha.cpu().double().sum()))
+        self._sums += torch.tensor([int(read), rated, accepted], dtype=torch.float64)
+
+    def close(self, accelerator: Any) -> tuple[int, float | None]:
+        """Sum over all processes and start again.
+
+        Returns:
+            Tokens read, and the mean acceptance rate if it could be told.
+        """
+        sums = self._sums.to(accelerator.device) if accelerator.num_processes > 1 else self._sums
+        read, rated, accepted = accelerator.reduce(sums).tolist()
+        self._sums.zero_()
+        return int(read), accepted / rated if rated else None
+
+
+class FilledUp(IterableDataset):
+    """A stream that ends with rows in which nothing counts, so that all processes have as many batches.
+
+    accelerate would repeat rows from its beginning instead: of a stream, whose length is not known, they are not
+    dropped again. Or it would give each process shards of its own, and wait forever where some have more rows.
+
+    Args:
+        rows: The prepared rows.
+        multiple: Their number becomes a multiple of this.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]], multiple: int) -> None:
+        self._rows, self._multiple = rows, multiple
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        count, row = 0, None
+        for row in self._rows:
+            count += 1
+            yield row
+        if row is not None:
+            yield from [row | {"labels": [-100] * len(row["input_ids"])}] * (-count % self._multiple)
+
+
 def row_sums(
     draft: Any,
     target: Any,
@@ -31,7 +86,7 @@ def row_sums(
     keep: Tensor,
     *,
     loss: TokenLoss,
-    signal: Text,
+    signal: TextSignal,
     temperatures: Sequence[float],
     draft_lengths: Sequence[int],
 ) -> Tensor:
@@ -107,7 +162,7 @@ class EvaluationSums:
 
     Args:
         signal: What the draft learns from: it names the acceptance rate, and says which text it can judge.
-        num_assistant_tokens: Draft length γ of the figure called `block_efficiency`.
+        num_assistant_tokens: Draft length γ of the metric called `block_efficiency`.
         more_lengths: Further draft lengths, each reported as `block_efficiency_at_γ`.
         temperatures: At which the acceptance rate is reported, beside 1; and of which settings block efficiency is
             reported on its own.
@@ -115,7 +170,7 @@ class EvaluationSums:
 
     def __init__(
         self,
-        signal: Text,
+        signal: TextSignal,
         num_assistant_tokens: int,
         more_lengths: Sequence[int] = (),
         temperatures: Sequence[float] = (),
@@ -140,15 +195,15 @@ class EvaluationSums:
         """Rows for which block efficiency is not exact."""
         return int(self._total[2])
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """`loss` per completion token and, as far as the signal can tell, acceptance rates and block efficiencies.
 
         - `acceptance_rate` is α at temperature 1, `acceptance_rate_t0` at temperature 0 (the share of tokens where
-          draft and target like the same one best). It is called `acceptance_rate_upper_bound` where the target's tail
-          is not known.
+          draft and target find the same one likeliest). It is called `acceptance_rate_upper_bound` where the target's
+          tail is not known.
         - `block_efficiency` (tokens per target call, bonus token included), `block_efficiency_at_3` at draft length 3:
           of all texts, each under the setting it was recorded with. It is exact for text that the target wrote and
-          means nothing for other text: with such rows in the data (`foreign_rows`) it is left out.
+          is meaningless for other text: with such rows in the data (`foreign_rows`) it is left out.
         - `block_efficiency_t0`, `block_efficiency_at_3_t0`: of the texts written at temperature 0 (see
           `DecodingSetting.log_suffix`), for each setting with a chosen temperature.
         """
@@ -156,17 +211,17 @@ class EvaluationSums:
         tokens, loss = self._total[:2].tolist()
         if tokens == 0:
             return {}
-        figures = {"loss": loss / tokens}
+        metrics = {"loss": loss / tokens}
         sums = self._total[len(_COLUMNS) :][:num_rates].view(-1, 2).tolist()
         for temperature, (rated, acceptance) in zip(self.temperatures, sums, strict=True):
             if rated:
-                figures[self._rate_name(temperature)] = acceptance / rated
+                metrics[self._rate_name(temperature)] = acceptance / rated
         if self.foreign_rows == 0:
-            figures |= self._block_efficiencies(self._total, "")
+            metrics |= self._block_efficiencies(self._total, "")
         for setting, total in sorted(self._by_setting.items(), key=lambda item: tuple(item[0].to_dict().values())):
             if setting.temperature in self._chosen:
-                figures |= self._block_efficiencies(total, setting.log_suffix)
-        return figures
+                metrics |= self._block_efficiencies(total, setting.log_suffix)
+        return metrics
 
     def _block_efficiencies(self, total: Tensor, suffix: str) -> dict[str, float]:
         names = ["block_efficiency", *(f"block_efficiency_at_{length}" for length in self.draft_lengths[1:])]
@@ -181,9 +236,62 @@ class EvaluationSums:
         return f"{name}_t{temperature:g}"
 
 
-def not_exact(foreign_rows: int, signal: Text, prefix: str = "eval") -> str:
+def not_exact(foreign_rows: int, signal: TextSignal, prefix: str = "eval") -> str:
     """Why there is no block efficiency of all rows."""
     return (
         f"{prefix}_block_efficiency is left out: {foreign_rows} evaluation rows do not say that they "
         f"{signal.exact_text}. Make such rows with `draftkd generate` or `generate_alignment_data`."
     )
+
+
+# Best checkpoint -----------------------------------------------------------------------------------------------------
+
+
+def check_best_metric(args: DraftDistillConfig, eval_dataset: Any, signal: TextSignal) -> None:
+    """Refuse, before training, a `metric_for_best_model` that `evaluate()` will not report or that means nothing.
+
+    transformers would find out after the first evaluation. Names that it does not know are left to it.
+
+    Args:
+        args: The configuration.
+        eval_dataset: Prepared rows, several of them by name, or None. Nothing is known of a stream.
+        signal: What the draft learns from.
+
+    Raises:
+        ValueError: The evaluation data cannot give this metric, it does not say which data it is of, or it is the value
+            of `tvd_plus_plus`.
+    """
+    given = args.metric_for_best_model
+    if given is None or eval_dataset is None or args.eval_strategy == IntervalStrategy.NO:
+        return
+    sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    metric = given.removeprefix("eval_")
+    name = max((name for name in sets if not name or metric.startswith(f"{name}_")), key=len, default=None)
+    if name is None:
+        if metric in ("loss", signal.acceptance_name, "acceptance_rate") or metric.startswith("block_efficiency"):
+            raise ValueError(
+                f"`metric_for_best_model={given!r}` does not say which evaluation data it is of: there are "
+                f"{', '.join(map(repr, sets))}. Use for instance 'eval_{next(iter(sets))}_{metric}'."
+            )
+        return
+    metric = metric.removeprefix(f"{name}_")
+    reason = None
+    if metric == "loss" and args.divergence == "tvd_plus_plus":
+        reason = "the value of `tvd_plus_plus` does not measure how good a draft is. Choose the acceptance rate"
+    elif metric == "acceptance_rate" != signal.acceptance_name:
+        reason = f"of this cache only an upper bound is known. Choose {given.replace(metric, signal.acceptance_name)!r}"
+    elif metric.startswith("acceptance_rate") and not signal.knows_distributions:
+        reason = "acceptance rates need the target's distributions. Choose the block efficiency"
+    elif re.fullmatch(r"block_efficiency(_at_\d+)?", metric) and (foreign_rows := _foreign_rows(sets[name], signal)):
+        reason = not_exact(foreign_rows, signal).removesuffix(".")
+    if reason is not None:
+        raise ValueError(f"`metric_for_best_model={given!r}` cannot choose a checkpoint: {reason}.")
+
+
+def _foreign_rows(dataset: Any, signal: TextSignal) -> int:
+    """Rows for which block efficiency is not exact; 0 of a stream, which is not read ahead."""
+    if not isinstance(dataset, Dataset):
+        return 0
+    decoding = dataset["decoding"] if "decoding" in dataset.column_names else []
+    recorded = rows_by_setting(torch.tensor([row or UNKNOWN_SETTING for row in decoding], dtype=torch.float32))
+    return len(dataset) - sum(len(rows) for setting, rows in recorded.items() if signal.judges(setting))

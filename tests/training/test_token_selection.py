@@ -9,7 +9,7 @@ from datasets import Dataset
 from hf_draftkd import DraftDistillTrainer
 from hf_draftkd.data.target_cache import cache_target_distributions
 from hf_draftkd.models.forward import predicting_positions
-from hf_draftkd.training.positions import adaspec_weights, completion_places, rejected_by
+from hf_draftkd.training.token_selection import adaspec_weights, completion_places, rejected_by
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_pair
 from tests.training.rows import alignment_rows
 from tests.training.trainers import assert_same, build, weights
@@ -141,7 +141,7 @@ def test_adaspec_learns_from_where_the_draft_lags_most(tmp_path, pair, tokenizer
 
     trainer = build(tmp_path, pair, tokenizer, rows, token_selection="adaspec", reference_model=other)
     if not in_chunks:
-        trainer._arithmetic = trainer._reference._arithmetic = None
+        trainer.head_arithmetic = trainer.reference_signal.head_arithmetic = None
     assert_close(loss_and_gradients(trainer), expected_loss_and_gradients(*pair, rows, weigh))
     # With the whole share it is plain distillation.
     trainer.args.selected_share = 1.0
@@ -220,10 +220,10 @@ def test_weights_of_ones_own(tmp_path, pair, tokenizer):
     seen = []
 
     class Flat(DraftDistillTrainer):
-        def token_weights(self, figures):
-            assert not figures.losses.requires_grad
-            seen.append(figures)
-            return super().token_weights(figures) * (figures.positions % 2) * figures.acceptance
+        def token_weights(self, metrics):
+            assert not metrics.losses.requires_grad
+            seen.append(metrics)
+            return super().token_weights(metrics) * (metrics.positions % 2) * metrics.acceptance
 
     trainer = build(tmp_path, pair, tokenizer, rows, trainer_class=Flat, reference_model=other, loss_temperature=1.0)
     found = loss_and_gradients(trainer)
@@ -232,18 +232,18 @@ def test_weights_of_ones_own(tmp_path, pair, tokenizer):
         return torch.minimum(log_p.exp(), log_q.exp()).sum(-1) * (torch.arange(len(log_p)) % 2)
 
     assert_close(found, expected_loss_and_gradients(*pair, rows, weigh))
-    (figures,) = seen
+    (metrics,) = seen
     with torch.no_grad():
         log_p, log_q, log_r = (
             torch.cat([log_probs(model, row) for row in rows]) for model in (pair[1], pair[0], other)
         )
-    assert figures.tokens.tolist() == [token for ids in rows["completion_ids"] for token in ids]
-    assert figures.likeliest.tolist() == log_q.argmax(-1).tolist()
-    torch.testing.assert_close(figures.losses.double(), kl(log_p, log_q), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(figures.reference_losses.double(), kl(log_p, log_r), atol=1e-5, rtol=1e-4)
+    assert metrics.tokens.tolist() == [token for ids in rows["completion_ids"] for token in ids]
+    assert metrics.likeliest.tolist() == log_q.argmax(-1).tolist()
+    torch.testing.assert_close(metrics.losses.double(), kl(log_p, log_q), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(metrics.reference_losses.double(), kl(log_p, log_r), atol=1e-5, rtol=1e-4)
     lengths = [len(ids) for ids in rows["completion_ids"]]
-    assert figures.completions.tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
-    assert figures.positions.tolist() == [place for n in lengths for place in range(n)]
+    assert metrics.completions.tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
+    assert metrics.positions.tolist() == [place for n in lengths for place in range(n)]
 
 
 def test_only_the_head_is_passed_twice(tmp_path, pair, tokenizer):
@@ -300,16 +300,16 @@ def test_a_loss_that_is_not_finite_still_names_its_batch(tmp_path, pair, tokeniz
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda figures: figures.losses[:-1], r"one weight for each completion token, \(\d+,\), got \(\d+,\)"),
-        (lambda figures: None, "got NoneType"),
-        (lambda figures: -figures.losses, "negative, infinite or NaN"),
-        (lambda figures: figures.losses / 0, "negative, infinite or NaN"),
+        (lambda metrics: metrics.losses[:-1], r"one weight for each completion token, \(\d+,\), got \(\d+,\)"),
+        (lambda metrics: None, "got NoneType"),
+        (lambda metrics: -metrics.losses, "negative, infinite or NaN"),
+        (lambda metrics: metrics.losses / 0, "negative, infinite or NaN"),
     ],
 )
 def test_weights_that_are_none(tmp_path, pair, tokenizer, wrong, message):
     class Wrong(DraftDistillTrainer):
-        def token_weights(self, figures):
-            return wrong(figures)
+        def token_weights(self, metrics):
+            return wrong(metrics)
 
     trainer = build(tmp_path, pair, tokenizer, trainer_class=Wrong)
     with pytest.raises(ValueError, match=message):
