@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,13 +39,22 @@ class Learner:
     """
 
     def __init__(self, draft_model: Any, vocab_size: int, args: OnlineDistillConfig) -> None:
-        self._draft, self._vocab_size, self._args = draft_model.eval(), vocab_size, args
+        self._draft, self._vocab_size, self._max_grad_norm = draft_model.eval(), vocab_size, args.max_grad_norm
         self._trained = _trainable(draft_model)
         self._weights = {name: _in_float32(weight) for name, weight in self._trained.items()}
         self._optimizer = torch.optim.AdamW(
             self._weights.values(), lr=args.learning_rate, weight_decay=args.weight_decay
         )
         self._arithmetic = head_arithmetic(draft_model)
+        self._needs_target = args.needs_target
+        self._objective: dict[str, Any] = {"divergence": "cross_entropy"}
+        if args.needs_target:
+            self._objective = {
+                "divergence": args.divergence,
+                "options": args.divergence_options,
+                "temperature": args.loss_temperature,
+                "cross_entropy_weight": args.cross_entropy_weight,
+            }
 
     def learn(self, batches: Sequence[Sequence[ServedRequest]]) -> dict[str, float]:
         """Take one gradient step per batch.
@@ -77,7 +85,7 @@ class Learner:
         for name, parameter in self._trained.items():
             if parameter is not self._weights[name] and parameter.grad is not None:
                 self._weights[name].grad, parameter.grad = parameter.grad.float(), None
-        norm = float(nn.utils.clip_grad_norm_(self._weights.values(), self._args.max_grad_norm))
+        norm = float(nn.utils.clip_grad_norm_(self._weights.values(), self._max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"loss {loss} and gradient norm {norm} on a batch of {num_requests} requests.")
         self._optimizer.step()
@@ -96,29 +104,18 @@ class Learner:
         keep = predicting_positions(labels)
         # Row by row in the order of the requests, which is the order of the kept positions.
         tokens, keep = labels[:, 1:][keep[:, :-1]].to(device), keep.to(device)
-        compare = partial(self._compare, target=self._target(requests), tokens=tokens)
+        target = None
+        if self._needs_target:
+            kept = SparseTarget.concatenate([request.target for request in requests])
+            token_ids, *logprobs = (part.to(device) for part in vars(kept).values())
+            target = SparseTarget(token_ids.long(), *logprobs)
+
+        def compare(draft: Tensor | Unprojected) -> DistillationLoss:
+            return distillation_loss(draft, target, tokens, **self._objective)
+
         if self._arithmetic is None:
             return compare(logits_at(self._draft, inputs, keep)[:, : self._vocab_size])
         return loss_at(self._draft, inputs, keep, self._arithmetic, self._vocab_size, compare)
-
-    def _target(self, requests: Sequence[ServedRequest]) -> SparseTarget | None:
-        if not self._args.needs_target:
-            return None
-        kept, device = SparseTarget.concatenate([request.target for request in requests]), self._draft.device
-        return SparseTarget(kept.token_ids.to(device).long(), kept.logprobs.to(device), kept.tail_logprob.to(device))
-
-    def _compare(self, draft: Tensor | Unprojected, target: SparseTarget | None, tokens: Tensor) -> DistillationLoss:
-        if target is None:
-            return distillation_loss(draft, None, tokens, divergence="cross_entropy")
-        return distillation_loss(
-            draft,
-            target,
-            tokens,
-            divergence=self._args.divergence,
-            options=self._args.divergence_options,
-            temperature=self._args.loss_temperature,
-            cross_entropy_weight=self._args.cross_entropy_weight,
-        )
 
     @contextmanager
     def undoable(self) -> Iterator[Callable[[], None]]:
@@ -219,15 +216,16 @@ def _trainable(draft: Any) -> dict[str, nn.Parameter]:
         raise ValueError(
             "The draft has no trainable parameter. Load it with `load_draft`, or add an adapter if it is quantised."
         )
-    half = next((name for name, parameter in trainable.items() if parameter.dtype == torch.float16), None)
-    if half is not None:
-        raise ValueError(f"The draft's {half} is float16, whose gradients underflow. Load it in bfloat16 or float32.")
-    frozen = next((name for name, parameter in trainable.items() if parameter.is_inference()), None)
-    if frozen is not None:
-        raise ValueError(
-            f"The draft's {frozen} was made under `torch.inference_mode()`, and such a tensor can never be trained. "
-            "Load the draft outside of it; serving may run inside."
-        )
+    for name, parameter in trainable.items():
+        if parameter.dtype == torch.float16:
+            raise ValueError(
+                f"The draft's {name} is float16, whose gradients underflow. Load it in bfloat16 or float32."
+            )
+        if parameter.is_inference():
+            raise ValueError(
+                f"The draft's {name} was made under `torch.inference_mode()`, and such a tensor can never be trained. "
+                "Load the draft outside of it; serving may run inside."
+            )
     return trainable
 
 
