@@ -32,7 +32,7 @@ def test_what_cannot_work_is_refused_before_the_target_is_loaded(
     assert message in capsys.readouterr().err
 
 
-def test_the_text_model_of_a_multimodal_one(tmp_path):
+def test_the_text_model_of_a_multimodal_one(tmp_path, capsys):
     """It is written by `--text_of`, and cut like any other where the multimodal model is named as the target."""
     tiny_multimodal("Gemma3").save_pretrained(tmp_path / "whole")
     tiny_tokenizer().save_pretrained(tmp_path / "whole")
