@@ -131,9 +131,10 @@ def rows_by_setting(decoding: torch.Tensor) -> dict[DecodingSetting, list[int]]:
     groups: dict[DecodingSetting, list[int]] = {}
     for index, values in enumerate(decoding.tolist()):
         # In float32, 0.7 is 0.699999988: six digits are what it keeps of any number.
-        temperature, top_p, top_k, penalty = (float(f"{value:.6g}") for value in values)
-        if not math.isnan(temperature):
-            groups.setdefault(DecodingSetting(temperature, top_p, int(top_k), penalty), []).append(index)
+        numbers = [float(f"{value:.6g}") for value in values]
+        if not math.isnan(numbers[0]):
+            setting = DecodingSetting.from_row(dict(zip(SETTING_COLUMNS, numbers, strict=True)))
+            groups.setdefault(setting, []).append(index)
     return groups
 
 

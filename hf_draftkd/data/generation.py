@@ -1,5 +1,6 @@
 """The target answers the prompts: alignment data, one row per completion, with the exact tokens it read and wrote."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,9 +13,8 @@ from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
 from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.curation import curate_prompts
 from hf_draftkd.data.filters import QueryFilter
-from hf_draftkd.data.fingerprints import plain, template_hash, text_hash
 from hf_draftkd.data.prompts import fitting_rows, load_prompts
-from hf_draftkd.data.rows import alignment_rows, dated, render_prompts
+from hf_draftkd.data.rows import alignment_rows, dated, render_prompts, template_hash
 from hf_draftkd.data.shards import DAY, StoppedError, cut_shards, day_begun, run_shards
 from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
 from hf_draftkd.data.target_cache import with_cache
@@ -23,7 +23,7 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.models.context import context_length
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.tokenizers import tokenizer_size
-from hf_draftkd.utils.hashing import derived_seed
+from hf_draftkd.utils.hashing import derived_seed, list_hash
 from hf_draftkd.utils.versions import package_versions
 
 _CHUNK = 1000  # prompts rendered at a time while checking
@@ -252,7 +252,7 @@ def check_prompts(
         ids = render_prompts(part, tokenizer, first_row=start, **(template_options or {}))
         lengths += [len(each) for each in ids]
         # Hashing rows and ids covers the source, the template and the tokenizer at once.
-        digests.append(text_hash(plain([row, each]) for row, each in zip(part, ids, strict=True)))
+        digests.append(list_hash(_as_text([row, each]) for row, each in zip(part, ids, strict=True)))
     fitting = fitting_rows(
         lengths,
         context,
@@ -260,7 +260,7 @@ def check_prompts(
         skip_too_long=config.skip_too_long,
         beginning=lambda row: _beginning(prompts[row]["prompt"]),
     )
-    return (prompts.select(fitting) if len(fitting) < len(prompts) else prompts), text_hash(digests)
+    return (prompts.select(fitting) if len(fitting) < len(prompts) else prompts), list_hash(digests)
 
 
 def answer_shard(
@@ -282,6 +282,11 @@ def answer_shard(
             raise
         answers[setting] = [completions[start : start + count] for start in range(0, len(completions), count)]
     return answers
+
+
+def _as_text(value: Any) -> str:
+    """A row as text that is the same in every process."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _failed_prompt(error: PromptFailedError, row: int, prompt: Any, count: int) -> str:

@@ -16,6 +16,7 @@ from hf_draftkd.data.backends import Completion, cut_completion
 from hf_draftkd.data.target_cache import CACHE_COLUMNS, TEMPERATURE_COLUMN
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.utils.checks import one_of
+from hf_draftkd.utils.hashing import list_hash
 
 Prompt = str | list[dict[str, Any]]
 # How a chat template asks for the date.
@@ -94,6 +95,12 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
             f"The prompts are chat messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template. Give "
             "the prompts as plain strings, or use a chat-tuned target, or set `tokenizer.chat_template`."
         )
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A hash of the chat template; None where there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return None if not template else list_hash([json.dumps(template, sort_keys=True)])
 
 
 def dated(tokenizer: PreTrainedTokenizerBase, day: str) -> dict[str, Any]:

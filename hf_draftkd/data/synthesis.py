@@ -18,8 +18,7 @@ from transformers.utils import logging
 
 from hf_draftkd.data.backends import STOP, Completion, local_backend
 from hf_draftkd.data.filters import QueryFilter
-from hf_draftkd.data.fingerprints import template_hash
-from hf_draftkd.data.rows import dated
+from hf_draftkd.data.rows import dated, template_hash
 from hf_draftkd.data.shards import (
     DAY,
     check_processes,

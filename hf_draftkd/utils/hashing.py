@@ -25,6 +25,15 @@ def sha256(pieces: Iterable[str | torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def list_hash(texts: Iterable[str]) -> str:
+    """A short hash of texts, in order; their lengths keep ["ab", "c"] apart from ["a", "bc"].
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return sha256(f"{len(text)}:{text}" for text in texts)[:16]
+
+
 def hash_number(text: str) -> int:
     """The first 64 bits of a text's SHA-256: a number in [0, 2**64) that the text alone decides."""
     return int(sha256([text])[:16], 16)

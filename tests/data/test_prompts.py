@@ -4,8 +4,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_draftkd.data.prompts import fitting_rows, load_prompts
-from hf_draftkd.data.rows import clean_message, render_prompts
-from tests.data.small import make_tokenizer
+from hf_draftkd.data.rows import clean_message
 
 CHAT = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "on the mat?"}]]
 
@@ -201,103 +200,11 @@ def test_a_conversation_that_is_already_answered():
     assert load_prompts(Dataset.from_dict({"prompt": log}), drop_last_answer=True)["prompt"] == [CHAT[0]]
 
 
-def test_messages_are_rendered_once_with_the_generation_prompt():
-    tokenizer = make_tokenizer()
-    expected = tokenizer.convert_tokens_to_ids(["<s>", "<|user|>", "h", "i", "<|end|>", "<|assistant|>"])
-    assert render_prompts([CHAT[0]], tokenizer) == [expected]
-
-
-def test_no_beginning_of_text_token_stands_twice():
-    """Fault: a template that writes `<s>` and a tokenizer that adds it give the target a text it has never seen."""
-    tokenizer = make_tokenizer()
-    for prompt in (CHAT[0], "the cat", "<s>the cat"):
-        (ids,) = render_prompts([prompt], tokenizer)
-        assert ids.count(tokenizer.bos_token_id) == 1
-        assert ids[0] == tokenizer.bos_token_id
-
-
-def test_plain_text_is_encoded_as_the_tokenizer_would():
-    tokenizer = make_tokenizer()
-    assert render_prompts(["the cat"], tokenizer) == [tokenizer("the cat")["input_ids"]]
-
-
-def test_a_tokenizer_that_closes_every_text_does_not_close_the_prompt():
-    tokenizer = make_tokenizer()
-    from tokenizers import processors
-
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A <|end|>", special_tokens=[("<s>", 0), ("<|end|>", 1)]
-    )
-    (ids,) = render_prompts(["the cat"], tokenizer)
-    assert tokenizer.decode(ids) == "<s>the cat"
-    (closed,) = render_prompts(["the cat<|end|>"], tokenizer)
-    assert closed[-1] == tokenizer.eos_token_id
-
-
-def test_tools_of_different_shape_render_alike_from_everywhere(tmp_path):
-    """Arrow gives each schema the keys of all others, with null for a value: the target would read those."""
-
-    def tool(name, **parameters):
-        return {"type": "function", "function": {"name": name, "parameters": {"type": "object", **parameters}}}
-
-    def call(name, **arguments):
-        calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
-        return {"role": "assistant", "content": None, "tool_calls": calls}
-
-    weather = tool("weather", properties={"city": {"type": "string"}})
-    add = tool("add", properties={"a": {"type": "integer"}}, required=["a"])
-    rows = [
-        {"prompt": [{"role": "user", "content": "hi"}], "tools": [weather]},
-        {"prompt": [*CHAT[0], call("add", a=1), {"role": "tool", "content": "3"}], "tools": [weather, add]},
-        {"prompt": [*CHAT[0], call("weather", city="Rome"), {"role": "tool", "content": "3"}], "tools": [add]},
-    ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = (
-        "{{ tools | tojson }}{% for message in messages %}{{ message.role }}{{ message.content }}"
-        "{{ message.tool_calls | tojson if message.tool_calls else '' }}{% endfor %}"
-    )
-    expected = [tokenizer.apply_chat_template(row["prompt"], tools=row["tools"], tokenize=False) for row in rows]
-    for source in (rows, Dataset.from_list(rows), tmp_path / "rows.jsonl", tmp_path / "rows.parquet"):
-        rendered = render_prompts(load_prompts(source), tokenizer)
-        assert [tokenizer.decode(ids) for ids in rendered] == expected
-
-
 def test_a_folder_with_a_broken_line_names_file_and_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\n{"prompt": broken\n')
     with pytest.raises(ValueError, match=r"b\.jsonl, line 2 is not valid JSON"):
         load_prompts(tmp_path)
-
-
-def test_tools_reach_the_template_as_list_and_as_json():
-    tokenizer = make_tokenizer()
-    tools = [{"type": "function", "function": {"name": "cat", "parameters": {}}}]
-    for column in ([tools], [json.dumps(tools)]):
-        rows = Dataset.from_dict({"prompt": [CHAT[0]], "tools": column})
-        assert '"name": "cat"' in tokenizer.decode(render_prompts(rows, tokenizer)[0])
-
-
-def test_keys_that_arrow_adds_do_not_reach_the_template():
-    """Arrow gives every message the keys of all messages, and templates ask whether `tool_calls` is there at all."""
-    tokenizer = make_tokenizer()
-    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "cat"}]}
-    rows = Dataset.from_dict({"prompt": [[*CHAT[0], call, {"role": "tool", "content": "meow"}], CHAT[1]]})
-    assert rows[1]["prompt"][0]["tool_calls"] is None
-    assert "None" not in tokenizer.decode(render_prompts(rows, tokenizer)[1])
-    assert "null" not in tokenizer.decode(render_prompts(rows, tokenizer)[1])
-
-
-def test_messages_without_a_template_are_refused():
-    with pytest.raises(ValueError, match="no chat template"):
-        render_prompts(CHAT, make_tokenizer(template=None))
-
-
-def test_a_template_that_refuses_a_prompt_names_the_row():
-    tokenizer = make_tokenizer(template="{{ raise_exception('system only') }}")
-    with pytest.raises(ValueError, match=r"prompt 0 .*system only"):
-        render_prompts(CHAT, tokenizer)
 
 
 def test_prompts_longer_than_the_context_are_listed():

@@ -13,6 +13,7 @@ from hf_draftkd.models.identity import (
     remember_checkpoint,
     resolved_revision,
     weights_checksum,
+    weights_fingerprint,
 )
 from hf_draftkd.models.loading import load_draft
 from hf_draftkd.models.resolve import resolve
@@ -104,3 +105,16 @@ def test_an_adapter_has_a_commit_too(tmp_path, monkeypatch):
     snapshot.mkdir(parents=True)
     (snapshot / "adapter_config.json").write_text("{}")
     assert resolved_revision("org/adapter", "c" * 40) == "c" * 40
+
+
+def test_a_fingerprint_changes_with_any_training():
+    """One optimiser step moves every weight a little; the same weights give the same fingerprint."""
+    target = tiny.tiny_llama()
+    before = weights_fingerprint(target)
+    assert weights_fingerprint(tiny.tiny_llama()) == before
+    assert weights_fingerprint(tiny.tiny_llama(1)) != before
+    with torch.no_grad():
+        target.lm_head.weight.mul_(1 + 1e-5)
+    assert weights_fingerprint(target) != before
+    half = tiny.tiny_llama().to(torch.bfloat16)
+    assert weights_fingerprint(half) == weights_fingerprint(tiny.tiny_llama().to(torch.bfloat16)) != before

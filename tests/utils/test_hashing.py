@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from hf_draftkd.utils.hashing import derived_seed, hash_number, sha256
+from hf_draftkd.utils.hashing import derived_seed, hash_number, list_hash, sha256
 
 
 def test_texts_and_tensors_enter_by_their_bytes():
@@ -26,3 +26,8 @@ def test_numbers_come_from_the_contents_alone():
     assert derived_seed(0, "queries", 1) == 3125380206557851919
     assert len({derived_seed(seed, part) for seed in range(4) for part in range(4)}) == 16
     assert all(0 <= derived_seed(part) < 2**63 for part in range(64))
+
+
+def test_the_border_between_two_texts_counts():
+    assert list_hash(["ab", "c"]) != list_hash(["a", "bc"])
+    assert list_hash(["ab", "c"]) == list_hash(iter(["ab", "c"]))
