@@ -45,7 +45,7 @@ from hf_draftkd import (
 from hf_draftkd.data.curation import curate_prompts
 from hf_draftkd.data.mixing import parse_mix
 from hf_draftkd.data.prompts import load_prompts
-from hf_draftkd.evaluation.evaluate import check_options
+from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.loading import load_tokenizer
 
@@ -227,7 +227,7 @@ def main():
     # What would otherwise be found wrong only after the pretraining.
     if options.mix:
         parse_mix(options.mix)
-    check_options(("rejection_sampling",), options.max_new_tokens, options.num_assistant_tokens, num_speed_prompts=1)
+    EvaluationConfig(max_new_tokens=options.max_new_tokens, num_assistant_tokens=options.num_assistant_tokens)
     settings = claim(options.output_dir, options)
     logging.set_verbosity_error()
     recipe = Recipe(options)

@@ -28,6 +28,7 @@ _HOMES = {
     "generate_alignment_data": "hf_draftkd.data.generation",
     "synthesize_prompts": "hf_draftkd.data.synthesis",
     "cache_target_distributions": "hf_draftkd.data.target_cache",
+    "EvaluationConfig": "hf_draftkd.evaluation.config",
     "evaluate_draft": "hf_draftkd.evaluation.evaluate",
     "count_acceptance": "hf_draftkd.evaluation.assisted",
     "SpeculationReport": "hf_draftkd.evaluation.report",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from hf_draftkd.data.target_cache import cache_target_distributions as cache_target_distributions
     from hf_draftkd.decoding.speculative import SpeculativeDecoding as SpeculativeDecoding
     from hf_draftkd.evaluation.assisted import count_acceptance as count_acceptance
+    from hf_draftkd.evaluation.config import EvaluationConfig as EvaluationConfig
     from hf_draftkd.evaluation.evaluate import evaluate_draft as evaluate_draft
     from hf_draftkd.evaluation.report import SpeculationReport as SpeculationReport
     from hf_draftkd.hub.find import find_drafts as find_drafts

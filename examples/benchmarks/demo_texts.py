@@ -83,7 +83,7 @@ def figures(draft: Any, folder: Path, split: str = "test") -> dict[str, dict[str
         efficiency.
     """
     from hf_draftkd.decoding.setting import DecodingSetting
-    from hf_draftkd.evaluation.teacher_forced import score_texts
+    from hf_draftkd.evaluation.scoring import score_texts
 
     rows, result = texts(folder, split), {}
     was_training = draft.training

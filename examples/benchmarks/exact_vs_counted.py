@@ -20,7 +20,7 @@ from hf_draftkd.data.prompts import load_prompts
 from hf_draftkd.data.targets import ids_without_token
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length
-from hf_draftkd.evaluation.teacher_forced import AS_TRANSFORMERS, Text, score_texts
+from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, Text, score_texts
 from hf_draftkd.evaluation.timing import generate_text, single_text_config
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer

@@ -18,9 +18,11 @@ from hf_draftkd.cli.errors import usage_errors
 from hf_draftkd.cli.options import new_directory, parse
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import load_prompts
-from hf_draftkd.evaluation.evaluate import check_options, evaluate_draft
+from hf_draftkd.evaluation.config import EvaluationConfig
+from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.plots import block_efficiency_figure, save_figure
 from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.evaluation.tables import report_table
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.draft_length import store_draft_length
 from hf_draftkd.models.loading import load_draft, load_target
@@ -53,7 +55,13 @@ def run(argv: list[str]) -> int:
     with usage_errors():
         out = new_directory(options.output_dir, overwrite=True)
         whole_number("seed", options.seed, 0, 2**32 - 1)  # numpy's bounds, met when training begins
-        check_options(["rejection_sampling"], options.max_new_tokens, None, options.num_speed_prompts)
+        config = EvaluationConfig(
+            temperatures=[0.0, 1.0],
+            max_new_tokens=options.max_new_tokens,
+            batch_size=16,
+            num_speed_prompts=options.num_speed_prompts,
+            seed=options.seed,
+        )
         checkpoint = resolve(demo_path("target"))
         tokenizer = checkpoint.tokenizer
         # float32: the fastest format on most CPUs, and one in which greedy decoding has hardly any ties.
@@ -85,15 +93,11 @@ def run(argv: list[str]) -> int:
         tokenizer,
         test_prompts,
         baseline=stock,
-        temperatures=(0.0, 1.0),
-        max_new_tokens=options.max_new_tokens,
-        batch_size=16,
-        num_speed_prompts=options.num_speed_prompts,
-        seed=options.seed,
+        config=config,
         source="the demo pair's test queries",
     )
     write(report, trainer, draft, out)
-    console.print(report.table())
+    console.print(report_table(report))
     for warning in report.warnings:
         console.print(f"Note: {warning}", markup=False)
     print(_ending(out))

@@ -17,12 +17,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
 
 from hf_draftkd.acceptance import AcceptanceCounts
 from hf_draftkd.models.draft_length import draft_length_settings
+from hf_draftkd.models.forward import unwrapped
 
 # The private method of `GenerationMixin` that returns the candidate generator of one `generate` call.
 _FACTORY = "_get_candidate_generator"
@@ -38,7 +38,7 @@ class AssistedStep:
         num_new_tokens: Tokens added to the text: the accepted ones, and the target's own unless the text ended.
         draft_seconds: Wall-clock inside `get_candidates`.
         seconds: Wall-clock of the whole step: drafting, verifying and choosing.
-        is_first: The first step of a call; it also reads the prompt, so it says nothing about a step's cost.
+        is_first: The first step of a call; it also reads the prompt, so it does not tell a step's cost.
     """
 
     num_draft_tokens: int
@@ -94,7 +94,7 @@ def observe_steps(
     Raises:
         ValueError: As `count_acceptance`.
     """
-    target = _unwrap(target_model)
+    target = unwrapped(target_model)
     if not hasattr(target, _FACTORY):
         raise ValueError(
             f"`target_model` must be a transformers model with `generate(assistant_model=...)`, got "
@@ -134,7 +134,7 @@ def fixed_draft_length(draft_model: PreTrainedModel, num_assistant_tokens: int) 
         ValueError: γ is not a positive whole number.
     """
     fixed = draft_length_settings(num_assistant_tokens)
-    config = _unwrap(draft_model).generation_config
+    config = unwrapped(draft_model).generation_config
     before = {name: getattr(config, name) for name in fixed}
     config.update(**fixed)
     try:
@@ -208,16 +208,3 @@ def _length_of_common_prefix(candidates: torch.Tensor, new_tokens: torch.Tensor)
 def _synchronized_clock() -> float:
     synchronize_accelerator()
     return perf_counter()
-
-
-def _unwrap(model: Any) -> Any:
-    """The model whose own `generate` runs, below the wrappers that only pass the call on."""
-    while True:
-        if hasattr(model, "get_base_model"):  # PEFT
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
-            model = model._orig_mod
-        elif isinstance(getattr(model, "module", None), nn.Module) and not isinstance(model, PreTrainedModel):  # DDP
-            model = model.module
-        else:
-            return model

@@ -1,25 +1,47 @@
 """Is this draft worth using? One call: the target's own text, exact rates, measured times, a recommendation."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from hf_draftkd.acceptance import VERIFICATION_RULES
-from hf_draftkd.acceptance.blocks import DRAFT_LENGTHS
-from hf_draftkd.decoding.setting import DecodingSetting, settings_at
-from hf_draftkd.evaluation.checks import own_penalty
-from hf_draftkd.evaluation.measurement import Measurement
-from hf_draftkd.evaluation.provenance import hardware_info, model_info
-from hf_draftkd.evaluation.report import DraftResult, SpeculationReport
+from hf_draftkd.data.targets import ids_without_token
+from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.evaluation.config import EvaluationConfig
+from hf_draftkd.evaluation.environment import hardware_info, model_info
+from hf_draftkd.evaluation.recommendation import overall_draft_length, recommend, recommend_overall
+from hf_draftkd.evaluation.report import DraftResult, PairedDifference, SelfCheck, SettingResult, SpeculationReport
+from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, PassResult, score_texts
+from hf_draftkd.evaluation.self_check import CHECKED_LENGTHS, self_check
+from hf_draftkd.evaluation.statistics import (
+    assisted_result,
+    compare_with_prediction,
+    paired_difference,
+    select_texts,
+    setting_result,
+)
+from hf_draftkd.evaluation.texts import (
+    PLAUSIBLE,
+    Texts,
+    TextSet,
+    check_ids,
+    plausibility_warnings,
+    suppressed_token_warnings,
+    take_texts,
+)
+from hf_draftkd.evaluation.timing import measure_latency, time_decoding
+from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.forward import evaluating
 from hf_draftkd.models.identity import loaded_checksum
 from hf_draftkd.models.loading import require_loaded
-from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
-from hf_draftkd.utils.checks import one_of, whole_number
+from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, shared_vocab_size
 from hf_draftkd.utils.versions import package_versions
+
+_DEFAULT_LENGTH = 5
 
 
 def evaluate_draft(
@@ -30,120 +52,252 @@ def evaluate_draft(
     *,
     dataset: Dataset | None = None,
     baseline: PreTrainedModel | None = None,
-    temperatures: Sequence[float] | None = None,
     settings: Sequence[DecodingSetting] | None = None,
-    verification: Sequence[str] = ("rejection_sampling",),
-    max_new_tokens: int = 128,
-    num_assistant_tokens: int | None = None,
-    measure_speed: bool = True,
-    num_speed_prompts: int = 16,
-    verify: int = 0,
-    lossy: bool = False,
-    batch_size: int = 8,
-    seed: int = 0,
     source: str | None = None,
-    domain: str | None = None,
+    config: EvaluationConfig | None = None,
+    **options: Any,
 ) -> SpeculationReport:
     """Measure how often a draft is right, how much faster it makes its target here, and whether it is worth using.
 
     Give `prompts`, and the target answers them under every setting; or `dataset`, alignment data whose rows record the
-    setting the target wrote them under. One pass of each model over these texts gives the exact figures; then, with
+    setting the target wrote them under. One pass of each model over these texts gives the exact rates; then, with
     `measure_speed`, step times are taken and real `generate(assistant_model=draft)` is timed against plain decoding.
 
     Args:
         draft_model: The draft, or several: they are ranked, each with its difference to the best, and the report's
-            own figures are those of the best. A draft whose vocabulary is only padded differently is aligned in place,
+            own results are those of the best. A draft whose vocabulary is only padded differently is aligned in place,
             as assisted decoding needs (see `align_vocabulary`).
         target_model: The target.
         tokenizer: Their tokenizer.
         prompts: Anything that `load_prompts` takes: a path, a Hub id, a `Dataset`, a list of strings or conversations.
-            A `domain` or `category` column gives figures by group.
+            A `domain` or `category` column gives results by group.
         dataset: Alignment data, instead of prompts. Rows that do not record a setting give acceptance rates alone.
         baseline: Another draft to compare with on the same texts, usually the undistilled one.
-        temperatures: Sampling temperatures, 0 for greedy; by default 0 and 1, or whatever `dataset` holds. The
-            target's own repetition penalty is applied to both models, and stated.
-        settings: Whole decoding settings, instead of `temperatures`.
-        verification: Rules for sampled text, of `VERIFICATION_RULES`. Greedy text is always verified exactly.
-        max_new_tokens: Longest completion, in tokens. With `dataset` it is the longest one found there.
-        num_assistant_tokens: Draft length γ to decode with and to report figures by position for. By default real
-            decoding uses the best one found, and positions are reported for 5.
-        measure_speed: Take step times, time real decoding, and recommend. Without it these parts are absent. Real
-            decoding verifies by rejection sampling: sampled settings are timed where `verification` names that rule,
-            and the overall recommendation is about it.
-        num_speed_prompts: Prompts decoded both ways for each setting.
-        verify: On how many prompts to check the computed figures against counted ones; 0 for none.
-        lossy: Add the curve of lossy decoding at the sampled settings: acceptance against distance from the target.
-        batch_size: Texts a forward pass.
-        seed: Of the target's sampling.
+        settings: Whole decoding settings, instead of the `temperatures` of the config.
         source: Where the prompts come from, for the report.
-        domain: What they are about, for the report.
+        config: What to measure, and how.
+        **options: Fields of `EvaluationConfig`, such as `temperatures`, `max_new_tokens`, `measure_speed` or
+            `batch_size`; they take precedence over those of `config`.
 
     Returns:
-        The report: `print(report.to_json())`, `rich.print(report.table())`, `report.save("report.json")`.
+        The report: `print(report.to_json())`, `report.save("report.json")`, `rich.print(report_table(report))`.
 
     Raises:
-        ValueError: The pair does not fit; prompts are missing, empty or too long; settings contradict themselves; a
-            rule does not exist; or the texts do not belong to the pair's vocabulary.
+        ValueError: The pair does not fit; prompts are missing, empty or too long; settings contradict themselves; an
+            option is out of range; or the texts do not belong to the pair's vocabulary.
     """
     is_list = isinstance(draft_model, Sequence) and not isinstance(draft_model, str)
     candidates = list(draft_model) if is_list else [draft_model]
     drafts = [*candidates, *([] if baseline is None else [baseline])]
     require_loaded(target_model, *drafts)
-    asked = _settings(target_model, temperatures, settings)
-    check_options(
-        verification, max_new_tokens, num_assistant_tokens, num_speed_prompts, batch_size=batch_size, verify=verify
-    )
-    if lossy and asked is not None and all(setting.is_greedy for setting in asked):
-        raise ValueError("`lossy` is about sampled text, and every setting here is greedy. Add a temperature above 0.")
+    config = replace(config or EvaluationConfig(), **options)
+    if settings is not None and config.temperatures is not None:
+        raise ValueError("Give either `temperatures` or `settings`, not both: a setting has its own temperature.")
+    if settings is not None and (not settings or len(set(settings)) < len(settings)):
+        raise ValueError("`settings` must name at least one decoding setting, and none twice.")
     _check(drafts, target_model, tokenizer, prompts, dataset)
-    if measure_speed or verify:
+    if config.measure_speed or config.verify:
         _check_cache(target_model)
     # Before a vocabulary is padded: that is the draft as it lies in its folder.
     checksums = [loaded_checksum(draft) for draft in drafts]
     for draft in drafts:
         align_vocabulary(draft, target_model, tokenizer)
     with evaluating(target_model, *drafts):
-        measured = Measurement(
-            target_model,
-            tokenizer,
-            verification=verification,
-            max_new_tokens=max_new_tokens,
-            num_assistant_tokens=num_assistant_tokens,
-            batch_size=batch_size,
-            seed=seed,
-        )
-        info = measured.take_texts(drafts, prompts, dataset, asked, source)
-        info.domain = domain
-        results = measured.score(drafts, is_lossy=lossy)
+        texts = take_texts(target_model, drafts, tokenizer, prompts, dataset, settings, source, config)
+        evaluation = _Evaluation(target_model, drafts, tokenizer, texts, config)
+        results = evaluation.score()
         for result, checksum in zip(results, checksums, strict=True):
             result.draft.weights_sha256 = checksum
-        if measure_speed:
+        if config.measure_speed:
             for draft, result in zip(drafts, results, strict=True):
-                measured.time(draft, result, num_speed_prompts)
-        ranking = _ranking(results[: len(candidates)], measured.reported_length)
+                evaluation.time(draft, result)
+        ranking = _ranking(results[: len(candidates)], evaluation.reported_length)
         best = ranking[0]
         first = results[best]
         for index in ranking[1:]:
-            results[index].paired_difference = measured.differences(index, best)
+            results[index].paired_difference = evaluation.differences(index, best)
         return SpeculationReport(
             target=model_info(target_model),
             draft=first.draft,
-            prompts=info,
+            prompts=texts.info,
             hardware=hardware_info(target_model),
             versions=package_versions(),
-            num_assistant_tokens=measured.reported_length,
-            max_new_tokens=measured.max_new_tokens,
+            num_assistant_tokens=evaluation.reported_length,
+            max_new_tokens=texts.max_new_tokens,
             settings=first.settings,
             latency=first.latency,
             recommendation=first.recommendation,
             baseline=results[-1] if baseline is not None else None,
-            paired_difference=measured.differences(best, len(drafts) - 1) if baseline is not None else None,
-            groups=measured.groups(best, drafts[best]),
+            paired_difference=evaluation.differences(best, len(drafts) - 1) if baseline is not None else None,
+            groups=evaluation.groups(best),
             drafts=[results[index] for index in ranking] if len(candidates) > 1 else None,
-            self_check=measured.check_itself(drafts[best], verify) if verify else None,
-            lossy=(measured.lossy_curve(best, drafts[best], first, num_speed_prompts) or None) if lossy else None,
-            warnings=measured.warnings,
+            self_check=evaluation.check_itself(drafts[best]) if config.verify else None,
+            warnings=evaluation.warnings,
         )
+
+
+class _Evaluation:
+    """One evaluation under way: what every draft scored on the texts, and what a reader must be warned of."""
+
+    def __init__(
+        self,
+        target_model: PreTrainedModel,
+        drafts: Sequence[PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Texts,
+        config: EvaluationConfig,
+    ) -> None:
+        self.target_model, self.drafts, self.tokenizer = target_model, drafts, tokenizer
+        self.texts, self.config = texts, config
+        self.reported_length = config.num_assistant_tokens or _DEFAULT_LENGTH
+        # What real decoding of this target needs, whatever it is decoded for.
+        self.decoding: dict[str, Any] = {
+            "max_new_tokens": texts.max_new_tokens,
+            "suppress_tokens": ids_without_token(target_model, tokenizer),
+            "seed": config.seed,
+        }
+        self.context = shared_context(target_model, *drafts)
+        self.warnings = texts.warnings
+        self.passes: list[PassResult] = []
+
+    def score(self) -> list[DraftResult]:
+        """One pass of target and drafts over every text set."""
+        vocab_size = min(shared_vocab_size(draft, self.target_model, self.tokenizer) for draft in self.drafts)
+        self.warnings += suppressed_token_warnings(self.drafts, self.target_model, vocab_size)
+        total = sum(len(texts.texts) for texts in self.texts.sets)
+        with logging.tqdm(total=total, desc="Scoring texts", unit="text") as bar:
+            for texts in self.texts.sets:
+                check_ids(texts, vocab_size)
+                scored = score_texts(
+                    self.target_model,
+                    self.drafts,
+                    texts.texts,
+                    texts.setting,
+                    vocab_size=vocab_size,
+                    verification=self.config.verification,
+                    batch_size=self.config.batch_size,
+                    on_texts=bar.update,
+                )
+                self.passes.append(scored)
+                self.warnings += plausibility_warnings(self.target_model, texts, scored.share_plausible)
+        return [
+            DraftResult(draft=model_info(draft), settings=self._settings(index))
+            for index, draft in enumerate(self.drafts)
+        ]
+
+    def differences(self, index: int, baseline: int) -> list[PairedDifference]:
+        """One draft minus another on the same texts, an entry for each of their settings."""
+        return [
+            paired_difference(
+                texts.setting,
+                rule,
+                scored.drafts[index][rule],
+                scored.drafts[baseline][rule],
+                texts.prompts,
+                has_blocks=_has_blocks(texts, scored),
+            )
+            for texts, scored in zip(self.texts.sets, self.passes, strict=True)
+            for rule in self._rules(texts)
+        ]
+
+    def groups(self, index: int) -> dict[str, list[SettingResult]] | None:
+        """One draft's results by domain or category; None where the data has no such column."""
+        names = sorted({name for texts in self.texts.sets for name in texts.groups or []})
+        return {name: self._settings(index, group=name) for name in names} or None
+
+    def time(self, draft: PreTrainedModel, result: DraftResult) -> None:
+        """Time steps and real decoding of one draft, and judge it; fills in `result`."""
+        prompts = self._spread_prompts(self.config.num_speed_prompts)
+        latency = result.latency = measure_latency(self.target_model, draft, prompts, **self.decoding)
+        length = self.config.num_assistant_tokens or overall_draft_length(result.settings, latency) or _DEFAULT_LENGTH
+        # Real decoding is transformers': it does not apply to a rule of another engine.
+        timed = [setting for setting in result.settings if setting.is_transformers_rule]
+        with logging.tqdm(total=len(prompts) * len(timed), desc="Timing decoding", unit="prompt") as bar:
+            for setting in timed:
+                times = time_decoding(
+                    self.target_model,
+                    draft,
+                    prompts,
+                    setting.decoding,
+                    num_assistant_tokens=length,
+                    on_prompt=bar.update,
+                    **self.decoding,
+                )
+                setting.assisted = assisted_result(times, length)
+                compare_with_prediction(setting, latency)
+        for setting in result.settings:
+            setting.recommendation = recommend(setting, latency)
+        result.recommendation = recommend_overall(result.settings, latency)
+
+    def check_itself(self, draft: PreTrainedModel) -> SelfCheck:
+        """Computed against counted numbers, on a few of the prompts."""
+        prompts = self._spread_prompts(self.config.verify)
+        settings = [texts.setting for texts in self.texts.sets]
+        total = len(prompts) * len(settings) * len(CHECKED_LENGTHS)
+        with logging.tqdm(total=total, desc="Checking against real decoding", unit="text") as bar:
+            found = self_check(
+                self.target_model,
+                draft,
+                prompts,
+                settings,
+                vocab_size=shared_vocab_size(draft, self.target_model, self.tokenizer),
+                on_prompt=bar.update,
+                **self.decoding,
+            )
+        if not found.equal:
+            self.warnings.append(
+                "The self-check found computed numbers that real decoding does not confirm (see `self_check`). In low "
+                "precision near-ties do this; in float32 it is a fault worth reporting."
+            )
+        return found
+
+    def _settings(self, index: int, group: str | None = None) -> list[SettingResult]:
+        ratio = self.drafts[index].num_parameters() / self.target_model.num_parameters()
+        results = []
+        for texts, scored in zip(self.texts.sets, self.passes, strict=True):
+            sums, prompts = scored.drafts[index], texts.prompts
+            if group is not None:
+                chosen = [text for text, name in enumerate(texts.groups or []) if name == group]
+                if not chosen:
+                    continue
+                sums = {rule: select_texts(of_rule, chosen) for rule, of_rule in sums.items()}
+                prompts = [prompts[text] for text in chosen]
+            results += [
+                setting_result(
+                    texts.setting,
+                    rule,
+                    sums[rule],
+                    prompts,
+                    num_assistant_tokens=self.reported_length,
+                    parameter_ratio=ratio,
+                    as_transformers=sums.get(AS_TRANSFORMERS) if rule == "rejection_sampling" else None,
+                    has_blocks=_has_blocks(texts, scored),
+                )
+                for rule in self._rules(texts)
+            ]
+        return results
+
+    def _rules(self, texts: TextSet) -> Sequence[str]:
+        return (EXACT,) if texts.setting.is_greedy else self.config.verification
+
+    def _spread_prompts(self, count: int) -> list[Sequence[int]]:
+        """Prompts at even distances, so that sorted data is not timed on one kind of prompt alone."""
+        found = {tuple(text.prompt_ids): text.prompt_ids for text in self.texts.sets[0].texts}
+        room = self.context - self.texts.max_new_tokens
+        # Recorded prompts need not leave room for the longest recorded completion.
+        unique = [prompt for prompt in found.values() if len(prompt) <= room]
+        if not unique:
+            raise ValueError(
+                f"No prompt leaves room for {self.texts.max_new_tokens} new tokens in a context of {self.context}, so "
+                "decoding cannot be timed. Turn `measure_speed` and `verify` off."
+            )
+        count = min(count, len(unique))
+        return [unique[place * len(unique) // count] for place in range(count)]
+
+
+def _has_blocks(texts: TextSet, scored: PassResult) -> bool:
+    """Whether the target itself wrote these texts under the setting they are reported for."""
+    return texts.is_exact and scored.share_plausible >= PLAUSIBLE
 
 
 def _ranking(results: Sequence[DraftResult], length: int) -> list[int]:
@@ -159,21 +313,6 @@ def _ranking(results: Sequence[DraftResult], length: int) -> list[int]:
         return speedup, sum(rates) / len(rates)
 
     return sorted(range(len(results)), key=worth, reverse=True)
-
-
-def _settings(
-    target_model: PreTrainedModel, temperatures: Sequence[float] | None, settings: Sequence[DecodingSetting] | None
-) -> list[DecodingSetting] | None:
-    """The settings asked for; None where the data decides."""
-    if settings is not None:
-        if temperatures is not None:
-            raise ValueError("Give either `temperatures` or `settings`, not both: a setting has its own temperature.")
-        if len(set(settings)) < len(settings) or not settings:
-            raise ValueError("`settings` must name at least one decoding setting, and none twice.")
-        return list(settings)
-    if temperatures is None:
-        return None
-    return settings_at(temperatures, repetition_penalty=own_penalty(target_model))
 
 
 def _check(
@@ -206,42 +345,4 @@ def _check_cache(target_model: PreTrainedModel) -> None:
             f"The target's generation config asks for a {kind!r} cache, with which transformers does not decode with a "
             "draft. Set `target_model.generation_config.cache_implementation = None`, or leave out real decoding: "
             "`measure_speed=False` and `verify=0`."
-        )
-
-
-def check_options(
-    verification: Sequence[str],
-    max_new_tokens: int,
-    num_assistant_tokens: int | None,
-    num_speed_prompts: int,
-    *,
-    batch_size: int = 1,
-    verify: int = 0,
-) -> None:
-    """What can be known to be wrong before a model is loaded.
-
-    Raises:
-        ValueError: An option is out of range, or a rule does not exist.
-    """
-    if not verification:
-        raise ValueError("`verification` is empty: name at least one rule, such as rejection_sampling.")
-    if isinstance(verification, str):
-        raise ValueError(f"`verification` must be a list of rules, got the string {verification!r}: put it in a list.")
-    for rule in verification:
-        one_of("verification rule", rule, VERIFICATION_RULES)
-    if len(set(verification)) < len(verification):
-        raise ValueError(f"`verification` names a rule twice: {', '.join(verification)}.")
-    whole_number("max_new_tokens", max_new_tokens)
-    whole_number("batch_size", batch_size)
-    if verify < 0:
-        raise ValueError(f"`verify` must be at least 0, got {verify}: a number of prompts, or 0 for no check.")
-    # 3.0 is equal to 3, and counts nothing.
-    if num_assistant_tokens is not None and (
-        num_assistant_tokens not in DRAFT_LENGTHS or not isinstance(num_assistant_tokens, int)
-    ):
-        raise ValueError(f"`num_assistant_tokens` must be a whole number between 1 and 16, got {num_assistant_tokens}.")
-    if num_speed_prompts < 1:
-        raise ValueError(
-            f"`num_speed_prompts` must be at least 1, got {num_speed_prompts}. To leave out timing, set "
-            "`measure_speed=False`."
         )

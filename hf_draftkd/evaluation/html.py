@@ -37,11 +37,6 @@ _PLOTS: list[tuple[str, str, Callable[[SpeculationReport], "Figure"]]] = [
         plots.acceptance_by_position_figure,
     ),
     ("By group", "Where the draft helps, and where it does not.", plots.group_figure),
-    (
-        "Lossy decoding",
-        "More drafts can be kept if the output may differ from the target's. To the left is faithful, up is fast.",
-        plots.lossy_figure,
-    ),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Figures of a report. Made without pyplot, so nothing global is touched and no display is needed.
+"""Plots of a report. Made without pyplot, so nothing global is touched and no display is needed.
 
     block_efficiency_figure(report).savefig("block_efficiency.png")
 
@@ -7,7 +7,7 @@ Needs matplotlib: `pip install "hf_draftkd[plots]"`.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,24 +35,13 @@ def block_efficiency_figure(report: SpeculationReport) -> "Figure":
         ImportError: matplotlib is not installed.
     """
     figure, axes = _figure("draft length γ", "tokens per target call")
-    drawn = 0
-    for index, (name, settings) in enumerate(named_settings(report)):
-        for style, setting in enumerate(setting for setting in settings if setting.block_efficiency):
-            curve = setting.block_efficiency or {}
-            lengths = sorted(curve)
-            colour = _COLOURS[index % len(_COLOURS)]
-            axes.plot(
-                lengths,
-                [curve[length].value for length in lengths],
-                _STYLES[style % len(_STYLES)],
-                color=colour,
-                label=_label(report, name, setting),
-            )
-            low = [_or(curve[length].low, curve[length].value) for length in lengths]
-            high = [_or(curve[length].high, curve[length].value) for length in lengths]
-            axes.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
-            drawn += 1
-    _require(drawn, "block efficiency")
+    curves = [(setting.block_efficiency, looks) for setting, looks in _lines(report) if setting.block_efficiency]
+    _require(curves, "block efficiency")
+    for curve, looks in curves:
+        lengths = sorted(curve)
+        axes.plot(lengths, [curve[length].value for length in lengths], **looks)
+        low, high = zip(*(_interval(curve[length]) for length in lengths), strict=True)
+        axes.fill_between(lengths, low, high, color=looks["color"], alpha=0.15, linewidth=0)
     axes.set_xticks([1, *range(2, 17, 2)])
     axes.set_ylim(bottom=1)
     _legend(figure, axes)
@@ -67,21 +56,11 @@ def acceptance_by_position_figure(report: SpeculationReport) -> "Figure":
         ImportError: matplotlib is not installed.
     """
     figure, axes = _figure("position in the draft", "share of steps that keep the token")
-    drawn = 0
-    for index, (name, settings) in enumerate(named_settings(report)):
-        for style, setting in enumerate(setting for setting in settings if setting.acceptance_by_position):
-            shares = setting.acceptance_by_position or []
-            axes.plot(
-                range(1, len(shares) + 1),
-                shares,
-                _STYLES[style % len(_STYLES)],
-                marker="o",
-                markersize=4,
-                color=_COLOURS[index % len(_COLOURS)],
-                label=_label(report, name, setting),
-            )
-            drawn += 1
-    _require(drawn, "acceptance by position")
+    lines = _lines(report)
+    curves = [(setting.acceptance_by_position, looks) for setting, looks in lines if setting.acceptance_by_position]
+    _require(curves, "acceptance by position")
+    for shares, looks in curves:
+        axes.plot(range(1, len(shares) + 1), shares, marker="o", markersize=4, **looks)
     axes.set_xticks(range(1, report.num_assistant_tokens + 1))
     axes.set_ylim(0, 1)
     _legend(figure, axes)
@@ -109,7 +88,7 @@ def speed_figure(report: SpeculationReport) -> "Figure":
                 place + 0.2, speedup.value, 0.38, xerr=_bounds(speedup), capsize=3, color=_COLOURS[0], label="measured"
             )
             names.append(f"{_label(report, name, setting)}\nγ = {found.num_assistant_tokens}")
-    _require(len(names), "measured speed-up")
+    _require(names, "measured speed-up")
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -126,12 +105,13 @@ def group_figure(report: SpeculationReport) -> "Figure":
     """
     groups = report.groups or {}
     figure, axes = _figure(f"tokens per target call, γ = {report.num_assistant_tokens}", "")
-    drawn = 0
     # Not every group need have texts under every setting.
     styles: dict[str, int] = {}
     for place, settings in enumerate(groups.values()):
-        for setting in (setting for setting in settings if setting.block_efficiency):
-            estimate = (setting.block_efficiency or {})[report.num_assistant_tokens]
+        for setting in settings:
+            if not setting.block_efficiency:
+                continue
+            estimate = setting.block_efficiency[report.num_assistant_tokens]
             style = styles.setdefault(setting.words, len(styles))
             axes.errorbar(
                 estimate.value,
@@ -142,43 +122,10 @@ def group_figure(report: SpeculationReport) -> "Figure":
                 color=_COLOURS[style % len(_COLOURS)],
                 label=setting.words,
             )
-            drawn += 1
-    _require(drawn, "block efficiency by group")
+    _require(styles, "block efficiency by group")
     axes.set_yticks(range(len(groups)), [_literal(name) for name in groups])
     axes.invert_yaxis()
     _legend(figure, axes)
-    return figure
-
-
-def lossy_figure(report: SpeculationReport) -> "Figure":
-    """Acceptance of lossy decoding, against how far its output moves from the target's and against lenience.
-
-    Raises:
-        ValueError: The report holds no lossy curve.
-        ImportError: matplotlib is not installed.
-    """
-    points = report.lossy or []
-    _require(len(points), "lossy curve")
-    figure, axes = _figure("distance from the target (total variation a position)", "acceptance rate", rows=2)
-    by_distance, by_lenience = axes
-    settings = dict.fromkeys(str(point.decoding) for point in points)
-    for style, name in enumerate(settings):
-        for index, form in enumerate(dict.fromkeys(point.form for point in points)):
-            curve = [point for point in points if point.form == form and str(point.decoding) == name]
-            rates = [point.acceptance_rate.value for point in curve]
-            # Every form lies on one line (see `hf_draftkd.evaluation.lossy`): smaller marks on top keep all visible.
-            looks = {
-                "linestyle": _STYLES[style % len(_STYLES)],
-                "marker": "o",
-                "markersize": 9 - 2 * index,
-                "color": _COLOURS[index % len(_COLOURS)],
-                "label": f"{form}, {name}" if len(settings) > 1 else form,
-            }
-            by_distance.plot([point.distance.value for point in curve], rates, **looks)
-            by_lenience.plot([point.lenience for point in curve], rates, **looks)
-    by_lenience.set_xlabel("lenience ε, or ensemble weight w; 1 is lossless")
-    by_lenience.invert_xaxis()
-    _legend(figure, by_distance)
     return figure
 
 
@@ -275,6 +222,20 @@ def _legend(figure: "Figure", axes: Any) -> None:
         figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=columns, frameon=False)
 
 
+def _lines(report: SpeculationReport) -> Iterator[tuple[SettingResult, dict[str, Any]]]:
+    """Every setting of every draft, with how its line is drawn: a colour for the draft, a style for the setting."""
+    for colour, (name, settings) in enumerate(named_settings(report)):
+        for style, setting in enumerate(settings):
+            yield (
+                setting,
+                {
+                    "color": _COLOURS[colour % len(_COLOURS)],
+                    "linestyle": _STYLES[style % len(_STYLES)],
+                    "label": _label(report, name, setting),
+                },
+            )
+
+
 def _label(report: SpeculationReport, name: str, setting: SettingResult) -> str:
     return _literal(f"{name}, {setting.words}" if len(named_settings(report)) > 1 else setting.words)
 
@@ -284,16 +245,19 @@ def _literal(name: str) -> str:
     return one_line(name).replace("$", r"\$")
 
 
+def _interval(estimate: Estimate) -> tuple[float, float]:
+    """Both ends of the interval; the value itself where none was estimated."""
+    if estimate.low is None or estimate.high is None:
+        return estimate.value, estimate.value
+    return estimate.low, estimate.high
+
+
 def _bounds(estimate: Estimate) -> list[list[float]]:
     """The interval as distances from the value, as matplotlib's error bars want it."""
-    low, high = _or(estimate.low, estimate.value), _or(estimate.high, estimate.value)
+    low, high = _interval(estimate)
     return [[estimate.value - low], [high - estimate.value]]
 
 
-def _or(value: float | None, otherwise: float) -> float:
-    return otherwise if value is None else value
-
-
-def _require(drawn: int, what: str) -> None:
+def _require(drawn: Sized, what: str) -> None:
     if not drawn:
         raise ValueError(f"The report holds no {what} to draw.")

@@ -238,24 +238,6 @@ class SelfCheck:
 
 
 @dataclass(kw_only=True)
-class LossyPoint:
-    """Lossy decoding at one lenience: what is gained and what it costs. See `hf_draftkd.acceptance.lenience`."""
-
-    decoding: DecodingSetting = key("As in the setting.")
-    form: str = key("`linear`, `square`, `exponential` (DistillSpec's lenience), or `ensemble` (transformers').")
-    lenience: float = key("ε, or the ensemble's weight w; 1 is lossless.")
-    acceptance_rate: Estimate = key("Expected acceptance of one drafted token.")
-    distance: Estimate = key(
-        "Expected total variation between what one drafted position puts out and the target's distribution there; 0 is "
-        "the target itself."
-    )
-    assisted: AssistedResult | None = key(
-        "Real decoding with `assistant_ensemble_weight`, counted and timed. Its output is *not* the target's.",
-        default=None,
-    )
-
-
-@dataclass(kw_only=True)
 class SpeculationReport:
     """Everything measured about a draft under a target."""
 
@@ -277,7 +259,6 @@ class SpeculationReport:
     warnings: list[str] = key("What a reader must know before trusting a figure.", default_factory=list)
     groups: dict[str, list[SettingResult]] | None = key("The settings again, by domain or category.", default=None)
     drafts: list[DraftResult] | None = key("Several drafts, the best first.", default=None)
-    lossy: list[LossyPoint] | None = key("Lossy decoding: acceptance against distance from the target.", default=None)
     self_check: SelfCheck | None = key("Computed figures against counted ones.", default=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -332,9 +313,3 @@ class SpeculationReport:
         if not path.is_file():
             raise ValueError(f"There is no report at {str(path)!r}. `draftkd evaluate` writes one to OUT/report.json.")
         return cls.from_json(path.read_text(encoding="utf-8"), where=path.name)
-
-    def table(self) -> Any:
-        """The report for the console: a `rich` table, the baseline beside the draft. Print it with `rich.print`."""
-        from hf_draftkd.evaluation.tables import report_table  # rich is only needed here
-
-        return report_table(self)

@@ -3,12 +3,12 @@
 The dataclasses are the schema: their fields say which keys exist, which are required, and of what type.
 """
 
-import difflib
-import sys
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, field, fields, is_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from hf_draftkd.utils.checks import did_you_mean
 
 T = TypeVar("T")
 
@@ -55,6 +55,9 @@ def from_plain(cls: type[T], data: Any, where: str) -> T:
     return _read(cls, data, where)
 
 
+_WORDS = {int: "a whole number", str: "a string", bool: "true or false"}
+
+
 def _read(expected: Any, data: Any, where: str) -> Any:
     origin = get_origin(expected)
     if origin in (Union, types.UnionType):
@@ -75,14 +78,11 @@ def _read(expected: Any, data: Any, where: str) -> Any:
             _read_key(key_type, name, where): _read(value_type, item, f"{where}.{name}") for name, item in data.items()
         }
     if expected is float:
-        # JSON can say more than a float can hold: 1e999, or a whole number of 400 digits.
-        is_number = isinstance(data, (int, float)) and not isinstance(data, bool) and abs(data) <= sys.float_info.max
+        is_number = isinstance(data, (int, float)) and not isinstance(data, bool) and abs(data) < float("inf")
         _check(is_number, "a number", data, where)
         return float(data)
-    if expected is int:
-        _check(isinstance(data, int) and not isinstance(data, bool), "a whole number", data, where)
-    elif expected in (str, bool):
-        _check(isinstance(data, expected), {str: "a string", bool: "true or false"}[expected], data, where)
+    if expected in _WORDS:
+        _check(type(data) is expected, _WORDS[expected], data, where)
     return data
 
 
@@ -91,10 +91,10 @@ def _read_dataclass(cls: Any, data: Any, where: str) -> Any:
     known = {item.name: item for item in fields(cls)}
     for name in data:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean `{close[0]}`?" if close else f" Known keys: {', '.join(known)}."
+            hint = did_you_mean(name, known) or f" Known keys: {', '.join(known)}."
             raise ValueError(f"`{where}` has an unknown key `{name}`.{hint}")
-    missing = [name for name, item in known.items() if name not in data and _is_required(item)]
+    required = [name for name, item in known.items() if item.default is MISSING and item.default_factory is MISSING]
+    missing = [name for name in required if name not in data]
     if missing:
         raise ValueError(f"`{where}` lacks the key `{missing[0]}`. {known[missing[0]].metadata.get('help', '')}")
     hints = get_type_hints(cls)
@@ -106,10 +106,6 @@ def _read_key(key_type: type, name: str, where: str) -> Any:
         return name
     _check(name.isdecimal(), "whole numbers as keys", name, where)
     return int(name)
-
-
-def _is_required(item: Field) -> bool:
-    return item.default is MISSING and item.default_factory is MISSING
 
 
 def _check(is_right: bool, expected: str, data: Any, where: str) -> None:

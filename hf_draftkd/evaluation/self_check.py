@@ -10,7 +10,7 @@ from hf_draftkd.acceptance import DRAFT_LENGTHS, Estimate, bootstrap_ratio
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length
 from hf_draftkd.evaluation.report import Comparison, SelfCheck
-from hf_draftkd.evaluation.teacher_forced import AS_TRANSFORMERS, EXACT, Text, score_texts
+from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, Text, score_texts
 from hf_draftkd.evaluation.timing import generate_text, single_text_config
 
 CHECKED_LENGTHS = (1, 3, 5)

@@ -1,17 +1,31 @@
 """The texts to measure on: written by the target now, or recorded earlier together with how they were written."""
 
+import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.data.generation import generate_alignment_data
-from hf_draftkd.data.rows import with_token_ids
+from hf_draftkd.data.prompts import fitting_rows, load_prompts
+from hf_draftkd.data.rows import render_prompts, with_token_ids
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
-from hf_draftkd.evaluation.teacher_forced import Text
+from hf_draftkd.evaluation.config import EvaluationConfig
+from hf_draftkd.evaluation.report import PromptInfo
+from hf_draftkd.evaluation.scoring import Text
+from hf_draftkd.models.context import context_length
+from hf_draftkd.models.identity import model_revision
+from hf_draftkd.utils.hashing import sha256
 
+# Below this share of tokens that the target could have written, a text was written by something else: rounding in
+# low precision moves a few in a hundred at most.
+PLAUSIBLE = 0.95
 _GROUP_COLUMNS = ("domain", "category")
+_FEW_PROMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -35,35 +49,128 @@ class TextSet:
     is_exact: bool = True
 
 
-def generated_texts(
+@dataclass(frozen=True)
+class Texts:
+    """Everything that an evaluation measures on.
+
+    Attributes:
+        sets: One for each decoding setting.
+        info: Which prompts were answered.
+        max_new_tokens: Longest completion, in tokens: as asked for, or the longest recorded one.
+        warnings: What a reader must know about the texts.
+    """
+
+    sets: list[TextSet]
+    info: PromptInfo
+    max_new_tokens: int
+    warnings: list[str]
+
+
+def take_texts(
+    target_model: PreTrainedModel,
+    draft_models: Sequence[PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Any,
+    dataset: Dataset | None,
+    settings: Sequence[DecodingSetting] | None,
+    source: str | None,
+    config: EvaluationConfig,
+) -> Texts:
+    """Have the target answer the prompts, or take what it answered earlier. Arguments as in `evaluate_draft`.
+
+    Raises:
+        ValueError: Prompts or texts are missing, empty or too long for one of the models; or an option would do nothing
+            beside recorded answers.
+    """
+    penalty, max_new_tokens = own_penalty(target_model), config.max_new_tokens
+    asked = settings or config.settings(penalty)
+    contents: Iterable[Any]
+    warnings: list[str] = []
+    if dataset is None:
+        loaded = load_prompts(prompts)
+        lengths = list(map(len, render_prompts(loaded, tokenizer)))
+        for model in (target_model, *draft_models):
+            fitting_rows(lengths, context_length(model), max_new_tokens)
+        sets = [_generated_texts(target_model, tokenizer, loaded, setting, config) for setting in asked]
+        contents = _contents(loaded)
+        source = source or (str(prompts) if isinstance(prompts, str | Path) else None)
+    else:
+        if is_recorded(dataset):
+            if settings is None and config.temperatures is None:
+                _refuse_other_settings(config)
+                sets = recorded_texts(dataset)
+            else:
+                sets = recorded_texts(dataset, asked)
+            sets, warnings = by_this_target(target_model, sets)
+            left_out = sum(source != "generated" for source in dataset["ids_source"])
+            if left_out:
+                warnings.append(
+                    f"{left_out} of {len(dataset)} rows do not hold the very tokens that a target wrote: left out."
+                )
+        else:
+            sets = other_texts(dataset, tokenizer, asked)
+            warnings.append(
+                "The texts do not say under which setting the target wrote these very tokens, so only acceptance rates "
+                "are given. Give prompts for block efficiency."
+            )
+        # Each prompt once, and only those whose answers are measured.
+        contents = dict.fromkeys(tuple(text.prompt_ids) for texts in sets for text in texts.texts)
+        max_new_tokens = max(len(text.completion_ids) for texts in sets for text in texts.texts)
+    for model in (target_model, *draft_models):
+        _check_lengths(model, sets)
+    warnings += _inherited_setting_warnings(target_model, sets)
+    count = max(len(set(texts.prompts)) for texts in sets)
+    if count < _FEW_PROMPTS:
+        warnings.append(
+            f"Only {count} prompt{'s' if count > 1 else ''}: intervals from fewer than {_FEW_PROMPTS} are too "
+            "narrow to be trusted."
+        )
+    info = PromptInfo(
+        source=source or "given",
+        is_local=os.path.exists(source) if source else None,
+        count=count,
+        domain=config.domain,
+        sha256=sha256(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n" for item in contents),
+    )
+    return Texts(sets, info, max_new_tokens, warnings)
+
+
+def own_penalty(target_model: PreTrainedModel) -> float:
+    """The repetition penalty of a model's generation config, 1 where it has none."""
+    return target_model.generation_config.repetition_penalty or 1.0
+
+
+def _refuse_other_settings(config: EvaluationConfig) -> None:
+    """Recorded answers were written under the settings in their rows, whatever is asked for beside them."""
+    for name in ("top_p", "top_k", "repetition_penalty"):
+        if getattr(config, name) != getattr(EvaluationConfig, name):
+            raise ValueError(
+                f"`{name}` would do nothing: the data records the settings its answers were written under. Leave it "
+                "out, or let the target answer again (`--regenerate`, or give `prompts`)."
+            )
+
+
+def _generated_texts(
     target_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Dataset,
-    settings: Sequence[DecodingSetting],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
-) -> list[TextSet]:
-    """Have the target answer every prompt once under each setting."""
-    return [
-        _text_set(
-            generate_alignment_data(
-                target_model,
-                tokenizer,
-                prompts,
-                max_new_tokens=max_new_tokens,
-                temperatures=(setting.temperature,),
-                top_p=setting.top_p,
-                top_k=setting.top_k,
-                repetition_penalty=setting.repetition_penalty,
-                batch_size=batch_size,
-                seed=seed,
-            ),
-            setting,
-        )
-        for setting in settings
-    ]
+    setting: DecodingSetting,
+    config: EvaluationConfig,
+) -> TextSet:
+    """Have the target answer every prompt once under a setting."""
+    rows = generate_alignment_data(
+        target_model,
+        tokenizer,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        temperatures=(setting.temperature,),
+        top_p=setting.top_p,
+        top_k=setting.top_k,
+        repetition_penalty=setting.repetition_penalty,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    return _text_set(rows, setting)
 
 
 def recorded_texts(dataset: Dataset, settings: Sequence[DecodingSetting] | None = None) -> list[TextSet]:
@@ -128,11 +235,6 @@ def is_recorded(dataset: Dataset) -> bool:
     return needed <= set(dataset.column_names) and "generated" in dataset["ids_source"]
 
 
-def group_column(column_names: Sequence[str]) -> str | None:
-    """The column that groups prompts, if there is one."""
-    return next((name for name in _GROUP_COLUMNS if name in column_names), None)
-
-
 def _text_set(dataset: Dataset, setting: DecodingSetting) -> TextSet:
     by_prompt: dict[tuple[int, ...], int] = {}
     texts, prompts, kept = [], [], []
@@ -143,19 +245,141 @@ def _text_set(dataset: Dataset, setting: DecodingSetting) -> TextSet:
             kept.append(row)
     if not texts:
         raise ValueError(f"Every completion written under {setting} is empty: there is nothing to measure.")
-    group = group_column(dataset.column_names)
+    group = next((name for name in _GROUP_COLUMNS if name in dataset.column_names), None)
+    columns: list[Any] = [
+        dataset[name] if name in dataset.column_names else [None] * len(dataset)
+        for name in (group, "target", "target_revision")
+    ]
+    groups, names, commits = columns
     return TextSet(
         setting=setting,
         texts=texts,
         prompts=prompts,
-        groups=None if group is None else [str(dataset[group][row]) for row in kept],
-        written_by=frozenset((name, commit) for name, commit in _authors(dataset.select(kept)) if name is not None),
+        groups=None if group is None else [str(groups[row]) for row in kept],
+        written_by=frozenset((names[row], commits[row]) for row in kept if names[row] is not None),
     )
 
 
-def _authors(dataset: Dataset) -> Iterable[tuple[str | None, str | None]]:
-    names, commits = (
-        dataset[name] if name in dataset.column_names else [None] * len(dataset)
-        for name in ("target", "target_revision")
+def _contents(prompts: Dataset) -> Iterable[Any]:
+    """What tells prompts apart: their text, and what a chat template writes beside it."""
+    beside = [name for name in ("tools", "chat_template_kwargs") if name in prompts.column_names]
+    return prompts.select_columns(["prompt", *beside]) if beside else prompts["prompt"]
+
+
+def check_ids(texts: TextSet, vocab_size: int) -> None:
+    """Refuse texts with ids outside the pair's shared vocabulary.
+
+    Raises:
+        ValueError: Such an id is found.
+    """
+    for number, text in enumerate(texts.texts):
+        if max(max(text.prompt_ids), max(text.completion_ids)) >= vocab_size:
+            raise ValueError(
+                f"Text {number} holds token ids from {vocab_size} on, which the pair's shared vocabulary does not "
+                "have. Was it written by another target?"
+            )
+
+
+def _check_lengths(model: PreTrainedModel, text_sets: Sequence[TextSet]) -> None:
+    """Refuse texts longer than a model can read.
+
+    Raises:
+        ValueError: Such a text is found.
+    """
+    context = context_length(model)
+    longest = max(sum(map(len, text)) for texts in text_sets for text in texts.texts)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"The longest text has {longest} tokens, but {model.name_or_path or type(model).__name__!r} reads at most "
+            f"{context}. Leave such texts out."
+        )
+
+
+def by_this_target(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) -> tuple[list[TextSet], list[str]]:
+    """Texts of another author give acceptance rates alone: what they say of block efficiency is nothing.
+
+    Returns:
+        The text sets, those of which a row names another target, or another commit of this one, no longer exact; and
+        what to say about them.
+    """
+    own, commit = target_model.name_or_path, model_revision(target_model)
+
+    def is_other(author: tuple[str, str | None]) -> bool:
+        return author[0] != own or (None not in (author[1], commit) and author[1] != commit)
+
+    others = sorted(
+        _at(*author) for author in frozenset().union(*(texts.written_by for texts in text_sets)) if is_other(author)
     )
-    return zip(names, commits, strict=True)
+    if not others:
+        return list(text_sets), []
+    judged = [
+        replace(texts, is_exact=texts.is_exact and not any(map(is_other, texts.written_by))) for texts in text_sets
+    ]
+    return judged, [
+        f"The texts were written by {', '.join(others)}, the target here is {_at(own, commit)}: acceptance rates are "
+        "given, block efficiencies are not. If it is the same model under another name, put that name into the column "
+        "`target`."
+    ]
+
+
+def _at(name: str, commit: str | None) -> str:
+    return name if commit is None else f"{name} at {commit}"
+
+
+def plausibility_warnings(target_model: PreTrainedModel, texts: TextSet, share: float) -> list[str]:
+    """Tokens that the target would not have written under the setting they are recorded with.
+
+    Args:
+        target_model: The target.
+        texts: The texts; those that claim nothing are not judged.
+        share: Of their tokens, those that the target could have written.
+    """
+    if not texts.is_exact or share == 1:
+        return []
+    if share < PLAUSIBLE:
+        return [
+            f"Only {share:.1%} of the tokens recorded under {texts.setting} could have been written by this target so: "
+            "they come from another model or setting. Acceptance rates are given, block efficiencies are not."
+        ]
+    return [
+        f"{1 - share:.2%} of the tokens written under {texts.setting} are not what one forward pass of the target "
+        f"gives: near-ties that rounding in {target_model.dtype} decides."
+    ]
+
+
+def _inherited_setting_warnings(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) -> list[str]:
+    """Which entries of the target's generation config were applied, and which were not."""
+    own, penalty = target_model.generation_config, own_penalty(target_model)
+    found = []
+    if penalty != 1:
+        applied = {texts.setting.repetition_penalty for texts in text_sets}
+        how = "applied to draft and target alike" if applied == {penalty} else "not applied, as the settings say"
+        found.append(f"The target's generation config carries repetition_penalty {penalty:g}: {how}.")
+    used = {(texts.setting.top_p, texts.setting.top_k) for texts in text_sets if not texts.setting.is_greedy}
+    carried = [
+        f"{name} {value:g}"
+        for name, value, neutral in (("top_p", own.top_p, 1), ("top_k", own.top_k, 0), ("min_p", own.min_p, 0))
+        if value is not None and value != neutral
+    ]
+    if carried and used and used != {(own.top_p or 1.0, own.top_k or 0)}:
+        found.append(
+            f"The target's generation config carries {', '.join(carried)}, which the settings measured here replace."
+        )
+    return found
+
+
+def suppressed_token_warnings(
+    draft_models: Sequence[PreTrainedModel], target_model: PreTrainedModel, vocab_size: int
+) -> list[str]:
+    """Drafts that `generate` keeps from proposing some tokens: the figures computed here know nothing of that."""
+    targets = set(target_model.generation_config.suppress_tokens or ())
+    found = []
+    for draft in draft_models:
+        own = {token for token in draft.generation_config.suppress_tokens or () if token < vocab_size} - targets
+        if own:
+            found.append(
+                f"The generation config of {draft.name_or_path or 'the draft'} suppresses {len(own)} "
+                f"token{'s' if len(own) > 1 else ''} of the vocabulary ({min(own)}{', ...' if len(own) > 1 else ''}), "
+                "which transformers then never drafts: computed figures are those of a draft that may propose them."
+            )
+    return found

@@ -25,8 +25,8 @@ from hf_draftkd.evaluation.assisted import (
     observe_steps,
     synchronize_accelerator,
 )
-from hf_draftkd.evaluation.checks import shared_context
 from hf_draftkd.evaluation.report import DecodingDifference, GenerateOverhead, LatencyResult
+from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.forward import seeded
 
 # Draft lengths at which `generate` itself is timed: far enough apart to tell the cost of a token from that of a call.

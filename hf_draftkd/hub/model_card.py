@@ -331,8 +331,6 @@ def _limits(
             found.append("No speed-up was measured: whether it pays depends on the hardware.")
         if report.baseline is None:
             found.append("It was not compared with another draft.")
-    if report and report.lossy:
-        found.append("Some metrics were taken with lossy verification, which changes the target's output.")
     if target:
         found.append(f"It fits {target}. A target that was fine-tuned further agrees with it less.")
     found.append(

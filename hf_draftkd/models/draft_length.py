@@ -1,8 +1,10 @@
 """A fixed draft length, as transformers has to be told: in the *draft's* generation config, with two companions."""
 
+from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 
 def draft_length_settings(num_assistant_tokens: int) -> dict[str, Any]:
@@ -42,3 +44,20 @@ def store_draft_length(draft_model: PreTrainedModel, num_assistant_tokens: int) 
     """Keep γ in the draft's generation config, where `generate(assistant_model=...)` and `save_pretrained` find it."""
     drop_idle_sampling(draft_model.generation_config)
     draft_model.generation_config.update(**draft_length_settings(num_assistant_tokens))
+
+
+def write_draft_length(folder: Path, num_assistant_tokens: int, trust_remote_code: bool = False) -> Path:
+    """Keep γ in the generation config of a saved draft; everything else in it stays.
+
+    Returns:
+        The file.
+    """
+    try:
+        config = GenerationConfig.from_pretrained(folder)
+    except OSError:  # a draft saved without one: transformers then derives it from the model's config
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = GenerationConfig.from_model_config(model_config)
+    drop_idle_sampling(config)
+    config.update(**draft_length_settings(num_assistant_tokens))
+    config.save_pretrained(folder)
+    return folder / GENERATION_CONFIG_NAME

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.teacher_forced import Text, score_texts
+from hf_draftkd.evaluation.scoring import Text, score_texts
 from hf_draftkd.losses import DistillationLoss, SparseTarget, Unprojected, distillation_loss
 from hf_draftkd.losses.objective import IGNORED
 from hf_draftkd.models.forward import head_arithmetic, logits_at, loss_at, predicting_positions

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from hf_draftkd.data.mixing import split_by_format
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.provenance import hardware_info
+from hf_draftkd.evaluation.environment import hardware_info
 from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.identity import model_revision, weights_checksum

@@ -18,7 +18,7 @@ from hf_draftkd.data.collator import CachedDistributions
 from hf_draftkd.data.target_cache import CacheFacts, cache_facts, missing_cache_columns, rows_with_distributions
 from hf_draftkd.decoding.processors import logits_processors, process_logits
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.teacher_forced import token_scores
+from hf_draftkd.evaluation.scoring import token_scores
 from hf_draftkd.losses import SampledTarget, SparseTarget, Unprojected, acceptance_upper_bound
 from hf_draftkd.losses.sparse import check_sampled
 from hf_draftkd.models.forward import head_arithmetic, hidden_at, logits_at, unwrapped

@@ -8,7 +8,6 @@ from hf_draftkd.evaluation.report import (
     GenerateOverhead,
     HardwareInfo,
     LatencyResult,
-    LossyPoint,
     ModelInfo,
     PairedDifference,
     PromptInfo,
@@ -104,15 +103,4 @@ def report():
         ],
         warnings=["Only 12 prompts <script>alert(1)</script>"],
         groups={"maths": [setting(0.8)], "prose": [setting(0.5)]},
-        lossy=[
-            LossyPoint(
-                decoding=DecodingSetting(1.0),
-                form=form,
-                lenience=lenience,
-                acceptance_rate=Estimate(1 - 0.4 * lenience, 0.5, 0.9),
-                distance=Estimate(0.4 - 0.4 * lenience, 0.0, 0.4),
-            )
-            for form in ("exponential", "ensemble")
-            for lenience in (1.0, 0.5)
-        ],
     )

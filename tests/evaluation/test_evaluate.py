@@ -9,7 +9,7 @@ from datasets import Dataset, concatenate_datasets
 
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation import measurement
+from hf_draftkd.evaluation import evaluate
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.models.identity import remember_checkpoint, weights_checksum
@@ -40,7 +40,6 @@ def measured():
         max_new_tokens=20,
         num_speed_prompts=3,
         verify=2,
-        lossy=True,
         source="tests",
         domain="nothing in particular",
     )
@@ -111,19 +110,6 @@ def test_the_self_check_agrees(measured):
     greedy = [entry for entry in report.self_check.comparisons if entry.decoding.temperature == 0]
     assert [entry.num_assistant_tokens for entry in greedy] == [1, 3, 5]
     assert all(entry.computed.value == entry.counted.value for entry in greedy)
-
-
-def test_the_lossy_curve_starts_at_the_lossless_figures(measured):
-    report, _, _ = measured
-    lossless = [point for point in report.lossy if point.lenience == 1]
-    assert {point.form for point in lossless} == {"linear", "square", "exponential", "ensemble"}
-    for point in lossless:
-        assert point.acceptance_rate.value == pytest.approx(report.settings[1].acceptance_rate.value, abs=1e-5)
-        assert point.distance.value == pytest.approx(0, abs=1e-6)
-    counted = [point for point in report.lossy if point.assisted is not None]
-    assert {point.form for point in counted} == {"ensemble"}
-    # The same prompts and seeds: a draft that is trusted more is accepted more.
-    assert counted[-1].assisted.draft_acceptance_rate > report.settings[1].assisted.draft_acceptance_rate
 
 
 def test_a_self_draft_is_exact_and_not_worth_it():
@@ -223,10 +209,9 @@ def test_recorded_rows_that_cannot_be_used_are_named(pair):
     draft, target = pair
     rows = generate_alignment_data(target, tiny_tokenizer(), PROMPTS[:4], max_new_tokens=8, temperatures=(0.0,))
     some = rows.map(lambda row, number: {"ids_source": "retokenized"} if number == 1 else {}, with_indices=True)
-    report = evaluate_draft(draft, target, tiny_tokenizer(), dataset=some, **QUICK, lossy=True)
+    report = evaluate_draft(draft, target, tiny_tokenizer(), dataset=some, **QUICK)
     assert report.settings[0].num_texts == 3
     assert any("1 of 4 rows" in text and "left out" in text for text in report.warnings)
-    assert report.lossy is None, "nothing is sampled here: the curve is absent, not empty"
     unknown = rows.map(lambda row, number: {"temperature": None} if number == 1 else {}, with_indices=True)
     with pytest.raises(ValueError, match="does not say how it was decoded: temperature missing"):
         evaluate_draft(draft, target, tiny_tokenizer(), dataset=unknown, **QUICK)
@@ -331,13 +316,13 @@ def test_only_what_transformers_verifies_is_timed(pair, monkeypatch):
     """Catches minutes of decoding under a setting whose rule is another engine's, thrown away afterwards."""
     draft, target = pair
     timed = []
-    real = measurement.time_decoding
+    real = evaluate.time_decoding
 
     def record(target, draft, prompts, setting, **options):
         timed.append(setting.temperature)
         return real(target, draft, prompts, setting, **options)
 
-    monkeypatch.setattr(measurement, "time_decoding", record)
+    monkeypatch.setattr(evaluate, "time_decoding", record)
     report = evaluate_draft(
         draft,
         target,
@@ -380,7 +365,7 @@ def test_what_the_targets_generation_config_carries_is_said(pair):
     target.generation_config.update(do_sample=True, top_p=0.8, top_k=20)
     report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:3], **QUICK)
     assert any("carries top_p 0.8, top_k 20" in text for text in report.warnings)
-    assert report.settings[1].top_p == 1
+    assert report.settings[1].decoding.top_p == 1
 
 
 def test_tokens_that_a_draft_may_not_propose_are_said(pair):
@@ -403,14 +388,14 @@ def test_tokens_that_a_draft_may_not_propose_are_said(pair):
         ({"prompts": [""]}, "empty"),
         ({"verification": ["greedy_drafts"]}, "Did you mean 'greedy_draft'"),
         ({"verification": []}, "at least one rule"),
-        ({"verification": "greedy_draft"}, "put it in a list"),
+        ({"verification": "greedy_draft"}, "must be a list of rules"),
         ({"verification": ["greedy_draft", "greedy_draft"]}, "names a rule twice"),
         ({"verify": -1}, "`verify` must be"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1"),
-        ({"num_assistant_tokens": 3.0}, "between 1 and 16"),
+        ({"batch_size": 0}, "`batch_size` must be"),
+        ({"num_assistant_tokens": 3.0}, "from 1 to 16"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 300}, "leaves no room"),
-        ({"num_assistant_tokens": 17}, "between 1 and 16"),
+        ({"num_assistant_tokens": 17}, "from 1 to 16"),
         ({"temperatures": [0.0], "settings": [DecodingSetting()]}, "not both"),
         ({"temperatures": [-1.0]}, "temperature"),
         ({"temperatures": []}, "empty"),

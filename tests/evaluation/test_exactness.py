@@ -9,8 +9,8 @@ from hf_draftkd.acceptance import DRAFT_LENGTHS
 from hf_draftkd.data.targets import ids_without_token
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length
-from hf_draftkd.evaluation.estimates import setting_result
-from hf_draftkd.evaluation.teacher_forced import AS_TRANSFORMERS, EXACT, Text, score_texts
+from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, Text, score_texts
+from hf_draftkd.evaluation.statistics import setting_result
 from hf_draftkd.evaluation.timing import single_text_config
 from hf_draftkd.models.pairing import align_vocabulary, shared_vocab_size
 from tests.tiny import VOCAB_SIZE, tiny_pair, tiny_prompts, tiny_tokenizer

@@ -16,7 +16,6 @@ FIGURES = [
     plots.acceptance_by_position_figure,
     plots.speed_figure,
     plots.group_figure,
-    plots.lossy_figure,
 ]
 
 
@@ -48,7 +47,7 @@ def test_a_figure_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("draw", FIGURES)
 def test_nothing_to_draw_is_said(draw):
     report = samples.report()
-    report.groups = report.lossy = report.baseline = None
+    report.groups = report.baseline = None
     for entry in report.settings:
         entry.block_efficiency = entry.acceptance_by_position = entry.assisted = None
     with pytest.raises(ValueError, match="holds no"):
@@ -155,7 +154,7 @@ def test_the_same_report_gives_the_same_page(tmp_path):
 def test_a_bare_report_makes_a_page():
     report = samples.report()
     report.baseline = report.paired_difference = report.recommendation = report.latency = None
-    report.groups = report.lossy = None
+    report.groups = None
     for entry in report.settings:
         entry.assisted = entry.recommendation = entry.block_efficiency = entry.mbsu = None
         entry.acceptance_by_position = None

@@ -14,6 +14,7 @@ from hf_draftkd.evaluation import report as report_module
 from hf_draftkd.evaluation.html import save_page
 from hf_draftkd.evaluation.report import SCHEMA_VERSION, DraftResult, SpeculationReport
 from hf_draftkd.evaluation.schema import key_help
+from hf_draftkd.evaluation.tables import report_table
 from tests.evaluation import samples
 
 
@@ -32,7 +33,7 @@ def test_the_keys_are_those_of_the_design():
     data = plain()
     assert data["schema_version"] == SCHEMA_VERSION
     assert {"target", "draft", "prompts", "hardware", "versions", "settings", "latency", "recommendation"} <= set(data)
-    assert {"baseline", "paired_difference", "warnings", "groups", "lossy"} <= set(data)
+    assert {"baseline", "paired_difference", "warnings", "groups"} <= set(data)
     first = data["settings"][0]
     assert set(first["block_efficiency"]) == {str(length) for length in range(1, 17)}
     assert set(first["block_efficiency"]["5"]) == {"value", "low", "high"}
@@ -78,7 +79,6 @@ def test_another_schema_version_is_refused(version):
             lambda data: data["settings"][1]["acceptance_rate"].update(value="high"),
             r"report\.settings\[1\]\.acceptance_rate\.value` must be a number",
         ),
-        (lambda data: data["settings"][1]["acceptance_rate"].update(value=10**400), "must be a number"),
         (lambda data: data["settings"][1]["acceptance_rate"].update(value=float("inf")), "must be a number"),
         (lambda data: data["settings"][0]["mbsu"].update(five=1.0), "whole numbers as keys"),
         (lambda data: data.update(warnings="none"), "must be a list"),
@@ -144,7 +144,7 @@ def test_every_key_is_documented():
 
 def test_the_table_shows_both_drafts_and_their_difference():
     console = Console(width=90, record=True, file=StringIO())
-    console.print(samples.report().table())
+    console.print(report_table(samples.report()))
     text = console.export_text()
     for expected in ("distilled for target", "baseline", "draft", "greedy", "temperature 1", "0.70 [0.68, 0.72]"):
         assert expected in text
@@ -159,7 +159,7 @@ def test_the_table_of_a_bare_report_has_no_empty_rows():
     for entry in report.settings:
         entry.assisted = entry.recommendation = entry.block_efficiency = entry.mbsu = None
     console = Console(width=90, record=True, file=StringIO())
-    console.print(report.table())
+    console.print(report_table(report))
     text = console.export_text()
     assert "acceptance rate" in text
     assert "tokens/call" not in text
@@ -172,7 +172,7 @@ def test_the_table_shows_names_as_they_are():
     report.draft.name, report.recommendation.reason = "runs/draft[lr=1e-3]", "\x1b[2J\x9b\u202eWorth it [/bold]."
     report.drafts = [DraftResult(draft=report.draft, settings=report.settings)]
     console = Console(width=90, record=True, file=StringIO())
-    console.print(report.table())
+    console.print(report_table(report))
     text = console.export_text()
     assert "draft[lr=1e-3] for target" in text
     assert not {"\x1b", "\x9b", "\u202e"} & set(text)

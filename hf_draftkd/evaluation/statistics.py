@@ -19,7 +19,7 @@ from hf_draftkd.acceptance import (
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.recommendation import expected_efficiency, forward_latency, generate_latency
 from hf_draftkd.evaluation.report import AssistedResult, LatencyResult, PairedDifference, SettingResult
-from hf_draftkd.evaluation.teacher_forced import TextSums
+from hf_draftkd.evaluation.scoring import TextSums
 from hf_draftkd.evaluation.timing import DecodingTimes
 
 

@@ -6,7 +6,7 @@ memory grows neither with vocabulary times text length nor with the number of te
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,14 +24,10 @@ from hf_draftkd.decoding.setting import DecodingSetting
 
 EXACT = "exact_match"  # how greedy text is verified, whatever the engine
 AS_TRANSFORMERS = "as_transformers"
-_EXTRA = "extra"
 
 # Logits held at once by a model, in numbers: 64 MB in float32 on a CPU, 256 MB on an accelerator.
 _LOGITS_AT_ONCE = {"cpu": 2**24}
 _LOGITS_AT_ONCE_ACCELERATOR = 2**26
-
-# (draft_logits, target_logits), both [N, V] -> name: [N]
-PerToken = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
 
 class Text(NamedTuple):
@@ -77,14 +73,12 @@ class PassResult:
     Attributes:
         drafts: For each draft, in the order given: verification rule → sums. `as_transformers` stands beside the rules
             where transformers' `generate` warps the draft's distribution differently (`transformers_draft_processors`).
-        extra: For each draft: name → `[N]`, the sum over tokens of each value of `per_token`.
         share_plausible: Share of the tokens that this target could have written under the setting: its likeliest one
             when greedy, any with a chance above 0 when sampling.
     """
 
     drafts: list[dict[str, TextSums]]
     share_plausible: float
-    extra: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
 def token_scores(
@@ -148,7 +142,6 @@ def score_texts(
     *,
     vocab_size: int,
     verification: Sequence[str] = ("rejection_sampling",),
-    per_token: PerToken | None = None,
     batch_size: int = 8,
     on_texts: Callable[[int], Any] = lambda count: None,
 ) -> PassResult:
@@ -161,8 +154,7 @@ def score_texts(
         setting: How the target decoded them; applied to target and drafts alike.
         vocab_size: Shared vocabulary: ids from here on are padding in one of the models and left out of both.
         verification: Rules for sampled text. Greedy text is always verified exactly: the one rule `exact_match`.
-        per_token: Gives further values of the processed logits, which are summed over the tokens of each text.
-        batch_size: Texts a forward pass.
+        batch_size: Texts per forward pass.
         on_texts: Called with the number of texts done, after every batch.
 
     Returns:
@@ -173,10 +165,9 @@ def score_texts(
     """
     order = sorted(range(len(texts)), key=lambda index: sum(map(len, texts[index])))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    scorer = _Scorer(target_model, setting, verification, vocab_size, per_token)
+    scorer = _Scorer(target_model, setting, verification, vocab_size)
     num_drafts = len(draft_models)
     sums: list[dict[str, list[TextSums]]] = [{name: [] for name in scorer.names} for _ in range(num_drafts)]
-    extra: list[dict[str, list[torch.Tensor]]] = [{} for _ in range(num_drafts)]
     plausible = total = 0
     for batch in batches:
         result, mask = _score_batch(target_model, draft_models, [texts[index] for index in batch], scorer)
@@ -184,9 +175,6 @@ def score_texts(
             for name in scorer.names:
                 values = TokenScores(result[index, name, "acceptance"], result[index, name, "accepted"])
                 sums[index][name].append(sum_texts(values, mask))
-            for key, value in result.items():
-                if key[:2] == (index, _EXTRA):
-                    extra[index].setdefault(key[2], []).append(value.cpu().double().sum(1))
         plausible += int(result["plausible",].sum())
         total += int(mask.sum())
         on_texts(len(batch))
@@ -194,7 +182,6 @@ def score_texts(
     return PassResult(
         [{name: _in_order(parts, back) for name, parts in of_draft.items()} for of_draft in sums],
         plausible / max(total, 1),
-        [{name: torch.cat(parts)[back] for name, parts in of_draft.items()} for of_draft in extra],
     )
 
 
@@ -207,9 +194,8 @@ class _Scorer:
         setting: DecodingSetting,
         verification: Sequence[str],
         vocab_size: int,
-        per_token: PerToken | None,
     ) -> None:
-        self.setting, self.vocab_size, self.per_token = setting, vocab_size, per_token
+        self.setting, self.vocab_size = setting, vocab_size
         self.rules = (EXACT,) if setting.is_greedy else tuple(verification)
         self.processors = logits_processors(setting, target_model)
         self.draft_processors: LogitsProcessorList | None = None
@@ -235,9 +221,6 @@ class _Scorer:
                 warped = process_logits(raw, prefixes, prefix_lengths, self.draft_processors)
                 scores = token_scores(warped, target, tokens, is_greedy=False)
                 values[index, AS_TRANSFORMERS, "acceptance"], values[index, AS_TRANSFORMERS, "accepted"] = scores
-            if self.per_token is not None:
-                for name, value in self.per_token(draft, target).items():
-                    values[index, _EXTRA, name] = value
         return values
 
 

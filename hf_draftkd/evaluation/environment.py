@@ -1,29 +1,19 @@
-"""Where a figure comes from: models, machine, versions, prompts. A number without these cannot be compared."""
+"""What was measured, and where: a number without its models and its machine cannot be compared."""
 
-import json
 import os
 import platform
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from hf_draftkd.evaluation.report import HardwareInfo, ModelInfo
 from hf_draftkd.models.identity import model_revision
-from hf_draftkd.utils.hashing import sha256
 
 
-def model_info(model: PreTrainedModel, name: str | None = None, *, weights_sha256: str | None = None) -> ModelInfo:
-    """Name, revision, size and number format of a loaded model.
-
-    Args:
-        model: The model.
-        name: What to call it where it was not loaded from anywhere.
-        weights_sha256: Its checksum, where it was taken.
-    """
-    name = name or model.config.name_or_path or type(model).__name__
+def model_info(model: PreTrainedModel) -> ModelInfo:
+    """Name, revision, size and number format of a loaded model."""
+    name = model.config.name_or_path or type(model).__name__
     return ModelInfo(
         name=name,
         # Recorded now: later, and in another folder, nobody can tell a relative path from an id on the Hub.
@@ -31,7 +21,6 @@ def model_info(model: PreTrainedModel, name: str | None = None, *, weights_sha25
         revision=model_revision(model),
         num_parameters=model.num_parameters(),
         dtype=_dtype_name(model),
-        weights_sha256=weights_sha256,
     )
 
 
@@ -46,11 +35,6 @@ def hardware_info(model: PreTrainedModel) -> HardwareInfo:
         num_threads=torch.get_num_threads(),
         dtype=_dtype_name(model),
     )
-
-
-def content_hash(items: Iterable[Any]) -> str:
-    """SHA-256 over JSON-ready items, in order."""
-    return sha256(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n" for item in items)
 
 
 def _dtype_name(model: PreTrainedModel) -> str:
