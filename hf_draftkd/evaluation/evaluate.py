@@ -21,7 +21,6 @@ from hf_draftkd.evaluation.statistics import (
     assisted_result,
     compare_with_prediction,
     paired_difference,
-    select_texts,
     setting_result,
 )
 from hf_draftkd.evaluation.texts import (
@@ -260,7 +259,7 @@ class _Evaluation:
                 chosen = [text for text, name in enumerate(texts.groups or []) if name == group]
                 if not chosen:
                     continue
-                sums = {rule: select_texts(of_rule, chosen) for rule, of_rule in sums.items()}
+                sums = {rule: of_rule.select(chosen) for rule, of_rule in sums.items()}
                 prompts = [prompts[text] for text in chosen]
             results += [
                 setting_result(

@@ -65,6 +65,16 @@ class TextSums:
     target_calls: torch.Tensor
     accepted: list[torch.Tensor]
 
+    def select(self, indices: Sequence[int]) -> "TextSums":
+        """The sums of some of the texts, in the order named."""
+        chosen = torch.tensor(indices, dtype=torch.long)
+        return TextSums(
+            num_tokens=self.num_tokens[chosen],
+            acceptance=self.acceptance[chosen],
+            target_calls=self.target_calls[chosen],
+            accepted=[self.accepted[index] for index in indices],
+        )
+
 
 @dataclass(frozen=True)
 class PassResult:
@@ -164,23 +174,21 @@ def score_texts(
         FloatingPointError: A model returned NaN or inf.
     """
     order = sorted(range(len(texts)), key=lambda index: sum(map(len, texts[index])))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     scorer = _Scorer(target_model, setting, verification, vocab_size)
-    num_drafts = len(draft_models)
-    sums: list[dict[str, list[TextSums]]] = [{name: [] for name in scorer.names} for _ in range(num_drafts)]
+    drafts = range(len(draft_models))
+    parts: dict[tuple[int, str], list[TextSums]] = {(draft, name): [] for draft in drafts for name in scorer.names}
     plausible = total = 0
-    for batch in batches:
-        result, mask = _score_batch(target_model, draft_models, [texts[index] for index in batch], scorer)
-        for index in range(num_drafts):
-            for name in scorer.names:
-                values = TokenScores(result[index, name, "acceptance"], result[index, name, "accepted"])
-                sums[index][name].append(sum_texts(values, mask))
-        plausible += int(result["plausible",].sum())
+    for start in range(0, len(order), batch_size):
+        batch = [texts[index] for index in order[start : start + batch_size]]
+        scores, mask, num_plausible = _score_batch(target_model, draft_models, batch, scorer)
+        for part, (acceptance, accepted) in zip(parts.values(), scores.flatten(0, 1), strict=True):
+            part.append(sum_texts(TokenScores(acceptance, accepted), mask))
+        plausible += num_plausible
         total += int(mask.sum())
         on_texts(len(batch))
     back = sorted(range(len(order)), key=order.__getitem__)
     return PassResult(
-        [{name: _in_order(parts, back) for name, parts in of_draft.items()} for of_draft in sums],
+        [{name: _join(parts[draft, name]).select(back) for name in scorer.names} for draft in drafts],
         plausible / max(total, 1),
     )
 
@@ -205,29 +213,30 @@ class _Scorer:
 
     def score(
         self, logits: list[torch.Tensor], tokens: torch.Tensor, prefixes: torch.Tensor, prefix_lengths: torch.Tensor
-    ) -> dict[Any, torch.Tensor]:
-        """Values of N positions; `logits` are those of the target, then of each draft, `[N, V]`."""
+    ) -> tuple[torch.Tensor, int]:
+        """Acceptance and accepted of N positions, `[D, names, 2, N]`, and how many of their tokens are plausible.
+
+        `logits` are those of the target, then of each of D drafts, `[N, V]`.
+        """
         is_greedy = self.setting.is_greedy
         target = process_logits(logits[0], prefixes, prefix_lengths, self.processors)
         written = target.gather(-1, tokens[:, None]).squeeze(-1)
         plausible = written == target.amax(-1) if is_greedy else written > float("-inf")
-        values: dict[Any, torch.Tensor] = {("plausible",): plausible}
-        for index, raw in enumerate(logits[1:]):
+        scores = []
+        for raw in logits[1:]:
             draft = process_logits(raw, prefixes, prefix_lengths, self.processors)
-            for rule in self.rules:
-                scores = token_scores(draft, target, tokens, is_greedy=is_greedy, verification=rule)
-                values[index, rule, "acceptance"], values[index, rule, "accepted"] = scores
+            found = [token_scores(draft, target, tokens, is_greedy=is_greedy, verification=rule) for rule in self.rules]
             if self.draft_processors is not None:
                 warped = process_logits(raw, prefixes, prefix_lengths, self.draft_processors)
-                scores = token_scores(warped, target, tokens, is_greedy=False)
-                values[index, AS_TRANSFORMERS, "acceptance"], values[index, AS_TRANSFORMERS, "accepted"] = scores
-        return values
+                found.append(token_scores(warped, target, tokens, is_greedy=False))
+            scores.append(torch.stack([torch.stack(pair) for pair in found]))
+        return torch.stack(scores), int(plausible.sum())
 
 
 def _score_batch(
     target_model: PreTrainedModel, draft_models: Sequence[PreTrainedModel], texts: Sequence[Text], scorer: _Scorer
-) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
-    """Every value of the scorer by completion token, `[B, T]` and 0 where a text has ended, and which have not."""
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The scorer's scores, `[D, names, 2, B, T]` and 0 where a text has ended; which have not; plausible tokens."""
     device = target_model.device
     prompt_lengths, completion_lengths = (
         torch.tensor([len(part) for part in parts], device=device) for parts in zip(*texts, strict=True)
@@ -237,7 +246,8 @@ def _score_batch(
     is_completion = (places >= prompt_lengths[:, None]) & (places < (prompt_lengths + completion_lengths)[:, None])
     mask = torch.arange(int(completion_lengths.max()), device=device) < completion_lengths[:, None]
 
-    values: dict[Any, torch.Tensor] = {}
+    scores = torch.zeros(len(draft_models), len(scorer.names), 2, *mask.shape, device=device)
+    num_plausible = 0
     readers = [_Reader(model) for model in (target_model, *draft_models)]
     # The token at t is chosen by the logits at t - 1; nothing before the shortest prompt's last token is needed.
     start, stop = int(prompt_lengths.min()) - 1, tokens.shape[1] - 1
@@ -256,13 +266,11 @@ def _score_batch(
                     f"The {name}'s logits hold NaN or inf: its weights or its number format are broken."
                 )
         positions = begin + 1 + offsets
-        scored = scorer.score(logits, tokens[rows, positions], tokens[rows], positions)
-        for key, value in scored.items():
-            if key not in values:
-                values[key] = torch.zeros(mask.shape, dtype=torch.float32, device=device)
-            values[key][rows, positions - prompt_lengths[rows]] = value.float()
+        found, plausible = scorer.score(logits, tokens[rows, positions], tokens[rows], positions)
+        scores[..., rows, positions - prompt_lengths[rows]] = found.float()
+        num_plausible += plausible
     # A token the target could not have written has no defined a_t; `share_plausible` reports it.
-    return {key: value.nan_to_num(0.0) for key, value in values.items()}, mask
+    return scores.nan_to_num(0.0), mask, num_plausible
 
 
 class _Reader:
@@ -303,11 +311,10 @@ def _logits_at_once(device: torch.device) -> int:
     return _LOGITS_AT_ONCE.get(device.type, _LOGITS_AT_ONCE_ACCELERATOR)
 
 
-def _in_order(parts: list[TextSums], back: list[int]) -> TextSums:
-    accepted = [row for part in parts for row in part.accepted]
+def _join(parts: Sequence[TextSums]) -> TextSums:
     return TextSums(
-        num_tokens=torch.cat([part.num_tokens for part in parts])[back],
-        acceptance=torch.cat([part.acceptance for part in parts])[back],
-        target_calls=torch.cat([part.target_calls for part in parts])[back],
-        accepted=[accepted[index] for index in back],
+        num_tokens=torch.cat([part.num_tokens for part in parts]),
+        acceptance=torch.cat([part.acceptance for part in parts]),
+        target_calls=torch.cat([part.target_calls for part in parts]),
+        accepted=[row for part in parts for row in part.accepted],
     )

@@ -100,17 +100,6 @@ def paired_difference(
     return difference
 
 
-def select_texts(sums: TextSums, indices: Sequence[int]) -> TextSums:
-    """The sums of some of the texts."""
-    chosen = torch.tensor(indices, dtype=torch.long)
-    return TextSums(
-        num_tokens=sums.num_tokens[chosen],
-        acceptance=sums.acceptance[chosen],
-        target_calls=sums.target_calls[chosen],
-        accepted=[sums.accepted[index] for index in indices],
-    )
-
-
 def _block_efficiency(sums: TextSums, prompts: Sequence[int]) -> dict[int, Estimate]:
     return {
         length: bootstrap_ratio(*by_prompt(prompts, sums.num_tokens, sums.target_calls[:, index]))

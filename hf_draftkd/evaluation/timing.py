@@ -181,7 +181,7 @@ def measure_latency(
         max_new_tokens: Longest completion; the cache holds half of it besides the prompt, as far as the models read.
         draft_lengths: γ whose verification (γ + 1 tokens at once) is timed.
         suppress_tokens: Ids never to write.
-        num_repeats: Times each figure is taken, in turns; see `LatencyResult` for what is made of them.
+        num_repeats: Times each number is taken, in turns; see `LatencyResult` for what is made of them.
         seed: Of the sampled continuations that are used to time `generate`.
     """
     sizes = [1, *(length + 1 for length in draft_lengths)]
@@ -203,41 +203,29 @@ def measure_latency(
             verify[size].append(target.seconds(size))
     costs = {size: _cost(times) for size, times in verify.items()}
     target_step = costs.pop(1)
-    return LatencyResult(
+    found = LatencyResult(
         context_length=len(context),
         target_step_seconds=target_step,
         draft_step_seconds=_cost(draft_step),
         verify_seconds=costs,
         relative_cost=_cost(draft_step) / target_step,
-        generate_overhead=_generate_overhead(
-            target_model,
-            draft_model,
-            prompts[:8],
-            target_step,
-            _cost(draft_step),
-            costs,
-            max_new_tokens=min(max_new_tokens, 48),
-            suppress_tokens=suppress_tokens,
-            seed=seed,
-        ),
     )
+    config = single_text_config(
+        target_model, DecodingSetting(temperature=1.0), min(max_new_tokens, 48), suppress_tokens=suppress_tokens
+    )
+    found.generate_overhead = _generate_overhead(target_model, draft_model, prompts[:8], found, config, seed)
+    return found
 
 
 def _generate_overhead(
     target_model: PreTrainedModel,
     draft_model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    target_step: float,
-    draft_step: float,
-    verify: dict[int, float],
-    *,
-    max_new_tokens: int,
-    suppress_tokens: list[int] | None,
+    latency: LatencyResult,
+    config: GenerationConfig,
     seed: int,
 ) -> GenerateOverhead | None:
     """Time of real `generate` calls beyond their forward passes; None where texts are too short to say."""
-    setting = DecodingSetting(temperature=1.0)
-    config = single_text_config(target_model, setting, max_new_tokens, suppress_tokens=suppress_tokens)
     ticks = _TickStreamer()
     steps: list[AssistedStep] = []
     for number, prompt in enumerate(prompts):
@@ -248,7 +236,7 @@ def _generate_overhead(
                 observe_steps(target_model, steps.append, synchronize=True),
             ):
                 generate_text(target_model, prompt, config, seed=seed + number, assistant_model=draft_model)
-    later = [step for step in steps if not step.is_first and step.num_draft_tokens + 1 in verify]
+    later = [step for step in steps if not step.is_first and step.num_draft_tokens + 1 in latency.verify_seconds]
     by_length = {
         length: [step for step in later if step.num_draft_tokens == length]
         for length in {step.num_draft_tokens for step in later}
@@ -259,10 +247,11 @@ def _generate_overhead(
     drafting = [_cost([step.draft_seconds for step in by_length[length]]) for length in lengths]
     weights = [len(by_length[length]) ** 0.5 for length in lengths]
     per_token, per_call = np.polyfit(lengths, drafting, deg=1, w=weights)
-    checking = [step.seconds - step.draft_seconds - verify[step.num_draft_tokens + 1] for step in later]
+    passes = latency.verify_seconds
+    checking = [step.seconds - step.draft_seconds - passes[step.num_draft_tokens + 1] for step in later]
     return GenerateOverhead(
-        plain_step_seconds=max(0.0, _cost(ticks.intervals) - target_step),
-        draft_step_seconds=max(0.0, float(per_token) - draft_step),
+        plain_step_seconds=max(0.0, _cost(ticks.intervals) - latency.target_step_seconds),
+        draft_step_seconds=max(0.0, float(per_token) - latency.draft_step_seconds),
         block_seconds=max(0.0, max(0.0, float(per_call)) + _cost(checking)),
     )
 
@@ -271,7 +260,7 @@ def _cost(seconds: Sequence[float]) -> float:
     """What something costs when nothing else wants the machine: the 20th percentile of its times.
 
     Other programs can only add time. On an idle machine this is the median but for a hair; on a busy one the median
-    would be a figure about the other programs.
+    would be a number about the other programs.
     """
     return float(np.quantile(seconds, 0.2))
 
@@ -353,7 +342,7 @@ def _first_difference(
     assisted: list[int],
 ) -> DecodingDifference:
     """Where two greedy texts part, and how close the target itself thought the two tokens were."""
-    # Where one text merely goes on after the other ended, the shorter one's last token is the one in question.
+    # Where one text merely continues after the other ended, the shorter one's last token is the one in question.
     shorter = min(len(plain), len(assisted))
     position = next((place for place in range(shorter) if plain[place] != assisted[place]), shorter - 1)
     ids = torch.tensor([[*prompt, *plain[:position]]], device=target_model.device)

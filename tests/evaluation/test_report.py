@@ -73,7 +73,7 @@ def test_another_schema_version_is_refused(version):
     ("change", "message"),
     [
         (lambda data: data.pop("target"), "lacks the key `target`. The target."),
-        (lambda data: data.update(setings=[]), "unknown key `setings`. Did you mean `settings`"),
+        (lambda data: data.update(setings=[]), "unknown key `setings`. Did you mean 'settings'"),
         (lambda data: data["prompts"].update(count="40"), r"report\.prompts\.count` must be a whole number, got '40'"),
         (
             lambda data: data["settings"][1]["acceptance_rate"].update(value="high"),

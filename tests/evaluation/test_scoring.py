@@ -122,7 +122,7 @@ def _naive_distribution(logits, ids, setting):
     """Penalty, temperature, top-k, top-p from their definitions, in float64."""
     logits = logits.clone()
     for token in set(ids.tolist()):
-        penalty = setting.decoding.repetition_penalty
+        penalty = setting.repetition_penalty
         logits[token] = logits[token] * penalty if logits[token] < 0 else logits[token] / penalty
     if setting.is_greedy:
         return torch.nn.functional.one_hot(logits.argmax(), len(logits)).double()
