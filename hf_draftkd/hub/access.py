@@ -23,17 +23,12 @@ _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|\bhf_(?:oauth|jwt)_[A-Za
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write (huggingface.co/settings/tokens)."
 
 
-def redacted(message: object, token: str | None = None) -> str:
-    """A text without anything that is, or looks like, an access token."""
+def redacted(message: object, token: str | bool | None = None) -> str:
+    """A text without anything that is, or looks like, an access token; `token` is one, as `HfApi` holds it."""
     text = str(message)
-    if token:
+    if token and isinstance(token, str):
         text = text.replace(token, "hf_***")
     return _TOKEN.sub("hf_***", text)
-
-
-def holds_token(text: str, token: str | None = None) -> bool:
-    """Whether a text contains the given token or something that looks like one."""
-    return redacted(text, token) != text
 
 
 def writing_token(token: str | None = None) -> str:
@@ -60,7 +55,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 @contextmanager
-def hub_errors(doing: str, *, afterwards: str, token: str | None = None) -> Iterator[None]:
+def hub_errors(doing: str, *, afterwards: str, token: str | bool | None = None) -> Iterator[None]:
     """Say what a failed request means.
 
     Args:
@@ -92,7 +87,7 @@ def hub_errors(doing: str, *, afterwards: str, token: str | None = None) -> Iter
         raise ConnectionError(f"The connection broke while {doing}: {said} {afterwards}") from None
 
 
-def _from_response(error: HfHubHTTPError, doing: str, afterwards: str, token: str | None) -> Exception:
+def _from_response(error: HfHubHTTPError, doing: str, afterwards: str, token: str | bool | None) -> Exception:
     status = error.response.status_code
     said = redacted(error.server_message or "", token)[:300].rstrip(".")
     said = f" It says: {said}." if said else ""

@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from huggingface_hub import RepoCard
 
+from hf_draftkd.utils.checks import one_of
+
 CARD_FILE = "README.md"
 Place = Literal["hub", "local"]
 Card = TypeVar("Card", bound=RepoCard)
@@ -119,8 +121,10 @@ def merged(
         given: Keys of the metadata that the caller settled.
 
     Raises:
-        ValueError: Both were edited, differently.
+        ValueError: Both were edited, differently; or `prose` is not a place.
     """
+    if prose is not None:
+        one_of("`prose`", prose, ("hub", "local"))
     places: dict[Place, Card | None] = {"local": local, "hub": remote}
     held = {place: card for place, card in places.items() if card is not None}
     edited = [place for place, card in held.items() if prose_of(card.text) not in ("", prose_of(fresh.text))]

@@ -12,46 +12,16 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from hf_draftkd.data.shards import MANIFEST, unfinished_shards
 from hf_draftkd.hub.access import check_repo_id, hub_errors, writing_token
 from hf_draftkd.hub.card_merge import CARD_FILE, Place, local_card, merged, read_card, updated
-from hf_draftkd.hub.markdown import Markdown, code, fenced, model_link, python_string, render_card
+from hf_draftkd.hub.markdown import code, hub_link, render_card
 from hf_draftkd.hub.public_names import is_public, public_name, public_source
 from hf_draftkd.hub.repository import commit, look, stale
 from hf_draftkd.hub.upload_files import PlannedFile, shard_files
-from hf_draftkd.utils.checks import one_of
 from hf_draftkd.utils.files import write_text
 
 SECTIONS = ("summary", "use", "origin", "decoding", "lengths", "columns", "licence")
 # Rows of an earlier push under other names would be loaded as if they belonged to the new ones.
 _SHARDS = ["data/train-*.parquet"]
 _BARS = 20  # characters of the longest bar in the histogram
-
-_SCENARIOS = {
-    "queries": "prompts of users, answered by the target",
-    "curated": "domain text cut into prompts, answered or continued by the target",
-    "synthetic": "prompts that the target wrote itself, then answered",
-}
-_COLUMNS = {
-    "prompt": "what was asked: text, or a list of messages",
-    "completion": "what the target wrote, without special tokens: text, or one assistant message",
-    "prompt_ids": "the exact tokens the target read",
-    "completion_ids": "the exact tokens it wrote, with the end token if it wrote one; do not tokenise the text again",
-    "ids_source": "`generated`: these very tokens were written; `retokenized`: encoded once from text, or without the "
-    "end token, which a server did not show",
-    "scenario": "`queries`, `curated` or `synthetic`",
-    "target": "the model that wrote the completion",
-    "target_revision": "its commit on the Hub, where known",
-    "temperature": "sampling temperature, 0 for greedy decoding",
-    "top_p": "nucleus sampling; 1 keeps every token",
-    "top_k": "top-k sampling; 0 keeps every token",
-    "repetition_penalty": "1 is none",
-    "seed": "seed of the data set",
-    "finish_reason": "`stop`: the target ended its text; `length`: the limit did",
-    "completion_logprobs": "log p of each written token",
-    "target_token_ids": "per token, the likeliest tokens under the target (or those drawn)",
-    "target_logprobs": "their log-probabilities, likeliest first",
-    "target_tail_logprob": "the log-probability of all other tokens together",
-    "target_counts": "how often each token was drawn",
-    "target_temperature": "the loss temperature of the cached distributions; train at the same one",
-}
 
 
 def alignment_card(rows: Dataset, manifest: dict[str, Any], repo_id: str | None = None) -> DatasetCard:
@@ -79,19 +49,16 @@ def alignment_card(rows: Dataset, manifest: dict[str, Any], repo_id: str | None 
     absent = dict.fromkeys(("target_revision", "prompt_counts", "target_dtype", "target_weights", "backend"))
     known = {
         "target": target,
-        "target_link": model_link(target) if is_public(target) else code(target),
-        "example": _example(repo_id or "PATH_OR_ID"),
+        "target_link": hub_link(target) if is_public(target) else code(target),
+        "repo_id": repo_id or "PATH_OR_ID",
         "rows": len(rows),
         "source": public_source(manifest["prompts"]["source"]),
-        "scenario_text": _SCENARIOS[manifest["scenario"]],
         "all_exact": rows.unique("ids_source") == ["generated"],
         "tokens": sum(sizes),
         "mean": f"{sum(sizes) / len(sizes):.1f}",
         "stopped": sum(reason == "stop" for reason in rows["finish_reason"]),
         "histogram": length_histogram(sizes),
-        "columns": [
-            (name, Markdown(_COLUMNS.get(name, "carried along from the prompts"))) for name in rows.column_names
-        ],
+        "columns": rows.column_names,
     }
     body = render_card("alignment_data_card.md", SECTIONS, absent | manifest | known)
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
@@ -101,11 +68,6 @@ def public_target(manifest: dict[str, Any]) -> str:
     """The target's name for others: where it lies on one machine concerns nobody else. Empty where it has none."""
     target = manifest["target"]
     return public_name(target, manifest.get("target_is_local")) if target else ""
-
-
-def _example(repo_id: str) -> Markdown:
-    load = f'data = load_dataset({python_string(repo_id)}, split="train")'
-    return fenced(f"from datasets import load_dataset\n\n{load}", "python")
 
 
 def length_histogram(sizes: list[int], bins: int = 8) -> list[tuple[int, int, int, str]]:
@@ -161,8 +123,6 @@ def push_alignment_data(
             Hub and in the folder, differently. Nothing was published then.
         ConnectionError: The Hub or the network failed; nothing was published.
     """
-    if prose is not None:
-        one_of("`prose`", prose, ("hub", "local"))
     check_repo_id(repo_id)
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
@@ -175,7 +135,7 @@ def push_alignment_data(
     token = writing_token(token)
     api = HfApi(token=token)
     afterwards = f"Nothing was published; the data are finished in {folder}: the same command publishes them."
-    repo_id, remote = look(api, repo_id, repo_type="dataset", private=private, afterwards=afterwards, token=token)
+    repo_id, remote = look(api, repo_id, repo_type="dataset", private=private, afterwards=afterwards)
     card, _ = merged(
         alignment_card(rows, manifest, repo_id),
         local_card(DatasetCard, folder),

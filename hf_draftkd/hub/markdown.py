@@ -56,22 +56,15 @@ def fenced(content: str, language: str) -> Markdown:
     return Markdown(f"{fence}{language}\n{content.strip()}\n{fence}")
 
 
-def python_string(value: str) -> str:
-    """A Python literal in double quotes, whatever the value holds."""
-    return json.dumps(one_line(value), ensure_ascii=False)
+def python_string(value: str) -> Markdown:
+    """A Python literal in double quotes for a code block, whatever the value holds."""
+    return Markdown(json.dumps(one_line(value), ensure_ascii=False))
 
 
-def model_link(name: str) -> Markdown:
-    """A link to a model on the Hub, or the escaped name where it is none."""
+def hub_link(name: str, kind: str = "") -> Markdown:
+    """A link to a model on the Hub, or to a data set (`kind="datasets/"`); the escaped name where it is neither."""
     if "/" in name and is_hub_id(name):
-        return Markdown(f"[{text(name)}](https://huggingface.co/{quote(name)})")
-    return code(name)
-
-
-def dataset_link(name: str) -> Markdown:
-    """A link to a data set on the Hub, or the escaped name where it is none."""
-    if "/" in name and is_hub_id(name):
-        return Markdown(f"[{text(name)}](https://huggingface.co/datasets/{quote(name)})")
+        return Markdown(f"[{text(name)}](https://huggingface.co/{kind}{quote(name)})")
     return code(name)
 
 
@@ -97,6 +90,11 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown | N
     return Markdown("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
 
 
+def records(rows: Sequence[Mapping[str, Any]]) -> Markdown | None:
+    """A table of rows that have the same keys, which are its headers."""
+    return table(list(rows[0]), [list(row.values()) for row in rows]) if rows else None
+
+
 def render_card(template: str, sections: Sequence[str], context: Mapping[str, Any], source: str | None = None) -> str:
     """A card's body from a template of this package: its title, and its sections between their marks.
 
@@ -116,9 +114,7 @@ def render_card(template: str, sections: Sequence[str], context: Mapping[str, An
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["code"] = code
-    environment.filters["estimate"] = estimate_text
-    environment.filters["fenced"] = fenced
+    environment.filters |= {"code": code, "estimate": estimate_text, "fenced": fenced, "python": python_string}
     # For texts of this package only (titles and remarks of commands); data never goes through it.
     environment.filters["markdown"] = Markdown
     ours = environment.get_template(template)

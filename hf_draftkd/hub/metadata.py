@@ -1,9 +1,8 @@
 """The YAML block of a draft's card: what the Hub indexes, and what `find_drafts` reads back."""
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry
 
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.evaluation.report import SettingResult, SpeculationReport
@@ -18,46 +17,6 @@ TAGS = ("speculative-decoding", "draft-model", "assistant-model", "knowledge-dis
 def draft_for_tag(target: str) -> str:
     """The tag under which a draft for this target is found."""
     return f"draft-for:{target}"
-
-
-def card_data(
-    *,
-    name: str,
-    target: str | None,
-    base_model: str | None,
-    dataset: str | None = None,
-    license: str | None = None,
-    language: str | Sequence[str] | None = None,
-    tags: Iterable[str] = (),
-    results: Sequence[EvalResult] = (),
-) -> ModelCardData:
-    """The metadata of a card; whatever is not known stays out.
-
-    Args:
-        name: Name of the model in the `model-index`.
-        target: Tagged as `draft-for:` where it is a Hub id.
-        base_model: The model whose weights the draft started from. A draft that is not known to start from a model on
-            the Hub names its target instead: it is distilled from it.
-        dataset: Training data; left out where it is not a Hub id.
-        license: Licence identifier.
-        language: Language code or codes.
-        tags: Further tags.
-        results: As `eval_results` gives them.
-    """
-    hub_target = target if is_hub_id(target) else None
-    languages = [language] if isinstance(language, str) else list(language or ())
-    return ModelCardData(
-        base_model=base_model if is_hub_id(base_model) else hub_target,
-        datasets=[dataset] if dataset and is_hub_id(dataset) else None,
-        eval_results=list(results) or None,
-        language=[one_line(item) for item in languages] or None,
-        library_name="transformers",
-        license=one_line(license) if license else None,
-        # Without results a name would be a stray key: ModelCardData folds it into the model index.
-        model_name=one_line(name) if results else None,
-        pipeline_tag="text-generation",
-        tags=[*TAGS, *([draft_for_tag(hub_target)] if hub_target else []), *map(one_line, tags)],
-    )
 
 
 def eval_results(report: SpeculationReport | None) -> list[EvalResult]:

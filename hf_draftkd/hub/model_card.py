@@ -16,12 +16,12 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_draftkd.evaluation.report import ModelInfo, PromptInfo, SpeculationReport
+from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub import report_tables as tables
-from hf_draftkd.hub.card_merge import CARD_FILE, updated
+from hf_draftkd.hub.card_merge import CARD_FILE
 from hf_draftkd.hub.citations import papers, papers_used
-from hf_draftkd.hub.markdown import Markdown, code, dataset_link, fenced, model_link, render_card, table, text
-from hf_draftkd.hub.metadata import card_data, eval_results
+from hf_draftkd.hub.markdown import Markdown, code, fenced, hub_link, render_card, table, text
+from hf_draftkd.hub.metadata import TAGS, draft_for_tag, eval_results
 from hf_draftkd.hub.provenance import COMPLETIONS, SIGNALS, PairFacts, Provenance, TrainingSummary
 from hf_draftkd.hub.public_names import is_public, public_name, public_report
 from hf_draftkd.hub.serving_commands import UNTUNED_LENGTH, serving_commands
@@ -89,24 +89,35 @@ class DraftModelCard(ModelCard):
         if "/" not in shown:
             # A draft that was given a name but no owner is not on the Hub: nobody could load it by that name.
             shown = f"path/to/{shown}"
-        data = card_data(
-            name=shown.rsplit("/", 1)[-1],
-            target=target if is_public(target) else None,
-            base_model=training.public_name("draft") if training else None,
-            dataset=training.public_name("dataset") if training else None,
-            license=license,
-            language=language,
-            tags=tags,
-            results=eval_results(known),
+        hub_target = target if is_public(target) else None
+        origin, dataset = (training.public_name("draft"), training.public_name("dataset")) if training else (None, None)
+        results = eval_results(known)
+        data = ModelCardData(
+            # A draft that is not known to start from a model on the Hub names its target: it is distilled from it.
+            base_model=origin if is_public(origin) else hub_target,
+            datasets=[dataset] if dataset and is_public(dataset) else None,
+            eval_results=results or None,
+            language=[one_line(item) for item in ([language] if isinstance(language, str) else language or ())] or None,
+            library_name="transformers",
+            license=one_line(license) if license else None,
+            # Without results a name would be a stray key: ModelCardData folds it into the model index.
+            model_name=one_line(shown.rsplit("/", 1)[-1]) if results else None,
+            pipeline_tag="text-generation",
+            tags=[*TAGS, *([draft_for_tag(hub_target)] if hub_target else []), *map(one_line, tags)],
         )
         context = {
             "name": shown,
             "title": shown if is_public(shown) else PurePath(shown).name,
             "notes": [*(provenance.notes or ()), *notes],
             "plots": [(caption, Markdown(quote(one_line(path)))) for caption, path in (plots or {}).items()],
-            "made_with": _made_with(provenance),
-            **_measured(known),
-            **_trained(training),
+            # The fields alone: a template from others must not call what writes files.
+            "report": vars(known) if known else None,
+            "provenance": vars(provenance),
+            "versions": ", ".join(f"{name} {version}" for name, version in (provenance.versions or {}).items()),
+            **(_measured(known) if known else dict.fromkeys(_MEASURED)),
+            "training_table": _training_table(training) if training else None,
+            "training_metrics": _values("Metric", training.metrics if training else None),
+            "hyperparameters": _values("Name", training.hyperparameters if training else None),
             **_pair(shown, target, known, training, pair),
             "citations": [fenced(papers()[key], "bibtex") for key in papers_used(training, known)],
         }
@@ -125,36 +136,30 @@ class DraftModelCard(ModelCard):
         path = Path(filepath)
         return write_text(path / CARD_FILE if path.is_dir() else path, self.render())
 
-    def updated_from(self, fresh: "DraftModelCard") -> "DraftModelCard":
-        """Keep the prose and hand-set metadata of this card, and take the metrics of a new one.
 
-        Sections between the marks are taken from `fresh`, text outside them is kept. Metadata: what follows from the
-        weights is taken from `fresh`, tags are united, and all else is kept, licence and language included.
-        """
-        return updated(self, fresh)
+# What the template knows of a report beyond its fields.
+_MEASURED = ("parts", "prompts", "stock", "speed", "hardware", "domains", "tested")
 
 
-def _measured(report: SpeculationReport | None) -> dict[str, Any]:
-    """What the template says about the report; each value is empty where there is none."""
-    if report is None:
-        return dict.fromkeys(("recommendation", "hardware", "stock", "speed", "relative_cost"), None) | dict.fromkeys(
-            ("parts", "prompts", "verdicts"), ()
-        )
+def _measured(report: SpeculationReport) -> dict[str, Any]:
     parts = []
     for index, (domain, settings) in enumerate(tables.by_domain(report)):
         acceptance = tables.acceptance_table(report, settings, is_whole=index == 0)
         lengths = tables.length_table(settings)
         if acceptance or lengths:
             parts.append({"title": domain, "acceptance": acceptance, "lengths": lengths})
+    prompts, source = report.prompts, ""
+    if prompts.source != "given":
+        source = f" of {hub_link(prompts.source, 'datasets/') if '/' in prompts.source else text(prompts.source)}"
+    stock = report.baseline.draft if report.baseline and report.baseline.settings else None
     return {
-        "recommendation": report.recommendation,
         "parts": parts,
-        "prompts": _prompts(report.prompts),
-        "stock": _model(report.baseline.draft) if report.baseline and report.baseline.settings else None,
+        "prompts": Markdown(f"{prompts.count} prompts{source} (sha256 {code(prompts.sha256)})"),
+        "stock": _at(hub_link(stock.name), stock.revision) if stock else None,
         "speed": tables.speed_table(report.settings),
         "hardware": tables.hardware_text(report.hardware),
-        "relative_cost": report.latency.relative_cost if report.latency else None,
-        "verdicts": tables.verdict_list(report.settings),
+        "domains": [name for name, _ in tables.by_domain(report) if name],
+        "tested": dict.fromkeys(str(setting.decoding) for setting in report.settings),
     }
 
 
@@ -165,7 +170,7 @@ def _pair(
     training: TrainingSummary | None,
     pair: PairFacts,
 ) -> dict[str, Any]:
-    """What the template says about draft and target together: the summary, the commands and the limits."""
+    """What the template says about draft and target together: the summary and the commands."""
     revision = (report.target.revision if report else None) or (training.target_revision if training else None)
     is_commit = revision is not None and len(revision) == 40 and set(revision) <= set("0123456789abcdef")
     # What evaluation recommends wins over what a config still holds from before.
@@ -178,7 +183,7 @@ def _pair(
         num_assistant_tokens=length,
     )
     sizes = {pair.draft_vocab_size, pair.target_vocab_size}
-    shown_target = _at(model_link(target), revision) if target else None
+    shown_target = _at(hub_link(target), revision) if target else None
     return {
         "summary": _summary(shown_target, report, training, pair, length),
         "commands": commands,
@@ -187,16 +192,12 @@ def _pair(
         "untuned_length": UNTUNED_LENGTH,
         "pair": pair,
         "sizes_differ": None not in sizes and len(sizes) == 2,
-        "limits": _limits(shown_target, report, training),
+        "target": shown_target,
     }
 
 
 def _at(shown: Markdown, revision: str | None) -> Markdown:
     return Markdown(f"{shown} at {code(revision)}") if revision else shown
-
-
-def _model(model: ModelInfo) -> Markdown:
-    return _at(model_link(model.name), model.revision)
 
 
 def _rows(rows: Mapping[str, Any]) -> Markdown | None:
@@ -220,7 +221,7 @@ def _summary(
     share = f" ({draft_size / target_size:.2%} of the target)" if draft_size and target_size else ""
     origin = None
     if training and training.draft:
-        origin = _at(model_link(str(training.public_name("draft"))), training.draft_revision)
+        origin = _at(hub_link(str(training.public_name("draft"))), training.draft_revision)
     elif training and training.built_from:
         origin = text(training.built_from)
     return _rows(
@@ -235,43 +236,30 @@ def _summary(
     )
 
 
-def _prompts(prompts: PromptInfo) -> Markdown:
-    source = ""
-    if prompts.source != "given":
-        source = f" of {dataset_link(prompts.source) if '/' in prompts.source else text(prompts.source)}"
-    return Markdown(f"{prompts.count} prompts{source} (sha256 {code(prompts.sha256)})")
-
-
-def _trained(training: TrainingSummary | None) -> dict[str, Any]:
-    """What the template says about the training; each value is None where nothing is known."""
-    if training is None:
-        return dict.fromkeys(("training_table", "training_metrics", "hyperparameters"))
+def _training_table(training: TrainingSummary) -> Markdown | None:
     dataset = training.public_name("dataset")
     divergence = code(training.divergence) if training.divergence else None
     if divergence and training.divergence_options:
         options = ", ".join(f"{name} = {value}" for name, value in training.divergence_options.items())
         divergence = Markdown(f"{divergence}, {text(options)}")
-    rows = {
-        "Data set": _at(dataset_link(dataset), training.dataset_revision) if dataset else None,
-        "Scenario": ", ".join(training.scenarios) if training.scenarios else None,
-        "Rows": _count(training.num_rows),
-        "Mixed in": _mixed_in(training),
-        "Completion tokens": _count(training.num_tokens),
-        "Decoding of the data": "; ".join(map(str, training.sampling or ())) or None,
-        "Who wrote the completions": _writer(training),
-        "Signal": SIGNALS[training.signal] if training.signal else None,
-        "Divergence": divergence,
-        "Loss temperature": training.loss_temperature,
-        "Adapter, merged": training.peft,
-        "Optimiser steps": training.num_steps,
-        "Epochs": training.num_epochs,
-        "Seed": training.seed,
-    }
-    return {
-        "training_table": _rows(rows),
-        "training_metrics": _pairs("Metric", training.metrics),
-        "hyperparameters": _pairs("Name", training.hyperparameters),
-    }
+    return _rows(
+        {
+            "Data set": _at(hub_link(dataset, "datasets/"), training.dataset_revision) if dataset else None,
+            "Scenario": ", ".join(training.scenarios) if training.scenarios else None,
+            "Rows": _count(training.num_rows),
+            "Mixed in": _mixed_in(training),
+            "Completion tokens": _count(training.num_tokens),
+            "Decoding of the data": "; ".join(map(str, training.sampling or ())) or None,
+            "Who wrote the completions": _writer(training),
+            "Signal": SIGNALS[training.signal] if training.signal else None,
+            "Divergence": divergence,
+            "Loss temperature": training.loss_temperature,
+            "Adapter, merged": training.peft,
+            "Optimiser steps": training.num_steps,
+            "Epochs": training.num_epochs,
+            "Seed": training.seed,
+        }
+    )
 
 
 def _writer(training: TrainingSummary) -> str | None:
@@ -292,50 +280,9 @@ def _mixed_in(training: TrainingSummary) -> str | None:
     return f"{training.num_mixed_rows:,} rows of other text" + (f" ({share:.0%} of all)" if training.num_rows else "")
 
 
-def _pairs(header: str, values: Mapping[str, Any] | None) -> Markdown | None:
+def _values(header: str, values: Mapping[str, Any] | None) -> Markdown | None:
     rows = [
         (code(name), text(f"{value:.4g}" if isinstance(value, float) else value))
         for name, value in (values or {}).items()
     ]
     return table((header, "Value"), rows)
-
-
-def _made_with(provenance: Provenance) -> Markdown | None:
-    versions = ", ".join(f"{name} {version}" for name, version in (provenance.versions or {}).items())
-    sentences = [
-        f"Made with {text(versions)}." if versions else None,
-        f"Code at commit {code(provenance.commit)}." if provenance.commit else None,
-        f"Trained on {text(provenance.hardware)}." if provenance.hardware else None,
-        f"Finished {text(provenance.created)}." if provenance.created else None,
-        f"Weights (sha256) {code(provenance.weights_sha256)}." if provenance.weights_sha256 else None,
-        f"Command:\n\n{fenced(provenance.command, 'bash')}" if provenance.command else None,
-    ]
-    return Markdown(" ".join(filter(None, sentences))) if any(sentences) else None
-
-
-def _limits(
-    target: Markdown | None, report: SpeculationReport | None, training: TrainingSummary | None
-) -> list[Markdown]:
-    """What the metrics do not show, derived from what is absent from the report."""
-    found = []
-    if report is None or not report.settings:
-        so_far = "Only the metrics above were measured" if training and training.metrics else "Nothing was measured"
-        found.append(f"{so_far} with this draft yet: whether it helps is not known.")
-    else:
-        names = [name for name, _ in tables.by_domain(report) if name]
-        where = f"on {text(', '.join(names))}" if names else "on the prompts above"
-        found.append(f"It was tested {where} only. On other topics or languages acceptance is likely to be lower.")
-        tested = dict.fromkeys(str(setting.decoding) for setting in report.settings)
-        found.append(f"Decoding settings tested: {text('; '.join(tested))}. Others were not measured.")
-        if not any(setting.assisted for setting in report.settings):
-            found.append("No speed-up was measured: whether it pays depends on the hardware.")
-        if report.baseline is None:
-            found.append("It was not compared with another draft.")
-    if target:
-        found.append(f"It fits {target}. A target that was fine-tuned further agrees with it less.")
-    found.append(
-        "Speculative decoding saves time where decoding is limited by memory bandwidth, which means small batches. "
-        "With large batches, or very short answers, it can be slower than plain decoding."
-    )
-    found += [text(warning) for warning in (report.warnings if report else ())]
-    return [Markdown(limit) for limit in found]

@@ -148,30 +148,20 @@ class Provenance:
     pair: PairFacts | None = key("How the draft fits its target.", default=None)
     notes: list[str] | None = key("Sentences that the card must carry.", default=None)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data without absent fields."""
-        return to_plain(self)
-
-    @classmethod
-    def from_dict(cls, data: Any, where: str = PROVENANCE_FILE) -> Self:
-        """Read plain data.
-
-        Raises:
-            ValueError: A key is unknown or a value has the wrong type.
-        """
-        return from_plain(cls, data, where)
+    def to_json(self) -> str:
+        """JSON text without absent fields."""
+        return json.dumps(to_plain(self), indent=2, ensure_ascii=False) + "\n"
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write `provenance.json` into a folder, whole or not at all."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        return write_text(Path(folder) / PROVENANCE_FILE, text)
+        return write_text(Path(folder) / PROVENANCE_FILE, self.to_json())
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Self | None:
         """Read `provenance.json` of a folder; None where there is none.
 
         Raises:
-            ValueError: The file is not JSON, or of another shape.
+            ValueError: The file is not JSON, a key is unknown, or a value has the wrong type.
         """
         path = Path(folder) / PROVENANCE_FILE
         if not path.is_file():
@@ -180,7 +170,7 @@ class Provenance:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}.") from None
-        return cls.from_dict(data)
+        return from_plain(cls, data, PROVENANCE_FILE)
 
     def public(self) -> Self:
         """The same as strangers may read it: without paths of this machine and without tokens."""

@@ -35,7 +35,6 @@ from hf_draftkd.hub.upload_files import (
     DraftFolder,
     PlannedFile,
     generation_config_file,
-    json_bytes,
     look_at_folder,
     model_files,
     plot_files,
@@ -43,7 +42,6 @@ from hf_draftkd.hub.upload_files import (
 )
 from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
-from hf_draftkd.utils.checks import one_of
 from hf_draftkd.utils.text import one_line
 
 _VISIBILITY = {True: "private", False: "public", None: "new, public or private as its owner's default says"}
@@ -154,8 +152,6 @@ def push_draft(
             public; says what to do.
         ConnectionError: The Hub or the network failed; nothing was published.
     """
-    if prose is not None:
-        one_of("`prose`", prose, ("hub", "local"))
     check_repo_id(repo_id)
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"A pull request is opened against main; leave out revision={revision!r} or `create_pr`.")
@@ -169,19 +165,20 @@ def push_draft(
     api = HfApi(token=token)
     remarks = list(draft.remarks)
     try:
-        repo_id, remote = look(api, repo_id, revision=revision, private=private, afterwards=_AGAIN, token=token)
+        repo_id, remote = look(api, repo_id, revision=revision, private=private, afterwards=_AGAIN)
     except ConnectionError as error:
         if not dry_run:
             raise
         remote = Remote()
         remarks.append(f"{error} The card is shown as for a new repository.")
-    if not allow_mismatch and "draft-model" not in remote.tags and _holds_weights(remote):
+    holds_weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in remote.files)
+    if holds_weights and "draft-model" not in remote.tags and not allow_mismatch:
         raise ValueError(
             f"{repo_id} exists and holds a model that is not a draft (its card lacks the tag `draft-model`). Name "
             "another repository, or pass `allow_mismatch` to overwrite it."
         )
     wanted = {"license": license, "language": language, "tags": tags}
-    card, files = _contents(api, draft, repo_id, remote, wanted=wanted, task=benchmark_task, prose=prose, token=token)
+    card, files = _contents(api, draft, repo_id, remote, wanted, prose, benchmark_task)
     refuse_secrets(files, token)
     if draft.report is None:
         remarks.append(f"There is no {REPORT_FILE} of this draft: the card says that nothing was measured.")
@@ -204,20 +201,14 @@ def push_draft(
     return dataclasses.replace(plan, private=is_private, commit=done.oid, url=done.pr_url or done.commit_url)
 
 
-def _holds_weights(remote: Remote) -> bool:
-    return any(name.endswith((".safetensors", ".bin", ".gguf")) for name in remote.files)
-
-
 def _contents(
     api: HfApi,
     draft: DraftFolder,
     repo_id: str,
     remote: Remote,
-    *,
     wanted: dict[str, Any],
-    task: str | None,
     prose: Place | None,
-    token: str | None,
+    task: str | None,
 ) -> tuple[DraftModelCard, list[PlannedFile]]:
     """The card, and all files of the upload."""
     report = public_report(draft.report) if draft.report else None
@@ -227,7 +218,7 @@ def _contents(
     provenance = dataclasses.replace(
         draft.provenance,
         weights_sha256=draft.weights_sha256,
-        pair=_pair(draft, generation, token),
+        pair=_pair(draft, generation, api.token),
         notes=list(dict.fromkeys(notes)) or None,
     ).public()
     plots = plot_files(draft.pictures)
@@ -238,11 +229,11 @@ def _contents(
         **wanted,
         plots={Path(plot.path).stem.replace("_", " ").capitalize(): plot.path for plot in plots},
     )
-    card, remark = _merged_card(api, fresh, draft.path, repo_id, remote, wanted, prose, token)
+    card, remark = _merged_card(api, fresh, local_card(DraftModelCard, draft.path), repo_id, remote, wanted, prose)
     files = [PlannedFile(CARD_FILE, card.render().encode(), remark)]
     if report:
         files.append(PlannedFile(REPORT_FILE, report.to_json().encode()))
-    files.append(PlannedFile(PROVENANCE_FILE, json_bytes(provenance.to_dict())))
+    files.append(PlannedFile(PROVENANCE_FILE, provenance.to_json().encode()))
     files += [*model_files(draft.path), *([generation] if generation else []), *plots]
     if task is not None:
         entries = eval_result_entries_to_yaml(benchmark_entries(report, task))
@@ -253,15 +244,13 @@ def _contents(
 def _merged_card(
     api: HfApi,
     fresh: DraftModelCard,
-    folder: Path,
+    local: DraftModelCard | None,
     repo_id: str,
     remote: Remote,
     wanted: dict[str, Any],
     prose: Place | None,
-    token: str | None,
 ) -> tuple[DraftModelCard, str]:
     """The fresh card in the words that a person wrote, wherever those are, and a licence; what was done, in words."""
-    local = local_card(DraftModelCard, folder)
     if local and _without_title(local) == _without_title(fresh):
         # In the folder a title is the folder's name or the run's. On the Hub another one was chosen by a person.
         local.text = fresh.text
@@ -271,7 +260,7 @@ def _merged_card(
     for key, value in given.items():
         card.data[key] = value
     if not card.data.get("license"):
-        for key, value in _inherited_license(api, fresh.data.get("base_model"), token).items():
+        for key, value in _inherited_license(api, fresh.data.get("base_model")).items():
             card.data[key] = value
     return card, f"with the words of {_WORDS_OF[place]}" if place else "updated" if held else ""
 
@@ -280,7 +269,7 @@ def _without_title(card: DraftModelCard) -> str:
     return "\n".join(line for line in prose_of(card.text).splitlines() if not line.startswith("# "))
 
 
-def _pair(draft: DraftFolder, generation: PlannedFile | None, token: str | None) -> PairFacts:
+def _pair(draft: DraftFolder, generation: PlannedFile | None, token: str | bool | None) -> PairFacts:
     """What can be found out about the pair now, on top of what was stored when the draft was made."""
     stored, training = draft.provenance.pair or PairFacts(), draft.provenance.training or TrainingSummary()
     name, is_local, revision = training.target, training.target_is_local, training.target_revision
@@ -312,7 +301,7 @@ def _pair(draft: DraftFolder, generation: PlannedFile | None, token: str | None)
     )
 
 
-def _inherited_license(api: HfApi, base_model: Any, token: str | None) -> dict[str, str]:
+def _inherited_license(api: HfApi, base_model: Any) -> dict[str, str]:
     """The base model's licence as metadata: `license`, and which it is where that is "other".
 
     Raises:
@@ -321,17 +310,17 @@ def _inherited_license(api: HfApi, base_model: Any, token: str | None) -> dict[s
     reason = "the draft does not start from a model on the Hub that it could inherit one from"
     if isinstance(base_model, str):
         try:
-            data = api.model_info(base_model, expand=["cardData"]).card_data
-            if data is not None and isinstance(data.get("license"), str):
-                named = {key: data.get(key) for key in ("license", "license_name", "license_link")}
-                if not str(named["license_link"]).startswith("https://"):  # a file of the base's own repository
-                    del named["license_link"]
+            data = api.model_info(base_model, expand=["cardData"]).card_data or {}
+            named = {key: data.get(key) for key in ("license", "license_name", "license_link")}
+            if not str(named["license_link"]).startswith("https://"):  # a file of the base's own repository
+                del named["license_link"]
+            if isinstance(named["license"], str):
                 return {key: one_line(value) for key, value in named.items() if isinstance(value, str)}
             reason = f"the card of {base_model} names none"
         except TypeError:
             # huggingface_hub passes metadata of others to a constructor, which cannot take all of it.
             reason = f"the metadata of {base_model} cannot be read"
         except (HTTPError, ConnectionError) as error:
-            said = redacted(error, token).splitlines()[0]
+            said = redacted(error, api.token).splitlines()[0]
             reason = f"the model {base_model} could not be asked ({type(error).__name__}: {said})"
     raise ValueError(f"Which licence? {reason[0].upper()}{reason[1:]}. Pass `license`, for instance 'apache-2.0'.")

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.evaluation.report import HardwareInfo, PairedDifference, SettingResult, SpeculationReport
-from hf_draftkd.hub.markdown import Markdown, code, estimate_text, table, text
+from hf_draftkd.hub.markdown import Markdown, code, estimate_text, records, table
 
 Entry = TypeVar("Entry", SettingResult, PairedDifference)
 
@@ -50,36 +50,26 @@ def acceptance_table(
     length = shown_length(report, settings)
     stock = report.baseline.settings if report.baseline and is_whole else []
     differences = report.paired_difference or [] if is_whole else []
-    headers = (
-        "Decoding",
-        "Verification",
-        "Texts",
-        "Acceptance rate α",
-        f"Tokens per target call τ (γ = {length})",
-        "τ in transformers' `generate`",
-        "α of the stock draft",
-        "τ of the stock draft",
-        "Gain in α, paired",
-        "Gain in τ, paired",
-    )
     rows = []
     for setting in settings:
         old, gain = _same(stock, setting), _same(differences, setting)
+        efficiency = at_length(setting.block_efficiency, length)
+        in_transformers = at_length(setting.transformers_block_efficiency, length)
         rows.append(
-            [
-                str(setting.decoding),
-                code(setting.verification),
-                setting.num_texts,
-                estimate_text(setting.acceptance_rate, 3),
-                estimate_text(at_length(setting.block_efficiency, length), 2),
-                estimate_text(at_length(setting.transformers_block_efficiency, length), 2),
-                estimate_text(old.acceptance_rate, 3) if old else None,
-                estimate_text(at_length(old.block_efficiency, length), 2) if old else None,
-                estimate_text(gain.acceptance_rate, 3, signed=True) if gain else None,
-                _gain_text(gain, length) if gain else None,
-            ]
+            {
+                "Decoding": str(setting.decoding),
+                "Verification": code(setting.verification),
+                "Texts": setting.num_texts,
+                "Acceptance rate α": estimate_text(setting.acceptance_rate, 3),
+                f"Tokens per target call τ (γ = {length})": estimate_text(efficiency, 2),
+                "τ in transformers' `generate`": estimate_text(in_transformers, 2),
+                "α of the stock draft": estimate_text(old.acceptance_rate, 3) if old else None,
+                "τ of the stock draft": estimate_text(at_length(old.block_efficiency, length), 2) if old else None,
+                "Gain in α, paired": estimate_text(gain.acceptance_rate, 3, signed=True) if gain else None,
+                "Gain in τ, paired": _gain_text(gain, length) if gain else None,
+            }
         )
-    return table(headers, rows)
+    return records(rows)
 
 
 def _same(entries: Sequence[Entry], setting: SettingResult) -> Entry | None:
@@ -111,43 +101,22 @@ def length_table(settings: Sequence[SettingResult]) -> Markdown | None:
 
 def speed_table(settings: Sequence[SettingResult]) -> Markdown | None:
     """Counted acceptance and wall-clock of real `generate(assistant_model=...)`, per setting that was run."""
-    headers = (
-        "Decoding",
-        "Prompts",
-        "Draft length",
-        "Plain, tokens/s",
-        "Assisted, tokens/s",
-        "Speed-up",
-        "Tokens per target call, counted",
-        "Draft tokens accepted, counted",
-    )
-    rows = [
+    return records(
         [
-            str(setting.decoding),
-            run.num_prompts,
-            run.num_assistant_tokens,
-            estimate_text(run.plain_tokens_per_second, 1),
-            estimate_text(run.tokens_per_second, 1),
-            estimate_text(run.speedup, 2),
-            estimate_text(run.mean_acceptance_length, 2),
-            estimate_text(run.draft_acceptance_rate, 3),
+            {
+                "Decoding": str(setting.decoding),
+                "Prompts": run.num_prompts,
+                "Draft length": run.num_assistant_tokens,
+                "Plain, tokens/s": estimate_text(run.plain_tokens_per_second, 1),
+                "Assisted, tokens/s": estimate_text(run.tokens_per_second, 1),
+                "Speed-up": estimate_text(run.speedup, 2),
+                "Tokens per target call, counted": estimate_text(run.mean_acceptance_length, 2),
+                "Draft tokens accepted, counted": estimate_text(run.draft_acceptance_rate, 3),
+            }
+            for setting in settings
+            if (run := setting.assisted)
         ]
-        for setting in settings
-        if (run := setting.assisted)
-    ]
-    return table(headers, rows)
-
-
-def verdict_list(settings: Sequence[SettingResult]) -> list[Markdown]:
-    """Whether the draft pays, in each setting that has a recommendation."""
-    return [
-        Markdown(
-            f"{text(setting.decoding)}, {code(setting.verification)}: {'pays' if advice.worth_it else 'does not pay'}. "
-            f"{text(advice.reason)}"
-        )
-        for setting in settings
-        if (advice := setting.recommendation)
-    ]
+    )
 
 
 def hardware_text(hardware: HardwareInfo) -> str:

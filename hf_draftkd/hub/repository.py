@@ -36,13 +36,12 @@ def look(
     *,
     private: bool | None,
     afterwards: str,
-    token: str | None,
     repo_type: str = "model",
     revision: str | None = None,
 ) -> tuple[str, Remote]:
     """The repository's full name, and what it holds. Refuses a public one where a private one is wanted."""
-    with hub_errors(f"looking at {repo_id}", afterwards=afterwards, token=token):
-        if "/" not in repo_id and token is not None:
+    with hub_errors(f"looking at {repo_id}", afterwards=afterwards, token=api.token):
+        if "/" not in repo_id and api.token is not None:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
         remote = _remote(api, repo_id, repo_type, revision)
     if private and remote.private is False:

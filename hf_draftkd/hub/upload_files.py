@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from hf_draftkd.data.shards import shard_path
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.hub.access import holds_token
+from hf_draftkd.hub.access import redacted
 from hf_draftkd.hub.provenance import Provenance, TrainingSummary, tuned_length
 from hf_draftkd.models.draft_length import draft_length_settings
 from hf_draftkd.models.identity import count_parameters, weight_files, weights_checksum
@@ -210,7 +210,7 @@ def _cleaned(name: str, path: Path) -> PlannedFile:
         data = json.loads(path.read_text(encoding="utf-8"))
         kept = {key: value for key, value in data.items() if not key.endswith("name_or_path")}
         if kept != data:
-            return PlannedFile(name, json_bytes(kept), "without the path it was loaded from")
+            return PlannedFile(name, _json_bytes(kept), "without the path it was loaded from")
     return PlannedFile(name, path)
 
 
@@ -226,7 +226,7 @@ def generation_config_file(folder: Path, num_assistant_tokens: int | None) -> Pl
     if num_assistant_tokens is None or tuned_length(GenerationConfig.from_dict(held)) is not None:
         return PlannedFile(path.name, path) if held else None
     tuned = held | draft_length_settings(num_assistant_tokens)
-    return PlannedFile(path.name, json_bytes(tuned), f"with the report's draft length {num_assistant_tokens}")
+    return PlannedFile(path.name, _json_bytes(tuned), f"with the report's draft length {num_assistant_tokens}")
 
 
 def plot_files(folders: Iterable[Path]) -> list[PlannedFile]:
@@ -277,12 +277,13 @@ def refuse_secrets(files: Iterable[PlannedFile], token: str | None) -> None:
     """Raises: ValueError: a text file holds something that looks like an access token."""
     for file in files:
         is_text = Path(file.path).suffix in _TEXT_SUFFIXES
-        if is_text and holds_token(file.read().decode("utf-8", errors="replace"), token):
+        content = file.read().decode("utf-8", errors="replace") if is_text else ""
+        if redacted(content, token) != content:
             raise ValueError(
                 f"{file.path} holds what looks like an access token. Remove it from the file, and revoke the token at "
                 "huggingface.co/settings/tokens if it is real."
             )
 
 
-def json_bytes(data: Mapping[str, Any]) -> bytes:
+def _json_bytes(data: Mapping[str, Any]) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from hf_draftkd.hub.card_merge import updated
 from hf_draftkd.hub.citations import papers_used
 from hf_draftkd.hub.metadata import eval_results
 from hf_draftkd.hub.model_card import DraftModelCard
@@ -340,10 +341,13 @@ def test_a_custom_template_runs_in_the_sandbox():
     card = full_card(template=source)
     assert "# Mine: me/draft-115m" in card.text
     assert "## How much it helps" in card.text
-    from jinja2.exceptions import SecurityError
+    from jinja2.exceptions import SecurityError, UndefinedError
 
     with pytest.raises(SecurityError):
         full_card(template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    for name in ("report", "provenance"):
+        with pytest.raises(UndefinedError, match="save"):
+            full_card(template=f"{{{{ {name}.save('owned') }}}}")
 
 
 class TestCommands:
@@ -465,7 +469,7 @@ class TestEditedByHand:
         better = samples.report()
         better["settings"][0]["acceptance_rate"]["value"] = 0.8125
         fresh = DraftModelCard.from_report(better, name="me/draft-115m", license="apache-2.0")
-        result = edited.updated_from(fresh)
+        result = updated(edited, fresh)
         text = result.render()
         assert "My own words." in text
         assert "## Thanks\n\nTo everybody." in text
@@ -481,19 +485,19 @@ class TestEditedByHand:
 
     def test_a_card_without_marks_is_kept_whole_and_gets_the_sections(self):
         written = DraftModelCard("---\nlicense: mit\n---\n# By hand\n\nAll mine.\n")
-        result = written.updated_from(full_card())
+        result = updated(written, full_card())
         assert result.text.startswith("# By hand\n\nAll mine.")
         assert "## How much it helps" in result.text
         assert result.data.license == "mit"
 
     def test_updating_twice_changes_nothing_more(self):
-        once = full_card().updated_from(full_card())
-        assert once.updated_from(full_card()).render() == once.render()
+        once = updated(full_card(), full_card())
+        assert updated(once, full_card()).render() == once.render()
 
     def test_an_old_target_tag_does_not_linger(self):
         """Catches a draft that is still found for the target it was made for before."""
         other = samples.report(target={"name": "org/other", "revision": samples.REVISION, "num_parameters": 7})
-        result = full_card().updated_from(DraftModelCard.from_report(other, name="me/draft-115m"))
+        result = updated(full_card(), DraftModelCard.from_report(other, name="me/draft-115m"))
         assert [tag for tag in result.data.tags if tag.startswith("draft-for:")] == ["draft-for:org/other"]
 
 
