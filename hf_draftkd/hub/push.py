@@ -310,7 +310,7 @@ def _inherited_license(api: HfApi, base_model: Any) -> dict[str, str]:
     reason = "the draft does not start from a model on the Hub that it could inherit one from"
     if isinstance(base_model, str):
         try:
-            data = api.model_info(base_model, expand=["cardData"]).card_data or {}
+            data: Any = api.model_info(base_model, expand=["cardData"]).card_data or {}
             named = {key: data.get(key) for key in ("license", "license_name", "license_link")}
             if not str(named["license_link"]).startswith("https://"):  # a file of the base's own repository
                 del named["license_link"]
