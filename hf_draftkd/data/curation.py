@@ -100,7 +100,7 @@ def has_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> boo
     while len(tokenizer(text[:size], add_special_tokens=False)["input_ids"]) < count:
         if size >= len(text):
             return False
-        # Few tokens in many characters: long runs of spaces or of one sign can be single tokens.
+        # Few tokens in many characters: long runs of one character can be single tokens.
         size *= 4
     return True
 
@@ -108,7 +108,7 @@ def has_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> boo
 def opening(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
     """The first tokens of a document as text, cut back to the end of a word where the script has spaces."""
     text = text.strip()
-    # A few characters a token are enough; a whole book need not be tokenised for its first sentence.
+    # A few characters per token are enough; a whole book need not be tokenised for its first sentence.
     start = text[: tokens * _CHARACTERS_A_TOKEN]
     ids = tokenizer(start, add_special_tokens=False)["input_ids"]
     if len(ids) <= tokens and len(start) == len(text):

@@ -71,7 +71,7 @@ class QueryFilter:
         return self._duplicate(query)
 
     def _duplicate(self, query: str) -> str | None:
-        # Signs at the ends of words do not count; inside of them they do ("2+2", "2-2"), as vowel signs do anywhere.
+        # Punctuation counts inside of words ("2+2", "2-2"; vowel signs anywhere), and not at their ends.
         words = (word.strip(_PUNCTUATION) for word in query.casefold().split())
         plain = " ".join(filter(None, words)) or query.strip()
         if plain in self._seen:

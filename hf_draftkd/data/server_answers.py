@@ -64,7 +64,7 @@ def read_completion(
         answer: As the client returns it, checked by `require_usable`.
         tokenizer: The target's tokenizer.
         ids_of: Its tokens as the server writes them.
-        top_logprobs: How many log-probabilities a token were asked for.
+        top_logprobs: How many log-probabilities per token were asked for.
         end_ids: Ids that end a text of the target.
     """
     choice = answer.choices[0]
