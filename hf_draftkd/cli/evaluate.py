@@ -60,9 +60,7 @@ def run(argv: list[str]) -> int:
     """`draftkd evaluate *argv`; returns the exit code."""
     about = "Measure drafts, and say whether they are worth using."
     options, config = parse("evaluate", (EvaluateOptions, EvaluationConfig), argv, about)
-    required(
-        model=options.model, target_model=options.target_model, dataset=options.dataset, output_dir=options.output_dir
-    )
+    required(**{name: getattr(options, name) for name in ("model", "target_model", "dataset", "output_dir")})
     with usage_errors():
         # Its own files are replaced, nothing else is touched.
         out = new_directory(options.output_dir, overwrite=True)
@@ -113,17 +111,15 @@ def _texts(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def _check_write(options: EvaluateOptions, config: EvaluationConfig) -> None:
-    if not options.write:
-        return
-    if not config.measure_speed:
+    if options.write and not config.measure_speed:
         raise UsageError("`--write` stores the best draft length, which needs `--measure_speed`.")
-    # An adapter's directory has no generation config of its own: the base model's would be changed.
-    elsewhere = [path for path in options.model or [] if not (Path(path) / "config.json").is_file()]
-    if elsewhere:
-        raise UsageError(
-            f"`--write` changes the draft's own generation config, so {elsewhere[0]!r} must be a local directory "
-            "with a whole model (merge an adapter first)."
-        )
+    for path in options.model or [] if options.write else []:
+        # An adapter's directory has no generation config of its own: the base model's would be changed.
+        if not (Path(path) / "config.json").is_file():
+            raise UsageError(
+                f"`--write` changes the draft's own generation config, so {path!r} must be a local directory with a "
+                "whole model (merge an adapter first)."
+            )
 
 
 def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> None:

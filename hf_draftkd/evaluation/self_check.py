@@ -1,4 +1,4 @@
-"""The measure measured: computed block efficiency beside what real decoding counts, on the user's own pair."""
+"""The measurement checked: computed block efficiency beside what real decoding counts, on the user's own pair."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, Text, score_te
 from hf_draftkd.evaluation.timing import generate_text, single_text_config
 
 CHECKED_LENGTHS = (1, 3, 5)
-# Sampled figures are compared over at least so many texts: an interval from a handful says nothing.
+# Sampled numbers are compared over at least so many texts: an interval from a handful means nothing.
 _SAMPLED_TEXTS = 32
 # Several comparisons are made; at 95% one in a few runs would raise a false alarm.
 _CONFIDENCE = 0.99
@@ -39,7 +39,7 @@ def self_check(
         target_model: The target.
         draft_model: The draft.
         prompts: Token ids of the prompts to check on.
-        settings: Greedy figures must be equal to the last digit; sampled ones agree where their 99% intervals overlap.
+        settings: Greedy numbers must be equal to the last digit; sampled ones agree where their 99% intervals overlap.
             Few prompts are answered several times over when sampling.
         vocab_size: Shared vocabulary of the pair.
         max_new_tokens: Longest completion, in tokens.
@@ -51,24 +51,23 @@ def self_check(
     for setting in settings:
         config = single_text_config(target_model, setting, max_new_tokens, suppress_tokens=suppress_tokens)
         repeats = 1 if setting.is_greedy else -(-_SAMPLED_TEXTS // len(prompts))
+        runs = [prompt for prompt in prompts for _ in range(repeats)]
         texts = []
-        for number, prompt in enumerate(prompts):
-            for again in range(repeats):
-                tokens, _ = generate_text(target_model, prompt, config, seed=seed + number * repeats + again)
-                texts.append(Text(prompt, tokens))
+        for number, prompt in enumerate(runs):
+            tokens, _ = generate_text(target_model, prompt, config, seed=seed + number)
+            texts.append(Text(prompt, tokens))
         sums = score_texts(target_model, [draft_model], texts, setting, vocab_size=vocab_size).drafts[0]
         # transformers' own decoding is what is counted here, so its warping of the draft is what is computed.
         computed = sums[EXACT] if setting.is_greedy else sums.get(AS_TRANSFORMERS, sums["rejection_sampling"])
         for length in CHECKED_LENGTHS:
             per_text = []
-            for number, prompt in enumerate(prompts):
-                for again in range(repeats):
-                    # Other random numbers than the plain texts had: two independent samples are compared.
-                    sampling = seed + len(texts) + number * repeats + again
-                    with fixed_draft_length(draft_model, length), count_acceptance(target_model) as counts:
-                        generate_text(target_model, prompt, config, seed=sampling, assistant_model=draft_model)
-                    per_text.append((counts.num_tokens, counts.num_spec_steps))
-                on_prompt()
+            # Other random numbers than the plain texts had: two independent samples are compared.
+            for number, prompt in enumerate(runs, start=len(runs)):
+                with fixed_draft_length(draft_model, length), count_acceptance(target_model) as counts:
+                    generate_text(target_model, prompt, config, seed=seed + number, assistant_model=draft_model)
+                per_text.append((counts.num_tokens, counts.num_spec_steps))
+                if (number + 1) % repeats == 0:
+                    on_prompt()
             calls = computed.target_calls[:, DRAFT_LENGTHS.index(length)]
             expected = bootstrap_ratio(computed.num_tokens, calls, confidence=_CONFIDENCE)
             counted = bootstrap_ratio(*zip(*per_text, strict=True), confidence=_CONFIDENCE)

@@ -54,7 +54,7 @@ def report_table(report: SpeculationReport) -> Table:
         changes = (difference.acceptance_rate, (difference.block_efficiency or {}).get(length)) if difference else ()
         table.add_section()
         table.add_row(f"[bold]{_plain(setting.words)}[/bold]", *[""] * (len(table.columns) - 1))
-        for place, (label, show) in enumerate(_figures(length)):
+        for place, (label, show) in enumerate(_rows(length)):
             cells = [show(settings[index]) for _, settings in columns]
             change = [_signed(changes[place]) if place < len(changes) else ""] if differences else []
             if any(cells):
@@ -64,7 +64,7 @@ def report_table(report: SpeculationReport) -> Table:
     return table
 
 
-def _figures(length: int) -> list[tuple[str, Callable[[SettingResult], str]]]:
+def _rows(length: int) -> list[tuple[str, Callable[[SettingResult], str]]]:
     """The rows of a setting; the first two have a paired difference."""
     return [
         ("acceptance rate", lambda result: _interval(result.acceptance_rate)),

@@ -296,29 +296,26 @@ def _check_lengths(model: PreTrainedModel, text_sets: Sequence[TextSet]) -> None
 
 
 def by_this_target(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) -> tuple[list[TextSet], list[str]]:
-    """Texts of another author give acceptance rates alone: what they say of block efficiency is nothing.
+    """Texts of another author give acceptance rates alone: they do not tell this target's block efficiency.
 
     Returns:
         The text sets, those of which a row names another target, or another commit of this one, no longer exact; and
         what to say about them.
     """
     own, commit = target_model.name_or_path, model_revision(target_model)
-
-    def is_other(author: tuple[str, str | None]) -> bool:
-        return author[0] != own or (None not in (author[1], commit) and author[1] != commit)
-
-    others = sorted(
-        _at(*author) for author in frozenset().union(*(texts.written_by for texts in text_sets)) if is_other(author)
-    )
+    judged, others = [], set()
+    for texts in text_sets:
+        found = {
+            _at(name, at) for name, at in texts.written_by if name != own or (None not in (at, commit) and at != commit)
+        }
+        judged.append(replace(texts, is_exact=texts.is_exact and not found))
+        others |= found
     if not others:
-        return list(text_sets), []
-    judged = [
-        replace(texts, is_exact=texts.is_exact and not any(map(is_other, texts.written_by))) for texts in text_sets
-    ]
+        return judged, []
     return judged, [
-        f"The texts were written by {', '.join(others)}, the target here is {_at(own, commit)}: acceptance rates are "
-        "given, block efficiencies are not. If it is the same model under another name, put that name into the column "
-        "`target`."
+        f"The texts were written by {', '.join(sorted(others))}, the target here is {_at(own, commit)}: acceptance "
+        "rates are given, block efficiencies are not. If it is the same model under another name, put that name into "
+        "the column `target`."
     ]
 
 
@@ -371,7 +368,7 @@ def _inherited_setting_warnings(target_model: PreTrainedModel, text_sets: Sequen
 def suppressed_token_warnings(
     draft_models: Sequence[PreTrainedModel], target_model: PreTrainedModel, vocab_size: int
 ) -> list[str]:
-    """Drafts that `generate` keeps from proposing some tokens: the figures computed here know nothing of that."""
+    """Drafts that `generate` keeps from proposing some tokens: the numbers computed here do not know that."""
     targets = set(target_model.generation_config.suppress_tokens or ())
     found = []
     for draft in draft_models:
@@ -380,6 +377,6 @@ def suppressed_token_warnings(
             found.append(
                 f"The generation config of {draft.name_or_path or 'the draft'} suppresses {len(own)} "
                 f"token{'s' if len(own) > 1 else ''} of the vocabulary ({min(own)}{', ...' if len(own) > 1 else ''}), "
-                "which transformers then never drafts: computed figures are those of a draft that may propose them."
+                "which transformers then never drafts: computed numbers are those of a draft that may propose them."
             )
     return found
