@@ -158,7 +158,7 @@ def recommend_overall(settings: Sequence[SettingResult], latency: LatencyResult)
 def _gains(setting: SettingResult, length: int, predicted: float) -> bool:
     """Whether decoding with this draft is faster: as measured, or as predicted for a length that was not measured.
 
-    A gain measured with another length is a gain; a loss with another length says nothing about this one.
+    A gain measured with another length is a gain; a loss with another length does not apply to this one.
     """
     found = setting.assisted
     if found is None or found.speedup is None:

@@ -1,7 +1,7 @@
-"""The report: every figure that says whether a draft is worth using, with every key documented where it is defined.
+"""The report: every number that says whether a draft is worth using, with every key documented where it is defined.
 
 `SpeculationReport` is what `evaluate_draft` returns, what `report.json` holds and what a model card is made from. A
-figure that was not measured is absent from the JSON, never null. Shares and rates lie in 0…1, times are seconds.
+number that was not measured is absent from the JSON, never null. Shares and rates lie in 0…1, times are seconds.
 """
 
 import json
@@ -145,7 +145,7 @@ class LatencyResult:
 
 @dataclass(kw_only=True)
 class SettingResult:
-    """Figures under one decoding setting and one verification rule."""
+    """Results under one decoding setting and one verification rule."""
 
     decoding: DecodingSetting = key("How the texts were decoded; applied to target and draft alike.")
     verification: str = key(
@@ -219,7 +219,7 @@ class DraftResult:
 
 @dataclass(kw_only=True)
 class Comparison:
-    """One computed figure beside the counted one."""
+    """One computed number beside the counted one."""
 
     decoding: DecodingSetting = key("As in the setting.")
     num_assistant_tokens: int = key("Draft length γ.")
@@ -256,10 +256,10 @@ class SpeculationReport:
     )
     baseline: DraftResult | None = key("The draft compared against, usually the stock one.", default=None)
     paired_difference: list[PairedDifference] | None = key("Draft minus baseline.", default=None)
-    warnings: list[str] = key("What a reader must know before trusting a figure.", default_factory=list)
+    warnings: list[str] = key("What a reader must know before trusting a number.", default_factory=list)
     groups: dict[str, list[SettingResult]] | None = key("The settings again, by domain or category.", default=None)
     drafts: list[DraftResult] | None = key("Several drafts, the best first.", default=None)
-    self_check: SelfCheck | None = key("Computed figures against counted ones.", default=None)
+    self_check: SelfCheck | None = key("Computed numbers against counted ones.", default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data as `report.json` holds it."""

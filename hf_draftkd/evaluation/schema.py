@@ -24,7 +24,7 @@ def key_help(cls: type) -> dict[str, str]:
 
 
 def to_plain(value: Any) -> Any:
-    """JSON-ready data. Fields that are None are left out: a figure that was not measured is absent.
+    """JSON-ready data. Fields that are None are left out: what was not measured is absent.
 
     Raises:
         ValueError: A number is NaN or infinite, which JSON cannot say.
@@ -37,7 +37,7 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(content) for content in value]
     if isinstance(value, float) and not abs(value) < float("inf"):
-        raise ValueError(f"A report cannot hold {value}: leave a figure that could not be measured absent.")
+        raise ValueError(f"A report cannot hold {value}: leave absent what could not be measured.")
     return value
 
 
@@ -63,7 +63,7 @@ def _read(expected: Any, data: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         (inner,) = (choice for choice in get_args(expected) if choice is not type(None))
         if data is None:
-            raise ValueError(f"`{where}` is null. Leave out the key of a figure that was not measured.")
+            raise ValueError(f"`{where}` is null. Leave out the key of what was not measured.")
         return _read(inner, data, where)
     if is_dataclass(expected):
         return _read_dataclass(expected, data, where)

@@ -1,4 +1,4 @@
-"""From sums per text to figures with intervals: counts added up, divided once, resampled over prompts."""
+"""From sums per text to estimates with intervals: counts added up, divided once, resampled over prompts."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -34,14 +34,14 @@ def setting_result(
     as_transformers: TextSums | None = None,
     has_blocks: bool = True,
 ) -> SettingResult:
-    """The figures of one draft under one setting and rule.
+    """The results of one draft under one setting and rule.
 
     Args:
         setting: How the texts were decoded.
         verification: The rule the sums were made with.
         sums: Per text.
         prompts: Which prompt each text answers: texts of one prompt are resampled together.
-        num_assistant_tokens: Draft length of the figures by position.
+        num_assistant_tokens: Draft length of acceptance by position.
         parameter_ratio: Draft ÷ target parameters.
         as_transformers: Sums of the draft as transformers warps it, where that differs.
         has_blocks: Whether the target wrote the texts under this very setting; without that only the acceptance rate
