@@ -24,7 +24,7 @@ from hf_draftkd.evaluation.tables import report_table
 from hf_draftkd.models.draft_length import write_draft_length
 from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.pairing import check_own_tokenizer
-from hf_draftkd.models.resolve import Checkpoint, resolve
+from hf_draftkd.models.resolve import Checkpoint, check_model, resolve
 from hf_draftkd.utils.checks import whole_number
 from hf_draftkd.utils.text import printable
 
@@ -94,7 +94,7 @@ def _look_up(options: EvaluateOptions) -> list[Checkpoint]:
     named += [] if options.baseline is None else [(options.baseline, None)]
     found = [resolve(name, revision=at, trust_remote_code=options.trust_remote_code) for name, at in named]
     for checkpoint in found:
-        _ = checkpoint.config  # refuses what is not a usable causal LM
+        check_model(checkpoint)
         check_own_tokenizer(checkpoint, found[0].tokenizer)
     return found
 

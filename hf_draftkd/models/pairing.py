@@ -9,7 +9,6 @@ pair with unequal `vocab_size` for a pair with unequal tokenizers; `align_vocabu
 """
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.models.draft_length import drop_idle_sampling
 from hf_draftkd.models.identity import checkpoint_of
-from hf_draftkd.models.resolve import Checkpoint, resolve
+from hf_draftkd.models.resolve import Checkpoint
 from hf_draftkd.models.tokenizers import tokenizer_size, vocabulary_difference
 
 logger = logging.getLogger(__name__)
@@ -50,28 +49,21 @@ def check_tokenizers(draft_tokenizer: PreTrainedTokenizerBase, target_tokenizer:
 
 
 def check_own_tokenizer(
-    model: "str | Path | Checkpoint | PreTrainedModel",
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    is_target: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    model: Checkpoint | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, is_target: bool = False
 ) -> None:
     """Make sure that `tokenizer` is the one a model was trained with, by the files the model was loaded from.
 
     Args:
-        model: A loaded model, or the checkpoint, id or path of one.
+        model: A loaded model, or a checkpoint.
         tokenizer: The tokenizer to be used with it.
         is_target: Whether it is the target: the message then speaks of `tokenizer` as the draft's.
-        revision: Of the model, where an id is given.
-        trust_remote_code: Whether code that comes with its tokenizer may run, where an id or a path is given.
 
     Raises:
         ValueError: The two differ, or a checkpoint has no tokenizer. A loaded model may come from a place that has
             none: that is logged.
     """
-    if isinstance(model, str | Path | Checkpoint):
-        own = resolve(model, revision=revision, trust_remote_code=trust_remote_code).tokenizer
+    if isinstance(model, Checkpoint):
+        own = model.tokenizer
     elif not model.name_or_path:
         return
     else:

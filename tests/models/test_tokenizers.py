@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_draftkd.models.pairing import check_own_tokenizer, check_tokenizers
+from hf_draftkd.models.resolve import resolve
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint, tokenizer_size
 from tests.tiny import TEXT, tiny_llama, tiny_tokenizer
 
@@ -119,9 +120,9 @@ def test_a_targets_own_tokenizer_is_called_the_targets(tmp_path):
     own.save_pretrained(tmp_path)
     tiny_llama().config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="absent from the draft's and id 300 in the target's"):
-        check_own_tokenizer(str(tmp_path), tiny_tokenizer(), is_target=True)
+        check_own_tokenizer(resolve(tmp_path), tiny_tokenizer(), is_target=True)
     with pytest.raises(ValueError, match="id 300 in the draft's and absent from the target's"):
-        check_own_tokenizer(str(tmp_path), tiny_tokenizer())
+        check_own_tokenizer(resolve(tmp_path), tiny_tokenizer())
 
 
 def test_merges_and_normalizer_are_compared_where_the_vocabulary_agrees():
