@@ -134,7 +134,7 @@ def prepare_pair(
     if quantization_config is not None or draft_kwargs.get("quantization_config") is not None:
         raise ValueError(_QUANTISED_DRAFT.format(name=model_name(model)))
     # Whatever shows without the weights is looked at first: a pair that does not fit is refused in seconds.
-    draft = _looked_up(model, draft_kwargs.get("revision"), args)
+    draft = _looked_up(model, draft_kwargs.pop("revision", None), args)
     target = None if target_model is None else _looked_up(target_model, args.target_model_revision, args)
     if draft is target:
         raise ValueError("`model` and `target_model` are the same object; the target is frozen. Load the model twice.")
