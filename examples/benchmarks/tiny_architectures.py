@@ -145,9 +145,15 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "bert": {"is_decoder": True},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
     "opt": {"word_embed_proj_dim": 32},
     "phi3": {"original_max_position_embeddings": 256},
-    "deepseek_v2": {"first_k_dense_replace": 1},
+    "deepseek_v2": {"first_k_dense_replace": 1, "num_experts_per_tok": 2, "n_routed_experts": 4},
     "deepseek_v3": {"first_k_dense_replace": 1},
 }
 
@@ -165,15 +171,15 @@ def architectures() -> list[str]:
     return sorted(set(found))
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """A config of that type with tiny sizes; everything else is the class's own default."""
+def tiny_config(model_type: str, vocab_size: int = VOCAB_SIZE) -> PreTrainedConfig:
+    """A config of that type with tiny sizes and bos, eos and pad 0, 1, 2; everything else is the class's default."""
     config_class = next(c for c in MODEL_FOR_CAUSAL_LM_MAPPING if c.model_type == model_type)
     default = config_class()
     named = {alias: real for alias, real in config_class.attribute_map.items() if hasattr(default, real)}
     values: dict[str, Any] = {}
     for name in vars(default):
         if name in _SIZE_OF and name not in named and vars(default)[name] is not None:
-            values[name] = _SIZE_OF[name]
+            values[name] = vocab_size if _SIZE_OF[name] == VOCAB_SIZE else _SIZE_OF[name]
     if "qk_rope_head_dim" in values:  # from which these follow
         values.pop("head_dim", None)
         values.pop("qk_head_dim", None)
@@ -183,11 +189,11 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     return config_class(**values | dict.fromkeys(dropout, 0.0) | _SPECIAL.get(model_type, {}))
 
 
-def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(model_type: str, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> PreTrainedModel:
     """A tiny model in eval mode, with every weight drawn from `seed`; greedy texts of such a model vary."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(model_type))
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type, vocab_size))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:

@@ -37,6 +37,15 @@ def test_the_benchmark_runs(script, options, tmp_path):
     assert run([sys.executable, str(BENCHMARKS / script), *shlex.split(options)], tmp_path).strip()
 
 
+def test_the_table_of_architectures_says_what_works_and_what_is_refused(tmp_path):
+    """A fault of one step that is printed as a success, or the reverse."""
+    command = [sys.executable, str(BENCHMARKS / "architectures.py"), "--only", "llama", "mamba"]
+    printed = run(command, tmp_path)
+    assert "1 of 2 architectures pass every step: llama." in printed
+    assert "| mamba | refused: 'MambaForCausalLM' (model type 'mamba') keeps a running state" in printed
+    assert len((tmp_path / "architectures.jsonl").read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("script", "options", "said"),
     [
