@@ -6,7 +6,6 @@ reading over them costs more than moving the rest.
 """
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,8 +72,15 @@ class CachedModel:
         cache: Its cache.
         texts: What it is to read.
         read: Columns of each text that the cache holds already.
-        forward: What to call instead of the model, such as a compiled twin.
+
+    Attributes:
+        read: Columns of each text in the cache.
+        num_unread: Columns at a text's end that the next piece begins with; the last token is always one of them.
+        drops_rows: Whether finished texts can be let go.
     """
+
+    num_unread = 1
+    drops_rows = True
 
     def __init__(
         self,
@@ -82,15 +88,12 @@ class CachedModel:
         cache: Cache,
         texts: Texts,
         read: int = 0,
-        *,
-        forward: Callable[..., Any] | None = None,
     ) -> None:
         parameters = inspect.signature(model.forward).parameters
         self.model, self.cache = model, cache
         self.read = [read] * len(texts.lengths)
         self._padding = list(texts.padding)
         self._is_single = texts.is_single
-        self._forward = forward or model
         self._takes_positions = "position_ids" in parameters
         self._takes_number = "logits_to_keep" in parameters
         self._columns = read
@@ -110,7 +113,7 @@ class CachedModel:
         if self._takes_number:
             inputs["logits_to_keep"] = num_logits
         self._columns = end
-        return self._forward(**inputs).logits[:, -num_logits:]
+        return self.model(**inputs).logits[:, -num_logits:]
 
     def _masked(self, piece: Piece, end: int) -> Tensor:
         assert self._mask is not None
@@ -130,7 +133,7 @@ class CachedModel:
         common = min(surplus)
         _roll_back(self.cache, common)
         self._columns -= common
-        if not self._is_single and max(surplus) > common:
+        if max(surplus) > common:
             assert self._mask is not None
             left = torch.tensor([extra - common for extra in surplus], device=self._mask.device)[:, None]
             columns = torch.arange(max(surplus) - common, 0, -1, device=self._mask.device)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_draftkd.decoding.caches import CachedModel
 from hf_draftkd.decoding.processing import Processing
 from hf_draftkd.decoding.texts import Piece, Texts
+from hf_draftkd.decoding.verification import draw
 
 
 class Proposal(NamedTuple):
@@ -61,7 +62,6 @@ class OneByOne:
         processing: Turns logits into scores.
         samples: Tokens are drawn from q; otherwise the likeliest is taken.
         needs_q: Whether verification looks at q.
-        width: Columns of the first step, where shapes must not change; None: as many as are unread.
     """
 
     def __init__(
@@ -72,17 +72,16 @@ class OneByOne:
         *,
         samples: bool,
         needs_q: bool,
-        width: int | None = None,
     ) -> None:
         self.draft, self._proposable, self._processing = draft, proposable, processing
-        self._samples, self._needs_q, self._width = samples, needs_q, width
+        self._samples, self._needs_q = samples, needs_q
         self._takes_likeliest = processing.is_identity and not needs_q
 
     def __call__(self, texts: Texts, num_tokens: int) -> Proposal:
         """Propose `num_tokens` for every unfinished text, and put them behind the texts' ends."""
         if num_tokens == 0:
             return Proposal(texts.ids.new_empty(len(texts.rows), 0), None)
-        span = texts.piece(self.draft.read, num_tokens - 1, self._width)
+        span = texts.piece(self.draft.read, num_tokens - 1)
         start = span.ids.shape[1] - (num_tokens - 1)
         piece = span.part(slice(0, start))
         tokens, distributions = [], []
@@ -106,7 +105,7 @@ class OneByOne:
         scores = self._processing(self._proposable.full(logits[:, 0])[:, None], offset)
         q = scores.softmax(-1)
         if self._samples:
-            return torch.multinomial(q[:, 0], 1), q
+            return draw(q[:, 0]), q
         return scores.argmax(-1), q
 
 

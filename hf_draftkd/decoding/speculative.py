@@ -32,6 +32,7 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 from hf_draftkd.acceptance import LENIENCE_FORMS, AcceptanceCounts
 from hf_draftkd.decoding.auto_length import AutoLength, DraftLength, FixedLength
 from hf_draftkd.decoding.caches import CachedModel, can_have_holes, give_room
+from hf_draftkd.decoding.compiled import CompiledModels
 from hf_draftkd.decoding.drafting import OneByOne, Proposable, Proposal, checked_vocabulary, with_sliced_head
 from hf_draftkd.decoding.outputs import Outputs
 from hf_draftkd.decoding.processing import Processing
@@ -75,9 +76,12 @@ class SpeculativeDecoding:
             `assistant_ensemble_weight`, which is honoured too). Greedy decoding knows "ensemble" only.
         streamer: Receives the prompt and the tokens of a single text, a round at a time.
         tokenizer: The target's; only `stop_strings` need it.
-        compile: Compile both models with static caches and fixed shapes. The first calls take minutes.
+        compile: Compile both models with static caches and fixed shapes, by `compile_config` of the call where it is
+            given. The first call with a new batch size or length compiles for some minutes. Eager is faster on CPUs
+            for small models; accelerators gain.
 
     Attributes:
+        compiled: With `compile`: what is kept from call to call, and `compiled.compile_seconds`.
         counts: What all calls so far drafted and accepted, one count a text and round.
 
     Raises:
@@ -102,6 +106,8 @@ class SpeculativeDecoding:
         config = self.draft_model.generation_config
         if num_assistant_tokens is None:
             num_assistant_tokens = config.num_assistant_tokens or "auto"
+        if compile and num_assistant_tokens == "auto":
+            raise ValueError('`compile=True` has one shape: give `num_assistant_tokens` as a number, not "auto".')
         if num_assistant_tokens != "auto":
             num_assistant_tokens = whole_number("num_assistant_tokens", num_assistant_tokens)
         self.length: DraftLength = (
@@ -109,7 +115,8 @@ class SpeculativeDecoding:
         )
         self.lenience = in_range("lenience", lenience, 0, 1, open_low=True)
         self.lenience_form = one_of("form of lenience", lenience_form, LENIENCE_FORMS)
-        self.streamer, self.tokenizer, self.compile = streamer, tokenizer, compile
+        self.streamer, self.tokenizer = streamer, tokenizer
+        self.compiled = CompiledModels() if compile else None
         suppressed = list(config.suppress_tokens or ())
         if draft_vocabulary is None:
             draft_vocabulary = getattr(config, "draft_vocabulary", None)
@@ -153,7 +160,7 @@ class SpeculativeDecoding:
         texts = Texts(input_ids, model_kwargs.get("attention_mask"), stopping.max_length, spare=self.length.longest + 1)
         is_greedy = not generation_config.do_sample
         processing = Processing(logits_processor, texts, is_greedy=is_greedy)
-        target, draft = self._caches(model, model_kwargs["past_key_values"], texts, read)
+        target, draft = self._models(model, model_kwargs["past_key_values"], texts, read, generation_config)
         propose = OneByOne(
             draft, self._proposable, processing, samples=not is_greedy, needs_q=not is_greedy or lenience < 1
         )
@@ -170,9 +177,11 @@ class SpeculativeDecoding:
         listeners = [self.counts.record, *_LISTENERS.get(model, ())]
         _prefill(target, texts, generation_config)
         started: float | None = None
-        while texts.rows:
+        while not all(texts.done):
             num_texts = len(texts.rows)
-            num_drafted = min(self.length.choose(num_texts), texts.most_remaining() - 1)
+            num_drafted = self.length.choose(num_texts)
+            if self.compiled is None:
+                num_drafted = min(num_drafted, texts.most_remaining() - 1)
             proposal = propose(texts, num_drafted)
             logits = target(texts.piece(target.read, num_drafted), num_logits=num_drafted + 1)
             target.read = [texts.lengths[row] + num_drafted for row in texts.rows]
@@ -180,10 +189,12 @@ class SpeculativeDecoding:
             verdict = verify(proposal, scores)
             texts.write(verdict[:, :-1], offset=0)
 
-            accepted, still_written = [], []
+            accepted = []
             out_of_time = stopping.is_out_of_time(texts.ids)
             for place, (*tokens, n) in enumerate(verdict.tolist()):  # the one transfer to the host
                 row = texts.rows[place]
+                if texts.done[row]:
+                    continue
                 kept, is_done = stopping.kept(texts, row, tokens[: n + 1])
                 outputs.add(row, scores[place, :kept], logits[place, :kept])
                 for listen in listeners:
@@ -191,13 +202,13 @@ class SpeculativeDecoding:
                 texts.lengths[row] += kept
                 if streamer is not None:
                     streamer.put(torch.tensor([tokens[:kept]]))
-                if not (is_done or out_of_time):
-                    still_written.append(place)
+                texts.done[row] = is_done or out_of_time
+                if not texts.done[row]:
                     accepted.append(n)
             now = perf_counter()
             self.length.record(num_texts, num_drafted, accepted, None if started is None else now - started)
             started = now
-            _next_round(texts, (target, draft), still_written, num_drafted)
+            _next_round(texts, (target, draft), num_drafted)
 
         if streamer is not None:
             streamer.end()
@@ -239,11 +250,17 @@ class SpeculativeDecoding:
             )
         return StopStringCriteria(tokenizer=self.tokenizer, stop_strings=stop_strings)
 
-    def _caches(
-        self, target: PreTrainedModel, cache: DynamicCache | StaticCache, texts: Texts, read: int
+    def _models(
+        self,
+        target: PreTrainedModel,
+        cache: DynamicCache | StaticCache,
+        texts: Texts,
+        read: int,
+        config: GenerationConfig,
     ) -> tuple[CachedModel, CachedModel]:
+        """Target and draft with their caches."""
         draft_cache = DynamicCache(config=self.draft_model.config.get_text_config(decoder=True))
-        if not texts.is_single and isinstance(cache, StaticCache):
+        if self.compiled is None and not texts.is_single and isinstance(cache, StaticCache):
             raise ValueError(
                 "A batch needs room for rejected tokens that a static cache of this length does not have. Use the "
                 "dynamic cache (leave out `cache_implementation`), or one prompt at a time."
@@ -253,11 +270,19 @@ class SpeculativeDecoding:
                 raise ValueError(
                     f"The {name} has linear attention, which cannot be rolled back. Decode without a draft."
                 )
-            if not texts.is_single and not can_have_holes(each):
+            if (self.compiled is not None or not texts.is_single) and not can_have_holes(each):
                 raise ValueError(
                     f"The {name} has layers with a sliding window, in which texts of a batch cannot advance by "
-                    "different numbers of tokens. Decode one prompt at a time."
+                    "different numbers of tokens. Decode one prompt at a time, without `compile`."
                 )
+        if self.compiled is not None:
+            if read:
+                raise ValueError(f"`compile=True` starts with an empty cache, but the given one holds {read} tokens.")
+            # A round of the draft begins with its last two tokens, whether it has read the first of them or not.
+            return (
+                self.compiled.cached(target, texts, (self.length.longest + 1,), 1, config),
+                self.compiled.cached(self._proposing_model, texts, (1, 2), 2, config),
+            )
         if isinstance(cache, DynamicCache):
             give_room(cache)
         return (
@@ -288,19 +313,17 @@ def _prefill(target: CachedModel, texts: Texts, config: GenerationConfig) -> Non
         target.read = [seen + width for seen in target.read]
 
 
-def _next_round(texts: Texts, models: tuple[CachedModel, ...], still_written: list[int], num_drafted: int) -> None:
+def _next_round(texts: Texts, models: tuple[CachedModel, ...], num_drafted: int) -> None:
     """Roll the caches back to the texts' last tokens, and let finished texts go."""
-    lengths = [texts.lengths[row] for row in texts.rows]
     for model in models:
-        model.keep([length - 1 for length in lengths])
-    if texts.is_single:
-        texts.rows = texts.rows if still_written else []
+        model.keep([texts.lengths[row] - model.num_unread for row in texts.rows])
+    places = [place for place, row in enumerate(texts.rows) if not texts.done[row]]
+    if texts.is_single or not places:
         return
-    if len(still_written) < len(texts.rows):
-        texts.rows = [texts.rows[place] for place in still_written]
-        if texts.rows:
-            for model in models:
-                model.keep_rows(still_written)
+    if len(places) < len(texts.rows) and all(model.drops_rows for model in models):
+        texts.rows = [texts.rows[place] for place in places]
+        for model in models:
+            model.keep_rows(places)
     else:
         for model in models:
             model.squeeze_if_worthwhile(num_drafted + 1)

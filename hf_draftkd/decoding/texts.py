@@ -35,7 +35,9 @@ class Texts:
         ids: [B, max_length + spare]; right of a text's end there is no meaning.
         lengths: Columns of each of the B texts, its padding on the left included.
         padding: Columns of each of the B texts that are padding.
-        rows: The texts that are still being written, in the order of the models' caches.
+        done: Whether each of the B texts has ended.
+        rows: The texts in the models' caches, in their order: those that are still being written, and where a cache
+            cannot let go of rows, the others too.
     """
 
     def __init__(self, prompts: Tensor, mask: Tensor | None, max_length: int, spare: int) -> None:
@@ -44,6 +46,7 @@ class Texts:
         self.ids = torch.nn.functional.pad(prompts, (0, len(columns) - self.prompt_length))
         self.max_length = max_length
         self.lengths = [self.prompt_length] * batch_size
+        self.done = [False] * batch_size
         self.rows = list(range(batch_size))
         padding = prompts.new_zeros(batch_size) if mask is None else (mask == 0).sum(1)
         self.padding: list[int] = padding.tolist()
@@ -65,25 +68,22 @@ class Texts:
 
     def most_remaining(self) -> int:
         """Tokens that the shortest unfinished text may still get."""
-        return self.max_length - min(self.lengths[row] for row in self.rows)
+        return self.max_length - min(self.lengths[row] for row in self.rows if not self.done[row])
 
-    def piece(self, read: list[int], num_drafted: int = 0, width: int | None = None) -> Piece:
+    def piece(self, read: list[int], num_drafted: int = 0) -> Piece:
         """What a model has not read yet of the unfinished texts, and `num_drafted` tokens behind their ends.
 
         Args:
             read: Columns of each unfinished text that the model has read.
             num_drafted: Drafted tokens to add.
-            width: Columns before the drafted ones; None: as many as the row that lacks most.
         """
         if self.is_single:
             length = self.lengths[0]
-            start = read[0] if width is None else length - width
-            columns = slice(start, length + num_drafted)
+            columns = slice(read[0], length + num_drafted)
             is_token = self._is_token[:, columns] if self._has_padding else None
             return Piece(self.ids[:, columns], self._positions[:, columns], is_token)
         lengths = [self.lengths[row] for row in self.rows]
-        if width is None:
-            width = max(length - seen for length, seen in zip(lengths, read, strict=True))
+        width = max(length - seen for length, seen in zip(lengths, read, strict=True))
         # One transfer: where each row starts, and what it has seen.
         ends, seen, rows = self.ids.new_tensor([lengths, read, self.rows])[:, :, None]
         index = (ends - width + self._columns[: width + num_drafted]).clamp(min=0)

@@ -63,7 +63,7 @@ def verify_sampled(
     """
     p = scores.softmax(-1)
     if drafted.shape[1] == 0:
-        return torch.cat([torch.multinomial(p[:, 0], 1), drafted.new_zeros(len(drafted), 1)], dim=1)
+        return torch.cat([draw(p[:, 0]), drafted.new_zeros(len(drafted), 1)], dim=1)
     p_drafted = p[:, :-1].gather(-1, drafted[..., None])[..., 0]
     q_drafted = q.gather(-1, drafted[..., None])[..., 0]
     if lenience < 1:
@@ -78,9 +78,20 @@ def verify_sampled(
     residual = (p_next - q_next * (num_accepted < drafted.shape[1])).clamp_(min=0)
     # Where p = q nothing is rejected but by rounding, and the residual is empty.
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
-    own = torch.multinomial(residual, 1)
+    own = draw(residual)
     tokens = torch.nn.functional.pad(drafted, (0, 1)).scatter_(1, num_accepted, own)
     return torch.cat([tokens, num_accepted], dim=1)
+
+
+def draw(weights: Tensor) -> Tensor:
+    """One id [A, 1] for each row of weights [A, V], which need not sum to 1.
+
+    By the inverse of the distribution function: some 4 to 20 times faster on a CPU than `torch.multinomial`, which
+    draws a random number for every id. Ids of weight 0 are never drawn.
+    """
+    cumulative = weights.cumsum(-1)
+    # rand < 1, so the product stays below the last sum, and the search ends at an id that raised it.
+    return torch.searchsorted(cumulative, torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:], right=True)
 
 
 def _matched(drafted: Tensor, chosen: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    CompileConfig,
     DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
@@ -266,3 +267,19 @@ def test_room_in_a_cache_survives_selection_of_rows() -> None:
     cache.batch_select_indices(torch.tensor([2, 0]))
     keys, _ = cache.update(states[:2, :, :2], states[:2, :, :2], 0)
     assert torch.equal(keys, torch.cat([states[[2, 0], :, :3], states[:2, :, :2]], dim=2))
+
+
+def test_compiled_steps_write_the_same_texts() -> None:
+    """With the compiler's front end only: fixed shapes, static caches, and nothing traced twice for the same shape."""
+    draft, target = tiny_pair("qwen3", eos_scale=2.0, agreement=0.95, num_layers=1)
+    decoding = SpeculativeDecoding(draft, 3, compile=True)
+    options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}
+    compiling = {"compile_config": CompileConfig(backend="eager", dynamic=False, mode=None)}
+    for inputs in ({"input_ids": PROMPTS[0]}, padded(PROMPTS)):
+        plain = target.generate(**inputs, **options)
+        assert torch.equal(target.generate(**inputs, custom_generate=decoding, **compiling, **options), plain)
+        seconds = decoding.compiled.compile_seconds
+        assert seconds > 0
+        assert torch.equal(target.generate(**inputs, custom_generate=decoding, **compiling, **options), plain)
+        assert decoding.compiled.compile_seconds == seconds
+    assert 0 < decoding.counts.draft_acceptance_rate < 1
