@@ -5,9 +5,9 @@
     python examples/benchmarks/decoding.py --model DRAFT --memory 16
 
 The first form decodes test queries of the demo pair (or of `--target_model` and `--dataset`), greedily and at
-temperature 1. The second has a random target of 30 layers and width 576, whose draft is its first 3 layers; both models'
-heads are overruled so that exactly the given share of drafted tokens is accepted. The third prints the peak memory of
-plain and of speculative decoding of one batch, each in a process of its own.
+temperature 1. The second has a random target of 30 layers and width 576, whose draft is its first 3 layers; the heads
+of both are overruled so that the given share of drafted tokens is accepted. The third prints the peak memory of plain
+and of speculative decoding of one batch, each in a process of its own.
 
 Every group of prompts is decoded in all ways in turn, starting with another one each time. Ratios are of tokens per
 second, with 95% intervals from resampling groups. The limit is τ·t ÷ (γ·t_draft + t_verify): τ as counted, and single

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
 
 from hf_draftkd.acceptance import AcceptanceCounts
+from hf_draftkd.decoding.speculative import listening
 from hf_draftkd.models.draft_length import draft_length_settings
 from hf_draftkd.models.forward import unwrapped
 
@@ -55,7 +56,8 @@ def count_acceptance(target_model: PreTrainedModel) -> Iterator[AcceptanceCounts
 
     Works around anything that ends in `target_model.generate(...)` with a draft: direct calls, `pipeline(...,
     assistant_model=...)`, streaming (also from another thread, joined before the block ends), a draft with another
-    tokenizer, and prompt lookup. Calls without a draft add nothing. The counts are live: they can be read inside the
+    tokenizer, and prompt lookup. `custom_generate=SpeculativeDecoding(...)` is counted too, each text of a
+    batch by itself. Calls without a draft add nothing. The counts are live: they can be read inside the
     block and stay valid after it.
 
     Args:
@@ -75,7 +77,11 @@ def count_acceptance(target_model: PreTrainedModel) -> Iterator[AcceptanceCounts
         with lock:
             counts.record(step.num_draft_tokens, step.num_accepted_tokens, step.num_new_tokens)
 
-    with observe_steps(target_model, add):
+    def add_round(num_draft_tokens: int, num_accepted_tokens: int, num_new_tokens: int) -> None:
+        with lock:
+            counts.record(num_draft_tokens, num_accepted_tokens, num_new_tokens)
+
+    with observe_steps(target_model, add), listening(unwrapped(target_model), add_round):
         yield counts
 
 

@@ -15,8 +15,9 @@ from transformers import (
     TextStreamer,
 )
 
-from hf_draftkd import SpeculativeDecoding
+from hf_draftkd import SpeculativeDecoding, count_acceptance
 from hf_draftkd.decoding.caches import GrowingLayer
+from hf_draftkd.evaluation.assisted import fixed_draft_length
 from tests.tiny import ARCHITECTURES, tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -283,3 +284,27 @@ def test_compiled_steps_write_the_same_texts() -> None:
         assert torch.equal(target.generate(**inputs, custom_generate=decoding, **compiling, **options), plain)
         assert decoding.compiled.compile_seconds == seconds
     assert 0 < decoding.counts.draft_acceptance_rate < 1
+
+
+def test_count_acceptance_counts_it_as_it_counts_itself() -> None:
+    draft, target = tiny_pair(eos_scale=2.0, agreement=0.95)
+    decoding = SpeculativeDecoding(draft, 4)
+    with count_acceptance(target) as counts:
+        target.generate(**padded(PROMPTS), max_new_tokens=20, do_sample=False, custom_generate=decoding)
+    target_calls = counts.num_spec_steps
+    assert target_calls > 0
+    assert counts == decoding.counts
+    target.generate(PROMPTS[0], max_new_tokens=20, do_sample=False, custom_generate=decoding)
+    assert counts.num_spec_steps == target_calls < decoding.counts.num_spec_steps
+
+
+def test_counts_are_those_of_transformers_own_loop() -> None:
+    draft, target = tiny_pair(eos_scale=2.0, agreement=0.95)
+    decoding = SpeculativeDecoding(draft, 4)
+    with fixed_draft_length(draft, 4), count_acceptance(target) as counts:
+        for prompt in PROMPTS:
+            target.generate(prompt, max_new_tokens=30, do_sample=False, assistant_model=draft)
+    for prompt in PROMPTS:
+        target.generate(prompt, max_new_tokens=30, do_sample=False, custom_generate=decoding)
+    assert counts.num_spec_steps == decoding.counts.num_spec_steps
+    assert counts.acceptance_histogram == decoding.counts.acceptance_histogram
