@@ -111,6 +111,9 @@ def try_architecture(description: dict[str, Any]) -> dict[str, Any]:
         return result
     journey = _Journey(target, tokenizer)
     for step in STEPS:
+        if step in ("training", "packing", "evaluation") and result["data"] != "ok":
+            result[step] = "not tried, no data"
+            continue
         outcome = _attempt(getattr(journey, step))
         result[step] = outcome if isinstance(outcome, str) else "ok"
     return result

@@ -183,6 +183,8 @@ def tiny_config(model_type: str, vocab_size: int = VOCAB_SIZE) -> PreTrainedConf
     if "qk_rope_head_dim" in values:  # from which these follow
         values.pop("head_dim", None)
         values.pop("qk_head_dim", None)
+    if "kv_lora_rank" in values:  # keys of as many heads as queries
+        values["num_key_value_heads"] = values["num_attention_heads"]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         values[name] = ("bos_token_id", "eos_token_id", "pad_token_id").index(name)
     dropout = [n for n in vars(default) if n.endswith(("dropout", "pdrop", "dropout_prob")) and getattr(default, n)]
