@@ -146,12 +146,13 @@ def _check_folder(folder: str | Path) -> Checkpoint:
             "`assistant_model`. Merge it: `model.merge_and_unload().save_pretrained(folder)`, or publish the "
             "`--output_dir` of `draftkd train`, which is merged, and not one of its checkpoints."
         )
+    config = checkpoint.config  # says what is missing, before anything else is asked of it
     if checkpoint.is_multimodal:
         raise ValueError(
             f"{str(folder)!r} holds a multimodal model, which cannot be passed as `assistant_model`. Publish its text "
             f"model: `draftkd init --text_of {folder} --output_dir DIRECTORY`."
         )
-    if getattr(checkpoint.config, "auto_map", None):
+    if getattr(config, "auto_map", None):
         raise ValueError(
             f"The config of {str(folder)!r} names custom code (`auto_map`). Code is not published with a draft, and "
             "without it nobody could load this one. Use an architecture that transformers has."
