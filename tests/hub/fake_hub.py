@@ -81,6 +81,8 @@ class FakeHub:
         self.tokens: dict[str, User] = {}
         self.objects: dict[str, bytes] = {}
         self.faults: list[Fault] = []
+        # What is answered about a repository instead of what is in it.
+        self.overrides: dict[str, dict[str, Any]] = {}
         self.requests: list[tuple[str, str]] = []
         self.page_size = page_size
         self.lock = threading.RLock()
@@ -330,7 +332,7 @@ class _Handler(BaseHTTPRequestHandler):
         weights = [body for path, body in files.items() if path.endswith(".safetensors")]
         if weights:
             info["safetensors"] = safetensors_info(weights)
-        return info
+        return info | self.hub.overrides.get(repo_id, {})
 
     def info(self, repo_id: str, revision: str = "main") -> None:
         repo = self.repo(repo_id)

@@ -12,7 +12,7 @@ from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.hub.find import FoundDraft, RecordedSetting, find_drafts
 from hf_draftkd.hub.model_card import DraftModelCard
-from tests.hub import fake_hub, samples
+from tests.hub import samples
 from tests.hub.fake_hub import FakeHub
 
 TARGET = samples.TARGET
@@ -168,48 +168,6 @@ def test_private_drafts_are_seen_by_their_owner_only(hub: FakeHub, target_sha: s
     assert [draft.private for draft in find_drafts(TARGET)] == [True]
     monkeypatch.delenv("HF_TOKEN")
     assert find_drafts(TARGET) == []
-
-
-HOSTILE_INDEX = [
-    "nonsense",
-    [],
-    [{}],
-    [{"name": 3, "results": "x"}],
-    [{"name": "x", "results": [{"task": {"type": "t"}, "dataset": {"type": "d", "name": "n"}, "metrics": 7}]}],
-    [
-        {
-            "name": "x",
-            "results": [
-                {
-                    "task": {"type": "t"},
-                    "dataset": {"type": "d", "name": "n"},
-                    "metrics": [
-                        {"type": "acceptance_rate", "value": "<script>", "args": {"temperature": [1]}},
-                        {"type": "acceptance_rate", "value": True, "args": "x"},
-                        {"type": "acceptance_rate", "value": float("inf")},
-                    ],
-                }
-            ],
-        }
-    ],
-]
-
-
-@pytest.mark.parametrize("index", HOSTILE_INDEX)
-def test_metadata_of_another_shape_counts_as_no_figures(hub: FakeHub, target_sha: str, monkeypatch, index):
-    """Catches one broken card that keeps everybody from finding drafts."""
-    add_draft(hub, "a/good", about(target_sha, alpha=0.5, tau=2.0))
-    add_draft(hub, "b/hostile", None)
-    info_of = fake_hub._Handler.info_of
-
-    def with_index(self, repo_id, revision="main"):
-        info = info_of(self, repo_id, revision)
-        return info | {"model-index": index} if repo_id == "b/hostile" else info
-
-    monkeypatch.setattr(fake_hub._Handler, "info_of", with_index)
-    found = find_drafts(TARGET)
-    assert [draft.repo_id for draft in found] == ["a/good", "b/hostile"]
-    assert found[1].remarks == ("no metrics recorded",)
 
 
 def test_reports_are_checked_before_they_are_used(hub: FakeHub, target_sha: str):

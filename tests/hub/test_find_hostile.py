@@ -7,7 +7,6 @@ import pytest
 from hf_draftkd.cli import find as find_command
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.hub.find import find_drafts
-from tests.hub import fake_hub
 from tests.hub.fake_hub import FakeHub
 from tests.hub.test_find import TARGET, about, add_draft
 
@@ -29,6 +28,13 @@ def metric(kind: str, value: Any, **args: Any) -> dict[str, Any]:
 
 GOOD = metric("acceptance_rate", 0.9)
 ANSWERS = {
+    "an index that is a text": {"model-index": "nonsense"},
+    "an index without results": {"model-index": [{}]},
+    "results that are a text": {"model-index": [{"name": 3, "results": "x"}]},
+    "metrics that are a number": {"model-index": index(7)},  # type: ignore[arg-type]
+    "a value that is a text": {"model-index": index([metric("acceptance_rate", "<script>")])},
+    "a temperature that is a list": {"model-index": index([metric("acceptance_rate", 0.9, temperature=[1])])},
+    "arguments that are a text": {"model-index": index([{"type": "acceptance_rate", "value": 0.9, "args": "x"}])},
     "a number beyond every float": {"model-index": index([metric("acceptance_rate", 10**400)])},
     "a temperature beyond every float": {"model-index": index([metric("acceptance_rate", 0.9, temperature=10**400)])},
     "a data set's configuration that is a list": {"model-index": index([GOOD], config=["a"])},
@@ -52,17 +58,11 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
-def test_others_are_found_nevertheless(hub: FakeHub, sha: str, monkeypatch, capsys, answer: dict[str, Any]):
+def test_others_are_found_nevertheless(hub: FakeHub, sha: str, capsys, answer: dict[str, Any]):
     """Catches a listing, a table or a JSON that ends in a traceback over what a stranger recorded."""
     add_draft(hub, "a/good", about(sha, alpha=0.5, tau=2.0))
     add_draft(hub, "b/hostile", None)
-    info_of = fake_hub._Handler.info_of
-
-    def with_answer(self, repo_id, revision="main"):
-        info = info_of(self, repo_id, revision)
-        return info | answer if repo_id == "b/hostile" else info
-
-    monkeypatch.setattr(fake_hub._Handler, "info_of", with_answer)
+    hub.overrides["b/hostile"] = answer
     assert {draft.repo_id for draft in find_drafts(TARGET)} == {"a/good", "b/hostile"}
     for options in ([], ["--json"]):
         assert find_command.run([TARGET, *options]) == 0
@@ -70,6 +70,7 @@ def test_others_are_found_nevertheless(hub: FakeHub, sha: str, monkeypatch, caps
 
 
 IMPOSSIBLE = [
+    metric("acceptance_rate", float("inf")),
     metric("acceptance_rate", 1.5),
     metric("acceptance_rate", -0.1),
     metric("block_efficiency", 1e9, num_assistant_tokens=5),
@@ -79,33 +80,20 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize("figure", IMPOSSIBLE, ids=lambda figure: f"{figure['type']} {figure['value']}")
-def test_a_figure_that_nothing_can_have_measured_is_none(hub: FakeHub, sha: str, monkeypatch, figure):
+def test_a_figure_that_nothing_can_have_measured_is_none(hub: FakeHub, sha: str, figure):
     """Catches a made-up figure that puts its draft on top of the list."""
     add_draft(hub, "a/good", about(sha, alpha=0.5, tau=2.0))
     add_draft(hub, "b/hostile", None)
-    info_of = fake_hub._Handler.info_of
-
-    def with_figure(self, repo_id, revision="main"):
-        info = info_of(self, repo_id, revision)
-        return info | {"model-index": index([figure])} if repo_id == "b/hostile" else info
-
-    monkeypatch.setattr(fake_hub._Handler, "info_of", with_figure)
+    hub.overrides["b/hostile"] = {"model-index": index([figure])}
     good, hostile = find_drafts(TARGET)
     assert good.repo_id == "a/good"
     assert hostile.settings == ()
     assert hostile.remarks == ("no metrics recorded",)
 
 
-def test_a_target_whose_metadata_cannot_be_read_has_drafts_nevertheless(hub: FakeHub, sha: str, monkeypatch):
+def test_a_target_whose_metadata_cannot_be_read_has_drafts_nevertheless(hub: FakeHub, sha: str):
     add_draft(hub, "a/good", about(sha, alpha=0.5, tau=2.0))
-    info_of = fake_hub._Handler.info_of
-
-    def with_tags(self, repo_id, revision="main"):
-        info = info_of(self, repo_id, revision)
-        wanted = self.path.count("cardData")
-        return info | {"cardData": {"tags": 3} if wanted else None} if repo_id == TARGET else info
-
-    monkeypatch.setattr(fake_hub._Handler, "info_of", with_tags)
+    hub.overrides[TARGET] = {"cardData": {"tags": 3}}
     [draft] = find_drafts(TARGET)
     assert draft.repo_id == "a/good"
     assert draft.remarks == ()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
-from tests.hub import fake_hub, samples
+from tests.hub import samples
 from tests.hub.conftest import replaced, write_report
 from tests.hub.fake_hub import FakeHub
 from tests.hub.pushing import ID, push
@@ -149,11 +149,10 @@ class TestCardOnTheHub:
         data = push(draft_folder, license=None, dry_run=True).card.data.to_dict()
         assert named == "".join(f"{key}: {data[key]}\n" for key in ("license", "license_name", "license_link"))
 
-    def test_metadata_that_the_client_cannot_take_is_no_crash(self, hub: FakeHub, draft_folder: Path, monkeypatch):
+    def test_metadata_that_the_client_cannot_take_is_no_crash(self, hub: FakeHub, draft_folder: Path):
         """Catches a TypeError of huggingface_hub about tags that are a number, in the base's card or one's own."""
-        info_of = fake_hub._Handler.info_of
         odd = {"cardData": {"license": "mit", "tags": 3}}
-        monkeypatch.setattr(fake_hub._Handler, "info_of", lambda *asked: info_of(*asked) | odd)
+        hub.overrides |= {samples.TARGET: odd, ID: odd}
         hub.add(samples.TARGET, {"README.md": "x"})
         hub.add(ID, {"README.md": "my words"})
         with pytest.raises(ValueError, match=f"Which licence. The metadata of {samples.TARGET} cannot be read"):
