@@ -12,6 +12,7 @@ from hf_draftkd.cli.main import dispatch
 from hf_draftkd.cli.options import new_directory, parse
 from hf_draftkd.cli.push import PushOptions
 from hf_draftkd.cli.train import TrainOptions
+from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.training.config import DraftDistillConfig
 
 
@@ -31,9 +32,9 @@ def read(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "text", "message"),
     [
-        (EvaluateOptions, "temperatures: [warm]", "--temperatures: invalid float value: 'warm'"),
+        (EvaluationConfig, "temperatures: [warm]", "--temperatures: invalid float value: 'warm'"),
         (EvaluateOptions, "limit: 2.5", "--limit: invalid int value: '2.5'"),
-        (EvaluateOptions, "max_new_tokens: null", "--max_new_tokens.*: invalid int value: 'null'"),
+        (EvaluationConfig, "max_new_tokens: null", "--max_new_tokens.*: invalid int value: 'null'"),
         (EvaluateOptions, "target_model: [a, b]", r"`target_model` takes a single value, got \['a', 'b'\]"),
         (EvaluateOptions, "html: 2", "--html: Truthy value expected: got 2"),
         (InitOptions, "num_layers: true", "--num_layers.*: invalid int value: 'True'"),
@@ -57,10 +58,11 @@ def test_a_value_of_the_wrong_kind_is_refused_by_name(read, kind, text, message)
 
 def test_an_option_has_every_name_that_the_command_line_knows(read):
     """`output-dir` and `no_measure_speed` stand in --help, and were "no option: did you mean `--output-dir`?"."""
-    options = read(EvaluateOptions, "output-dir: out\nno_measure_speed: true\nmodel: one\ntemperatures: 0")
-    assert (options.output_dir, options.measure_speed) == ("out", False)
-    assert (options.model, options.temperatures) == (["one"], [0])
-    assert read(EvaluateOptions, "no_measure_speed: false").measure_speed
+    options = read(EvaluateOptions, "output-dir: out\nmodel: one")
+    assert (options.output_dir, options.model) == ("out", ["one"])
+    config = read(EvaluationConfig, "no_measure_speed: true\ntemperatures: 0")
+    assert (config.measure_speed, list(config.temperatures)) == (False, [0])
+    assert read(EvaluationConfig, "no-measure-speed: false").measure_speed
 
 
 def test_text_that_transformers_takes_as_a_switch(read, tmp_path, monkeypatch):
@@ -120,7 +122,7 @@ def test_every_kind_of_field_of_ours_is_understood(read):
 def test_home_is_where_a_shell_would_find_it(read, tmp_path, monkeypatch):
     """A folder named `~` in the working directory, with the results of a night in it."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    options = read(EvaluateOptions, "output_dir: ~/out\nmodel: [~/draft, org/draft]\nmax_new_tokens: 3")
+    options = read(EvaluateOptions, "output_dir: ~/out\nmodel: [~/draft, org/draft]")
     assert options.output_dir == f"{tmp_path}/out"
     assert options.model == [f"{tmp_path}/draft", "org/draft"]
 
