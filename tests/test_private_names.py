@@ -44,6 +44,7 @@ PRIVATE_NAMES = {
     "torch.nn.Module._forward_hooks": "whether anything listens to a model's head",
     "torch._dynamo.OptimizedModule._orig_mod": "the model inside `torch.compile`",
     "torch.nn.Module._modules": "a twin of a draft that shares all its layers but one",
+    "torch._dynamo": "how many shapes of one forward may be compiled",
     # Of Python itself.
     "sys._getframe": "what `generate` hands to no callable, read where it called",
     "argparse.ArgumentParser._option_string_actions": "every option with its spelling, for suggestions",

@@ -50,22 +50,17 @@ def dropped_by_generate() -> dict[str, Any]:
 
 
 def check_models(draft: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Refuse a draft that cannot work with this target.
+    """Refuse a target that cannot be decoded speculatively, or a draft that does not fit it.
 
     Raises:
-        ValueError: Their vocabularies or devices differ, or one of them is not a decoder with a cache.
+        ValueError: The target is not a decoder with a cache, or vocabularies or devices differ.
     """
-    for name, model in (("target", target), ("draft", draft)):
-        if model.config.is_encoder_decoder:
-            raise ValueError(
-                f"The {name} ({type(model).__name__}) is an encoder-decoder model. Speculative decoding here needs a "
-                "decoder-only causal LM."
-            )
-        if model._is_stateful:
-            raise ValueError(
-                f"The {name} ({type(model).__name__}) keeps a recurrent state, which cannot be rolled back after a "
-                "rejected token. Decode without a draft."
-            )
+    if target.config.is_encoder_decoder or target._is_stateful:
+        what = "is an encoder-decoder model" if target.config.is_encoder_decoder else "keeps a running state"
+        raise ValueError(
+            f"The target ({type(target).__name__}) {what}. Speculative decoding needs a decoder-only causal LM with a "
+            "cache from which rejected tokens can be taken. Decode without a draft."
+        )
     sizes = [model.config.get_text_config().vocab_size for model in (draft, target)]
     if sizes[0] != sizes[1]:
         raise ValueError(

@@ -74,10 +74,12 @@ def test_recurrent_and_encoder_decoder_drafts() -> None:
     mamba = MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)
     for draft, message in (
         (BartForConditionalGeneration(bart), "encoder-decoder"),
-        (MambaForCausalLM(mamba), "recurrent"),
+        (MambaForCausalLM(mamba), "state"),
     ):
         with pytest.raises(ValueError, match=message):
-            generate(custom_generate=SpeculativeDecoding(draft, 3))
+            SpeculativeDecoding(draft, 3)
+        with pytest.raises(ValueError, match=message):
+            draft.generate(PROMPT, max_new_tokens=2, custom_generate=SpeculativeDecoding(DRAFT, 3))
 
 
 def test_a_draft_on_another_device() -> None:
