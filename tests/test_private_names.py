@@ -42,7 +42,6 @@ PRIVATE_NAMES = {
     "transformers.GenerationConfig._pad_token_tensor": "the padding id that `generate` has settled on",
     "datasets.Dataset._fingerprint": "the name of cached results",
     "torch.nn.Module._forward_hooks": "whether anything listens to a model's head",
-    "torch._dynamo.OptimizedModule._orig_mod": "the model inside `torch.compile`",
     "torch.nn.Module._modules": "a twin of a draft that shares all its layers but one",
     "torch._dynamo": "how many shapes of one forward may be compiled",
     # Of Python itself.
