@@ -1,21 +1,29 @@
-"""Who runs the target: `generate` in batches, or continuous batching.
+"""Who runs the target: a batched `transformers` pipeline, or continuous batching.
 
 A backend is a function `(prompt_ids, setting, seed, on_finished) -> completions`, in the order of the prompts. It gives
 the same completions for the same first three arguments; continuous batching alone is excused from that. A prompt that
 it cannot have answered is a `PromptFailedError`.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
-from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
+from datasets import Dataset
+from transformers import (
+    ContinuousBatchingConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextGenerationPipeline,
+    pipeline,
+)
+from transformers.pipelines.pt_utils import KeyDataset
 
 from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
 from hf_draftkd.models.forward import evaluating, seeded
+from hf_draftkd.models.tokenizers import pad_id
 
 STOP, LENGTH = "stop", "length"
 
@@ -55,6 +63,33 @@ class PromptFailedError(Exception):
 Backend = Callable[[list[list[int]], DecodingSetting, int, Callable[[Completion], None]], list[Completion]]
 
 
+class AlignmentPipeline(TextGenerationPipeline):
+    """Text generation from token ids to the exact ids that the model wrote.
+
+    The stock pipeline takes text, decodes what it returns and keeps the pads behind a finished text.
+
+    ```python
+    pipe = pipeline("text-generation", model=target, tokenizer=tokenizer, pipeline_class=AlignmentPipeline)
+    pipe([[1, 5, 7], [1, 9]], generation_config=setting.generation_config(target, 64), batch_size=2)
+    ```
+
+    Each prompt gives the list of its new ids, pads behind the end token included. For batches the tokenizer must pad on
+    the left. A complete `generation_config` is required, or the model's own sampling defaults would slip in.
+    """
+
+    def _sanitize_parameters(self, **parameters: Any) -> tuple[dict, dict, dict]:
+        # The parent gives `preprocess` everything that `generate` is given.
+        return {}, super()._sanitize_parameters(**parameters)[1], {}
+
+    def preprocess(self, prompt_ids: list[int], **_: Any) -> dict[str, Any]:
+        ids = torch.tensor([prompt_ids])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prompt_text": None}
+
+    def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> list[int]:
+        # With left padding every completion of a batch starts at the same place.
+        return model_outputs["generated_sequence"][0, 0, model_outputs["input_ids"].shape[-1] :].tolist()
+
+
 def cut_completion(generated: list[int], end_ids: frozenset[int]) -> tuple[list[int], str]:
     """Cut what follows the end token, and say why the text ended.
 
@@ -79,15 +114,25 @@ def local_backend(
 
     Args:
         target_model: The target, where it is to run.
-        tokenizer: Its tokenizer, which names a token to pad with.
+        tokenizer: Its tokenizer; left as it is.
         max_new_tokens: Longest completion, in tokens.
         batch_size: Prompts per batch. Sampled completions depend on it, since a batch shares one random stream.
         suppress_tokens: Ids that must not be written, such as padded rows of the vocabulary.
     """
     end_ids = end_token_ids(target_model)
-    # Any id will do: it is masked in front of the prompt and cut off behind the completion.
-    pad = next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
-    overrides: dict[str, Any] = {"pad_token_id": pad}
+    # On a copy, so that the caller's stays as it is. Any id pads: it is masked in front, and cut off behind.
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side, tokenizer.pad_token_id = "left", pad_id(tokenizer, target_model)
+    # A model that accelerate has spread over devices must not be given one.
+    spread = getattr(target_model, "hf_device_map", None) is not None
+    pipe = pipeline(
+        "text-generation",
+        model=target_model,
+        tokenizer=tokenizer,
+        device=None if spread else target_model.device,
+        pipeline_class=AlignmentPipeline,
+    )
+    overrides: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id}
     if suppress_tokens is not None:
         overrides["suppress_tokens"] = suppress_tokens
 
@@ -98,21 +143,13 @@ def local_backend(
         # Prompts of similar length share a batch, so that little is spent on padding; the sort is stable, so the
         # batches follow from the prompts alone.
         order = sorted(range(len(prompt_ids)), key=lambda number: len(prompt_ids[number]))
+        rows = Dataset.from_dict({"prompt_ids": [prompt_ids[number] for number in order]})
         completions = {}
         with seeded(seed, target_model.device), evaluating(target_model):
-            for numbers in DataLoader(order, batch_size, collate_fn=list):  # type: ignore[arg-type]
-                ids = [torch.tensor(prompt_ids[number]) for number in numbers]
-                inputs = {
-                    "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left"),
-                    "attention_mask": pad_sequence(
-                        [torch.ones_like(each) for each in ids], batch_first=True, padding_side="left"
-                    ),
-                }
-                inputs = {name: value.to(target_model.device) for name, value in inputs.items()}
-                written = target_model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
-                for number, sequence in zip(numbers, written.tolist(), strict=True):
-                    completions[number] = Completion(*cut_completion(sequence, end_ids))
-                    on_finished(completions[number])
+            written = pipe(KeyDataset(rows, "prompt_ids"), generation_config=config, batch_size=batch_size)
+            for number, ids in zip(order, written, strict=True):
+                completions[number] = Completion(*cut_completion(ids, end_ids))
+                on_finished(completions[number])
         return [completions[number] for number in range(len(prompt_ids))]
 
     return answer

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.utils.hashing import sha256
 
@@ -27,6 +27,16 @@ _PROBES = (
 def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the largest id the tokenizer knows; added tokens included, holes counted."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    """An id to pad with under a mask: the tokenizer's pad or end token, or 0, whichever the model has a row for.
+
+    Published checkpoints have none, have -1, or have added a `[PAD]` that their embedding lacks.
+    """
+    rows = model.config.get_text_config().vocab_size
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((each for each in ids if each is not None and 0 <= each < rows), 0)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,9 +1,9 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import ContinuousBatchingConfig
+from transformers import ContinuousBatchingConfig, pipeline
 
-from hf_draftkd.data.backends import cut_completion
+from hf_draftkd.data.backends import AlignmentPipeline, cut_completion
 from hf_draftkd.data.generation import cut_shards, generate_alignment_data
 from hf_draftkd.data.rows import alignment_features, render_prompts
 from hf_draftkd.decoding.setting import DecodingSetting
@@ -57,6 +57,20 @@ def test_the_end_token_is_kept_where_pad_equals_end(with_pad):
     assert reasons == {"stop", "length"}
     assert tokenizer.pad_token == (tokenizer.eos_token if with_pad else None)
     assert tokenizer.padding_side == "right"
+
+
+@pytest.mark.parametrize("pad", ["beyond the embedding", "-1", "None", "the end token"])
+def test_which_id_pads_changes_nothing(target, tokenizer, pad):
+    """Fault: an added `[PAD]` that the embedding lacks, or the -1 of a published config, ends in an IndexError."""
+    expected = generate_alignment_data(target, tokenizer, TEXTS, max_new_tokens=8, temperatures=(0, 1.0))
+    if pad == "beyond the embedding":
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        assert tokenizer.pad_token_id == target.config.vocab_size
+    else:
+        tokenizer.pad_token = tokenizer.eos_token if pad == "the end token" else None
+    target.generation_config.pad_token_id = {"-1": -1, "None": None}.get(pad, tokenizer.pad_token_id)
+    found = generate_alignment_data(target, tokenizer, TEXTS, max_new_tokens=8, temperatures=(0, 1.0))
+    assert found.to_list() == expected.to_list()
 
 
 def test_an_end_token_on_the_last_allowed_place_is_a_stop():
@@ -154,6 +168,15 @@ def test_ids_that_stand_for_no_token_are_never_written(tokenizer):
     assert max(max(ids) for ids in data["completion_ids"]) < len(tokenizer)
     for row in data.filter(lambda row: row["temperature"] == 0):
         assert row["completion_ids"] == by_hand(target, row["prompt_ids"], 8, end={1})
+
+
+def test_the_pipeline_class_works_with_the_stock_pipeline_function(target, tokenizer):
+    pipe = pipeline(
+        "text-generation", model=target, tokenizer=tokenizer, pipeline_class=AlignmentPipeline, device="cpu"
+    )
+    ids = render_prompts(TEXTS[:3], tokenizer)
+    written = pipe(ids, generation_config=DecodingSetting().generation_config(target, 4))
+    assert [cut_completion(each, {1})[0] for each in written] == [by_hand(target, each, 4, end={1}) for each in ids]
 
 
 def test_continuous_batching_writes_the_same_greedy_tokens(target, tokenizer):
