@@ -1,8 +1,8 @@
 """Every private name of another library that the package relies on, in one list, checked against what is installed.
 
-A release of such a library may rename any of them without notice. The versions it was checked with are the lower bounds
-in `pyproject.toml` (`dependencies`: transformers>=5.23, trl>=1.16, datasets>=5.2, torch>=2.13) and the pins in
-`constraints.txt`; a higher version is safe to allow once these tests pass with it.
+A release of such a library may rename any of them without notice. They were checked with the lower bounds of
+`dependencies` in `pyproject.toml` (transformers 5.23, trl 1.16, datasets 5.2, torch 2.13), and are relied on up to the
+next major versions (`transformers<6`, `trl<2`). Raise a bound once these tests pass with it.
 """
 
 import ast

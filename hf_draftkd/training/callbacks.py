@@ -1,7 +1,6 @@
 """Acceptance while training: metrics at several draft lengths, and a plot at the end."""
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.pairing import copy_special_ids
+from hf_draftkd.utils.checks import in_range, whole_number
+from hf_draftkd.utils.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -93,14 +94,10 @@ class AcceptanceCallback(TrainerCallback):
         temperatures: Sequence[float] = (0, 1),
         plot: bool = True,
     ) -> None:
-        wrong = [length for length in num_assistant_tokens if type(length) is not int or length < 1]
-        if wrong:
-            raise ValueError(f"`num_assistant_tokens` are draft lengths: whole numbers, 1 or above, got {wrong[0]!r}.")
-        unusable = [each for each in temperatures if type(each) not in (int, float) or not 0 <= each < math.inf]
-        if unusable:
-            raise ValueError(f"`temperatures` are numbers, 0 (greedy) or above, got {unusable[0]!r}.")
-        self.num_assistant_tokens = tuple(num_assistant_tokens)
-        self.temperatures = tuple(float(f"{each:.6g}") for each in temperatures)
+        lengths = (whole_number("num_assistant_tokens", length) for length in num_assistant_tokens)
+        self.num_assistant_tokens = tuple(lengths)
+        # Six digits are what a batch's float32 keeps of a recorded temperature.
+        self.temperatures = tuple(float(f"{in_range('temperatures', each, 0):.6g}") for each in temperatures)
         self.plot = plot
 
     def on_train_end(
@@ -118,6 +115,5 @@ class AcceptanceCallback(TrainerCallback):
         if figure is None:
             return
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        unfinished = Path(args.output_dir, f".{PLOT}")
-        figure.savefig(unfinished, format="png")
-        unfinished.replace(unfinished.with_name(PLOT))
+        with replacing(Path(args.output_dir, PLOT)) as unfinished:
+            figure.savefig(unfinished, format="png")

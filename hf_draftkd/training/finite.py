@@ -80,7 +80,7 @@ class StopOnNonFiniteGradient(TrainerCallback):
             raise FloatingPointError(
                 f"The gradient is not finite in optimizer step {state.global_step + 1}, though every loss was. Process "
                 f"{args.process_index} learns there from the rows that begin with {self._rows()}. The weights were not "
-                "updated. A `token_loss` of your own may have no gradient there: a root or logarithm of 0, or 0 / 0. "
+                "updated. A custom `token_loss` may have no gradient there: a root or logarithm of 0, or 0 / 0. "
                 + _REMEDY
             )
 

@@ -71,7 +71,7 @@ def writer(args: DraftDistillConfig, step: int) -> str:
 def last_prompt(labels: list[int]) -> int:
     """How many tokens stand before the last completion of a row: what it answers.
 
-    0 where there is none, as in plain text: nobody asked for that, so nobody can rewrite it.
+    0 where there is none, as in plain text: it answers nothing, so it cannot be rewritten.
 
     Args:
         labels: -100 where a token is not learned from. In a chat, the answer is the last one.
@@ -96,7 +96,7 @@ def check_writer(args: DraftDistillConfig, *, has_target: bool) -> None:
     """Refuse, before anything is loaded, to have completions written where there is no target.
 
     Raises:
-        ValueError: Nobody could write them, or judge what the draft wrote.
+        ValueError: Without the target nothing can write them, or judge what the draft wrote.
     """
     if args.writes_completions and not has_target:
         raise ValueError(

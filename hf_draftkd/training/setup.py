@@ -63,7 +63,7 @@ def check_datasets(
         format_known: Whether the rows must be in a format that is understood; False with a `formatting_func`.
 
     Raises:
-        ValueError: There is no data, or nothing can be learnt from it.
+        ValueError: There is no data, or nothing can be learned from it.
     """
     datasets = named_datasets(train_dataset, eval_dataset)
     if not datasets:
@@ -120,7 +120,7 @@ def prepare_pair(
         tokenizer: Of both; loaded by the target's name if not given, else by the draft's.
         quantization_config: Refused.
         trains: Whether the draft is trained, not only evaluated.
-        adds_adapter: Whether an adapter will be put on it, which learns in its stead.
+        adds_adapter: Whether an adapter will be put on it, which is then what learns.
 
     Returns:
         The draft, the frozen target (None without one), and the tokenizer they share.
@@ -257,7 +257,7 @@ def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Modul
 
 
 def warn_of_lost_updates(trainer: Any) -> None:
-    """Say so where the weights that learn are too coarse for small updates, and nobody keeps finer ones beside them."""
+    """Warn where the weights that learn are too coarse for small updates, and no finer copy of them is kept."""
     if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no"):
         # They update float32 copies.
         return

@@ -15,7 +15,13 @@ from transformers import PreTrainedModel
 
 from hf_draftkd.acceptance import token_acceptance_rate, token_logprob
 from hf_draftkd.data.collator import CachedDistributions
-from hf_draftkd.data.target_cache import CacheFacts, cache_facts, missing_cache_columns, rows_with_distributions
+from hf_draftkd.data.target_cache import (
+    CACHE_COLUMNS,
+    CacheFacts,
+    cache_facts,
+    missing_cache_columns,
+    rows_with_distributions,
+)
 from hf_draftkd.decoding.processors import logits_processors, process_logits
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.scoring import token_scores
@@ -27,10 +33,7 @@ from hf_draftkd.training.config import DraftDistillConfig
 Distributions = Tensor | SparseTarget | SampledTarget
 
 # Features of a batch that no model's forward takes.
-_OWN_FEATURES = frozenset(
-    {"labels", "decoding", "completion_logprobs", "target_token_ids", "target_logprobs", "target_tail_logprob"}
-    | {"target_counts"}
-)
+_OWN_FEATURES = frozenset({"labels", "decoding", *CACHE_COLUMNS})
 _UNFILTERED = DecodingSetting(temperature=1.0)
 WHOLE_LOGITS = (
     "The logits of the %s are held for all completion tokens of a batch at once, [tokens, vocabulary], not a chunk at "

@@ -86,5 +86,5 @@ def test_no_callback_without_held_out_data(tmp_path, pair, tokenizer):
 
 @pytest.mark.parametrize("length", [0, 2.5, "3", True])
 def test_draft_lengths_are_whole_numbers(length):
-    with pytest.raises(ValueError, match="draft lengths: whole numbers"):
+    with pytest.raises(ValueError, match="`num_assistant_tokens` must be a whole number"):
         AcceptanceCallback([1, length])

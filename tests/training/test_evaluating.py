@@ -148,7 +148,7 @@ def test_a_recorded_setting_survives_the_precision_of_the_batch():
 
 @pytest.mark.parametrize("temperature", [-1, float("nan"), float("inf"), "1", True])
 def test_temperatures_are_numbers(temperature):
-    with pytest.raises(ValueError, match="`temperatures` are numbers"):
+    with pytest.raises(ValueError, match="`temperatures` must be a number"):
         AcceptanceCallback(temperatures=[0, temperature])
 
 
