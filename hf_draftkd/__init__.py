@@ -26,6 +26,7 @@ _HOMES = {
     "load_tokenizer": "hf_draftkd.models.loading",
     "load_prompts": "hf_draftkd.data.prompts",
     "generate_alignment_data": "hf_draftkd.data.generation",
+    "choose_draft_vocabulary": "hf_draftkd.data.vocabulary",
     "synthesize_prompts": "hf_draftkd.data.synthesis",
     "cache_target_distributions": "hf_draftkd.data.target_cache",
     "EvaluationConfig": "hf_draftkd.evaluation.config",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from hf_draftkd.data.prompts import load_prompts as load_prompts
     from hf_draftkd.data.synthesis import synthesize_prompts as synthesize_prompts
     from hf_draftkd.data.target_cache import cache_target_distributions as cache_target_distributions
+    from hf_draftkd.data.vocabulary import choose_draft_vocabulary as choose_draft_vocabulary
     from hf_draftkd.decoding.speculative import SpeculativeDecoding as SpeculativeDecoding
     from hf_draftkd.evaluation.assisted import count_acceptance as count_acceptance
     from hf_draftkd.evaluation.config import EvaluationConfig as EvaluationConfig

@@ -17,6 +17,7 @@ COMMANDS = {
     "init": "make a draft that fits a target: from its layers, from a config, or by repairing a stock draft",
     "generate": "have the target answer prompts: the data that a draft learns from",
     "train": "distil a target into a draft",
+    "vocabulary": "choose the tokens that a draft proposes: a smaller head, a faster draft",
     "evaluate": "measure how good one or several drafts are for a target",
     "push": "publish a draft on the Hugging Face Hub, with a card that says how good it is",
     "find": "find drafts for a target on the Hugging Face Hub, best first",

@@ -1,6 +1,7 @@
 """What the draft proposes: one token at a time, from its own cache."""
 
 import copy
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -109,19 +110,21 @@ class OneByOne:
         return scores.argmax(-1), q
 
 
-def checked_vocabulary(ids: list[int], suppressed: list[int], draft: PreTrainedModel) -> list[int]:
-    """The ids in order, without those that are not tokens.
+def checked_vocabulary(ids: list[int], vocab_size: int, suppressed: Iterable[int] = ()) -> list[int]:
+    """The ids in their order, each once, without those that are not tokens.
 
     Raises:
-        ValueError: One of them is not an id of the draft, or none is left.
+        ValueError: One of them is not an id of the vocabulary, or none is left.
     """
-    size = draft.config.get_text_config().vocab_size
-    wrong = [each for each in ids if type(each) is not int or not 0 <= each < size]
-    if wrong or not ids:
+    wrong = [each for each in ids if type(each) is not int or not 0 <= each < vocab_size]
+    never = set(suppressed)
+    kept = [each for each in dict.fromkeys(ids) if each not in never]
+    if wrong or not kept:
         raise ValueError(
-            f"`draft_vocabulary` must be ids of the draft's vocabulary (0 to {size - 1}), got {wrong[:3] or 'none'}."
+            f"`draft_vocabulary` must be ids of the draft's vocabulary (0 to {vocab_size - 1}), got "
+            f"{wrong[:3] or 'none'}."
         )
-    return sorted(set(ids) - set(suppressed))
+    return kept
 
 
 def with_sliced_head(draft: PreTrainedModel, ids: list[int]) -> PreTrainedModel:

@@ -40,6 +40,7 @@ from hf_draftkd.decoding.requests import check_cache, check_models, check_reques
 from hf_draftkd.decoding.stopping import Stopping
 from hf_draftkd.decoding.texts import Texts
 from hf_draftkd.decoding.verification import verify_greedy, verify_greedy_ensemble, verify_sampled
+from hf_draftkd.models.draft_length import recorded_vocabulary
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.loading import load_tokenizer, require_loaded
 from hf_draftkd.models.pairing import check_tokenizers
@@ -119,10 +120,11 @@ class SpeculativeDecoding:
         self.compiled = CompiledModels() if compile else None
         suppressed = list(config.suppress_tokens or ())
         if draft_vocabulary is None:
-            draft_vocabulary = getattr(config, "draft_vocabulary", None)
+            draft_vocabulary = recorded_vocabulary(config)
         self._proposing_model = self.draft_model
         if draft_vocabulary is not None:
-            draft_vocabulary = checked_vocabulary(draft_vocabulary, suppressed, self.draft_model)
+            vocab_size = self.draft_model.config.get_text_config().vocab_size
+            draft_vocabulary = sorted(checked_vocabulary(draft_vocabulary, vocab_size, suppressed))
             self._proposing_model = with_sliced_head(self.draft_model, draft_vocabulary)
         self._proposable = Proposable(self.draft_model, draft_vocabulary, suppressed)
         self.counts = AcceptanceCounts()

@@ -1,4 +1,6 @@
-"""A fixed draft length, as transformers has to be told: in the *draft's* generation config, with two companions."""
+"""What a draft's generation config says of drafting: a fixed length, as transformers has to be told, and the tokens
+that it may propose, which `SpeculativeDecoding` reads.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -52,12 +54,52 @@ def write_draft_length(folder: Path, num_assistant_tokens: int, trust_remote_cod
     Returns:
         The file.
     """
+    return _write(folder, draft_length_settings(num_assistant_tokens), trust_remote_code)
+
+
+def write_draft_vocabulary(folder: Path, ids: list[int], trust_remote_code: bool = False) -> Path:
+    """Keep the ids that a saved draft may propose in its generation config; everything else in it stays.
+
+    They stand in the file itself, as `draft_vocabulary`: transformers keeps keys that it does not know, so the list
+    follows the draft through `save_pretrained`, `from_pretrained`, checkpoints and the Hub, where a file beside it
+    would be left behind. 16,000 ids are some 160 kB. `generate(assistant_model=...)` and other engines ignore them.
+
+    Args:
+        folder: The draft's folder.
+        ids: The likeliest first, so that the first n are the list of size n.
+        trust_remote_code: Whether the model's config may run code of its own.
+
+    Returns:
+        The file.
+    """
+    return _write(folder, {"draft_vocabulary": ids}, trust_remote_code)
+
+
+def store_draft_vocabulary(draft_model: PreTrainedModel, ids: list[int]) -> None:
+    """The same for a loaded draft, whose `save_pretrained` then writes them."""
+    drop_idle_sampling(draft_model.generation_config)
+    _set(draft_model.generation_config, {"draft_vocabulary": ids})
+
+
+def recorded_vocabulary(config: GenerationConfig) -> list[int] | None:
+    """The ids that a draft's generation config says it may propose, the likeliest first; None for all."""
+    return getattr(config, "draft_vocabulary", None)
+
+
+def _write(folder: Path, settings: dict[str, Any], trust_remote_code: bool) -> Path:
     try:
         config = GenerationConfig.from_pretrained(folder)
     except OSError:  # a draft saved without one: transformers then derives it from the model's config
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         config = GenerationConfig.from_model_config(model_config)
     drop_idle_sampling(config)
-    config.update(**draft_length_settings(num_assistant_tokens))
+    _set(config, settings)
     config.save_pretrained(folder)
     return folder / GENERATION_CONFIG_NAME
+
+
+def _set(config: GenerationConfig, settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        setattr(config, name, value)
+    # transformers reads keys that it does not know only from a config that is one of its own.
+    config._from_model_config = False

@@ -1,0 +1,54 @@
+"""`draftkd vocabulary`: choose the tokens that a draft proposes from what its target writes, and record them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_draftkd.cli.errors import UsageError, usage_errors
+from hf_draftkd.cli.options import parse, required
+from hf_draftkd.data.sources import open_dataset
+from hf_draftkd.data.vocabulary import choose_draft_vocabulary, vocabulary_coverage
+from hf_draftkd.decoding.drafting import checked_vocabulary
+from hf_draftkd.models.draft_length import write_draft_vocabulary
+from hf_draftkd.models.resolve import resolve
+
+
+@dataclass
+class VocabularyOptions:
+    """Which draft, which text, and how many tokens."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder of the draft; its generation config is changed."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Text that the target wrote: what `draftkd generate` makes, or an id."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    size: int | None = field(default=None, metadata={"help": "Tokens that the draft may propose: 8192, for instance."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let the draft's config run code of its own."})
+
+
+def run(argv: list[str]) -> int:
+    """Run `draftkd vocabulary *argv`."""
+    (options,) = parse("vocabulary", [VocabularyOptions], argv, "Choose the tokens that a draft proposes.")
+    required(model=options.model, dataset=options.dataset, size=options.size)
+    folder = Path(options.model)
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"`--model` must be a folder with a whole draft, whose generation config is changed, got {options.model!r}."
+        )
+    with usage_errors():
+        checkpoint = resolve(folder, trust_remote_code=options.trust_remote_code)
+        config = checkpoint.config.get_text_config()
+        rows = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
+        eos = config.eos_token_id
+        ends = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        ids = choose_draft_vocabulary(rows, options.size, keep=ends)
+        checked_vocabulary(ids, config.vocab_size)
+        written = write_draft_vocabulary(folder, ids, options.trust_remote_code)
+    coverage = vocabulary_coverage(rows, ids)
+    print(
+        f"The draft may propose {len(ids):,} of {config.vocab_size:,} tokens, which are {coverage:.2%} of what the "
+        f"target wrote there. Written: {written}"
+    )
+    if len(ids) < options.size:
+        print(f"No more different tokens occur: more text would fill `--size {options.size}`.")
+    return 0

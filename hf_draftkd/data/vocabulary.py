@@ -1,0 +1,57 @@
+"""Which tokens a draft needs to propose: those that its target writes most.
+
+With 50k to 150k tokens the head is most of what a small draft costs, and most of its tokens are hardly ever written.
+`SpeculativeDecoding` slices the head to a list of ids; the draft itself stays whole (VocabTrim,
+https://arxiv.org/abs/2506.22694).
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from hf_draftkd.utils.checks import whole_number
+
+
+def choose_draft_vocabulary(dataset: Dataset, size: int, *, keep: Iterable[int] = ()) -> list[int]:
+    """The tokens that occur most in text that the target wrote.
+
+    Args:
+        dataset: Alignment data, as `generate_alignment_data` makes it: its `completion_ids` are counted.
+        size: Length of the list. Fewer come back where fewer different tokens occur.
+        keep: Ids to put first whether they occur or not, such as the tokens that end a text.
+
+    Returns:
+        Ids in the order of how often they occur (the smaller id first where they tie), so that the first n of them are
+        the list of size n.
+
+    Raises:
+        ValueError: The size is out of range, or the data has no `completion_ids`, or no tokens in them.
+    """
+    whole_number("size", size)
+    if "completion_ids" not in dataset.column_names:
+        raise ValueError(
+            "The tokens to keep are counted in text that the target wrote, as exact ids, but the data has no column "
+            f"`completion_ids` (it has {', '.join(dataset.column_names)}). Make it with `draftkd generate`."
+        )
+    counts: Any = np.zeros(0, dtype=np.int64)
+    for batch in dataset.select_columns("completion_ids").iter(batch_size=1000):
+        found = np.bincount(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in batch["completion_ids"]]))
+        counts, found = sorted((counts, found), key=len)
+        found[: len(counts)] += counts
+        counts = found
+    if not counts.any():
+        raise ValueError("The data holds no completion tokens to count.")
+    by_count = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist()
+    return list(dict.fromkeys([*keep, *by_count]))[:size]
+
+
+def vocabulary_coverage(dataset: Dataset, ids: Iterable[int]) -> float:
+    """Share of the completion tokens of alignment data that are on the list: what the draft could propose at all."""
+    listed = np.asarray(sorted(ids))
+    inside = total = 0
+    for batch in dataset.select_columns("completion_ids").iter(batch_size=1000):
+        tokens = np.concatenate([np.asarray(row, dtype=np.int64) for row in batch["completion_ids"]])
+        inside, total = inside + int(np.isin(tokens, listed).sum()), total + len(tokens)
+    return inside / max(total, 1)
