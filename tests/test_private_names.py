@@ -39,6 +39,7 @@ PRIVATE_NAMES = {
     "transformers.generation.GenerationMixin._prepare_generation_config": "the setting that a request is decoded under",
     "transformers.PreTrainedModel._is_stateful": "models whose cache cannot give tokens back",
     "transformers.GenerationConfig._mask_length": "how long the mask is that `generate` has made",
+    "transformers.GenerationConfig._from_model_config": "whether a config keeps keys that transformers does not know",
     "transformers.GenerationConfig._pad_token_tensor": "the padding id that `generate` has settled on",
     "datasets.Dataset._fingerprint": "the name of cached results",
     "torch.nn.Module._forward_hooks": "whether anything listens to a model's head",
