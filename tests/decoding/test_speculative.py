@@ -298,6 +298,18 @@ def test_count_acceptance_counts_it_as_it_counts_itself() -> None:
     assert counts.num_spec_steps == target_calls < decoding.counts.num_spec_steps
 
 
+def test_a_batch_needs_as_many_calls_as_its_texts_one_by_one() -> None:
+    """The draft's cache stays in step too: a token it reads twice, or a hole it sees, would only lower acceptance."""
+    draft, target = tiny_pair(agreement=0.97)
+    options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    single, batch = SpeculativeDecoding(draft, 4), SpeculativeDecoding(draft, 4)
+    for prompt in PROMPTS:
+        target.generate(prompt, custom_generate=single, **options)
+    target.generate(**padded(PROMPTS), custom_generate=batch, **options)
+    assert single.counts.num_spec_steps == batch.counts.num_spec_steps
+    assert single.counts.draft_acceptance_rate > 0.2
+
+
 def test_counts_are_those_of_transformers_own_loop() -> None:
     draft, target = tiny_pair(eos_scale=2.0, agreement=0.95)
     decoding = SpeculativeDecoding(draft, 4)
