@@ -18,7 +18,6 @@ from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.html import save_page
 from hf_draftkd.evaluation.plots import figure_class
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.evaluation.schema import key
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
 from hf_draftkd.evaluation.tables import report_table
 from hf_draftkd.models.draft_length import write_draft_length
@@ -26,6 +25,7 @@ from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.pairing import check_own_tokenizer
 from hf_draftkd.models.resolve import Checkpoint, check_model, resolve
 from hf_draftkd.utils.checks import whole_number
+from hf_draftkd.utils.fields import option
 from hf_draftkd.utils.text import printable
 
 
@@ -33,27 +33,25 @@ from hf_draftkd.utils.text import printable
 class EvaluateOptions:
     """What the command line adds to `EvaluationConfig`: files, and how models are loaded."""
 
-    model: list[str] | None = key("The draft, or several to be ranked: Hub ids or local paths.", default=None)
-    target_model: str | None = key("The target: a Hub id or a local path.", default=None)
-    dataset: str | None = key(
+    model: list[str] | None = option(None, "The draft, or several to be ranked: Hub ids or local paths.")
+    target_model: str | None = option(None, "The target: a Hub id or a local path.")
+    dataset: str | None = option(
+        None,
         "Prompts (a Hub id or a local file with a `prompt` column, or Spec-Bench questions), which the target answers "
         "now; or alignment data, whose answers are taken as recorded.",
-        default=None,
     )
-    output_dir: str | None = key("Where report.json (and report.html) is written.", default=None)
-    baseline: str | None = key("Another draft to compare with on the same texts, usually the stock one.", default=None)
-    dataset_config: str | None = key("Configuration (subset) of a Hub dataset.", default=None)
-    dataset_split: str | None = key("Split of the dataset; `train` by default.", default=None)
-    limit: int | None = key("Use only the first so many rows.", default=None)
-    regenerate: bool = key("Let the target answer the prompts of alignment data again.", default=False)
-    html: bool = key("Write report.html as well: one page with plots.", default=False)
-    write: bool = key(
-        "Store the best draft length in the (best) draft's generation config, a local path.", default=False
-    )
-    dtype: str = key("Number format of the weights, such as bfloat16.", default="auto")
-    model_revision: str | None = key("Revision of the draft on the Hub.", default=None)
-    target_model_revision: str | None = key("Revision of the target on the Hub.", default=None)
-    trust_remote_code: bool = key("Allow code that comes with a model.", default=False)
+    output_dir: str | None = option(None, "Where report.json (and report.html) is written.")
+    baseline: str | None = option(None, "Another draft to compare with on the same texts, usually the stock one.")
+    dataset_config: str | None = option(None, "Configuration (subset) of a Hub dataset.")
+    dataset_split: str | None = option(None, "Split of the dataset; `train` by default.")
+    limit: int | None = option(None, "Use only the first so many rows.")
+    regenerate: bool = option(False, "Let the target answer the prompts of alignment data again.")
+    html: bool = option(False, "Write report.html as well: one page with plots.")
+    write: bool = option(False, "Store the best draft length in the (best) draft's generation config, a local path.")
+    dtype: str = option("auto", "Number format of the weights, such as bfloat16.")
+    model_revision: str | None = option(None, "Revision of the draft on the Hub.")
+    target_model_revision: str | None = option(None, "Revision of the target on the Hub.")
+    trust_remote_code: bool = option(False, "Allow code that comes with a model.")
 
 
 def run(argv: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.table import Table
 from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.cli.options import parse, required
 from hf_draftkd.hub.find import FoundDraft, find_drafts
+from hf_draftkd.utils.fields import option
 from hf_draftkd.utils.text import printable
 
 _CAPTION = (
@@ -24,18 +25,13 @@ _CAPTION = (
 class FindOptions:
     """What to look for."""
 
-    target_model: str | None = field(default=None, metadata={"help": "Hub id of the target (may stand first, alone)."})
-    revision: str | None = field(
-        default=None,
-        metadata={
-            "help": "Commit, branch or tag of the target the metrics should be about. Default: its latest commit."
-        },
+    target_model: str | None = option(None, "Hub id of the target (may stand first, alone).")
+    revision: str | None = option(
+        None, "Commit, branch or tag of the target the metrics should be about. Default: its latest commit."
     )
-    include_base_models: bool = field(
-        default=True, metadata={"help": "Also list drafts of the models the target derives from."}
-    )
-    limit: int = field(default=50, metadata={"help": "At most so many drafts per target."})
-    json: bool = field(default=False, metadata={"help": "Print JSON instead of a table."})
+    include_base_models: bool = option(True, "Also list drafts of the models the target derives from.")
+    limit: int = option(50, "At most so many drafts per target.")
+    json: bool = option(False, "Print JSON instead of a table.")
 
 
 def run(argv: list[str]) -> int:

@@ -1,7 +1,7 @@
 """`draftkd generate`: alignment data from user queries, from domain text, or from nothing."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,6 +21,7 @@ from hf_draftkd.hub.dataset_card import push_alignment_data, write_card
 from hf_draftkd.models.context import context_length
 from hf_draftkd.models.loading import load_target
 from hf_draftkd.models.resolve import Checkpoint, resolve
+from hf_draftkd.utils.fields import option
 from hf_draftkd.utils.text import printable
 
 
@@ -28,21 +29,16 @@ from hf_draftkd.utils.text import printable
 class GenerateOptions:
     """What `draftkd generate` adds to the config of the data: how the target is loaded, and what is published."""
 
-    target_model: str | None = field(
-        default=None, metadata={"help": "The target: a Hub id or a local path; with --endpoint, its name there."}
+    target_model: str | None = option(None, "The target: a Hub id or a local path; with --endpoint, its name there.")
+    target_model_revision: str | None = option(None, "Revision of the target.")
+    tokenizer: str | None = option(
+        None, "endpoint: the target's tokenizer, where --target_model is only a name at the server."
     )
-    target_model_revision: str | None = field(default=None, metadata={"help": "Revision of the target."})
-    tokenizer: str | None = field(
-        default=None,
-        metadata={"help": "endpoint: the target's tokenizer, where --target_model is only a name at the server."},
-    )
-    dtype: str = field(default="auto", metadata={"help": "dtype the target is loaded in."})
-    device_map: str | None = field(
-        default=None, metadata={"help": "Device map of the target, such as auto; by default one device per process."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model repository brings."})
-    push_to_hub: str | None = field(default=None, metadata={"help": "Publish the finished data under this dataset id."})
-    private: bool = field(default=False, metadata={"help": "Publish it as a private dataset."})
+    dtype: str = option("auto", "dtype the target is loaded in.")
+    device_map: str | None = option(None, "Device map of the target, such as auto; by default one device per process.")
+    trust_remote_code: bool = option(False, "Run code that a model repository brings.")
+    push_to_hub: str | None = option(None, "Publish the finished data under this dataset id.")
+    private: bool = option(False, "Publish it as a private dataset.")
 
 
 def run(argv: list[str]) -> int:

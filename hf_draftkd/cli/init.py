@@ -1,7 +1,8 @@
 """`draftkd init`: a draft that fits a target, made from the target, from a config, or from a stock draft."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoConfig
@@ -13,38 +14,28 @@ from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
 from hf_draftkd.models.resolve import Checkpoint, resolve
 from hf_draftkd.models.text_model import extract_text_model
+from hf_draftkd.utils.fields import option
 
 
 @dataclass
 class InitOptions:
     """Give exactly one of `model`, `num_layers`, `layers`, `share`, `draft_config` and `text_of`."""
 
-    target_model: str | None = field(default=None, metadata={"help": "The target: a Hub id or a local path."})
-    target_model_revision: str | None = field(default=None, metadata={"help": "Revision of the target."})
-    output_dir: str | None = field(default=None, metadata={"help": "Where the draft is written."})
-    model: str | None = field(
-        default=None,
-        metadata={"help": "A stock draft to repair: it gets the target's vocabulary size and special ids."},
+    target_model: str | None = option(None, "The target: a Hub id or a local path.")
+    target_model_revision: str | None = option(None, "Revision of the target.")
+    output_dir: str | None = option(None, "Where the draft is written.")
+    model: str | None = option(None, "A stock draft to repair: it gets the target's vocabulary size and special ids.")
+    num_layers: int | None = option(None, "Copy this many of the target's layers, evenly spread.")
+    layers: list[int] | None = option(None, "Copy these layers of the target, from 0.")
+    share: float | None = option(None, "A new draft of this share of the target's parameters, such as 0.0164.")
+    draft_config: str | None = option(None, "A new draft from this config: an id or a path.")
+    text_of: str | None = option(
+        None, "A multimodal model: write its text model alone, as a target to give to other commands."
     )
-    num_layers: int | None = field(
-        default=None, metadata={"help": "Copy this many of the target's layers, evenly spread."}
-    )
-    layers: list[int] | None = field(default=None, metadata={"help": "Copy these layers of the target, from 0."})
-    share: float | None = field(
-        default=None, metadata={"help": "A new draft of this share of the target's parameters, such as 0.0164."}
-    )
-    draft_config: str | None = field(default=None, metadata={"help": "A new draft from this config: an id or a path."})
-    text_of: str | None = field(
-        default=None,
-        metadata={"help": "A multimodal model: write its text model alone, as a target to give to other commands."},
-    )
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "dtype the draft is written in.", "choices": ["float32", "bfloat16", "float16"]},
-    )
-    seed: int = field(default=42, metadata={"help": "Seed of new weights."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a model repository brings."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into a directory that is not empty."})
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "dtype the draft is written in.")
+    seed: int = option(42, "Seed of new weights.")
+    trust_remote_code: bool = option(False, "Run code that a model repository brings.")
+    overwrite_output_dir: bool = option(False, "Write into a directory that is not empty.")
 
 
 def run(argv: list[str]) -> int:

@@ -1,12 +1,13 @@
 """`draftkd push`: publish a draft on the Hub, or show what would be published."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.cli.options import parse, required
 from hf_draftkd.hub.push import push_draft
+from hf_draftkd.utils.fields import option
 from hf_draftkd.utils.text import printable
 
 
@@ -14,30 +15,24 @@ from hf_draftkd.utils.text import printable
 class PushOptions:
     """What to publish, and where."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder of the draft."})
-    repo_id: str | None = field(default=None, metadata={"help": "`user/name` on the Hub; `name` for yourself."})
-    report: str | None = field(
-        default=None, metadata={"help": "The draft's report. Default: report.json in the folder or beside it."}
+    model: str | None = option(None, "Folder of the draft.")
+    repo_id: str | None = option(None, "`user/name` on the Hub; `name` for yourself.")
+    report: str | None = option(None, "The draft's report. Default: report.json in the folder or beside it.")
+    license: str | None = option(None, "Licence. Default: that of the base model.")
+    language: list[str] | None = option(None, "Language codes for the card's metadata.")
+    tags: list[str] = option([], "Further tags.")
+    private: bool = option(False, "Make a new repository private; refuses an existing public one.")
+    revision: str | None = option(None, "Branch to commit to.")
+    create_pr: bool = option(False, "Open a pull request instead of committing.")
+    commit_message: str = option("Upload draft model", "First line of the commit.")
+    benchmark_task: str | None = option(
+        None, "Also write a leaderboard result for this task of the report's benchmark."
     )
-    license: str | None = field(default=None, metadata={"help": "Licence. Default: that of the base model."})
-    language: list[str] | None = field(default=None, metadata={"help": "Language codes for the card's metadata."})
-    tags: list[str] = field(default_factory=list, metadata={"help": "Further tags."})
-    private: bool = field(
-        default=False, metadata={"help": "Make a new repository private; refuses an existing public one."}
+    prose: Literal["hub", "local"] | None = option(
+        None, "Whose words to keep where the card was edited on the Hub and in the folder."
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch to commit to."})
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
-    commit_message: str = field(default="Upload draft model", metadata={"help": "First line of the commit."})
-    benchmark_task: str | None = field(
-        default=None, metadata={"help": "Also write a leaderboard result for this task of the report's benchmark."}
-    )
-    prose: Literal["hub", "local"] | None = field(
-        default=None, metadata={"help": "Whose words to keep where the card was edited on the Hub and in the folder."}
-    )
-    allow_mismatch: bool = field(
-        default=False, metadata={"help": "Publish although report and weights do not fit together; the card says so."}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Show what would be uploaded, and upload nothing."})
+    allow_mismatch: bool = option(False, "Publish although report and weights do not fit together; the card says so.")
+    dry_run: bool = option(False, "Show what would be uploaded, and upload nothing.")
 
 
 def run(argv: list[str]) -> int:

@@ -6,7 +6,7 @@ on the answers, both drafts are measured on test queries nobody trained on, and 
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from hf_draftkd.models.resolve import resolve
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.trainer import DraftDistillTrainer
 from hf_draftkd.utils.checks import whole_number
+from hf_draftkd.utils.fields import option
 
 PLOT = "block_efficiency.png"
 
@@ -38,13 +39,13 @@ PLOT = "block_efficiency.png"
 class QuickstartOptions:
     """The defaults produced the numbers in the README."""
 
-    output_dir: str = field(default="quickstart", metadata={"help": "Where everything is written."})
-    num_train_prompts: int = field(default=320, metadata={"help": "Training queries the target answers."})
-    num_test_prompts: int = field(default=80, metadata={"help": "Test queries both drafts are measured on."})
-    num_speed_prompts: int = field(default=16, metadata={"help": "Test queries decoded both ways against the clock."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the target's answers."})
-    max_new_tokens: int = field(default=96, metadata={"help": "Longest answer, in tokens."})
-    seed: int = field(default=0, metadata={"help": "Seed of sampling and training."})
+    output_dir: str = option("quickstart", "Where everything is written.")
+    num_train_prompts: int = option(320, "Training queries the target answers.")
+    num_test_prompts: int = option(80, "Test queries both drafts are measured on.")
+    num_speed_prompts: int = option(16, "Test queries decoded both ways against the clock.")
+    num_train_epochs: float = option(3.0, "Passes over the target's answers.")
+    max_new_tokens: int = option(96, "Longest answer, in tokens.")
+    seed: int = option(0, "Seed of sampling and training.")
 
 
 def run(argv: list[str]) -> int:

@@ -1,7 +1,7 @@
 """`draftkd train`: distil a target into a draft, from Hub ids or local paths."""
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +13,33 @@ from hf_draftkd.data.sources import open_dataset
 from hf_draftkd.training.checkpoints import last_complete_checkpoint, only_run
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.trainer import DraftDistillTrainer
+from hf_draftkd.utils.fields import option
 
 
 @dataclass
 class TrainOptions:
     """What `draftkd train` adds to the training configuration."""
 
-    model: str | None = field(default=None, metadata={"help": "The draft: a Hub id or a local path."})
-    target_model: str | None = field(
-        default=None,
-        metadata={"help": "The target. Not needed where the data holds its distributions, or for cross_entropy."},
+    model: str | None = option(None, "The draft: a Hub id or a local path.")
+    target_model: str | None = option(
+        None, "The target. Not needed where the data holds its distributions, or for cross_entropy."
     )
-    reference_model: str | None = field(
-        default=None,
-        metadata={"help": "A draft distilled before, for --token_selection adaspec: a Hub id or a local path."},
+    reference_model: str | None = option(
+        None, "A draft distilled before, for --token_selection adaspec: a Hub id or a local path."
     )
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": "Training data: a Hub id, a file or a folder, such as `draftkd generate` writes."},
+    dataset: str | None = option(
+        None, "Training data: a Hub id, a file or a folder, such as `draftkd generate` writes."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of a Hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the training data."})
-    eval_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Held-out data: a Hub id, a file or a folder."},
+    dataset_config: str | None = option(None, "Configuration (subset) of a Hub dataset.")
+    dataset_split: str = option("train", "Split of the training data.")
+    eval_dataset: str | None = option(None, "Held-out data: a Hub id, a file or a folder.")
+    eval_dataset_split: str = option("train", "Split of the held-out data.")
+    mix_dataset: str | None = option(
+        None, "Text to interleave with the training data, against forgetting: an id, a file or a folder."
     )
-    eval_dataset_split: str = field(default="train", metadata={"help": "Split of the held-out data."})
-    mix_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Text to interleave with the training data, against forgetting: an id, a file or a folder."},
-    )
-    mix_dataset_config: str | None = field(default=None, metadata={"help": "Its configuration (subset) on the Hub."})
-    mix_dataset_split: str = field(default="train", metadata={"help": "Its split."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start again in an output directory that is not empty."}
-    )
+    mix_dataset_config: str | None = option(None, "Its configuration (subset) on the Hub.")
+    mix_dataset_split: str = option("train", "Its split.")
+    overwrite_output_dir: bool = option(False, "Start again in an output directory that is not empty.")
 
 
 def run(argv: list[str]) -> int:

@@ -1,12 +1,12 @@
 """What alignment data are made of: one config for `generate_alignment_data` and for `draftkd generate`."""
 
 import os
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields
 
 from hf_draftkd.data.target_cache import CacheOptions
 from hf_draftkd.decoding.setting import DecodingSetting, settings_at
 from hf_draftkd.utils.checks import in_range, one_of, whole_number
+from hf_draftkd.utils.fields import option
 
 SCENARIOS = ("queries", "curated", "synthetic")
 
@@ -24,10 +24,6 @@ _ONLY_WITH: dict[tuple[str, str | None], tuple[str, ...]] = {
 }
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class AlignmentDataConfig:
     """Configuration class for [`generate_alignment_data`]; every field is an option of `draftkd generate`.
@@ -40,63 +36,59 @@ class AlignmentDataConfig:
         ValueError: A value is out of range, or a field would do nothing in this kind of run.
     """
 
-    output_dir: str | None = _option(None, "Folder for the shards; the same command resumes a killed run in it.")
-    scenario: str = _option(
+    output_dir: str | None = option(None, "Folder for the shards; the same command resumes a killed run in it.")
+    scenario: str = option(
         "queries", "queries: answer prompts; curated: cut domain text into prompts; synthetic: the target asks."
     )
 
     # The prompts
-    dataset: str | None = _option(None, "Prompts or domain text: a Hub id, a file or a folder. Not for synthetic.")
-    dataset_config: str | None = _option(None, "Configuration (subset) of a Hub dataset.")
-    dataset_split: str | None = _option(None, "Split of the dataset; `train` where there are several.")
-    max_prompts: int | None = _option(None, "Take only the first so many rows of the dataset.")
-    prompt_column: str = _option("prompt", "queries: column with the prompts, strings or lists of messages.")
-    drop_last_answer: bool = _option(False, "queries: drop a conversation's last answer; the target answers instead.")
-    skip_invalid: bool = _option(False, "queries: leave out empty and malformed prompts instead of refusing them.")
-    text_column: str = _option("text", "curated: column with documents.")
-    question_column: str | None = _option(None, "curated: column with questions; documents are then not cut.")
-    opening_tokens: int = _option(64, "curated: tokens of a document's opening.")
-    instruction: str | None = _option(None, "curated: a user's message around the opening, with {text} where it goes.")
-    num_prompts: int = _option(1000, "synthetic: queries to keep.")
-    query_max_new_tokens: int = _option(128, "synthetic: longest query, in tokens.")
-    query_temperature: float = _option(1.0, "synthetic: sampling temperature of the queries.")
-    query_top_p: float = _option(0.99, "synthetic: nucleus sampling of the queries.")
-    system_prompt: str | None = _option(None, "synthetic: a system message in front, to name the domain.")
-    min_characters: int | None = _option(None, "synthetic: shortest query to keep.")
-    max_characters: int | None = _option(None, "synthetic: longest query to keep.")
-    script: str | None = _option(None, "synthetic: Unicode script that a query must be written in, such as latin.")
-    skip_too_long: bool = _option(False, "Leave out prompts that do not fit into the context instead of refusing them.")
+    dataset: str | None = option(None, "Prompts or domain text: a Hub id, a file or a folder. Not for synthetic.")
+    dataset_config: str | None = option(None, "Configuration (subset) of a Hub dataset.")
+    dataset_split: str | None = option(None, "Split of the dataset; `train` where there are several.")
+    max_prompts: int | None = option(None, "Take only the first so many rows of the dataset.")
+    prompt_column: str = option("prompt", "queries: column with the prompts, strings or lists of messages.")
+    drop_last_answer: bool = option(False, "queries: drop a conversation's last answer; the target answers instead.")
+    skip_invalid: bool = option(False, "queries: leave out empty and malformed prompts instead of refusing them.")
+    text_column: str = option("text", "curated: column with documents.")
+    question_column: str | None = option(None, "curated: column with questions; documents are then not cut.")
+    opening_tokens: int = option(64, "curated: tokens of a document's opening.")
+    instruction: str | None = option(None, "curated: a user's message around the opening, with {text} where it goes.")
+    num_prompts: int = option(1000, "synthetic: queries to keep.")
+    query_max_new_tokens: int = option(128, "synthetic: longest query, in tokens.")
+    query_temperature: float = option(1.0, "synthetic: sampling temperature of the queries.")
+    query_top_p: float = option(0.99, "synthetic: nucleus sampling of the queries.")
+    system_prompt: str | None = option(None, "synthetic: a system message in front, to name the domain.")
+    min_characters: int | None = option(None, "synthetic: shortest query to keep.")
+    max_characters: int | None = option(None, "synthetic: longest query to keep.")
+    script: str | None = option(None, "synthetic: Unicode script that a query must be written in, such as latin.")
+    skip_too_long: bool = option(False, "Leave out prompts that do not fit into the context instead of refusing them.")
 
     # The answers
-    max_new_tokens: int = _option(256, "Longest completion, in tokens.")
-    temperatures: list[float] = field(
-        default_factory=lambda: [0.0], metadata={"help": "One completion per prompt for each; 0 is greedy."}
-    )
-    top_p: float = _option(1.0, "Nucleus sampling at temperatures above 0.")
-    top_k: int = _option(0, "Top-k sampling at temperatures above 0; 0 keeps every token.")
-    repetition_penalty: float = _option(1.0, "As in transformers; 1 is none.")
-    num_completions: int = _option(1, "Completions per prompt at each temperature above 0.")
-    seed: int = _option(0, "Seed of the whole data set.")
-    batch_size: int = _option(8, "Prompts decoded together. Sampled completions depend on it.")
-    shard_size: int | None = _option(None, "Prompts per shard; by default a sixteenth of them, 4 batches to 256.")
-    context_length: int | None = _option(
+    max_new_tokens: int = option(256, "Longest completion, in tokens.")
+    temperatures: list[float] = option([0.0], "One completion per prompt for each; 0 is greedy.")
+    top_p: float = option(1.0, "Nucleus sampling at temperatures above 0.")
+    top_k: int = option(0, "Top-k sampling at temperatures above 0; 0 keeps every token.")
+    repetition_penalty: float = option(1.0, "As in transformers; 1 is none.")
+    num_completions: int = option(1, "Completions per prompt at each temperature above 0.")
+    seed: int = option(0, "Seed of the whole data set.")
+    batch_size: int = option(8, "Prompts decoded together. Sampled completions depend on it.")
+    shard_size: int | None = option(None, "Prompts per shard; by default a sixteenth of them, 4 batches to 256.")
+    context_length: int | None = option(
         None, "Longest text the target takes, prompt and completion, in tokens; by default what its config says."
     )
-    continuous_batching: bool = _option(
+    continuous_batching: bool = option(
         False, "transformers' continuous batching: exact ids, but sampled rows cannot be repeated."
     )
-    cache_distributions: dict | str | None = field(
-        default=None, metadata={"help": "Keep the target's distributions: top_k=64 or sampled=50."}
-    )
-    cache_loss_temperature: float = _option(1.0, "Loss temperature of the kept distributions; train at the same one.")
-    cache_dtype: str = _option("float16", "Type of the kept log-probabilities: float16 or float32.")
+    cache_distributions: dict | str | None = option(None, "Keep the target's distributions: top_k=64 or sampled=50.")
+    cache_loss_temperature: float = option(1.0, "Loss temperature of the kept distributions; train at the same one.")
+    cache_dtype: str = option("float16", "Type of the kept log-probabilities: float16 or float32.")
 
     # A target behind a server
-    endpoint: str | None = _option(None, "An OpenAI-compatible server that runs the target. Key: OPENAI_API_KEY.")
-    concurrency: int = _option(16, "endpoint: requests in flight.")
-    timeout: float = _option(600.0, "endpoint: seconds to wait for one answer.")
-    max_retries: int = _option(8, "endpoint: further attempts after 429, 5xx, a time-out or a lost connection.")
-    send_ids: bool = _option(False, "endpoint: send token ids instead of text.")
+    endpoint: str | None = option(None, "An OpenAI-compatible server that runs the target. Key: OPENAI_API_KEY.")
+    concurrency: int = option(16, "endpoint: requests in flight.")
+    timeout: float = option(600.0, "endpoint: seconds to wait for one answer.")
+    max_retries: int = option(8, "endpoint: further attempts after 429, 5xx, a time-out or a lost connection.")
+    send_ids: bool = option(False, "endpoint: send token ids instead of text.")
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without the target."""

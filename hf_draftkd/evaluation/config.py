@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from hf_draftkd.acceptance import DRAFT_LENGTHS, VERIFICATION_RULES
 from hf_draftkd.decoding.setting import DecodingSetting, settings_at
-from hf_draftkd.evaluation.schema import key
 from hf_draftkd.utils.checks import one_of, whole_number
+from hf_draftkd.utils.fields import option
 
 
 @dataclass
@@ -20,32 +20,32 @@ class EvaluationConfig:
         ValueError: A value is out of range, a rule does not exist, or `top_p` or `top_k` is to change greedy decoding.
     """
 
-    temperatures: list[float] | None = key(
-        "Sampling temperatures, 0 for greedy; by default 0 and 1, or what alignment data records.", default=None
+    temperatures: list[float] | None = option(
+        None, "Sampling temperatures, 0 for greedy; by default 0 and 1, or what alignment data records."
     )
-    top_p: float = key("Nucleus sampling at temperatures above 0.", default=1.0)
-    top_k: int = key("Top-k sampling at temperatures above 0; 0 keeps every token.", default=0)
-    repetition_penalty: float | None = key(
-        "Applied to both models; by default that of the target's generation config.", default=None
+    top_p: float = option(1.0, "Nucleus sampling at temperatures above 0.")
+    top_k: int = option(0, "Top-k sampling at temperatures above 0; 0 keeps every token.")
+    repetition_penalty: float | None = option(
+        None, "Applied to both models; by default that of the target's generation config."
     )
-    verification: list[str] = key(
+    verification: list[str] = option(
+        ["rejection_sampling"],
         "Rules for sampled text: rejection_sampling, greedy_draft (vLLM), exact_match (llama.cpp).",
-        default_factory=lambda: ["rejection_sampling"],
     )
-    max_new_tokens: int = key(
-        "Longest completion, in tokens. Of alignment data, the longest completion there counts.", default=128
+    max_new_tokens: int = option(
+        128, "Longest completion, in tokens. Of alignment data, the longest completion there counts."
     )
-    num_assistant_tokens: int | None = key(
+    num_assistant_tokens: int | None = option(
+        None,
         "Draft length to decode with and to report acceptance by position for; by default decoding uses the best one "
         "found, and positions are reported for 5.",
-        default=None,
     )
-    measure_speed: bool = key("Time steps and real decoding, and recommend.", default=True)
-    num_speed_prompts: int = key("Prompts decoded both ways for each setting.", default=16)
-    verify: int = key("Prompts on which to check computed against counted numbers; 0 for no check.", default=0)
-    batch_size: int = key("Texts per forward pass.", default=8)
-    seed: int = key("Seed of the target's sampling.", default=0)
-    domain: str | None = key("What the prompts are about, for the report.", default=None)
+    measure_speed: bool = option(True, "Time steps and real decoding, and recommend.")
+    num_speed_prompts: int = option(16, "Prompts decoded both ways for each setting.")
+    verify: int = option(0, "Prompts on which to check computed against counted numbers; 0 for no check.")
+    batch_size: int = option(8, "Texts per forward pass.")
+    seed: int = option(0, "Seed of the target's sampling.")
+    domain: str | None = option(None, "What the prompts are about, for the report.")
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without the models."""

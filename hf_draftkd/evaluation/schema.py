@@ -14,13 +14,8 @@ T = TypeVar("T")
 
 
 def key(help: str, **options: Any) -> Any:
-    """A documented dataclass field; `key_help` reads the text back."""
+    """A documented dataclass field."""
     return field(metadata={"help": help}, **options)
-
-
-def key_help(cls: type) -> dict[str, str]:
-    """The documentation of every key of a dataclass, in order."""
-    return {item.name: item.metadata.get("help", "") for item in fields(cls)}
 
 
 def to_plain(value: Any) -> Any:

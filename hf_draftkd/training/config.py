@@ -1,7 +1,7 @@
 """What a distillation run is made of: `SFTConfig` plus the few values that distilling adds."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import DIVERGENCES, get_divergence
 from hf_draftkd.training.token_selection import TOKEN_SELECTIONS
 from hf_draftkd.utils.checks import in_range, one_of, whole_number
+from hf_draftkd.utils.fields import option
 
 # Inherited options that would silently do nothing here, each with what to use instead. A value other than the default
 # is refused by name.
@@ -33,11 +34,6 @@ def bf16_is_usable() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return hasattr(torch, "xpu") and torch.xpu.is_available()
-
-
-def _option(default: Any, help_text: str) -> Any:
-    """A field whose text `draftkd train --help` shows."""
-    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass
@@ -168,45 +164,44 @@ class DraftDistillConfig(SFTConfig):
         ValueError: A value is out of range or of an unknown name, or a refused option is set.
     """
 
-    gradient_checkpointing: bool | None = _option(
+    gradient_checkpointing: bool | None = option(
         None, "Older name of `activation_checkpointing`. Off by default: a draft is small."
     )
-    learning_rate: float = _option(3e-4, "The initial learning rate for AdamW.")
-    max_length: int | None = _option(
+    learning_rate: float = option(3e-4, "The initial learning rate for AdamW.")
+    max_length: int | None = option(
         2048, "Longest prompt and completion together, in tokens; longer rows are cut at the end."
     )
-    logging_nan_inf_filter: bool = _option(
+    logging_nan_inf_filter: bool = option(
         False, "Leave off: a loss that is not finite stops the run instead of being hidden."
     )
 
-    hub_strategy: str = _option("end", "Only 'end': a draft is published whole, in one commit, after training.")
+    hub_strategy: str = option("end", "Only 'end': a draft is published whole, in one commit, after training.")
 
-    target_model_revision: str | None = _option(None, "Revision of the target, when it is given as an id.")
-    target_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Keyword arguments for loading the target, as JSON: dtype, device_map, quantization_config."},
+    target_model_revision: str | None = option(None, "Revision of the target, when it is given as an id.")
+    target_model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "Keyword arguments for loading the target, as JSON: dtype, device_map, quantization_config."
     )
-    shard_target: bool = _option(True, "Whether FSDP shards the target too; False keeps it whole on each process.")
-    divergence: str = _option(
+    shard_target: bool = option(True, "Whether FSDP shards the target too; False keeps it whole on each process.")
+    divergence: str = option(
         "forward_kl", f"How draft and target are compared at each token: {', '.join(DIVERGENCES)}."
     )
-    loss_temperature: float = _option(1.0, "Temperature of both distributions inside the loss; unrelated to sampling.")
-    beta: float = _option(0.5, "Mixture weight of generalized_jsd: 0 is forward KL, 1 is reverse KL.")
-    eta: float = _option(3.0, "How fast lk_hybrid moves from KL to total variation as acceptance grows.")
-    tvd_estimator: str = _option("sampled", "tvd_plus_plus: 'sampled' (one token per position) or 'full'.")
-    tvd_statistics: str = _option("batch", "tvd_plus_plus: rewards are normalised over the 'batch' or per 'token'.")
-    cross_entropy_weight: float = _option(0.0, "Share of the loss that is cross-entropy on the completion, in [0, 1].")
-    mix: str | None = _option(None, "Parts of training data to parts of `mix_dataset`: 9:1 where one is given.")
-    lmbda: float = _option(0.0, "Share of the steps whose completions the draft writes: 1.0 is on-policy.")
-    seq_kd: bool = _option(False, "Let the target write the completions of all other steps.")
-    skd_top_k: int | None = _option(None, "The target replaces tokens of the draft outside its own k likeliest (SKD).")
-    max_new_tokens: int = _option(128, "Longest completion written while training.")
-    generation_temperature: float = _option(1.0, "Temperature of completions written while training; 0 is greedy.")
-    generation_top_p: float = _option(1.0, "Probability mass they are sampled from.")
-    generation_top_k: int = _option(0, "Number of likeliest tokens they are sampled from; 0 is all.")
-    token_selection: str = _option("all", f"Which completion tokens are learned from: {', '.join(TOKEN_SELECTIONS)}.")
-    selected_share: float = _option(0.4, "Share of the tokens that token_selection='adaspec' learns from, in (0, 1].")
-    eval_num_assistant_tokens: int = _option(5, "Draft length at which eval_block_efficiency is reported.")
+    loss_temperature: float = option(1.0, "Temperature of both distributions inside the loss; unrelated to sampling.")
+    beta: float = option(0.5, "Mixture weight of generalized_jsd: 0 is forward KL, 1 is reverse KL.")
+    eta: float = option(3.0, "How fast lk_hybrid moves from KL to total variation as acceptance grows.")
+    tvd_estimator: str = option("sampled", "tvd_plus_plus: 'sampled' (one token per position) or 'full'.")
+    tvd_statistics: str = option("batch", "tvd_plus_plus: rewards are normalised over the 'batch' or per 'token'.")
+    cross_entropy_weight: float = option(0.0, "Share of the loss that is cross-entropy on the completion, in [0, 1].")
+    mix: str | None = option(None, "Parts of training data to parts of `mix_dataset`: 9:1 where one is given.")
+    lmbda: float = option(0.0, "Share of the steps whose completions the draft writes: 1.0 is on-policy.")
+    seq_kd: bool = option(False, "Let the target write the completions of all other steps.")
+    skd_top_k: int | None = option(None, "The target replaces tokens of the draft outside its own k likeliest (SKD).")
+    max_new_tokens: int = option(128, "Longest completion written while training.")
+    generation_temperature: float = option(1.0, "Temperature of completions written while training; 0 is greedy.")
+    generation_top_p: float = option(1.0, "Probability mass they are sampled from.")
+    generation_top_k: int = option(0, "Number of likeliest tokens they are sampled from; 0 is all.")
+    token_selection: str = option("all", f"Which completion tokens are learned from: {', '.join(TOKEN_SELECTIONS)}.")
+    selected_share: float = option(0.4, "Share of the tokens that token_selection='adaspec' learns from, in (0, 1].")
+    eval_num_assistant_tokens: int = option(5, "Draft length at which eval_block_efficiency is reported.")
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "target_model_init_kwargs"]
 

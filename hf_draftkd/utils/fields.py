@@ -1,0 +1,12 @@
+"""Dataclass fields that explain themselves: the same text in Python and in a command's `--help`."""
+
+from copy import copy
+from dataclasses import field
+from typing import Any
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a config with its help text. Of a list each instance gets its own copy."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: copy(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
