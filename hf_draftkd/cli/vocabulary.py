@@ -1,6 +1,6 @@
 """`draftkd vocabulary`: choose the tokens that a draft proposes from what its target writes, and record them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
@@ -10,20 +10,19 @@ from hf_draftkd.data.vocabulary import choose_draft_vocabulary, vocabulary_cover
 from hf_draftkd.decoding.drafting import checked_vocabulary
 from hf_draftkd.models.draft_length import write_draft_vocabulary
 from hf_draftkd.models.resolve import resolve
+from hf_draftkd.utils.fields import option
 
 
 @dataclass
 class VocabularyOptions:
     """Which draft, which text, and how many tokens."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder of the draft; its generation config is changed."})
-    dataset: str | None = field(
-        default=None, metadata={"help": "Text that the target wrote: what `draftkd generate` makes, or an id."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of a Hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Its split."})
-    size: int | None = field(default=None, metadata={"help": "Tokens that the draft may propose: 8192, for instance."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Let the draft's config run code of its own."})
+    model: str | None = option(None, "Folder of the draft; its generation config is changed.")
+    dataset: str | None = option(None, "Text that the target wrote: what `draftkd generate` makes, or an id.")
+    dataset_config: str | None = option(None, "Configuration (subset) of a Hub dataset.")
+    dataset_split: str = option("train", "Its split.")
+    size: int | None = option(None, "Tokens that the draft may propose: 8192, for instance.")
+    trust_remote_code: bool = option(False, "Allow code that comes with the draft.")
 
 
 def run(argv: list[str]) -> int:
