@@ -22,6 +22,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from hf_draftkd.data.target_cache import CACHE_COLUMNS
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
 
+# Columns of prepared rows beside SFTTrainer's, named as no user names theirs: how a row was decoded, and where the
+# distribution of each of its tokens lies.
+SETTING_COLUMN, INDEX_COLUMN = "hf_draftkd_setting", "hf_draftkd_cache_index"
 # A token's address: row number, then its place in the row's completion.
 _PLACE_BITS = 24
 UNKNOWN_SETTING = [math.nan] * len(SETTING_COLUMNS)
@@ -94,12 +97,12 @@ class DraftDistillCollator(DataCollatorForLanguageModeling):
         """A batch: `input_ids`, `labels` [B, L], ..., `decoding` [B, 4] unless it is padding-free, cache columns."""
         batch = super().torch_call(examples)
         if not self.padding_free:
-            rows = [example.get("decoding") or UNKNOWN_SETTING for example in examples]
+            rows = [example.get(SETTING_COLUMN) or UNKNOWN_SETTING for example in examples]
             # In float32, since not every accelerator has float64.
             batch["decoding"] = torch.tensor(rows, dtype=torch.float32)
         if self.cache is not None:
             # SFTTrainer truncates `input_ids` and `labels` only; what it cut off is at the end.
-            kept = [torch.tensor(row["cache_index"][: len(row["input_ids"])]) for row in examples]
+            kept = [torch.tensor(row[INDEX_COLUMN][: len(row["input_ids"])]) for row in examples]
             labels = batch["labels"]
             index = torch.full_like(labels, -1)
             for row, places in zip(index, [torch.cat(kept)] if self.padding_free else kept, strict=True):

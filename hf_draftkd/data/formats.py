@@ -1,20 +1,29 @@
 """From dataset columns to token ids and labels.
 
-`SFTTrainer` prepares every format that it knows. What it does not know is done here, before it looks: alignment rows
-carry the exact tokens that the target read and wrote, and must never be tokenised a second time.
+`SFTTrainer` prepares every format that it knows, and trips over columns and values that it does not expect. So rows are
+normalised here before it looks; and alignment rows, which carry the exact tokens that the target read and wrote, are
+never tokenised a second time.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyarrow.compute as pc
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Json, LargeList, List, Value
+from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
-from trl.data_utils import get_dataset_column_names
+from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
 
-from hf_draftkd.data.collator import UNKNOWN_SETTING, addresses, setting_feature
+from hf_draftkd.data.collator import (
+    INDEX_COLUMN,
+    SETTING_COLUMN,
+    UNKNOWN_SETTING,
+    addresses,
+    setting_feature,
+)
+from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
 
 logger = logging.getLogger(__name__)
@@ -27,6 +36,10 @@ FORMATS: tuple[tuple[str, ...], ...] = (
     ("messages",),
     ("conversations",),
 )
+# What SFTTrainer reads beside the columns of a format. The first stand for each token of `input_ids`.
+_PER_TOKEN = ("labels", "completion_mask", "assistant_masks")
+_BESIDE_IDS = (*_PER_TOKEN, "seq_lengths")
+_BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
 # What a row of alignment data is read for.
 _READ = {"prompt_ids", "completion_ids", "ids_source", "target", *SETTING_COLUMNS}
 
@@ -45,19 +58,145 @@ def check_format(dataset: Dataset | IterableDataset, name: str, *, text_field: s
             f"The {name} dataset has the column {sorted(images)[0]!r}, but drafts are text-only causal LMs. "
             "Remove the column if the answers do not depend on it."
         )
-    formats = [*FORMATS, (text_field,)]
-    if not any(set(needed) <= set(columns) for needed in formats):
+    if not formats_of(dataset, text_field):
         raise ValueError(
             f"The {name} dataset has the columns {columns}, none of which can be trained on. Needed is one of: "
-            + ", ".join(" + ".join(f"`{column}`" for column in needed) for needed in formats)
+            + ", ".join(" + ".join(f"`{column}`" for column in needed) for needed in (*FORMATS, (text_field,)))
             + ". `draftkd generate` makes rows with `prompt_ids` and `completion_ids` from prompts."
         )
+
+
+def formats_of(dataset: Dataset | IterableDataset, text_field: str = "text") -> list[tuple[str, ...]]:
+    """The formats whose columns a data set has, the first of them being the one that it is read by.
+
+    Ids are lists of whole numbers: a column `input_ids` of anything else is a name for something else.
+    """
+    columns = set(get_dataset_column_names(dataset))
+    present = [names for names in (*FORMATS, (text_field,)) if set(names) <= columns]
+    ids = [column for names in present for column in names if column.endswith("_ids")]
+    foreign = {column for column in ids if not _holds_whole_numbers(dataset, column)}
+    return [names for names in present if not foreign & set(names)]
+
+
+def format_columns(dataset: Dataset | IterableDataset, names: tuple[str, ...]) -> list[str]:
+    """What a format needs of a data set's columns, and what says more about it; others are left aside."""
+    columns = get_dataset_column_names(dataset)
+    if names == FORMATS[0]:  # exact ids bring columns that say what they are, distributions among them
+        return columns
+    if names == ("input_ids",):
+        beside = [column for column in _BESIDE_IDS if column in columns and _holds_whole_numbers(dataset, column)]
+    else:
+        beside = [column for column in _BESIDE_MESSAGES if column in columns]
+    return [*names, *beside]
+
+
+def normalize_rows(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    *,
+    text_field: str = "text",
+    formatting_func: Callable[[dict], str] | None = None,
+    numbers: Sequence[int] | None = None,
+    num_proc: int | None = None,
+) -> Any:
+    """Rows of one format as SFTTrainer takes them: what the format needs, and nothing beside it.
+
+    Messages, tools and template options come as the chat template reads them (see `messages.py`), and as JSON, in which
+    rows that differ do not lend each other their keys.
+
+    Args:
+        dataset: Rows that all fill the columns of the same format; may be a stream.
+        tokenizer: The pair's tokenizer, with its chat template.
+        name: What messages call the data set.
+        text_field: Name of the column with plain text.
+        formatting_func: Makes the text of a row that holds no token ids.
+        numbers: The number of each row, where these rows are not a data set of their own.
+        num_proc: Processes that read messages.
+
+    Raises:
+        ValueError: A message holds what a draft cannot read, or a mask is not as long as its ids; the row is named.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        return dataset
+    formats = formats_of(dataset, text_field)
+    names = next((each for each in formats if all(first[column] is not None for column in each)), None)
+    if formatting_func is not None and (names is None or not names[0].endswith("_ids")):
+        columns = get_dataset_column_names(dataset)
+        return dataset.map(lambda row: {text_field: formatting_func(row)}, remove_columns=columns)
+    if names is None or names == FORMATS[0]:
+        return dataset
+    columns = format_columns(dataset, names)
+    talks = any(isinstance(first[column], list | tuple) for column in names if names != ("input_ids",))
+    if not talks:
+        columns = [column for column in columns if column not in _BESIDE_MESSAGES]
+        dataset = dataset.select_columns(columns)
+        if isinstance(dataset, Dataset) and names == ("input_ids",):
+            return _with_whole_masks(dataset, name, numbers)
+        return dataset
+    dataset = dataset.select_columns(columns)
+    form = template_form(tokenizer)
+
+    def read(row: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            made = maybe_convert_to_chatml(row)
+            for column, value in dict(made).items():
+                if column == "tools":
+                    made[column] = read_tools(value)
+                elif column == "chat_template_kwargs":
+                    made[column] = read_options(value)
+                elif isinstance(value, str):
+                    raise ValueError(f"`{column}` is text, but the row's other column holds messages. Give both alike.")
+                else:
+                    made[column] = read_messages(value, form)
+        except ValueError as error:
+            number = index if numbers is None else numbers[index]
+            raise ValueError(f"Row {number} (counted from 0) of the {name} dataset: {error}") from error
+        return made
+
+    options: dict[str, Any] = {"remove_columns": [column for column in names if column == "conversations"]}
+    if isinstance(dataset, Dataset):
+        made = [column if column != "conversations" else "messages" for column in columns]
+        features = Features({column: Json() for column in made})
+        options |= {"features": features, "num_proc": num_proc, "desc": f"Reading messages of {name} dataset"}
+    return dataset.map(read, with_indices=True, **options)
+
+
+def _holds_whole_numbers(dataset: Any, column: str) -> bool:
+    """Whether a column holds lists of whole numbers."""
+    if dataset.features is None:
+        value = next(iter(dataset)).get(column)
+        return isinstance(value, list) and all(isinstance(each, int) for each in value)
+    kind = dataset.features.get(column)
+    return (
+        isinstance(kind, List | LargeList)
+        and isinstance(kind.feature, Value)
+        and kind.feature.dtype.lstrip("u").startswith(("int", "bool"))
+    )
+
+
+def _with_whole_masks(dataset: Dataset, name: str, numbers: Sequence[int] | None) -> Dataset:
+    """Rows of ids without the masks that no row fills; refused where one does not go with its ids."""
+    table = dataset.with_format("arrow")[:]
+    lengths = pc.list_value_length(table["input_ids"])
+    kept = [column for column in dataset.column_names if table[column].null_count < len(dataset)]
+    for column in kept:
+        fits = pc.fill_null(pc.equal(lengths, pc.list_value_length(table[column])), False).to_numpy()
+        if column in _PER_TOKEN and not fits.all():
+            row = int(fits.argmin())
+            raise ValueError(
+                f"Row {row if numbers is None else numbers[row]} (counted from 0) of the {name} dataset has "
+                f"`input_ids` and `{column}` of different lengths: each token needs its own. Correct the column, or "
+                "remove it to learn from all tokens."
+            )
+    return dataset.select_columns(kept)
 
 
 def exact_features(
     dataset: Dataset | IterableDataset, target_name: str | None, *, first_row: int | None = None, **map_kwargs: Any
 ) -> Any:
-    """Turn rows that already hold token ids into `input_ids`, `labels` and `decoding`; leave all others alone.
+    """Turn rows that already hold token ids into `input_ids`, `labels` and their setting; leave all others alone.
 
     Alignment rows (`prompt_ids`, `completion_ids`) become their concatenation with the prompt masked. A
     `completion_mask` that comes with `input_ids` becomes `labels`, which `SFTTrainer` would ignore.
@@ -70,8 +209,8 @@ def exact_features(
         map_kwargs: Passed on to `datasets.map`.
 
     Returns:
-        The dataset, with `decoding` = [temperature, top_p, top_k, repetition_penalty], nan where unknown, and with
-        `cache_index`, aligned with `input_ids`, where a cache is in use.
+        The dataset, with its setting [temperature, top_p, top_k, repetition_penalty], nan where unknown, as
+        `SETTING_COLUMN`, and with `INDEX_COLUMN`, aligned with `input_ids`, where a cache is in use.
     """
     columns = get_dataset_column_names(dataset)
     if {"prompt_ids", "completion_ids"} <= set(columns):
@@ -83,10 +222,10 @@ def exact_features(
             made = {
                 "input_ids": prompt + completion,
                 "labels": [-100] * len(prompt) + completion,
-                "decoding": _recorded_setting(row, target_name),
+                SETTING_COLUMN: _recorded_setting(row, target_name),
             }
             if first_row is not None:
-                made["cache_index"] = addresses(first_row + index, len(prompt), len(completion))
+                made[INDEX_COLUMN] = addresses(first_row + index, len(prompt), len(completion))
             return made
 
         rows = dataset.select_columns(light)
@@ -105,7 +244,7 @@ def packed(dataset: Dataset, length: int | None, map_kwargs: dict[str, Any]) -> 
     """Whole texts in rows of at most `length` tokens, as SFTTrainer packs them; each token keeps its cache index."""
     if length is None:
         raise ValueError("Packing needs `max_length`: the length of a packed row.")
-    return pack_dataset(dataset.select_columns(["input_ids", "labels", "cache_index"]), length, "bfd", map_kwargs)
+    return pack_dataset(dataset.select_columns(["input_ids", "labels", INDEX_COLUMN]), length, "bfd", map_kwargs)
 
 
 def has_labels(dataset: Dataset) -> bool:

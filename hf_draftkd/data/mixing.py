@@ -11,11 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 
-from hf_draftkd.data.formats import FORMATS
+from hf_draftkd.data.collator import INDEX_COLUMN, SETTING_COLUMN
+from hf_draftkd.data.formats import format_columns, formats_of
 from hf_draftkd.data.sources import row_numbers
-
-# Columns that SFTTrainer reads beside those of a format.
-_BESIDE = ("labels", "completion_mask", "tools", "chat_template_kwargs")
 
 
 def parse_mix(mix: str) -> tuple[float, float]:
@@ -104,14 +102,13 @@ def mixed_in(train_dataset: Any, mix_dataset: Any, mix: str | None, seed: int, *
     if train_dataset is None:
         raise ValueError("`mix_dataset` is mixed into `train_dataset`, which was not given.")
     if not isinstance(mix_dataset, IterableDataset):
-        formats = _formats_of(mix_dataset, text_field)
+        formats = formats_of(mix_dataset, text_field)
         if not formats:
             raise ValueError(
                 f"`mix_dataset` has the columns {mix_dataset.column_names}, none of which can be trained on: give it a "
                 f"column {text_field!r}."
             )
-        if formats[0] != FORMATS[0]:  # exact ids bring columns that say what they are, distributions among them
-            mix_dataset = mix_dataset.select_columns([*formats[0], *_beside(mix_dataset, formats[0])])
+        mix_dataset = mix_dataset.select_columns(format_columns(mix_dataset, formats[0]))
     return mix_datasets(train_dataset, mix_dataset, mix=mix or "9:1", seed=seed)
 
 
@@ -129,7 +126,7 @@ def split_by_format(dataset: Dataset, name: str, *, text_field: str = "text") ->
     Raises:
         ValueError: A row fills the columns of no format.
     """
-    present = _formats_of(dataset, text_field)
+    present = formats_of(dataset, text_field)
     if not present:  # a `formatting_func` reads it
         return [(dataset, np.arange(len(dataset)))]
     columns = sorted({column for names in present for column in names})
@@ -148,32 +145,17 @@ def split_by_format(dataset: Dataset, name: str, *, text_field: str = "text") ->
     rows = [(present[number], np.flatnonzero(way == number)) for number in np.unique(way)]
     if len(rows) == 1:
         return [(dataset, rows[0][1])]
-    return [(_readable(dataset.select(numbers), names), numbers) for names, numbers in rows]
+    return [
+        (dataset.select(numbers).select_columns(format_columns(dataset, names)), numbers) for names, numbers in rows
+    ]
 
 
 def rejoined(parts: list[tuple[Dataset, np.ndarray]]) -> Dataset:
     """Prepared rows in the order of the rows they were made from."""
     if len(parts) == 1:
         return parts[0][0]
-    kept = ("input_ids", "labels", "decoding", "cache_index")
+    kept = ("input_ids", "labels", SETTING_COLUMN, INDEX_COLUMN)
     alike = [part.select_columns([name for name in kept if name in part.column_names]) for part, _ in parts]
     types = {name: kind for part in alike for name, kind in part.features.items()}
     alike = [part.cast(Features({name: types[name] for name in part.column_names})) for part in alike]
     return concatenate_datasets(alike).select(np.argsort(np.concatenate([rows for _, rows in parts])))
-
-
-def _readable(part: Dataset, names: tuple[str, ...]) -> Dataset:
-    """Rows of one format without the columns of others, which SFTTrainer would read first."""
-    if names == FORMATS[0]:
-        return part
-    beside = _beside(part, names)
-    table = part.select_columns(beside).with_format("arrow")[:] if beside else {}
-    return part.select_columns([*names, *(name for name in beside if table[name].null_count == 0)])
-
-
-def _formats_of(dataset: Dataset, text_field: str) -> list[tuple[str, ...]]:
-    return [names for names in (*FORMATS, (text_field,)) if set(names) <= set(dataset.column_names)]
-
-
-def _beside(dataset: Dataset, names: tuple[str, ...]) -> list[str]:
-    return [name for name in _BESIDE if name in dataset.column_names and name not in names]

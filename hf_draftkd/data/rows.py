@@ -13,6 +13,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_draftkd.data.backends import Completion, cut_completion
+from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
 from hf_draftkd.data.target_cache import CACHE_COLUMNS, TEMPERATURE_COLUMN
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.utils.checks import one_of
@@ -23,19 +24,7 @@ Prompt = str | list[dict[str, Any]]
 _CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<form>.*?)(?P=quote)\s*\)""")
 
 
-def render_prompt(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, tools: Any = None, **template_options: Any
-) -> list[int]:
-    """The exact token ids that the target reads for one prompt. See `render_prompts`."""
-    if not isinstance(prompt, str):
-        return tokenizer.apply_chat_template(
-            [clean_message(message) for message in prompt],
-            tools=tool_schemas(tools),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **template_options,
-        )
+def _render_text(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids = tokenizer(prompt)["input_ids"]
     # A tokenizer that closes every text would close the prompt before the target could continue it.
     if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
@@ -61,8 +50,8 @@ def render_prompts(
 
     Args:
         prompts: Strings and message lists; or a dataset with a `prompt` column and, if it likes, a `tools` column and
-            a `chat_template_kwargs` column (as in TRL). Tools may be schemas or their JSON; in schemas, keys without a
-            value are left out, since Arrow adds them where the schemas of two tools differ.
+            a `chat_template_kwargs` column (as in TRL). Tools may be schemas or their JSON; messages and tools are
+            read as `messages.py` says.
         tokenizer: The target's tokenizer.
         first_row: Number of the first prompt, for messages.
         **template_options: Further arguments of the chat template, such as `enable_thinking=False`.
@@ -71,17 +60,22 @@ def render_prompts(
         One list of token ids per prompt.
 
     Raises:
-        ValueError: Messages are given and the tokenizer has no chat template, or the template refuses them.
+        ValueError: Messages are given and the tokenizer has no chat template, the template refuses them, or they hold
+            what a draft cannot read, such as images.
     """
     rows: Iterable[Mapping[str, Any]]
     rows = prompts if isinstance(prompts, Dataset) else ({"prompt": prompt} for prompt in prompts)
-    rendered = []
+    rendered, form = [], None
     for number, row in enumerate(rows, start=first_row):
-        if not isinstance(row["prompt"], str):
+        if isinstance(row["prompt"], str):
+            rendered.append(_render_text(row["prompt"], tokenizer))
+            continue
+        if form is None:
             require_chat_template(tokenizer)
-        options = {**template_options, **(row.get("chat_template_kwargs") or {})}
+            form = template_form(tokenizer)
         try:
-            rendered.append(render_prompt(row["prompt"], tokenizer, tools=row.get("tools"), **options))
+            messages, options = read_messages(row["prompt"], form), _template_options(row, template_options)
+            rendered.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options))
         except Exception as error:
             # Templates raise whatever their author chose; all of it is about this row.
             raise ValueError(f"The chat template cannot render prompt {number} (from 0): {error}") from error
@@ -143,20 +137,29 @@ def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
         | {"ids_source": Value("string")}
     )
 
+    talks = not is_text and len(dataset) > 0 and not isinstance(dataset[0]["prompt"], str)
+    if talks:
+        require_chat_template(tokenizer)
+    form = template_form(tokenizer) if talks else None
+
     def encode(row: dict[str, Any], number: int) -> dict[str, Any]:
         if is_text:
             end = str(tokenizer.eos_token or "")
             ids = tokenizer(row["text"] if row["text"].endswith(end) else row["text"] + end)["input_ids"]
             return {**row, "prompt_ids": ids[:1], "completion_ids": ids[1:], "ids_source": "retokenized"}
-        options = {**template_options, **(row.get("chat_template_kwargs") or {})}
-        prompt_ids = render_prompt(row["prompt"], tokenizer, tools=row.get("tools"), **options)
-        if isinstance(row["prompt"], str):
+        if form is None:
+            prompt_ids = _render_text(row["prompt"], tokenizer)
             ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
             ids = ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
         else:
-            messages = [clean_message(message) for message in [*row["prompt"], *row["completion"]]]
-            tools = tool_schemas(row.get("tools"))
-            whole = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False, **options)
+            options = _template_options(row, template_options)
+            try:
+                messages = read_messages([*row["prompt"], *row["completion"]], form)
+            except ValueError as error:
+                raise ValueError(f"Row {number} (counted from 0): {error}") from error
+            whole = tokenizer.apply_chat_template(messages, **options)
+            prompt = messages[: len(row["prompt"])]
+            prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
             if whole[: len(prompt_ids)] != prompt_ids:
                 raise ValueError(
                     f"Row {number} (counted from 0): the chat template does not continue the rendered prompt when the "
@@ -170,23 +173,10 @@ def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
     return dataset.map(encode, with_indices=True, features=features, desc="Encoding text")
 
 
-def tool_schemas(tools: Any) -> Any:
-    """A row's `tools` as a chat template takes them: read from their JSON, and without the keys that Arrow adds."""
-    return json.loads(tools) if isinstance(tools, str) else (_without_nulls(tools) or None)
-
-
-def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without the empty keys that Arrow adds where rows differ: a template may ask whether a key is there.
-
-    Inside tool calls as well, where a null that was meant cannot be told from one of Arrow's.
-    """
-    return {key: _without_nulls(value) for key, value in message.items() if value is not None or key == "content"}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list | tuple) else value
+def _template_options(row: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """How a row's messages are rendered to ids: as asked for everywhere, as the row asks, and with its tools."""
+    options = {**given, **read_options(row.get("chat_template_kwargs")), "tools": read_tools(row.get("tools"))}
+    return options | {"tokenize": True, "return_dict": False}
 
 
 def alignment_rows(

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_draftkd.acceptance import expected_target_calls
-from hf_draftkd.data.collator import UNKNOWN_SETTING, rows_by_setting
+from hf_draftkd.data.collator import SETTING_COLUMN, UNKNOWN_SETTING, rows_by_setting
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import DistillationLoss
 from hf_draftkd.losses.chunked import scan
@@ -292,6 +292,6 @@ def _foreign_rows(dataset: Any, signal: TextSignal) -> int:
     """Rows for which block efficiency is not exact; 0 of a stream, which is not read ahead."""
     if not isinstance(dataset, Dataset):
         return 0
-    decoding = dataset["decoding"] if "decoding" in dataset.column_names else []
+    decoding = dataset[SETTING_COLUMN] if SETTING_COLUMN in dataset.column_names else []
     recorded = rows_by_setting(torch.tensor([row or UNKNOWN_SETTING for row in decoding], dtype=torch.float32))
     return len(dataset) - sum(len(rows) for setting, rows in recorded.items() if signal.judges(setting))

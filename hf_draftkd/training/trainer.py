@@ -29,8 +29,8 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
 from hf_draftkd.acceptance.tensors import widest_float
-from hf_draftkd.data.collator import CachedDistributions, DraftDistillCollator
-from hf_draftkd.data.formats import exact_features, packed, warn_of_cuts
+from hf_draftkd.data.collator import INDEX_COLUMN, SETTING_COLUMN, CachedDistributions, DraftDistillCollator
+from hf_draftkd.data.formats import exact_features, normalize_rows, packed, warn_of_cuts
 from hf_draftkd.data.mixing import mixed_in, rejoined, split_by_format
 from hf_draftkd.data.target_cache import rows_with_distributions
 from hf_draftkd.evaluation.report import SpeculationReport
@@ -219,7 +219,7 @@ class DraftDistillTrainer(SFTTrainer):
             self.train_dataset = None
         # Rows bring two columns more than SFTTrainer's.
         self._set_signature_columns_if_needed()
-        self._signature_columns += ["decoding", "cache_index"]
+        self._signature_columns += [SETTING_COLUMN, INDEX_COLUMN]
         if data_collator is None:
             self.data_collator = DraftDistillCollator(**asdict(self.data_collator), cache=self._cache)
         # The loss normalises itself, whatever the draft's own forward accepts.
@@ -306,16 +306,19 @@ class DraftDistillTrainer(SFTTrainer):
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
 
-        def prepared(part: Dataset | IterableDataset) -> Any:
+        reading = {"text_field": args.dataset_text_field, "formatting_func": formatting_func}
+
+        def prepared(part: Dataset | IterableDataset, rows: Any = None) -> Any:
             with global_then_local_main_first():
+                part = normalize_rows(part, processing_class, dataset_name, numbers=rows, **reading)
                 part = exact_features(part, self.target_name, first_row=first_row, **map_kwargs)
-            return usual(part, processing_class, whole, False, formatting_func, dataset_name)
+            return usual(part, processing_class, whole, False, None, dataset_name)
 
         if isinstance(dataset, IterableDataset):
             dataset = prepared(dataset)
         else:
             parts = split_by_format(dataset, dataset_name, text_field=args.dataset_text_field)
-            dataset = rejoined([(prepared(part), rows) for part, rows in parts])
+            dataset = rejoined([(prepared(part, rows), rows) for part, rows in parts])
         warn_of_cuts(dataset, dataset_name, None if packing and args.packing_strategy != "bfd" else args.max_length)
         if not (packing and self._cache):
             return usual(dataset, processing_class, args, packing, None, dataset_name)

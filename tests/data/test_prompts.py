@@ -3,8 +3,8 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
+from hf_draftkd.data.messages import without_nulls
 from hf_draftkd.data.prompts import fitting_rows, load_prompts
-from hf_draftkd.data.rows import clean_message
 
 CHAT = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "on the mat?"}]]
 
@@ -144,7 +144,7 @@ def test_what_a_jsonl_brings_late_comes_through_as_it_is(tmp_path, common, late)
     rows = load_prompts(path)
     assert len(rows) == LATE + 1
     last = rows[LATE]
-    last["prompt"] = last["prompt"] if isinstance(last["prompt"], str) else [*map(clean_message, last["prompt"])]
+    last["prompt"] = without_nulls(last["prompt"])
     assert {name: last[name] for name in late} == late
 
 

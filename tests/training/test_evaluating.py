@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import EarlyStoppingCallback
 
 from hf_draftkd import AcceptanceCallback, DraftDistillConfig, DraftDistillTrainer
-from hf_draftkd.data.collator import DraftDistillCollator, rows_by_setting
+from hf_draftkd.data.collator import SETTING_COLUMN, DraftDistillCollator, rows_by_setting
 from hf_draftkd.data.target_cache import cache_target_distributions
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import chunked
@@ -140,8 +140,8 @@ def test_rows_of_others_leave_the_figures_of_a_setting_alone(tmp_path, pair, tok
 
 def test_a_recorded_setting_survives_the_precision_of_the_batch():
     """0.7 becomes 0.699999988 in float32: a temperature of its own. In float64 the batch cannot go to every device."""
-    row = {"input_ids": [0, 5, 6], "labels": [-100, 5, 6], "decoding": [0.7, 0.95, 50.0, 1.05]}
-    batch = DraftDistillCollator(pad_token_id=2)([row, row | {"decoding": [1 / 3, 1.0, 0.0, 1.0]}])
+    row = {"input_ids": [0, 5, 6], "labels": [-100, 5, 6], SETTING_COLUMN: [0.7, 0.95, 50.0, 1.05]}
+    batch = DraftDistillCollator(pad_token_id=2)([row, row | {SETTING_COLUMN: [1 / 3, 1.0, 0.0, 1.0]}])
     assert all(value.dtype != torch.float64 for value in batch.values())
     assert next(iter(rows_by_setting(batch["decoding"]))) == DecodingSetting(0.7, 0.95, 50, 1.05)
 

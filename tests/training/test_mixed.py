@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from hf_draftkd import DraftDistillTrainer, cache_target_distributions
+from hf_draftkd.data.collator import SETTING_COLUMN
 from hf_draftkd.data.mixing import mix_datasets
 from hf_draftkd.data.rows import with_token_ids
 from tests.training.rows import alignment_rows
@@ -83,7 +84,7 @@ def test_any_format_can_be_mixed_in(tmp_path, pair, tokenizer, other):
     strewn = Dataset.from_list(strewn)
     alone = build(tmp_path, pair, tokenizer, strewn).train_dataset[0]
     mixed = mixed_trainer(tmp_path, pair, tokenizer, rows, strewn).train_dataset
-    found = [row for row in mixed if row["decoding"] is None]
+    found = [row for row in mixed if row[SETTING_COLUMN] is None]
     assert found
     for row in found:
         assert (row["input_ids"], row["labels"]) == (alone["input_ids"], alone["labels"])

@@ -33,6 +33,7 @@ def build(
     peft=None,
     reference_model=None,
     callbacks=None,
+    formatting_func=None,
     **options,
 ):
     draft, target = pair
@@ -48,6 +49,7 @@ def build(
         peft_config=peft,
         reference_model=reference_model,
         callbacks=callbacks,
+        formatting_func=formatting_func,
     )
 
 

@@ -1,0 +1,142 @@
+"""Messages and tools as a chat template reads them: one way for rows to train on, prompts, and texts to measure on.
+
+Arrow gives every message, tool and argument the keys of all others, with null for a value, and a template prints those.
+Templates also differ in what they take: content as text or as a list of parts, arguments as an object or as JSON.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+_MEDIA = ("image", "audio", "video", "file")
+_PROBE, _ARGUMENT = "zebra", "walrus"
+_USER = {"role": "user", "content": "x"}
+_CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {_ARGUMENT: 1}}}
+# A conversation in which a message of each role may stand: what comes before it, and after it.
+_AROUND: dict[str, tuple[list[Any], list[Any]]] = {
+    "system": ([], [_USER]),
+    "user": ([], []),
+    "assistant": ([_USER], []),
+    "tool": ([_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}], []),
+}
+
+
+@dataclass(frozen=True)
+class TemplateForm:
+    """The form in which a chat template takes messages.
+
+    Attributes:
+        part_roles: Roles whose content it reads as a list of parts.
+        arguments: Whether it writes the arguments of a tool call from an `object` or from `text` (their JSON); None
+            where it shows none.
+        source: The template itself, which names the kinds of parts it knows.
+    """
+
+    part_roles: frozenset[str]
+    arguments: str | None
+    source: str
+
+
+def template_form(tokenizer: PreTrainedTokenizerBase) -> TemplateForm:
+    """Find the form by rendering small conversations: nothing else tells what a template does."""
+
+    def rendered(messages: list[Any]) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception:  # templates raise whatever their author chose: it does not take this form
+            return ""
+
+    parts = [{"type": "text", "text": _PROBE}]
+    shown = {role: rendered([*a, {"role": role, "content": parts}, *b]) for role, (a, b) in _AROUND.items()}
+    as_object = rendered([_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}])
+    call = {**_CALL, "function": {"name": "f", "arguments": json.dumps({_ARGUMENT: 1})}}
+    as_text = rendered([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
+    arguments = "text" if json.dumps({_ARGUMENT: 1}) in as_text else None
+    return TemplateForm(
+        # In quotes the list itself was printed.
+        part_roles=frozenset(
+            role
+            for role, text in shown.items()
+            if _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text
+        ),
+        arguments="object" if _ARGUMENT in as_object and f"'{_ARGUMENT}'" not in as_object else arguments,
+        source=str(tokenizer.chat_template),
+    )
+
+
+def read_messages(messages: Iterable[Mapping[str, Any]], form: TemplateForm) -> list[dict[str, Any]]:
+    """Messages in the form that a template takes, without the nulls that Arrow adds.
+
+    Nulls go from tool calls as well, where one that was meant cannot be told from one of Arrow's: arguments given as
+    JSON keep theirs. Parts of text are joined, without anything between them, where the template does not read parts.
+
+    Raises:
+        ValueError: A part is not text, and the template does not know its kind; or it is an image, audio or video,
+            which no draft reads.
+    """
+    return [_read_message(message, form) for message in messages]
+
+
+def read_tools(tools: Any) -> Any:
+    """A row's `tools`: read from their JSON, and without the keys that Arrow adds."""
+    return json.loads(tools) if isinstance(tools, str) else (without_nulls(tools) or None)
+
+
+def read_options(template_kwargs: Any) -> dict[str, Any]:
+    """A row's `chat_template_kwargs`, without those of other rows."""
+    return without_nulls(template_kwargs) or {}
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys whose value is null, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _read_message(message: Mapping[str, Any], form: TemplateForm) -> dict[str, Any]:
+    made = without_nulls(message)
+    if "content" in message:  # templates look at it without asking whether it is there
+        made["content"] = content = without_nulls(message["content"])
+        if isinstance(content, list):
+            made["content"] = _read_parts(content, str(message.get("role")), form)
+    for call in made.get("tool_calls") or ():
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        if "arguments" in function:
+            function["arguments"] = _read_arguments(function["arguments"], form)
+    return made
+
+
+def _read_parts(parts: list[Any], role: str, form: TemplateForm) -> Any:
+    made = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    reads_parts = role in form.part_roles
+    for part in made:
+        kind = str(part.get("type", "text" if "text" in part else None)) if isinstance(part, Mapping) else None
+        if kind == "text":
+            continue
+        if kind is None or any(medium in kind for medium in _MEDIA):
+            raise ValueError(
+                f"the message of the {role} holds a part of type {kind!r}, but drafts read text only. Take it out if "
+                "the answers do not depend on it."
+            )
+        if not (reads_parts and kind in form.source):
+            raise ValueError(
+                f"the message of the {role} holds a part of type {kind!r}, which the chat template does not read. "
+                "Give its content as text."
+            )
+    return made if reads_parts else "".join(part["text"] for part in made)
+
+
+def _read_arguments(arguments: Any, form: TemplateForm) -> Any:
+    if form.arguments == "object" and isinstance(arguments, str):
+        try:
+            read = json.loads(arguments)
+        except json.JSONDecodeError:
+            return arguments
+        return read if isinstance(read, dict) else arguments
+    if form.arguments == "text" and isinstance(arguments, Mapping):
+        return json.dumps(arguments, ensure_ascii=False)
+    return arguments

@@ -1,0 +1,111 @@
+"""What messages become before a template sees them, for templates that take different forms."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
+from hf_draftkd.data.rows import render_prompts, with_token_ids
+from tests.data.small import TEMPLATE, make_tokenizer
+
+TEXT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+PARTS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text | trim }}{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
+# Of the user alone, as some templates have it.
+USER_PARTS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'user' and m.content is not string %}"
+    "{% for part in m.content %}{{ part.text or part.thinking }}"
+    "{% if part.type == 'thinking' %}!{% endif %}{% endfor %}"
+    "{% else %}{{ '' + m.content }}{% endif %}{% endfor %}"
+)
+OBJECT = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+JSON = "{% for m in messages %}{% for c in m.tool_calls %}{{ '' + c.function.arguments }}{% endfor %}{% endfor %}"
+PRINTED = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}{% endfor %}"
+
+
+def user(*parts):
+    return {"role": "user", "content": [{"type": "text", "text": part, "url": None} for part in parts]}
+
+
+def call(arguments):
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+@pytest.mark.parametrize(
+    ("template", "roles", "arguments"),
+    [
+        (TEXT, set(), None),
+        (TEMPLATE, set(), "object"),
+        (PARTS, {"system", "user", "assistant", "tool"}, None),
+        (USER_PARTS, {"user"}, None),
+        (OBJECT, set(), "object"),
+        (JSON, set(), "text"),
+        (PRINTED, set(), "text"),
+        ("{{ raise_exception('no') }}", set(), None),
+    ],
+)
+def test_the_form_is_found_by_rendering(template, roles, arguments):
+    form = template_form(make_tokenizer(template))
+    assert (form.part_roles, form.arguments) == (roles, arguments)
+
+
+@pytest.mark.parametrize(("template", "shown"), [(TEXT, "one  two"), (PARTS, "onetwo")])
+def test_parts_of_text_are_joined_or_left_to_the_template(template, shown):
+    """Fault: the list itself was printed into the prompt, `[{'type': 'text', ...`."""
+    tokenizer = make_tokenizer(template)
+    (ids,) = render_prompts([[user("one ", " two")]], tokenizer)
+    assert tokenizer.decode(ids) == "<|user|>" + shown
+
+
+@pytest.mark.parametrize("template", [TEXT, PARTS, USER_PARTS])
+@pytest.mark.parametrize("kind", ["image", "image_url", "input_audio", "video"])
+def test_what_no_draft_reads_is_refused_by_row(template, kind):
+    """Fault: templates that read parts pass over those they do not know, without a word."""
+    prompts = [
+        [user("one")],
+        [{"role": "user", "content": [{"type": kind, "url": "x"}, {"type": "text", "text": "y"}]}],
+    ]
+    with pytest.raises(ValueError, match=f"prompt 1 .*user.*{kind}"):
+        render_prompts(prompts, make_tokenizer(template))
+
+
+def test_a_kind_of_part_that_the_template_names_reaches_it():
+    message = {"role": "user", "content": [{"type": "thinking", "thinking": "hm"}, "then"]}
+    tokenizer = make_tokenizer(USER_PARTS)
+    assert tokenizer.decode(render_prompts([[message]], tokenizer)[0]) == "<|user|>hm!then"
+    with pytest.raises(ValueError, match="'thinking'"):
+        render_prompts([[message]], make_tokenizer(PARTS))
+
+
+@pytest.mark.parametrize("given", [{"city": "Köln"}, '{"city": "Köln"}'])
+@pytest.mark.parametrize("template", [OBJECT, JSON, PRINTED])
+def test_arguments_are_written_once_as_json(template, given):
+    """Fault: arguments in OpenAI's form, JSON text, were encoded again: a draft learns "{\\"city\\": ..."."""
+    tokenizer = make_tokenizer(template)
+    messages = read_messages([{"role": "user", "content": "x"}, call(given)], template_form(tokenizer))
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == '{"city": "Köln"}'
+
+
+def test_only_a_null_in_json_text_was_meant():
+    form = template_form(make_tokenizer(OBJECT))
+    (read,) = read_messages([call({"a": 1, "b": None, "c": [{"d": None}]})], form)
+    assert read == call({"a": 1, "c": [{}]})
+    assert read_messages([call('{"a": null}')], form) == [call({"a": None})]
+    tools = [{"name": "f", "parameters": {"default": None}}]
+    assert read_tools(json.dumps(tools)) == tools
+    assert read_tools(tools) == [{"name": "f", "parameters": {}}]
+    assert (read_tools(None), read_options(None), read_options({"a": None, "b": 0})) == (None, {}, {"b": 0})
+
+
+def test_text_that_exists_is_read_in_the_same_form(tokenizer):
+    rows = [{"prompt": [user("the ", "cat")], "completion": [{"role": "assistant", "content": user("sat")["content"]}]}]
+    (row,) = with_token_ids(Dataset.from_list(rows), tokenizer)
+    assert tokenizer.decode(row["prompt_ids"] + row["completion_ids"]).endswith("the cat<|end|><|assistant|>sat<|end|>")
+    rows[0]["completion"][0]["content"].append({"type": "image", "url": "x"})
+    with pytest.raises(ValueError, match=r"Row 0 .*assistant.*'image'"):
+        with_token_ids(Dataset.from_list(rows), tokenizer)

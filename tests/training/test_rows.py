@@ -1,0 +1,161 @@
+"""What the trainer makes of rows as users bring them: the texts and labels that a draft learns from."""
+
+import json
+
+import pytest
+from datasets import Dataset, load_dataset
+
+from tests.tiny import tiny_tokenizer
+from tests.training.trainers import build
+
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{{ mood or '' }}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PAIR = {"prompt": "one two", "completion": " three"}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **arguments):
+    calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
+    return {"role": "assistant", "content": content} | ({"tool_calls": calls} if arguments else {})
+
+
+def tool(**properties):
+    return {"type": "function", "function": {"name": "f", "parameters": properties}}
+
+
+# Of which Arrow makes one type, with the keys of both.
+CALLS = [
+    {"messages": [user("hi"), assistant("", city="x")], "tools": [tool(city={"type": "string"})]},
+    {"messages": [user("hi"), assistant("", n=1)], "tools": [tool(n={"type": "integer"})]},
+    {"messages": [user("hi"), assistant("yes")], "tools": None},
+]
+
+
+@pytest.fixture
+def learnt(tmp_path, pair):
+    """Function: (text, text that is learnt from) of each row after the trainer has prepared them."""
+
+    def prepared(rows, template=TEMPLATE, **options):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        dataset = Dataset.from_list(rows) if isinstance(rows, list) else rows
+        made = build(tmp_path, pair, tokenizer, dataset, **options).train_dataset
+        return [
+            (tokenizer.decode(row["input_ids"]), tokenizer.decode([each for each in row["labels"] if each != -100]))
+            for row in made
+        ]
+
+    return prepared
+
+
+def rendered(rows):
+    """The conversations as they were written, before Arrow had them."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return [tokenizer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False) for row in rows]
+
+
+@pytest.mark.parametrize("source", ["dataset", "parquet", "jsonl", "stream", "conversations", "pairs", "mixed"])
+def test_no_null_of_arrow_is_learnt(tmp_path, learnt, source):
+    """Fault: with another row's keys the draft learnt `{"city": "x", "n": null}`, which no target writes."""
+    expected = rendered(CALLS)
+    assert '{"n": 1}' in expected[1]
+    assert not any("null" in text for text in expected)
+    rows, options = CALLS, {}
+    if source == "parquet":
+        Dataset.from_list(CALLS).to_parquet(tmp_path / "rows.parquet")
+        rows = load_dataset("parquet", data_files=str(tmp_path / "rows.parquet"), split="train")
+    elif source == "jsonl":
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, CALLS)))
+        rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
+    elif source == "stream":
+        rows, options = Dataset.from_list(CALLS).to_iterable_dataset(), {"max_steps": 1}
+    elif source == "conversations":
+        rows = [{"conversations": row["messages"], "tools": row["tools"]} for row in CALLS]
+    elif source == "pairs":
+        rows = [
+            {"prompt": row["messages"][:1], "completion": row["messages"][1:], "tools": row["tools"]} for row in CALLS
+        ]
+    elif source == "mixed":
+        rows = [row | {"text": None} for row in CALLS[:2]] + [{"text": "one"}, CALLS[2]]
+        expected = [*expected[:2], "one</s>", expected[2]]
+    found = learnt(rows, **options)
+    assert [text for text, _ in found] == expected
+    if source == "pairs":
+        assert [text for _, text in found] == ['{"city": "x"}</s>', '{"n": 1}</s>', "yes</s>"]
+
+
+def test_options_of_the_template_are_each_rows_own(learnt):
+    """Fault: `TypeError: 'NoneType' object is not a mapping` where one row has none."""
+    talk = {"messages": [user("a"), assistant("b")]}
+    kwargs = [{"mood": "sad"}, {"other": 1}, None]
+    found = learnt([talk | {"chat_template_kwargs": each} for each in kwargs])
+    assert [text.split("<|user|>")[0] for text, _ in found] == ["sad", "", ""]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"text": "some text"},
+        *({"labels": labels} for labels in (1, "good", [1, 2])),
+        *({"decoding": each} for each in ("greedy", {"beams": 2})),
+        *({"input_ids": each} for each in ("A1", ["a", "b"])),
+        {"hf_draftkd": 1, "cache_index": 3, "completion_mask": [1], "assistant_masks": [0], "seq_lengths": 7},
+        {"tools": "a hammer", "chat_template_kwargs": None},
+        {"messages": [user("a"), assistant("b")]},
+    ],
+    ids=str,
+)
+def test_columns_that_a_format_does_not_need_are_left_aside(learnt, extra):
+    """Fault: `text` took the end token from every completion, silently; `labels` [1, 2] became the labels."""
+    assert learnt([PAIR | extra] * 2) == [("one two three</s>", " three</s>")] * 2
+
+
+@pytest.mark.parametrize("extra", [{"prompt": "x"}, {"text": "x", "labels": 1, "decoding": "greedy"}], ids=str)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_messages_need_no_other_column(learnt, extra, streamed):
+    rows = Dataset.from_list([{"messages": [user("a"), assistant("b")], **extra}] * 2)
+    found = learnt(rows.to_iterable_dataset() if streamed else rows, max_steps=1)
+    assert [text for text, _ in found] == ["<|user|>a</s><|assistant|>b</s>"] * 2
+
+
+def test_ids_keep_their_labels_and_nothing_else(learnt, tokenizer):
+    ids = tokenizer("one two")["input_ids"]
+    masked = {"input_ids": ids, "labels": [-100, *ids[1:]]}
+    assert learnt([masked | {"decoding": "x"}]) == [("one two", tokenizer.decode(ids[1:]))]
+    assert learnt([{"input_ids": ids, "labels": "good"}]) == [("one two", "one two")]
+    with pytest.raises(ValueError, match=r"Row 1 .*`labels` of different lengths"):
+        learnt([masked, {"input_ids": ids, "labels": [1]}])
+
+
+def test_a_formatting_function_reads_every_column_and_leaves_none(learnt):
+    rows = [{"question": "one", "answer": "two", "labels": 1, "decoding": "x"}]
+
+    def text(row):
+        return f"{row['question']} {row['labels']} {row['answer']}"
+
+    assert learnt(rows, formatting_func=text) == [("one 1 two</s>", "one 1 two</s>")]
+
+
+def test_parts_are_read_and_images_refused_by_row(learnt):
+    """Fault: `[{'type': 'text', ...` was learnt; with another template images went without a word."""
+    part = {"type": "text", "text": "two"}
+    rows = [{"messages": [user([part, part | {"text": " three"}]), assistant([part])]}]
+    assert learnt(rows)[0][0] == "<|user|>two three</s><|assistant|>two</s>"
+    rows.append({"messages": [user([part, {"type": "image", "url": "x"}]), assistant([part])]})
+    with pytest.raises(ValueError, match=r"Row 1 .*train.*'image'"):
+        learnt(rows)
+    with pytest.raises(ValueError, match=r"Row 3 .*train.*'image'"):
+        learnt([{"text": "one", "messages": None}, rows[0], {"text": "one"}, rows[1]])
+
+
+def test_messages_beside_text_are_refused(learnt):
+    with pytest.raises(ValueError, match=r"Row 0 .*`completion` is text"):
+        learnt([{"prompt": [user("a")], "completion": "b"}])
