@@ -58,10 +58,10 @@ efficiency = {8: "block_efficiency_at_8"} | {args.eval_num_assistant_tokens: "bl
 columns = {f"tokens per target call, γ = {length}": name for length, name in sorted(efficiency.items())}
 columns["acceptance rate, greedy"] = "acceptance_rate_t0"
 print(f"| draft | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
-for name, figures in (
+for name, metrics in (
     ("stock", stock),
     ("distilled on all tokens (the reference)", everything),
     (f"distilled on {args.selected_share:.0%} of the tokens", selected),
 ):
-    values = [figures[f"eval_{key}"] for key in columns.values()]
+    values = [metrics[f"eval_{key}"] for key in columns.values()]
     print(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |")

@@ -50,7 +50,7 @@ def show(title: str, rows: Dataset, seconds: float) -> None:
     """One row of each kind, and the numbers."""
     tokens = sum(len(ids) for ids in rows["completion_ids"])
     stopped = sum(reason == "stop" for reason in rows["finish_reason"])
-    print(f"\n== {title}: {len(rows)} rows, {tokens} tokens, {stopped} ended by themselves")
+    print(f"\n== {title}: {len(rows)} rows, {tokens} tokens, {stopped} ended on their own")
     print(f"   {seconds:.1f} s: {len(rows) / seconds:.1f} rows/s, {tokens / seconds:.0f} tokens/s")
     row = rows[0]
     prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
@@ -90,7 +90,7 @@ def main() -> None:
     # float32: few CPUs compute in bfloat16, and emulating it takes several times as long.
     target, tokenizer = load_target(demo_path("target"), dtype="float32"), load_tokenizer(demo_path("target"))
     settings = {"max_new_tokens": options.max_new_tokens, "batch_size": 16, "seed": 0}
-    figures = []
+    runs = []
 
     start = time.perf_counter()
     folder = options.output_dir / "queries"
@@ -105,7 +105,7 @@ def main() -> None:
     )
     write_card(folder, rows)
     show("queries", rows, seconds := time.perf_counter() - start)
-    figures.append(("queries", rows, seconds))
+    runs.append(("queries", rows, seconds))
     tokens = sum(len(ids) for ids in rows["completion_ids"])
     stored = sum(path.stat().st_size for path in folder.glob("data/*.parquet"))
     print(
@@ -124,7 +124,7 @@ def main() -> None:
         **settings,
     )
     show(f"curated {counts}", rows, seconds := time.perf_counter() - start)
-    figures.append(("curated", rows, seconds))
+    runs.append(("curated", rows, seconds))
 
     start = time.perf_counter()
     prompts, counts = synthesize_prompts(target, tokenizer, options.prompts, max_new_tokens=192, batch_size=16)
@@ -138,7 +138,7 @@ def main() -> None:
         **settings,
     )
     show(f"synthetic {counts}", rows, seconds := time.perf_counter() - start)
-    figures.append(("synthetic", rows, seconds))
+    runs.append(("synthetic", rows, seconds))
 
     command = ["--target_model", demo_path("target"), "--dataset", demo_path("train.jsonl")]
     command += ["--max_prompts", str(options.prompts), "--temperatures", "0", "1", "--dtype", "float32"]
@@ -155,7 +155,7 @@ def main() -> None:
         raise SystemExit(1)
 
     print("\n| scenario | rows | completion tokens | seconds | rows/s | tokens/s |\n|---|---|---|---|---|---|")
-    for name, rows, seconds in figures:
+    for name, rows, seconds in runs:
         tokens = sum(len(ids) for ids in rows["completion_ids"])
         print(
             f"| {name} | {len(rows)} | {tokens} | {seconds:.1f} | {len(rows) / seconds:.1f} | {tokens / seconds:.0f} |"

@@ -73,12 +73,12 @@ class Recipe:
             held_out = corpus.source_documents(held_out=True)[: self.options.documents]
             streams = [encode_documents(self.tokenizer, texts) for texts in (self.documents, held_out)]
             schedule = Schedule(steps=self.options.pretraining_steps, tokens_per_step=self.options.tokens_per_step)
-            model, figures = pretrain(
+            model, stage = pretrain(
                 base_config(self.tokenizer, draft=True), *streams, schedule, self.folder / "pretraining", seed=0
             )
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-            write_json(self.folder / f"{PRETRAINED}.json", figures)
+            write_json(self.folder / f"{PRETRAINED}.json", stage)
         return folder
 
     def plain_text(self):
@@ -159,7 +159,7 @@ class Recipe:
         }
 
 
-def figures(reports, length):
+def measured(reports, length):
     """By draft, domain and temperature: tokens per target call, and the difference to the domain's best draft.
 
     The best is the one with the highest mean over both temperatures, so at one of them another may be ahead of it.
@@ -234,7 +234,7 @@ def main():
     folders = [recipe.pretrained()]
     folders += [recipe.aligned(divergence, seed) for divergence in LOSSES.values() for seed in options.seeds]
     reports = recipe.reports(folders)
-    found = figures(reports, options.num_assistant_tokens)
+    found = measured(reports, options.num_assistant_tokens)
     seconds = {folder.name: read_seconds(options.output_dir / f"{folder.name}.json") for folder in folders}
     print(tables(found, options.seeds, seconds))
     write_json(

@@ -169,7 +169,7 @@ def quality(answers, wanted, rows, tokenizer):
     }
 
 
-def figures(found, rows, tokenizer, models):
+def measured(found, rows, tokenizer, models):
     """Each way's latency, and the quality of its target."""
     plain, ones = found["large"], [1] * len(rows)
     result = {}
@@ -230,7 +230,7 @@ def main():
     models = chain.models()
     rows = load_prompts(demo_path("test.jsonl"), limit=options.queries)
     found = decode(models, render_prompts(rows, chain.tokenizer), options)
-    result = figures(found, rows, chain.tokenizer, models)
+    result = measured(found, rows, chain.tokenizer, models)
     seconds = {
         name: read_seconds(options.output_dir / f"{name}.json")
         for name in ("small", "draft_of_large", "draft_of_small")

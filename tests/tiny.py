@@ -96,7 +96,7 @@ def tiny_tokenizer(
 
 
 def _finish(model: PreTrainedModel, seed: int, real_vocab_size: int, eos_scale: float) -> PreTrainedModel:
-    """Draw every matrix anew from `seed`, zero the padded rows, and hand the model back in eval mode."""
+    """Draw every matrix from `seed`, zero the padded rows, and hand the model back in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tables = {id(embeddings.weight), id(head.weight)}

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from demo_texts import GAMMA, TEMPERATURES, figures, pooled, ratio, texts, the_target, write_texts
+from demo_texts import GAMMA, TEMPERATURES, metrics, pooled, ratio, texts, the_target, write_texts
 from resumable import done_so_far, run_all
 
 DEFAULT = "default"
@@ -103,11 +103,11 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
     folder, change = Path(job["folder"]), job["change"]
     if change is None:
-        return {"figures": figures(stock(), folder, "dev")}
+        return {"metrics": metrics(stock(), folder, "dev")}
     rows = texts(folder, "train")
     reference = train(stock(), rows, job, {}) if change.get("token_selection") == "adaspec" else None
     draft = train(stock(), rows, job, change, reference)
-    return {"figures": figures(draft, folder, "dev")}
+    return {"metrics": metrics(draft, folder, "dev")}
 
 
 def report(results: dict[str, dict[str, Any]], sizes: dict[str, Any]) -> None:
@@ -127,14 +127,14 @@ def report(results: dict[str, dict[str, Any]], sizes: dict[str, Any]) -> None:
     print("| changed | " + " | ".join(f"{name} | Δ {name}" for name in TEMPERATURES.values()) + " |")
     print("|---|" + "---|" * (2 * len(TEMPERATURES)))
     for cell, runs in by_cell.items():
-        found, parts = [run["figures"] for run in runs], []
+        found, parts = [run["metrics"] for run in runs], []
         for setting in TEMPERATURES.values():
             columns = pooled(found, setting)
             value, seeds = bootstrap_ratio(*columns), [ratio(each, setting) for each in found]
             spread = f" ({min(seeds):.3f} to {max(seeds):.3f})" if len(seeds) > 1 else ""
             parts.append(f"{value.value:.3f} ± {(value.high - value.low) / 2:.3f}{spread}")
             # The stock draft has one run, the default one for each seed: of ratios, the number of runs cancels out.
-            base = [run["figures"] for run in by_cell.get(DEFAULT, [])]
+            base = [run["metrics"] for run in by_cell.get(DEFAULT, [])]
             if cell == DEFAULT or not base:
                 parts.append("")
                 continue

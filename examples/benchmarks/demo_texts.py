@@ -75,7 +75,7 @@ def the_target() -> Any:
     return load_target(demo_path("target"), dtype="float32")
 
 
-def figures(draft: Any, folder: Path, split: str = "test") -> dict[str, dict[str, list[float]]]:
+def metrics(draft: Any, folder: Path, split: str = "test") -> dict[str, dict[str, list[float]]]:
     """Exact target calls of the draft on the target's texts.
 
     Returns:

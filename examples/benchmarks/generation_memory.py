@@ -65,8 +65,8 @@ def run(num_prompts: int, folder: Path, alone: str) -> None:
         )
     seconds = time.perf_counter() - start
     added = [float(alone), reading["RssAnon"] - before, answering["RssAnon"] - read]
-    figures = [f"{number:,.0f}" for number in (num_prompts, len(data), seconds, before, *added, answering["VmRSS"])]
-    print(f"| {' | '.join(figures)} |")
+    numbers = [f"{number:,.0f}" for number in (num_prompts, len(data), seconds, before, *added, answering["VmRSS"])]
+    print(f"| {' | '.join(numbers)} |")
 
 
 @contextmanager

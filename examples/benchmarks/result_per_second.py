@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from demo_texts import GAMMA, TEMPERATURES, figures, pooled, ratio, texts, the_target, write_texts
+from demo_texts import GAMMA, TEMPERATURES, metrics, pooled, ratio, texts, the_target, write_texts
 from peers import BUILDERS
 from resumable import done_so_far, run_all
 from transformers import TrainerCallback
@@ -100,8 +100,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     results = []
     for kept in marks.kept:
         draft.load_state_dict(kept.pop("weights"))
-        results.append(kept | {"figures": figures(draft, folder)})
-    dev = figures(draft, folder, "dev")
+        results.append(kept | {"metrics": metrics(draft, folder)})
+    dev = metrics(draft, folder, "dev")
     return {
         "marks": results,
         "dev": sum(ratio(dev, setting) for setting in TEMPERATURES.values()) / len(TEMPERATURES),
@@ -151,7 +151,7 @@ def report(results: dict[str, dict[str, Any]], sizes: dict[str, Any]) -> None:
             cells = []
             for setting in TEMPERATURES.values():
                 for index in range(len(marks)):
-                    found = [run["marks"][index]["figures"] for run in runs]
+                    found = [run["marks"][index]["metrics"] for run in runs]
                     value, seeds = bootstrap_ratio(*pooled(found, setting)), [ratio(each, setting) for each in found]
                     spread = f" ({min(seeds):.3f} to {max(seeds):.3f})" if len(seeds) > 1 else ""
                     cells.append(f"{value.value:.3f} ± {(value.high - value.low) / 2:.3f}{spread}")

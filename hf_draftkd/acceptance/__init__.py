@@ -2,7 +2,6 @@
 
 from hf_draftkd.acceptance.blocks import (
     DRAFT_LENGTHS,
-    PositionSums,
     acceptance_by_position,
     block_efficiency,
     block_efficiency_by_length,
@@ -15,7 +14,7 @@ from hf_draftkd.acceptance.counts import (
     bootstrap_paired_ratio_quotient,
     bootstrap_ratio,
 )
-from hf_draftkd.acceptance.lenience import LENIENCE_FORMS, LenientRates, lenient_rates
+from hf_draftkd.acceptance.lenience import LENIENCE_FORMS
 from hf_draftkd.acceptance.speedup import (
     DraftLength,
     Latency,
@@ -28,7 +27,6 @@ from hf_draftkd.acceptance.speedup import (
 from hf_draftkd.acceptance.token_rates import (
     VERIFICATION_RULES,
     accepted_given_output,
-    greedy_logits,
     token_acceptance_rate,
     token_logprob,
 )
@@ -41,8 +39,6 @@ __all__ = [
     "DraftLength",
     "Estimate",
     "Latency",
-    "LenientRates",
-    "PositionSums",
     "acceptance_by_position",
     "accepted_given_output",
     "best_draft_length",
@@ -54,8 +50,6 @@ __all__ = [
     "break_even_acceptance_rate",
     "expected_block_efficiency",
     "expected_target_calls",
-    "greedy_logits",
-    "lenient_rates",
     "mbsu",
     "predicted_speedup",
     "token_acceptance_rate",

@@ -45,15 +45,11 @@ class AcceptanceCounts:
         """
         if num_tokens is None:
             num_tokens = num_accepted_draft_tokens + 1
-        if not 0 <= num_accepted_draft_tokens <= num_draft_tokens:
+        accepted = num_accepted_draft_tokens
+        if not 0 <= accepted <= num_draft_tokens or not accepted <= num_tokens <= accepted + 1:
             raise ValueError(
-                f"Accepted draft tokens must be between 0 and the {num_draft_tokens} drafted, got "
-                f"{num_accepted_draft_tokens}."
-            )
-        if not num_accepted_draft_tokens <= num_tokens <= num_accepted_draft_tokens + 1:
-            raise ValueError(
-                f"A call that accepts {num_accepted_draft_tokens} tokens adds these and at most one more to the "
-                f"output, got {num_tokens}."
+                f"A call adds the tokens that it accepts and at most one more, got {num_draft_tokens} drafted, "
+                f"{accepted} accepted and {num_tokens} added tokens."
             )
         self.num_spec_steps += 1
         self.num_draft_tokens += num_draft_tokens

@@ -1,8 +1,8 @@
 """How likely one drafted token is to be accepted, per verification rule.
 
 All functions take logits *after* the processing that decoding applies (temperature, top-k, top-p, penalties), the same
-for both models. Processed logits may hold `-inf` (filtered tokens) and may be one-hot (greedy decoding, see
-`greedy_logits`). Arithmetic is in float32, or in float64 where the logits are.
+for both models. Processed logits may hold `-inf` (filtered tokens) and may be one-hot (greedy decoding: 0 for the
+likeliest token, `-inf` for every other). Arithmetic is in float32, or in float64 where the logits are.
 
 Rules (`VERIFICATION_RULES`):
 
@@ -21,19 +21,6 @@ from hf_draftkd.acceptance.tensors import at_least_float32, check_same_shape
 from hf_draftkd.utils.checks import one_of
 
 VERIFICATION_RULES: tuple[str, ...] = ("rejection_sampling", "exact_match", "greedy_draft")
-
-
-def greedy_logits(logits: torch.Tensor) -> torch.Tensor:
-    """Return the logits of decoding at temperature 0: 0 for the likeliest token, `-inf` for every other.
-
-    Args:
-        logits: `[..., V]`. Of equal maxima the first counts, as in `torch.argmax` and so in `generate`.
-
-    Returns:
-        One-hot log-probabilities `[..., V]`, in the dtype of `logits`.
-    """
-    likeliest = logits.argmax(dim=-1, keepdim=True)
-    return torch.full_like(logits, -torch.inf).scatter_(-1, likeliest, 0.0)
 
 
 def token_acceptance_rate(

@@ -23,7 +23,7 @@ from hf_draftkd.evaluation.tables import report_table
 from hf_draftkd.models.draft_length import write_draft_length
 from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.pairing import check_own_tokenizer
-from hf_draftkd.models.resolve import Checkpoint, check_model, resolve
+from hf_draftkd.models.resolve import Checkpoint, resolve
 from hf_draftkd.utils.checks import whole_number
 from hf_draftkd.utils.fields import option
 from hf_draftkd.utils.text import printable
@@ -92,7 +92,7 @@ def _look_up(options: EvaluateOptions) -> list[Checkpoint]:
     named += [] if options.baseline is None else [(options.baseline, None)]
     found = [resolve(name, revision=at, trust_remote_code=options.trust_remote_code) for name, at in named]
     for checkpoint in found:
-        check_model(checkpoint)
+        checkpoint.config  # noqa: B018 - raises where it is not a usable causal LM
         check_own_tokenizer(checkpoint, found[0].tokenizer)
     return found
 
@@ -112,7 +112,7 @@ def _check_write(options: EvaluateOptions, config: EvaluationConfig) -> None:
     if options.write and not config.measure_speed:
         raise UsageError("`--write` stores the best draft length, which needs `--measure_speed`.")
     for path in options.model or [] if options.write else []:
-        # An adapter's directory has no generation config of its own: the base model's would be changed.
+        # An adapter's directory has no generation config: the base model's would be changed.
         if not (Path(path) / "config.json").is_file():
             raise UsageError(
                 f"`--write` changes the draft's own generation config, so {path!r} must be a local directory with a "
@@ -129,7 +129,7 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
         if options.write and report.recommendation is not None:
             length = report.recommendation.num_assistant_tokens
             written.append(write_draft_length(Path(report.draft.name), length, options.trust_remote_code))
-    finally:  # hours of measuring are shown, even where a full disk takes no file
+    finally:  # hours of measuring are shown even if the disk is full
         console.print(report_table(report))
     for warning in report.warnings:
         console.print(f"[yellow]note:[/yellow] {escape(printable(warning))}", highlight=False)

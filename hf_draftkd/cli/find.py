@@ -1,7 +1,6 @@
 """`draftkd find TARGET`: which drafts are there for a target, and how good are they?"""
 
 import json
-import sys
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -9,11 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hf_draftkd.cli.errors import UsageError
+from hf_draftkd.cli.errors import usage_errors
 from hf_draftkd.cli.options import parse, required
 from hf_draftkd.hub.find import FoundDraft, find_drafts
 from hf_draftkd.utils.fields import option
-from hf_draftkd.utils.text import printable
 
 _CAPTION = (
     "Metrics of the setting (T: temperature) in which a draft helps least; γ: tokens drafted per call; cost: time of a "
@@ -40,18 +38,13 @@ def run(argv: list[str]) -> int:
         argv = ["--target_model", *argv]
     (options,) = parse("find", [FindOptions], argv, "Find draft models for a target on the Hugging Face Hub.")
     required(target_model=options.target_model)
-    try:
+    with usage_errors():
         found = find_drafts(
             options.target_model,
             revision=options.revision,
             include_base_models=options.include_base_models,
             limit=options.limit,
         )
-    except ConnectionError as error:
-        print(f"draftkd find: {printable(error)}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     if options.json:
         print(json.dumps([draft.to_dict() for draft in found], indent=2, ensure_ascii=False))
     elif not found:

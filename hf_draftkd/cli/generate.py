@@ -82,12 +82,16 @@ def run(argv: list[str]) -> int:
         return 1
     if not this_process().is_main_process:
         return 0
-    try:
+    with usage_errors():  # what somebody wrote into the card cannot be read
         write_card(Path(str(config.output_dir)), rows)
-    except ValueError as error:  # what somebody wrote into the card cannot be read
-        raise UsageError(str(error)) from error
     _print_summary(rows, options, config, perf_counter() - start)
-    return _publish(options, config, rows) if options.push_to_hub else 0
+    if options.push_to_hub:
+        with usage_errors():
+            # Without the option the organisation's default decides.
+            private = options.private or None
+            address = push_alignment_data(str(config.output_dir), options.push_to_hub, rows=rows, private=private)
+        print(f"Published at {address}")
+    return 0
 
 
 def _check(options: GenerateOptions, config: AlignmentDataConfig) -> None:
@@ -118,25 +122,11 @@ def _load(checkpoint: Checkpoint, options: GenerateOptions) -> PreTrainedModel:
     return load_target(checkpoint, dtype=options.dtype, device_map=device_map)
 
 
-def _publish(options: GenerateOptions, config: AlignmentDataConfig, rows: Dataset) -> int:
-    # Without the option the organisation's default decides.
-    private = options.private or None
-    try:
-        address = push_alignment_data(str(config.output_dir), str(options.push_to_hub), rows=rows, private=private)
-    except ConnectionError as error:
-        print(f"draftkd generate: {printable(error)}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    print(f"Published at {address}")
-    return 0
-
-
 def _print_summary(rows: Dataset, options: GenerateOptions, config: AlignmentDataConfig, seconds: float) -> None:
     tokens = sum(len(ids) for ids in rows["completion_ids"])
     stopped = sum(reason == "stop" for reason in rows["finish_reason"])
     print(
-        f"{len(rows)} completions, {tokens} tokens ({tokens / len(rows):.1f} each; {stopped} ended by themselves) in "
+        f"{len(rows)} completions, {tokens} tokens ({tokens / len(rows):.1f} each; {stopped} ended on their own) in "
         f"{config.output_dir}, {seconds:.0f} s in all.\n"
         f"Train on them: draftkd train --model DRAFT --target_model {options.target_model} "
         f"--dataset {config.output_dir} --output_dir OUT"

@@ -1,10 +1,9 @@
 """`draftkd push`: publish a draft on the Hub, or show what would be published."""
 
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_draftkd.cli.errors import UsageError
+from hf_draftkd.cli.errors import usage_errors
 from hf_draftkd.cli.options import parse, required
 from hf_draftkd.hub.push import push_draft
 from hf_draftkd.utils.fields import option
@@ -43,14 +42,8 @@ def run(argv: list[str]) -> int:
     folder, repo_id = given.pop("model"), given.pop("repo_id")
     # Without the option the organisation's default decides.
     given["private"] = options.private or None
-    try:
+    with usage_errors():
         upload = push_draft(folder, repo_id, **given)
-    except ConnectionError as error:
-        # The Hub or the network failed: nothing the user typed was wrong.
-        print(f"draftkd push: {printable(error)}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
     print(printable(upload))
     if options.dry_run:
         print(f"\n{'-' * 20} README.md {'-' * 20}\n{printable(upload.card.render())}")

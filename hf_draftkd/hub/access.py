@@ -79,7 +79,7 @@ def hub_errors(doing: str, *, afterwards: str, token: str | bool | None = None) 
             f"The Hub cannot be reached while {doing} ({type(error).__name__}: {redacted(error, token)}). {afterwards}"
         ) from None
     except RuntimeError as error:
-        # huggingface_hub wraps what fails in an upload thread, and its Xet client has errors of its own.
+        # huggingface_hub wraps what fails in an upload thread, and its Xet client has its own errors.
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):
             raise _from_response(cause, doing, afterwards, token) from None

@@ -1,7 +1,7 @@
 """A card written again: its sections and measured metadata are new, what people wrote beside them is kept.
 
-A section stands between two marks, and each mark is a whole line. Escaped data never makes a whole line of its own, so
-no name or text from a report can fake one.
+A section stands between two marks, and each mark is a whole line. Escaped data never fills a whole line, so no name
+or text from a report can fake one.
 """
 
 import re

@@ -58,10 +58,6 @@ _STALE = [
 ]
 _AGAIN = "Nothing was published, nothing on disk has changed: the same command tries again."
 _WORDS_OF = {"hub": "the card on the Hub", "local": f"the {CARD_FILE} in the folder"}
-_CARD_EDITS = {
-    "hub": "with the words of the card on the Hub",
-    "local": f"with the words of the {CARD_FILE} in the folder",
-}
 
 
 @dataclass(frozen=True)

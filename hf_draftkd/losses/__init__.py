@@ -14,7 +14,7 @@ from hf_draftkd.losses.divergences import (
     total_variation,
     tvd_plus_plus,
 )
-from hf_draftkd.losses.objective import DistillationLoss, distillation_loss, shift_labels
+from hf_draftkd.losses.objective import DistillationLoss, distillation_loss
 from hf_draftkd.losses.sparse import (
     SampledTarget,
     SparseTarget,
@@ -42,7 +42,6 @@ __all__ = [
     "negative_log_acceptance",
     "reverse_kl",
     "sample_target",
-    "shift_labels",
     "sparse_divergence",
     "top_k_target",
     "total_variation",

@@ -93,7 +93,7 @@ def chunked_loss(
 
 
 @torch.no_grad()
-def scan(sources: Sequence[Any], look: Callable[..., None], chunk_size: int | None = None) -> None:
+def scan(sources: Sequence[Any], look: Callable[..., None]) -> None:
     """Call `look(rows, *parts)` for one chunk of positions after the other.
 
     Args:
@@ -102,12 +102,11 @@ def scan(sources: Sequence[Any], look: Callable[..., None], chunk_size: int | No
         look: Takes the slice of positions and, for each source, its part: logits `[n, V]` in float32 or float64 with
             the values that the model itself gives in its own precision; a sparse or sampled target; None. It must
             neither keep logits nor write into them: the next chunk overwrites them.
-        chunk_size: As in `chunks_of`.
     """
     ready = [prepared(each) if isinstance(each, torch.Tensor | Unprojected) else each for each in sources]
     memories = [Reused() for _ in ready]
     with torch.autocast(positions_of(sources[0]).device.type, enabled=False):
-        for rows in chunks_of(sources[0], chunk_size):
+        for rows in chunks_of(sources[0]):
             look(rows, *(_part(each, rows, memory) for each, memory in zip(ready, memories, strict=True)))
 
 

@@ -62,20 +62,6 @@ class DistillationLoss(NamedTuple):
     """Bool, shape of the labels: the N completion tokens, in order."""
 
 
-def shift_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Return, for each position, the token that its logits predict: the next one.
-
-    Args:
-        labels: Token ids `[B, T]`, -100 where nothing is learned.
-
-    Returns:
-        `[B, T]`, -100 at the last position: there is nothing after it. Logits and hidden states stay whole.
-    """
-    shifted = torch.full_like(labels, IGNORED)
-    shifted[..., :-1] = labels[..., 1:]
-    return shifted
-
-
 def distillation_loss(
     draft: torch.Tensor | Unprojected,
     target: Target | None,
@@ -101,7 +87,7 @@ def distillation_loss(
             positions are projected and no `[tokens, vocabulary]` tensor exists beyond a chunk.
         target: The same for the target, or its `SparseTarget` or `SampledTarget`; `None` with
             `divergence="cross_entropy"`. One entry per label, or one per completion token `[N, ...]`.
-        labels: `[...]`, the token that each position's logits predict (see `shift_labels`); -100: no completion token.
+        labels: `[...]`, the token that each position's logits predict, the next one; -100: no completion token.
         divergence: A key of `DIVERGENCES`, or a function `f(draft_logits [n, V], target_logits [n, V], **options) ->
             [n]` without state across positions; its gradient is then taken by autograd, a chunk at a time.
         options: The divergence's options, e.g. `{"beta": 0.5}`.

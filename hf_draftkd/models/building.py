@@ -27,6 +27,7 @@ from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import align_vocabulary
 from hf_draftkd.models.resolve import check_config
 from hf_draftkd.models.sizing import check_share, cut_layers, evenly_spread, sized_config, spread_layers
+from hf_draftkd.utils.checks import whole_number
 
 # Whether a layer leaves its keys to later ones follows from which of those are there.
 _FREE_TO_DIFFER = ("training", "store_full_length_kv")
@@ -217,7 +218,7 @@ def _unfit(target_model: PreTrainedModel, layers: list[int], reason: str) -> Val
 
 
 def _check_sources(config: PreTrainedConfig, layers: list[int]) -> None:
-    """A layer without keys of its own reads those of the last layer of its type that has some."""
+    """Refuse layers that read the keys and values of a layer that is left out."""
     shared = getattr(config, "num_kv_shared_layers", None) or 0
     first_shared = config.num_hidden_layers - shared
     for layer in layers:
@@ -262,12 +263,7 @@ def _check_request(num_layers: Any, layers: Any, config: Any, share: Any, tie_wo
 
 
 def _checked_layers(layers: list[int], depth: int) -> list[int]:
-    for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not -depth <= layer < depth:
-            raise ValueError(
-                f"`layers` must be indices of the target's {depth} layers, {-depth} to {depth - 1}, got {layer!r}."
-            )
-    chosen = [layer % depth for layer in layers]
+    chosen = [whole_number("layers", layer, -depth, depth - 1) % depth for layer in layers]
     if not chosen or chosen != sorted(set(chosen)):
         raise ValueError(
             f"`layers` must name at least one layer, each once and in ascending order, got {layers}. For a few "

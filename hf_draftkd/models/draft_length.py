@@ -8,6 +8,8 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from hf_draftkd.utils.checks import whole_number
+
 
 def draft_length_settings(num_assistant_tokens: int) -> dict[str, Any]:
     """The generation-config entries that make a draft propose exactly γ tokens a step.
@@ -18,10 +20,8 @@ def draft_length_settings(num_assistant_tokens: int) -> dict[str, Any]:
     Raises:
         ValueError: γ is not a positive whole number.
     """
-    if num_assistant_tokens != int(num_assistant_tokens) or num_assistant_tokens < 1:
-        raise ValueError(f"`num_assistant_tokens` must be a whole number, 1 or above, got {num_assistant_tokens}.")
     return {
-        "num_assistant_tokens": int(num_assistant_tokens),
+        "num_assistant_tokens": whole_number("num_assistant_tokens", num_assistant_tokens),
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
     }
@@ -67,7 +67,7 @@ def write_draft_vocabulary(folder: Path, ids: list[int], trust_remote_code: bool
     Args:
         folder: The draft's folder.
         ids: The likeliest first, so that the first n are the list of size n.
-        trust_remote_code: Whether the model's config may run code of its own.
+        trust_remote_code: Whether code that comes with the model may run.
 
     Returns:
         The file.
@@ -101,5 +101,5 @@ def _write(folder: Path, settings: dict[str, Any], trust_remote_code: bool) -> P
 def _set(config: GenerationConfig, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         setattr(config, name, value)
-    # transformers reads keys that it does not know only from a config that is one of its own.
+    # transformers reads keys that it does not know only from its own config classes.
     config._from_model_config = False

@@ -94,7 +94,7 @@ def count_parameters(folder: Path) -> int:
         if _ADAPTER_KEY.search(name):
             raise ValueError(
                 f"{path} holds adapter weights ({name}): the adapter was not merged. Merge and save it: "
-                "`model.merge_and_unload().save_pretrained(folder)`; `draftkd train` does so by itself."
+                "`model.merge_and_unload().save_pretrained(folder)`; `draftkd train` does so."
             )
         if piece.get_dtype() not in _DENSE:
             raise ValueError(

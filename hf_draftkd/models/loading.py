@@ -51,7 +51,7 @@ def load_target(
         The model; no parameter requires a gradient.
 
     Raises:
-        ValueError: There is no usable causal LM under this name (see `check_model`), or an option is wrong.
+        ValueError: There is no usable causal LM under this name (see `Checkpoint.config`), or an option is wrong.
         ImportError: The quantisation asked for needs a package that is not installed.
     """
     model = _load(

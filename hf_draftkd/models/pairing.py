@@ -213,7 +213,7 @@ def _check_padding(
 
 
 def _resize(model: PreTrainedModel, old_size: int, new_size: int) -> None:
-    needed = f"The draft's vocabulary must go from {old_size} to {new_size} rows, but"
+    needed = f"The draft's vocabulary must change from {old_size} to {new_size} rows, but"
     if getattr(model, "peft_config", None):
         raise ValueError(
             f"{needed} it carries a PEFT adapter. Align the plain draft first and add the adapter then, or merge it: "

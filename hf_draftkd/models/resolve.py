@@ -216,18 +216,6 @@ def resolve(name_or_path: Any, *, revision: str | None = None, trust_remote_code
     return Checkpoint(name, commit, frozenset(files), False, trust_remote_code)
 
 
-def check_model(name_or_path: Any, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Make sure that a causal LM with safetensors weights is there; reads its config, and no weights.
-
-    Returns:
-        The model's config (of the base model where an adapter was named).
-
-    Raises:
-        ValueError: No model is there, weights only as a pickle, or not a decoder-only language model.
-    """
-    return resolve(name_or_path, revision=revision, trust_remote_code=trust_remote_code).config
-
-
 def check_config(config: PreTrainedConfig, name: str) -> None:
     """Refuse a config that is not a decoder-only language model's.
 

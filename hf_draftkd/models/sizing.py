@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from hf_draftkd.utils.checks import whole_number
+
 # Depth costs a draft more time than width (https://arxiv.org/abs/2504.18583); 4 layers are the published shape.
 _DEPTHS = (4, 3, 2, 5, 6)
 _CLOSE_ENOUGH = 0.1
@@ -31,9 +33,7 @@ def evenly_spread(count: int, depth: int) -> list[int]:
     Raises:
         ValueError: `count` is not a whole number from 1 to `depth`.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= depth:
-        raise ValueError(f"`num_layers` must be a whole number from 1 to {depth}, the target's own, got {count!r}.")
-    if count == 1:
+    if whole_number("num_layers", count, 1, depth) == 1:
         return [0]
     # Rounded half up in whole numbers: distinct and ascending because the step is at least 1.
     return [(2 * i * (depth - 1) + count - 1) // (2 * (count - 1)) for i in range(count)]
@@ -103,8 +103,7 @@ def sized_config(
     The proportions of attention and MLP and everything that is not a size stay as in the target, and so does the head
     size where that leaves enough choice. Four layers are tried first, then fewer and more; the first depth that comes
     within a tenth of the size asked for is taken, else the closest of all. 1.64% of Llama 2 7B gives 4 layers, hidden
-    size 1024, MLP 2816, 8 heads: the shape
-    of the Llama 2 Chat Drafter (https://arxiv.org/abs/2403.00858).
+    size 1024, MLP 2816, 8 heads: the shape of the Llama 2 Chat Drafter (https://arxiv.org/abs/2403.00858).
 
     Args:
         target_model: The target; only its config and its size matter.
@@ -144,7 +143,7 @@ def sized_config(
 
 
 def check_share(share: float) -> None:
-    """Refuse a share of the target's parameters that is none.
+    """Refuse a share of the target's parameters that is out of range.
 
     Raises:
         ValueError: It does not lie between 0 and 1.

@@ -60,7 +60,7 @@ class KeepSpecialIds(TrainerCallback):
 class AcceptanceCallback(TrainerCallback):
     """Says while a draft is trained how often its target would accept it.
 
-    [`DraftDistillTrainer`] adds one by itself when an `eval_dataset` is given; pass your own to choose the draft
+    [`DraftDistillTrainer`] adds one when an `eval_dataset` is given; pass your own to choose the draft
     lengths, or remove it with `trainer.remove_callback(AcceptanceCallback)`.
 
     - `trainer.evaluate()` also reports `eval_block_efficiency_at_γ` (tokens per target call) at each of its draft

@@ -60,7 +60,7 @@ class FilledUp(IterableDataset):
     """A stream that ends with rows in which nothing counts, so that all processes have as many batches.
 
     accelerate would repeat rows from its beginning instead: of a stream, whose length is not known, they are not
-    dropped again. Or it would give each process shards of its own, and wait forever where some have more rows.
+    dropped again. Or it would give each process its own shards, and wait forever where some have more rows.
 
     Args:
         rows: The prepared rows.
@@ -231,7 +231,7 @@ class EvaluationSums:
     def _rate_name(self, temperature: float) -> str:
         if temperature == 1:
             return self._signal.acceptance_name
-        # The target's likeliest token is known from any cache, so this is no bound.
+        # The target's likeliest token is known from any cache, so this is exact.
         name = "acceptance_rate" if temperature == 0 else self._signal.acceptance_name
         return f"{name}_t{temperature:g}"
 

@@ -101,12 +101,12 @@ def check_writer(args: DraftDistillConfig, *, has_target: bool) -> None:
     if args.writes_completions and not has_target:
         raise ValueError(
             f"{_asked(args)} has completions written while training, which only the target can write or judge, but "
-            " `target_model` is None. Give the target, or leave it out and learn from the text of the data."
+            "`target_model` is None. Give the target, or leave it out and learn from the text of the data."
         )
 
 
 def check_writing(
-    dataset: Any, args: DraftDistillConfig, context: float, *, sharded: bool = False, columns: Collection[str] = ()
+    dataset: Any, args: DraftDistillConfig, context: int, *, sharded: bool, columns: Collection[str]
 ) -> None:
     """Refuse completions that cannot be written: of these data, or by models laid out like this.
 
@@ -121,7 +121,7 @@ def check_writing(
         ValueError: No row has a prompt, one leaves no room for a completion, or the target cannot correct.
     """
     if sharded and args.skd_top_k is not None:
-        # In `generate`, a process whose texts have ended goes on calling the draft for the others, but not the
+        # In `generate`, a process whose texts have ended keeps calling the draft for the others, but not the
         # processors that call the target.
         raise ValueError(
             "`skd_top_k` needs the whole target on each process, but FSDP or DeepSpeed shard it, and processes would "
@@ -148,7 +148,7 @@ def _asked(args: DraftDistillConfig) -> str:
     return f"`lmbda={args.lmbda:g}`" if args.lmbda else "`seq_kd=True`"
 
 
-def check_room(longest: int, args: DraftDistillConfig, context: float) -> None:
+def check_room(longest: int, args: DraftDistillConfig, context: int) -> None:
     """Refuse a prompt of `longest` tokens if its completion would not fit.
 
     Raises:
@@ -157,7 +157,7 @@ def check_room(longest: int, args: DraftDistillConfig, context: float) -> None:
     if longest + args.max_new_tokens > context:
         raise ValueError(
             f"The longest prompt has {longest} tokens, and `max_new_tokens={args.max_new_tokens}` are to be written "
-            f"after it, but the models read {context:.0f} at most. Lower `max_new_tokens`, or leave out such rows."
+            f"after it, but the models read {context} at most. Lower `max_new_tokens`, or leave out such rows."
         )
 
 
@@ -199,7 +199,7 @@ class CompletionWriter:
         accelerator: Any,
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
-        context: float,
+        context: int,
     ) -> None:
         self._args = args
         self._target = target

@@ -28,8 +28,8 @@ def check_saving(trainer: Trainer) -> None:
 
 
 def check_adapter(model: Any) -> None:
-    """Refuse an adapter that no plain draft can hold: one that is no change of weights, or that changes one of two tied
-    weights, since in the plain draft both would change, or neither.
+    """Refuse an adapter that no plain draft can hold: one that does not change weights, or that changes one of two
+    tied weights, since in the plain draft both would change, or neither.
 
     peft ties some such adapters (`ensure_weight_tying=True`), but then puts one on the head as well, which TRL refuses.
     Whole copies (`modules_to_save`) and `trainable_token_indices` come out right.

@@ -1,7 +1,6 @@
 """Everything that is checked, loaded and repaired before a trainer is built."""
 
 import logging
-import math
 import warnings
 from contextlib import suppress
 from typing import Any
@@ -15,12 +14,12 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
 from hf_draftkd.data.formats import check_format, has_labels, longest_text
-from hf_draftkd.models.context import context_length
+from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.forward import HeadArithmetic, head_arithmetic, unwrapped
 from hf_draftkd.models.identity import checkpoint_of
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, check_weights_apart, shared_vocab_size
-from hf_draftkd.models.resolve import Checkpoint, check_config, check_model, resolve
+from hf_draftkd.models.resolve import Checkpoint, check_config, resolve
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.signals import NO_PLAIN_HEAD, WHOLE_LOGITS
 
@@ -171,7 +170,7 @@ def _looked_up(model: Any, revision: str | None, args: DraftDistillConfig) -> An
     """The checkpoint of that name, or the loaded model; refused if it is not a causal LM."""
     if isinstance(model, str):
         checkpoint = resolve(model, revision=revision, trust_remote_code=args.trust_remote_code)
-        check_model(checkpoint)
+        checkpoint.config  # noqa: B018 - raises where it is not a usable causal LM
         return checkpoint
     check_config(model.config, model.name_or_path or type(model).__name__)
     return model
@@ -292,7 +291,7 @@ def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftD
     Raises:
         ValueError: Every token of a dataset is masked, or a row exceeds the context of a model.
     """
-    context = shortest_context(models)
+    context = shared_context(*models)
     for name, dataset in datasets.items():
         if isinstance(dataset, IterableDataset):
             continue
@@ -307,8 +306,3 @@ def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftD
                 f"The longest row of the {name} dataset has {longest} tokens, but the models read {context} at most. "
                 f"Set `max_length={context}` or less."
             )
-
-
-def shortest_context(models: list[Any]) -> float:
-    """The longest text, in tokens, that all of `models` read; infinite where none says a limit."""
-    return min((context_length(model) or math.inf for model in models), default=math.inf)

@@ -203,8 +203,8 @@ def check_selection(
             )
         if args.divergence == "tvd_plus_plus":
             raise ValueError(
-                '`token_selection="adaspec"` compares losses token by token, but the values of `tvd_plus_plus` say '
-                'nothing, only its gradient does. Use `divergence="total_variation"`.'
+                '`token_selection="adaspec"` compares losses token by token, but the values of `tvd_plus_plus` have '
+                'no meaning; only its gradient has one. Use `divergence="total_variation"`.'
             )
     elif has_reference and not custom_weights:
         raise ValueError(

@@ -37,6 +37,7 @@ from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.push import push_draft
 from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, get_divergence
+from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.forward import in_head, logits_at, predicting_positions, unwrapped
 from hf_draftkd.models.pairing import copy_special_ids, shared_vocab_size
 from hf_draftkd.training import setup
@@ -248,7 +249,7 @@ class DraftDistillTrainer(SFTTrainer):
 
         # What shows only now is checked, before anything is trained.
         setup.check_dataset_fits(setup.named_datasets(self.train_dataset, self.eval_dataset), models, args)
-        context = setup.shortest_context(models)
+        context = shared_context(*models)
         if trains:
             check_adapter(self.model)
             if not isinstance(model, str):
@@ -298,7 +299,7 @@ class DraftDistillTrainer(SFTTrainer):
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Reading exact ids of {dataset_name} dataset"}
         first_row = None
         if self._cache is not None:
-            # Again, since `evaluate` takes data of its own.
+            # Again, since `evaluate` takes other data.
             dataset = rows_with_distributions(dataset, dataset_name)
             check_cached({dataset_name: dataset}, args)
             first_row = self._cache.add(dataset)

@@ -40,7 +40,7 @@ def one_of(kind: str, value: Any, valid: Iterable[str]) -> Any:
 
 
 def in_range(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
-    """Refuse what is not a finite number in [low, high], or in (low, high] with `open_low`.
+    """Refuse anything but a finite number in [low, high], or in (low, high] with `open_low`.
 
     Values read from YAML may be strings (`"1e-1"`), booleans or nan: none of them is a number in range.
 
@@ -55,7 +55,7 @@ def in_range(name: str, value: Any, low: float, high: float = math.inf, *, open_
 
 
 def whole_number(name: str, value: Any, low: int = 1, high: int | None = None) -> int:
-    """Refuse what is not an integer in [low, high]; booleans and floats such as 3.0 are not integers.
+    """Refuse anything but an integer in [low, high]; booleans and floats such as 3.0 are not integers.
 
     Raises:
         ValueError: `value` is not such an integer.

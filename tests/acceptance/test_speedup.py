@@ -1,4 +1,4 @@
-"""From block efficiency to time: against hand computation, closed forms and published figures."""
+"""From block efficiency to time: against hand computation, closed forms and published numbers."""
 
 import math
 
@@ -96,7 +96,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("efficiency", [0.9, 6.1, math.nan])
     def test_impossible_block_efficiency(self, efficiency):
-        """4 accepted of 5 drafted, the bonus forgotten, gives figures below 1; γ mixed up gives figures above γ + 1."""
+        """4 accepted of 5 drafted, the bonus forgotten, gives numbers below 1; γ mixed up gives numbers above γ + 1."""
         with pytest.raises(ValueError, match=r"must lie in \[1, 6\]"):
             predicted_speedup(efficiency, 5, Latency(1.0, 0.1))
         with pytest.raises(ValueError, match=r"must lie in \[1, 6\]"):

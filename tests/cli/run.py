@@ -1,4 +1,4 @@
-"""Run `draftkd` as a user does: in a process of its own, with exit code and output."""
+"""Run `draftkd` as a user does: in its own process, with exit code and output."""
 
 import os
 import subprocess

@@ -33,7 +33,7 @@ def options(files, out, *words, **more):
 
 
 def test_what_cannot_be_saved_is_printed(files, tmp_path, capsys, monkeypatch):
-    """A disk that is full after hours of measuring took the figures with it."""
+    """A disk that is full after hours of measuring took the numbers with it."""
 
     def full(report, path):
         raise OSError(28, "No space left on device")
@@ -114,7 +114,7 @@ def test_several_drafts_and_a_yaml_file(files, tmp_path, capsys):
 
 
 def test_recorded_answers_are_taken_as_they_are(files, pair, tmp_path, capsys):
-    """Alignment data evaluated anew under other settings, at a cost nobody asked for."""
+    """Alignment data evaluated again under other settings, at a cost nobody asked for."""
     rows = generate_alignment_data(pair[1], tiny_tokenizer(), PROMPTS[:5], max_new_tokens=9, temperatures=(0.5,))
     rows.to_json(tmp_path / "rows.jsonl")
     files["dataset"] = tmp_path / "rows.jsonl"

@@ -207,7 +207,7 @@ def test_bad_input_ends_with_two_before_the_target_is_loaded(tmp_path, saved, ca
     argv = [str(names.get(part, part)) for pair in values.items() if pair[1] is not None for part in pair]
     try:
         code = dispatch(["generate", *argv])
-    except SystemExit as exit:  # argparse refuses a choice by itself
+    except SystemExit as exit:  # argparse refuses a choice itself
         code = exit.code
     assert code == 2
     assert message in capsys.readouterr().err
@@ -221,7 +221,7 @@ def test_the_help_answers():
 
 
 def test_rows_equal_those_of_the_python_call(tmp_path, saved):
-    """The command must not add settings of its own."""
+    """The command must not add its own settings."""
     from hf_draftkd import load_target
     from hf_draftkd.models.loading import load_tokenizer
 

@@ -96,7 +96,7 @@ def test_output_directories_are_not_written_over(files, tmp_path, capsys):
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(files, tmp_path, capsys):
-    """A second start that begins anew, or is refused, with a good checkpoint lying there."""
+    """A second start that begins again, or is refused, with a good checkpoint lying there."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     assert dispatch(["train", *options(files, whole, max_steps=4, **more)]) == 0
@@ -205,6 +205,6 @@ def test_two_processes_take_the_steps_of_one(files, tmp_path):
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=0)
-    figures = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two")]
+    metrics = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two")]
     for name in ("eval_loss", "eval_acceptance_rate", "eval_block_efficiency"):
-        assert figures[0][name] == pytest.approx(figures[1][name], rel=1e-5)
+        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-5)

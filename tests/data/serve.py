@@ -1,4 +1,4 @@
-"""`transformers serve` in a process of its own, on a port that the system chooses."""
+"""`transformers serve` in its own process, on a port that the system chooses."""
 
 import os
 import re

@@ -102,7 +102,7 @@ def test_passing_faults_are_tried_again(readable_target, tokenizer, fault):
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_broken_answers_stop_the_run_and_not_with_a_bare_error(tmp_path, readable_target, tokenizer, fault):
-    """JSONDecodeError, AttributeError, IndexError; what was finished stays and the same call goes on."""
+    """JSONDecodeError, AttributeError, IndexError; what was finished stays and the same call resumes."""
     options = {"output_dir": tmp_path, "batch_size": 1, "shard_size": 1}
     with serving(readable_target, tokenizer) as server:
         server.faults = ["none", "none", fault]
@@ -377,7 +377,7 @@ def test_a_name_without_an_endpoint_is_no_target(tokenizer):
 
 
 def test_a_prompt_that_the_server_refuses_is_named(tmp_path, readable_target, tokenizer):
-    """A refusal is no outage: no talk of retries, but which prompt, and what the server said in its own form."""
+    """A refusal is not an outage: no talk of retries, but which prompt, and what the server said in its own form."""
     with serving(readable_target, tokenizer) as server:
         server.longest_prompt = len("<|user|>sat on the mat<|end|><|assistant|>") - 1
         with pytest.raises(
@@ -450,7 +450,7 @@ def test_a_server_that_comes_back_elsewhere_goes_on(tmp_path, readable_target, t
 
 
 def test_fields_of_each_request_decide_the_rows(readable_target, tokenizer, tmp_path):
-    """Catches a run that goes on under another `min_p`, of which the manifest knew nothing."""
+    """Catches a run that resumes under another `min_p`, of which the manifest knew nothing."""
     with serving(readable_target, tokenizer) as server:
         for extra in ({"min_p": 0.1}, {"min_p": 0.1}):
             ask(server.url, tokenizer, output_dir=tmp_path, endpoint_options={**FAST, "extra_body": extra})

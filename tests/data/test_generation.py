@@ -132,7 +132,7 @@ def test_rows_follow_from_the_arguments_alone(target, tokenizer):
     both = rows(temperatures=(0.0, 1.0))
     assert both.filter(lambda row: row["temperature"] == 1)["completion_ids"] == first["completion_ids"]
     assert rows(seed=2)["completion_ids"] != first["completion_ids"]
-    # As YAML writes numbers: the manifest calls them equal, so a run may go on with them.
+    # As YAML writes numbers: the manifest calls them equal, so a run may resume with them.
     whole = {"temperatures": (1,), "top_p": 1, "top_k": 0.0, "repetition_penalty": 1}
     assert rows(**whole)["completion_ids"] == first["completion_ids"]
     torch.set_rng_state(state)

@@ -156,7 +156,7 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path, target, tokenizer):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_leaves_the_finished_shards_valid(tmp_path, target, tokenizer, monkeypatch):
-    """The third shard meets a really full device; the two before it stay, and the run goes on later."""
+    """The third shard meets a really full device; the two before it stay, and the run resumes later."""
     write = shards.write_parquet
 
     def onto_a_full_device(rows, path):

@@ -74,7 +74,7 @@ def test_an_accepted_end_of_sequence_is_an_accepted_token():
     prompt = tiny_prompts(tiny_tokenizer(), 1)[0]
     with fixed_draft_length(draft, 5), count_acceptance(target) as counts:
         length = len(generate(target, draft, prompt))
-    assert length < NEW_TOKENS, "the text must end by itself for this test to mean anything"
+    assert length < NEW_TOKENS, "the text must end on its own for this test to mean anything"
     assert counts.num_accepted_draft_tokens == counts.num_draft_tokens
     assert counts.num_spec_steps == -(-length // 6)
     assert counts.mean_acceptance_length == length / counts.num_spec_steps
@@ -187,7 +187,7 @@ def test_several_calls_add_up_and_plain_calls_add_nothing(pair):
 
 
 def test_a_pipeline_is_counted(pair):
-    """`pipeline(assistant_model=...)` calls `generate` on the same object, with arguments of its own."""
+    """`pipeline(assistant_model=...)` calls `generate` on the same object, with its own arguments."""
     draft, target = pair
     pipe = pipeline("text-generation", model=target, tokenizer=tiny_tokenizer(), assistant_model=draft)
     with count_acceptance(target) as counts:

@@ -93,7 +93,7 @@ def test_the_better_draft_is_better_by_more_than_its_interval(measured):
 
 
 def test_groups_split_the_texts(measured):
-    """Groups must partition the tokens, each with its own figures."""
+    """Groups must partition the tokens, each with its own numbers."""
     report, _, _ = measured
     assert set(report.groups) == {"maths", "prose"}
     for index, setting in enumerate(report.settings):
@@ -142,7 +142,7 @@ def test_several_drafts_are_ranked_with_their_differences():
 
 
 def test_recorded_answers_give_what_fresh_ones_give(pair):
-    """Alignment data read back: the same texts, so the same figures, with nothing generated."""
+    """Alignment data read back: the same texts, so the same numbers, with nothing generated."""
     draft, target = pair
     tokenizer = tiny_tokenizer()
     rows = generate_alignment_data(target, tokenizer, PROMPTS[:6], max_new_tokens=16, temperatures=(0.0, 1.0))
@@ -172,7 +172,7 @@ def test_recorded_answers_that_do_not_fit_are_refused_or_left_out_of_timing(pair
 
 
 def test_text_recorded_under_a_wrong_setting_gives_no_block_efficiency(pair):
-    """Sampled text that claims to be greedy: τ computed from it would be a figure about nothing."""
+    """Sampled text that claims to be greedy: τ computed from it would be a number about nothing."""
     draft, target = pair
     rows = generate_alignment_data(target, tiny_tokenizer(), PROMPTS[:6], max_new_tokens=16, temperatures=(1.0,))
     rows = rows.remove_columns("temperature").add_column("temperature", [0.0] * len(rows))
@@ -369,7 +369,7 @@ def test_what_the_targets_generation_config_carries_is_said(pair):
 
 
 def test_tokens_that_a_draft_may_not_propose_are_said(pair):
-    """Catches computed figures that `generate` never reaches; padded rows, which alignment suppresses, are no such."""
+    """Catches computed numbers that `generate` never reaches; padded rows, which alignment suppresses, do not count."""
     _, target = pair
     draft = tiny_llama(vocab_size=304, real_vocab_size=300)
     draft.generation_config.suppress_tokens = [7, 8, 302]

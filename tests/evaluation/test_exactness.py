@@ -1,4 +1,4 @@
-"""The promise of this room: figures computed from one pass are those that real decoding gives."""
+"""The promise of this room: numbers computed from one pass are those that real decoding gives."""
 
 from fractions import Fraction
 
@@ -51,7 +51,7 @@ def write(target, tokenizer, prompts, setting, draft=None, seed=0):
     return texts
 
 
-@pytest.mark.parametrize("eos_scale", [0.0, 2.0], ids=["to the limit", "ending by themselves"])
+@pytest.mark.parametrize("eos_scale", [0.0, 2.0], ids=["to the limit", "ending on their own"])
 @pytest.mark.parametrize("setting", ["greedy", "greedy with a penalty"])
 @pytest.mark.parametrize("architecture", PAIRS)
 def test_greedy_block_efficiency_equals_the_counted_one_to_the_last_digit(architecture, setting, eos_scale):
@@ -91,7 +91,7 @@ def test_greedy_block_efficiency_equals_the_counted_one_to_the_last_digit(archit
 def test_sampled_block_efficiency_agrees_with_the_counted_one(architecture, setting):
     """Sampled decoding counted over fresh texts, against one pass over other texts of the same target.
 
-    transformers warps the draft twice (see `transformers_draft_processors`); where that matters its own figure counts.
+    transformers warps the draft twice (see `transformers_draft_processors`); where that matters its own number counts.
     """
     setting = SETTINGS[setting]
     draft, target, tokenizer = aligned_pair(architecture)

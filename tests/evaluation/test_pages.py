@@ -66,7 +66,7 @@ def test_block_efficiency_is_drawn_as_reported():
 
 
 def test_a_group_without_texts_under_a_setting_keeps_the_others_colours():
-    """Catches sampled figures drawn in the colour that the legend gives to greedy ones."""
+    """Catches sampled values drawn in the colour that the legend gives to greedy ones."""
     report = samples.report()
     report.groups = {"both": [samples.setting(0.8), samples.setting(0.6, 1.0)], "sampled": [samples.setting(0.5, 1.0)]}
     (axes,) = plots.group_figure(report).axes

@@ -34,7 +34,7 @@ BENCHMARKS = ROOT / "examples" / "benchmarks"
     ],
 )
 def test_the_benchmark_runs(script, options, tmp_path):
-    """A script behind a figure that no longer runs, so that nobody can make the figure again."""
+    """A script behind a number that no longer runs, so that nobody can measure it again."""
     assert run([sys.executable, str(BENCHMARKS / script), *shlex.split(options)], tmp_path).strip()
 
 
@@ -94,7 +94,7 @@ def test_a_throughput_benchmark_prints_its_ratio(script, options, tmp_path):
 
 
 def test_a_benchmark_goes_on_from_its_results(tmp_path, monkeypatch):
-    """An hour of measuring that begins anew, or figures of another job taken for those asked for."""
+    """An hour of measuring that begins again, or numbers of another job taken for those asked for."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     processes = importlib.import_module("processes")
     started = []

@@ -42,7 +42,7 @@ def test_references_are_calls_of_the_named_function_in_the_one_serialisation(spl
 
 
 def test_pair_shares_a_tokenizer_and_carries_no_sampling_defaults():
-    """Sampling settings in a generation config would leak into every figure measured with the pair."""
+    """Sampling settings in a generation config would leak into every number measured with the pair."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (DEMO / "target" / name).read_bytes() == (DEMO / "draft" / name).read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "target")

@@ -32,7 +32,7 @@ from tests.test_docs import run
     ],
 )
 def test_the_example_runs(script, options, tmp_path):
-    """A script behind a figure that no longer runs, so that nobody can make the figure again."""
+    """A script behind a number that no longer runs, so that nobody can measure it again."""
     where = ["--output_dir", str(tmp_path / "out")]
     assert run([sys.executable, str(ROOT / "examples" / script), *options.split(), *where], tmp_path).strip()
 

@@ -81,7 +81,7 @@ def write_report(folder: Path, pair: tuple[PreTrainedModel, PreTrainedModel], **
     sizes = {"draft": draft.num_parameters(), "target": target.num_parameters()}
     report = samples.report(
         target={"name": samples.TARGET, "revision": samples.REVISION, "num_parameters": sizes["target"]},
-        # A name that is no folder here: the draft was copied after it was measured.
+        # A name that is not a folder here: the draft was copied after it was measured.
         draft={"name": "org/draft", "num_parameters": sizes["draft"]},
     )
     report |= changes

@@ -80,7 +80,7 @@ HOSTILE = "x` |\n\n# Owned <img src=x onerror=alert(1)> [click](javascript:alert
 
 
 def test_names_of_others_stay_names(tmp_path, target, tokenizer):
-    """Catches a column, a target, a source, a count or an id that writes Markdown, HTML, code or a mark of its own."""
+    """Catches a column, a target, a source, a count or an id that writes Markdown, HTML, code or its own mark."""
     target.name_or_path = f"org/{HOSTILE}"
     rows = generate_alignment_data(
         target,
@@ -125,7 +125,7 @@ def test_what_people_added_outlives_a_rerun(folder):
     assert {"cats", "speculative-decoding"} <= set(written.data.tags)
     assert "# Mats\n\nMy own words.\n" in written.text
     assert "# Alignment data" not in written.text
-    assert "8 completions of 4 prompts" in written.text, "a figure is the data's own"
+    assert "8 completions of 4 prompts" in written.text, "a number is the data's own"
     assert "9000" not in written.text
 
 

@@ -81,7 +81,7 @@ def test_licence_and_words_are_kept(hub: FakeHub, tmp_path: Path):
     card = DatasetCard(card_of(hub))
     assert (card.data.license, card.data.pretty_name) == ("cc-by-4.0", "Mats")
     assert card.text.endswith("\nWords on the Hub.\n")
-    # From another folder, with other figures.
+    # From another folder, with other numbers.
     push_alignment_data(tmp_path / "b", ID, rows=generate(tmp_path / "b", TEXTS[:2]))
     card = DatasetCard(card_of(hub))
     assert card.data.license == "cc-by-4.0"

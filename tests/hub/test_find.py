@@ -9,6 +9,7 @@ from rich.console import Console
 
 from hf_draftkd.cli import find as find_command
 from hf_draftkd.cli.errors import UsageError
+from hf_draftkd.cli.main import dispatch
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.hub.find import FoundDraft, RecordedSetting, find_drafts
 from hf_draftkd.hub.model_card import DraftModelCard
@@ -47,7 +48,7 @@ def about(sha: str, *, alpha: float, tau: float, target: str = TARGET) -> dict:
 
 
 def test_best_first_with_everything_recorded(hub: FakeHub, target_sha: str):
-    """Catches an order by download count, and figures lost on the way."""
+    """Catches an order by download count, and metrics lost on the way."""
     add_draft(hub, "a/popular", about(target_sha, alpha=0.4, tau=1.6), downloads=9000)
     add_draft(hub, "b/good", about(target_sha, alpha=0.7, tau=2.5), downloads=3)
     # More tokens per call, but half the size of the target: in the end slower.
@@ -67,7 +68,7 @@ def test_best_first_with_everything_recorded(hub: FakeHub, target_sha: str):
 
 
 def test_settings_that_differ_in_one_value_stay_apart(hub: FakeHub, target_sha: str):
-    """Catches figures with a repetition penalty that overwrite those without, and lists that name no such value."""
+    """Catches metrics with a repetition penalty that overwrite those without, and lists that name no such value."""
     report = about(target_sha, alpha=0.4, tau=1.6)
     for temperature, change in (
         (0.0, {"repetition_penalty": 1.2}),
@@ -122,7 +123,7 @@ def test_missing_figures_and_other_revisions_are_said(hub: FakeHub, target_sha: 
 
 
 def test_a_revision_means_its_commit(hub: FakeHub, target_sha: str):
-    """Catches figures of the very commit that are called another revision's, since its name differs."""
+    """Catches metrics of the very commit that are called another revision's, since its name differs."""
     add_draft(hub, "a/older", about("0" * 40, alpha=0.9, tau=3.0))
     add_draft(hub, "b/current", about(target_sha, alpha=0.3, tau=1.2))
     other = ("metrics were measured on another revision of the target",)
@@ -225,7 +226,7 @@ class TestCommand:
         assert "relative_cost" not in plain[1]
 
     def test_no_figure_is_cut_on_a_narrow_terminal(self):
-        """Catches `14,8…`: a figure without its end is a false one."""
+        """Catches `14,8…`: a number without its end is a false one."""
         decoding = DecodingSetting(temperature=0.7)
         measured = {"acceptance_rate": 0.625, "block_efficiency": 12.25, "num_assistant_tokens": 16}
         name = "an-organisation-with-a-long-name/Qwen2.5-0.5B-Instruct-draft-for-72B"
@@ -266,5 +267,5 @@ class TestCommand:
         with pytest.raises(UsageError, match="missing: --target_model"):
             find_command.run([])
         hub.fail("GET", "/api/models", times=20, status=500)
-        assert find_command.run([TARGET]) == 1
+        assert dispatch(["find", TARGET]) == 1
         assert "failed (500)" in capsys.readouterr().err

@@ -79,12 +79,12 @@ IMPOSSIBLE = [
 ]
 
 
-@pytest.mark.parametrize("figure", IMPOSSIBLE, ids=lambda figure: f"{figure['type']} {figure['value']}")
-def test_a_figure_that_nothing_can_have_measured_is_none(hub: FakeHub, sha: str, figure):
-    """Catches a made-up figure that puts its draft on top of the list."""
+@pytest.mark.parametrize("metric", IMPOSSIBLE, ids=lambda metric: f"{metric['type']} {metric['value']}")
+def test_a_figure_that_nothing_can_have_measured_is_none(hub: FakeHub, sha: str, metric):
+    """Catches a made-up number that puts its draft on top of the list."""
     add_draft(hub, "a/good", about(sha, alpha=0.5, tau=2.0))
     add_draft(hub, "b/hostile", None)
-    hub.overrides["b/hostile"] = {"model-index": index([figure])}
+    hub.overrides["b/hostile"] = {"model-index": index([metric])}
     good, hostile = find_drafts(TARGET)
     assert good.repo_id == "a/good"
     assert hostile.settings == ()

@@ -55,7 +55,7 @@ def test_every_figure_of_the_report_is_on_the_card_with_its_interval():
 
 
 def test_what_was_not_measured_does_not_appear():
-    """Catches `None`, zeros and empty headings where a figure is absent."""
+    """Catches `None`, zeros and empty headings where a metric is absent."""
     bare = samples.report(baseline=None, paired_difference=None, latency=None, recommendation=None)
     for setting in bare["settings"]:
         setting.pop("assisted", None)
@@ -112,7 +112,7 @@ def test_two_settings_never_share_one_result():
 
 
 def test_a_group_that_is_the_whole_is_not_repeated():
-    """Catches every figure standing twice, on the card and in its metadata, where all prompts are of one domain."""
+    """Catches every number standing twice, on the card and in its metadata, where all prompts are of one domain."""
     whole = samples.report()
     unnamed = {key: value for key, value in whole["prompts"].items() if key != "domain"}
     report = samples.report(groups={"biology": whole["settings"]}, prompts=unnamed)
@@ -128,7 +128,7 @@ def test_a_group_that_is_the_whole_is_not_repeated():
 
 
 def test_groups_become_domains():
-    """Catches per-domain figures that are lost, or mixed with the whole."""
+    """Catches per-domain metrics that are lost, or mixed with the whole."""
     groups = {"biology": [samples.setting(0.0, "greedy_draft", 0.33, 1.1)]}
     card = DraftModelCard.from_report(samples.report(groups=groups), name="me/draft")
     assert "### biology" in card.text
@@ -446,7 +446,7 @@ def test_pair_facts_read_the_tuned_length_only_where_it_takes_effect():
 
 
 class TestEditedByHand:
-    """A card that somebody wrote in: figures change, words stay."""
+    """A card that somebody wrote in: numbers change, words stay."""
 
     def test_prose_is_kept_and_figures_are_new(self):
         old = full_card()
@@ -473,7 +473,7 @@ class TestEditedByHand:
         assert result.data["extra_key"] == "kept"
         assert "my-tag" in result.data.tags
         assert result.data.eval_results[0].metric_value == 0.8125
-        # The new card says nothing about training: the old training section described other weights.
+        # The new card does not mention training: the old training section described other weights.
         assert "## Training" not in text
 
     def test_a_card_without_marks_is_kept_whole_and_gets_the_sections(self):

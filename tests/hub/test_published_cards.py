@@ -1,4 +1,4 @@
-"""The card of a repository that is pushed to again: figures are renewed, words are kept."""
+"""The card of a repository that is pushed to again: numbers are renewed, words are kept."""
 
 import json
 import re

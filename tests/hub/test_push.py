@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, parse_eval_result_entries
 
 from hf_draftkd.cli import push as push_command
 from hf_draftkd.cli.errors import UsageError
+from hf_draftkd.cli.main import dispatch
 from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.models.identity import weights_checksum
 from tests.hub.conftest import READER, WRITER, replaced, snapshot, write_report
@@ -173,7 +174,7 @@ class TestOneCommit:
         assert (entry.dataset_id, entry.task_id, entry.value) == ("org/prompts", "function_calling", 2.5)
         assert "greedy" in entry.notes
         upload = push(draft_folder)
-        assert upload.deleted == (".eval_results/draftkd.yaml",), "a leaderboard's figure of other weights"
+        assert upload.deleted == (".eval_results/draftkd.yaml",), "a leaderboard's number of other weights"
         assert ".eval_results/draftkd.yaml" not in hub.repos[ID].files()
         write_report(draft_folder, pair, prompts={"source": "prompts.jsonl", "count": 3, "sha256": "0"})
         with pytest.raises(ValueError, match="need prompts from a benchmark on the Hub"):
@@ -328,5 +329,5 @@ class TestCommand:
         with pytest.raises(UsageError, match="There is no folder"):
             push_command.run(["--model", "nowhere", "--repo_id", ID])
         hub.fail("POST", "/api/repos/create", status=500, times=9)
-        assert push_command.run(["--model", str(draft_folder), "--repo_id", ID, "--license", "mit"]) == 1
+        assert dispatch(["push", "--model", str(draft_folder), "--repo_id", ID, "--license", "mit"]) == 1
         assert "the same command tries again" in capsys.readouterr().err

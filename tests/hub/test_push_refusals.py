@@ -123,7 +123,7 @@ class TestMismatch:
         self.refused_then_allowed(draft_folder, hub, "not those from when provenance.json was written")
 
     def test_a_report_that_measured_other_weights(self, hub: FakeHub, draft_folder: Path, pair):
-        """Catches a draft of the same name and size whose figures are another's: only the checksum can tell."""
+        """Catches a draft of the same name and size whose numbers are another's: only the checksum can tell."""
         draft, target = pair
         about = {"name": "org/draft", "num_parameters": draft.num_parameters(), "dtype": "float32"}
         write_report(draft_folder, pair, draft=about | {"weights_sha256": loaded_checksum(draft)})

@@ -151,7 +151,7 @@ class TestDraftsFromStrangers:
         return draft
 
     def asked_for(self, hub: FakeHub) -> str:
-        """Files that were downloaded or asked about; the listing of a repository is no download."""
+        """Files that were downloaded or asked about; the listing of a repository is not a download."""
         return "\n".join(str(request) for request in hub.requests if "resolve" in str(request))
 
     def test_only_expected_files_are_downloaded(self, hub: FakeHub, draft_folder: Path):

@@ -12,7 +12,6 @@ from hf_draftkd.losses import (
     Unprojected,
     distillation_loss,
     forward_kl,
-    shift_labels,
     top_k_target,
     total_variation,
     tvd_plus_plus,
@@ -308,12 +307,6 @@ def test_labels_choose_positions_never_token_ids():
     (slope,) = torch.autograd.grad(loss, logits)
     assert slope[0, 1].abs().max() > 0
     assert slope[0, 2].abs().max() == 0
-
-
-def test_shift_labels():
-    """Off by one looks like low acceptance: logits at t predict token t + 1."""
-    labels = torch.tensor([[-100, 5, 6, -100]])
-    assert shift_labels(labels).tolist() == [[5, 6, -100, -100]]
 
 
 def test_target_rows_may_be_those_of_completion_tokens_alone():

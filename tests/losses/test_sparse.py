@@ -209,7 +209,7 @@ class TestDraws:
         torch.testing.assert_close(slope_of(chunked.loss, draft), expected / N)
 
     def test_value_and_gradient_are_unbiased(self, pair):
-        """Top-k would stay off however often it is repeated; draws must come to the exact figures."""
+        """Top-k would stay off however often it is repeated; draws must come to the exact numbers."""
         draft, target = (logits[:1] for logits in pair)
         draft = draft.detach().requires_grad_()
         copies = 4000

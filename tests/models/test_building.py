@@ -259,7 +259,7 @@ def test_evenly_spread_has_both_ends_and_no_layer_twice():
         ({}, "exactly one of .* got none of them"),
         ({"layers": [0], "share": 0.5}, "got layers and share"),
         ({"layers": [0], "num_layers": 1}, "got num_layers and layers"),
-        ({"num_layers": 3}, "whole number from 1 to 2, the target's own, got 3"),
+        ({"num_layers": 3}, "whole number from 1 to 2, got 3"),
         ({"num_layers": 0}, "got 0"),
         ({"num_layers": True}, "got True"),
         ({"layers": [2]}, "-2 to 1, got 2"),

@@ -24,7 +24,7 @@ from hf_draftkd.models import loading
 from hf_draftkd.models.identity import model_revision
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import check_own_tokenizer
-from hf_draftkd.models.resolve import check_model, resolve
+from hf_draftkd.models.resolve import resolve
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 
@@ -192,7 +192,7 @@ class TestNoModelThere:
         (saved / "model.safetensors").unlink()
         index = {"metadata": {}, "weight_map": dict.fromkeys(keys, "pytorch_model-1.bin")}
         (saved / "model.safetensors.index.json").write_text(json.dumps(index))
-        for look in (check_model, load_target):
+        for look in (lambda path: resolve(path).config, load_target):
             with pytest.raises(ValueError, match=r"names 'pytorch_model-1\.bin', which is not a safetensors file"):
                 look(saved)
 
@@ -419,7 +419,7 @@ class TestAdapters:
         for text in ("{", '{"r": 1}', '{"peft_type": "TOMORROW"}'):
             (path / "adapter_config.json").write_text(text)
             with pytest.raises(ValueError, match=r"The adapter_config\.json of .* cannot be read"):
-                check_model(path)
+                _ = resolve(path).config
 
     def test_without_its_base(self, adapter, saved, no_weights_read):
         path, _ = adapter
@@ -429,7 +429,7 @@ class TestAdapters:
         config = json.loads((path / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
         (path / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match="does not name its base model"):
-            check_model(path)
+            _ = resolve(path).config
 
     def test_pickled_quantised_and_ambiguous(self, adapter, saved, no_weights_read):
         path, _ = adapter

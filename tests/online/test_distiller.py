@@ -102,7 +102,7 @@ def test_padding_is_not_part_of_a_prompt(pair, tokenizer):
 
 
 def test_bonus_tokens_are_not_counted_as_wrong(tokenizer):
-    """A draft that is its own target has every token accepted; the target's own token after them is no rejection."""
+    """A draft that is its own target has every token accepted; the target's own token after them is not a rejection."""
     draft, target = tiny_pair("llama", agreement=1.0)
     distiller = distiller_for((draft, target), auto_update=False)
     with pytest.raises(ValueError, match="nested"), count_acceptance(target):

@@ -1,4 +1,4 @@
-"""The figure that chooses the best checkpoint: it has to be there, and to mean something."""
+"""The metric that chooses the best checkpoint: it has to be there, and to mean something."""
 
 import pytest
 from datasets import Dataset
@@ -15,7 +15,7 @@ BEST = STEPS | {"load_best_model_at_end": True}
 
 
 def test_tvd_plus_plus_chooses_by_acceptance(tmp_path, pair, tokenizer):
-    """Its own value is no measure: a worse draft was taken for the best."""
+    """Its own value measures nothing: a worse draft was taken for the best."""
     rows = alignment_rows(pair[1], tokenizer, count=4)
     trainer = build(tmp_path, pair, tokenizer, rows, rows, divergence="tvd_plus_plus", **BEST)
     assert trainer.args.metric_for_best_model == "eval_acceptance_rate"

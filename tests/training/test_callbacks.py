@@ -45,7 +45,7 @@ def test_figures_at_each_draft_length_are_those_of_that_length(tmp_path, pair, t
 
 
 def test_callbacks_added_and_removed_later_count(tmp_path, pair, tokenizer):
-    """One removed still gave its figures, one added later or given without held-out data never did."""
+    """One removed still gave its metrics, one added later or given without held-out data never did."""
     rows = alignment_rows(pair[1], tokenizer, count=2)
     trainer = build(tmp_path, pair, tokenizer, eval_rows=rows)
     trainer.remove_callback(AcceptanceCallback)

@@ -127,7 +127,7 @@ def test_a_cache_tells_what_it_can(tmp_path, pair, tokenizer):
 
 
 def test_rows_of_others_leave_the_figures_of_a_setting_alone(tmp_path, pair, tokenizer):
-    """One foreign row among greedy ones: no figure of all rows, but still one of those it is exact for."""
+    """One foreign row among greedy ones: no metric of all rows, but still one of those it is exact for."""
     rows = written_at(pair[1], tokenizer, 0)
     foreign = alignment_rows(pair[1], tokenizer, count=2, name="another/target")
     trainer = build(tmp_path, pair, tokenizer, eval_rows=concatenate_datasets([foreign, rows]))
@@ -139,7 +139,7 @@ def test_rows_of_others_leave_the_figures_of_a_setting_alone(tmp_path, pair, tok
 
 
 def test_a_recorded_setting_survives_the_precision_of_the_batch():
-    """0.7 becomes 0.699999988 in float32: a temperature of its own. In float64 the batch cannot go to every device."""
+    """0.7 becomes 0.699999988 in float32: another temperature. In float64 the batch cannot go to every device."""
     row = {"input_ids": [0, 5, 6], "labels": [-100, 5, 6], SETTING_COLUMN: [0.7, 0.95, 50.0, 1.05]}
     batch = DraftDistillCollator(pad_token_id=2)([row, row | {SETTING_COLUMN: [1 / 3, 1.0, 0.0, 1.0]}])
     assert all(value.dtype != torch.float64 for value in batch.values())
@@ -230,7 +230,7 @@ def test_logits_that_have_to_be_whole_are_said_to_be(tmp_path, tokenizer, caplog
 
 
 def test_training_stops_early_by_block_efficiency(tmp_path, pair, tokenizer):
-    """The name has to reach transformers' early stopping, and a greater figure has to be the better one."""
+    """The name has to reach transformers' early stopping, and a greater value has to be the better one."""
     rows = alignment_rows(pair[1], tokenizer)
     trainer = build(
         tmp_path,
@@ -255,7 +255,7 @@ def test_training_stops_early_by_block_efficiency(tmp_path, pair, tokenizer):
 
 
 def test_the_plot_is_drawn_from_losses_alone(tmp_path, pair, tokenizer):
-    """Black box on text that nobody knows the setting of: a figure without panels, or none at all."""
+    """Black box on text that nobody knows the setting of: a plot without panels, or none at all."""
     rows = Dataset.from_list([{"prompt_ids": [0, 9], "completion_ids": [7, 1]}] * 4)
     options = {"divergence": "cross_entropy", "eval_strategy": "steps", "eval_steps": 2}
     trainer = build(tmp_path, (pair[0], None), tokenizer, rows, rows, **options)
@@ -280,7 +280,7 @@ def test_acceptance_rate_is_the_definition_at_temperature_one(tmp_path, pair, to
 
 @pytest.mark.parametrize("gamma", [1, 3])
 def test_block_efficiency_equals_counting_assisted_generation(tmp_path, pair, tokenizer, gamma):
-    """The figure that picks the checkpoint must be the one decoding gives: tokens ÷ target calls."""
+    """The metric that picks the checkpoint must be the one decoding gives: tokens ÷ target calls."""
     draft, target = pair
     rows = alignment_rows(target, tokenizer, count=6, max_new_tokens=16)
     draft.generation_config.num_assistant_tokens = gamma
@@ -305,18 +305,18 @@ def test_block_efficiency_equals_counting_assisted_generation(tmp_path, pair, to
 
 def test_figures_do_not_depend_on_the_evaluation_batch_size(tmp_path, pair, tokenizer):
     rows = alignment_rows(pair[1], tokenizer, count=7, temperature=0.7)
-    figures = [
+    metrics = [
         build(tmp_path, pair, tokenizer, eval_rows=rows, per_device_eval_batch_size=size).evaluate()
         for size in (1, 3, 7)
     ]
     for name in ("eval_loss", "eval_acceptance_rate", "eval_block_efficiency"):
-        assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-5)
-        assert figures[2][name] == pytest.approx(figures[0][name], rel=1e-5)
+        assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-5)
+        assert metrics[2][name] == pytest.approx(metrics[0][name], rel=1e-5)
 
 
 @pytest.mark.parametrize("change", [{"target": "another/target"}, {"ids_source": "retokenized"}])
 def test_no_block_efficiency_for_text_the_target_did_not_write(tmp_path, pair, tokenizer, change):
-    """A figure that looks exact, from text it says nothing about: left out, with one warning."""
+    """A metric that looks exact, from text it does not apply to: left out, with one warning."""
     rows = Dataset.from_list([row | change for row in alignment_rows(pair[1], tokenizer, count=3)])
     trainer = build(tmp_path, pair, tokenizer, eval_rows=rows)
     with pytest.warns(UserWarning, match="eval_block_efficiency is left out: 3 evaluation rows"):

@@ -1,9 +1,5 @@
 """NaN and Inf: stopped before they reach the weights or a file, with the cause named."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -11,10 +7,9 @@ from transformers import TrainerCallback
 
 from hf_draftkd import DraftDistillTrainer
 from hf_draftkd.training.finite import StopOnNonFiniteGradient, held_here
-from tests.cli.run import ROOT
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
-from tests.training.trainers import assert_same, build, weights
+from tests.training.trainers import assert_same, build, in_two_processes, weights
 
 
 class NoGradient(DraftDistillTrainer):
@@ -119,20 +114,8 @@ torch.distributed.destroy_process_group()
 
 
 def test_all_processes_stop_at_the_same_gradient(tmp_path):
-    """One that goes on waits for the others until the launcher gives up."""
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path / "out")],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """One that continues waits for the others until the launcher gives up."""
+    in_two_processes(tmp_path, SCRIPT, tmp_path / "out")
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
 
 

@@ -65,9 +65,9 @@ def test_each_row_is_read_by_what_it_holds(tmp_path, pair, tokenizer, text):
     assert trainer.train_dataset["input_ids"] == [ids for ids, _ in expected]
     assert trainer.train_dataset["labels"] == [[-100] * first + ids[first:] for ids, first in expected]
     with pytest.warns(UserWarning, match=f"{sum(first == 0 for _, first in expected)} evaluation rows do not say"):
-        figures = trainer.evaluate(mix_datasets(rows, text, mix="1:1", seed=trainer.args.seed))
-    assert figures["eval_loss"] == pytest.approx(reference(pair, expected), rel=1e-5)
-    assert "eval_block_efficiency" not in figures
+        metrics = trainer.evaluate(mix_datasets(rows, text, mix="1:1", seed=trainer.args.seed))
+    assert metrics["eval_loss"] == pytest.approx(reference(pair, expected), rel=1e-5)
+    assert "eval_block_efficiency" not in metrics
     assert trainer.evaluate(rows)["eval_block_efficiency"] > 1
     trainer.train()
 

@@ -1,8 +1,6 @@
 """What has to hold however a run is set up: over processes, special tokens, chats, and a batch that goes wrong."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,10 +10,9 @@ from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file
 
 from hf_draftkd.training.callbacks import PLOT
-from tests.cli.run import ROOT
 from tests.tiny import CHAT_TEMPLATE, tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
-from tests.training.trainers import assert_same, build, weights
+from tests.training.trainers import assert_same, build, in_two_processes, weights
 
 SELECTIONS = ("all", "after_first_rejection")
 
@@ -71,16 +68,9 @@ train_twice(sys.argv[1], 2)
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    """Losses normalised per process, rows counted twice, figures of one process alone, a plot drawn by both."""
+    """Losses normalised per process, rows counted twice, metrics of one process alone, a plot drawn by both."""
     train_twice(tmp_path / "1", 1)
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path / "2")], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(tmp_path, SCRIPT, tmp_path / "2")
     for selection in SELECTIONS:
         one, two = (torch.load(tmp_path / world / f"{selection}.pt") for world in "12")
         assert_same(one, two, atol=2e-5)

@@ -32,7 +32,7 @@ def test_a_quantised_target_teaches_a_dense_draft(folders, tmp_path):
     layer = target.model.layers[0].mlp.up_proj.weight
     assert layer.dtype == torch.uint8, "otherwise nothing here is of quantised weights"
     rows = alignment_rows(target, tokenizer, count=4)
-    # Not its weights: bitsandbytes packs them anew when they are first used on a CPU.
+    # Not its weights: bitsandbytes packs them again when they are first used on a CPU.
     probe = torch.tensor([rows[0]["prompt_ids"]])
     with torch.no_grad():
         said = target(probe).logits

@@ -1,8 +1,5 @@
 """Who writes the completions: the right model, from the right prompts, in the right share, learned from as written."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +12,9 @@ from trl import maybe_convert_to_chatml
 from hf_draftkd import DraftDistillTrainer
 from hf_draftkd.training.rollouts import check_writing, last_prompt, writer
 from hf_draftkd.training.run_provenance import describe_run
-from tests.cli.run import ROOT
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows, reference_forward_kl
-from tests.training.trainers import assert_same, build, config, weights
+from tests.training.trainers import assert_same, build, config, in_two_processes, weights
 
 GREEDY = {"generation_temperature": 0.0, "max_new_tokens": 6}
 
@@ -344,7 +340,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path, options, message):
 def test_correction_by_a_sharded_target_is_refused(tmp_path):
     """Processes that wait for each other for ever, once the texts of one have ended."""
     with pytest.raises(ValueError, match="wait for each other"):
-        check_writing(None, config(tmp_path, lmbda=1.0, skd_top_k=5), 256, sharded=True)
+        check_writing(None, config(tmp_path, lmbda=1.0, skd_top_k=5), 256, sharded=True, columns=())
 
 
 def test_data_that_cannot_be_completed_are_refused(tmp_path, pair, tokenizer):
@@ -414,12 +410,6 @@ torch.distributed.destroy_process_group()
 def test_two_processes_write_what_one_does(tmp_path):
     """Processes of which one waits for the target while the other draws from the draft; rows written twice."""
     train(tmp_path / "1", 1)
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(script), str(tmp_path / "2")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(tmp_path, SCRIPT, tmp_path / "2")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("1", "2"))
     assert_same(one, two, atol=2e-5)

@@ -1,8 +1,5 @@
-"""Several processes: checkpoints that go on in another number of them, weights sharded over them, targets prepared."""
+"""Several processes: checkpoints that resume in another number of them, weights sharded over them, targets prepared."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +10,9 @@ from torch import nn
 from hf_draftkd.losses import distillation_loss
 from hf_draftkd.models.forward import head_arithmetic, loss_at, predicting_positions
 from hf_draftkd.training import setup
-from tests.cli.run import ROOT
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
-from tests.training.trainers import assert_same, build
+from tests.training.trainers import assert_same, build, in_two_processes
 
 # Over processes ------------------------------------------------------------------------------------------------------
 
@@ -30,7 +26,7 @@ def train_steps(out, world, *, resume=None):
             nn.init.zeros_(parameter)
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
     batches = {"per_device_train_batch_size": 4 // (2 * world), "gradient_accumulation_steps": 2, "use_cpu": True}
-    # Three steps an epoch: the run stops within the first and goes on into the second.
+    # Three steps an epoch: the run stops within the first and resumes into the second.
     trainer = build(out, pair, tokenizer, alignment_rows(pair[1], tokenizer, count=12), **options, **batches)
     assert trainer.accelerator.num_processes == world
     trainer.train(resume_from_checkpoint=resume)
@@ -75,7 +71,7 @@ def compare_sharded():
     sharded.load_state_dict(whole.state_dict())
     arithmetic = head_arithmetic(sharded)
     assert arithmetic is not None
-    # Every process has rows of its own.
+    # Every process has its own rows.
     ids = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, :4] = -100
@@ -118,22 +114,11 @@ compare_sharded()
 
 
 def test_runs_go_on_in_another_number_of_processes_and_sharded_drafts_learn_the_same(tmp_path):
-    """Rows seen twice or left out after resuming, an optimiser begun anew, gradients lost on a sharded head; rows of a
-    stream that are evaluated twice to fill the last batch, or processes that wait for another one's.
+    """Rows seen twice or left out after resuming, an optimiser that starts again, gradients lost on a sharded head;
+    rows of a stream that are evaluated twice to fill the last batch, or processes that wait for another one's.
     """
     one = train_steps(tmp_path / "one", 1)
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path), str(tmp_path / "one" / "checkpoint-2")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(tmp_path, SCRIPT, tmp_path, tmp_path / "one" / "checkpoint-2")
     expected = one.model.state_dict()
     two = Path(tmp_path / "straight" / "checkpoint-2")
     back = train_steps(tmp_path / "back", 1, resume=str(two))

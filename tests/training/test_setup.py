@@ -199,7 +199,7 @@ def test_different_tokenizers_are_refused_before_the_models_are_read(tmp_path, s
 
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_chats_are_put_in_the_targets_template_where_no_tokenizer_is_given(tmp_path, saved_pair, in_memory):
-    """A stock draft has a template of its own, or none: it learnt texts that its target is never asked to write."""
+    """A stock draft has its own template, or none: it learnt texts that its target is never asked to write."""
     draft_path, target_path = map(str, saved_pair)
     stock = tiny_tokenizer()
     stock.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

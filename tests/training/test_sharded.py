@@ -80,7 +80,7 @@ def train(folder, out, world, *, lora=False, resume=None, **options):
 
 
 def stop_alike(folder, out, **options):
-    """A share of one process holds an infinity, or its rows have no gradient: none may save, or go on alone."""
+    """A share of one process holds an infinity, or its rows have no gradient: none may save, or continue alone."""
     second = torch.distributed.get_rank() == 1
     NoGradient.processes = (1,)
     stops = [(DraftDistillTrainer, AfterStep(1, ruin if second else weights), "Nothing is saved")]

@@ -80,10 +80,10 @@ def test_every_divergence_raises_acceptance_and_moves_every_parameter(tmp_path, 
         tmp_path, pair, tokenizer, rows, rows, divergence=divergence, max_steps=30, per_device_train_batch_size=8
     )
     # Cross-entropy sees nothing but the written tokens: what it raises is their acceptance in greedy decoding.
-    figure = "eval_block_efficiency" if divergence == "cross_entropy" else "eval_acceptance_rate"
-    stock = trainer.evaluate()[figure]
+    metric = "eval_block_efficiency" if divergence == "cross_entropy" else "eval_acceptance_rate"
+    stock = trainer.evaluate()[metric]
     trainer.train()
-    assert trainer.evaluate()[figure] > stock
+    assert trainer.evaluate()[metric] > stock
     still = [name for name, value in weights(pair[0]).items() if torch.equal(value, before[name])]
     assert not still
 
@@ -145,7 +145,7 @@ def _reference_on_real_rows(draft, target, rows, real):
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "tvd_plus_plus", "cross_entropy"])
 def test_the_loss_inside_the_head_is_that_of_whole_logits(tmp_path, tokenizer, divergence):
-    """A path that never makes all logits, and learns another loss: padded vocabularies, LoRA, losses of one's own."""
+    """A path that never makes all logits, and learns another loss: padded vocabularies, LoRA, custom losses."""
 
     class Own(DraftDistillTrainer):
         def token_loss(self, draft_logits, target_logits):
@@ -211,7 +211,7 @@ def test_a_subclass_may_ask_for_the_outputs(tmp_path, pair, tokenizer):
 
 
 def test_acceptance_is_logged_while_training(tmp_path, pair, tokenizer):
-    """TVD++'s own value says nothing: without acceptance beside it nobody sees whether it learns."""
+    """TVD++'s own value has no meaning: without acceptance beside it nobody sees whether it learns."""
     rows = alignment_rows(pair[1], tokenizer)
     options = {"divergence": "tvd_plus_plus", "per_device_train_batch_size": 8, "max_steps": 3}
     trainer = build(tmp_path, pair, tokenizer, rows, rows, **options)
