@@ -30,6 +30,9 @@ class PushOptions:
     prose: Literal["hub", "local"] | None = option(
         None, "Whose words to keep where the card was edited on the Hub and in the folder."
     )
+    custom_generate: bool = option(
+        False, "Also publish code with which `generate(custom_generate=REPO_ID)` decodes as SpeculativeDecoding does."
+    )
     allow_mismatch: bool = option(False, "Publish although report and weights do not fit together; the card says so.")
     dry_run: bool = option(False, "Show what would be uploaded, and upload nothing.")
 

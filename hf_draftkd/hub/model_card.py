@@ -25,6 +25,7 @@ from hf_draftkd.hub.metadata import TAGS, draft_for_tag, eval_results
 from hf_draftkd.hub.provenance import COMPLETIONS, SIGNALS, PairFacts, Provenance, TrainingSummary
 from hf_draftkd.hub.public_names import is_public, public_name, public_report
 from hf_draftkd.hub.serving_commands import UNTUNED_LENGTH, serving_commands
+from hf_draftkd.hub.upload_files import CUSTOM_GENERATE_FOLDER
 from hf_draftkd.utils.files import write_text
 from hf_draftkd.utils.text import one_line
 
@@ -55,6 +56,7 @@ class DraftModelCard(ModelCard):
         tags: Iterable[str] = (),
         plots: Mapping[str, str] | None = None,
         notes: Sequence[str] = (),
+        custom_generate: bool = False,
         template: str | None = None,
     ) -> Self:
         """Write a card from what is known.
@@ -70,6 +72,7 @@ class DraftModelCard(ModelCard):
             tags: Further tags.
             plots: Caption to path within the repository.
             notes: Sentences that stand at the top of the card.
+            custom_generate: Whether the repository holds code for `generate(custom_generate=...)`.
             template: Jinja source to use instead of the package's, run in a sandbox. It may say
                 `{% extends "draft_model_card.md" %}` and override blocks.
 
@@ -103,7 +106,12 @@ class DraftModelCard(ModelCard):
             # Without results a name would be a stray key: ModelCardData folds it into the model index.
             model_name=one_line(shown.rsplit("/", 1)[-1]) if results else None,
             pipeline_tag="text-generation",
-            tags=[*TAGS, *([draft_for_tag(hub_target)] if hub_target else []), *map(one_line, tags)],
+            tags=[
+                *TAGS,
+                *([CUSTOM_GENERATE_FOLDER] if custom_generate else []),
+                *([draft_for_tag(hub_target)] if hub_target else []),
+                *map(one_line, tags),
+            ],
         )
         context = {
             "name": shown,
@@ -118,7 +126,7 @@ class DraftModelCard(ModelCard):
             "training_table": _training_table(training) if training else None,
             "training_metrics": _values("Metric", training.metrics if training else None),
             "hyperparameters": _values("Name", training.hyperparameters if training else None),
-            **_pair(shown, target, known, training, pair),
+            **_pair(shown, target, known, training, pair, custom_generate),
             "citations": [fenced(papers()[key], "bibtex") for key in papers_used(training, known)],
         }
         return cls(f"---\n{data.to_yaml()}\n---\n\n{render_card(TEMPLATE, SECTIONS, context, template)}")
@@ -169,6 +177,7 @@ def _pair(
     report: SpeculationReport | None,
     training: TrainingSummary | None,
     pair: PairFacts,
+    custom_generate: bool,
 ) -> dict[str, Any]:
     """What the template says about draft and target together: the summary and the commands."""
     revision = (report.target.revision if report else None) or (training.target_revision if training else None)
@@ -181,6 +190,7 @@ def _pair(
         target_revision=revision if is_public(target) and is_commit else None,
         pair=pair,
         num_assistant_tokens=length,
+        custom_generate=custom_generate,
     )
     sizes = {pair.draft_vocab_size, pair.target_vocab_size}
     shown_target = _at(hub_link(target), revision) if target else None
@@ -232,8 +242,14 @@ def _summary(
             "Parameters of the target": _count(target_size),
             "Tokenizer": code(pair.tokenizer_fingerprint) if pair.tokenizer_fingerprint else None,
             "Tuned draft length": length,
+            "Tokens it proposes with SpeculativeDecoding": _vocabulary(pair),
         }
     )
+
+
+def _vocabulary(pair: PairFacts) -> str | None:
+    size = pair.draft_vocabulary_size
+    return f"{size:,} of {pair.draft_vocab_size:,}" if size and pair.draft_vocab_size else None
 
 
 def _training_table(training: TrainingSummary) -> Markdown | None:

@@ -17,6 +17,7 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.schema import from_plain, key, to_plain
 from hf_draftkd.hub.access import redacted
 from hf_draftkd.hub.public_names import public_name, without_paths
+from hf_draftkd.models.draft_length import recorded_vocabulary
 from hf_draftkd.utils.checks import one_of
 from hf_draftkd.utils.files import write_text
 
@@ -105,6 +106,9 @@ class PairFacts:
     tokenizer_fingerprint: str | None = key("As `hf_draftkd.models.tokenizer_fingerprint` gives it.", default=None)
     has_chat_template: bool | None = key("Whether the tokenizer carries a chat template.", default=None)
     num_assistant_tokens: int | None = key("Draft length in the draft's generation config, if tuned.", default=None)
+    draft_vocabulary_size: int | None = key(
+        "Ids in the `draft_vocabulary` of the draft's generation config, if there is one.", default=None
+    )
 
     @classmethod
     def from_configs(
@@ -117,12 +121,14 @@ class PairFacts:
     ) -> Self:
         """Read the facts off two configs; further ones (sizes, fingerprint) are passed by name."""
         draft, target = draft_config.get_text_config(), target_config.get_text_config()
+        listed = recorded_vocabulary(draft_generation_config) if draft_generation_config else None
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
         return cls(
             draft_vocab_size=draft.vocab_size,
             target_vocab_size=target.vocab_size,
             same_special_ids=all(getattr(draft, name, None) == getattr(target, name, None) for name in special),
             num_assistant_tokens=tuned_length(draft_generation_config),
+            draft_vocabulary_size=len(listed) if listed else None,
             **facts,
         )
 

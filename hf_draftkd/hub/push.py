@@ -30,10 +30,12 @@ from hf_draftkd.hub.provenance import PROVENANCE_FILE, PairFacts, TrainingSummar
 from hf_draftkd.hub.public_names import public_report
 from hf_draftkd.hub.repository import Remote, commit, look, stale
 from hf_draftkd.hub.upload_files import (
+    CUSTOM_GENERATE_FOLDER,
     PLOT_FOLDER,
     REPORT_FILE,
     DraftFolder,
     PlannedFile,
+    custom_generate_files,
     generation_config_file,
     look_at_folder,
     model_files,
@@ -52,6 +54,7 @@ _STALE = [
     REPORT_FILE,
     _BENCHMARK_FILE,
     f"{PLOT_FOLDER}/*",
+    f"{CUSTOM_GENERATE_FOLDER}/*",
     "model.safetensors",
     "model-?????-of-?????.safetensors",
     "model.safetensors.index.json",
@@ -114,6 +117,7 @@ def push_draft(
     commit_message: str = "Upload draft model",
     benchmark_task: str | None = None,
     prose: Place | None = None,
+    custom_generate: bool = False,
     allow_mismatch: bool = False,
     dry_run: bool = False,
     token: str | None = None,
@@ -136,6 +140,9 @@ def push_draft(
         benchmark_task: Also write a leaderboard result (`.eval_results/`) for this task of the benchmark that the
             report's prompts come from.
         prose: Whose words win where card and folder were both edited: "hub" or "local".
+        custom_generate: Also publish a few lines of code with which `generate(..., assistant_model=draft,
+            custom_generate=repo_id, trust_remote_code=True)` decodes with [`SpeculativeDecoding`]. Code of an earlier
+            version is deleted where this is off.
         allow_mismatch: Publish although report, provenance and weights do not fit together; the card says so.
         dry_run: Return the plan and write nothing. Works without a login.
         token: Access token; by default the one that is logged in.
@@ -174,7 +181,7 @@ def push_draft(
             "another repository, or pass `allow_mismatch` to overwrite it."
         )
     wanted = {"license": license, "language": language, "tags": tags}
-    card, files = _contents(api, draft, repo_id, remote, wanted, prose, benchmark_task)
+    card, files = _contents(api, draft, repo_id, remote, wanted, prose, benchmark_task, custom_generate)
     refuse_secrets(files, token)
     if draft.report is None:
         remarks.append(f"There is no {REPORT_FILE} of this draft: the card says that nothing was measured.")
@@ -205,6 +212,7 @@ def _contents(
     wanted: dict[str, Any],
     prose: Place | None,
     task: str | None,
+    custom_generate: bool,
 ) -> tuple[DraftModelCard, list[PlannedFile]]:
     """The card, and all files of the upload."""
     report = public_report(draft.report) if draft.report else None
@@ -223,14 +231,19 @@ def _contents(
         provenance=provenance,
         name=repo_id,
         **wanted,
+        custom_generate=custom_generate,
         plots={Path(plot.path).stem.replace("_", " ").capitalize(): plot.path for plot in plots},
     )
     card, remark = _merged_card(api, fresh, local_card(DraftModelCard, draft.path), repo_id, remote, wanted, prose)
+    if not custom_generate and card.data.get("tags"):  # an earlier version may have had it
+        card.data["tags"] = [tag for tag in card.data["tags"] if tag != CUSTOM_GENERATE_FOLDER]
     files = [PlannedFile(CARD_FILE, card.render().encode(), remark)]
     if report:
         files.append(PlannedFile(REPORT_FILE, report.to_json().encode()))
     files.append(PlannedFile(PROVENANCE_FILE, provenance.to_json().encode()))
     files += [*model_files(draft.path), *([generation] if generation else []), *plots]
+    if custom_generate:
+        files += custom_generate_files()
     if task is not None:
         entries = eval_result_entries_to_yaml(benchmark_entries(report, task))
         files.append(PlannedFile(_BENCHMARK_FILE, yaml.safe_dump(entries, sort_keys=False).encode()))

@@ -35,7 +35,13 @@ class Command:
 
 
 def serving_commands(
-    draft: str, target: str, *, target_revision: str | None, pair: PairFacts, num_assistant_tokens: int | None
+    draft: str,
+    target: str,
+    *,
+    target_revision: str | None,
+    pair: PairFacts,
+    num_assistant_tokens: int | None,
+    custom_generate: bool = False,
 ) -> list[Command]:
     """The commands that are true for this pair.
 
@@ -46,12 +52,15 @@ def serving_commands(
         pair: An engine whose condition is not known to hold is left out; transformers is left out only where its
             condition is known to fail.
         num_assistant_tokens: The tuned draft length, None where none was tuned.
+        custom_generate: Whether the draft's repository holds code for `generate(custom_generate=...)`.
     """
     found = []
     same_size = pair.draft_vocab_size == pair.target_vocab_size
     sizes_known = None not in (pair.draft_vocab_size, pair.target_vocab_size)
     if same_size or not sizes_known:
         found.append(_generate(draft, target, target_revision, pair, num_assistant_tokens))
+        if custom_generate:
+            found.append(_custom_generate(draft))
         if pair.same_special_ids is not False:
             found.append(_pipeline(draft, target, target_revision, pair, num_assistant_tokens))
     if not sizes_known:
@@ -114,6 +123,16 @@ def _generate(draft: str, target: str, revision: str | None, pair: PairFacts, le
     if length is not None and pair.num_assistant_tokens == length:
         remark = f"The tuned draft length ({length}) is read from the draft's `generation_config.json`. {remark}"
     return Command("transformers: `generate`", "python", "\n".join(lines), remark)
+
+
+def _custom_generate(draft: str) -> Command:
+    options = ("assistant_model=draft", f"custom_generate={python_string(draft)}", "trust_remote_code=True")
+    remark = (
+        "With the models and inputs above. It runs `custom_generate/generate.py` of this repository, a few lines that "
+        "hand the draft to `hf_draftkd.SpeculativeDecoding`: that package must be installed. Batches work too."
+    )
+    call = _call("output = target.generate", "**inputs", *options, "max_new_tokens=256")
+    return Command("transformers: `generate` with the code in this repository", "python", call, remark)
 
 
 def _pipeline(draft: str, target: str, revision: str | None, pair: PairFacts, length: int | None) -> Command:

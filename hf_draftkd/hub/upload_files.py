@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from huggingface_hub.utils import filter_repo_objects
 from transformers import GenerationConfig
 
+from hf_draftkd import __version__
 from hf_draftkd.data.shards import shard_path
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.access import redacted
@@ -27,6 +29,7 @@ from hf_draftkd.models.resolve import TOKENIZER_FILES, Checkpoint, resolve
 
 REPORT_FILE = "report.json"
 PLOT_FOLDER = "plots"
+CUSTOM_GENERATE_FOLDER = "custom_generate"
 _MAX_PLOT_BYTES = 5 * 2**20
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Beside the weights.
@@ -213,6 +216,16 @@ def _cleaned(name: str, path: Path) -> PlannedFile:
         if kept != data:
             return PlannedFile(name, _json_bytes(kept), "without the path it was loaded from")
     return PlannedFile(name, path)
+
+
+def custom_generate_files() -> list[PlannedFile]:
+    """The code that `generate(custom_generate="org/draft", trust_remote_code=True)` runs, and what it needs."""
+    code = package_files("hf_draftkd.hub").joinpath("custom_generate", "generate.py").read_bytes()
+    requirements = f"hf_draftkd>={__version__}\n".encode()
+    return [
+        PlannedFile(f"{CUSTOM_GENERATE_FOLDER}/generate.py", code, "run only with `trust_remote_code=True`"),
+        PlannedFile(f"{CUSTOM_GENERATE_FOLDER}/requirements.txt", requirements),
+    ]
 
 
 def generation_config_file(folder: Path, num_assistant_tokens: int | None) -> PlannedFile | None:
