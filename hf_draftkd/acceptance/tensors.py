@@ -31,6 +31,18 @@ def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def only_listed(draft_logits: torch.Tensor, vocabulary: torch.Tensor | None) -> torch.Tensor:
+    """Return the draft's logits `[..., V]` with −inf outside a list of ids `[n]`: q masked and renormalised.
+
+    None as the list: as they are. They are never written into.
+    """
+    if vocabulary is None:
+        return draft_logits
+    kept = torch.full_like(draft_logits, -torch.inf)
+    kept[..., vocabulary] = draft_logits[..., vocabulary]
+    return kept
+
+
 def widest_float(device: torch.device | str) -> torch.dtype:
     """Return float64, in which sums are taken, or float32 on a device that has none (Apple's MPS raises TypeError)."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64

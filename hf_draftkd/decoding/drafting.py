@@ -146,5 +146,6 @@ def with_sliced_head(draft: PreTrainedModel, ids: list[int]) -> PreTrainedModel:
     if head.bias is not None:
         sliced.bias = nn.Parameter(head.bias.detach()[rows], requires_grad=False)
     twin = copy.copy(draft)
+    twin.__dict__.pop("forward", None)  # accelerate's, of a model that is being trained: it runs the draft itself
     twin._modules = {**draft._modules, name: sliced}
     return twin

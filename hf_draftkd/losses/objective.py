@@ -38,6 +38,7 @@ from hf_draftkd.losses.sparse import (
     sparse_value_and_gradient,
     target_buckets,
 )
+from hf_draftkd.losses.vocabulary import listed_sparse_value_and_gradient, listed_value_and_gradient, masked
 from hf_draftkd.utils.checks import in_range
 
 IGNORED = -100
@@ -73,6 +74,7 @@ def distillation_loss(
     cross_entropy_weight: float = 0.0,
     token_weights: torch.Tensor | None = None,
     num_items: torch.Tensor | int | None = None,
+    vocabulary: torch.Tensor | None = None,
     chunk_size: int | None = None,
     with_acceptance: bool = False,
 ) -> DistillationLoss:
@@ -96,6 +98,8 @@ def distillation_loss(
         cross_entropy_weight: w in [0, 1].
         token_weights: `[...]` like the labels, or `[N]`: each token's weight. They scale the sum, not the divisor.
         num_items: Completion tokens of the whole accumulation window on all processes. None: those of this batch.
+        vocabulary: `[n]` ids that the draft may propose: q is masked to them and renormalised, p is not, and what is
+            infinite whatever the draft says is left out (see `vocabulary.py`). None for all.
         chunk_size: Positions at once; None for a size that keeps a chunk's logits within a fixed budget.
         with_acceptance: Whether to return acceptance rates, which costs little more.
 
@@ -121,9 +125,10 @@ def distillation_loss(
         if options.get("estimator") == "full":
             raise ValueError("tokens are only for estimator='sampled'; estimator='full' sums over the vocabulary.")
         drawn = drawn[mask] if drawn.shape == mask.shape else drawn
+    outside = None if vocabulary is None else _outside(vocabulary, draft)
     rewards = None
     if divergence == "tvd_plus_plus" and options.get("statistics", "batch") == "batch":
-        rewards = _batch_rewards(draft, signal, drawn, temperature, options, chunk_size)
+        rewards = _batch_rewards(draft, signal, drawn, temperature, options, chunk_size, outside)
         drawn = rewards.tokens
 
     memory = Reused()
@@ -149,9 +154,12 @@ def distillation_loss(
 
     def score_block(rows: slice, logits: torch.Tensor, dense: torch.Tensor | None, gradient: bool) -> Twin:
         on_text = None
+        masked(logits, outside)
         if signal is None or cross_entropy_weight > 0:
             # Before the logits are tempered and overwritten.
             on_text = cross_entropy(logits, tokens[rows], gradient, memory)
+            if outside is not None:
+                on_text = _left_out(on_text, outside[tokens[rows]])
             if signal is None:
                 return on_text
         if temperature != 1:
@@ -162,7 +170,12 @@ def distillation_loss(
         if rewards is not None:
             here["rewards"] = rewards
         wanted: dict[str, Any] = {"gradient": gradient, "acceptance": with_acceptance, "memory": memory}
-        if dense is not None:
+        if outside is not None and dense is not None:
+            twin = listed_value_and_gradient(divergence, logits, dense, outside, options=here, **wanted)
+        elif outside is not None:
+            listed = listed_sparse_value_and_gradient
+            twin = listed(divergence, logits, signal[rows], outside, options=here, **wanted)
+        elif dense is not None:
             twin = value_and_gradient(divergence, logits, dense, options=here, **wanted)
         else:
             twin = sparse_value_and_gradient(divergence, logits, signal[rows], options=here, **wanted)
@@ -260,6 +273,7 @@ def _batch_rewards(
     temperature: float,
     options: dict[str, Any],
     chunk_size: int | None,
+    outside: torch.Tensor | None,
 ) -> Rewards:
     """Return the batch statistics of TVD++, from a pass before the first chunk is scored."""
     collected = []
@@ -270,6 +284,7 @@ def _batch_rewards(
             vocab_size = logits.shape[-1]
             if temperature != 1:
                 logits.div_(temperature)
+            masked(logits, outside)
             if isinstance(signal, SparseTarget):
                 logits, _ = merge_for_gradient(logits, signal.token_ids[rows])
                 against = target_buckets(signal[rows], vocab_size).to(logits)
@@ -280,6 +295,22 @@ def _batch_rewards(
     if not collected:
         collected.append((positions_of(draft).new_zeros(0, dtype=torch.float32), None))
     return finish_rewards(collected, options.get("eps", 1e-6))
+
+
+def _outside(vocabulary: torch.Tensor, draft: torch.Tensor | Unprojected) -> torch.Tensor:
+    """Bool `[V]`: the tokens that are not on the list."""
+    vocab_size = draft.head.weight.shape[0] if isinstance(draft, Unprojected) else draft.shape[-1]
+    outside = torch.ones(vocab_size, dtype=torch.bool, device=positions_of(draft).device)
+    outside[vocabulary] = False
+    return outside
+
+
+def _left_out(twin: Twin, outside: torch.Tensor) -> Twin:
+    """The same with 0 at the positions `[n]` whose token the draft cannot propose."""
+    slope = twin.gradient
+    if slope is not None:
+        slope.masked_fill_(outside.unsqueeze(-1), 0.0)
+    return Twin(twin.values.masked_fill(outside, 0.0), slope, twin.acceptance)
 
 
 def _mix(distance: Twin, on_text: Twin, weight: float) -> Twin:

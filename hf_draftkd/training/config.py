@@ -81,6 +81,14 @@ class DraftDistillConfig(SFTConfig):
             Share w of the loss that is cross-entropy on the completion: (1 - w) * divergence + w * cross-entropy.
             Ablation: no value makes a difference.
 
+        draft_vocabulary (`list[int]` or `str`, *optional*):
+            Ids that the draft may propose, as [`choose_draft_vocabulary`] finds them, or `"recorded"`: those that the
+            draft's generation config holds since `draftkd vocabulary`. The draft's distribution is masked to them and
+            renormalised, the target's is not; what the loss cannot change is left out (forward KL sums over the list,
+            and text outside it adds no cross-entropy). All metrics are those of such a draft. The list is saved in
+            its generation config, where [`SpeculativeDecoding`] reads it; other decoding uses the whole head, whose
+            other rows learn nothing.
+
         > Parameters that control the data
 
         mix (`str`, *optional*):
@@ -191,6 +199,9 @@ class DraftDistillConfig(SFTConfig):
     tvd_estimator: str = option("sampled", "tvd_plus_plus: 'sampled' (one token per position) or 'full'.")
     tvd_statistics: str = option("batch", "tvd_plus_plus: rewards are normalised over the 'batch' or per 'token'.")
     cross_entropy_weight: float = option(0.0, "Share of the loss that is cross-entropy on the completion, in [0, 1].")
+    draft_vocabulary: list[int] | str | None = option(
+        None, "'recorded': the draft learns to propose only the tokens that `draftkd vocabulary` chose."
+    )
     mix: str | None = option(None, "Parts of training data to parts of `mix_dataset`: 9:1 where one is given.")
     lmbda: float = option(0.0, "Share of the steps whose completions the draft writes: 1.0 is on-policy.")
     seq_kd: bool = option(False, "Let the target write the completions of all other steps.")
@@ -257,6 +268,8 @@ class DraftDistillConfig(SFTConfig):
         whole_number("eval_num_assistant_tokens", self.eval_num_assistant_tokens)
         one_of("`tvd_estimator`", self.tvd_estimator, ("sampled", "full"))
         one_of("`tvd_statistics`", self.tvd_statistics, ("batch", "token"))
+        if isinstance(self.draft_vocabulary, str):
+            one_of("`draft_vocabulary`", self.draft_vocabulary, ("recorded",))
         one_of("`token_selection`", self.token_selection, TOKEN_SELECTIONS)
         self._check_writing()
 

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_draftkd.acceptance import expected_target_calls
+from hf_draftkd.acceptance.tensors import only_listed
 from hf_draftkd.data.collator import SETTING_COLUMN, UNKNOWN_SETTING, rows_by_setting
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import DistillationLoss
@@ -89,6 +90,7 @@ def row_sums(
     signal: TextSignal,
     temperatures: Sequence[float],
     draft_lengths: Sequence[int],
+    vocabulary: Tensor | None = None,
 ) -> Tensor:
     """The summands of one batch, a row per text. Positions are looked at a chunk at a time.
 
@@ -101,6 +103,7 @@ def row_sums(
         signal: What the draft learns from.
         temperatures: K temperatures of the acceptance rate.
         draft_lengths: G draft lengths γ.
+        vocabulary: Ids that the draft may propose; None for all.
 
     Returns:
         [B, 7 + 2 K + G] float64 on the CPU: completion tokens; their loss; 1 if block efficiency is not exact for this
@@ -118,6 +121,7 @@ def row_sums(
     rates = {temperature: torch.zeros_like(losses) for temperature in temperatures}
 
     def look(rows: slice, draft_logits: Tensor, against: Any) -> None:
+        draft_logits = only_listed(draft_logits, vocabulary)
         losses[rows] = loss(draft_logits, against, written.tokens[rows]).to(losses)
         for temperature, rate in rates.items():
             found = signal.acceptance(draft_logits, against, temperature)

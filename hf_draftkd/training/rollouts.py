@@ -29,7 +29,7 @@ text that was mixed in, stay as they are, and so does the text that `evaluate()`
 
 import random
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -186,6 +186,7 @@ class CompletionWriter:
         tokenizer: Of both models.
         vocab_size: Tokens that draft and target share.
         context: Longest text that both models read, in tokens.
+        never_drafted: Tokens that the draft may not propose, and so does not write.
 
     Attributes:
         seconds: What writing has taken on this process.
@@ -200,6 +201,7 @@ class CompletionWriter:
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
         context: int,
+        never_drafted: Sequence[int] = (),
     ) -> None:
         self._args = args
         self._target = target
@@ -207,6 +209,7 @@ class CompletionWriter:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._context = context
+        self._never_drafted = never_drafted
         self._counts = dict.fromkeys(_COUNTED, 0.0)
         self.seconds = 0.0
 
@@ -282,7 +285,8 @@ class CompletionWriter:
         args, setting, device = self._args, self._args.generation_setting, self._accelerator.device
         model: Any = draft if who == DRAFT else self._target
         top_k = args.skd_top_k if who == DRAFT else None
-        config = self._generation_config(unwrapped(model), setting, corrected=top_k is not None)
+        never = self._never_drafted if who == DRAFT else ()
+        config = self._generation_config(unwrapped(model), setting, never, corrected=top_k is not None)
         ids, mask = left_padded(prompts, config.pad_token_id, device)
         # Another seed for each process, or all would draw the same numbers for different rows.
         seed = random.Random(f"{args.seed}/{step}/{self._accelerator.process_index}").getrandbits(63)
@@ -298,13 +302,15 @@ class CompletionWriter:
         ends = end_token_ids(unwrapped(model))
         return [cut_completion(row, ends) for row in output[:, ids.shape[1] :].tolist()]
 
-    def _generation_config(self, model: Any, setting: DecodingSetting, *, corrected: bool) -> GenerationConfig:
+    def _generation_config(
+        self, model: Any, setting: DecodingSetting, never: Sequence[int], *, corrected: bool
+    ) -> GenerationConfig:
         if corrected and not setting.is_greedy:
             # What has been corrected is a finished distribution, from which `generate` only has to draw.
             setting = DecodingSetting(temperature=1.0)
         # Padded rows of the vocabulary stand for no token.
         not_tokens = range(self._vocab_size, model.config.get_text_config().vocab_size)
-        suppressed = sorted({*(model.generation_config.suppress_tokens or []), *not_tokens})
+        suppressed = sorted({*(model.generation_config.suppress_tokens or []), *not_tokens, *never})
         pad_id = model.generation_config.pad_token_id
         return setting.generation_config(
             model,

@@ -14,7 +14,9 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
 from hf_draftkd.data.formats import check_format, has_labels, longest_text
+from hf_draftkd.decoding.drafting import checked_vocabulary
 from hf_draftkd.models.context import shared_context
+from hf_draftkd.models.draft_length import recorded_vocabulary, store_draft_vocabulary
 from hf_draftkd.models.forward import HeadArithmetic, head_arithmetic, unwrapped
 from hf_draftkd.models.identity import checkpoint_of
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
@@ -222,6 +224,32 @@ def prepare_reference(
         )
     check_weights_apart(pair[0], reference, "`reference_model`")
     return reference.eval().requires_grad_(False)
+
+
+def draft_vocabulary(draft: PreTrainedModel, args: DraftDistillConfig, vocab_size: int) -> torch.Tensor | None:
+    """The ids that the draft may propose, kept in its generation config so that it is saved with them; None for all.
+
+    Raises:
+        ValueError: The draft records no list, or one of the ids is not a token of the pair.
+    """
+    ids = args.draft_vocabulary
+    if ids is None:
+        return None
+    if isinstance(ids, str):
+        ids = recorded_vocabulary(draft.generation_config)
+        if ids is None:
+            raise ValueError(
+                '`draft_vocabulary="recorded"` reads the list in the draft\'s generation config, but it holds none. '
+                "Choose one with `draftkd vocabulary`, or give the ids themselves."
+            )
+    ids = checked_vocabulary(ids, vocab_size)
+    store_draft_vocabulary(draft, ids)
+    return torch.tensor(ids, device=args.device)
+
+
+def outside_of(ids: torch.Tensor | None, vocab_size: int) -> list[int]:
+    """The tokens that are not on a list; none without one."""
+    return [] if ids is None else sorted(set(range(vocab_size)) - set(ids.tolist()))
 
 
 def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Module | None:

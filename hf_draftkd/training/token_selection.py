@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_draftkd.acceptance.tensors import only_listed
 from hf_draftkd.losses import DistillationLoss
 from hf_draftkd.losses.chunked import scan
 
@@ -52,6 +53,7 @@ def token_metrics(
     keep: Tensor,
     position_ids: Tensor | None,
     loss: Callable[[Tensor, Any, Tensor], DistillationLoss],
+    vocabulary: Tensor | None = None,
 ) -> TokenMetrics:
     """Look at a batch's completion tokens without gradient, a chunk at a time.
 
@@ -63,6 +65,7 @@ def token_metrics(
         keep: [B, L] bool, where the N tokens are predicted.
         position_ids: [B, L], which start again with each text of a packed row; None where each row is a text.
         loss: (draft logits [n, V], target at these n, tokens [n]) -> loss.
+        vocabulary: Ids that the draft may propose; None for all.
     """
     device = (draft if isinstance(draft, Tensor) else draft.hidden).device
     likeliest = torch.zeros_like(tokens)
@@ -70,7 +73,7 @@ def token_metrics(
     known = [target is not None]
 
     def look(rows: slice, logits: Tensor, against: Any, other: Tensor | None) -> None:
-        likeliest[rows] = logits.argmax(-1)
+        likeliest[rows] = only_listed(logits, vocabulary).argmax(-1)
         found = loss(logits, against, tokens[rows])
         values[rows] = found.token_losses.to(values)
         if found.acceptance is None:

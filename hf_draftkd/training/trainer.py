@@ -237,6 +237,7 @@ class DraftDistillTrainer(SFTTrainer):
         models = [unwrapped(draft), *([] if target is None else [target])]
         # Both distributions are compared over rows that stand for tokens: never over padding.
         self._shared_vocab = shared_vocab_size(models[0], models[-1], processing_class)
+        self._vocabulary = setup.draft_vocabulary(models[0], args, self._shared_vocab)
         sharded = self.is_deepspeed_enabled or (self.is_fsdp_enabled and args.shard_target)
         self.target_model = setup.place_target(target, self)
         self.signal = make_signal(self.target_model, self._cache, facts, self._shared_vocab, sharded=sharded)
@@ -268,10 +269,10 @@ class DraftDistillTrainer(SFTTrainer):
                 accelerator=self.accelerator,
                 tokenizer=processing_class,
                 vocab_size=self._shared_vocab,
+                never_drafted=setup.outside_of(self._vocabulary, self._shared_vocab),
                 context=context,
             )
-        self._training_sums = TrainingSums()
-        self._num_tokens_read = 0
+        self._training_sums, self._num_tokens_read = TrainingSums(), 0
         self._evaluation_sums: EvaluationSums | None = None
         # The evaluation sets for which it was explained why they have no block efficiency.
         self._explained: set[str] = set()
@@ -334,8 +335,8 @@ class DraftDistillTrainer(SFTTrainer):
 
         Args:
             draft_logits: [n, V] next-token logits of the draft over the shared vocabulary, with gradient, divided by
-                `args.loss_temperature`. From a cache of the k likeliest tokens: [n, k + 1], the last one
-                standing for all other tokens.
+                `args.loss_temperature`; around −1e6 for tokens outside `args.draft_vocabulary`. From a cache of the k
+                likeliest tokens: [n, k + 1], the last one standing for all other tokens.
             target_logits: The same of the target, without gradient.
 
         Returns:
@@ -387,6 +388,7 @@ class DraftDistillTrainer(SFTTrainer):
             cross_entropy_weight=args.cross_entropy_weight if target is not None else 0.0,
             token_weights=token_weights,
             num_items=num_items,
+            vocabulary=self._vocabulary,
             with_acceptance=target is not None,
         )
 
@@ -428,8 +430,8 @@ class DraftDistillTrainer(SFTTrainer):
             if self._weighs_tokens:
                 # Only the head is passed twice: hidden states are at hand.
                 with torch.no_grad():
-                    places = keep, inputs.get("position_ids")
-                    metrics = token_metrics(draft, target, reference, tokens, *places, self._distillation_loss)
+                    rest = keep, inputs.get("position_ids"), self._distillation_loss, self._vocabulary
+                    metrics = token_metrics(draft, target, reference, tokens, *rest)
                     weights = check_token_weights(self.token_weights(metrics), metrics)
             result = self._distillation_loss(draft, target, tokens, num_items_in_batch, weights)
             return result, result.loss
@@ -526,6 +528,7 @@ class DraftDistillTrainer(SFTTrainer):
                     signal=self.signal,
                     temperatures=evaluation.temperatures,
                     draft_lengths=evaluation.draft_lengths,
+                    vocabulary=self._vocabulary,
                 )
                 return sums, draft.new_zeros(0) if isinstance(draft, Tensor) else draft.hidden[:0]
 
