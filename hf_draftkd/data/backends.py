@@ -109,6 +109,7 @@ def local_backend(
     max_new_tokens: int,
     batch_size: int,
     suppress_tokens: list[int] | None = None,
+    turn_end: int | None = None,
 ) -> Backend:
     """Answers from a local target, in batches of prompts of similar length.
 
@@ -118,8 +119,9 @@ def local_backend(
         max_new_tokens: Longest completion, in tokens.
         batch_size: Prompts per batch. Sampled completions depend on it, since a batch shares one random stream.
         suppress_tokens: Ids that must not be written, such as padded rows of the vocabulary.
+        turn_end: An id that ends a text beside those of the target's generation config.
     """
-    end_ids = end_token_ids(target_model)
+    end_ids = _end_ids(target_model, turn_end)
     # On a copy, so that the caller's stays as it is. Any id pads: it is masked in front, and cut off behind.
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side, tokenizer.pad_token_id = "left", pad_id(tokenizer, target_model)
@@ -133,6 +135,8 @@ def local_backend(
         pipeline_class=AlignmentPipeline,
     )
     overrides: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id}
+    if turn_end is not None:
+        overrides["eos_token_id"] = sorted(end_ids)
     if suppress_tokens is not None:
         overrides["suppress_tokens"] = suppress_tokens
 
@@ -160,6 +164,7 @@ def continuous_backend(
     *,
     max_new_tokens: int,
     suppress_tokens: list[int] | None = None,
+    turn_end: int | None = None,
     config: ContinuousBatchingConfig | None = None,
 ) -> Backend:
     """Answers through transformers' continuous batching: new prompts join as others finish.
@@ -171,10 +176,13 @@ def continuous_backend(
         target_model: The target, where it is to run.
         max_new_tokens: Longest completion, in tokens.
         suppress_tokens: Ids that must not be written.
+        turn_end: An id that ends a text beside those of the target's generation config.
         config: Size of the paged cache and the like. By default transformers takes most of the free memory.
     """
-    end_ids = end_token_ids(target_model)
-    overrides = {} if suppress_tokens is None else {"suppress_tokens": suppress_tokens}
+    end_ids = _end_ids(target_model, turn_end)
+    overrides: dict[str, Any] = {} if suppress_tokens is None else {"suppress_tokens": suppress_tokens}
+    if turn_end is not None:
+        overrides["eos_token_id"] = sorted(end_ids)
 
     def answer(
         prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, on_finished: Callable[[Completion], None]
@@ -197,3 +205,7 @@ def continuous_backend(
         return completions
 
     return answer
+
+
+def _end_ids(target_model: PreTrainedModel, turn_end: int | None) -> frozenset[int]:
+    return end_token_ids(target_model) | (frozenset() if turn_end is None else {turn_end})

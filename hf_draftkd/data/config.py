@@ -69,6 +69,9 @@ class AlignmentDataConfig:
     top_p: float = option(1.0, "Nucleus sampling at temperatures above 0.")
     top_k: int = option(0, "Top-k sampling at temperatures above 0; 0 keeps every token.")
     repetition_penalty: float = option(1.0, "As in transformers; 1 is none.")
+    stop_at_turn_end: bool = option(
+        False, "End answers at the chat template's end of turn too, where the target's generation config lacks it."
+    )
     num_completions: int = option(1, "Completions per prompt at each temperature above 0.")
     seed: int = option(0, "Seed of the whole data set.")
     batch_size: int = option(8, "Prompts decoded together. Sampled completions depend on it.")
@@ -109,6 +112,12 @@ class AlignmentDataConfig:
         in_range("timeout", self.timeout, 0, open_low=True)
         settings_at(self.temperatures, top_p=self.top_p, top_k=self.top_k, repetition_penalty=self.repetition_penalty)
         self._refuse_what_would_do_nothing()
+        if self.stop_at_turn_end and self.endpoint is not None:
+            raise ValueError(
+                "`stop_at_turn_end` needs a target on this machine: a server stops where its own generation config "
+                "says. vLLM takes further end tokens in each request: "
+                '`endpoint_options={"extra_body": {"stop_token_ids": [...]}}`.'
+            )
         cache = self.cache
         if self.endpoint is not None and cache is not None and (cache.top_k is None or cache.loss_temperature != 1):
             raise ValueError(

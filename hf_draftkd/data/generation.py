@@ -18,7 +18,7 @@ from hf_draftkd.data.rows import alignment_rows, dated, render_prompts, template
 from hf_draftkd.data.shards import DAY, StoppedError, cut_shards, day_begun, run_shards
 from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
 from hf_draftkd.data.target_cache import with_cache
-from hf_draftkd.data.targets import local_target, remote_target, served_context
+from hf_draftkd.data.targets import local_target, missing_turn_end, remote_target, served_context
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.models.context import context_length
 from hf_draftkd.models.loading import require_loaded
@@ -107,7 +107,12 @@ def generate_alignment_data(
     if isinstance(target_model, str):
         target = remote_target(target_model, tokenizer, config, endpoint_options)
     else:
-        target = local_target(target_model, tokenizer, config, target_revision, continuous_batching_config)
+        turn_end, is_text = None, isinstance(asked[0]["prompt"], str)
+        if is_text and config.stop_at_turn_end:
+            raise ValueError("`stop_at_turn_end` would do nothing: the prompts are text, without turns. Leave it out.")
+        if not is_text:
+            turn_end = missing_turn_end(target_model, tokenizer, wanted=config.stop_at_turn_end)
+        target = local_target(target_model, tokenizer, config, target_revision, continuous_batching_config, turn_end)
 
     shards = cut_shards(len(asked), config.batch_size, config.shard_size)
     origin = {"scenario": config.scenario, "seed": config.seed}

@@ -67,6 +67,17 @@ def template_form(tokenizer: PreTrainedTokenizerBase) -> TemplateForm:
     )
 
 
+def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that a chat template puts right behind an answer; None where it puts none."""
+    messages = [_USER, {"role": "assistant", "content": _PROBE}]
+    try:
+        behind = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition(_PROBE)[2]
+    except Exception:  # templates raise whatever their author chose
+        return None
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((each for each in tokenizer(behind, add_special_tokens=False)["input_ids"] if each in special), None)
+
+
 def read_messages(messages: Iterable[Mapping[str, Any]], form: TemplateForm) -> list[dict[str, Any]]:
     """Messages in the form that a template takes, without the nulls that Arrow adds.
 

@@ -13,15 +13,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from hf_draftkd.data.backends import Backend, continuous_backend, local_backend
 from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.endpoint import endpoint_backend, without_login
+from hf_draftkd.data.messages import turn_end_id
 from hf_draftkd.data.target_cache import CacheOptions, real_vocab_size
+from hf_draftkd.decoding.setting import end_token_ids
 from hf_draftkd.models.context import context_length
 from hf_draftkd.models.identity import model_revision, resolved_revision, weights_fingerprint
 from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.models.tokenizers import tokenizer_size
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,12 @@ def local_target(
     config: AlignmentDataConfig,
     revision: str | None = None,
     continuous_batching_config: ContinuousBatchingConfig | None = None,
+    turn_end: int | None = None,
 ) -> Target:
-    """A target on this machine."""
+    """A target on this machine; `turn_end` ends its texts beside what its generation config names."""
     name, suppressed = target_model.name_or_path, ids_without_token(target_model, tokenizer)
     limits: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "suppress_tokens": suppressed}
+    limits["turn_end"] = turn_end
     if config.continuous_batching:
         backend = continuous_backend(target_model, config=continuous_batching_config, **limits)
     else:
@@ -63,12 +70,45 @@ def local_target(
         "backend": "continuous batching" if config.continuous_batching else "generate",
         "suppressed_tokens": suppressed,
     }
+    if turn_end is not None:
+        identity["turn_end"] = turn_end
     if is_hub_id(name) and Path(name).is_dir():
         identity["target_is_local"] = True  # or a card, written elsewhere, would take it for an id on the Hub
     if config.cache is None:
         return Target(backend, identity)
     vocab_size = real_vocab_size(target_model, tokenizer)
     return Target(backend, identity, cache=(target_model, config.cache.within(vocab_size), vocab_size))
+
+
+def missing_turn_end(target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, wanted: bool) -> int | None:
+    """The end of turn at which answers to messages are to stop, beside the target's own end tokens; usually None.
+
+    Args:
+        target_model: The target.
+        tokenizer: Its tokenizer, with the chat template.
+        wanted: Whether to stop there. Otherwise it is warned of, where texts would run on.
+
+    Raises:
+        ValueError: It is wanted, and the template ends its turns with no special token.
+    """
+    turn_end, own = turn_end_id(tokenizer), end_token_ids(target_model)
+    if turn_end is None:
+        if wanted:
+            raise ValueError(
+                "`stop_at_turn_end=True`, but no special token follows an answer in the chat template. Leave it out."
+            )
+        return None
+    if turn_end in own:
+        return None
+    if wanted:
+        return turn_end
+    logger.warning(
+        "The chat template ends a turn with %r (id %d), but the target's `generation_config.eos_token_id` is %s: its "
+        "answers may run on behind the end of turn. Stop there with `stop_at_turn_end=True`, or add the id to the "
+        "target's generation config if its users stop there too.",
+        *(tokenizer.convert_ids_to_tokens(turn_end), turn_end, sorted(own) or None),
+    )
+    return None
 
 
 def remote_target(

@@ -210,3 +210,40 @@ def test_bad_input_is_refused_before_the_target_runs(tokenizer, options, message
     target.forward = None  # a single call would fail with another error
     with pytest.raises(ValueError, match=message):
         generate_alignment_data(target, tokenizer, TEXTS[:5], **options)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_answers_stop_at_the_end_of_turn_where_asked(target, tokenizer, caplog, continuous):
+    """Fault: a chat template ends turns with a token that the generation config lacks, and rows run on behind it."""
+    chats = [[{"role": "user", "content": text}] for text in TEXTS]
+    options = {"max_new_tokens": 12, "temperatures": (0,), "continuous_batching": continuous}
+    if continuous:
+        options["continuous_batching_config"] = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
+    ids = render_prompts(chats, tokenizer)
+    end = by_hand(target, ids[0], 3)[-1]  # written early
+    token = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.add_special_tokens({"extra_special_tokens": [token]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>{% endfor", token + "{% endfor")
+    ids = render_prompts(chats, tokenizer)
+    running_on = generate_alignment_data(target, tokenizer, chats, **options)
+    assert f"(id {end})" in caplog.text
+    assert "eos_token_id` is [1]" in caplog.text
+    caplog.clear()
+    stopped = generate_alignment_data(target, tokenizer, chats, stop_at_turn_end=True, **options)
+    assert caplog.text == ""
+    assert running_on["completion_ids"] == [by_hand(target, each, 12, end={1}) for each in ids]
+    assert stopped["completion_ids"] == [by_hand(target, each, 12, end={1, end}) for each in ids]
+    assert stopped["completion_ids"] != running_on["completion_ids"]
+    ends = {"stop" if row[-1] in {1, end} else "length" for row in stopped["completion_ids"]}
+    assert set(stopped["finish_reason"]) == ends
+
+
+def test_an_end_of_turn_that_is_not_there_is_refused(target, tokenizer):
+    options = {"max_new_tokens": 2, "stop_at_turn_end": True}
+    with pytest.raises(ValueError, match="would do nothing"):
+        generate_alignment_data(target, tokenizer, TEXTS, **options)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(ValueError, match="no special token"):
+        generate_alignment_data(target, tokenizer, [[{"role": "user", "content": "x"}]], **options)
+    with pytest.raises(ValueError, match="server"):
+        generate_alignment_data("served", tokenizer, TEXTS, endpoint="http://localhost:1", **options)

@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
+from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form, turn_end_id
 from hf_draftkd.data.rows import render_prompts, with_token_ids
 from tests.data.small import TEMPLATE, make_tokenizer
 
@@ -109,3 +109,12 @@ def test_text_that_exists_is_read_in_the_same_form(tokenizer):
     rows[0]["completion"][0]["content"].append({"type": "image", "url": "x"})
     with pytest.raises(ValueError, match=r"Row 0 .*assistant.*'image'"):
         with_token_ids(Dataset.from_list(rows), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(TEMPLATE, "<|end|>"), (TEXT, None), (TEXT.replace("{% endfor", "<pad>\n{% endfor"), "<pad>"), (OBJECT, None)],
+)
+def test_the_end_of_a_turn_is_what_follows_an_answer(template, end):
+    tokenizer = make_tokenizer(template)
+    assert turn_end_id(tokenizer) == (None if end is None else tokenizer.convert_tokens_to_ids(end))
