@@ -116,5 +116,6 @@ def with_cached_distributions(rows: Dataset, vocab_size: int, top_k: int, seed: 
         columns["target_logprobs"].append(logprobs[:, :-1].tolist())
         columns["target_tail_logprob"].append(logprobs[:, -1].tolist())
         columns["target_temperature"].append(1.0)
+        columns["target_vocab_size"].append(vocab_size)
     features = Features({**rows.features, **cached})
     return Dataset.from_dict({**rows.to_dict(), **columns}, features=features)

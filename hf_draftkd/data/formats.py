@@ -78,6 +78,34 @@ def formats_of(dataset: Dataset | IterableDataset, text_field: str = "text") -> 
     return [names for names in present if not foreign & set(names)]
 
 
+def check_token_ids(dataset: Dataset | IterableDataset, name: str, vocab_size: int) -> None:
+    """Refuse ids that the draft has no row for, before an embedding does in the middle of training. Not of a stream.
+
+    Args:
+        dataset: The rows as the user gave them.
+        name: What messages call the data set.
+        vocab_size: Rows of the draft's vocabulary.
+
+    Raises:
+        ValueError: There is such an id; its row is named.
+    """
+    if not isinstance(dataset, Dataset):
+        return
+    for column in {column for names in formats_of(dataset) for column in names if column.endswith("_ids")}:
+        first = 0
+        for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+            ids = table[column]
+            if (pc.max(pc.list_flatten(ids)).as_py() or 0) >= vocab_size:
+                number, row = next((n, row) for n, row in enumerate(ids.to_pylist()) if max(row or [0]) >= vocab_size)
+                raise ValueError(
+                    f"Row {first + number} (counted from 0) of the {name} dataset holds the token id {max(row)} in "
+                    f"`{column}`, but the draft's vocabulary has {vocab_size} rows. If the target pads its vocabulary "
+                    "further, give the target, or fit the draft to it with `align_vocabulary` and save it; otherwise "
+                    "the row is of another tokenizer."
+                )
+            first += len(table)
+
+
 def format_columns(dataset: Dataset | IterableDataset, names: tuple[str, ...]) -> list[str]:
     """What a format needs of a data set's columns, and what says more about it; others are left aside."""
     columns = get_dataset_column_names(dataset)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_draftkd.data.backends import Completion, cut_completion
 from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
-from hf_draftkd.data.target_cache import CACHE_COLUMNS, TEMPERATURE_COLUMN
+from hf_draftkd.data.target_cache import CACHE_COLUMNS, TEMPERATURE_COLUMN, VOCAB_COLUMN
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.utils.checks import one_of
 from hf_draftkd.utils.hashing import list_hash
@@ -243,5 +243,5 @@ def alignment_features(prompt_features: Features) -> Features:
         "finish_reason": text,
     }
     # Prompts may come from older alignment data: its distributions are of completions that are now replaced.
-    left_behind = {*own, *CACHE_COLUMNS, TEMPERATURE_COLUMN}
+    left_behind = {*own, *CACHE_COLUMNS, TEMPERATURE_COLUMN, VOCAB_COLUMN}
     return Features({**own, **{name: kind for name, kind in prompt_features.items() if name not in left_behind}})

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hf_draftkd.data.backends import LENGTH, STOP, Completion
-from hf_draftkd.data.target_cache import TEMPERATURE_COLUMN
+from hf_draftkd.data.target_cache import TEMPERATURE_COLUMN, VOCAB_COLUMN
 from hf_draftkd.models.tokenizers import tokenizer_size
 
 
@@ -109,4 +109,5 @@ def _distributions(logprobs: Any, ids_of: TokenTexts, top_logprobs: int) -> dict
         "target_logprobs": values,
         "target_tail_logprob": tails,
         TEMPERATURE_COLUMN: 1.0,
+        VOCAB_COLUMN: None,  # a server does not say how far its vocabulary is padded
     }

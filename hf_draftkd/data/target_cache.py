@@ -11,6 +11,7 @@ Log-probabilities are float16 by default: each is off by at most 2**-11 of its s
 than 0.04% of the probability of any token with p > 0.5 and 1.1% at p = 1e-10. Ask for float32 where that matters.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,7 +37,7 @@ from hf_draftkd.utils.hashing import derived_seed, sha256
 logger = logging.get_logger(__name__)
 
 CACHE_COLUMNS = ("completion_logprobs", "target_token_ids", "target_logprobs", "target_tail_logprob", "target_counts")
-TEMPERATURE_COLUMN = "target_temperature"
+TEMPERATURE_COLUMN, VOCAB_COLUMN = "target_temperature", "target_vocab_size"
 _POSITIONS = 256  # positions turned to float32 at a time: a vocabulary of 152,000 takes 0.15 GB of them
 _WIDTH = {"uint8": 1, "uint16": 2, "int32": 4, "float16": 2, "float32": 4}
 
@@ -87,7 +88,7 @@ class CacheOptions:
             columns |= {"target_logprobs": List(List(number)), "target_tail_logprob": List(number)}
         else:
             columns["target_counts"] = List(List(Value("uint8" if self.sampled < 2**8 else "uint16")))
-        return Features({**columns, TEMPERATURE_COLUMN: Value("float64")})
+        return Features({**columns, TEMPERATURE_COLUMN: Value("float64"), VOCAB_COLUMN: Value("int32")})
 
 
 def cache_target_distributions(
@@ -119,7 +120,8 @@ def cache_target_distributions(
     Returns:
         The dataset with `completion_logprobs` [T] (log p of the written token), `target_token_ids` [T, k] and
         `target_logprobs` [T, k] (likeliest first) and `target_tail_logprob` [T] (-inf where k = V); or, for draws,
-        `target_token_ids` and `target_counts` [T, up to N]; and with `target_temperature`.
+        `target_token_ids` and `target_counts` [T, up to N]; with `target_temperature`, and with `target_vocab_size`,
+        padded rows included, to which a draft is fitted where the target is not at hand.
 
     Raises:
         ValueError: Columns are missing, both forms are asked for, or a value is out of range.
@@ -168,8 +170,12 @@ def with_cache(
 
 def real_vocab_size(target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """Rows of the target's output that stand for tokens."""
-    rows = target_model.get_output_embeddings().weight.shape[0]
+    rows = _rows(target_model)
     return rows if tokenizer is None else min(rows, tokenizer_size(tokenizer))
+
+
+def _rows(target_model: PreTrainedModel) -> int:
+    return target_model.get_output_embeddings().weight.shape[0]
 
 
 def bytes_per_token(features: Features, entries: float) -> float:
@@ -203,8 +209,9 @@ def cache_columns(
             part = of_row[start : start + _POSITIONS, :vocab_size].float().cpu()
             for name, values in _kept(part, written, options, generator).items():
                 row[name] += values
+        row |= {TEMPERATURE_COLUMN: options.loss_temperature, VOCAB_COLUMN: _rows(target_model)}  # type: ignore[dict-item]
         for name, values in row.items():
-            columns[name].append(options.loss_temperature if name == TEMPERATURE_COLUMN else values)
+            columns[name].append(values)
     return columns
 
 
@@ -215,7 +222,10 @@ def _kept(
     if not torch.isfinite(logits.amax(-1)).all():
         raise FloatingPointError("The target's logits hold NaN or infinite values; check its weights and dtype.")
     log_p = (logits / options.loss_temperature).log_softmax(-1)
-    kept = {"completion_logprobs": log_p.gather(-1, written[:, None]).squeeze(-1).tolist()}
+    # An id of a padded row stands for no token: p, taken over the tokens, has nothing for it.
+    outside = written >= log_p.shape[-1]
+    of_written = log_p.gather(-1, written.masked_fill(outside, 0)[:, None]).squeeze(-1)
+    kept = {"completion_logprobs": of_written.masked_fill(outside, -math.inf).tolist()}
     if options.sampled is None:
         assert options.top_k is not None
         top = top_k_target(logits, options.top_k, options.loss_temperature)
@@ -256,17 +266,19 @@ class CacheFacts:
     Attributes:
         top_k: How many of the likeliest tokens were kept; None for draws.
         loss_temperature: The one that the distributions were kept at.
+        vocab_size: Rows of the target's vocabulary, padding included; None where nothing says it.
     """
 
     top_k: int | None
     loss_temperature: float
+    vocab_size: int | None
 
 
 def missing_cache_columns(dataset: Dataset | IterableDataset) -> list[str]:
     """The columns that training from cached distributions needs and this data lacks; empty if it can be done."""
     columns = set(get_dataset_column_names(dataset))
     form = CacheOptions(sampled=1 if "target_counts" in columns else None).features(vocab_size=1)
-    needed = ("prompt_ids", "completion_ids", *form)
+    needed = ("prompt_ids", "completion_ids", *(set(form) - {VOCAB_COLUMN}))
     return [name for name in needed if name not in columns]
 
 
@@ -349,4 +361,6 @@ def cache_facts(dataset: Dataset | IterableDataset, name: str) -> CacheFacts:
             f"Rows of the {name} dataset were cached at different temperatures ({temperatures[:5]}). Cache all of "
             "them at one."
         )
-    return CacheFacts(None if draws else max(widths, default=0), temperatures[0])
+    sizes = dataset.unique(VOCAB_COLUMN) if VOCAB_COLUMN in dataset.column_names else []
+    vocab_size = max((size for size in sizes if size is not None), default=None)
+    return CacheFacts(None if draws else max(widths, default=0), temperatures[0], vocab_size)

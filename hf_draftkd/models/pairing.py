@@ -148,16 +148,30 @@ def align_vocabulary(
     Raises:
         ValueError: A difference is not padding: tokens would be lost or invented.
     """
-    old_size, new_size = _vocab_size(draft_model), _vocab_size(target_model)
+    fit_vocabulary(draft_model, _vocab_size(target_model), tokenizer)
+    copy_special_ids(draft_model, target_model)
+    drop_idle_sampling(draft_model.generation_config)
+    return draft_model
+
+
+def fit_vocabulary(draft_model: PreTrainedModel, new_size: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """What `align_vocabulary` does to the draft's vocabulary, where the target is not at hand, but its size is known.
+
+    Args:
+        draft_model: The draft.
+        new_size: Rows of the target's vocabulary, padding included.
+        tokenizer: Their tokenizer, or None.
+
+    Raises:
+        ValueError: As `align_vocabulary`.
+    """
+    old_size = _vocab_size(draft_model)
     _check_padding(draft_model, old_size, new_size, tokenizer)
     if old_size != new_size:
         _resize(draft_model, old_size, new_size)
 
     first_padded = min(old_size, new_size) if tokenizer is None else tokenizer_size(tokenizer)
     _suppress(draft_model, range(first_padded, new_size), new_size)
-    copy_special_ids(draft_model, target_model)
-    drop_idle_sampling(draft_model.generation_config)
-    return draft_model
 
 
 def copy_special_ids(draft_model: PreTrainedModel, target_model: PreTrainedModel) -> None:

@@ -13,14 +13,21 @@ from trl.data_utils import get_dataset_column_names
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
-from hf_draftkd.data.formats import check_format, has_labels, longest_text
+from hf_draftkd.data.formats import check_format, check_token_ids, has_labels, longest_text
+from hf_draftkd.data.target_cache import CacheFacts
 from hf_draftkd.decoding.drafting import checked_vocabulary
 from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.draft_length import recorded_vocabulary, store_draft_vocabulary
 from hf_draftkd.models.forward import HeadArithmetic, head_arithmetic, unwrapped
 from hf_draftkd.models.identity import checkpoint_of
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
-from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, check_weights_apart, shared_vocab_size
+from hf_draftkd.models.pairing import (
+    align_vocabulary,
+    check_own_tokenizer,
+    check_weights_apart,
+    fit_vocabulary,
+    shared_vocab_size,
+)
 from hf_draftkd.models.resolve import Checkpoint, check_config, resolve
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.signals import NO_PLAIN_HEAD, WHOLE_LOGITS
@@ -191,6 +198,28 @@ def _shared_tokenizer(draft: Any, target: Any) -> PreTrainedTokenizerBase:
         with suppress(ValueError):
             return checkpoint_of(target).tokenizer
     return draft.tokenizer if isinstance(draft, Checkpoint) else load_tokenizer(model_name(draft))
+
+
+def fit_to_data(
+    draft: Any, datasets: dict[str, Any], facts: list[CacheFacts], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Give the draft the vocabulary of the target that the data's distributions are of; and refuse ids beyond it.
+
+    Args:
+        draft: The draft, already fitted where the target is at hand.
+        datasets: Name -> rows.
+        facts: What the caches in use say of themselves; none where the target is at hand.
+        tokenizer: The draft's.
+
+    Raises:
+        ValueError: The two vocabularies differ by more than padding, or a row holds an id that the draft lacks.
+    """
+    model = unwrapped(draft)
+    sizes = [fact.vocab_size for fact in facts if fact.vocab_size is not None]
+    if sizes:
+        fit_vocabulary(model, max(sizes), tokenizer)
+    for name, dataset in datasets.items():
+        check_token_ids(dataset, name, model.config.get_text_config().vocab_size)
 
 
 def prepare_reference(

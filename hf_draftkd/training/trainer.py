@@ -193,6 +193,7 @@ class DraftDistillTrainer(SFTTrainer):
             trains=trains,
             adds_adapter=peft_config is not None,
         )
+        setup.fit_to_data(draft, datasets, facts, processing_class)
         reference = setup.prepare_reference(reference_model, [draft, target], args, processing_class)
         self.draft_name = setup.model_name(unwrapped(draft))
         # Where the target is not at hand, the data names it.
