@@ -48,6 +48,8 @@ from hf_draftkd.utils.checks import in_range, one_of, whole_number
 
 OnRound = Callable[[int, int, int], None]
 """Drafted, accepted and new tokens of one text in one round."""
+OnLogits = Callable[[int, Tensor], None]
+"""A text's number in the batch, and the target's logits [K, V] from which its K new tokens were chosen."""
 
 _LISTENERS: WeakKeyDictionary[PreTrainedModel, list[OnRound]] = WeakKeyDictionary()
 
@@ -77,6 +79,8 @@ class SpeculativeDecoding:
             `assistant_ensemble_weight`, which is honoured too). Greedy decoding knows "ensemble" only.
         streamer: Receives the prompt and the tokens of a single text, a round at a time.
         tokenizer: The target's; only `stop_strings` need it.
+        on_logits: Called every round for each text with the target's logits of its new tokens, before any processor;
+            for a copy or a digest, since the memory is the round's.
         compile: Compile both models with static caches and fixed shapes, by `compile_config` of the call where it is
             given. The first call with a new batch size or length compiles for some minutes. Eager is faster on CPUs
             for small models; accelerators gain.
@@ -100,6 +104,7 @@ class SpeculativeDecoding:
         lenience_form: str = "exponential",
         streamer: BaseStreamer | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        on_logits: OnLogits | None = None,
         compile: bool = False,
     ) -> None:
         require_loaded(draft_model)
@@ -116,7 +121,7 @@ class SpeculativeDecoding:
         )
         self.lenience = in_range("lenience", lenience, 0, 1, open_low=True)
         self.lenience_form = one_of("form of lenience", lenience_form, LENIENCE_FORMS)
-        self.streamer, self.tokenizer = streamer, tokenizer
+        self.streamer, self.tokenizer, self.on_logits = streamer, tokenizer, on_logits
         self.compiled = CompiledModels() if compile else None
         suppressed = list(config.suppress_tokens or ())
         if draft_vocabulary is None:
@@ -199,6 +204,8 @@ class SpeculativeDecoding:
                     continue
                 kept, is_done = stopping.kept(texts, row, tokens[: n + 1])
                 outputs.add(row, scores[place, :kept], logits[place, :kept])
+                if self.on_logits is not None:
+                    self.on_logits(row, logits[place, :kept])
                 for listen in listeners:
                     listen(num_drafted, min(n, kept), kept)
                 texts.lengths[row] += kept

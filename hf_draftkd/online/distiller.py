@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,11 +24,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.acceptance import AcceptanceCounts
 from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.decoding.speculative import SpeculativeDecoding
+from hf_draftkd.losses import SparseTarget
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.identity import weights_fingerprint
 from hf_draftkd.models.pairing import align_vocabulary, shared_vocab_size
 from hf_draftkd.online.buffer import ReplayBuffer
-from hf_draftkd.online.capture import Served, ServedRequest, prompt_of, served_setting, serving
+from hf_draftkd.online.capture import KeptDistributions, ServedRequest, prompt_of, served_setting
 from hf_draftkd.online.checks import check_pair, check_request
 from hf_draftkd.online.config import OnlineDistillConfig
 from hf_draftkd.online.learner import Learner, acceptance_of
@@ -52,9 +54,11 @@ class OnlineDraftDistiller:
     distiller.draft_model.save_pretrained("draft")
     ```
 
-    One request is served at a time, as assisted decoding demands, and no thread is started: an update happens inside
-    `generate` after every `args.update_every` requests, or, with `args.auto_update=False`, when you call `step()`. The
-    serving loop may run under `torch.inference_mode()` or `torch.no_grad()`; an update switches them off for itself.
+    Requests are decoded by [`SpeculativeDecoding`], alone or in batches, with the draft length of the draft's
+    generation config, or, where it names none, the one that pays best so far. No thread is started: an update happens
+    inside `generate` after every `args.update_every` requests, or, with `args.auto_update=False`, when you call
+    `step()`. The serving loop may run under `torch.inference_mode()` or `torch.no_grad()`; an update switches them off
+    for itself.
 
     An update is measured before it is kept: exact acceptance of the draft before and after it on requests that were
     never learnt from, each under the setting it was decoded with. If acceptance fell, weights and optimiser are put
@@ -74,7 +78,8 @@ class OnlineDraftDistiller:
         target_model (`PreTrainedModel`):
             The target, in evaluation mode.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            The one that both share. Without it, rows that are padding in both models count as tokens.
+            The one that both share. Without it, rows that are padding in both models count as tokens. `stop_strings`
+            need it.
         args ([`OnlineDistillConfig`], *optional*):
             Configuration.
         on_log (`Callable[[dict], None]`, *optional*):
@@ -111,7 +116,7 @@ class OnlineDraftDistiller:
         self.args = args or OnlineDistillConfig()
         check_pair(draft_model, target_model, tokenizer)
         align_vocabulary(unwrapped(draft_model), unwrapped(target_model), tokenizer)
-        self.draft_model, self.target_model = draft_model, target_model
+        self.draft_model, self.target_model, self.tokenizer = draft_model, target_model, tokenizer
         self.history: deque[dict[str, Any]] = deque(maxlen=self.args.max_history)
         self.counts = AcceptanceCounts()
         self.num_requests = self.num_updates = 0
@@ -122,6 +127,7 @@ class OnlineDraftDistiller:
         self.buffer = ReplayBuffer(
             self.args.buffer_size, self.args.holdout_size, self.args.holdout_share, self.args.seed
         )
+        self._decoding = SpeculativeDecoding(draft_model)
         self._on_log = on_log
         self._generator = torch.Generator().manual_seed(self.args.seed)
         self._window = AcceptanceCounts()  # since the last step
@@ -134,10 +140,11 @@ class OnlineDraftDistiller:
     # Serving ---------------------------------------------------------------------------------------------------------
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """`target_model.generate(inputs, generation_config, assistant_model=draft_model, **kwargs)`, remembered.
+        """`target_model.generate(..., custom_generate=SpeculativeDecoding(draft_model))`, remembered.
 
         Args:
-            inputs: As `generate` takes them; or `input_ids` among the keyword arguments. One request, [1, L].
+            inputs: As `generate` takes them; or `input_ids` among the keyword arguments. Each text of a batch is a
+                request by itself.
             generation_config: As in `generate`.
             **kwargs: As in `generate`: `attention_mask`, `max_new_tokens`, `streamer`, ...
 
@@ -145,29 +152,36 @@ class OnlineDraftDistiller:
             What `target_model.generate` returned, even if the update or save after it failed.
 
         Raises:
-            ValueError: More than one request, no token ids, or another `assistant_model` was given; the request
-                decodes with beams or guidance; the output directory holds a state that `resume` was not called for; or
-                this is inside `count_acceptance`, whose numbers are in `counts`.
+            ValueError: There are no token ids, or another `assistant_model` was given; the request is one that
+                `SpeculativeDecoding` refuses (beams, guidance, `output_attentions`, ...): call `target_model.generate`
+                for such; or the output directory holds a state that `resume` was not called for.
         """
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        config = check_request(self.target_model, self.draft_model, ids, generation_config, kwargs)
+        ids = check_request(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
         self._check_resumed()
-        with serving(
-            self.target_model,
-            top_k=self._top_k,
-            loss_temperature=self.args.loss_temperature,
-            vocab_size=self._vocab_size,
-        ) as served:
-            output = self.target_model.generate(
-                inputs, generation_config=generation_config, assistant_model=self.draft_model, **kwargs
-            )
+        # How `generate` will decode, the target's own defaults filled in.
+        config, _ = unwrapped(self.target_model)._prepare_generation_config(generation_config, **kwargs)
+        kept = KeptDistributions(
+            top_k=self._top_k, loss_temperature=self.args.loss_temperature, vocab_size=self._vocab_size
+        )
+        decoding = self._decoding
+        decoding.counts, decoding.on_logits = AcceptanceCounts(), kept.add
+        decoding.tokenizer = kwargs.get("tokenizer") or self.tokenizer
+        output = self.target_model.generate(
+            inputs, generation_config=generation_config, custom_generate=decoding, **kwargs
+        )
+        self.counts += decoding.counts
+        self._window += decoding.counts
         sequences = output if isinstance(output, Tensor) else output.sequences
-        assert ids is not None
-        prompt, completion = prompt_of(ids, kwargs.get("attention_mask")), sequences[0, ids.shape[1] :]
-        self._remember(prompt, completion, served, served_setting(config, kwargs))
+        num_before, setting = self.num_requests, served_setting(config, kwargs)
+        copies = len(sequences) // len(ids)  # `num_return_sequences`
+        for row, sequence in enumerate(sequences):
+            prompt = prompt_of(ids, kwargs.get("attention_mask"), row // copies)
+            completion = sequence[ids.shape[1] :][: kept.num_tokens(row)]  # behind it there is padding
+            self._remember(prompt, completion, partial(kept.target, row), setting)
         if self.args.auto_update and self.update_due:
             self._attempt("step", self.step)
-        if self.args.output_dir is not None and self.num_requests % self.args.save_every == 0:
+        every = self.args.save_every
+        if self.args.output_dir is not None and self.num_requests // every > num_before // every:
             self._attempt("save", self.save)
         return output
 
@@ -194,11 +208,14 @@ class OnlineDraftDistiller:
         return self.num_requests - self._requests_at_step >= self.args.update_every
 
     @torch.inference_mode(False)  # What is kept outlives the caller's `inference_mode`: it must be ordinary tensors.
-    def _remember(self, prompt: Tensor, completion: Tensor, served: Served, setting: DecodingSetting | None) -> None:
-        assert served.counts.num_tokens == len(completion), "every token was written by an observed call"
+    def _remember(
+        self,
+        prompt: Tensor,
+        completion: Tensor,
+        target: Callable[[int], SparseTarget],
+        setting: DecodingSetting | None,
+    ) -> None:
         self.num_requests += 1
-        self.counts += served.counts
-        self._window += served.counts
         # Copies: `prompt` may be the caller's own memory, and `completion` is that of the output.
         prompt = prompt.clone()
         kept = completion[: max(0, self.args.max_length - len(prompt))].cpu().clone()
@@ -207,7 +224,7 @@ class OnlineDraftDistiller:
         if len(unknown):
             kept = kept[: max(0, int(unknown[0]) - len(prompt))]
         if len(prompt) and len(kept):
-            self.buffer.add(ServedRequest(prompt, kept, served.target(len(kept)), setting))
+            self.buffer.add(ServedRequest(prompt, kept, target(len(kept)), setting))
 
     # Learning --------------------------------------------------------------------------------------------------------
 
@@ -236,6 +253,8 @@ class OnlineDraftDistiller:
                 entry["kept"] = False
             if not entry["kept"]:
                 undo()
+        if entry["kept"]:
+            self._decoding = SpeculativeDecoding(self.draft_model)  # a head cut to its draft vocabulary is a copy
         # Only now: after an error the next update reports these requests and learns from them as well.
         self._window = AcceptanceCounts()
         self.buffer.num_new = 0
@@ -339,6 +358,7 @@ class OnlineDraftDistiller:
         check_same(directory, facts, self._identity)
         draft, requests = load_tensors(directory, facts)
         self.learner.load(draft)
+        self._decoding = SpeculativeDecoding(self.draft_model)
         self._generator.set_state(requests["generator"])
         self.buffer.unpack(requests, facts["buffer"])
         self.num_requests, self.num_updates = facts["num_requests"], facts["num_updates"]

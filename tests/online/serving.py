@@ -11,6 +11,9 @@ UNFILTERED = {"do_sample": True, "temperature": 1.0, "top_k": 0}
 
 
 def distiller_for(pair, tokenizer=None, *, on_log=None, **settings):
+    config = getattr(pair[0], "generation_config", None)
+    if config is not None:  # the length that pays best depends on the clock, and with it the counts
+        config.num_assistant_tokens = config.num_assistant_tokens or 5
     return OnlineDraftDistiller(*pair, tokenizer, args=OnlineDistillConfig(**(SETTINGS | settings)), on_log=on_log)
 
 
