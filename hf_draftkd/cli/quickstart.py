@@ -42,7 +42,7 @@ class QuickstartOptions:
     output_dir: str = option("quickstart", "Where everything is written.")
     num_train_prompts: int = option(320, "Training queries the target answers.")
     num_test_prompts: int = option(80, "Test queries both drafts are measured on.")
-    num_speed_prompts: int = option(16, "Test queries decoded both ways against the clock.")
+    num_speed_prompts: int = option(12, "Test queries decoded every way against the clock.")
     num_train_epochs: float = option(3.0, "Passes over the target's answers.")
     max_new_tokens: int = option(96, "Longest answer, in tokens.")
     seed: int = option(0, "Seed of sampling and training.")

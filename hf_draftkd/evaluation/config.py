@@ -41,7 +41,10 @@ class EvaluationConfig:
         "found, and positions are reported for 5.",
     )
     measure_speed: bool = option(True, "Time steps and real decoding, and recommend.")
-    num_speed_prompts: int = option(16, "Prompts decoded both ways for each setting.")
+    num_speed_prompts: int = option(16, "Prompts decoded in every way, in turns, for each setting.")
+    speed_batch_sizes: list[int] = option(
+        [], "Also time SpeculativeDecoding on batches of these sizes, beside plain batches."
+    )
     verify: int = option(0, "Prompts on which to check computed against counted numbers; 0 for no check.")
     batch_size: int = option(8, "Texts per forward pass.")
     seed: int = option(0, "Seed of the target's sampling.")
@@ -60,6 +63,12 @@ class EvaluationConfig:
         for name in ("max_new_tokens", "num_speed_prompts", "batch_size"):
             whole_number(name, getattr(self, name))
         whole_number("verify", self.verify, 0)
+        for size in self.speed_batch_sizes:
+            if whole_number("speed_batch_sizes", size, 2) > self.num_speed_prompts:
+                raise ValueError(
+                    f"`speed_batch_sizes` names {size}, but only {self.num_speed_prompts} prompts are timed. Raise "
+                    "`num_speed_prompts` to at least that."
+                )
         if self.num_assistant_tokens is not None:
             whole_number("num_assistant_tokens", self.num_assistant_tokens, DRAFT_LENGTHS[0], DRAFT_LENGTHS[-1])
         if all(setting.is_greedy for setting in self.settings()) and (self.top_p < 1 or self.top_k > 0):

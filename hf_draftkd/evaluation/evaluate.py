@@ -1,7 +1,8 @@
 """Is this draft worth using? One call: the target's own text, exact rates, measured times, a recommendation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,22 @@ from hf_draftkd.data.targets import ids_without_token
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.environment import hardware_info, model_info
-from hf_draftkd.evaluation.recommendation import overall_draft_length, recommend, recommend_overall
-from hf_draftkd.evaluation.report import DraftResult, PairedDifference, SelfCheck, SettingResult, SpeculationReport
+from hf_draftkd.evaluation.latency import measure_latency
+from hf_draftkd.evaluation.recommendation import (
+    ASSISTANT_MODEL,
+    SPECULATIVE,
+    overall_draft_length,
+    recommend,
+    recommend_overall,
+)
+from hf_draftkd.evaluation.report import (
+    AssistedResult,
+    DraftResult,
+    PairedDifference,
+    SelfCheck,
+    SettingResult,
+    SpeculationReport,
+)
 from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, PassResult, score_texts
 from hf_draftkd.evaluation.self_check import CHECKED_LENGTHS, self_check
 from hf_draftkd.evaluation.statistics import (
@@ -32,7 +47,7 @@ from hf_draftkd.evaluation.texts import (
     suppressed_token_warnings,
     take_texts,
 )
-from hf_draftkd.evaluation.timing import measure_latency, time_decoding
+from hf_draftkd.evaluation.timing import PLAIN, refused_by_speculative_decoding, time_decoding
 from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.forward import evaluating
 from hf_draftkd.models.identity import loaded_checksum
@@ -60,7 +75,8 @@ def evaluate_draft(
 
     Give `prompts`, and the target answers them under every setting; or `dataset`, alignment data whose rows record the
     setting the target wrote them under. One pass of each model over these texts gives the exact rates; then, with
-    `measure_speed`, step times are taken and real `generate(assistant_model=draft)` is timed against plain decoding.
+    `measure_speed`, step times are taken and real decoding is timed: plainly, with `assistant_model=draft` and with
+    `custom_generate=SpeculativeDecoding(draft)`, in turns.
 
     Args:
         draft_model: The draft, or several: they are ranked, each with its difference to the best, and the report's
@@ -207,38 +223,81 @@ class _Evaluation:
     def time(self, draft: PreTrainedModel, result: DraftResult) -> None:
         """Time steps and real decoding of one draft, and judge it; fills in `result`."""
         prompts = self._spread_prompts(self.config.num_speed_prompts)
-        latency = result.latency = measure_latency(self.target_model, draft, prompts, **self.decoding)
+        ways = self._ways(draft, prompts[0])
+        latency = result.latency = measure_latency(self.target_model, draft, prompts, ways=ways, **self.decoding)
         length = self.config.num_assistant_tokens or overall_draft_length(result.settings, latency) or _DEFAULT_LENGTH
         # Real decoding is transformers': it does not apply to a rule of another engine.
         timed = [setting for setting in result.settings if setting.is_transformers_rule]
-        with logging.tqdm(total=len(prompts) * len(timed), desc="Timing decoding", unit="prompt") as bar:
+        sizes = self._speed_batch_sizes(len(prompts)) if SPECULATIVE in ways else []
+        total = sum(len(prompts) // size * size for size in [1, *sizes]) * len(timed)
+        with logging.tqdm(total=total, desc="Timing decoding", unit="prompt") as bar:
             for setting in timed:
-                times = time_decoding(
-                    self.target_model,
-                    draft,
-                    prompts,
-                    setting.decoding,
-                    num_assistant_tokens=length,
-                    on_prompt=bar.update,
-                    **self.decoding,
-                )
-                setting.assisted = assisted_result(times, length)
+                measure = partial(self._decode, draft, prompts, setting.decoding, length, bar.update)
+                found = measure(ways)
+                setting.assisted, setting.speculative = found[ASSISTANT_MODEL], found.get(SPECULATIVE)
+                setting.speculative_batches = {
+                    size: measure([SPECULATIVE], size)[SPECULATIVE] for size in sizes
+                } or None
                 compare_with_prediction(setting, latency)
         for setting in result.settings:
             setting.recommendation = recommend(setting, latency)
         result.recommendation = recommend_overall(result.settings, latency)
 
+    def _ways(self, draft: PreTrainedModel, prompt: Sequence[int]) -> list[str]:
+        """How transformers can decode with this draft; a warning says where SpeculativeDecoding cannot."""
+        refusal = refused_by_speculative_decoding(self.target_model, draft, prompt)
+        if refusal is None:
+            return [ASSISTANT_MODEL, SPECULATIVE]
+        warning = f"SpeculativeDecoding was left out, since it refuses this pair: {refusal}"
+        if warning not in self.warnings:
+            self.warnings.append(warning)
+        return [ASSISTANT_MODEL]
+
+    def _decode(
+        self,
+        draft: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        setting: DecodingSetting,
+        num_assistant_tokens: int,
+        on_prompts: Callable[[int], Any],
+        ways: Sequence[str],
+        batch_size: int = 1,
+    ) -> dict[str, AssistedResult]:
+        """Time real decoding in some ways, beside plain decoding."""
+        runs = time_decoding(
+            self.target_model,
+            draft,
+            prompts,
+            setting,
+            ways=ways,
+            num_assistant_tokens=num_assistant_tokens,
+            batch_size=batch_size,
+            on_prompts=on_prompts,
+            **self.decoding,
+        )
+        decoded = len(prompts) // batch_size * batch_size
+        return {way: assisted_result(runs[way], runs[PLAIN], decoded, num_assistant_tokens) for way in ways}
+
+    def _speed_batch_sizes(self, num_prompts: int) -> list[int]:
+        asked = self.config.speed_batch_sizes
+        for size in asked:
+            if size > num_prompts:  # there are so few, or some are alike, or too long to be timed
+                self.warnings.append(f"No batch of {size} was timed: there are {num_prompts} prompts for it.")
+        return [size for size in asked if size <= num_prompts]
+
     def check_itself(self, draft: PreTrainedModel) -> SelfCheck:
         """Computed against counted numbers, on a few of the prompts."""
         prompts = self._spread_prompts(self.config.verify)
         settings = [texts.setting for texts in self.texts.sets]
-        total = len(prompts) * len(settings) * len(CHECKED_LENGTHS)
+        ways = self._ways(draft, prompts[0])
+        total = len(prompts) * len(settings) * len(ways) * len(CHECKED_LENGTHS)
         with logging.tqdm(total=total, desc="Checking against real decoding", unit="text") as bar:
             found = self_check(
                 self.target_model,
                 draft,
                 prompts,
                 settings,
+                ways=ways,
                 vocab_size=shared_vocab_size(draft, self.target_model, self.tokenizer),
                 on_prompt=bar.update,
                 **self.decoding,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_draftkd.acceptance import Estimate
+from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, SPECULATIVE
 from hf_draftkd.evaluation.report import SettingResult, SpeculationReport
 from hf_draftkd.evaluation.tables import named_settings
 from hf_draftkd.utils.files import replacing
@@ -77,8 +78,12 @@ def speed_figure(report: SpeculationReport) -> "Figure":
     figure, axes = _figure("times the plain speed", "")
     names: list[str] = []
     for name, settings in named_settings(report):
-        for setting in settings:
-            found = setting.assisted
+        runs = [
+            (setting, way, run)
+            for setting in settings
+            for way, run in ((ASSISTANT_MODEL, setting.assisted), (SPECULATIVE, setting.speculative))
+        ]
+        for measured, decoded, found in runs:
             if found is None or found.speedup is None:
                 continue
             place, speedup = len(names), found.speedup
@@ -87,7 +92,7 @@ def speed_figure(report: SpeculationReport) -> "Figure":
             axes.barh(
                 place + 0.2, speedup.value, 0.38, xerr=_bounds(speedup), capsize=3, color=_COLOURS[0], label="measured"
             )
-            names.append(f"{_label(report, name, setting)}\nγ = {found.num_assistant_tokens}")
+            names.append(f"{_label(report, name, measured)}\n{decoded} γ = {found.num_assistant_tokens}")
     _require(names, "measured speed-up")
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(names)), names)

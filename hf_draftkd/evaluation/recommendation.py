@@ -1,4 +1,4 @@
-"""Is it worth it? From block efficiency and measured times to a draft length and a sentence a person understands."""
+"""Is it worth it, and how? From block efficiency and measured times to a draft length, a way of decoding, a verdict."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,12 +10,15 @@ from hf_draftkd.acceptance import (
     break_even_acceptance_rate,
     predicted_speedup,
 )
-from hf_draftkd.evaluation.report import LatencyResult, Recommendation, SettingResult
+from hf_draftkd.evaluation.report import AssistedResult, LatencyResult, Recommendation, SettingResult
+
+ASSISTANT_MODEL, SPECULATIVE = "assistant_model=", "SpeculativeDecoding"
+"""The two ways to decode with a draft in transformers: its own loop, and `custom_generate=` with this package's."""
 
 
-def generate_latency(measured: LatencyResult) -> Latency:
-    """Step times as transformers' `generate` has them: forward passes and what it adds to each of them."""
-    overhead = measured.generate_overhead
+def way_latency(measured: LatencyResult, way: str = ASSISTANT_MODEL) -> Latency:
+    """Step times as one way of decoding has them: forward passes and what it adds to each of them."""
+    overhead = measured.speculative_overhead if way == SPECULATIVE else measured.generate_overhead
     if overhead is None:
         return forward_latency(measured)
     return Latency(
@@ -30,20 +33,24 @@ def forward_latency(measured: LatencyResult) -> Latency:
     return Latency(measured.target_step_seconds, measured.draft_step_seconds, measured.verify_seconds)
 
 
-def expected_efficiency(setting: SettingResult) -> dict[int, float]:
-    """Block efficiency by draft length as transformers' `generate` will have it; empty where it is not known."""
-    estimates = setting.transformers_block_efficiency or setting.block_efficiency or {}
+def expected_efficiency(setting: SettingResult, way: str = ASSISTANT_MODEL) -> dict[int, float]:
+    """Block efficiency by draft length as a way of decoding will have it; empty where it is not known."""
+    estimates = setting.block_efficiency or {}
+    if way == ASSISTANT_MODEL:
+        estimates = setting.transformers_block_efficiency or estimates
     return {length: estimate.value for length, estimate in estimates.items()}
 
 
 def overall_draft_length(settings: Sequence[SettingResult], latency: LatencyResult) -> int | None:
-    """The one draft length under which the setting that gains least gains most; None without block efficiencies."""
-    curves = [expected_efficiency(setting) for setting in settings if setting.is_transformers_rule]
-    curves = [curve for curve in curves if curve]
-    if not curves:
+    """The one draft length under which the setting that gains least gains most, in the way that gains most there.
+
+    None without block efficiencies.
+    """
+    judged = [setting for setting in settings if setting.is_transformers_rule and expected_efficiency(setting)]
+    if not judged:
         return None
-    times = generate_latency(latency)
-    return max(curves[0], key=lambda length: min(predicted_speedup(curve[length], length, times) for curve in curves))
+    lengths = expected_efficiency(judged[0])
+    return max(lengths, key=lambda length: max(_least_gain(judged, latency, length, way) for way in _ways(latency)))
 
 
 def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation | None:
@@ -53,28 +60,31 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
     leaves it to the prediction.
 
     Args:
-        setting: With block efficiency, and `assisted` where it was measured.
+        setting: With block efficiency, and `assisted` and `speculative` where they were measured.
         latency: Measured on this machine.
     """
-    efficiency = expected_efficiency(setting)
-    if not efficiency:
+    if not expected_efficiency(setting):
         return None
     name = setting.words
-    times = generate_latency(latency)
-    best = best_draft_length(efficiency, times)
+    # Both ways are transformers': they do not apply to a rule of another engine.
+    ways = _ways(latency) if setting.is_transformers_rule else [ASSISTANT_MODEL]
+    bests = [best_draft_length(expected_efficiency(setting, way), way_latency(latency, way)) for way in ways]
+    length = max(bests, key=lambda best: best.predicted_speedup).num_assistant_tokens
+    way = _better_way([setting], latency, length, ways)
+    times, efficiency = way_latency(latency, way), expected_efficiency(setting, way)
+    predicted = predicted_speedup(efficiency[length], length, times)
     break_even = break_even_acceptance_rate(times, efficiency)
-    length = best.num_assistant_tokens
-    worth_it = _gains(setting, length, best.predicted_speedup)
+    worth_it = _gains(setting, length, predicted, way)
     cost = times.relative_cost
     if worth_it:
         reason = (
             f"Worth it for {name}: {_tokens(length)} a step give{'s' if length == 1 else ''} {efficiency[length]:.2f} "
             f"tokens per target call and {'is' if length == 1 else 'are'} predicted to decode "
-            f"{best.predicted_speedup:.2f} times as fast here; a draft step takes {cost:.0%} of a target step."
+            f"{predicted:.2f} times as fast here; a draft step takes {cost:.0%} of a target step."
         )
-    elif _is_faster(best.predicted_speedup):
+    elif _is_faster(predicted):
         reason = (
-            f"Not worth it for {name}: {best.predicted_speedup:.2f} times the plain speed was predicted here for "
+            f"Not worth it for {name}: {predicted:.2f} times the plain speed was predicted here for "
             f"{_tokens(length)} a step, and real decoding did not gain."
         )
     else:
@@ -85,30 +95,34 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
         )
         reason = (
             f"Not worth it for {name}: even the best draft length ({length}) is predicted to reach "
-            f"{best.predicted_speedup:.2f} times the plain speed here. A draft step takes {cost:.0%} of a target step; "
+            f"{predicted:.2f} times the plain speed here. A draft step takes {cost:.0%} of a target step; "
             f"of single drafted tokens {setting.acceptance_rate.value:.2f} are accepted, and {need}."
         )
-    measured = setting.assisted.speedup if setting.assisted is not None else None
-    if measured is not None and setting.assisted is not None:
-        reason += f" Measured with {_tokens(setting.assisted.num_assistant_tokens)}: {_times(measured)}."
-        if _is_open(measured):
+    found = _measured(setting, way)
+    if found is not None and found.speedup is not None:
+        reason += (
+            f" Measured in transformers on this machine with {_tokens(found.num_assistant_tokens)}: "
+            f"{_all_measured(setting, way)}."
+        )
+        if _is_open(found.speedup):
             why = (
                 "One prompt gives no interval"
-                if measured.low is None
+                if found.speedup.low is None
                 else "A gain and a loss both lie within this interval"
             )
             reason += f" {why}: more prompts would decide."
     return Recommendation(
         worth_it=worth_it,
         num_assistant_tokens=length,
-        predicted_speedup=best.predicted_speedup,
+        way=way if setting.is_transformers_rule else None,
+        predicted_speedup=predicted,
         break_even_acceptance_rate=break_even,
         reason=reason,
     )
 
 
 def recommend_overall(settings: Sequence[SettingResult], latency: LatencyResult) -> Recommendation | None:
-    """One verdict and one draft length over all settings: the setting that gains least decides.
+    """One verdict, one draft length and one way of decoding over all settings: the setting that gains least decides.
 
     Args:
         settings: With their own recommendations.
@@ -118,49 +132,80 @@ def recommend_overall(settings: Sequence[SettingResult], latency: LatencyResult)
     if length is None:
         return None
     judged = [
-        (setting.words, setting, setting.recommendation)
+        (setting, setting.recommendation)
         for setting in settings
         if setting.recommendation is not None and setting.is_transformers_rule
     ]
-    times = generate_latency(latency)
-    speedups = {
-        name: predicted_speedup(expected_efficiency(setting)[length], length, times) for name, setting, _ in judged
-    }
-    good = [name for name, setting, _ in judged if _gains(setting, length, speedups[name])]
-    bad = [name for name in speedups if name not in good]
-    weakest = min(judged, key=lambda item: speedups[item[0]])
+    way = _better_way([setting for setting, _ in judged], latency, length, _ways(latency))
+    speedups = [_predicted(setting, latency, length, way) for setting, _ in judged]
+    least = min(range(len(judged)), key=lambda place: speedups[place])
+    weakest = judged[least][1]
     if len(judged) == 1:
-        return replace(weakest[2], num_assistant_tokens=length, predicted_speedup=speedups[weakest[0]])
+        return replace(weakest, num_assistant_tokens=length, way=way, predicted_speedup=speedups[0])
+    gains = [_gains(setting, length, each, way) for (setting, _), each in zip(judged, speedups, strict=True)]
+    good = [setting.words for (setting, _), is_good in zip(judged, gains, strict=True) if is_good]
+    bad = [setting.words for (setting, _), is_good in zip(judged, gains, strict=True) if not is_good]
     if not bad:
         verdict = "Worth it"
     elif not good:
         verdict = "Not worth it"
     else:
         verdict = f"Worth it for {' and '.join(good)}, not for {' and '.join(bad)}"
-    parts = [f"{name} {_speedup_words(setting, speedups[name], length)}" for name, setting, _ in judged]
-    reason = f"{verdict}. With {_tokens(length)} a step: {'; '.join(parts)}."
+    parts = [
+        f"{setting.words} {_speedup_words(setting, each, length, way)}"
+        for (setting, _), each in zip(judged, speedups, strict=True)
+    ]
+    reason = f"{verdict}. By {way} with {_tokens(length)} a step, in transformers on this machine: {'; '.join(parts)}."
     undecided = [
-        name
-        for name, setting, _ in judged
-        if setting.assisted is not None and setting.assisted.speedup is not None and _is_open(setting.assisted.speedup)
+        setting.words
+        for setting, _ in judged
+        if (found := _measured(setting, way)) is not None and found.speedup is not None and _is_open(found.speedup)
     ]
     if undecided:
         reason += f" More prompts would be needed to be sure for {' and '.join(undecided)}."
     return Recommendation(
         worth_it=not bad,
         num_assistant_tokens=length,
-        predicted_speedup=speedups[weakest[0]],
-        break_even_acceptance_rate=weakest[2].break_even_acceptance_rate,
+        way=way,
+        predicted_speedup=speedups[least],
+        break_even_acceptance_rate=weakest.break_even_acceptance_rate,
         reason=reason,
     )
 
 
-def _gains(setting: SettingResult, length: int, predicted: float) -> bool:
+def _ways(latency: LatencyResult) -> list[str]:
+    """The ways whose times are known: `SpeculativeDecoding` refuses a few models that transformers' loop takes."""
+    return [ASSISTANT_MODEL] if latency.speculative_overhead is None else [ASSISTANT_MODEL, SPECULATIVE]
+
+
+def _measured(setting: SettingResult, way: str) -> AssistedResult | None:
+    return setting.speculative if way == SPECULATIVE else setting.assisted
+
+
+def _predicted(setting: SettingResult, latency: LatencyResult, length: int, way: str) -> float:
+    return predicted_speedup(expected_efficiency(setting, way)[length], length, way_latency(latency, way))
+
+
+def _least_gain(settings: Sequence[SettingResult], latency: LatencyResult, length: int, way: str) -> float:
+    return min(_predicted(setting, latency, length, way) for setting in settings)
+
+
+def _better_way(settings: Sequence[SettingResult], latency: LatencyResult, length: int, ways: Sequence[str]) -> str:
+    """The way whose least gain is largest: as measured, where every way was, otherwise as predicted."""
+    measured: dict[str, list[float]] = {
+        way: [run.speedup.value for each in settings if (run := _measured(each, way)) and run.speedup] for way in ways
+    }
+    if all(len(speedups) == len(settings) for speedups in measured.values()):
+        return max(ways, key=lambda way: min(measured[way]))
+    return max(ways, key=lambda way: _least_gain(settings, latency, length, way))
+
+
+def _gains(setting: SettingResult, length: int, predicted: float, way: str) -> bool:
     """Whether decoding with this draft is faster: as measured, or as predicted for a length that was not measured.
 
     A gain measured with another length is a gain; a loss with another length does not apply to this one.
     """
-    found = setting.assisted
+    found = _measured(setting, way)
     if found is None or found.speedup is None:
         return _is_faster(predicted)
     return _is_faster(found.speedup.value) or (found.num_assistant_tokens != length and _is_faster(predicted))
@@ -176,13 +221,21 @@ def _is_open(measured: Estimate) -> bool:
     return measured.low is None or measured.high is None or measured.low <= 1 <= measured.high
 
 
-def _speedup_words(setting: SettingResult, predicted: float, length: int) -> str:
+def _speedup_words(setting: SettingResult, predicted: float, length: int, way: str) -> str:
     words = f"predicted {predicted:.2f} times the plain speed"
-    if setting.assisted is not None and setting.assisted.speedup is not None:
-        words += f", measured {_times(setting.assisted.speedup)}"
-        if setting.assisted.num_assistant_tokens != length:
-            words += f" with {_tokens(setting.assisted.num_assistant_tokens)}"
+    found = _measured(setting, way)
+    if found is not None and found.speedup is not None:
+        words += f", measured {_all_measured(setting, way)}"
+        if found.num_assistant_tokens != length:
+            words += f" with {_tokens(found.num_assistant_tokens)}"
     return words
+
+
+def _all_measured(setting: SettingResult, first: str) -> str:
+    """The recommended way first: "1.50 times (1.40 to 1.60) by SpeculativeDecoding, 1.28 times by assistant_model="."""
+    ways = sorted((ASSISTANT_MODEL, SPECULATIVE), key=lambda way: way != first)
+    found = [(way, each.speedup) for way in ways if (each := _measured(setting, way)) and each.speedup]
+    return ", ".join(f"{_times(speedup)} by {way}" for way, speedup in found)
 
 
 def _tokens(count: int) -> str:

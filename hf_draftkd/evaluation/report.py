@@ -60,10 +60,14 @@ class HardwareInfo:
 
 @dataclass(kw_only=True)
 class Recommendation:
-    """Use this draft or not, and with which draft length."""
+    """Use this draft or not, with which draft length, and in which way of decoding in transformers."""
 
-    worth_it: bool = key("Whether assisted decoding is expected to be faster than plain decoding.")
+    worth_it: bool = key("Whether decoding with the draft is expected to be faster than plain decoding.")
     num_assistant_tokens: int = key("Draft length with the highest predicted speed-up on the measured machine.")
+    way: str | None = key(
+        "The faster way of decoding there: `SpeculativeDecoding` (`custom_generate=`) or `assistant_model=`.",
+        default=None,
+    )
     predicted_speedup: float = key("Predicted tokens/s at that length ÷ plain tokens/s.")
     break_even_acceptance_rate: float | None = key(
         "Acceptance rate at which the best draft length would just reach the speed of plain decoding. Absent where "
@@ -75,12 +79,12 @@ class Recommendation:
 
 @dataclass(kw_only=True)
 class DecodingDifference:
-    """Where greedy assisted decoding first wrote another token than plain decoding."""
+    """Where greedy decoding with the draft first wrote another token than plain decoding."""
 
     prompt: int = key("Index of the prompt.")
     position: int = key("Index in the completion of the first token that differs.")
     plain_token: int = key("Token id that plain decoding wrote.")
-    assisted_token: int = key("Token id that assisted decoding wrote.")
+    assisted_token: int = key("Token id that decoding with the draft wrote.")
     logit_gap: float = key(
         "Target logit of the plain token minus that of the assisted one, both processed, from one plain forward pass. "
         "Near 0: a tie that rounding decides. Clearly positive: a fault."
@@ -89,10 +93,10 @@ class DecodingDifference:
 
 @dataclass(kw_only=True)
 class AssistedResult:
-    """Counts and wall-clock of real `generate(assistant_model=...)`; counters as in vLLM."""
+    """Counts and wall-clock of real decoding with the draft, in one way; counters as in vLLM."""
 
     num_assistant_tokens: int = key("Draft length γ, fixed.")
-    num_prompts: int = key("Prompts decoded both ways.")
+    num_prompts: int = key("Prompts decoded plainly and with the draft.")
     num_spec_steps: int = key("Target calls.")
     num_draft_tokens: int = key("Tokens proposed by the draft.")
     num_accepted_draft_tokens: int = key("Proposed tokens that stayed in the text.")
@@ -102,21 +106,25 @@ class AssistedResult:
         "Accepted ÷ drafted tokens. Absent where nothing was drafted.", default=None
     )
     acceptance_histogram: list[int] = key("Target calls that accepted 0, 1, 2, ... drafted tokens.")
-    tokens_per_second: float | None = key("Assisted decoding, prompt reading included.", default=None)
+    tokens_per_second: float | None = key("Decoding with the draft, prompt reading included.", default=None)
     plain_tokens_per_second: float | None = key("Plain decoding of the same prompts in the same run.", default=None)
     speedup: Estimate | None = key(
-        "Measured tokens/s assisted ÷ tokens/s plain, sums over prompts; interval over prompts.", default=None
+        "Measured tokens/s with the draft ÷ tokens/s plain, sums over prompts; interval over prompts.", default=None
     )
     median_speedup: float | None = key("Median over prompts of the paired ratio.", default=None)
     predicted_speedup: float | None = key(
-        "What block efficiency and measured step times predict for this draft length, `generate`'s own overhead "
-        "included.",
+        "What block efficiency and measured step times predict for this draft length, the overhead of this way "
+        "included. Absent in batches.",
         default=None,
     )
     share_of_limit: float | None = key(
-        "Measured speed-up ÷ the one that forward passes alone would allow at this draft length.", default=None
+        "Measured speed-up ÷ τ·t ÷ (γ·t_draft + t_verify), which forward passes alone would allow at this draft "
+        "length (τ the block efficiency). Absent in batches.",
+        default=None,
     )
-    num_identical: int | None = key("Greedy only: prompts whose assisted text equals the plain one.", default=None)
+    num_identical: int | None = key(
+        "Greedy only: prompts whose text with the draft equals the plain one.", default=None
+    )
     differences: list[DecodingDifference] | None = key(
         "Greedy only: the first difference of every prompt that has one; absent where all are equal.", default=None
     )
@@ -124,11 +132,11 @@ class AssistedResult:
 
 @dataclass(kw_only=True)
 class GenerateOverhead:
-    """Time `generate` spends outside the forward passes, measured beside them."""
+    """Time that decoding spends outside the forward passes, measured beside them."""
 
     plain_step_seconds: float = key("Per token of plain decoding.")
     draft_step_seconds: float = key("Per drafted token.")
-    block_seconds: float = key("Per target call of assisted decoding.")
+    block_seconds: float = key("Per target call of decoding with the draft.")
 
 
 @dataclass(kw_only=True)
@@ -140,7 +148,13 @@ class LatencyResult:
     draft_step_seconds: float = key("One token through the draft.")
     verify_seconds: dict[int, float] = key("n tokens at once through the target, by n = γ + 1.")
     relative_cost: float = key("Draft step ÷ target step.")
-    generate_overhead: GenerateOverhead | None = key("What `generate` adds to the forward passes.", default=None)
+    generate_overhead: GenerateOverhead | None = key(
+        "What `generate(assistant_model=...)` adds to the forward passes.", default=None
+    )
+    speculative_overhead: GenerateOverhead | None = key(
+        "What `SpeculativeDecoding` adds to the forward passes; `plain_step_seconds` is that of plain `generate`.",
+        default=None,
+    )
 
 
 @dataclass(kw_only=True)
@@ -174,7 +188,16 @@ class SettingResult:
         "twice (temperature, top-p), the target's once.",
         default=None,
     )
-    assisted: AssistedResult | None = key("Real decoding under this setting.", default=None)
+    assisted: AssistedResult | None = key(
+        "Real decoding under this setting with `generate(assistant_model=draft)`, transformers' own loop.", default=None
+    )
+    speculative: AssistedResult | None = key(
+        "The same prompts in the same run with `generate(custom_generate=SpeculativeDecoding(draft))`.", default=None
+    )
+    speculative_batches: dict[int, AssistedResult] | None = key(
+        "`SpeculativeDecoding` on batches beside plain batches, by batch size; `assistant_model=` takes none.",
+        default=None,
+    )
     recommendation: Recommendation | None = key("For this setting.", default=None)
 
     @property
@@ -224,8 +247,9 @@ class Comparison:
     decoding: DecodingSetting = key("As in the setting.")
     num_assistant_tokens: int = key("Draft length γ.")
     computed: Estimate = key("Block efficiency from one pass over the text plain decoding wrote.")
-    counted: Estimate = key("Tokens per target call of real assisted decoding.")
+    counted: Estimate = key("Tokens per target call of real decoding with the draft.")
     agree: bool = key("Greedy: equal to the last digit. Sampled: the two intervals (99% here) overlap.")
+    way: str = key("What decoded: `assistant_model=` or `SpeculativeDecoding`.", default="assistant_model=")
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,7 @@
 """The measurement checked: computed block efficiency beside what real decoding counts, on the user's own pair."""
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -8,7 +9,9 @@ from transformers import PreTrainedModel
 
 from hf_draftkd.acceptance import DRAFT_LENGTHS, Estimate, bootstrap_ratio
 from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.decoding.speculative import SpeculativeDecoding
 from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length
+from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, SPECULATIVE
 from hf_draftkd.evaluation.report import Comparison, SelfCheck
 from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, Text, score_texts
 from hf_draftkd.evaluation.timing import generate_text, single_text_config
@@ -27,13 +30,14 @@ def self_check(
     prompts: Sequence[Sequence[int]],
     settings: Sequence[DecodingSetting],
     *,
+    ways: Sequence[str] = (ASSISTANT_MODEL, SPECULATIVE),
     vocab_size: int,
     max_new_tokens: int,
     suppress_tokens: list[int] | None = None,
     seed: int = 0,
     on_prompt: Callable[[], Any] = lambda: None,
 ) -> SelfCheck:
-    """Write texts plainly, compute block efficiency from them, and count it again with real assisted decoding.
+    """Write texts plainly, compute block efficiency from them, and count it again with real decoding in each way.
 
     Args:
         target_model: The target.
@@ -41,11 +45,12 @@ def self_check(
         prompts: Token ids of the prompts to check on.
         settings: Greedy numbers must be equal to the last digit; sampled ones agree where their 99% intervals overlap.
             Few prompts are answered several times over when sampling.
+        ways: Ways of decoding with the draft.
         vocab_size: Shared vocabulary of the pair.
         max_new_tokens: Longest completion, in tokens.
         suppress_tokens: Ids never to write.
         seed: Of sampling.
-        on_prompt: Called after every prompt of every setting and draft length, however often it was answered.
+        on_prompt: Called after every prompt of every setting, way and draft length, however often it was answered.
     """
     comparisons = []
     for setting in settings:
@@ -57,24 +62,29 @@ def self_check(
             tokens, _ = generate_text(target_model, prompt, config, seed=seed + number)
             texts.append(Text(prompt, tokens))
         sums = score_texts(target_model, [draft_model], texts, setting, vocab_size=vocab_size).drafts[0]
-        # transformers' own decoding is what is counted here, so its warping of the draft is what is computed.
-        computed = sums[EXACT] if setting.is_greedy else sums.get(AS_TRANSFORMERS, sums["rejection_sampling"])
-        for length in CHECKED_LENGTHS:
+        exact = sums[EXACT] if setting.is_greedy else sums["rejection_sampling"]
+        # For transformers' own loop its warping of the draft is what is computed.
+        computed = {ASSISTANT_MODEL: sums.get(AS_TRANSFORMERS, exact), SPECULATIVE: exact}
+        for way, length in product(ways, CHECKED_LENGTHS):
+            options: dict[str, Any] = {"assistant_model": draft_model}
+            if way == SPECULATIVE:
+                options = {"custom_generate": SpeculativeDecoding(draft_model, length)}
             per_text = []
             # Other random numbers than the plain texts had: two independent samples are compared.
             for number, prompt in enumerate(runs, start=len(runs)):
                 with fixed_draft_length(draft_model, length), count_acceptance(target_model) as counts:
-                    generate_text(target_model, prompt, config, seed=seed + number, assistant_model=draft_model)
+                    generate_text(target_model, prompt, config, seed=seed + number, **options)
                 per_text.append((counts.num_tokens, counts.num_spec_steps))
                 if (number + 1) % repeats == 0:
                     on_prompt()
-            calls = computed.target_calls[:, DRAFT_LENGTHS.index(length)]
-            expected = bootstrap_ratio(computed.num_tokens, calls, confidence=_CONFIDENCE)
+            calls = computed[way].target_calls[:, DRAFT_LENGTHS.index(length)]
+            expected = bootstrap_ratio(computed[way].num_tokens, calls, confidence=_CONFIDENCE)
             counted = bootstrap_ratio(*zip(*per_text, strict=True), confidence=_CONFIDENCE)
             comparisons.append(
                 Comparison(
                     decoding=setting,
                     num_assistant_tokens=length,
+                    way=way,
                     computed=expected,
                     counted=counted,
                     agree=_agree(expected, counted, is_greedy=setting.is_greedy),

@@ -17,10 +17,16 @@ from hf_draftkd.acceptance import (
     predicted_speedup,
 )
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.recommendation import expected_efficiency, forward_latency, generate_latency
+from hf_draftkd.evaluation.recommendation import (
+    ASSISTANT_MODEL,
+    SPECULATIVE,
+    expected_efficiency,
+    forward_latency,
+    way_latency,
+)
 from hf_draftkd.evaluation.report import AssistedResult, LatencyResult, PairedDifference, SettingResult
 from hf_draftkd.evaluation.scoring import TextSums
-from hf_draftkd.evaluation.timing import DecodingTimes
+from hf_draftkd.evaluation.timing import DecodingRun
 
 
 def setting_result(
@@ -114,33 +120,41 @@ def _by_position(sums: TextSums, num_assistant_tokens: int) -> list[float]:
     return (positions.accepted.sum(0) / positions.blocks.sum()).tolist()
 
 
-def assisted_result(times: DecodingTimes, num_assistant_tokens: int) -> AssistedResult:
-    """Counts and speed of real decoding."""
-    counts = times.counts
-    speedup = bootstrap_paired_ratio_quotient(
-        times.assisted_tokens, times.assisted_seconds, times.plain_tokens, times.plain_seconds
-    )
+def assisted_result(
+    run: DecodingRun, plain: DecodingRun, num_prompts: int, num_assistant_tokens: int
+) -> AssistedResult:
+    """Counts and speed of real decoding in one way, beside plain decoding of the same prompts."""
+    speedup = bootstrap_paired_ratio_quotient(run.tokens, run.seconds, plain.tokens, plain.seconds)
+    rates = torch.tensor(run.tokens) / torch.tensor(run.seconds, dtype=torch.float64)
+    plain_rates = torch.tensor(plain.tokens) / torch.tensor(plain.seconds, dtype=torch.float64)
     return AssistedResult(
         num_assistant_tokens=num_assistant_tokens,
-        num_prompts=len(times.plain_tokens),
-        **counts.to_dict(),
-        tokens_per_second=sum(times.assisted_tokens) / sum(times.assisted_seconds),
-        plain_tokens_per_second=sum(times.plain_tokens) / sum(times.plain_seconds),
+        num_prompts=num_prompts,
+        **run.counts.to_dict(),
+        tokens_per_second=sum(run.tokens) / sum(run.seconds),
+        plain_tokens_per_second=sum(plain.tokens) / sum(plain.seconds),
         speedup=speedup,
-        median_speedup=median(times.paired_speedups),
-        num_identical=times.num_identical,
-        differences=times.differences or None,
+        median_speedup=median((rates / plain_rates).tolist()),
+        num_identical=run.num_identical,
+        differences=run.differences or None,
     )
 
 
 def compare_with_prediction(setting: SettingResult, latency: LatencyResult) -> None:
-    """Put what was predicted, and what forward passes alone would allow, beside the measured speed-up."""
-    found, efficiency = setting.assisted, expected_efficiency(setting)
-    if found is None or found.speedup is None or not efficiency:
+    """Put what was predicted, and what forward passes alone would allow, beside the measured speed-ups.
+
+    The limit is the same for every way: that of the draft, each of whose distributions is processed once.
+    """
+    limits = expected_efficiency(setting, SPECULATIVE)
+    if not limits:
         return
-    length = found.num_assistant_tokens
-    found.predicted_speedup = predicted_speedup(efficiency[length], length, generate_latency(latency))
-    found.share_of_limit = found.speedup.value / predicted_speedup(efficiency[length], length, forward_latency(latency))
+    for way, found in ((ASSISTANT_MODEL, setting.assisted), (SPECULATIVE, setting.speculative)):
+        if found is None or found.speedup is None:
+            continue
+        length = found.num_assistant_tokens
+        efficiency = expected_efficiency(setting, way)[length]
+        found.predicted_speedup = predicted_speedup(efficiency, length, way_latency(latency, way))
+        found.share_of_limit = found.speedup.value / predicted_speedup(limits[length], length, forward_latency(latency))
 
 
 def by_prompt(prompts: Sequence[int], *columns: torch.Tensor) -> list[torch.Tensor]:

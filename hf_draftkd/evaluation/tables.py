@@ -1,6 +1,7 @@
 """The report as a console table: one column a draft, one block of rows a decoding setting."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import PurePath
 
 from rich import box
@@ -8,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_draftkd.acceptance import Estimate
-from hf_draftkd.evaluation.report import SettingResult, SpeculationReport
+from hf_draftkd.evaluation.report import AssistedResult, SettingResult, SpeculationReport
 from hf_draftkd.utils.text import one_line
 
 
@@ -35,6 +36,7 @@ def report_table(report: SpeculationReport) -> Table:
     columns = named_settings(report)
     differences = report.paired_difference if not report.drafts else None
     length = report.num_assistant_tokens
+    batch_sizes = sorted({size for setting in report.settings for size in setting.speculative_batches or {}})
     table = Table(
         title=_plain(f"{PurePath(report.draft.name).name} for {PurePath(report.target.name).name}"),
         title_justify="left",
@@ -54,7 +56,7 @@ def report_table(report: SpeculationReport) -> Table:
         changes = (difference.acceptance_rate, (difference.block_efficiency or {}).get(length)) if difference else ()
         table.add_section()
         table.add_row(f"[bold]{_plain(setting.words)}[/bold]", *[""] * (len(table.columns) - 1))
-        for place, (label, show) in enumerate(_rows(length)):
+        for place, (label, show) in enumerate(_rows(length, batch_sizes)):
             cells = [show(settings[index]) for _, settings in columns]
             change = [_signed(changes[place]) if place < len(changes) else ""] if differences else []
             if any(cells):
@@ -64,16 +66,20 @@ def report_table(report: SpeculationReport) -> Table:
     return table
 
 
-def _rows(length: int) -> list[tuple[str, Callable[[SettingResult], str]]]:
+def _rows(length: int, batch_sizes: Iterable[int]) -> list[tuple[str, Callable[[SettingResult], str]]]:
     """The rows of a setting; the first two have a paired difference."""
     return [
         ("acceptance rate", lambda result: _interval(result.acceptance_rate)),
         (f"tokens/call, γ={length}", lambda result: _interval((result.block_efficiency or {}).get(length))),
         (f"MBSU, γ={length}", lambda result: _times((result.mbsu or {}).get(length))),
         ("predicted, at γ", _prediction),
-        ("measured at γ", _measured_length),
-        ("measured", _measured),
+        ("measured at γ", lambda result: str(result.assisted.num_assistant_tokens) if result.assisted else ""),
+        ("assistant_model=", lambda result: _measured(result.assisted)),
+        ("  of the limit", lambda result: _share(result.assisted)),
+        ("SpeculativeDecoding", lambda result: _measured(result.speculative)),
+        ("  of the limit", lambda result: _share(result.speculative)),
         ("tokens/s", _rate),
+        *[(f"in batches of {size}", partial(_in_batches, size)) for size in batch_sizes],
     ]
 
 
@@ -100,19 +106,22 @@ def _prediction(result: SettingResult) -> str:
     return "" if found is None else f"{found.predicted_speedup:.2f}x at {found.num_assistant_tokens}"
 
 
-def _measured(result: SettingResult) -> str:
-    found = result.assisted
-    if found is None or found.speedup is None:
-        return ""
-    return f"{found.speedup.value:.2f}x{_bounds(found.speedup)}"
+def _measured(run: AssistedResult | None) -> str:
+    return "" if run is None or run.speedup is None else f"{run.speedup.value:.2f}x{_bounds(run.speedup)}"
 
 
-def _measured_length(result: SettingResult) -> str:
-    return "" if result.assisted is None else str(result.assisted.num_assistant_tokens)
+def _share(run: AssistedResult | None) -> str:
+    return "" if run is None or run.share_of_limit is None else f"{run.share_of_limit:.0%}"
+
+
+def _in_batches(size: int, result: SettingResult) -> str:
+    return _measured((result.speculative_batches or {}).get(size))
 
 
 def _rate(result: SettingResult) -> str:
-    found = result.assisted
-    if found is None or found.tokens_per_second is None:
+    """Tokens per second of the faster way."""
+    runs = [run for run in (result.assisted, result.speculative) if run is not None and run.tokens_per_second]
+    if not runs:
         return ""
-    return f"{found.tokens_per_second:.0f} (plain {found.plain_tokens_per_second:.0f})"
+    best = max(runs, key=lambda run: run.tokens_per_second or 0)
+    return f"{best.tokens_per_second:.0f} (plain {best.plain_tokens_per_second:.0f})"

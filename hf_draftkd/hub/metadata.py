@@ -57,9 +57,10 @@ def _measured(
             {"num_assistant_tokens": length},
         ),
     ]
-    if run := setting.assisted:
-        args = {"num_assistant_tokens": run.num_assistant_tokens, "hardware": hardware_text(report.hardware)}
-        measured.append(("speedup", "Measured speed-up", run.speedup, args))
+    for way, run in (("assistant_model", setting.assisted), ("SpeculativeDecoding", setting.speculative)):
+        if run:
+            args = {"num_assistant_tokens": run.num_assistant_tokens, "hardware": hardware_text(report.hardware)}
+            measured.append(("speedup", f"Measured speed-up, {way}", run.speedup, args | {"way": way}))
     return measured
 
 

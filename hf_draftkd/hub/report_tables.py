@@ -4,7 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from hf_draftkd.acceptance import Estimate
-from hf_draftkd.evaluation.report import HardwareInfo, PairedDifference, SettingResult, SpeculationReport
+from hf_draftkd.evaluation.report import (
+    AssistedResult,
+    HardwareInfo,
+    PairedDifference,
+    SettingResult,
+    SpeculationReport,
+)
 from hf_draftkd.hub.markdown import Markdown, code, estimate_text, records, table
 
 Entry = TypeVar("Entry", SettingResult, PairedDifference)
@@ -100,23 +106,34 @@ def length_table(settings: Sequence[SettingResult]) -> Markdown | None:
 
 
 def speed_table(settings: Sequence[SettingResult]) -> Markdown | None:
-    """Counted acceptance and wall-clock of real `generate(assistant_model=...)`, per setting that was run."""
+    """Counted acceptance and wall-clock of real decoding with the draft, per setting and way that was run."""
     return records(
         [
             {
                 "Decoding": str(setting.decoding),
+                "With": way,
                 "Prompts": run.num_prompts,
                 "Draft length": run.num_assistant_tokens,
                 "Plain, tokens/s": estimate_text(run.plain_tokens_per_second, 1),
-                "Assisted, tokens/s": estimate_text(run.tokens_per_second, 1),
+                "With the draft, tokens/s": estimate_text(run.tokens_per_second, 1),
                 "Speed-up": estimate_text(run.speedup, 2),
+                "Share of the limit": estimate_text(run.share_of_limit, 2),
                 "Tokens per target call, counted": estimate_text(run.mean_acceptance_length, 2),
                 "Draft tokens accepted, counted": estimate_text(run.draft_acceptance_rate, 3),
             }
             for setting in settings
-            if (run := setting.assisted)
+            for way, run in real_decoding(setting)
         ]
     )
+
+
+def real_decoding(setting: SettingResult) -> list[tuple[str, AssistedResult]]:
+    """What was measured of decoding with the draft under one setting, each with the way it was decoded in."""
+    ways = {"assistant_model=": setting.assisted, "SpeculativeDecoding": setting.speculative}
+    ways |= {
+        f"SpeculativeDecoding, batches of {size}": run for size, run in (setting.speculative_batches or {}).items()
+    }
+    return [(way, run) for way, run in ways.items() if run]
 
 
 def hardware_text(hardware: HardwareInfo) -> str:

@@ -84,8 +84,8 @@ def report():
         num_assistant_tokens=5,
         max_new_tokens=64,
         settings=[
-            setting(0.7, assisted=assisted(), recommendation=recommendation),
-            setting(0.6, 1.0, assisted=assisted(1.3), recommendation=recommendation),
+            setting(0.7, assisted=assisted(), speculative=assisted(1.7), recommendation=recommendation),
+            setting(0.6, 1.0, assisted=assisted(1.3), speculative=assisted(1.4), recommendation=recommendation),
         ],
         latency=latency(
             overhead=GenerateOverhead(plain_step_seconds=1e-4, draft_step_seconds=1e-4, block_seconds=1e-3)

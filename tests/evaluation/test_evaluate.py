@@ -39,6 +39,7 @@ def measured():
         baseline=stock,
         max_new_tokens=20,
         num_speed_prompts=3,
+        speed_batch_sizes=[2],
         verify=2,
         source="tests",
         domain="nothing in particular",
@@ -62,9 +63,22 @@ def test_the_report_is_complete_and_survives_its_own_json(measured):
         assert setting.assisted.num_prompts == 3
         assert setting.assisted.num_assistant_tokens == report.recommendation.num_assistant_tokens
         assert setting.assisted.tokens_per_second > 0
+        assert setting.speculative.num_assistant_tokens == setting.assisted.num_assistant_tokens
+        assert setting.speculative.plain_tokens_per_second == setting.assisted.plain_tokens_per_second
+        assert list(setting.speculative_batches) == [2]
+        assert setting.speculative_batches[2].num_prompts == 2
         assert setting.recommendation.reason
-    assert report.settings[0].assisted.num_identical == 3
-    assert report.settings[0].assisted.differences is None
+    greedy = report.settings[0]
+    for run in (greedy.assisted, greedy.speculative):
+        assert run.num_identical == 3
+        assert run.differences is None
+        assert run.mean_acceptance_length == greedy.assisted.mean_acceptance_length
+        limit = greedy.block_efficiency[run.num_assistant_tokens].value * report.latency.target_step_seconds
+        limit /= (
+            run.num_assistant_tokens * report.latency.draft_step_seconds
+            + report.latency.verify_seconds[run.num_assistant_tokens + 1]
+        )
+        assert run.share_of_limit == pytest.approx(run.speedup.value / limit)
     assert set(report.latency.verify_seconds) == set(range(2, 18))
     assert report.warnings == []
 
@@ -108,7 +122,9 @@ def test_the_self_check_agrees(measured):
     assert report.self_check.equal
     assert report.self_check.prompts == 2
     greedy = [entry for entry in report.self_check.comparisons if entry.decoding.temperature == 0]
-    assert [entry.num_assistant_tokens for entry in greedy] == [1, 3, 5]
+    assert [(entry.way, entry.num_assistant_tokens) for entry in greedy] == [
+        (way, length) for way in ("assistant_model=", "SpeculativeDecoding") for length in (1, 3, 5)
+    ]
     assert all(entry.computed.value == entry.counted.value for entry in greedy)
 
 
@@ -336,6 +352,25 @@ def test_only_what_transformers_verifies_is_timed(pair, monkeypatch):
     assert [setting.assisted is not None for setting in report.settings] == [True, False]
     assert report.settings[1].recommendation is not None
     assert "temperature 1" not in report.recommendation.reason
+
+
+def test_a_pair_that_speculative_decoding_refuses_is_timed_without_it(pair, monkeypatch):
+    """A model of a kind that only transformers' own loop takes ends the whole evaluation."""
+    draft, target = pair
+
+    def refuse(*args, **kwargs):
+        raise ValueError("has layers that cannot be served")
+
+    monkeypatch.setattr("hf_draftkd.decoding.speculative.check_models", refuse)
+    report = evaluate_draft(
+        draft, target, tiny_tokenizer(), PROMPTS[:2], temperatures=[0], max_new_tokens=8, num_speed_prompts=1, verify=1
+    )
+    assert report.settings[0].assisted is not None
+    assert report.settings[0].speculative is None
+    assert report.recommendation.way == "assistant_model="
+    assert {entry.way for entry in report.self_check.comparisons} == {"assistant_model="}
+    (warning,) = [each for each in report.warnings if "SpeculativeDecoding" in each]
+    assert "has layers that cannot be served" in warning
 
 
 def test_padded_vocabularies_are_aligned_first(tmp_path):

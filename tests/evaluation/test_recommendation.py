@@ -3,7 +3,13 @@
 import pytest
 
 from hf_draftkd.acceptance import Estimate
-from hf_draftkd.evaluation.recommendation import overall_draft_length, recommend, recommend_overall
+from hf_draftkd.evaluation.recommendation import (
+    ASSISTANT_MODEL,
+    SPECULATIVE,
+    overall_draft_length,
+    recommend,
+    recommend_overall,
+)
 from hf_draftkd.evaluation.report import GenerateOverhead
 from tests.evaluation.samples import LENGTHS, assisted, latency, setting
 
@@ -47,7 +53,7 @@ def test_the_overhead_of_generate_counts():
 def test_what_was_measured_overrules_what_was_predicted(speedup, worth_it):
     found = recommend(setting(0.7, assisted=assisted(speedup)), latency())
     assert found.worth_it == worth_it
-    assert f"Measured with 4 draft tokens: {speedup:.2f} times" in found.reason
+    assert f"with 4 draft tokens: {speedup:.2f} times" in found.reason
 
 
 @pytest.mark.parametrize(("low", "high", "open_question"), [(0.98, 1.3, True), (1.02, 1.3, False), (0.8, 0.97, False)])
@@ -74,7 +80,7 @@ def test_another_draft_lengths_loss_does_not_decide(measured):
     for found in (timed.recommendation, recommend_overall([timed], latency())):
         assert found.worth_it
         assert found.num_assistant_tokens == 4
-        assert f"Measured with 16 draft tokens: {measured:.2f} times" in found.reason
+        assert f"with 16 draft tokens: {measured:.2f} times" in found.reason
     slow = setting(0.7, assisted=assisted(measured, num_assistant_tokens=16))
     assert recommend(slow, latency(draft=9e-3)).worth_it == (measured > 1)
 
@@ -122,3 +128,30 @@ def test_without_block_efficiency_nothing_is_recommended():
     bare.block_efficiency = None
     assert recommend(bare, latency()) is None
     assert recommend_overall([bare], latency()) is None
+
+
+def test_the_better_way_is_named():
+    """A verdict over `assistant_model=` alone, where `SpeculativeDecoding` is the faster way."""
+    times = latency(overhead=GenerateOverhead(plain_step_seconds=0.0, draft_step_seconds=3e-3, block_seconds=4e-3))
+    times.speculative_overhead = GenerateOverhead(plain_step_seconds=0.0, draft_step_seconds=1e-4, block_seconds=1e-4)
+    predicted = recommend(setting(0.7), times)
+    assert predicted.way == SPECULATIVE
+    settings = [setting(0.7, temperature, assisted=assisted(0.9), speculative=assisted(1.4)) for temperature in (0, 1)]
+    for entry in settings:
+        entry.recommendation = recommend(entry, times)
+    found = recommend_overall(settings, times)
+    assert (found.way, found.worth_it) == (SPECULATIVE, True)
+    assert "in transformers on this machine" in found.reason
+    assert (
+        "1.40 times (1.30 to 1.50) by SpeculativeDecoding, 0.90 times (0.80 to 1.00) by assistant_model="
+        in found.reason
+    )
+    # What was measured overrules what was predicted, here as well.
+    settings[0].assisted = settings[1].assisted = assisted(1.6)
+    assert recommend_overall(settings, times).way == ASSISTANT_MODEL
+
+
+def test_a_rule_of_another_engine_names_no_way():
+    entry = setting(0.7, 1.0)
+    entry.verification = "greedy_draft"
+    assert recommend(entry, latency()).way is None

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation import timing
-from hf_draftkd.evaluation.timing import generate_text, measure_latency, single_text_config, time_decoding
+from hf_draftkd.evaluation import latency, timing
+from hf_draftkd.evaluation.latency import measure_latency
+from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, SPECULATIVE
+from hf_draftkd.evaluation.timing import PLAIN, generate_text, single_text_config, time_decoding
 from tests.tiny import tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
 
 
@@ -14,44 +16,62 @@ def prompts():
     return [prompt[0].tolist() for prompt in tiny_prompts(tiny_tokenizer(), 4)]
 
 
-def test_both_ways_are_timed_on_every_prompt_in_turns(pair, prompts, monkeypatch):
-    """One way always first would always run on the other's warm caches; a warm-up that is timed would count twice."""
+def test_every_way_is_timed_on_every_prompt_in_turns(pair, prompts, monkeypatch):
+    """One way always first would always run on another's warm caches; a warm-up that is timed would count twice."""
     draft, target = pair
     order = []
-    real = timing.generate_text
+    real = timing.generate_texts
 
-    def record(model, prompt, config, **options):
-        order.append("assisted" if "assistant_model" in options else "plain")
-        return real(model, prompt, config, **options)
+    def record(model, prompts, config, **options):
+        order.append(next((way for way in ("assistant_model", "custom_generate") if way in options), "plain"))
+        return real(model, prompts, config, **options)
 
-    monkeypatch.setattr(timing, "generate_text", record)
-    times = time_decoding(target, draft, prompts, DecodingSetting(), max_new_tokens=8, num_assistant_tokens=3)
-    assert order[:2] == ["plain", "assisted"]  # the warm-up
-    assert order[2:] == ["plain", "assisted", "assisted", "plain"] * 2
-    assert len(times.plain_seconds) == len(times.assisted_seconds) == len(prompts)
-    assert times.counts.num_tokens == sum(times.assisted_tokens)
-    assert times.plain_tokens == times.assisted_tokens
-    assert times.num_identical == len(prompts)
-    expected = [p / a for p, a in zip(times.plain_seconds, times.assisted_seconds, strict=True)]
-    assert times.paired_speedups == pytest.approx(expected)
+    monkeypatch.setattr(timing, "generate_texts", record)
+    runs = time_decoding(target, draft, prompts, DecodingSetting(), max_new_tokens=8, num_assistant_tokens=3)
+    assert list(runs) == [PLAIN, ASSISTANT_MODEL, SPECULATIVE]
+    names = ["plain", "assistant_model", "custom_generate"]
+    assert order[:3] == names  # the warm-up
+    assert order[3:] == [*names, *names[1:], *names[:1], *names[2:], *names[:2], *names]
+    assert runs[PLAIN].counts.num_tokens == 0
+    for way in (ASSISTANT_MODEL, SPECULATIVE):
+        run = runs[way]
+        assert len(run.seconds) == len(prompts)
+        assert run.counts.num_tokens == sum(run.tokens)
+        assert run.tokens == runs[PLAIN].tokens
+        assert run.num_identical == len(prompts)
+    assert runs[ASSISTANT_MODEL].counts == runs[SPECULATIVE].counts
+
+
+def test_batches_hold_the_texts_of_single_prompts(pair, prompts):
+    """Padding in front counted as a token, or what is written behind a row's end."""
+    draft, target = pair
+    options = {"max_new_tokens": 8, "num_assistant_tokens": 3, "ways": [SPECULATIVE]}
+    single = time_decoding(target, draft, prompts, DecodingSetting(), **options)
+    runs = time_decoding(target, draft, prompts, DecodingSetting(), batch_size=2, **options)
+    for way in (PLAIN, SPECULATIVE):
+        assert runs[way].tokens == [sum(single[way].tokens[:2]), sum(single[way].tokens[2:])]
+    assert runs[SPECULATIVE].counts == single[SPECULATIVE].counts
+    assert runs[SPECULATIVE].num_identical == len(prompts)
 
 
 def test_a_difference_is_reported_with_its_logit_gap(pair, prompts, monkeypatch):
-    """Assisted greedy text that silently differs from plain text."""
+    """Greedy text of a way of decoding that silently differs from plain text."""
     draft, target = pair
-    real = timing.generate_text
+    real = timing.generate_texts
     setting = DecodingSetting(repetition_penalty=1.2)
 
-    def tamper(model, prompt, config, **options):
-        tokens, seconds = real(model, prompt, config, **options)
-        if "assistant_model" in options and prompt == prompts[1]:
-            tokens = [*tokens[:3], (tokens[3] + 1) % 300, *tokens[4:]]
-        return tokens, seconds
+    def tamper(model, group, config, **options):
+        texts, seconds = real(model, group, config, **options)
+        if "custom_generate" in options and group == [prompts[1]]:
+            (tokens,) = texts
+            texts = [[*tokens[:3], (tokens[3] + 1) % 300, *tokens[4:]]]
+        return texts, seconds
 
-    monkeypatch.setattr(timing, "generate_text", tamper)
-    times = time_decoding(target, draft, prompts, setting, max_new_tokens=8, num_assistant_tokens=3)
-    assert times.num_identical == len(prompts) - 1
-    (difference,) = times.differences
+    monkeypatch.setattr(timing, "generate_texts", tamper)
+    runs = time_decoding(target, draft, prompts, setting, max_new_tokens=8, num_assistant_tokens=3)
+    assert runs[ASSISTANT_MODEL].num_identical == len(prompts)
+    assert runs[SPECULATIVE].num_identical == len(prompts) - 1
+    (difference,) = runs[SPECULATIVE].differences
     assert (difference.prompt, difference.position) == (1, 3)
     assert difference.assisted_token == (difference.plain_token + 1) % 300
     config = single_text_config(target, setting, 8, return_dict_in_generate=True, output_scores=True)
@@ -71,9 +91,9 @@ def test_sampled_texts_are_seeded_and_leave_the_random_state_alone(pair, prompts
     other, _ = generate_text(target, prompts[0], config, seed=2)
     assert first == again != other
     assert torch.equal(torch.get_rng_state(), state)
-    times = time_decoding(target, draft, prompts, DecodingSetting(1.0), max_new_tokens=8)
-    assert times.num_identical is None
-    assert times.differences == []
+    runs = time_decoding(target, draft, prompts, DecodingSetting(1.0), max_new_tokens=8)
+    assert runs[SPECULATIVE].num_identical is None
+    assert runs[SPECULATIVE].differences == []
 
 
 def test_pad_ids_inside_a_text_do_not_confuse_the_draft():
@@ -96,10 +116,11 @@ def test_latency_tells_a_large_model_from_a_small_one(prompts):
     assert found.relative_cost < 0.6
     overhead = found.generate_overhead
     assert min(overhead.plain_step_seconds, overhead.draft_step_seconds, overhead.block_seconds) >= 0
+    assert min(found.speculative_overhead.draft_step_seconds, found.speculative_overhead.block_seconds) >= 0
 
 
 def test_a_pass_that_is_timed_leaves_the_cache_as_it_was(prompts):
-    clock = timing._StepClock(tiny_llama(), prompts[0])
+    clock = latency._StepClock(tiny_llama(), prompts[0])
     with torch.inference_mode():
         for size in (1, 5, 1):
             assert clock.seconds(size) > 0
