@@ -20,6 +20,7 @@ from hf_draftkd.hub.access import check_repo_id, writing_token
 from hf_draftkd.hub.dataset_card import push_alignment_data, write_card
 from hf_draftkd.models.context import context_length
 from hf_draftkd.models.loading import load_target
+from hf_draftkd.models.pairing import check_own_tokenizer
 from hf_draftkd.models.resolve import Checkpoint, resolve
 from hf_draftkd.utils.fields import option
 from hf_draftkd.utils.text import printable
@@ -60,6 +61,10 @@ def run(argv: list[str]) -> int:
             trust_remote_code=options.trust_remote_code,
         )
         tokenizer = checkpoint.tokenizer
+        draft = None
+        if config.draft_model is not None:
+            draft = resolve(config.draft_model, trust_remote_code=options.trust_remote_code)
+            check_own_tokenizer(draft, tokenizer)
         if config.endpoint is None:
             context = context_length(checkpoint.config)
         else:
@@ -71,6 +76,7 @@ def run(argv: list[str]) -> int:
             tokenizer,
             prompts,
             config=config,
+            draft_model=draft,
             target_revision=options.target_model_revision,
             source=config.dataset,
             prompt_counts=counts,

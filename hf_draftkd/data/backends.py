@@ -22,10 +22,12 @@ from transformers import (
 from transformers.pipelines.pt_utils import KeyDataset
 
 from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
+from hf_draftkd.decoding.speculative import SpeculativeDecoding
 from hf_draftkd.models.forward import evaluating, seeded
 from hf_draftkd.models.tokenizers import pad_id
 
 STOP, LENGTH = "stop", "length"
+_DRAFT_LENGTH = 5  # of a draft that records none
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ def cut_completion(generated: list[int], end_ids: frozenset[int]) -> tuple[list[
     return generated, LENGTH
 
 
+def helping_length(draft_model: PreTrainedModel) -> int:
+    """γ of a draft that helps to write data: never the one that pays best, as rows would then depend on the clock."""
+    return draft_model.generation_config.num_assistant_tokens or _DRAFT_LENGTH
+
+
 def local_backend(
     target_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -110,6 +117,7 @@ def local_backend(
     batch_size: int,
     suppress_tokens: list[int] | None = None,
     turn_end: int | None = None,
+    draft_model: PreTrainedModel | None = None,
 ) -> Backend:
     """Answers from a local target, in batches of prompts of similar length.
 
@@ -120,8 +128,13 @@ def local_backend(
         batch_size: Prompts per batch. Sampled completions depend on it, since a batch shares one random stream.
         suppress_tokens: Ids that must not be written, such as padded rows of the vocabulary.
         turn_end: An id that ends a text beside those of the target's generation config.
+        draft_model: A draft that helps to decode. Greedy answers are the same (near-ties of low precision apart);
+            sampled ones are others of the same distribution.
     """
     end_ids = _end_ids(target_model, turn_end)
+    options: dict[str, Any] = {"batch_size": batch_size}
+    if draft_model is not None:
+        options["custom_generate"] = SpeculativeDecoding(draft_model, helping_length(draft_model))
     # On a copy, so that the caller's stays as it is. Any id pads: it is masked in front, and cut off behind.
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side, tokenizer.pad_token_id = "left", pad_id(tokenizer, target_model)
@@ -150,7 +163,7 @@ def local_backend(
         rows = Dataset.from_dict({"prompt_ids": [prompt_ids[number] for number in order]})
         completions = {}
         with seeded(seed, target_model.device), evaluating(target_model):
-            written = pipe(KeyDataset(rows, "prompt_ids"), generation_config=config, batch_size=batch_size)
+            written = pipe(KeyDataset(rows, "prompt_ids"), generation_config=config, **options)
             for number, ids in zip(order, written, strict=True):
                 completions[number] = Completion(*cut_completion(ids, end_ids))
                 on_finished(completions[number])

@@ -79,6 +79,9 @@ class AlignmentDataConfig:
     context_length: int | None = option(
         None, "Longest text the target takes, prompt and completion, in tokens; by default what its config says."
     )
+    draft_model: str | None = option(
+        None, "A draft that helps the target to write: greedy rows are the same, sampled ones equally distributed."
+    )
     continuous_batching: bool = option(
         False, "transformers' continuous batching: exact ids, but sampled rows cannot be repeated."
     )
@@ -118,6 +121,12 @@ class AlignmentDataConfig:
                 "says. vLLM takes further end tokens in each request: "
                 '`endpoint_options={"extra_body": {"stop_token_ids": [...]}}`.'
             )
+        for name in ("endpoint", "continuous_batching"):
+            if self.draft_model is not None and getattr(self, name):
+                raise ValueError(
+                    f"`draft_model` helps a local target that decodes in plain batches, which `{name}` does not do. "
+                    "Leave out one of them."
+                )
         cache = self.cache
         if self.endpoint is not None and cache is not None and (cache.top_k is None or cache.loss_temperature != 1):
             raise ValueError(

@@ -21,7 +21,8 @@ from hf_draftkd.data.target_cache import with_cache
 from hf_draftkd.data.targets import local_target, missing_turn_end, remote_target, served_context
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.models.context import context_length
-from hf_draftkd.models.loading import require_loaded
+from hf_draftkd.models.loading import load_draft, require_loaded
+from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
 from hf_draftkd.models.tokenizers import tokenizer_size
 from hf_draftkd.utils.hashing import derived_seed, list_hash
 from hf_draftkd.utils.versions import package_versions
@@ -35,6 +36,7 @@ def generate_alignment_data(
     prompts: "Dataset | str | Path | Sequence[Any] | None" = None,
     *,
     config: AlignmentDataConfig | None = None,
+    draft_model: Any = None,
     target_revision: str | None = None,
     template_options: dict[str, Any] | None = None,
     continuous_batching_config: ContinuousBatchingConfig | None = None,
@@ -57,6 +59,10 @@ def generate_alignment_data(
             row format has a column of that name. By default the prompts of the config: those of its `dataset`, or the
             ones that the target writes (`scenario="synthetic"`).
         config: How to make the data; [`AlignmentDataConfig`].
+        draft_model: A draft that helps the target to write, loaded or as `load_draft` takes it; by default the
+            config's. The rows are the target's all the same: greedy ones equal those without a draft (near-ties of low
+            precision apart), sampled ones are others of the same distribution. It drafts as many tokens as its
+            generation config records, otherwise 5.
         target_revision: The revision that the target was loaded at, if not the Hub's `main`: its commit is recorded.
         template_options: Further arguments of the chat template.
         continuous_batching_config: Size of the cache and the like, with `continuous_batching`; by default its cache
@@ -84,8 +90,10 @@ def generate_alignment_data(
         raise ValueError(
             f"`target_model` is a name ({target_model!r}). Load it with `load_target`, or give `endpoint`."
         )
+    draft = None
     if not isinstance(target_model, str):
         require_loaded(target_model)
+        draft = _helping_draft(draft_model or config.draft_model, target_model, tokenizer)
     template_options = template_options or {}
     folder = None if config.output_dir is None else Path(config.output_dir)
     day = day_begun(folder)
@@ -112,7 +120,9 @@ def generate_alignment_data(
             raise ValueError("`stop_at_turn_end` would do nothing: the prompts are text, without turns. Leave it out.")
         if not is_text:
             turn_end = missing_turn_end(target_model, tokenizer, wanted=config.stop_at_turn_end)
-        target = local_target(target_model, tokenizer, config, target_revision, continuous_batching_config, turn_end)
+        target = local_target(
+            target_model, tokenizer, config, target_revision, continuous_batching_config, turn_end, draft
+        )
 
     shards = cut_shards(len(asked), config.batch_size, config.shard_size)
     origin = {"scenario": config.scenario, "seed": config.seed}
@@ -148,6 +158,18 @@ def generate_alignment_data(
 
     sizes = [len(shard) * sum(config.requests.values()) for shard in shards]
     return run_shards(make_shard, sizes, manifest, folder)
+
+
+def _helping_draft(
+    draft_model: Any, target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel | None:
+    """The draft where the target is, with its vocabulary."""
+    if draft_model is None:
+        return None
+    if not isinstance(draft_model, PreTrainedModel):
+        draft_model = load_draft(draft_model, dtype=target_model.dtype).to(target_model.device)
+    check_own_tokenizer(draft_model, tokenizer)
+    return align_vocabulary(draft_model.eval(), target_model, tokenizer)
 
 
 def read_prompts(

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_draftkd.data.backends import Backend, continuous_backend, local_backend
+from hf_draftkd.data.backends import Backend, continuous_backend, helping_length, local_backend
 from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.endpoint import endpoint_backend, without_login
 from hf_draftkd.data.messages import turn_end_id
@@ -53,15 +53,18 @@ def local_target(
     revision: str | None = None,
     continuous_batching_config: ContinuousBatchingConfig | None = None,
     turn_end: int | None = None,
+    draft_model: PreTrainedModel | None = None,
 ) -> Target:
-    """A target on this machine; `turn_end` ends its texts beside what its generation config names."""
+    """A target on this machine; `turn_end` ends its texts beside what its generation config names, a draft helps it."""
     name, suppressed = target_model.name_or_path, ids_without_token(target_model, tokenizer)
     limits: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "suppress_tokens": suppressed}
     limits["turn_end"] = turn_end
     if config.continuous_batching:
         backend = continuous_backend(target_model, config=continuous_batching_config, **limits)
     else:
-        backend = local_backend(target_model, tokenizer, batch_size=config.batch_size, **limits)
+        backend = local_backend(
+            target_model, tokenizer, batch_size=config.batch_size, draft_model=draft_model, **limits
+        )
     identity = {
         "target": name,
         "target_revision": resolved_revision(name, revision) if revision else model_revision(target_model),
@@ -72,6 +75,12 @@ def local_target(
     }
     if turn_end is not None:
         identity["turn_end"] = turn_end
+    if draft_model is not None:  # the rows are the target's, but which ones are sampled depends on the draft
+        identity["draft"] = {
+            "draft": draft_model.name_or_path,
+            "draft_weights": weights_fingerprint(draft_model),
+            "num_assistant_tokens": helping_length(draft_model),
+        }
     if is_hub_id(name) and Path(name).is_dir():
         identity["target_is_local"] = True  # or a card, written elsewhere, would take it for an id on the Hub
     if config.cache is None:

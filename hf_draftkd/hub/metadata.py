@@ -57,7 +57,7 @@ def _measured(
             {"num_assistant_tokens": length},
         ),
     ]
-    for way, run in (("assistant_model", setting.assisted), ("SpeculativeDecoding", setting.speculative)):
+    for way, run in (("assistant_model=", setting.assisted), ("SpeculativeDecoding", setting.speculative)):
         if run:
             args = {"num_assistant_tokens": run.num_assistant_tokens, "hardware": hardware_text(report.hardware)}
             measured.append(("speedup", f"Measured speed-up, {way}", run.speedup, args | {"way": way}))

@@ -76,6 +76,8 @@ def test_a_config_alone_says_where_the_prompts_come_from(tmp_path, target, token
         ({"cache_distributions": {"topk": 5}}, "Did you mean 'top_k'"),
         ({"cache_distributions": {"top_k": 5, "sampled": 5}}, "one form"),
         ({"cache_distributions": "sampled=5", "endpoint": "http://localhost/v1"}, "give `top_k` alone"),
+        ({"draft_model": "draft", "endpoint": "http://localhost/v1"}, "`draft_model` helps a local target"),
+        ({"draft_model": "draft", "continuous_batching": True}, "which `continuous_batching` does not do"),
     ],
 )
 def test_bad_values_are_refused_when_the_config_is_made(options, message):

@@ -3,11 +3,13 @@ import torch
 from datasets import Dataset
 from transformers import ContinuousBatchingConfig, pipeline
 
+from hf_draftkd import count_acceptance
 from hf_draftkd.data.backends import AlignmentPipeline, cut_completion
 from hf_draftkd.data.generation import cut_shards, generate_alignment_data
 from hf_draftkd.data.rows import alignment_features, render_prompts
 from hf_draftkd.decoding.setting import DecodingSetting
 from tests.data.small import make_target, make_tokenizer
+from tests.tiny import tiny_pair, tiny_tokenizer
 
 COLUMNS = [
     *("prompt", "completion", "prompt_ids", "completion_ids", "ids_source", "scenario", "target", "target_revision"),
@@ -57,6 +59,34 @@ def test_the_end_token_is_kept_where_pad_equals_end(with_pad):
     assert reasons == {"stop", "length"}
     assert tokenizer.pad_token == (tokenizer.eos_token if with_pad else None)
     assert tokenizer.padding_side == "right"
+
+
+def test_a_draft_that_helps_changes_no_greedy_row():
+    """Rows that are the draft's; a batch whose rows accept different numbers of tokens, mixed up."""
+    draft, target = tiny_pair("llama")
+    tokenizer = tiny_tokenizer()
+    options = {"max_new_tokens": 12, "batch_size": 3, "temperatures": (0, 1.0)}
+    expected = generate_alignment_data(target, tokenizer, TEXTS, **options)
+    with count_acceptance(target) as counts:
+        found = generate_alignment_data(target, tokenizer, TEXTS, draft_model=draft, **options)
+    assert counts.num_accepted_draft_tokens > 0
+    assert counts.num_tokens == sum(map(len, found["completion_ids"]))
+    greedy = [[row for row in data.to_list() if row["temperature"] == 0] for data in (found, expected)]
+    assert greedy[0] == greedy[1]
+    again = generate_alignment_data(target, tokenizer, TEXTS, draft_model=draft, **options)
+    assert again.to_list() == found.to_list(), "rows follow from the arguments"
+
+
+def test_rows_of_another_draft_are_not_resumed(tmp_path):
+    """Sampled rows depend on the draft's random numbers: half a folder with it and half without."""
+    draft, target = tiny_pair("llama")
+    draft.save_pretrained(tmp_path / "draft")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "draft")
+    options = {"max_new_tokens": 4, "output_dir": str(tmp_path / "data")}
+    generate_alignment_data(target, tokenizer, TEXTS, draft_model=str(tmp_path / "draft"), **options)
+    with pytest.raises(ValueError, match="draft"):
+        generate_alignment_data(target, tokenizer, TEXTS, **options)
 
 
 @pytest.mark.parametrize("pad", ["beyond the embedding", "-1", "None", "the end token"])

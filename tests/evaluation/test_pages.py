@@ -49,7 +49,7 @@ def test_nothing_to_draw_is_said(draw):
     report = samples.report()
     report.groups = report.baseline = None
     for entry in report.settings:
-        entry.block_efficiency = entry.acceptance_by_position = entry.assisted = None
+        entry.block_efficiency = entry.acceptance_by_position = entry.assisted = entry.speculative = None
     with pytest.raises(ValueError, match="holds no"):
         draw(report)
 
@@ -156,7 +156,8 @@ def test_a_bare_report_makes_a_page():
     report.baseline = report.paired_difference = report.recommendation = report.latency = None
     report.groups = None
     for entry in report.settings:
-        entry.assisted = entry.recommendation = entry.block_efficiency = entry.mbsu = None
+        entry.assisted = entry.speculative = entry.recommendation = None
+        entry.block_efficiency = entry.mbsu = None
         entry.acceptance_by_position = None
     page = render_page(report)
     assert "<svg" not in page

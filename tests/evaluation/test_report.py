@@ -156,7 +156,8 @@ def test_the_table_of_a_bare_report_has_no_empty_rows():
     report = samples.report()
     report.baseline = report.paired_difference = report.recommendation = report.latency = None
     for entry in report.settings:
-        entry.assisted = entry.recommendation = entry.block_efficiency = entry.mbsu = None
+        entry.assisted = entry.speculative = entry.recommendation = None
+        entry.block_efficiency = entry.mbsu = None
     console = Console(width=90, record=True, file=StringIO())
     console.print(report_table(report))
     text = console.export_text()

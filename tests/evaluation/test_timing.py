@@ -50,7 +50,9 @@ def test_batches_hold_the_texts_of_single_prompts(pair, prompts):
     runs = time_decoding(target, draft, prompts, DecodingSetting(), batch_size=2, **options)
     for way in (PLAIN, SPECULATIVE):
         assert runs[way].tokens == [sum(single[way].tokens[:2]), sum(single[way].tokens[2:])]
-    assert runs[SPECULATIVE].counts == single[SPECULATIVE].counts
+    # Near the limit a batch drafts as many tokens as its longest text has room for, so drafted tokens may differ.
+    for name in ("num_spec_steps", "num_tokens", "acceptance_histogram"):
+        assert getattr(runs[SPECULATIVE].counts, name) == getattr(single[SPECULATIVE].counts, name)
     assert runs[SPECULATIVE].num_identical == len(prompts)
 
 

@@ -59,6 +59,7 @@ def test_what_was_not_measured_does_not_appear():
     bare = samples.report(baseline=None, paired_difference=None, latency=None, recommendation=None)
     for setting in bare["settings"]:
         setting.pop("assisted", None)
+        setting.pop("speculative", None)
         setting.pop("recommendation", None)
     text = DraftModelCard.from_report(bare, name="me/draft").render()
     body = text.split("---", 2)[2]
@@ -283,7 +284,7 @@ def test_names_from_others_stay_text(hostile):
     text = bad.render()
     assert text.count("49") == good.render().count("49")
     # Parsed again, the metadata has the same shape, and the body the same skeleton, as with a harmless name.
-    metadata = yaml.safe_load(text.split("---\n", 2)[1])
+    metadata = yaml.safe_load(text.removeprefix("---\n").split("\n---\n", 1)[0])
     assert set(metadata) <= {*good.data.to_dict(), "base_model", "datasets"}
     assert metadata["library_name"] == "transformers"
     assert metadata["license"] == " ".join(re.split(r"[\x00-\x1f\u202e]+", hostile)).strip() or "owned" in hostile
