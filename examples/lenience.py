@@ -4,8 +4,8 @@
 
 Every query is answered by the target alone, by the draft alone, losslessly with the draft, and with each form of
 lenience (linear, square, exponential: DistillSpec, https://arxiv.org/abs/2310.08461; the ensemble weight of
-transformers) at each strength, all in turn, at temperature 1. An answer is right where it is exactly the reference
-call. Queries are written down in groups of ten; the same command resumes behind the last group. Intervals (95%) resample
+transformers) at each strength, all in turn, at temperature 1. An answer is right where it is the reference call.
+Queries are written down in groups of ten; the same command resumes behind the last group. Intervals (95%) resample
 queries; differences are paired, lossy minus lossless.
 """
 
