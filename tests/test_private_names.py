@@ -23,6 +23,7 @@ PRIVATE_NAMES = {
     "trl.SFTTrainer._prepare_dataset": "exact ids, mixed formats and cached distributions, before rows are tokenised",
     "transformers.Trainer._get_dataloader": "evaluation one text a row; a stream ends alike on all processes",
     "transformers.Trainer._save": "adapters merged into a plain draft; no token in `training_args.bin`",
+    "transformers.Trainer._init_training_state": "where in a stream that is read again a run resumes",
     "trl.SFTTrainer._tag_names": "tags that `draft.push_to_hub()` puts on a card",
     # Read, called or set by DraftDistillTrainer.
     "transformers.Trainer._get_num_items_in_batch": "completion tokens of batches whose completions were rewritten",

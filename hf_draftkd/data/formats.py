@@ -275,9 +275,32 @@ def packed(dataset: Dataset, length: int | None, map_kwargs: dict[str, Any]) -> 
     return pack_dataset(dataset.select_columns(["input_ids", "labels", INDEX_COLUMN]), length, "bfd", map_kwargs)
 
 
-def has_labels(dataset: Dataset) -> bool:
-    """Whether any token of prepared rows is learnt from. The first of a row is predicted by nothing."""
-    return any(label != -100 for labels in _column(dataset, "labels") for label in labels[1:])
+def check_labels(dataset: Dataset | IterableDataset, name: str, max_length: int | None) -> None:
+    """Refuse prepared rows of which no token is learned from. A stream is read until the first that is.
+
+    Raises:
+        ValueError: Every token is masked (the first of a row, which nothing predicts, counts as masked).
+    """
+    if not any(label != -100 for labels in _column(dataset, "labels") for label in labels[1:]):
+        raise ValueError(
+            f"Nothing is left to learn from in the {name} dataset: every token is masked, or the prompts alone "
+            f"fill `max_length={max_length}`. Check the masks, or raise `max_length`."
+        )
+
+
+def with_labels_within(dataset: Any, name: str, max_length: int | None, map_kwargs: dict[str, Any]) -> Any:
+    """The prepared rows whose first `max_length` tokens hold something to learn.
+
+    Raises:
+        ValueError: There are none.
+    """
+
+    def is_kept(labels: list[int]) -> bool:
+        return any(label != -100 for label in labels[1:max_length])
+
+    dataset = dataset.filter(is_kept, input_columns="labels", **map_kwargs)
+    check_labels(dataset, name, max_length)
+    return dataset
 
 
 def warn_of_cuts(dataset: Dataset | IterableDataset, name: str, max_length: int | None) -> None:
@@ -312,7 +335,7 @@ def longest_text(dataset: Dataset) -> int:
     return max(map(len, _column(dataset, "input_ids")), default=0)
 
 
-def _column(dataset: Dataset, name: str) -> Iterable[Any]:
+def _column(dataset: Dataset | IterableDataset, name: str) -> Iterable[Any]:
     return (row for batch in dataset.select_columns([name]).iter(batch_size=1000) for row in batch[name])
 
 

@@ -10,12 +10,10 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-# What `generate` may still take from the model's own generation config: how the model runs, and which ids are no
-# tokens at all (`align_vocabulary` records the padded rows of a draft in `suppress_tokens`). Never what it samples.
-_INHERITED = frozenset(
-    {"cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile", "prefill_chunk_size"}
-    | {"suppress_tokens"}
-)
+# What `generate` may still take from the model's own generation config: in which pieces it reads a prompt, and which
+# ids are not tokens at all (`align_vocabulary` records the padded rows of a draft in `suppress_tokens`). Never what it
+# samples, nor its kind of cache: a draft cannot be used with most of them.
+_INHERITED = frozenset({"prefill_chunk_size", "suppress_tokens"})
 
 # The values under which a parameter changes nothing. A generation config with any other value of one of these cannot
 # be written as a `DecodingSetting`.
@@ -26,7 +24,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
+    "encoder_repetition_penalty": (1.0,),
     "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
     "bad_words_ids": ([],),
     "sequence_bias": (),
     "guidance_scale": (1.0,),
@@ -39,6 +39,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "min_length": (0,),
 }
 _SAMPLING_ONLY = frozenset({"min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"})
+# These only end a text early.
+_STOPPING: dict[str, tuple[Any, ...]] = {"stop_strings": ([],), "max_time": ()}
 
 
 class CompleteGenerationConfig(GenerationConfig):
@@ -121,13 +123,7 @@ class DecodingSetting:
             ValueError: The config holds something that a setting cannot express, such as beams or `min_p`.
         """
         sampled = config.do_sample is True
-        inexpressible = [
-            f"{name}={value!r}"
-            for name, neutral in _NEUTRAL.items()
-            if (value := getattr(config, name, None)) is not None and value not in neutral
-            if sampled or name not in _SAMPLING_ONLY
-        ]
-        if inexpressible:
+        if inexpressible := _effective(config, _NEUTRAL, sampled=sampled):
             raise ValueError(
                 f"The generation config decodes with {', '.join(inexpressible)}, which cannot be written as "
                 "temperature, top_p, top_k and repetition_penalty. Name the setting to use instead."
@@ -168,8 +164,8 @@ class DecodingSetting:
     def generation_config(self, model: PreTrainedModel, max_new_tokens: int, **overrides: Any) -> GenerationConfig:
         """A complete `GenerationConfig` for `model.generate`.
 
-        From the model come only its special ids (`eos_token_id` may be a list, or None), its kind of cache and its
-        `suppress_tokens`; no penalty and no sampling default of its own. Pass `suppress_tokens=[]` to drop those too.
+        From the model come only its special ids (`eos_token_id` may be a list, or None) and its `suppress_tokens`; no
+        penalty, no sampling default and no kind of cache of its own. Pass `suppress_tokens=[]` to drop those too.
 
         Args:
             model: The model that will generate.
@@ -217,6 +213,35 @@ def settings_at(
     return [
         DecodingSetting(value, top_p if value else 1.0, top_k if value else 0, repetition_penalty)
         for value in temperatures
+    ]
+
+
+_PLAIN = DecodingSetting(temperature=1.0)
+_SAMPLED = ("temperature", "top_p", "top_k")
+
+
+def left_out(config: GenerationConfig, settings: Sequence[DecodingSetting]) -> list[str]:
+    """What a model's own generation config would change in text that was decoded under `settings` instead.
+
+    Returns:
+        "name=value" of each entry.
+    """
+    sampled = [setting for setting in settings if not setting.is_greedy]
+    found = _effective(config, _NEUTRAL | _STOPPING, sampled=bool(sampled))
+    for name, used in (("repetition_penalty", settings), *((name, sampled) for name in _SAMPLED)):
+        value = getattr(config, name)
+        if value not in (None, getattr(_PLAIN, name)) and any(getattr(setting, name) != value for setting in used):
+            found.append(f"{name}={value!r}")
+    return found
+
+
+def _effective(config: GenerationConfig, neutral: Mapping[str, tuple[Any, ...]], *, sampled: bool) -> list[str]:
+    """Those entries, as "name=value", that are not neutral."""
+    return [
+        f"{name}={value!r}"
+        for name, values in neutral.items()
+        if (value := getattr(config, name, None)) is not None and value not in values
+        if sampled or name not in _SAMPLING_ONLY
     ]
 
 

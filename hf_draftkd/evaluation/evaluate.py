@@ -111,8 +111,6 @@ def evaluate_draft(
     if settings is not None and (not settings or len(set(settings)) < len(settings)):
         raise ValueError("`settings` must name at least one decoding setting, and none twice.")
     _check(drafts, target_model, tokenizer, prompts, dataset)
-    if config.measure_speed or config.verify:
-        _check_cache(target_model)
     # Before a vocabulary is padded: that is the draft as it lies in its folder.
     checksums = [loaded_checksum(draft) for draft in drafts]
     for draft in drafts:
@@ -394,13 +392,3 @@ def _check(
             raise ValueError(f"{draft.name_or_path!r} is an encoder-decoder model; a draft must be a causal LM.")
         check_own_tokenizer(draft, tokenizer)
     check_own_tokenizer(target_model, tokenizer, is_target=True)
-
-
-def _check_cache(target_model: PreTrainedModel) -> None:
-    kind = target_model.generation_config.cache_implementation or ""
-    if "static" in kind:
-        raise ValueError(
-            f"The target's generation config asks for a {kind!r} cache, with which transformers does not decode with a "
-            "draft. Set `target_model.generation_config.cache_implementation = None`, or leave out real decoding: "
-            "`measure_speed=False` and `verify=0`."
-        )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import fitting_rows, load_prompts
 from hf_draftkd.data.rows import render_prompts, with_token_ids
-from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
+from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting, left_out
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.report import PromptInfo
 from hf_draftkd.evaluation.scoring import Text
@@ -346,21 +346,16 @@ def plausibility_warnings(target_model: PreTrainedModel, texts: TextSet, share: 
 
 def _inherited_setting_warnings(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) -> list[str]:
     """Which entries of the target's generation config were applied, and which were not."""
-    own, penalty = target_model.generation_config, own_penalty(target_model)
+    penalty, settings = own_penalty(target_model), [texts.setting for texts in text_sets]
     found = []
-    if penalty != 1:
-        applied = {texts.setting.repetition_penalty for texts in text_sets}
-        how = "applied to draft and target alike" if applied == {penalty} else "not applied, as the settings say"
-        found.append(f"The target's generation config carries repetition_penalty {penalty:g}: {how}.")
-    used = {(texts.setting.top_p, texts.setting.top_k) for texts in text_sets if not texts.setting.is_greedy}
-    carried = [
-        f"{name} {value:g}"
-        for name, value, neutral in (("top_p", own.top_p, 1), ("top_k", own.top_k, 0), ("min_p", own.min_p, 0))
-        if value is not None and value != neutral
-    ]
-    if carried and used and used != {(own.top_p or 1.0, own.top_k or 0)}:
+    if penalty != 1 and all(setting.repetition_penalty == penalty for setting in settings):
         found.append(
-            f"The target's generation config carries {', '.join(carried)}, which the settings measured here replace."
+            f"The target's generation config carries repetition_penalty={penalty:g}: applied to draft and target alike."
+        )
+    if carried := left_out(target_model.generation_config, settings):
+        found.append(
+            f"The target's generation config carries {', '.join(carried)}, which the settings measured here leave out "
+            "or replace: text that the target writes by default differs from what was measured."
         )
     return found
 

@@ -195,15 +195,30 @@ def unwrapped(model: nn.Module) -> Any:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Dropout off, and every model's mode put back afterwards."""
+    """Dropout and load-balancing losses off, and every model put back afterwards as it was.
+
+    The loss that a mixture of experts adds (`output_router_logits`) takes the routing of the tokens that are read and
+    the mask of the whole text: with a cache, which holds the rest of the text, it fails.
+    """
     modes = [model.training for model in models]
+    routed = {id(config): config for model in models if (config := _routed(model)) is not None}.values()
     for model in models:
         model.eval()
+    for config in routed:
+        config.output_router_logits = False
     try:
         yield
     finally:
+        for config in routed:
+            config.output_router_logits = True
         for model, mode in zip(models, modes, strict=True):
             model.train(mode)
+
+
+def _routed(model: nn.Module) -> Any:
+    """The config that asks a mixture of experts for its load-balancing loss; None if none does."""
+    config = getattr(unwrapped(model), "config", None)
+    return config if getattr(config, "output_router_logits", False) else None
 
 
 @contextmanager

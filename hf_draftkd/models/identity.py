@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from hf_draftkd.models.resolve import ADAPTER_CONFIG_NAME, Checkpoint, is_hub_id, read_index, resolve
@@ -148,6 +148,8 @@ def loaded_checksum(model: PreTrainedModel) -> str | None:
     is_adapted = getattr(model, "peft_config", None) is not None or getattr(model, "_hf_peft_config_loaded", False)
     if is_adapted or getattr(model, "hf_quantizer", None) is not None:
         return None
+    # Only weights are asked for, and some generation configs that were loaded cannot be saved.
+    own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with tempfile.TemporaryDirectory() as folder, without_weight_bars():
             model.save_pretrained(folder)
@@ -155,6 +157,8 @@ def loaded_checksum(model: PreTrainedModel) -> str | None:
     except OSError as error:
         logger.warning(f"The weights could not be saved to take their checksum, so the report names none: {error}")
         return None
+    finally:
+        model.generation_config = own
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:

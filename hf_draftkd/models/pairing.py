@@ -187,6 +187,10 @@ def copy_special_ids(draft_model: PreTrainedModel, target_model: PreTrainedModel
         for name in SPECIAL_IDS:
             value = getattr(target_part, name, None)
             setattr(draft_part, name, list(value) if isinstance(value, list) else value)
+        pad = draft_part.pad_token_id
+        if pad is not None and not 0 <= pad < _vocab_size(draft_model):
+            # Of a target published with -1, or with an added pad token: a draft saved with it could not be loaded.
+            draft_part.pad_token_id = None
 
 
 def _vocab_size(model: Any) -> int:

@@ -6,6 +6,8 @@ one of the same step, `DraftDistillTrainer` removes the older one's state.)
 """
 
 import json
+import logging
+import math
 import os
 import re
 import time
@@ -13,11 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 with suppress(ImportError):  # Windows has none
     import fcntl
+
+logger = logging.getLogger(__name__)
 
 _PATIENCE = 10  # seconds to wait for the lock of a run that may just have died
 
@@ -81,3 +86,32 @@ def only_run(directory: str | Path) -> Iterator[None]:
             # Closing is not enough: persistent workers of the data loader hold the same lock.
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
+
+
+def checkpoint_to_resume(output_dir: str | Path, *, warns: bool = True) -> str:
+    """The newest complete checkpoint; what was passed over is logged where `warns`.
+
+    Raises:
+        ValueError: There is none.
+    """
+    checkpoint, skipped = last_complete_checkpoint(output_dir)
+    for reason in skipped if warns else ():
+        logger.warning("Not resumed from %s", reason)
+    if checkpoint is None:
+        raise ValueError(
+            f"`resume_from_checkpoint=True`, but {str(output_dir)!r} holds no complete checkpoint"
+            + (f" ({'; '.join(skipped)})." if skipped else ".")
+            + " Leave it out to start from the beginning."
+        )
+    return checkpoint
+
+
+def batches_read(checkpoint: str, accumulation_steps: int) -> tuple[int, int]:
+    """How far a run over a stream had come: whole passes, and batches of the pass that its checkpoint lies in.
+
+    transformers counts the batches of each pass as a share of all batches that `max_steps` would take.
+    """
+    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    # Batches are counted from 1: the whole number itself still belongs to the pass before.
+    passes = math.ceil(state.epoch or 1) - 1
+    return passes, round(((state.epoch or 0) - passes) * state.max_steps * accumulation_steps)

@@ -44,6 +44,7 @@ from trl.trainer.utils import pad
 from hf_draftkd.data.backends import LENGTH, cut_completion
 from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
 from hf_draftkd.models.forward import evaluating, seeded, unwrapped
+from hf_draftkd.models.tokenizers import pad_id
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.correcting import CorrectedByTarget
 
@@ -84,10 +85,10 @@ def last_prompt(labels: list[int]) -> int:
     return position
 
 
-def left_padded(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def left_padded(prompts: list[list[int]], pad_with: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids [B, L] and their mask [B, L], the prompts ending in the last column."""
     rows = [torch.tensor(prompt) for prompt in prompts]
-    ids = pad(rows, padding_value=pad_id, padding_side="left")
+    ids = pad(rows, padding_value=pad_with, padding_side="left")
     mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
     return ids.to(device), mask.to(device)
 
@@ -311,13 +312,12 @@ class CompletionWriter:
         # Padded rows of the vocabulary stand for no token.
         not_tokens = range(self._vocab_size, model.config.get_text_config().vocab_size)
         suppressed = sorted({*(model.generation_config.suppress_tokens or []), *not_tokens, *never})
-        pad_id = model.generation_config.pad_token_id
         return setting.generation_config(
             model,
             self._args.max_new_tokens,
             suppress_tokens=suppressed or None,
-            # Which id pads does not matter: it is masked before a prompt, and cut off behind a completion.
-            pad_token_id=self._tokenizer.pad_token_id if pad_id is None else pad_id,
+            # Masked before a prompt, and cut off behind a completion.
+            pad_token_id=pad_id(self._tokenizer, model),
         )
 
     @contextmanager

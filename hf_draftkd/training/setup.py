@@ -13,7 +13,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
-from hf_draftkd.data.formats import check_format, check_token_ids, has_labels, longest_text
+from hf_draftkd.data.formats import check_format, check_labels, check_token_ids, longest_text
 from hf_draftkd.data.target_cache import CacheFacts
 from hf_draftkd.decoding.drafting import checked_vocabulary
 from hf_draftkd.models.context import shared_context
@@ -29,6 +29,7 @@ from hf_draftkd.models.pairing import (
     shared_vocab_size,
 )
 from hf_draftkd.models.resolve import Checkpoint, check_config, resolve
+from hf_draftkd.models.tokenizers import pad_id
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.signals import NO_PLAIN_HEAD, WHOLE_LOGITS
 
@@ -94,6 +95,13 @@ def check_datasets(
                     "is not what the target writes. Leave it out; to learn from other text too, give it as "
                     "`mix_dataset`."
                 )
+    if args.packing and args.packing_strategy != "bfd" and train_dataset is not None:
+        masked = {"prompt", "prompt_ids", "completion_mask"} & set(get_dataset_column_names(train_dataset))
+        if masked or args.assistant_only_loss:
+            raise ValueError(
+                f"`packing_strategy={args.packing_strategy!r}` cuts rows where a packed row is full: completions would "
+                'be learned without the prompt they answer. Leave it out: "bfd" packs whole rows.'
+            )
     if args.eval_packing:
         raise ValueError("`eval_packing=True` would cut texts apart, but metrics are sums over whole texts.")
     args.eval_packing = False
@@ -165,6 +173,7 @@ def prepare_pair(
             check_weights_apart(draft, target)
         target.eval().requires_grad_(False)
         align_vocabulary(unwrapped(draft), target, tokenizer)
+    tokenizer.pad_token_id = pad_id(tokenizer, unwrapped(draft))
     return draft, target, tokenizer
 
 
@@ -350,13 +359,9 @@ def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftD
     """
     context = shared_context(*models)
     for name, dataset in datasets.items():
+        check_labels(dataset, name, args.max_length)
         if isinstance(dataset, IterableDataset):
             continue
-        if not has_labels(dataset):
-            raise ValueError(
-                f"Nothing is left to learn from in the {name} dataset: every token is masked, or the prompts alone "
-                f"fill `max_length={args.max_length}`. Check the masks, or raise `max_length`."
-            )
         longest = longest_text(dataset)
         if longest > context:
             raise ValueError(

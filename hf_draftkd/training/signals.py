@@ -296,7 +296,6 @@ def check_cached(
     for given, what, why in (
         (custom_collator, "data_collator", "distributions are looked up by the trainer's own"),
         ((args.dataset_kwargs or {}).get("skip_prepare_dataset"), "skip_prepare_dataset", "rows are linked to them"),
-        (args.packing and args.packing_strategy != "bfd", "packing_strategy", "others cut texts apart"),
     ):
         if given:
             raise ValueError(

@@ -8,7 +8,6 @@ evaluation, logging, saving. What needs no trainer is done by its neighbours: `s
 """
 
 import copy
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -30,7 +29,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from hf_draftkd.acceptance.tensors import widest_float
 from hf_draftkd.data.collator import INDEX_COLUMN, SETTING_COLUMN, CachedDistributions, DraftDistillCollator
-from hf_draftkd.data.formats import exact_features, normalize_rows, packed, warn_of_cuts
+from hf_draftkd.data.formats import exact_features, normalize_rows, packed, warn_of_cuts, with_labels_within
 from hf_draftkd.data.mixing import mixed_in, rejoined, split_by_format
 from hf_draftkd.data.target_cache import rows_with_distributions
 from hf_draftkd.evaluation.report import SpeculationReport
@@ -42,10 +41,11 @@ from hf_draftkd.models.forward import in_head, logits_at, predicting_positions, 
 from hf_draftkd.models.pairing import copy_special_ids, shared_vocab_size
 from hf_draftkd.training import setup
 from hf_draftkd.training.callbacks import KeepSpecialIds, asked_metrics, with_acceptance
-from hf_draftkd.training.checkpoints import last_complete_checkpoint, only_run
+from hf_draftkd.training.checkpoints import batches_read, checkpoint_to_resume, only_run
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.finite import StopOnNonFiniteGradient, check_loss, check_weights
 from hf_draftkd.training.metrics import EvaluationSums, FilledUp, TrainingSums, check_best_metric, not_exact, row_sums
+from hf_draftkd.training.packing import CheckPacking
 from hf_draftkd.training.rollouts import CompletionWriter, check_writer, check_writing
 from hf_draftkd.training.run_provenance import author, data_facts, describe_run
 from hf_draftkd.training.saving import check_adapter, check_saving, merged
@@ -57,8 +57,6 @@ from hf_draftkd.training.token_selection import (
     select_tokens,
     token_metrics,
 )
-
-logger = logging.getLogger(__name__)
 
 
 class DraftDistillTrainer(SFTTrainer):
@@ -233,6 +231,7 @@ class DraftDistillTrainer(SFTTrainer):
             self.add_callback(KeepSpecialIds(target))
         if not self.is_deepspeed_enabled and self.accelerator.scaler is None:
             self.add_callback(StopOnNonFiniteGradient(lambda: self._row_starts(self._step_batches)))
+        self.add_callback(CheckPacking(self))
 
         # What each model says is settled, now that it lies where it runs.
         models = [unwrapped(draft), *([] if target is None else [target])]
@@ -308,7 +307,6 @@ class DraftDistillTrainer(SFTTrainer):
         # Whole first, so that rows of several formats can be joined, and what `max_length` costs can be counted.
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
-
         reading = {"text_field": args.dataset_text_field, "formatting_func": formatting_func}
 
         def prepared(part: Dataset | IterableDataset, rows: Any = None) -> Any:
@@ -323,6 +321,10 @@ class DraftDistillTrainer(SFTTrainer):
             parts = split_by_format(dataset, dataset_name, text_field=args.dataset_text_field)
             dataset = rejoined([(prepared(part, rows), rows) for part, rows in parts])
         warn_of_cuts(dataset, dataset_name, None if packing and args.packing_strategy != "bfd" else args.max_length)
+        if packing and args.packing_strategy == "bfd":
+            # Without packing, SFTTrainer drops the others itself.
+            with global_then_local_main_first():
+                dataset = with_labels_within(dataset, dataset_name, args.max_length, map_kwargs)
         if not (packing and self._cache):
             return usual(dataset, processing_class, args, packing, None, dataset_name)
         # SFTTrainer packs `input_ids` and `labels` and drops the rest, so the packing is done here.
@@ -574,19 +576,17 @@ class DraftDistillTrainer(SFTTrainer):
             FloatingPointError: A loss, a gradient or the weights are not finite.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint, skipped = last_complete_checkpoint(self.args.output_dir)
-            for reason in skipped if self.is_world_process_zero() else ():
-                logger.warning("Not resumed from %s", reason)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"`resume_from_checkpoint=True`, but {self.args.output_dir!r} holds no complete checkpoint"
-                    + (f" ({'; '.join(skipped)})." if skipped else ".")
-                    + " Leave it out to start from the beginning."
-                )
+            resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir, warns=self.is_world_process_zero())
         with only_run(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         self._check_weights()
         return result
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        """Passes, and batches of the next one, that a checkpoint has seen: transformers takes a stream for endless."""
+        found = super()._init_training_state(*args)
+        in_stream = isinstance(self.train_dataset, IterableDataset) and found[1] > 0
+        return batches_read(args[3], self.args.gradient_accumulation_steps) if in_stream else found
 
     def _check_weights(self) -> None:
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled

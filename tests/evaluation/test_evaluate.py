@@ -399,8 +399,20 @@ def test_what_the_targets_generation_config_carries_is_said(pair):
     draft, target = pair
     target.generation_config.update(do_sample=True, top_p=0.8, top_k=20)
     report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:3], **QUICK)
-    assert any("carries top_p 0.8, top_k 20" in text for text in report.warnings)
+    assert any("carries top_p=0.8, top_k=20," in text for text in report.warnings)
     assert report.settings[1].decoding.top_p == 1
+
+
+def test_all_that_would_have_changed_the_targets_text_is_named_at_once(pair):
+    """Switched off without a word, all but a repetition penalty."""
+    _, target = pair
+    carried = {"no_repeat_ngram_size": 3, "encoder_repetition_penalty": 1.3, "num_beams": 2, "forced_eos_token_id": 1}
+    target.generation_config.update(repetition_penalty=1.2, min_p=0.1, **carried)
+    report = evaluate_draft(*pair, tiny_tokenizer(), PROMPTS[:2], **QUICK | {"temperatures": [0.0]})
+    applied, ignored = (text for text in report.warnings if "generation config carries" in text)
+    assert "repetition_penalty=1.2: applied" in applied
+    assert all(f"{name}={value}" in ignored for name, value in carried.items())
+    assert "min_p" not in ignored, "greedy text has none"
 
 
 def test_tokens_that_a_draft_may_not_propose_are_said(pair):
@@ -462,16 +474,17 @@ def test_names_in_place_of_models_are_refused(pair, place):
         )
 
 
-def test_a_cache_that_no_draft_can_be_used_with_is_refused_before_anything_runs(pair, monkeypatch):
-    """Catches transformers' own refusal, met after the target has answered every prompt."""
-    draft, target = pair
-    target.generation_config.cache_implementation = "static"
-    report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], temperatures=[0.0], **QUICK)
-    assert report.settings[0].block_efficiency
-    monkeypatch.setattr(target, "forward", None)
-    for options in ({"measure_speed": True}, {"verify": 1}):
-        with pytest.raises(ValueError, match="asks for a 'static' cache"):
-            evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], **QUICK | options)
+@pytest.mark.parametrize(("owner", "kind"), [("target", "static"), ("target", "dynamic"), ("draft", "sliding_window")])
+def test_the_cache_is_chosen_here_whatever_the_models_were_published_with(pair, owner, kind):
+    """Ended in transformers' own words, after the target had answered every prompt."""
+    options = QUICK | {"temperatures": [0.0], "verify": 1}
+    plain = evaluate_draft(*pair, tiny_tokenizer(), PROMPTS[:2], **options)
+    model = pair[owner == "target"]
+    model.generation_config.cache_implementation = kind
+    report = evaluate_draft(*pair, tiny_tokenizer(), PROMPTS[:2], **options)
+    assert report.self_check.equal
+    assert report.settings[0].block_efficiency == plain.settings[0].block_efficiency
+    assert model.generation_config.cache_implementation == kind
 
 
 def test_a_contradicting_setting_is_refused():

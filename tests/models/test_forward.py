@@ -14,8 +14,9 @@ from transformers import (
     GraniteForCausalLM,
 )
 
+from examples.benchmarks.tiny_architectures import tiny_model
 from hf_draftkd.losses import distillation_loss
-from hf_draftkd.models.forward import head_arithmetic, hidden_at, logits_at, loss_at, predicting_positions
+from hf_draftkd.models.forward import evaluating, head_arithmetic, hidden_at, logits_at, loss_at, predicting_positions
 from tests.tiny import ARCHITECTURES, tiny_llama, tiny_pair
 
 
@@ -197,3 +198,17 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made():
             lambda q: distillation_loss(q, p, ids.flatten(), chunk_size=32, with_acceptance=True),
         ).loss.backward()
     assert largest.numel < 240 * 300 / 2
+
+
+def test_batches_are_decoded_without_load_balancing_losses():
+    """A mixture of experts published with `output_router_logits` died at the second token of a batch."""
+    model = tiny_model("mixtral")
+    batch = {"input_ids": torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8]]), "max_new_tokens": 4, "do_sample": False}
+    batch["attention_mask"] = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    expected = model.generate(**batch)
+    model.config.output_router_logits = True
+    model.train()
+    with evaluating(model, model):
+        assert torch.equal(model.generate(**batch), expected)
+    assert model.config.output_router_logits
+    assert model.training

@@ -43,6 +43,14 @@ def test_the_format_of_measuring_is_applied_to_the_folder(tmp_path, pair, stored
     assert (checksum == weights_checksum(tmp_path)) == (stored == measured)
 
 
+def test_a_generation_config_that_cannot_be_saved_is_no_matter(tmp_path, pair):
+    """An evaluation died of a published pad id of -1."""
+    pair[0].save_pretrained(tmp_path)
+    pair[0].generation_config.pad_token_id = -1
+    assert loaded_checksum(pair[0]) == weights_checksum(tmp_path)
+    assert pair[0].generation_config.pad_token_id == -1
+
+
 def test_an_adapter_counts_once_it_is_merged(tmp_path, pair):
     """Catches the base model's checksum on metrics of its adapter."""
     draft, _ = pair

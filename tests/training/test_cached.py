@@ -291,7 +291,6 @@ def test_caches_of_different_size_are_refused(refused, pair):
 
 def test_what_would_lose_the_link_to_the_cache_is_refused(refused):
     refused("is a stream", {"top_k": 4}, lambda rows: rows.to_iterable_dataset())
-    refused("`packing_strategy` cannot be changed", {"top_k": 4}, packing=True, packing_strategy="wrapped")
     refused("`skip_prepare_dataset` cannot", {"top_k": 4}, dataset_kwargs={"skip_prepare_dataset": True})
 
 

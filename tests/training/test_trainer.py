@@ -10,7 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_draftkd import DraftDistillTrainer
+from hf_draftkd import DraftDistillTrainer, load_draft
 from tests.tiny import tiny_llama, tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows, reference_forward_kl
 from tests.training.trainers import assert_same, build, config, weights
@@ -294,6 +294,29 @@ def test_packed_and_padding_free_batches_give_the_padded_loss(tmp_path, tokenize
     assert_same(*gradients, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("pad", "writes"), [(None, {"seq_kd": True}), (-1, {"lmbda": 1.0}), (300, {"lmbda": 1.0}), (300, {"seq_kd": True})]
+)
+def test_whatever_id_pads_the_draft_learns_the_same(tmp_path, tokenizer, pad, writes):
+    """Checkpoints without a pad id, with -1 or with an added one that has no row died in the embedding, or unsaved."""
+    rows = alignment_rows(tiny_pair("llama")[1], tokenizer, count=4)
+    writes = {**writes, "max_new_tokens": 4, "max_steps": 2}
+    expected = build(tmp_path / "usual", tiny_pair("llama"), tokenizer, rows, **writes)
+    expected.train()
+    pair, tokenizer = tiny_pair("llama"), tiny_tokenizer()
+    for model in pair:
+        model.config.pad_token_id = model.generation_config.pad_token_id = pad
+    if pad == 300:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    elif pad is None:
+        tokenizer.pad_token = None
+    trainer = build(tmp_path, pair, tokenizer, rows, **writes)
+    trainer.train()
+    assert_same(weights(trainer.model), weights(expected.model))
+    trainer.save_model()
+    assert load_draft(tmp_path).config.pad_token_id is None
+
+
 # Saving --------------------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +329,30 @@ def test_resumed_training_gives_the_weights_of_an_uninterrupted_run(tmp_path, to
     resumed = build(tmp_path / "part", tiny_pair("llama"), tokenizer, rows, peft=copy.deepcopy(peft), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert_same(weights(whole.model), weights(resumed.model))
+
+
+@pytest.mark.parametrize(("shuffles", "accumulation"), [(True, 1), (False, 2)])
+def test_a_stream_that_is_read_again_resumes_with_the_same_rows(tmp_path, tokenizer, shuffles, accumulation):
+    """The pass after the checkpoint's began at its first row: transformers takes a stream for endless."""
+    data = Dataset.from_list([{"prompt_ids": [0, 10 + n], "completion_ids": [11, 1]} for n in range(10)])
+    data = data.to_iterable_dataset()
+    data = data.shuffle(seed=1, buffer_size=4) if shuffles else data
+    seen = []
+
+    class Recording(DraftDistillTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.append(inputs["input_ids"][:, 1].tolist())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 7, "trainer_class": Recording}
+    options["gradient_accumulation_steps"] = accumulation
+    build(tmp_path / "whole", tiny_pair("llama"), tokenizer, data, **options).train()
+    # Five batches a pass: the seventh step is the second of the second pass, or the first of the fourth.
+    after = seen[5 * 1 + 2 :] if accumulation == 1 else seen[5 * 3 + 2 :]
+    seen.clear()
+    resumed = build(tmp_path / "part", tiny_pair("llama"), tokenizer, data, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-7"))
+    assert seen == after
 
 
 def test_lora_checkpoints_hold_the_adapter_and_the_saved_draft_is_plain(tmp_path, pair, tokenizer):
