@@ -45,6 +45,9 @@ class EvaluationConfig:
     speed_batch_sizes: list[int] = option(
         [], "Also time SpeculativeDecoding on batches of these sizes, beside plain batches."
     )
+    draft_vocabulary_sizes: list[int] | None = option(
+        None, "Sizes of the list that `draftkd vocabulary` recorded to report; by default all of it, 1/2 and 1/4."
+    )
     verify: int = option(0, "Prompts on which to check computed against counted numbers; 0 for no check.")
     batch_size: int = option(8, "Texts per forward pass.")
     seed: int = option(0, "Seed of the target's sampling.")

@@ -29,6 +29,7 @@ from hf_draftkd.evaluation.report import (
     SelfCheck,
     SettingResult,
     SpeculationReport,
+    VocabularyResult,
 )
 from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, PassResult, score_texts
 from hf_draftkd.evaluation.self_check import CHECKED_LENGTHS, self_check
@@ -48,6 +49,13 @@ from hf_draftkd.evaluation.texts import (
     take_texts,
 )
 from hf_draftkd.evaluation.timing import PLAIN, refused_by_speculative_decoding, time_decoding
+from hf_draftkd.evaluation.vocabulary import (
+    draft_step_seconds,
+    lists_to_report,
+    predict_by_size,
+    vocabulary_result,
+    whole_vocabulary,
+)
 from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.forward import evaluating
 from hf_draftkd.models.identity import loaded_checksum
@@ -115,9 +123,11 @@ def evaluate_draft(
     checksums = [loaded_checksum(draft) for draft in drafts]
     for draft in drafts:
         align_vocabulary(draft, target_model, tokenizer)
-    with evaluating(target_model, *drafts):
+    vocab_size = min(shared_vocab_size(draft, target_model, tokenizer) for draft in drafts)
+    lists = [lists_to_report(draft, config.draft_vocabulary_sizes, vocab_size) for draft in candidates]
+    with evaluating(target_model, *drafts), whole_vocabulary(drafts):
         texts = take_texts(target_model, drafts, tokenizer, prompts, dataset, settings, source, config)
-        evaluation = _Evaluation(target_model, drafts, tokenizer, texts, config)
+        evaluation = _Evaluation(target_model, drafts, tokenizer, texts, config, lists)
         results = evaluation.score()
         for result, checksum in zip(results, checksums, strict=True):
             result.draft.weights_sha256 = checksum
@@ -159,7 +169,10 @@ class _Evaluation:
         tokenizer: PreTrainedTokenizerBase,
         texts: Texts,
         config: EvaluationConfig,
+        lists: Sequence[list[list[int]]],
     ) -> None:
+        # (draft, ids): the lists by which its vocabulary is cut.
+        self.listed = [(index, ids) for index, of_draft in enumerate(lists) for ids in of_draft]
         self.target_model, self.drafts, self.tokenizer = target_model, drafts, tokenizer
         self.texts, self.config = texts, config
         self.reported_length = config.num_assistant_tokens or _DEFAULT_LENGTH
@@ -188,6 +201,7 @@ class _Evaluation:
                     texts.setting,
                     vocab_size=vocab_size,
                     verification=self.config.verification,
+                    draft_vocabularies=self.listed,
                     batch_size=self.config.batch_size,
                     on_texts=bar.update,
                 )
@@ -239,6 +253,9 @@ class _Evaluation:
                 compare_with_prediction(setting, latency)
         for setting in result.settings:
             setting.recommendation = recommend(setting, latency)
+        lists = [ids for index, ids in self.listed if self.drafts[index] is draft]
+        if lists:
+            predict_by_size(result.settings, latency, draft_step_seconds(draft, lists, latency.context_length))
         result.recommendation = recommend_overall(result.settings, latency)
 
     def _ways(self, draft: PreTrainedModel, prompt: Sequence[int]) -> list[str]:
@@ -309,7 +326,7 @@ class _Evaluation:
 
     def _settings(self, index: int, group: str | None = None) -> list[SettingResult]:
         ratio = self.drafts[index].num_parameters() / self.target_model.num_parameters()
-        results = []
+        results: list[SettingResult] = []
         for texts, scored in zip(self.texts.sets, self.passes, strict=True):
             sums, prompts = scored.drafts[index], texts.prompts
             if group is not None:
@@ -318,8 +335,8 @@ class _Evaluation:
                     continue
                 sums = {rule: of_rule.select(chosen) for rule, of_rule in sums.items()}
                 prompts = [prompts[text] for text in chosen]
-            results += [
-                setting_result(
+            for rule in self._rules(texts):
+                found = setting_result(
                     texts.setting,
                     rule,
                     sums[rule],
@@ -329,9 +346,33 @@ class _Evaluation:
                     as_transformers=sums.get(AS_TRANSFORMERS) if rule == "rejection_sampling" else None,
                     has_blocks=_has_blocks(texts, scored),
                 )
-                for rule in self._rules(texts)
-            ]
+                if group is None:
+                    found.draft_vocabulary = self._by_vocabulary(index, texts, scored, rule, found)
+                results.append(found)
         return results
+
+    def _by_vocabulary(
+        self, index: int, texts: TextSet, scored: PassResult, rule: str, whole: SettingResult
+    ) -> list[VocabularyResult] | None:
+        """One draft's results by the size of its vocabulary, the whole of it last."""
+        found = [
+            vocabulary_result(
+                len(ids),
+                setting_result(
+                    texts.setting,
+                    rule,
+                    sums[rule],
+                    texts.prompts,
+                    num_assistant_tokens=self.reported_length,
+                    parameter_ratio=1.0,  # of MBSU, which is not taken over
+                    has_blocks=_has_blocks(texts, scored),
+                ),
+            )
+            for (draft, ids), sums in zip(self.listed, scored.listed, strict=True)
+            if draft == index
+        ]
+        vocab_size = self.drafts[index].config.get_text_config().vocab_size
+        return [*found, vocabulary_result(vocab_size, whole)] if found else None
 
     def _rules(self, texts: TextSet) -> Sequence[str]:
         return (EXACT,) if texts.setting.is_greedy else self.config.verification

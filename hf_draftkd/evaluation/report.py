@@ -158,6 +158,20 @@ class LatencyResult:
 
 
 @dataclass(kw_only=True)
+class VocabularyResult:
+    """The same texts, had the draft proposed only the first `size` ids of the list in its generation config."""
+
+    size: int = key("Tokens that the draft proposes; the last entry is the whole vocabulary.")
+    acceptance_rate: Estimate = key("As the setting's.")
+    block_efficiency: dict[int, Estimate] | None = key("As the setting's.", default=None)
+    draft_step_seconds: float | None = key("One token through the draft with its head cut to the list.", default=None)
+    num_assistant_tokens: int | None = key("Draft length with the highest predicted speed-up.", default=None)
+    predicted_speedup: float | None = key(
+        "Predicted tokens/s at that length ÷ plain tokens/s, from forward passes alone.", default=None
+    )
+
+
+@dataclass(kw_only=True)
 class SettingResult:
     """Results under one decoding setting and one verification rule."""
 
@@ -187,6 +201,9 @@ class SettingResult:
         "Block efficiency of transformers' own `generate`, where it differs: it warps the draft's distribution "
         "twice (temperature, top-p), the target's once.",
         default=None,
+    )
+    draft_vocabulary: list[VocabularyResult] | None = key(
+        "Where the draft records a `draft_vocabulary`: the results by its size, the smallest first.", default=None
     )
     assisted: AssistedResult | None = key(
         "Real decoding under this setting with `generate(assistant_model=draft)`, transformers' own loop.", default=None

@@ -19,6 +19,7 @@ from hf_draftkd.acceptance import (
     expected_target_calls,
     token_acceptance_rate,
 )
+from hf_draftkd.acceptance.tensors import only_listed
 from hf_draftkd.decoding.processors import logits_processors, process_logits, transformers_draft_processors
 from hf_draftkd.decoding.setting import DecodingSetting
 
@@ -85,10 +86,12 @@ class PassResult:
             where transformers' `generate` warps the draft's distribution differently (`transformers_draft_processors`).
         share_plausible: Share of the tokens that this target could have written under the setting: its likeliest one
             when greedy, any with a chance above 0 when sampling.
+        listed: The same as `drafts`, for each of the `draft_vocabularies` asked for.
     """
 
     drafts: list[dict[str, TextSums]]
     share_plausible: float
+    listed: list[dict[str, TextSums]]
 
 
 def token_scores(
@@ -152,6 +155,7 @@ def score_texts(
     *,
     vocab_size: int,
     verification: Sequence[str] = ("rejection_sampling",),
+    draft_vocabularies: Sequence[tuple[int, Sequence[int]]] = (),
     batch_size: int = 8,
     on_texts: Callable[[int], Any] = lambda count: None,
 ) -> PassResult:
@@ -164,6 +168,8 @@ def score_texts(
         setting: How the target decoded them; applied to target and drafts alike.
         vocab_size: Shared vocabulary: ids from here on are padding in one of the models and left out of both.
         verification: Rules for sampled text. Greedy text is always verified exactly: the one rule `exact_match`.
+        draft_vocabularies: Pairs of a draft's index and ids: also score that draft had it proposed these ids only. Its
+            distribution is masked to them and renormalised before anything else, the target's never is.
         batch_size: Texts per forward pass.
         on_texts: Called with the number of texts done, after every batch.
 
@@ -174,8 +180,8 @@ def score_texts(
         FloatingPointError: A model returned NaN or inf.
     """
     order = sorted(range(len(texts)), key=lambda index: sum(map(len, texts[index])))
-    scorer = _Scorer(target_model, setting, verification, vocab_size)
-    drafts = range(len(draft_models))
+    scorer = _Scorer(target_model, setting, verification, vocab_size, draft_vocabularies)
+    drafts = range(len(draft_models) + len(draft_vocabularies))
     parts: dict[tuple[int, str], list[TextSums]] = {(draft, name): [] for draft in drafts for name in scorer.names}
     plausible = total = 0
     for start in range(0, len(order), batch_size):
@@ -187,10 +193,8 @@ def score_texts(
         total += int(mask.sum())
         on_texts(len(batch))
     back = sorted(range(len(order)), key=order.__getitem__)
-    return PassResult(
-        [{name: _join(parts[draft, name]).select(back) for name in scorer.names} for draft in drafts],
-        plausible / max(total, 1),
-    )
+    sums = [{name: _join(parts[draft, name]).select(back) for name in scorer.names} for draft in drafts]
+    return PassResult(sums[: len(draft_models)], plausible / max(total, 1), sums[len(draft_models) :])
 
 
 class _Scorer:
@@ -202,7 +206,11 @@ class _Scorer:
         setting: DecodingSetting,
         verification: Sequence[str],
         vocab_size: int,
+        draft_vocabularies: Sequence[tuple[int, Sequence[int]]],
     ) -> None:
+        self.listed = [
+            (draft, torch.tensor(list(ids), device=target_model.device)) for draft, ids in draft_vocabularies
+        ]
         self.setting, self.vocab_size = setting, vocab_size
         self.rules = (EXACT,) if setting.is_greedy else tuple(verification)
         self.processors = logits_processors(setting, target_model)
@@ -216,14 +224,14 @@ class _Scorer:
     ) -> tuple[torch.Tensor, int]:
         """Acceptance and accepted of N positions, `[D, names, 2, N]`, and how many of their tokens are plausible.
 
-        `logits` are those of the target, then of each of D drafts, `[N, V]`.
+        `logits` are those of the target, then of each draft, `[N, V]`; D counts each draft once more for each list.
         """
         is_greedy = self.setting.is_greedy
         target = process_logits(logits[0], prefixes, prefix_lengths, self.processors)
         written = target.gather(-1, tokens[:, None]).squeeze(-1)
         plausible = written == target.amax(-1) if is_greedy else written > float("-inf")
         scores = []
-        for raw in logits[1:]:
+        for raw in (*logits[1:], *(only_listed(logits[1 + draft], ids) for draft, ids in self.listed)):
             draft = process_logits(raw, prefixes, prefix_lengths, self.processors)
             found = [token_scores(draft, target, tokens, is_greedy=is_greedy, verification=rule) for rule in self.rules]
             if self.draft_processors is not None:
@@ -246,7 +254,7 @@ def _score_batch(
     is_completion = (places >= prompt_lengths[:, None]) & (places < (prompt_lengths + completion_lengths)[:, None])
     mask = torch.arange(int(completion_lengths.max()), device=device) < completion_lengths[:, None]
 
-    scores = torch.zeros(len(draft_models), len(scorer.names), 2, *mask.shape, device=device)
+    scores = torch.zeros(len(draft_models) + len(scorer.listed), len(scorer.names), 2, *mask.shape, device=device)
     num_plausible = 0
     readers = [_Reader(model) for model in (target_model, *draft_models)]
     # The token at t is chosen by the logits at t - 1; nothing before the shortest prompt's last token is needed.

@@ -61,6 +61,9 @@ def report_table(report: SpeculationReport) -> Table:
             change = [_signed(changes[place]) if place < len(changes) else ""] if differences else []
             if any(cells):
                 table.add_row(f" {label}", *cells, *change)
+        for place, by_size in enumerate(setting.draft_vocabulary or []):
+            cells = [_of_size(settings[index], place, length) for _, settings in columns]
+            table.add_row(f" {by_size.size:,} tokens proposed", *cells, *([""] if differences else []))
     if report.recommendation is not None:
         table.caption = _plain(report.recommendation.reason)
     return table
@@ -81,6 +84,18 @@ def _rows(length: int, batch_sizes: Iterable[int]) -> list[tuple[str, Callable[[
         ("tokens/s", _rate),
         *[(f"in batches of {size}", partial(_in_batches, size)) for size in batch_sizes],
     ]
+
+
+def _of_size(result: SettingResult, place: int, length: int) -> str:
+    """Tokens per target call, and the predicted speed, of a draft that proposes only some tokens."""
+    if place >= len(result.draft_vocabulary or []):
+        return ""
+    found = (result.draft_vocabulary or [])[place]
+    efficiency = _interval((found.block_efficiency or {}).get(length))
+    speed = (
+        "" if found.predicted_speedup is None else f", {found.predicted_speedup:.2f}x at {found.num_assistant_tokens}"
+    )
+    return f"{efficiency}{speed}"
 
 
 def _interval(estimate: Estimate | None) -> str:

@@ -146,7 +146,7 @@ class DraftModelCard(ModelCard):
 
 
 # What the template knows of a report beyond its fields.
-_MEASURED = ("parts", "prompts", "stock", "speed", "hardware", "domains", "tested")
+_MEASURED = ("parts", "prompts", "stock", "speed", "vocabulary", "hardware", "domains", "tested")
 
 
 def _measured(report: SpeculationReport) -> dict[str, Any]:
@@ -165,6 +165,7 @@ def _measured(report: SpeculationReport) -> dict[str, Any]:
         "prompts": Markdown(f"{prompts.count} prompts{source} (sha256 {code(prompts.sha256)})"),
         "stock": _at(hub_link(stock.name), stock.revision) if stock else None,
         "speed": tables.speed_table(report.settings),
+        "vocabulary": tables.vocabulary_table(report.settings, tables.shown_length(report, report.settings)),
         "hardware": tables.hardware_text(report.hardware),
         "domains": [name for name, _ in tables.by_domain(report) if name],
         "tested": dict.fromkeys(str(setting.decoding) for setting in report.settings),

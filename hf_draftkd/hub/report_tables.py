@@ -105,6 +105,24 @@ def length_table(settings: Sequence[SettingResult]) -> Markdown | None:
     return table(["τ at γ =", *map(str, lengths)], rows)
 
 
+def vocabulary_table(settings: Sequence[SettingResult], length: int | None) -> Markdown | None:
+    """What a smaller draft vocabulary costs and saves, for every size that was computed."""
+    return records(
+        [
+            {
+                "Decoding": str(setting.decoding),
+                "Tokens proposed": f"{found.size:,}",
+                "Acceptance rate α": estimate_text(found.acceptance_rate, 3),
+                f"τ (γ = {length})": estimate_text(at_length(found.block_efficiency, length), 2),
+                "Predicted speed-up": estimate_text(found.predicted_speedup, 2),
+                "at γ": found.num_assistant_tokens,
+            }
+            for setting in settings
+            for found in setting.draft_vocabulary or []
+        ]
+    )
+
+
 def speed_table(settings: Sequence[SettingResult]) -> Markdown | None:
     """Counted acceptance and wall-clock of real decoding with the draft, per setting and way that was run."""
     return records(
