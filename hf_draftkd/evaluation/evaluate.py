@@ -14,7 +14,7 @@ from hf_draftkd.data.targets import ids_without_token
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.environment import hardware_info, model_info
-from hf_draftkd.evaluation.latency import measure_latency
+from hf_draftkd.evaluation.latency import draft_step_seconds, measure_latency
 from hf_draftkd.evaluation.recommendation import (
     ASSISTANT_MODEL,
     SPECULATIVE,
@@ -50,7 +50,6 @@ from hf_draftkd.evaluation.texts import (
 )
 from hf_draftkd.evaluation.timing import PLAIN, refused_by_speculative_decoding, time_decoding
 from hf_draftkd.evaluation.vocabulary import (
-    draft_step_seconds,
     lists_to_report,
     predict_by_size,
     vocabulary_result,

@@ -167,7 +167,7 @@ class VocabularyResult:
     draft_step_seconds: float | None = key("One token through the draft with its head cut to the list.", default=None)
     num_assistant_tokens: int | None = key("Draft length with the highest predicted speed-up.", default=None)
     predicted_speedup: float | None = key(
-        "Predicted tokens/s at that length ÷ plain tokens/s, from forward passes alone.", default=None
+        "Predicted tokens/s of `SpeculativeDecoding` at that length ÷ plain tokens/s.", default=None
     )
 
 

@@ -2,16 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from time import perf_counter
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
-import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hf_draftkd.acceptance import Latency, best_draft_length
+from hf_draftkd.acceptance import best_draft_length
 from hf_draftkd.decoding.drafting import checked_vocabulary, with_sliced_head
-from hf_draftkd.evaluation.assisted import synchronize_accelerator
+from hf_draftkd.evaluation.recommendation import SPECULATIVE, way_latency
 from hf_draftkd.evaluation.report import LatencyResult, SettingResult, VocabularyResult
 from hf_draftkd.models.draft_length import recorded_vocabulary
 from hf_draftkd.utils.checks import whole_number
@@ -41,7 +38,7 @@ def lists_to_report(draft: PreTrainedModel, sizes: Sequence[int] | None, vocab_s
         vocab_size: Tokens that the pair shares.
 
     Raises:
-        ValueError: Sizes are given, but the draft records no list, or a shorter one.
+        ValueError: Sizes are given, but the draft records no list, or a shorter one; or its head cannot be cut.
     """
     ids = recorded_vocabulary(draft.generation_config)
     if ids is None:
@@ -53,40 +50,18 @@ def lists_to_report(draft: PreTrainedModel, sizes: Sequence[int] | None, vocab_s
         )
     not_tokens = range(vocab_size, draft.config.get_text_config().vocab_size)
     ids = checked_vocabulary(ids, draft.config.get_text_config().vocab_size, not_tokens)
+    with_sliced_head(draft, ids[:1])
     if sizes is None:
         sizes = [len(ids) // 4, len(ids) // 2, len(ids)]
     return [ids[: whole_number("draft_vocabulary_sizes", size, 1, len(ids))] for size in sorted({*sizes} - {0})]
 
 
-@torch.inference_mode()
-def draft_step_seconds(
-    draft: PreTrainedModel, lists: Sequence[Sequence[int]], context_length: int, num_repeats: int = 15
-) -> list[float]:
-    """Seconds of one token through the draft, with its whole head and with each list, measured in turns."""
-    twins = [draft, *(with_sliced_head(draft, list(ids)) for ids in lists)]
-    caches = [DynamicCache(config=draft.config) for _ in twins]
-    context = torch.ones((1, context_length), dtype=torch.long, device=draft.device)
-    for twin, cache in zip(twins, caches, strict=True):
-        cache.activate_past_recording()
-        twin(input_ids=context, past_key_values=cache, use_cache=True)
-    times: list[list[float]] = [[] for _ in twins]
-    for _ in range(num_repeats):
-        for twin, cache, found in zip(twins, caches, times, strict=True):
-            synchronize_accelerator()
-            started = perf_counter()
-            twin(input_ids=context[:, :1], past_key_values=cache, use_cache=True)
-            synchronize_accelerator()
-            found.append(perf_counter() - started)
-            cache.crop(-1)
-    return [float(np.quantile(found, 0.2)) for found in times]
-
-
 def predict_by_size(settings: Sequence[SettingResult], latency: LatencyResult, draft_seconds: Sequence[float]) -> None:
-    """Fill in the predicted speed-up of every size, from forward passes alone.
+    """Fill in the predicted speed-up of every size with `SpeculativeDecoding`.
 
     Args:
         settings: With `draft_vocabulary`, whose last entry is the whole vocabulary.
-        latency: Of the target.
+        latency: Measured on this machine.
         draft_seconds: As `draft_step_seconds` gives them: the whole head first.
     """
     whole, *listed = draft_seconds
@@ -94,9 +69,9 @@ def predict_by_size(settings: Sequence[SettingResult], latency: LatencyResult, d
         for result, seconds in zip(setting.draft_vocabulary or [], [*listed, whole], strict=True):
             result.draft_step_seconds = seconds
             if result.block_efficiency:
-                times = Latency(latency.target_step_seconds, seconds, latency.verify_seconds)
+                times = way_latency(replace(latency, draft_step_seconds=seconds), SPECULATIVE)
                 curve = {length: estimate.value for length, estimate in result.block_efficiency.items()}
-                best: Any = best_draft_length(curve, times)
+                best = best_draft_length(curve, times)
                 result.num_assistant_tokens = best.num_assistant_tokens
                 result.predicted_speedup = best.predicted_speedup
 

@@ -51,4 +51,5 @@ def test_it_is_published_only_when_asked_for(hub: FakeHub, draft_folder: Path):
     assert "It runs `custom_generate/generate.py` of this repository" in text
     again = push(draft_folder)
     assert set(again.deleted) == FILES
-    assert "custom_generate" not in again.card.render()
+    assert "custom_generate" not in again.card.data.tags
+    assert "custom_generate/generate.py" not in again.card.render()

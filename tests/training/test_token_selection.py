@@ -322,7 +322,7 @@ def test_weights_that_are_none(tmp_path, pair, tokenizer, wrong, message):
         ({"token_selection": "adaspec"}, "`reference_model` is None. Distil a copy"),
         (
             {"token_selection": "adaspec", "divergence": "tvd_plus_plus", "reference_model": "never/loaded"},
-            "say nothing",
+            "have no meaning",
         ),
         ({"reference_model": "never/loaded"}, "`reference_model` is read by"),
         (
