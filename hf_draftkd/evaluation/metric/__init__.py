@@ -1,1 +1,1 @@
-"""Acceptance and block efficiency as an `evaluate` metric: `evaluate.load("…/hf_draftkd/evaluation/metric")`."""
+"""Acceptance and block efficiency as an `evaluate` metric: the metric card, README.md, says how it is loaded."""
