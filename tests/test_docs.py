@@ -1,25 +1,106 @@
-"""What the README and the examples say is run: a page that went stale fails here."""
+"""What the README, the guides and the examples say is run: a page that went stale fails here.
 
+A page's `python` and `bash` blocks belong to one session, from top to bottom, with the demo pair in place of the
+reader's models and few steps. A block that begins with "# not run in the tests: why" needs what is not here (a GPU,
+weights from the Hub, another engine): of it only the names, arguments and options are checked.
+"""
+
+import ast
+import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from hf_draftkd.cli.main import COMMANDS, dispatch
 from hf_draftkd.models.demo import demo_path
 from tests.cli.run import ROOT
 
+GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))
+PAGES = [ROOT / "README.md", *GUIDES]
+NOT_RUN = "# not run in the tests: "
 # What a reader replaces by names of their own, and what stands for it here. Runs are cut short.
 STAND_INS = {
-    '"org/draft"': repr(demo_path("draft")),
-    '"org/target"': repr(demo_path("target")),
+    "org/draft": demo_path("draft"),
+    "org/target": demo_path("target"),
     "test_size=32": "test_size=8",
-    "max_new_tokens=96": "max_new_tokens=16",
-    "output_dir=": "max_steps=2, output_dir=",
+    "max_new_tokens=96": "max_new_tokens=12",
+    "--num_prompts 1000": "--num_prompts 2",
+    "DraftDistillConfig(": "DraftDistillConfig(max_steps=2, ",
+    'prompts["test"],': 'prompts["test"], num_speed_prompts=1,',
 }
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+# What is added to a command of `draftkd`, where the last of two equal options wins.
+SHORT = {
+    "generate": "--max_new_tokens 8",
+    "train": "--max_steps 2 --report_to none",
+    "evaluate": "--max_new_tokens 8 --limit 8 --num_speed_prompts 1 --temperatures 0",
+}
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    line: int
+    language: str
+    text: str
+
+    @property
+    def is_run(self) -> bool:
+        return not self.text.startswith(NOT_RUN)
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [Block(text.count("\n", 0, each.start()) + 1, each[1], each[2]) for each in found]
+
+
+def commands(block: str) -> Iterator[list[str]]:
+    """The commands of a `bash` block as words, continued lines joined."""
+    for line in block.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+def check_names(source: str) -> None:
+    """The names that a block imports exist, and take the arguments that it gives them."""
+    known = {}
+    for node in ast.walk(tree := ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            module = import_module(node.module)
+            known |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in known:
+            parameters = inspect.signature(known[node.func.id]).parameters
+            if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+                unknown = {each.arg for each in node.keywords} - {None, *parameters}
+                assert not unknown, f"{node.func.id} has no argument {', '.join(unknown)}"
+
+
+def check_options(command: str, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options exist and their values are taken; nothing is done with them."""
+
+    class Read(Exception):
+        pass
+
+    module = import_module(f"hf_draftkd.cli.{command}")
+    parse = module.parse
+
+    def only_parse(*given):
+        parse(*given)
+        raise Read
+
+    monkeypatch.setattr(module, "parse", only_parse)
+    with pytest.raises(Read):
+        module.run(options)
+    monkeypatch.setattr(module, "parse", parse)
 
 
 def run(command: list[str], cwd: Path) -> str:
@@ -29,17 +110,52 @@ def run(command: list[str], cwd: Path) -> str:
     return result.stdout
 
 
-def test_readme_python_runs_from_top_to_bottom(tmp_path):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     """The blocks belong to one session: later ones use what earlier ones made."""
-    assert BLOCKS
-    script = "\n".join(BLOCKS)
-    for placeholder, value in STAND_INS.items():
-        assert placeholder in script, f"{placeholder} is no longer in the README"
-        script = script.replace(placeholder, value)
+    found = blocks(page)
+    assert any(block.is_run for block in found)
     queries = Path(demo_path("dev.jsonl")).read_text(encoding="utf-8").splitlines()[:24]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(queries), encoding="utf-8")
-    (tmp_path / "readme.py").write_text(script, encoding="utf-8")
-    run([sys.executable, "readme.py"], tmp_path)
+    (tmp_path / "prompts.jsonl").write_text("\n".join(queries[:16]), encoding="utf-8")
+    (tmp_path / "other_prompts.jsonl").write_text("\n".join(queries[16:]), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in found:
+        text = block.text
+        for name, value in STAND_INS.items() if block.is_run else ():
+            text = text.replace(name, value)
+        if block.language == "python" and block.is_run:
+            exec(compile("\n" * block.line + text, str(page), "exec"), namespace)
+        elif block.language == "python":
+            check_names(text)
+        elif block.language == "bash":
+            for program, *words in commands(text):
+                if program != "draftkd":
+                    assert not block.is_run, f"{page.name}:{block.line}: what is not `draftkd` is not run here: say so"
+                elif block.is_run:
+                    assert dispatch([*words, *SHORT.get(words[0], "").split()]) == 0
+                else:
+                    check_options(words[0], words[1:], monkeypatch)
+        else:
+            assert block.language in ("json", "text"), f"{page.name}:{block.line}: a block of what?"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    """A guide that was renamed, a section that was reworded."""
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{page.name} links to {target}"
+
+
+def test_the_readme_names_every_guide():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [guide.name for guide in GUIDES if f"examples/guides/{guide.name}" not in readme]
 
 
 def test_custom_divergence_example_is_short_and_helps(tmp_path):
@@ -50,7 +166,34 @@ def test_custom_divergence_example_is_short_and_helps(tmp_path):
     assert after > before
 
 
-@pytest.mark.parametrize("command", ["quickstart", "init", "train", "evaluate"])
-def test_commands_named_in_the_readme_have_help(command, tmp_path):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_readme_names_every_command(command):
     assert f"draftkd {command}" in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "--output_dir" in run([sys.executable, "-m", "hf_draftkd", command, "--help"], tmp_path)
+
+
+def names_in(cell: str) -> set[str]:
+    return set(re.findall(r"`(\w+)`", cell))
+
+
+@pytest.mark.parametrize("title", ["GKD", "Distillation", "GOLD"])
+def test_options_of_trl_and_of_ours_exist(title):
+    """An option that trl renamed, or that we did."""
+    configs = {
+        "GKD": "trl.experimental.gkd.GKDConfig",
+        "Distillation": "trl.DistillationConfig",
+        "GOLD": "trl.experimental.gold.GOLDConfig",
+    }
+    theirs = _fields(configs[title])
+    ours = _fields("hf_draftkd.DraftDistillConfig") | {"target_model"}
+    page = (ROOT / "examples" / "guides" / "coming_from_trl.md").read_text(encoding="utf-8")
+    section = page.partition(f"## {title}Trainer\n")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")][2:]
+    assert rows
+    for there, here, _ in rows:
+        assert names_in(there) <= theirs
+        assert names_in(here) <= ours
+
+
+def _fields(name: str) -> set[str]:
+    module, _, attribute = name.rpartition(".")
+    return set(getattr(import_module(module), attribute).__dataclass_fields__)

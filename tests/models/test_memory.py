@@ -1,0 +1,27 @@
+"""Bytes of weights from a config are those of the loaded model."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from hf_draftkd.models.memory import weight_bytes
+from tests import tiny
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_bytes_are_those_of_the_loaded_model(bits, tied, tmp_path):
+    """A tied head counted twice, or quantised; scales forgotten: gigabytes of a large target."""
+    tiny.tiny_llama(hidden_size=64, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    options = {32: {"dtype": torch.float32}, 16: {"dtype": torch.bfloat16}}.get(bits) or {
+        "dtype": torch.bfloat16,
+        "quantization_config": BitsAndBytesConfig(**{f"load_in_{bits}bit": True}),
+    }
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    held = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    for weight in model.parameters():
+        if bits == 4 and hasattr(weight, "quant_state"):
+            held += weight.quant_state.absmax.numel() * weight.quant_state.absmax.element_size()
+        elif bits == 8 and getattr(weight, "SCB", None) is not None:
+            held += weight.SCB.numel() * weight.SCB.element_size()
+    assert weight_bytes(model.config, bits) == held
