@@ -56,7 +56,7 @@ class AutoLength:
     """
 
     def __init__(self, start: int = 4, longest: int = 16) -> None:
-        self.longest = longest
+        self.longest, start = longest, min(start, longest)
         self._trials = (start, 0, max(1, start // 2))
         self._accepted, self._rejected = 3.0, 2.0
         self._seconds: dict[int, dict[int, deque[float]]] = defaultdict(

@@ -1,7 +1,8 @@
 """Static caches and compiled steps: shapes that never change, for accelerators that replay a recorded graph.
 
 The draft begins every round with a text's last two tokens, whether it has read the first of them or not, and goes on
-one by one; the target always reads γ + 1. Prompts are read without compilation.
+one by one; a parallel draft begins with the last γ + 1, and reads γ − 1 mask tokens with them. The target always reads
+γ + 1. Prompts are read without compilation.
 """
 
 from time import perf_counter
@@ -115,7 +116,7 @@ class StaticModel(CachedModel):
             "logits_to_keep": num_logits,
         }
         self._columns = end
-        if width in self._widths and num_logits in (1, width):
+        if width in self._widths:
             return self._owner.timed(self._compiled, inputs, self.model)
         return self.model(**inputs).logits
 

@@ -1,4 +1,4 @@
-"""What the draft proposes: one token at a time, from its own cache."""
+"""What the draft proposes: one token at a time, or all of them in one pass."""
 
 import copy
 from collections.abc import Iterable
@@ -108,6 +108,40 @@ class OneByOne:
         if self._samples:
             return draw(q[:, 0]), q
         return scores.argmax(-1), q
+
+
+class OnePass(OneByOne):
+    """Proposes γ tokens with one pass of a parallel draft, over the text and γ − 1 mask tokens behind it.
+
+    Args:
+        draft, proposable, processing, options: As in `OneByOne`.
+        mask_token_id: What the draft reads in the place of a token that it has not chosen.
+    """
+
+    def __init__(
+        self, draft: CachedModel, proposable: Proposable, processing: Processing, mask_token_id: int, **options: bool
+    ) -> None:
+        super().__init__(draft, proposable, processing, **options)
+        self._mask_token_id = mask_token_id
+
+    def __call__(self, texts: Texts, num_tokens: int) -> Proposal:
+        """Propose `num_tokens` for every unfinished text, and put them behind the texts' ends."""
+        if num_tokens == 0:
+            return super().__call__(texts, 0)
+        ends = [texts.lengths[row] for row in texts.rows]
+        texts.write(texts.ids.new_full((len(ends), num_tokens - 1), self._mask_token_id), offset=0)
+        logits = self.draft(texts.piece(self.draft.read, num_tokens - 1), num_logits=num_tokens)
+        self.draft.read = [end + num_tokens - 1 for end in ends]
+        # No later token may see the mask tokens.
+        self.draft.keep(ends)
+        tokens, distributions = [], []
+        for k in range(num_tokens):
+            token, q = self._choose(logits[:, k : k + 1], k)
+            tokens.append(token)
+            distributions.append(q)
+            # The next one's processors look back at this one.
+            texts.write(token, offset=k)
+        return Proposal(torch.cat(tokens, 1), torch.cat(distributions, 1) if self._needs_q else None)
 
 
 def checked_vocabulary(ids: list[int], vocab_size: int, suppressed: Iterable[int] = ()) -> list[int]:

@@ -33,7 +33,7 @@ from hf_draftkd.acceptance import LENIENCE_FORMS, AcceptanceCounts
 from hf_draftkd.decoding.auto_length import AutoLength, DraftLength, FixedLength
 from hf_draftkd.decoding.caches import CachedModel, can_have_holes, give_room
 from hf_draftkd.decoding.compiled import CompiledModels
-from hf_draftkd.decoding.drafting import OneByOne, Proposable, Proposal, checked_vocabulary, with_sliced_head
+from hf_draftkd.decoding.drafting import OneByOne, OnePass, Proposable, Proposal, checked_vocabulary, with_sliced_head
 from hf_draftkd.decoding.outputs import Outputs
 from hf_draftkd.decoding.processing import Processing
 from hf_draftkd.decoding.requests import check_cache, check_models, check_request, dropped_by_generate
@@ -44,6 +44,7 @@ from hf_draftkd.models.draft_length import recorded_vocabulary
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.loading import load_tokenizer, require_loaded
 from hf_draftkd.models.pairing import check_tokenizers
+from hf_draftkd.models.parallel import parallel_draft
 from hf_draftkd.utils.checks import in_range, one_of, whole_number
 
 OnRound = Callable[[int, int, int], None]
@@ -72,6 +73,8 @@ class SpeculativeDecoding:
         num_assistant_tokens: γ, tokens to draft a round; "auto" chooses while decoding, down to plain decoding where
             drafting does not pay. None: what the draft's generation config records, otherwise "auto". (Its
             `assistant_confidence_threshold` and schedule are of transformers' loop and do not matter.)
+        parallel: Draft all γ tokens in one pass, which needs a draft trained with `parallel_tokens` of γ or more. None:
+            if the draft's config says that it is such a draft. False: one by one, as with an ordinary draft.
         draft_vocabulary: Ids that the draft may propose: its head is sliced to them. None: the `draft_vocabulary` of
             its generation config, otherwise all. The target's distribution is never restricted.
         lenience: Below 1 decoding is lossy: ε in (0, 1], or the weight w of form "ensemble".
@@ -99,6 +102,7 @@ class SpeculativeDecoding:
         draft_model: PreTrainedModel,
         num_assistant_tokens: int | str | None = None,
         *,
+        parallel: bool | None = None,
         draft_vocabulary: list[int] | None = None,
         lenience: float = 1.0,
         lenience_form: str = "exponential",
@@ -110,14 +114,31 @@ class SpeculativeDecoding:
         require_loaded(draft_model)
         self.draft_model = unwrapped(draft_model)
         config = self.draft_model.generation_config
+        found = None if parallel is False else parallel_draft(self.draft_model.config)
+        if parallel and found is None:
+            raise ValueError(
+                f"`parallel=True` needs a draft that was trained with `parallel_tokens`, but the config of "
+                f"{self.draft_model.name_or_path or 'this draft'} names no mask token (`pard_token`). Leave it out."
+            )
+        self.mask_token_id = None if found is None else found.mask_token_id
+        longest = None if found is None else found.num_tokens
         if num_assistant_tokens is None:
             num_assistant_tokens = config.num_assistant_tokens or "auto"
+            if longest is not None and num_assistant_tokens != "auto":
+                num_assistant_tokens = min(num_assistant_tokens, longest)
         if compile and num_assistant_tokens == "auto":
             raise ValueError('`compile=True` has one shape: give `num_assistant_tokens` as a number, not "auto".')
         if num_assistant_tokens != "auto":
             num_assistant_tokens = whole_number("num_assistant_tokens", num_assistant_tokens)
+            if longest is not None and num_assistant_tokens > longest:
+                raise ValueError(
+                    f"`num_assistant_tokens={num_assistant_tokens}`, but the draft was trained to predict {longest} "
+                    f"tokens in one pass. Give {longest} or less, or draft one by one with `parallel=False`."
+                )
         self.length: DraftLength = (
-            AutoLength() if isinstance(num_assistant_tokens, str) else FixedLength(num_assistant_tokens)
+            AutoLength(longest=longest or 16)
+            if isinstance(num_assistant_tokens, str)
+            else FixedLength(num_assistant_tokens)
         )
         self.lenience = in_range("lenience", lenience, 0, 1, open_low=True)
         self.lenience_form = one_of("form of lenience", lenience_form, LENIENCE_FORMS)
@@ -168,9 +189,10 @@ class SpeculativeDecoding:
         is_greedy = not generation_config.do_sample
         processing = Processing(logits_processor, texts, is_greedy=is_greedy)
         target, draft = self._models(model, model_kwargs["past_key_values"], texts, read, generation_config)
-        propose = OneByOne(
-            draft, self._proposable, processing, samples=not is_greedy, needs_q=not is_greedy or lenience < 1
-        )
+        needs = {"samples": not is_greedy, "needs_q": not is_greedy or lenience < 1}
+        propose = OneByOne(draft, self._proposable, processing, **needs)
+        if self.mask_token_id is not None:
+            propose = OnePass(draft, self._proposable, processing, self.mask_token_id, **needs)
 
         def verify(proposal: Proposal, scores: Tensor) -> Tensor:
             if not is_greedy:
@@ -287,10 +309,15 @@ class SpeculativeDecoding:
         if self.compiled is not None:
             if read:
                 raise ValueError(f"`compile=True` starts with an empty cache, but the given one holds {read} tokens.")
-            # A round of the draft begins with its last two tokens, whether it has read the first of them or not.
+            # A round of the draft begins with its last two tokens, whether it has read the first of them or not; in
+            # parallel it has read none of the γ + 1 that the last round may have brought.
+            longest = self.length.longest
+            shape: tuple[tuple[int, ...], int] = ((1, 2), 2)
+            if self.mask_token_id is not None:
+                shape = ((2 * longest,), longest + 1)
             return (
-                self.compiled.cached(target, texts, (self.length.longest + 1,), 1, config),
-                self.compiled.cached(self._proposing_model, texts, (1, 2), 2, config),
+                self.compiled.cached(target, texts, (longest + 1,), 1, config),
+                self.compiled.cached(self._proposing_model, texts, *shape, config),
             )
         if isinstance(cache, DynamicCache):
             give_room(cache)
@@ -325,7 +352,7 @@ def _prefill(target: CachedModel, texts: Texts, config: GenerationConfig) -> Non
 def _next_round(texts: Texts, models: tuple[CachedModel, ...], num_drafted: int) -> None:
     """Roll the caches back to the texts' last tokens, and let finished texts go."""
     for model in models:
-        model.keep([texts.lengths[row] - model.num_unread for row in texts.rows])
+        model.keep([max(0, texts.lengths[row] - model.num_unread) for row in texts.rows])
     places = [place for place, row in enumerate(texts.rows) if not texts.done[row]]
     if texts.is_single or not places:
         return
