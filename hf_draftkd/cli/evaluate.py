@@ -15,7 +15,7 @@ from hf_draftkd.data.sources import open_dataset
 from hf_draftkd.decoding.setting import SETTING_COLUMNS
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.evaluate import evaluate_draft
-from hf_draftkd.evaluation.html import save_page
+from hf_draftkd.evaluation.html import save_page, training_log
 from hf_draftkd.evaluation.plots import figure_class
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
@@ -125,7 +125,7 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
     try:
         written = [report.save(out / "report.json")]
         if options.html:
-            written.append(save_page(report, out / "report.html"))
+            written.append(save_page(report, out / "report.html", training_log(report.draft.name)))
         if options.write and report.recommendation is not None:
             length = report.recommendation.num_assistant_tokens
             written.append(write_draft_length(Path(report.draft.name), length, options.trust_remote_code))

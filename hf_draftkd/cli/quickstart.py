@@ -20,6 +20,7 @@ from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import load_prompts
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.evaluate import evaluate_draft
+from hf_draftkd.evaluation.html import save_page
 from hf_draftkd.evaluation.plots import block_efficiency_figure, save_figure
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.tables import report_table
@@ -61,6 +62,7 @@ def run(argv: list[str]) -> int:
             max_new_tokens=options.max_new_tokens,
             batch_size=16,
             num_speed_prompts=options.num_speed_prompts,
+            num_answers=3,
             seed=options.seed,
         )
         checkpoint = resolve(demo_path("target"))
@@ -143,6 +145,7 @@ def write(report: SpeculationReport, trainer: DraftDistillTrainer, draft: Any, o
     try:
         save_figure(block_efficiency_figure(report), folder / PLOT)
         plots["Block efficiency by draft length"] = PLOT
+        save_page(report, out / "report.html", trainer.state.log_history)
     except ImportError as error:
         print(f"No plot: {error}")
     trainer.create_model_card(model_name="draftkd-quickstart", report=report, plots=plots)
@@ -150,8 +153,10 @@ def write(report: SpeculationReport, trainer: DraftDistillTrainer, draft: Any, o
 
 def _ending(out: Path) -> str:
     draft, target = os.path.relpath(out / "draft"), os.path.relpath(demo_path("target"))
+    page = out / "report.html"
+    shown = f"{page} (plots, and answers token by token), " if page.exists() else ""
     return f"""
-Written: {out / "report.json"} and {out / "draft"} (weights, tokenizer, card and plot).
+Written: {shown}{out / "report.json"} and {out / "draft"} (weights, tokenizer, card and plot).
 
 Use the draft:
 

@@ -51,6 +51,9 @@ class EvaluationConfig:
     verify: int = option(0, "Prompts on which to check computed against counted numbers; 0 for no check.")
     batch_size: int = option(8, "Texts per forward pass.")
     seed: int = option(0, "Seed of the target's sampling.")
+    num_answers: int = option(
+        0, "Answers to show token by token. Their text, and that of their prompts, is then part of the report."
+    )
     domain: str | None = option(None, "What the prompts are about, for the report.")
 
     def __post_init__(self) -> None:
@@ -66,6 +69,7 @@ class EvaluationConfig:
         for name in ("max_new_tokens", "num_speed_prompts", "batch_size"):
             whole_number(name, getattr(self, name))
         whole_number("verify", self.verify, 0)
+        whole_number("num_answers", self.num_answers, 0, 20)
         for size in self.speed_batch_sizes:
             if whole_number("speed_batch_sizes", size, 2) > self.num_speed_prompts:
                 raise ValueError(

@@ -23,6 +23,7 @@ from hf_draftkd.evaluation.recommendation import (
     recommend_overall,
 )
 from hf_draftkd.evaluation.report import (
+    Answer,
     AssistedResult,
     DraftResult,
     PairedDifference,
@@ -49,6 +50,7 @@ from hf_draftkd.evaluation.texts import (
     take_texts,
 )
 from hf_draftkd.evaluation.timing import PLAIN, refused_by_speculative_decoding, time_decoding
+from hf_draftkd.evaluation.tokens import add_token_results, show_answers, token_kinds
 from hf_draftkd.evaluation.vocabulary import (
     lists_to_report,
     predict_by_size,
@@ -154,6 +156,7 @@ def evaluate_draft(
             groups=evaluation.groups(best),
             drafts=[results[index] for index in ranking] if len(candidates) > 1 else None,
             self_check=evaluation.check_itself(drafts[best]) if config.verify else None,
+            answers=evaluation.answers(best),
             warnings=evaluation.warnings,
         )
 
@@ -184,6 +187,7 @@ class _Evaluation:
         self.context = shared_context(target_model, *drafts)
         self.warnings = texts.warnings
         self.passes: list[PassResult] = []
+        self.kinds = [[token_kinds(tokenizer, text.completion_ids) for text in each.texts] for each in texts.sets]
 
     def score(self) -> list[DraftResult]:
         """One pass of target and drafts over every text set."""
@@ -230,6 +234,19 @@ class _Evaluation:
         """One draft's results by domain or category; None where the data has no such column."""
         names = sorted({name for texts in self.texts.sets for name in texts.groups or []})
         return {name: self._settings(index, group=name) for name in names} or None
+
+    def answers(self, index: int) -> list[Answer] | None:
+        """A few texts of the first setting that the target wrote itself, token by token for one draft."""
+        draft = self.drafts[index]
+        for texts, scored in zip(self.texts.sets, self.passes, strict=True):
+            if self.config.num_answers and _has_blocks(texts, scored):
+                rule = self._rules(texts)[0]
+                vocab_size = shared_vocab_size(draft, self.target_model, self.tokenizer)
+                models = draft, self.target_model, self.tokenizer
+                return show_answers(
+                    self.config.num_answers, *models, texts, rule, scored.drafts[index][rule], vocab_size
+                )
+        return None
 
     def time(self, draft: PreTrainedModel, result: DraftResult) -> None:
         """Time steps and real decoding of one draft, and judge it; fills in `result`."""
@@ -326,7 +343,7 @@ class _Evaluation:
     def _settings(self, index: int, group: str | None = None) -> list[SettingResult]:
         ratio = self.drafts[index].num_parameters() / self.target_model.num_parameters()
         results: list[SettingResult] = []
-        for texts, scored in zip(self.texts.sets, self.passes, strict=True):
+        for texts, kinds, scored in zip(self.texts.sets, self.kinds, self.passes, strict=True):
             sums, prompts = scored.drafts[index], texts.prompts
             if group is not None:
                 chosen = [text for text, name in enumerate(texts.groups or []) if name == group]
@@ -347,6 +364,8 @@ class _Evaluation:
                 )
                 if group is None:
                     found.draft_vocabulary = self._by_vocabulary(index, texts, scored, rule, found)
+                    if found.block_efficiency:
+                        add_token_results(found, sums[rule], texts, kinds)
                 results.append(found)
         return results
 

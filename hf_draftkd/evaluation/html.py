@@ -1,11 +1,12 @@
-"""The report as one self-contained page: no scripts, nothing loaded from elsewhere, readable on a phone."""
+"""The report as one self-contained page: no scripts, nothing loaded from elsewhere, light and dark, wide and narrow."""
 
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -27,12 +28,28 @@ _PLOTS: list[tuple[str, str, Callable[[SpeculationReport], "Figure"]]] = [
         plots.block_efficiency_figure,
     ),
     (
+        "Speed by draft length",
+        "What block efficiency and step times predict for each way of decoding, and what was measured. 1 is plain "
+        "decoding.",
+        plots.speed_by_length_figure,
+    ),
+    (
         "Predicted and measured speed",
         "Real decoding on this machine beside what block efficiency and step times predict. 1 is plain decoding.",
         plots.speed_figure,
     ),
     (
-        "Acceptance by position",
+        "Which tokens",
+        "Acceptance by kind of token; the number is how many of them the texts hold.",
+        plots.kind_figure,
+    ),
+    (
+        "Where in the answer",
+        "Acceptance from the first token to the last. Bands are 95% intervals.",
+        plots.acceptance_by_place_figure,
+    ),
+    (
+        "Where in the draft",
         "How often a step keeps the draft's 1st, 2nd, ... token, all before it included.",
         plots.acceptance_by_position_figure,
     ),
@@ -40,55 +57,96 @@ _PLOTS: list[tuple[str, str, Callable[[SpeculationReport], "Figure"]]] = [
 ]
 
 
-def render_page(report: SpeculationReport) -> str:
+def render_page(report: SpeculationReport, log_history: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page as HTML text.
+
+    Args:
+        report: What to show.
+        log_history: What the draft's trainer logged (`training_log`), for a plot of its training.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
+    figures = []
+    for heading, text, draw in _PLOTS:
+        try:
+            figures.append((heading, text, draw(report)))
+        except ValueError:  # nothing of the kind was measured
+            continue
+    if training := plots.training_figure(log_history):
+        figures.append(("Training", "What was logged while the draft was trained.", training))
+    return (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            report=report,
+            figures=[
+                {"heading": heading, "text": text, "svg": _inline_svg(figure, heading, str(number))}
+                for number, (heading, text, figure) in enumerate(figures)
+            ],
+            columns=named_settings(report),
+            length=report.num_assistant_tokens,
+        )
+    )
+
+
+def render_answers(report: SpeculationReport) -> str:
+    """The report's answers as coloured text, an HTML fragment: `IPython.display.HTML(render_answers(report))`."""
+    return _environment().get_template("answers.html.jinja").render(report=report)
+
+
+def save_page(
+    report: SpeculationReport, path: str | os.PathLike[str], log_history: Sequence[Mapping[str, Any]] = ()
+) -> Path:
+    """Write the page; a reader never sees half a file."""
+    return write_text(Path(path), render_page(report, log_history))
+
+
+def training_log(draft: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """What was logged while a draft was trained, from the `trainer_state.json` in its folder; empty without one."""
+    path = Path(draft) / "trainer_state.json"
+    return json.loads(path.read_text(encoding="utf-8"))["log_history"] if path.is_file() else []
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("hf_draftkd.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(interval=_interval, short=lambda name: PurePath(name).name)
-    figures = []
-    for number, (heading, text, draw) in enumerate(_PLOTS):
-        try:
-            figure = draw(report)
-        except ValueError:  # nothing of the kind was measured
-            continue
-        figures.append({"heading": heading, "text": text, "svg": _inline_svg(figure, heading, str(number))})
-    return environment.get_template("report.html.jinja").render(
-        report=report,
-        figures=figures,
-        columns=named_settings(report),
-        length=report.num_assistant_tokens,
+    environment.filters.update(
+        interval=_interval, number=_number, visible=_visible, short=lambda name: PurePath(name).name
     )
-
-
-def save_page(report: SpeculationReport, path: str | os.PathLike[str]) -> Path:
-    """Write the page; a reader never sees half a file."""
-    return write_text(Path(path), render_page(report))
+    return environment
 
 
 def _inline_svg(figure: "Figure", title: str, salt: str) -> Markup:
-    """A figure as an `<svg>` element that takes the width it is given."""
+    """A figure as an `<svg>` element that takes the width it is given, and its black from the text around it."""
     from matplotlib import rc_context
 
     text = StringIO()
     # Letters stay text; ids are salted, because several drawings share one page.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     head, body = svg.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     # Every drawing names its parts figure_1, axes_1, ...: once on a page is enough.
-    body = re.sub(r'<g id="[A-Za-z][\w.]*_\d+">', "<g>", body)
-    return Markup(f'{head} role="img" aria-label="{Markup.escape(title)}">{body}')
+    body = re.sub(r'<g id="[A-Za-z][\w.]*_\d+">', "<g>", body).replace("#000000", "currentColor")
+    # Text has no colour of its own: black is what SVG falls back to.
+    return Markup(f'{head} role="img" aria-label="{Markup.escape(title)}" fill="currentColor">{body}')
 
 
-def _interval(estimate: Estimate | None, digits: int = 2) -> Any:
-    if estimate is None:
+def _visible(token: str, keep_lines: bool = False) -> str:
+    """A token whose line breaks can be seen: a break of the text behind its sign, or the sign alone."""
+    return token.replace("\n", "⏎\n" if keep_lines else "⏎")
+
+
+def _number(value: float | Literal[""] | None, digits: int = 2) -> str:
+    return "–" if value is None or value == "" else f"{value:.{digits}f}"
+
+
+def _interval(estimate: Estimate | Literal[""] | None, digits: int = 2) -> Any:
+    if not estimate:
         return "–"
     if estimate.low is None or estimate.high is None:
         return f"{estimate.value:.{digits}f}"

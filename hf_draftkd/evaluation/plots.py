@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_draftkd.acceptance import Estimate
-from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, SPECULATIVE
+from hf_draftkd.acceptance import Estimate, predicted_speedup
+from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, SPECULATIVE, expected_efficiency, way_latency
 from hf_draftkd.evaluation.report import SettingResult, SpeculationReport
 from hf_draftkd.evaluation.tables import named_settings
 from hf_draftkd.utils.files import replacing
@@ -63,7 +63,7 @@ def acceptance_by_position_figure(report: SpeculationReport) -> "Figure":
     for shares, looks in curves:
         axes.plot(range(1, len(shares) + 1), shares, marker="o", markersize=4, **looks)
     axes.set_xticks(range(1, report.num_assistant_tokens + 1))
-    axes.set_ylim(0, 1)
+    axes.set_ylim(-0.02, 1.02)
     _legend(figure, axes)
     return figure
 
@@ -101,6 +101,100 @@ def speed_figure(report: SpeculationReport) -> "Figure":
     return figure
 
 
+def speed_by_length_figure(report: SpeculationReport) -> "Figure":
+    """Predicted speed-up against draft length: a colour for each way of decoding, a line style for each setting.
+
+    What was measured stands beside it, with its 95% interval; 1 is plain decoding.
+
+    Raises:
+        ValueError: The report holds no step times.
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _figure("draft length γ", "times the plain speed")
+    latency, drawn = report.latency, 0
+    for style, setting in enumerate(report.settings):
+        if latency is None or not setting.is_transformers_rule:
+            continue
+        runs = [
+            (ASSISTANT_MODEL, latency.generate_overhead, setting.assisted),
+            (SPECULATIVE, latency.speculative_overhead, setting.speculative),
+        ]
+        for colour, (way, overhead, found) in enumerate(runs):
+            efficiency = expected_efficiency(setting, way)
+            if overhead is None or not efficiency:
+                continue
+            lengths = sorted(length for length in efficiency if length + 1 in latency.verify_seconds)
+            speedups = [predicted_speedup(efficiency[each], each, way_latency(latency, way)) for each in lengths]
+            label = _literal(f"{way}, {setting.words}")
+            axes.plot(lengths, speedups, color=_COLOURS[colour], linestyle=_STYLES[style % len(_STYLES)], label=label)
+            drawn += 1
+            if found is not None and found.speedup is not None:
+                at = found.num_assistant_tokens, found.speedup.value
+                axes.errorbar(*at, yerr=_bounds(found.speedup), fmt="o", capsize=3, color=_COLOURS[colour])
+    _require(range(drawn), "step times")
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_xticks([1, *range(2, 17, 2)])
+    _legend(figure, axes)
+    return figure
+
+
+def acceptance_by_place_figure(report: SpeculationReport) -> "Figure":
+    """Acceptance by place in the answer: a colour for each draft, a line style for each setting, bands of 95%.
+
+    Raises:
+        ValueError: The report does not hold it.
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _figure("place in the answer, in tokens", "acceptance rate")
+    curves = [(found, looks) for setting, looks in _lines(report) if (found := setting.acceptance_by_place)]
+    _require(curves, "acceptance by place")
+    for curve, looks in curves:
+        places = sorted(curve)
+        axes.plot(places, [curve[place].value for place in places], marker="o", markersize=4, **looks)
+        low, high = zip(*(_interval(curve[place]) for place in places), strict=True)
+        axes.fill_between(places, low, high, color=looks["color"], alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda place, _: f"{place:.0f}")
+    axes.set_ylim(-0.02, 1.02)
+    _legend(figure, axes)
+    return figure
+
+
+def kind_figure(report: SpeculationReport) -> "Figure":
+    """Acceptance by kind of token, with 95% intervals.
+
+    Raises:
+        ValueError: The report does not hold it.
+        ImportError: matplotlib is not installed.
+    """
+    lines = [(found, looks) for setting, looks in _lines(report) if (found := setting.acceptance_by_kind)]
+    _require(lines, "acceptance by kind of token")
+    kinds = list(dict.fromkeys(kind for found, _ in lines for kind in found))
+    figure, axes = _figure("acceptance rate", "")
+    for number, (found, looks) in enumerate(lines):
+        for place, kind in enumerate(kinds):
+            if kind in found:
+                rate = found[kind].acceptance_rate
+                axes.errorbar(
+                    rate.value,
+                    place + 0.6 * number / len(lines),
+                    xerr=_bounds(rate),
+                    fmt="os^D"[number % 4],
+                    markersize=5,
+                    capsize=2,
+                    color=looks["color"],
+                    label=looks["label"],
+                )
+    first, _ = lines[-1]
+    axes.set_yticks(
+        range(len(kinds)), [f"{kind}\n{first[kind].num_tokens:,}" if kind in first else kind for kind in kinds]
+    )
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(len(kinds) - 0.2, -0.4)
+    _legend(figure, axes)
+    return figure
+
+
 def group_figure(report: SpeculationReport) -> "Figure":
     """Tokens per target call by group, at the report's draft length, with 95% intervals.
 
@@ -109,7 +203,7 @@ def group_figure(report: SpeculationReport) -> "Figure":
         ImportError: matplotlib is not installed.
     """
     groups = report.groups or {}
-    figure, axes = _figure(f"tokens per target call, γ = {report.num_assistant_tokens}", "")
+    figure, axes = _figure(f"tokens per target call, γ = {report.num_assistant_tokens}", "", height=0.5 * len(groups))
     # Not every group need have texts under every setting.
     styles: dict[str, int] = {}
     for place, settings in enumerate(groups.values()):
@@ -129,7 +223,7 @@ def group_figure(report: SpeculationReport) -> "Figure":
             )
     _require(styles, "block efficiency by group")
     axes.set_yticks(range(len(groups)), [_literal(name) for name in groups])
-    axes.invert_yaxis()
+    axes.set_ylim(len(groups) - 0.5, -0.5)
     _legend(figure, axes)
     return figure
 
@@ -139,7 +233,7 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=150, format=path.suffix.removeprefix(".") or None)
+        figure.savefig(unfinished, dpi=200, format=path.suffix.removeprefix(".") or None)
     return path
 
 
@@ -207,8 +301,9 @@ def figure_class() -> type["Figure"]:
     return Figure
 
 
-def _figure(x_label: str, y_label: str, rows: int = 1) -> tuple["Figure", Any]:
-    figure = figure_class()(figsize=(6.4, 1.2 + 3.6 * rows), layout="constrained")
+def _figure(x_label: str, y_label: str, rows: int = 1, height: float = 3.0) -> tuple["Figure", Any]:
+    # As wide as a phone's page, where letters then keep their size.
+    figure = figure_class()(figsize=(4.8, 1.0 + height * rows), layout="constrained")
     panels = figure.subplots(rows, squeeze=False)[:, 0]
     for axes in panels:
         axes.set_xlabel(x_label)
@@ -223,7 +318,7 @@ def _legend(figure: "Figure", axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     named = dict(zip(labels, handles, strict=True))
     if len(named) > 1:
-        columns = 1 if max(map(len, named)) > 36 else 2
+        columns = 1 if max(map(len, named)) > 24 else 2
         figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=columns, frameon=False)
 
 

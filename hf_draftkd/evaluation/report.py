@@ -172,6 +172,26 @@ class VocabularyResult:
 
 
 @dataclass(kw_only=True)
+class KindResult:
+    """The tokens of one kind."""
+
+    acceptance_rate: Estimate = key("Expected acceptance of a drafted token that stands for one of them.")
+    num_tokens: int = key("How many there are in the texts.")
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """One of the texts, token by token."""
+
+    decoding: DecodingSetting = key("As in the setting.")
+    verification: str = key("As in the setting.")
+    prompt: str = key("The prompt as text, without special tokens; a long one is cut in front.")
+    tokens: list[str] = key("Text of each completion token; a long completion is cut at the end.")
+    accepted: list[float] = key("Chance that the token in the text had been an accepted draft token.")
+    proposed: dict[int, str] = key("Where it is another token: the draft's likeliest, by index.")
+
+
+@dataclass(kw_only=True)
 class SettingResult:
     """Results under one decoding setting and one verification rule."""
 
@@ -191,6 +211,15 @@ class SettingResult:
     acceptance_by_position: list[float] | None = key(
         "Chance that a step accepts its 1st, 2nd, ... drafted token (all before it included), at the report's "
         "`num_assistant_tokens`.",
+        default=None,
+    )
+    acceptance_by_place: dict[int, Estimate] | None = key(
+        "Acceptance of tokens by their place in the answer, counted from 1: places 1, 2 to 3, 4 to 7, 8 to 15, ..., by "
+        "the first of them.",
+        default=None,
+    )
+    acceptance_by_kind: dict[str, KindResult] | None = key(
+        "Acceptance by kind of token: `word`, `rest of a word`, `number`, `punctuation`, `white space`, `special`.",
         default=None,
     )
     mbsu: dict[int, float] | None = key(
@@ -301,6 +330,11 @@ class SpeculationReport:
     groups: dict[str, list[SettingResult]] | None = key("The settings again, by domain or category.", default=None)
     drafts: list[DraftResult] | None = key("Several drafts, the best first.", default=None)
     self_check: SelfCheck | None = key("Computed numbers against counted ones.", default=None)
+    answers: list[Answer] | None = key(
+        "A few texts, from the one of which the draft foresees least to the one of which it foresees most. They are "
+        "published with the report.",
+        default=None,
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data as `report.json` holds it."""

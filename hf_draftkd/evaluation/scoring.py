@@ -197,6 +197,24 @@ def score_texts(
     return PassResult(sums[: len(draft_models)], plausible / max(total, 1), sums[len(draft_models) :])
 
 
+@torch.inference_mode()
+def proposed_tokens(
+    draft_model: PreTrainedModel, text: Text, setting: DecodingSetting, target_model: PreTrainedModel, vocab_size: int
+) -> list[int]:
+    """The draft's likeliest token at each place of a completion, after the prompt and what the target wrote before.
+
+    Arguments as in `score_texts`.
+    """
+    tokens = torch.tensor([[*text.prompt_ids, *text.completion_ids]], device=draft_model.device)
+    start = len(text.prompt_ids)
+    reader = _Reader(draft_model)
+    reader.skip(tokens[:, : start - 1])
+    logits = reader.read(tokens[:, start - 1 : -1])[0, :, :vocab_size].float()
+    places = torch.arange(start, tokens.shape[1], device=draft_model.device)
+    processors = logits_processors(setting, target_model)
+    return process_logits(logits, tokens.expand(len(places), -1), places, processors).argmax(-1).tolist()
+
+
 class _Scorer:
     """What to compute from the logits of each position: the same for every batch of a setting."""
 

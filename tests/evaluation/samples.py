@@ -3,10 +3,12 @@
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.report import (
+    Answer,
     AssistedResult,
     DraftResult,
     GenerateOverhead,
     HardwareInfo,
+    KindResult,
     LatencyResult,
     ModelInfo,
     PairedDifference,
@@ -41,6 +43,11 @@ def setting(rate=0.7, temperature=0.0, **more):
         acceptance_rate=Estimate(rate, rate - 0.02, rate + 0.02),
         block_efficiency={length: Estimate(value, value - 0.1, value + 0.1) for length, value in efficiency.items()},
         acceptance_by_position=[rate**place for place in range(1, 6)],
+        acceptance_by_place={place: Estimate(rate, rate - 0.1, rate + 0.1) for place in (1, 2, 4, 8)},
+        acceptance_by_kind={
+            kind: KindResult(acceptance_rate=Estimate(rate, rate - 0.1, rate + 0.1), num_tokens=900)
+            for kind in ("word", "number")
+        },
         mbsu={length: value / (0.1 * length + 1) for length, value in efficiency.items()},
         **more,
     )
@@ -102,5 +109,15 @@ def report():
             for temperature in (0.0, 1.0)
         ],
         warnings=["Only 12 prompts <script>alert(1)</script>"],
+        answers=[
+            Answer(
+                decoding=DecodingSetting(0.0),
+                verification="exact_match",
+                prompt="A <question>?",
+                tokens=["The", "<b>", " end", "\n"],
+                accepted=[1.0, 1.0, 0.0, 1.0],
+                proposed={2: " fin"},
+            )
+        ],
         groups={"maths": [setting(0.8)], "prose": [setting(0.5)]},
     )

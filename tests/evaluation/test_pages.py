@@ -7,7 +7,7 @@ import matplotlib as mpl
 import pytest
 
 from hf_draftkd.evaluation import plots
-from hf_draftkd.evaluation.html import render_page, save_page
+from hf_draftkd.evaluation.html import render_answers, render_page, save_page, training_log
 from hf_draftkd.evaluation.report import DraftResult, ModelInfo
 from tests.evaluation import samples
 
@@ -15,6 +15,9 @@ FIGURES = [
     plots.block_efficiency_figure,
     plots.acceptance_by_position_figure,
     plots.speed_figure,
+    plots.speed_by_length_figure,
+    plots.acceptance_by_place_figure,
+    plots.kind_figure,
     plots.group_figure,
 ]
 
@@ -47,9 +50,10 @@ def test_a_figure_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("draw", FIGURES)
 def test_nothing_to_draw_is_said(draw):
     report = samples.report()
-    report.groups = report.baseline = None
+    report.groups = report.baseline = report.latency = None
     for entry in report.settings:
         entry.block_efficiency = entry.acceptance_by_position = entry.assisted = entry.speculative = None
+        entry.acceptance_by_place = entry.acceptance_by_kind = None
     with pytest.raises(ValueError, match="holds no"):
         draw(report)
 
@@ -146,6 +150,29 @@ def test_the_page_says_what_the_report_says():
     assert "<script>alert" not in page
 
 
+def test_answers_are_shown_as_they_are():
+    """Catches markup in an answer that becomes the page's, and a correction without what it corrects."""
+    report = samples.report()
+    page = render_page(report)
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
+    fragment = render_answers(report)
+    assert fragment in page
+    (shown,) = re.findall(r'aria-label="answer 1, greedy">(.*?)</div>', fragment, flags=re.DOTALL)
+    assert re.sub(r"<del>.*?</del>|<[^>]*>", "", shown) == "The&lt;b&gt; end⏎\n"
+    assert re.findall(r"<del>(.*?)</del>", shown) == [" fin"]
+
+
+def test_the_training_of_a_draft_is_read_from_its_folder(tmp_path):
+    (tmp_path / "trainer_state.json").write_text(
+        '{"log_history": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}'
+    )
+    page = render_page(samples.report(), training_log(tmp_path))
+    assert "loss a token" in page
+    assert training_log(tmp_path / "org" / "draft") == []
+    assert "loss a token" not in render_page(samples.report())
+
+
 def test_the_same_report_gives_the_same_page(tmp_path):
     first = save_page(samples.report(), tmp_path / "a" / "report.html").read_text()
     assert first == save_page(samples.report(), tmp_path / "report.html").read_text()
@@ -154,11 +181,11 @@ def test_the_same_report_gives_the_same_page(tmp_path):
 def test_a_bare_report_makes_a_page():
     report = samples.report()
     report.baseline = report.paired_difference = report.recommendation = report.latency = None
-    report.groups = None
+    report.groups = report.answers = None
     for entry in report.settings:
         entry.assisted = entry.speculative = entry.recommendation = None
         entry.block_efficiency = entry.mbsu = None
-        entry.acceptance_by_position = None
+        entry.acceptance_by_position = entry.acceptance_by_place = entry.acceptance_by_kind = None
     page = render_page(report)
     assert "<svg" not in page
     assert "acceptance rate" in page
