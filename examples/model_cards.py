@@ -28,7 +28,7 @@ from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.provenance import Provenance
 from hf_draftkd.hub.public_names import public_report
 from hf_draftkd.models.demo import demo_path
-from hf_draftkd.models.draft_length import store_draft_length
+from hf_draftkd.models.draft_length import draft_length_settings, store_draft_settings
 from hf_draftkd.models.loading import load_tokenizer
 
 FOLDER = Path(__file__).resolve().parent.parent / "model_cards"
@@ -115,7 +115,7 @@ def train_and_measure(name: str, options: Options) -> None:
         )
         if report.recommendation is not None:
             for model in (draft, trainer.model):
-                store_draft_length(model, report.recommendation.num_assistant_tokens)
+                store_draft_settings(model, draft_length_settings(report.recommendation.num_assistant_tokens))
         trainer.create_model_card(report=report)
         made = Provenance.load(output_dir)
         assert made is not None

@@ -32,7 +32,7 @@ from hf_draftkd.data.curation import curate_prompts
 from hf_draftkd.data.prompts import load_prompts
 from hf_draftkd.data.rows import render_prompts
 from hf_draftkd.models.demo import demo_path
-from hf_draftkd.models.draft_length import store_draft_length
+from hf_draftkd.models.draft_length import draft_length_settings, store_draft_settings
 from hf_draftkd.models.loading import load_tokenizer
 
 DOMAINS = ("function calls", "documentation")
@@ -66,7 +66,7 @@ def serve(target, tokenizer, prompts, options):
     """Both servers, request by request, so that neither has the quieter machine."""
     # A fixed draft length: what changes is the draft alone.
     draft = load_draft(demo_path("draft"), dtype="float32")
-    store_draft_length(draft, options.num_assistant_tokens)
+    store_draft_settings(draft, draft_length_settings(options.num_assistant_tokens))
     frozen = copy.deepcopy(draft)
     distiller = OnlineDraftDistiller(
         draft,

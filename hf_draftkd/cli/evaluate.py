@@ -20,7 +20,7 @@ from hf_draftkd.evaluation.plots import figure_class
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
 from hf_draftkd.evaluation.tables import report_table
-from hf_draftkd.models.draft_length import write_draft_length
+from hf_draftkd.models.draft_length import draft_length_settings, write_draft_settings
 from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.pairing import check_own_tokenizer
 from hf_draftkd.models.resolve import Checkpoint, resolve
@@ -128,7 +128,8 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
             written.append(save_page(report, out / "report.html", training_log(report.draft.name)))
         if options.write and report.recommendation is not None:
             length = report.recommendation.num_assistant_tokens
-            written.append(write_draft_length(Path(report.draft.name), length, options.trust_remote_code))
+            settings = draft_length_settings(length)
+            written.append(write_draft_settings(Path(report.draft.name), settings, options.trust_remote_code))
     finally:  # hours of measuring are shown even if the disk is full
         console.print(report_table(report))
     for warning in report.warnings:

@@ -25,7 +25,7 @@ from hf_draftkd.evaluation.plots import block_efficiency_figure, save_figure
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.tables import report_table
 from hf_draftkd.models.demo import demo_path
-from hf_draftkd.models.draft_length import store_draft_length
+from hf_draftkd.models.draft_length import draft_length_settings, store_draft_settings
 from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.resolve import resolve
 from hf_draftkd.training.config import DraftDistillConfig
@@ -137,8 +137,9 @@ def write(report: SpeculationReport, trainer: DraftDistillTrainer, draft: Any, o
     report.save(out / "report.json")
     folder = Path(trainer.args.output_dir)
     if report.recommendation is not None:
-        store_draft_length(draft, report.recommendation.num_assistant_tokens)
-        store_draft_length(trainer.model, report.recommendation.num_assistant_tokens)
+        settings = draft_length_settings(report.recommendation.num_assistant_tokens)
+        store_draft_settings(draft, settings)
+        store_draft_settings(trainer.model, settings)
         draft.generation_config.save_pretrained(folder)
     report.save(folder / "report.json")
     plots = {}

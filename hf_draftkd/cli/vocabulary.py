@@ -8,7 +8,7 @@ from hf_draftkd.cli.options import parse, required
 from hf_draftkd.data.sources import open_dataset
 from hf_draftkd.data.vocabulary import choose_draft_vocabulary, vocabulary_coverage
 from hf_draftkd.decoding.drafting import checked_vocabulary
-from hf_draftkd.models.draft_length import write_draft_vocabulary
+from hf_draftkd.models.draft_length import write_draft_settings
 from hf_draftkd.models.resolve import resolve
 from hf_draftkd.utils.fields import option
 
@@ -42,7 +42,7 @@ def run(argv: list[str]) -> int:
         ends = [] if eos is None else eos if isinstance(eos, list) else [eos]
         ids = choose_draft_vocabulary(rows, options.size, keep=ends)
         checked_vocabulary(ids, config.vocab_size)
-        written = write_draft_vocabulary(folder, ids, options.trust_remote_code)
+        written = write_draft_settings(folder, {"draft_vocabulary": ids}, options.trust_remote_code)
     coverage = vocabulary_coverage(rows, ids)
     print(
         f"The draft may propose {len(ids):,} of {config.vocab_size:,} tokens, which are {coverage:.2%} of what the "

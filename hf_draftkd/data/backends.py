@@ -68,15 +68,9 @@ Backend = Callable[[list[list[int]], DecodingSetting, int, Callable[[Completion]
 class AlignmentPipeline(TextGenerationPipeline):
     """Text generation from token ids to the exact ids that the model wrote.
 
-    The stock pipeline takes text, decodes what it returns and keeps the pads behind a finished text.
-
-    ```python
-    pipe = pipeline("text-generation", model=target, tokenizer=tokenizer, pipeline_class=AlignmentPipeline)
-    pipe([[1, 5, 7], [1, 9]], generation_config=setting.generation_config(target, 64), batch_size=2)
-    ```
-
-    Each prompt gives the list of its new ids, pads behind the end token included. For batches the tokenizer must pad on
-    the left. A complete `generation_config` is required, or the model's own sampling defaults would slip in.
+    The stock pipeline takes text, decodes what it returns and keeps the pads behind a finished text. Here each prompt
+    gives the list of its new ids, pads behind the end token included. For batches the tokenizer must pad on the left. A
+    complete `generation_config` is required, or the model's own sampling defaults would slip in.
     """
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict, dict, dict]:
@@ -131,7 +125,7 @@ def local_backend(
         draft_model: A draft that helps to decode. Greedy answers are the same (near-ties of low precision apart);
             sampled ones are others of the same distribution.
     """
-    end_ids = _end_ids(target_model, turn_end)
+    end_ids, overrides = _endings(target_model, turn_end, suppress_tokens)
     options: dict[str, Any] = {"batch_size": batch_size}
     if draft_model is not None:
         options["custom_generate"] = SpeculativeDecoding(draft_model, helping_length(draft_model))
@@ -147,11 +141,7 @@ def local_backend(
         device=None if spread else target_model.device,
         pipeline_class=AlignmentPipeline,
     )
-    overrides: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id}
-    if turn_end is not None:
-        overrides["eos_token_id"] = sorted(end_ids)
-    if suppress_tokens is not None:
-        overrides["suppress_tokens"] = suppress_tokens
+    overrides["pad_token_id"] = tokenizer.pad_token_id
 
     def answer(
         prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, on_finished: Callable[[Completion], None]
@@ -183,19 +173,10 @@ def continuous_backend(
     """Answers through transformers' continuous batching: new prompts join as others finish.
 
     The ids are exact. Which random numbers a prompt gets depends on the order of arrival, so a sampled run cannot be
-    repeated row for row.
-
-    Args:
-        target_model: The target, where it is to run.
-        max_new_tokens: Longest completion, in tokens.
-        suppress_tokens: Ids that must not be written.
-        turn_end: An id that ends a text beside those of the target's generation config.
-        config: Size of the paged cache and the like. By default transformers takes most of the free memory.
+    repeated row for row. Arguments as in `local_backend`; `config` sizes the paged cache, which by default takes most
+    of the free memory.
     """
-    end_ids = _end_ids(target_model, turn_end)
-    overrides: dict[str, Any] = {} if suppress_tokens is None else {"suppress_tokens": suppress_tokens}
-    if turn_end is not None:
-        overrides["eos_token_id"] = sorted(end_ids)
+    end_ids, overrides = _endings(target_model, turn_end, suppress_tokens)
 
     def answer(
         prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, on_finished: Callable[[Completion], None]
@@ -220,5 +201,10 @@ def continuous_backend(
     return answer
 
 
-def _end_ids(target_model: PreTrainedModel, turn_end: int | None) -> frozenset[int]:
-    return end_token_ids(target_model) | (frozenset() if turn_end is None else {turn_end})
+def _endings(
+    target_model: PreTrainedModel, turn_end: int | None, suppress_tokens: list[int] | None
+) -> tuple[frozenset[int], dict[str, Any]]:
+    """The ids that end a text, and what the generation config has to say besides the setting."""
+    end_ids = end_token_ids(target_model) | ({turn_end} if turn_end is not None else set())
+    overrides: dict[str, Any] = {} if turn_end is None else {"eos_token_id": sorted(end_ids)}
+    return end_ids, overrides if suppress_tokens is None else overrides | {"suppress_tokens": suppress_tokens}

@@ -33,9 +33,8 @@ UNKNOWN_SETTING = [math.nan] * len(SETTING_COLUMNS)
 class CachedDistributions:
     """The caches of every data set in use, and where each token's distribution lies in them.
 
-    Args:
-        vocab_size: Tokens that the draft can predict; a cache that names others was made for another pair. May be set
-            later.
+    `vocab_size` is how many tokens the draft can predict, and may be set later; a cache that names others was made for
+    another pair.
     """
 
     def __init__(self, vocab_size: int | None = None) -> None:
@@ -51,10 +50,7 @@ class CachedDistributions:
         return self._first_rows[-2]
 
     def lookup(self, addresses: Tensor) -> dict[str, Tensor]:
-        """The distributions of N tokens of one data set.
-
-        Args:
-            addresses: [N] int64, from `addresses`.
+        """The distributions of N tokens of one data set, at `addresses` [N] int64.
 
         Returns:
             The cache columns: `completion_logprobs` and `target_tail_logprob` [N]; `target_token_ids`,
@@ -84,11 +80,10 @@ class CachedDistributions:
 
 @dataclass
 class DraftDistillCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, which also gives the target's cached distributions and each row's decoding setting.
+    """TRL's collator, which also gives each row's decoding setting and, with a `cache`, the target's distributions.
 
-    Args:
-        cache: Where the distributions lie. The batch then holds them for its N completion tokens, in row-major order
-            of the positions that predict one: see `CachedDistributions.lookup`.
+    Those are of the batch's N completion tokens, in row-major order of the positions that predict one: see
+    `CachedDistributions.lookup`.
     """
 
     cache: CachedDistributions | None = None
@@ -123,13 +118,9 @@ def setting_feature(setting: DecodingSetting) -> list[float]:
 
 
 def rows_by_setting(decoding: torch.Tensor) -> dict[DecodingSetting, list[int]]:
-    """Which rows of a batch were written under which setting.
+    """Which rows of a batch were written under which setting; rows without a known one are in none.
 
-    Args:
-        decoding: [B, 4], each row a `setting_feature` or `UNKNOWN_SETTING`.
-
-    Returns:
-        Setting -> row indices; rows without a known setting are in none.
+    Each row of `decoding` [B, 4] is a `setting_feature` or `UNKNOWN_SETTING`.
     """
     groups: dict[DecodingSetting, list[int]] = {}
     for index, values in enumerate(decoding.tolist()):
@@ -142,12 +133,9 @@ def rows_by_setting(decoding: torch.Tensor) -> dict[DecodingSetting, list[int]]:
 
 
 def addresses(row: int, num_prompt_tokens: int, num_completion_tokens: int) -> list[int]:
-    """Where the distribution of each token of a text lies: -1 for the prompt, which has none.
+    """Where the distribution of each token of a text lies, -1 for the prompt, which has none.
 
-    Args:
-        row: Number of the row, counted from `CachedDistributions.add`.
-        num_prompt_tokens: Length of the prompt.
-        num_completion_tokens: Length of the completion.
+    `row` is its number, counted from `CachedDistributions.add`.
     """
     first = row << _PLACE_BITS
     return [-1] * num_prompt_tokens + list(range(first, first + num_completion_tokens))

@@ -79,15 +79,11 @@ def formats_of(dataset: Dataset | IterableDataset, text_field: str = "text") -> 
 
 
 def check_token_ids(dataset: Dataset | IterableDataset, name: str, vocab_size: int) -> None:
-    """Refuse ids that the draft has no row for, before an embedding does in the middle of training. Not of a stream.
-
-    Args:
-        dataset: The rows as the user gave them.
-        name: What messages call the data set.
-        vocab_size: Rows of the draft's vocabulary.
+    """Refuse ids that the draft, of `vocab_size` rows, has no row for, before an embedding does in the middle of
+    training. Not of a stream.
 
     Raises:
-        ValueError: There is such an id; its row is named.
+        ValueError: There is such an id; its row is named, as given by the user.
     """
     if not isinstance(dataset, Dataset):
         return
@@ -126,7 +122,6 @@ def normalize_rows(
     text_field: str = "text",
     formatting_func: Callable[[dict], str] | None = None,
     numbers: Sequence[int] | None = None,
-    num_proc: int | None = None,
 ) -> Any:
     """Rows of one format as SFTTrainer takes them: what the format needs, and nothing beside it.
 
@@ -140,7 +135,6 @@ def normalize_rows(
         text_field: Name of the column with plain text.
         formatting_func: Makes the text of a row that holds no token ids.
         numbers: The number of each row, where these rows are not a data set of their own.
-        num_proc: Processes that read messages.
 
     Raises:
         ValueError: A message holds what a draft cannot read, or a mask is not as long as its ids; the row is named.
@@ -156,13 +150,10 @@ def normalize_rows(
     if names is None or names == FORMATS[0]:
         return dataset
     columns = format_columns(dataset, names)
-    talks = any(isinstance(first[column], list | tuple) for column in names if names != ("input_ids",))
-    if not talks:
-        columns = [column for column in columns if column not in _BESIDE_MESSAGES]
-        dataset = dataset.select_columns(columns)
-        if isinstance(dataset, Dataset) and names == ("input_ids",):
-            return _with_whole_masks(dataset, name, numbers)
-        return dataset
+    if names == ("input_ids",) or not any(isinstance(first[column], list | tuple) for column in names):
+        dataset = dataset.select_columns([column for column in columns if column not in _BESIDE_MESSAGES])
+        has_ids = isinstance(dataset, Dataset) and names == ("input_ids",)
+        return _with_whole_masks(dataset, name, numbers) if has_ids else dataset
     dataset = dataset.select_columns(columns)
     form = template_form(tokenizer)
 
@@ -187,7 +178,7 @@ def normalize_rows(
     if isinstance(dataset, Dataset):
         made = [column if column != "conversations" else "messages" for column in columns]
         features = Features({column: Json() for column in made})
-        options |= {"features": features, "num_proc": num_proc, "desc": f"Reading messages of {name} dataset"}
+        options |= {"features": features, "desc": f"Reading messages of {name} dataset"}
     return dataset.map(read, with_indices=True, **options)
 
 
@@ -289,11 +280,7 @@ def check_labels(dataset: Dataset | IterableDataset, name: str, max_length: int 
 
 
 def with_labels_within(dataset: Any, name: str, max_length: int | None, map_kwargs: dict[str, Any]) -> Any:
-    """The prepared rows whose first `max_length` tokens hold something to learn.
-
-    Raises:
-        ValueError: There are none.
-    """
+    """The prepared rows whose first `max_length` tokens hold something to learn; a `ValueError` if there are none."""
 
     def is_kept(labels: list[int]) -> bool:
         return any(label != -100 for label in labels[1:max_length])
@@ -304,12 +291,9 @@ def with_labels_within(dataset: Any, name: str, max_length: int | None, map_kwar
 
 
 def warn_of_cuts(dataset: Dataset | IterableDataset, name: str, max_length: int | None) -> None:
-    """Say how many prepared rows are longer than `max_length`: what is cut off them is not learnt from.
+    """Say how many prepared rows, still whole, are longer than `max_length`: what is cut off them is not learnt from.
 
-    Args:
-        dataset: Rows with `input_ids` and `labels`, still whole. A stream is not counted.
-        name: What messages call the data set.
-        max_length: The longest row that is kept whole; None is no limit.
+    None is no limit; a stream is not counted.
     """
     if max_length is None or isinstance(dataset, IterableDataset) or not PartialState().is_main_process:
         return

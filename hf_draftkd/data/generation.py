@@ -152,7 +152,11 @@ def generate_alignment_data(
             answers = answer_shard(ids, config.requests, target.backend, (config.seed, number), on_finished)
         except PromptFailedError as error:
             row = shards[number][error.number]
-            raise StoppedError(_failed_prompt(error, row, asked[row]["prompt"], len(asked))) from None
+            raise StoppedError(
+                f"{str(error).rstrip('.')}. It was asked prompt {row} (from 0, of {len(asked)}), "
+                f"{_beginning(asked[row]['prompt'])}. The same command would stop there again: take this prompt out, "
+                "and name another folder, since other prompts make other shards."
+            ) from None
         rows = alignment_rows(part, ids, answers, tokenizer, origin, target.brought)
         return rows if target.cache is None else with_cache(rows, *target.cache, config.batch_size)
 
@@ -175,15 +179,12 @@ def _helping_draft(
 def read_prompts(
     config: AlignmentDataConfig, tokenizer: PreTrainedTokenizerBase, context: int | None
 ) -> tuple[Dataset | None, dict[str, int] | None]:
-    """Read and check all that can be before the target is loaded.
-
-    Args:
-        config: What to make. Its `dataset` is read; for `scenario="synthetic"` there are no prompts yet.
-        tokenizer: The target's tokenizer.
-        context: The longest text that the target takes, in tokens; None if it is not known.
+    """Read and check all that can be before the target is loaded, whose context takes texts of so many tokens (None:
+    unknown).
 
     Returns:
-        The prompts, and how many rows fell to which filter: what `generate_alignment_data` takes.
+        The prompts, None for `scenario="synthetic"`, and how many rows fell to which filter: what
+        `generate_alignment_data` takes.
 
     Raises:
         ValueError: See `load_prompts`, `curate_prompts` and `synthesize_prompts`; or the prompts, or the longest query
@@ -206,12 +207,8 @@ def read_prompts(
         return None, None
     if config.dataset is None:
         raise ValueError(f"There are no prompts: the scenario {config.scenario!r} needs a `dataset`.")
-    source: dict[str, Any] = {
-        "split": config.dataset_split,
-        "config": config.dataset_config,
-        "limit": config.max_prompts,
-    }
-    counts = None
+    source: dict[str, Any] = {"split": config.dataset_split, "config": config.dataset_config}
+    source["limit"], counts = config.max_prompts, None
     if config.scenario == "curated":
         prompts, counts = curate_prompts(
             config.dataset,
@@ -279,7 +276,8 @@ def check_prompts(
         ids = render_prompts(part, tokenizer, first_row=start, **(template_options or {}))
         lengths += [len(each) for each in ids]
         # Hashing rows and ids covers the source, the template and the tokenizer at once.
-        digests.append(list_hash(_as_text([row, each]) for row, each in zip(part, ids, strict=True)))
+        rows = ([row, each] for row, each in zip(part, ids, strict=True))
+        digests.append(list_hash(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) for row in rows))
     fitting = fitting_rows(
         lengths,
         context,
@@ -309,19 +307,6 @@ def answer_shard(
             raise
         answers[setting] = [completions[start : start + count] for start in range(0, len(completions), count)]
     return answers
-
-
-def _as_text(value: Any) -> str:
-    """A row as text that is the same in every process."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-
-
-def _failed_prompt(error: PromptFailedError, row: int, prompt: Any, count: int) -> str:
-    return (
-        f"{str(error).rstrip('.')}. It was asked prompt {row} (from 0, of {count}), {_beginning(prompt)}. The same "
-        "command would stop there again: take this prompt out, and name another folder, since other prompts make other "
-        "shards."
-    )
 
 
 def _beginning(prompt: Any) -> str:

@@ -35,13 +35,8 @@ def mix_datasets(alignment: Dataset, pretraining: Dataset, *, mix: str = "9:1", 
     """Interleave two data sets at random, in given parts.
 
     Every row of `alignment` comes once, in its order. Rows of `pretraining` come in its order and are repeated if there
-    are too few of them. Columns that one of them lacks are None in its rows.
-
-    Args:
-        alignment: The data that decide the length.
-        pretraining: The data to interleave.
-        mix: Parts of the first and of the second.
-        seed: Seed of the order.
+    are too few of them. Columns that one of them lacks are None in its rows. `mix` says the parts of the first and of
+    the second, `seed` the order.
 
     Raises:
         ValueError: The mix cannot be read, a data set is empty or a stream, or a column has another type in each.
@@ -81,14 +76,10 @@ def _with_types_of(alignment: Dataset, pretraining: Dataset) -> Dataset:
 
 
 def mixed_in(train_dataset: Any, mix_dataset: Any, mix: str | None, seed: int, *, text_field: str = "text") -> Any:
-    """The training data with `mix_dataset` interleaved, if there is one.
+    """The training data with the rows of `mix_dataset` interleaved, if there is one; `mix` is 9:1 unless said
+    otherwise.
 
-    Args:
-        train_dataset: Rows in any format; None where nothing is trained.
-        mix_dataset: Rows in any format, or None. What is not needed to read them is left behind.
-        mix: Parts of the first to parts of the second; 9:1 unless said otherwise.
-        seed: Seed of the order.
-        text_field: Name of the column with plain text.
+    What is not needed to read the rows that are mixed in is left behind.
 
     Raises:
         ValueError: One of the two is given without the other, or they cannot be mixed.
@@ -115,16 +106,11 @@ def mixed_in(train_dataset: Any, mix_dataset: Any, mix: str | None, seed: int, *
 def split_by_format(dataset: Dataset, name: str, *, text_field: str = "text") -> list[tuple[Dataset, np.ndarray]]:
     """Mixed rows, apart: each read by the first of `FORMATS` whose columns it fills.
 
-    Args:
-        dataset: Rows, mixed or of one format.
-        name: What messages call the data set.
-        text_field: Name of the column with plain text.
-
     Returns:
         A data set a format that occurs, with the numbers of its rows. Data of one format come back as they are.
 
     Raises:
-        ValueError: A row fills the columns of no format.
+        ValueError: A row fills the columns of no format; messages call the data set `name`.
     """
     present = formats_of(dataset, text_field)
     if not present:  # a `formatting_func` reads it

@@ -49,9 +49,8 @@ def render_prompts(
     tokens. Strings are encoded as plain text, with the special tokens the tokenizer puts in front of a text.
 
     Args:
-        prompts: Strings and message lists; or a dataset with a `prompt` column and, if it likes, a `tools` column and
-            a `chat_template_kwargs` column (as in TRL). Tools may be schemas or their JSON; messages and tools are
-            read as `messages.py` says.
+        prompts: Strings and message lists; or a dataset with a `prompt` column and, if it likes, `tools` (schemas or
+            their JSON) and `chat_template_kwargs` as in TRL, all read as `messages.py` says.
         tokenizer: The target's tokenizer.
         first_row: Number of the first prompt, for messages.
         **template_options: Further arguments of the chat template, such as `enable_thinking=False`.

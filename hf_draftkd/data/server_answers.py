@@ -58,14 +58,10 @@ def read_completion(
     top_logprobs: int | None,
     end_ids: frozenset[int],
 ) -> Completion:
-    """The completion that a usable answer tells.
+    """The completion that a usable answer tells: the client's, checked by `require_usable`.
 
-    Args:
-        answer: As the client returns it, checked by `require_usable`.
-        tokenizer: The target's tokenizer.
-        ids_of: Its tokens as the server writes them.
-        top_logprobs: How many log-probabilities per token were asked for.
-        end_ids: Ids that end a text of the target.
+    `ids_of` knows the tokenizer's tokens as the server writes them, `end_ids` end a text of the target, and
+    `top_logprobs` log-probabilities per token were asked for.
     """
     choice = answer.choices[0]
     if top_logprobs is not None and (ids := _written_ids(choice.logprobs, ids_of)):

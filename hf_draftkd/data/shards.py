@@ -129,10 +129,8 @@ def completion_progress(
 def open_folder(folder: Path, manifest: dict[str, Any], *, write: bool = True) -> None:
     """Begin a folder of shards, or make sure that an existing one was begun with the same settings.
 
-    Args:
-        folder: Where the shards go.
-        manifest: Everything that decides the rows, as JSON values.
-        write: False for processes other than the first: they wait for its manifest and compare.
+    The manifest holds everything that decides the rows, as JSON values. Processes other than the first do not `write`
+    it: they wait for the first one's and compare.
 
     Raises:
         ValueError: The folder holds other files, or shards of other settings; the message says what differs.
@@ -146,9 +144,9 @@ def open_folder(folder: Path, manifest: dict[str, Any], *, write: bool = True) -
     wait_until(path.exists)
     there, now = _read_manifest(folder), json.loads(json.dumps(manifest))  # tuples become lists, as in the file
     differing = [
-        f"{name}: {' there, '.join(_shown(each, name) for each in (there, now))} now"
+        f"{name}: {json.dumps(there.get(name, 'not set'))} there, {json.dumps(now.get(name, 'not set'))} now"
         for name in dict.fromkeys([*there, *now])
-        if name not in _NOT_COMPARED and (name in there, there.get(name)) != (name in now, now.get(name))
+        if name not in _NOT_COMPARED and there.get(name, "not set") != now.get(name, "not set")
     ]
     if differing:
         raise ValueError(
@@ -169,11 +167,7 @@ def day_begun(folder: Path | None) -> str:
 
 
 def check_shard_folder(folder: Path) -> None:
-    """Refuse what no shards can go to.
-
-    Raises:
-        ValueError: It is a file, or a folder with somebody else's files.
-    """
+    """Raise a `ValueError` for what no shards can go to: a file, or a folder with somebody else's files."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file. Name a folder for the shards.")
     is_begun = not folder.is_dir() or (folder / MANIFEST).exists()
@@ -229,7 +223,3 @@ def wait_until(condition: Callable[[], bool], seconds: float = 0.5) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-
-
-def _shown(manifest: dict[str, Any], name: str) -> str:
-    return json.dumps(manifest[name], ensure_ascii=False) if name in manifest else "not set"

@@ -164,9 +164,8 @@ def synthesize_prompts(
             "start_ids": start,
             "settings": {**setting.to_dict(), "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed},
             "versions": package_versions(),
+            **({DAY: day} if clock else {}),
         }
-        if clock:
-            manifest[DAY] = day
         open_folder(folder, manifest, write=state.is_main_process)
 
     kept: list[str] = []
@@ -229,22 +228,27 @@ def check_synthesis(
     if temperature == 0:
         raise ValueError("At temperature 0 every query would be the same. Sample them at a temperature above 0.")
     if not getattr(tokenizer, "chat_template", None):
-        return None, [_first_token(tokenizer)]
+        # GPT-2's family begins and ends texts with one token and names it as both, or as the end only.
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if first is None:
+            raise ValueError(
+                "The tokenizer has neither a chat template nor a beginning-of-text token for the target to start from. "
+                + _INSTEAD
+            )
+        return None, [first]
     turn = open_user_turn(tokenizer, system=system, template_options=template_options)
     return turn, turn.prefix_ids
 
 
 def query_text(completion: Completion, tokenizer: PreTrainedTokenizerBase, turn: OpenTurn | None) -> tuple[str, bool]:
     """The query in what the target wrote, and whether it came to an end there."""
-    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    if turn is None:
-        return text.strip(), True  # an opening of text may break off anywhere
-    ids = completion.token_ids
-    end = turn.suffix_ids[:1]
+    ids, ends = completion.token_ids, turn is None  # an opening of text may break off anywhere
+    end = turn.suffix_ids[:1] if turn is not None else []
     if end and end[0] in tokenizer.all_special_ids and end[0] in ids:
         # The token that closes a user's turn need not be one at which generation stops.
-        ids = ids[: ids.index(end[0])]
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids, ends = ids[: ids.index(end[0])], True
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if turn is None or ends:
         return text.strip(), True
     closing = turn.suffix.strip()
     if closing and closing in text:  # templates that close a turn in plain text, such as [/INST]
@@ -275,14 +279,3 @@ def _chat(query: str, system: str | None) -> list[dict[str, str]]:
 
 def _common_beginning(lists: list[list[int]]) -> list[int]:
     return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*lists, strict=False))]
-
-
-def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    # GPT-2's family begins and ends texts with one token and names it as both, or as the end only.
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise ValueError(
-        "The tokenizer has neither a chat template nor a beginning-of-text token for the target to start from. "
-        + _INSTEAD
-    )

@@ -39,7 +39,6 @@ logger = logging.get_logger(__name__)
 CACHE_COLUMNS = ("completion_logprobs", "target_token_ids", "target_logprobs", "target_tail_logprob", "target_counts")
 TEMPERATURE_COLUMN, VOCAB_COLUMN = "target_temperature", "target_vocab_size"
 _POSITIONS = 256  # positions turned to float32 at a time: a vocabulary of 152,000 takes 0.15 GB of them
-_WIDTH = {"uint8": 1, "uint16": 2, "int32": 4, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -178,17 +177,6 @@ def _rows(target_model: PreTrainedModel) -> int:
     return target_model.get_output_embeddings().weight.shape[0]
 
 
-def bytes_per_token(features: Features, entries: float) -> float:
-    """Bytes that the cache of one token takes in memory, before Parquet's compression and without list offsets.
-
-    Args:
-        features: The columns, from `CacheOptions.features`.
-        entries: Tokens kept: k, or the average number of distinct draws.
-    """
-    kinds = [features[name].feature for name in CACHE_COLUMNS if name in features]
-    return sum(_WIDTH[kind.feature.dtype] * entries if isinstance(kind, List) else _WIDTH[kind.dtype] for kind in kinds)
-
-
 def cache_columns(
     target_model: PreTrainedModel,
     options: CacheOptions,
@@ -278,21 +266,14 @@ def missing_cache_columns(dataset: Dataset | IterableDataset) -> list[str]:
     """The columns that training from cached distributions needs and this data lacks; empty if it can be done."""
     columns = set(get_dataset_column_names(dataset))
     form = CacheOptions(sampled=1 if "target_counts" in columns else None).features(vocab_size=1)
-    needed = ("prompt_ids", "completion_ids", *(set(form) - {VOCAB_COLUMN}))
-    return [name for name in needed if name not in columns]
+    return [name for name in ("prompt_ids", "completion_ids", *form) if name not in columns | {VOCAB_COLUMN}]
 
 
 def rows_with_distributions(
     dataset: Dataset | IterableDataset, name: str, *, warn: bool = True
 ) -> Dataset | IterableDataset:
-    """Leave out answers of a server that came without usable log-probabilities, and warn how many they are.
-
-    Other rows without distributions are not meant to be there: `cache_facts` refuses them.
-
-    Args:
-        dataset: The rows.
-        name: What messages call the data set.
-        warn: Whether to say so.
+    """Leave out answers of a server that came without usable log-probabilities, and warn how many they are unless
+    `warn` is False. Other rows without distributions are not meant to be there: `cache_facts` refuses them.
     """
     columns = ["completion_ids", "target", "target_token_ids"]
     if isinstance(dataset, IterableDataset) or not set(columns) <= set(dataset.column_names):
@@ -314,11 +295,7 @@ def rows_with_distributions(
 
 
 def cache_facts(dataset: Dataset | IterableDataset, name: str) -> CacheFacts:
-    """Check the cache of a data set that has all its columns.
-
-    Args:
-        dataset: The rows.
-        name: What messages call the data set.
+    """What the cache of a data set that has all its columns says of itself; messages call the data set `name`.
 
     Raises:
         ValueError: It is a stream, a row has no distributions or not one for each completion token, or rows were cached

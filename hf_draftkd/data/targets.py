@@ -92,10 +92,7 @@ def local_target(
 def missing_turn_end(target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, wanted: bool) -> int | None:
     """The end of turn at which answers to messages are to stop, beside the target's own end tokens; usually None.
 
-    Args:
-        target_model: The target.
-        tokenizer: Its tokenizer, with the chat template.
-        wanted: Whether to stop there. Otherwise it is warned of, where texts would run on.
+    Where that is not `wanted`, and texts would run on, it is warned of.
 
     Raises:
         ValueError: It is wanted, and the template ends its turns with no special token.

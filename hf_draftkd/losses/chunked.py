@@ -127,14 +127,11 @@ def positions_of(source: torch.Tensor | Unprojected) -> torch.Tensor:
 
 
 def chunks_of(source: torch.Tensor | Unprojected, chunk_size: int | None = None) -> list[slice]:
-    """Return the slices of positions to work through, in order.
+    """The slices of N positions to work through, in order, of logits `[N, V]` or hidden states `[N, H]` with their
+    head.
 
-    Args:
-        source: Logits `[N, V]`, or hidden states `[N, H]` with their head.
-        chunk_size: Positions at once. None: as many as keep a chunk's logits at 64 MiB (256 MiB on a GPU).
-
-    Raises:
-        ValueError: If `chunk_size` is less than 1.
+    `chunk_size` positions at once, by default as many as keep a chunk's logits at 64 MiB (256 MiB on a GPU); a
+    `ValueError` if it is less than 1.
     """
     positions = positions_of(source)
     if chunk_size is None:
@@ -163,15 +160,9 @@ def prepared(source: torch.Tensor | Unprojected) -> torch.Tensor | Unprojected:
 
 
 def logits_of(source: torch.Tensor | Unprojected, rows: slice, memory: Reused) -> torch.Tensor:
-    """Return the logits of some positions, which may be overwritten.
+    """Logits `[n, V]` of some positions of a `prepared` source, in float32 or float64; they may be overwritten.
 
-    Args:
-        source: Logits `[N, V]`, or hidden states `[N, H]` with their head; from `prepared`.
-        rows: Which positions.
-        memory: Where they are projected to, over what was returned with it before.
-
-    Returns:
-        `[n, V]`, float32 or float64, never in the memory of the source.
+    They are projected into `memory`, over what was returned with it before, and never lie in the memory of the source.
     """
     if isinstance(source, Unprojected):
         return _project(source.hidden[rows], source.head, memory)

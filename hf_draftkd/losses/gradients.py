@@ -67,6 +67,10 @@ class Rewards(NamedTuple):
     tokens: torch.Tensor | None
     """`[N]`: the tokens drawn from q in the whole batch; None for the full expectation."""
 
+    def at(self, rows: slice) -> "Rewards":
+        """The same for some of the positions."""
+        return self._replace(tokens=None if self.tokens is None else self.tokens[rows])
+
 
 @torch.no_grad()
 def value_and_gradient(
@@ -87,7 +91,7 @@ def value_and_gradient(
         draft_logits: `[n, V]`, float32 or float64; overwritten.
         target_logits: `[n, V]`, same type; overwritten.
         options: The divergence's options, checked before. `tvd_plus_plus` also takes `rewards`, a `Rewards` of the
-            whole batch.
+            whole batch at these n.
         gradient: Whether the gradient is wanted.
         acceptance: Whether the acceptance rate is wanted as well.
         memory: For intermediate results, to be used again by the next chunk.
@@ -236,7 +240,6 @@ def _tvd_plus_plus(
     *,
     estimator: str = "sampled",
     statistics: str = "batch",
-    tokens: torch.Tensor | None = None,
     eps: float = 1e-6,
     rewards: Rewards | None = None,
 ) -> Twin:
@@ -244,14 +247,11 @@ def _tvd_plus_plus(
     p = _probs(y, memory.take("p", y))
     reward = torch.gt(p, q, out=memory.take("m", z))
     rate = _acceptance(p.sub_(q), p) if acceptance else None
-    drawn = tokens
-    if rewards is not None:
-        mean, std = rewards.mean, rewards.std
-    elif statistics == "token":
+    if statistics == "token":
         mean, std = reward_moments(_dot(q, reward, p).unsqueeze(-1), 1, eps)
-        drawn = sample_tokens(q) if tokens is None and estimator == "sampled" else tokens
+        drawn = sample_tokens(q) if estimator == "sampled" else None
     else:
-        mean, std, drawn = finish_rewards([collect_rewards(z, y, estimator, tokens)], eps)
+        mean, std, drawn = rewards or finish_rewards([collect_rewards(z, y, estimator)], eps)
     if drawn is None:
         weighted = reward.sub_(mean).div_(std).mul_(q)
         values = -weighted.sum(dim=-1)
@@ -264,24 +264,18 @@ def _tvd_plus_plus(
 
 
 def collect_rewards(
-    draft_logits: torch.Tensor, target_logits: torch.Tensor, estimator: str, tokens: torch.Tensor | None = None
+    draft_logits: torch.Tensor, target_logits: torch.Tensor, estimator: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return one chunk's share of the batch statistics of TVD++: rewards `[n]`, and the tokens drawn `[n]`.
+    """One chunk's share of the batch statistics of TVD++: rewards `[n]` in [0, 1], and the tokens drawn from q `[n]`.
 
-    Args:
-        draft_logits: `[n, V]`, left as they are.
-        target_logits: `[n, V]`, left as they are.
-        estimator: `"full"`: the reward is its expectation under q. `"sampled"`: that of one token.
-        tokens: Tokens already drawn from q, `[n]`, for `"sampled"`. None: drawn here.
-
-    Returns:
-        Rewards in [0, 1], and the drawn tokens (None for `"full"`).
+    Of logits `[n, V]`, which are left as they are. For the estimator `"full"` the reward is its expectation under q,
+    and no token is drawn; for `"sampled"` it is that of one token.
     """
     q = draft_logits.softmax(dim=-1)
     reward = (target_logits.softmax(dim=-1) > q).to(q.dtype)
     if estimator == "full":
         return _dot(q, reward, reward), None
-    drawn = sample_tokens(q) if tokens is None else tokens
+    drawn = sample_tokens(q)
     return reward.gather(-1, drawn.unsqueeze(-1)).squeeze(-1), drawn
 
 

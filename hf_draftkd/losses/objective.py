@@ -110,7 +110,6 @@ def distillation_loss(
         ValueError: If arguments are out of range, do not fit each other, or a target is missing.
     """
     options = dict(options or {})
-    drawn = options.pop("tokens", None)
     _check_settings(divergence, options, temperature, cross_entropy_weight, target)
     mask = labels != IGNORED
     tokens = labels[mask]
@@ -119,17 +118,10 @@ def distillation_loss(
     if isinstance(signal, torch.Tensor | Unprojected):
         signal = prepared(signal)
     weights = _position_weights(tokens, token_weights, mask, num_items, positions_of(draft))
-    if drawn is not None:
-        if isinstance(signal, SparseTarget):
-            raise ValueError("tokens cannot be given with a sparse target: most of them lie in its tail.")
-        if options.get("estimator") == "full":
-            raise ValueError("tokens are only for estimator='sampled'; estimator='full' sums over the vocabulary.")
-        drawn = drawn[mask] if drawn.shape == mask.shape else drawn
     outside = None if vocabulary is None else _outside(vocabulary, draft)
     rewards = None
     if divergence == "tvd_plus_plus" and options.get("statistics", "batch") == "batch":
-        rewards = _batch_rewards(draft, signal, drawn, temperature, options, chunk_size, outside)
-        drawn = rewards.tokens
+        rewards = _batch_rewards(draft, signal, temperature, options, chunk_size, outside)
 
     memory = Reused()
 
@@ -164,11 +156,7 @@ def distillation_loss(
                 return on_text
         if temperature != 1:
             logits.div_(temperature)
-        here = dict(options)
-        if drawn is not None:
-            here["tokens"] = drawn[rows]
-        if rewards is not None:
-            here["rewards"] = rewards
+        here = options if rewards is None else options | {"rewards": rewards.at(rows)}
         wanted: dict[str, Any] = {"gradient": gradient, "acceptance": with_acceptance, "memory": memory}
         if outside is not None and dense is not None:
             twin = listed_value_and_gradient(divergence, logits, dense, outside, options=here, **wanted)
@@ -269,7 +257,6 @@ def _target_logits(
 def _batch_rewards(
     draft: torch.Tensor | Unprojected,
     signal: Any,
-    tokens: torch.Tensor | None,
     temperature: float,
     options: dict[str, Any],
     chunk_size: int | None,
@@ -290,8 +277,7 @@ def _batch_rewards(
                 against = target_buckets(signal[rows], vocab_size).to(logits)
             else:
                 against = _target_logits(signal, rows, logits, temperature, target_memory)
-            estimator = options.get("estimator", "sampled")
-            collected.append(collect_rewards(logits, against, estimator, None if tokens is None else tokens[rows]))
+            collected.append(collect_rewards(logits, against, options.get("estimator", "sampled")))
     if not collected:
         collected.append((positions_of(draft).new_zeros(0, dtype=torch.float32), None))
     return finish_rewards(collected, options.get("eps", 1e-6))

@@ -166,11 +166,9 @@ def sparse_divergence(
 
 
 def acceptance_upper_bound(draft_logits: torch.Tensor, target: SparseTarget) -> torch.Tensor:
-    """Return Σ min(p, q) over k + 1 buckets, `[...]`: at least the acceptance rate α, and equal to it for k = V.
+    """Σ min(p, q) over k + 1 buckets, `[...]`: at least the acceptance rate α, and equal to it for k = V.
 
-    Args:
-        draft_logits: `[..., V]`.
-        target: The target's top-k and tail.
+    From draft logits `[..., V]` and the target's top-k and tail.
     """
     vocab_size = draft_logits.shape[-1]
     return token_acceptance_rate(_merge(draft_logits, target.token_ids), target_buckets(target, vocab_size))
@@ -198,19 +196,10 @@ def sparse_value_and_gradient(
     memory: Reused | None = None,
     **kwargs: Any,
 ) -> Twin:
-    """Return a divergence from a sparse target and its gradient, for one chunk: the fast twin of `sparse_divergence`.
+    """A divergence from a sparse target and its gradient, for one chunk: the fast twin of `sparse_divergence`.
 
-    Args:
-        divergence: A key of `DIVERGENCES`, or a function like them.
-        draft_logits: `[n, V]`, float32 or float64; overwritten.
-        target: What was kept of the target at these positions.
-        gradient: Whether the gradient is wanted.
-        acceptance: Whether the acceptance rate is wanted; it is an upper bound, and None for draws.
-        memory: For intermediate results, to be used again by the next chunk.
-        **kwargs: `options`, as in `gradients.value_and_gradient`.
-
-    Returns:
-        Values, gradient and acceptance rate. The gradient may lie in `draft_logits` or in `memory`.
+    Arguments and result as in `gradients.value_and_gradient`; the acceptance rate is an upper bound, and None for
+    draws.
     """
     memory = memory or Reused()
     if isinstance(target, SampledTarget):

@@ -43,17 +43,10 @@ def listed_value_and_gradient(
     acceptance: bool = False,
     memory: Reused,
 ) -> Twin:
-    """`value_and_gradient` of a draft that proposes only the tokens of a list.
+    """`value_and_gradient` of a draft that proposes only the tokens of a list; the gradient is 0 outside it.
 
-    Args:
-        divergence: As there. A function is given the masked logits: its gradient outside the list is dropped.
-        draft_logits: `[n, V]`, masked; overwritten.
-        target_logits: `[n, V]`, not masked; overwritten.
-        outside: Bool `[V]` or `[n, V]`: the tokens that are not on the list.
-        options: The divergence's options.
-        gradient: Whether the gradient is wanted; it is 0 outside the list.
-        acceptance: Whether the acceptance rate is wanted.
-        memory: For intermediate results.
+    Arguments as there, but for the draft's logits, which come masked; the target's do not. `outside` (bool `[V]` or
+    `[n, V]`) are the tokens that are not on the list. A function as divergence is given the masked logits.
     """
     wanted: dict[str, Any] = {"gradient": gradient, "acceptance": acceptance, "memory": memory}
     if divergence == "forward_kl" or (divergence == "generalized_jsd" and options.get("beta") == 0):
@@ -103,17 +96,11 @@ def listed_sparse_value_and_gradient(
     outside: torch.Tensor,
     **wanted: Any,
 ) -> Twin:
-    """The same from a target of which a part was kept.
+    """The same from a target of which a part was kept; `outside` is `[V]`, `wanted` what `listed_value_and_gradient`
+    takes.
 
     Top-k and tail: the tail is one token, on the list if the list has any token in it; so values are bounds as without
     a list. Draws: those outside the list are left out of forward KL's sum, and its gradient stays unbiased.
-
-    Args:
-        divergence: As in `sparse_value_and_gradient`.
-        draft_logits: `[n, V]`, masked; overwritten.
-        target: What was kept of the target at these positions.
-        outside: Bool `[V]`.
-        **wanted: As in `listed_value_and_gradient`.
     """
     listed = ~outside[target.token_ids]
     if isinstance(target, SampledTarget):

@@ -101,11 +101,7 @@ def check_plan(
     config: PreTrainedConfig | None = None,
     share: float | None = None,
 ) -> None:
-    """What of `build_draft`'s arguments can be known to be wrong before the target is loaded.
-
-    Raises:
-        ValueError: A value is out of range, or `config` is of no causal LM or of another vocabulary.
-    """
+    """Raise a `ValueError` for what of `build_draft`'s arguments is known to be wrong before the target is loaded."""
     depth = target_config.get_text_config().num_hidden_layers
     if num_layers is not None:
         evenly_spread(num_layers, depth)

@@ -42,63 +42,36 @@ def drop_idle_sampling(config: GenerationConfig) -> None:
             setattr(config, name, None)
 
 
-def store_draft_length(draft_model: PreTrainedModel, num_assistant_tokens: int) -> None:
-    """Keep γ in the draft's generation config, where `generate(assistant_model=...)` and `save_pretrained` find it."""
-    drop_idle_sampling(draft_model.generation_config)
-    draft_model.generation_config.update(**draft_length_settings(num_assistant_tokens))
-
-
-def write_draft_length(folder: Path, num_assistant_tokens: int, trust_remote_code: bool = False) -> Path:
-    """Keep γ in the generation config of a saved draft; everything else in it stays.
-
-    Returns:
-        The file.
-    """
-    return _write(folder, draft_length_settings(num_assistant_tokens), trust_remote_code)
-
-
-def write_draft_vocabulary(folder: Path, ids: list[int], trust_remote_code: bool = False) -> Path:
-    """Keep the ids that a saved draft may propose in its generation config; everything else in it stays.
-
-    They stand in the file itself, as `draft_vocabulary`: transformers keeps keys that it does not know, so the list
-    follows the draft through `save_pretrained`, `from_pretrained`, checkpoints and the Hub, where a file beside it
-    would be left behind. 16,000 ids are some 160 kB. `generate(assistant_model=...)` and other engines ignore them.
-
-    Args:
-        folder: The draft's folder.
-        ids: The likeliest first, so that the first n are the list of size n.
-        trust_remote_code: Whether code that comes with the model may run.
-
-    Returns:
-        The file.
-    """
-    return _write(folder, {"draft_vocabulary": ids}, trust_remote_code)
-
-
-def store_draft_vocabulary(draft_model: PreTrainedModel, ids: list[int]) -> None:
-    """The same for a loaded draft, whose `save_pretrained` then writes them."""
-    drop_idle_sampling(draft_model.generation_config)
-    _set(draft_model.generation_config, {"draft_vocabulary": ids})
-
-
 def recorded_vocabulary(config: GenerationConfig) -> list[int] | None:
     """The ids that a draft's generation config says it may propose, the likeliest first; None for all."""
     return getattr(config, "draft_vocabulary", None)
 
 
-def _write(folder: Path, settings: dict[str, Any], trust_remote_code: bool) -> Path:
+def store_draft_settings(draft_model: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Keep entries in a draft's generation config, where decoding and `save_pretrained` find them.
+
+    They are `draft_length_settings(γ)`, or `{"draft_vocabulary": ids}` with the likeliest id first, so that the first n
+    are the list of size n. transformers keeps keys that it does not know: so the list follows the draft through
+    `save_pretrained`, `from_pretrained`, checkpoints and the Hub, where a file beside it would be left behind. 16,000
+    ids are some 160 kB. `generate(assistant_model=...)` and other engines ignore them.
+    """
+    _store(draft_model.generation_config, settings)
+
+
+def write_draft_settings(folder: Path, settings: dict[str, Any], trust_remote_code: bool = False) -> Path:
+    """The same for a saved draft, in whose generation config everything else stays; returns the file."""
     try:
         config = GenerationConfig.from_pretrained(folder)
     except OSError:  # a draft saved without one: transformers then derives it from the model's config
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         config = GenerationConfig.from_model_config(model_config)
-    drop_idle_sampling(config)
-    _set(config, settings)
+    _store(config, settings)
     config.save_pretrained(folder)
     return folder / GENERATION_CONFIG_NAME
 
 
-def _set(config: GenerationConfig, settings: dict[str, Any]) -> None:
+def _store(config: GenerationConfig, settings: dict[str, Any]) -> None:
+    drop_idle_sampling(config)
     for name, value in settings.items():
         setattr(config, name, value)
     # transformers reads keys that it does not know only from its own config classes.

@@ -5,7 +5,7 @@ positions are chosen in front of the head, inside the model's own forward, so th
 always and whatever the model does after its head (scaling, soft-capping) still happens.
 
 Where the head is plain arithmetic (`head_arithmetic`), the loss can take the hidden states instead and project them a
-chunk at a time: `hidden_at` and `loss_at` never hold logits of all positions.
+chunk at a time: `hidden_at` and `in_head` never hold logits of all positions.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,32 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_draftkd.losses import DistillationLoss, LinearHead, Unprojected
+from hf_draftkd.losses import LinearHead, Unprojected
 
 
 def predicting_positions(labels: Tensor) -> Tensor:
-    """Which positions predict a token that counts.
+    """Where [B, L] a token that counts is predicted: True at t where `labels[:, t + 1]` [B, L] is not -100.
 
-    Args:
-        labels: [B, L] token ids, -100 where a token does not count.
-
-    Returns:
-        [B, L] bool, True at position t where `labels[:, t + 1]` counts. The last column is False.
+    The last column is False.
     """
     keep = torch.zeros_like(labels, dtype=torch.bool)
     keep[:, :-1] = labels[:, 1:] != -100
     return keep
-
-
-@contextmanager
-def _project_only(model: nn.Module, keep: Tensor) -> Iterator[None]:
-    """Let `model`'s output head see only the kept positions, so that its logits are [N, V] instead of [B, L, V]."""
-    head = unwrapped(model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][keep.to(args[0].device)], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def logits_at(model: nn.Module, inputs: Mapping[str, Any], keep: Tensor) -> Tensor:
@@ -54,8 +39,12 @@ def logits_at(model: nn.Module, inputs: Mapping[str, Any], keep: Tensor) -> Tens
     Returns:
         [N, V] logits in row-major order of `keep`, in the model's own dtype.
     """
-    with _project_only(model, keep):
+    head = unwrapped(model).get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][keep.to(args[0].device)], *args[1:]))
+    try:
         return model(**_placed(model, inputs), use_cache=False).logits
+    finally:
+        handle.remove()
 
 
 def _placed(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,34 +107,16 @@ def hidden_at(
     return in_head(model, inputs, keep, arithmetic, vocab_size, lambda source: (source, source.hidden[:0]))
 
 
-def loss_at(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    keep: Tensor,
-    arithmetic: HeadArithmetic,
-    vocab_size: int,
-    loss: Callable[[Unprojected], DistillationLoss],
-) -> DistillationLoss:
-    """`in_head` for a loss of hidden states [N, H] with their head, which becomes what the model's forward returns."""
-
-    def compute(source: Unprojected) -> tuple[DistillationLoss, Tensor]:
-        result = loss(source)
-        return result, result.loss
-
-    return in_head(model, inputs, keep, arithmetic, vocab_size, compute)
-
-
 def in_head(
     model: nn.Module,
     inputs: Mapping[str, Any],
     keep: Tensor,
-    arithmetic: HeadArithmetic,
+    arithmetic: HeadArithmetic | None,
     vocab_size: int,
-    compute: Callable[[Unprojected], tuple[Any, Tensor]],
+    compute: Callable[[Any], tuple[Any, Tensor]],
 ) -> Any:
-    """Compute anything where the model would have projected its hidden states.
-
-    Inside the forward the head's weight is whole, whoever shards it.
+    """Compute anything where the model would have projected its hidden states: there the head's weight is whole,
+    whoever shards it.
 
     Args:
         model: A causal LM, wrapped or not.
@@ -153,11 +124,14 @@ def in_head(
         keep: [B, L] bool, N of them True.
         arithmetic: The model's, from `head_arithmetic`.
         vocab_size: Tokens to compare: the head's first rows.
-        compute: Hidden states [N, H] with their head -> the result, and what the model's forward returns.
+        compute: Hidden states [N, H] with their head, or logits [N, V] where there is no arithmetic -> the result, and
+            what the model's forward returns.
 
     Returns:
         The result.
     """
+    if arithmetic is None:
+        return compute(logits_at(model, inputs, keep)[:, :vocab_size])[0]
     head = unwrapped(model).get_output_embeddings()
     results = []
 
@@ -201,7 +175,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     the mask of the whole text: with a cache, which holds the rest of the text, it fails.
     """
     modes = [model.training for model in models]
-    routed = {id(config): config for model in models if (config := _routed(model)) is not None}.values()
+    configs = {id(config): config for model in models if (config := getattr(unwrapped(model), "config", None))}
+    routed = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
     for model in models:
         model.eval()
     for config in routed:
@@ -213,12 +188,6 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             config.output_router_logits = True
         for model, mode in zip(models, modes, strict=True):
             model.train(mode)
-
-
-def _routed(model: nn.Module) -> Any:
-    """The config that asks a mixture of experts for its load-balancing loss; None if none does."""
-    config = getattr(unwrapped(model), "config", None)
-    return config if getattr(config, "output_router_logits", False) else None
 
 
 @contextmanager

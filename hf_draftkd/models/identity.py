@@ -109,11 +109,7 @@ def weights_checksum(folder: Path, dtype: str | torch.dtype | None = None) -> st
     """SHA-256 over all tensors in the order of their names: name, number format, shape and bytes.
 
     It does not depend on how the tensors are spread over files, nor on metadata in them, so that a folder and its copy
-    on the Hub agree.
-
-    Args:
-        folder: A model folder.
-        dtype: Take the numbers as they are after loading in this format (`bfloat16`); by default as they are stored.
+    on the Hub agree. With `dtype` (`bfloat16`) it is of the numbers as they are after loading in this format.
 
     Raises:
         ValueError: There are no weights, a file is damaged, or `dtype` is not a floating format of torch.
@@ -137,13 +133,10 @@ def weights_checksum(folder: Path, dtype: str | torch.dtype | None = None) -> st
 def loaded_checksum(model: PreTrainedModel) -> str | None:
     """`weights_checksum` of the folder that a loaded model would be saved to, in the model's own number format.
 
-    It is about the weights in memory, not about the folder that they once came from: a model that was trained since
-    has another. The model is saved into a temporary folder for it, because only `save_pretrained` knows how tied and
-    converted weights are stored. A vocabulary that was padded after loading counts as a change.
-
-    Returns:
-        The checksum; None where no plain weights can be saved: the model is quantised, carries an adapter that is not
-        merged, or the disk is full.
+    It is about the weights in memory: a model that was trained since, or whose vocabulary was padded, has another. The
+    model is saved into a temporary folder for it, because only `save_pretrained` knows how tied and converted weights
+    are stored. None where no plain weights can be saved: the model is quantised, carries an adapter that is not merged,
+    or the disk is full.
     """
     is_adapted = getattr(model, "peft_config", None) is not None or getattr(model, "_hf_peft_config_loaded", False)
     if is_adapted or getattr(model, "hf_quantizer", None) is not None:

@@ -53,10 +53,7 @@ def check_own_tokenizer(
 ) -> None:
     """Make sure that `tokenizer` is the one a model was trained with, by the files the model was loaded from.
 
-    Args:
-        model: A loaded model, or a checkpoint.
-        tokenizer: The tokenizer to be used with it.
-        is_target: Whether it is the target: the message then speaks of `tokenizer` as the draft's.
+    The model is the draft, or with `is_target` the target: the message then speaks of `tokenizer` as the draft's.
 
     Raises:
         ValueError: The two differ, or a checkpoint has no tokenizer. A loaded model may come from a place that has
@@ -78,13 +75,8 @@ def check_own_tokenizer(
 def check_weights_apart(draft: nn.Module, other: nn.Module, what: str = "target") -> None:
     """Make sure that training the draft does not change the other model, and that freezing that does not freeze it.
 
-    Args:
-        draft: The model that learns.
-        other: A model that stays as it is.
-        what: What messages call it.
-
     Raises:
-        ValueError: They have a weight in common; the message names it.
+        ValueError: They have a weight in common; the message names it, and calls the other model `what`.
     """
     theirs = {place for parameter in other.parameters() for place in _places(parameter)}
     shared = next((name for name, parameter in draft.named_parameters() if theirs & _places(parameter)), None)
@@ -104,15 +96,9 @@ def _places(parameter: nn.Parameter) -> set[tuple[str, int]]:
 def shared_vocab_size(
     draft_model: PreTrainedModel, target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> int:
-    """How many rows of both models' logits stand for tokens: the vocabulary that losses and analysis use.
+    """How many rows V of both models' logits stand for tokens: the vocabulary that losses and analysis use.
 
-    Args:
-        draft_model: The draft.
-        target_model: The target.
-        tokenizer: Their tokenizer. Without it the rows that both pad cannot be told from tokens, and are counted.
-
-    Returns:
-        The size V: ids 0 to V - 1 exist in both models and, with a tokenizer, are not padding.
+    Without the tokenizer, the rows that both models pad cannot be told from tokens, and are counted.
     """
     sizes = [_vocab_size(draft_model), _vocab_size(target_model)]
     if tokenizer is not None:
@@ -155,15 +141,8 @@ def align_vocabulary(
 
 
 def fit_vocabulary(draft_model: PreTrainedModel, new_size: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """What `align_vocabulary` does to the draft's vocabulary, where the target is not at hand, but its size is known.
-
-    Args:
-        draft_model: The draft.
-        new_size: Rows of the target's vocabulary, padding included.
-        tokenizer: Their tokenizer, or None.
-
-    Raises:
-        ValueError: As `align_vocabulary`.
+    """What `align_vocabulary` does to the draft's rows, where only their number in the target is known; the same
+    errors.
     """
     old_size = _vocab_size(draft_model)
     _check_padding(draft_model, old_size, new_size, tokenizer)
@@ -171,7 +150,10 @@ def fit_vocabulary(draft_model: PreTrainedModel, new_size: int, tokenizer: PreTr
         _resize(draft_model, old_size, new_size)
 
     first_padded = min(old_size, new_size) if tokenizer is None else tokenizer_size(tokenizer)
-    _suppress(draft_model, range(first_padded, new_size), new_size)
+    config = draft_model.generation_config
+    kept = {i for i in config.suppress_tokens or () if i < new_size}
+    # An empty list would be a processor that does nothing at every step.
+    config.suppress_tokens = sorted(kept | set(range(first_padded, new_size))) or None
 
 
 def copy_special_ids(draft_model: PreTrainedModel, target_model: PreTrainedModel) -> None:
@@ -216,13 +198,9 @@ def _check_padding(
                 "the rows to be cut from the draft are tokens, not padding. Check that this is the target's tokenizer."
             )
     elif old_size > new_size:
-        suppressed = set(draft_model.generation_config.suppress_tokens or ())
         tables = [draft_model.get_input_embeddings().weight, draft_model.get_output_embeddings().weight]
-        unknown = [
-            i
-            for i in range(new_size, old_size)
-            if i not in suppressed and any(bool(table[i].any()) for table in tables)
-        ]
+        rows = set(range(new_size, old_size)) - set(draft_model.generation_config.suppress_tokens or ())
+        unknown = [row for row in sorted(rows) if any(bool(table[row].any()) for table in tables)]
         if unknown:
             raise ValueError(
                 f"The draft has {old_size} rows and the target {new_size}, and whether rows {unknown[0]} and up are "
@@ -251,10 +229,3 @@ def _resize(model: PreTrainedModel, old_size: int, new_size: int) -> None:
             table.weight[old_size:] = 0
             if getattr(table, "bias", None) is not None:
                 table.bias[old_size:] = 0
-
-
-def _suppress(model: PreTrainedModel, padded: range, vocab_size: int) -> None:
-    config = model.generation_config
-    kept = {i for i in config.suppress_tokens or () if i < vocab_size}
-    # An empty list would be a processor that does nothing at every step.
-    config.suppress_tokens = sorted(kept | set(padded)) or None

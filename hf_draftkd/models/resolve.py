@@ -11,6 +11,7 @@ Everything that can be seen without the weights is checked here, so that a long 
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -138,17 +139,14 @@ class Checkpoint:
         Raises:
             ValueError: No tokenizer is among the files, or they cannot be read.
         """
-        instead = (
-            "Save the target's there: `tokenizer.save_pretrained(directory)`; a draft shares its target's tokenizer."
-        )
+        instead = "Save the target's there: `tokenizer.save_pretrained(directory)`; a draft shares its tokenizer."
         if not self.files & set(TOKENIZER_FILES):
             if self.is_adapter:
                 return self.base.tokenizer
             raise ValueError(f"{self.name!r} has no tokenizer ({TOKENIZER_FILES[0]} or the like). {instead}")
-        try:
+        config = None
+        with suppress(ValueError):  # a broken one is not asked for here
             config = self._config if CONFIG_NAME in self.files else None
-        except ValueError:  # it is not asked for here
-            config = None
         try:
             return AutoTokenizer.from_pretrained(
                 self.name, config=config, revision=self.revision, trust_remote_code=self.trust_remote_code
@@ -210,8 +208,9 @@ def resolve(name_or_path: Any, *, revision: str | None = None, trust_remote_code
         return Checkpoint(str(path), None, frozenset(os.listdir(path)), True, trust_remote_code)
     if path.is_file():
         raise ValueError(f"{name!r} is a file; a model is a directory with {CONFIG_NAME} and safetensors. Give that.")
-    if isinstance(name_or_path, os.PathLike) or _looks_like_a_path(name):
-        raise ValueError(f"There is no directory {name!r}.{_similar_directory(path, ' Did you mean {!r}?')}")
+    if isinstance(name_or_path, os.PathLike) or not is_hub_id(name):
+        similar = _similar_directory(path, " Did you mean {!r}?")
+        raise ValueError(f"There is no directory {name!r}, and it is not a Hub id either.{similar}")
     commit, files = _look_up_on_hub(name, revision, path)
     return Checkpoint(name, commit, frozenset(files), False, trust_remote_code)
 
@@ -291,8 +290,6 @@ def _look_up_on_hub(repo_id: str, revision: str | None, path: Path) -> tuple[str
         # Files are fetched by commit; this notes the branch's in the cache, where a run without a network looks for it.
         HfApi().resolve_revision(repo_id, revision=revision)
         return str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
-    except HFValidationError as error:
-        raise ValueError(f"{here}it is not a Hub id either: {error}") from error
     except GatedRepoError as error:
         raise ValueError(
             f"{repo_id!r} is gated: ask for access at https://huggingface.co/{repo_id}, then `hf auth login`."
@@ -315,10 +312,6 @@ def _look_up_on_hub(repo_id: str, revision: str | None, path: Path) -> tuple[str
                 "the local cache does not hold it. Check the spelling and the connection, or give a local directory."
             ) from error
         return Path(folder).name, os.listdir(folder)
-
-
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
 
 
 def _similar_directory(path: Path, form: str) -> str:

@@ -143,12 +143,8 @@ def sized_config(
 
 
 def check_share(share: float) -> None:
-    """Refuse a share of the target's parameters that is out of range.
-
-    Raises:
-        ValueError: It does not lie between 0 and 1.
-    """
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+    """Raise a `ValueError` for a share of the target's parameters that does not lie between 0 and 1."""
+    if not isinstance(share, int | float) or not 0 < share < 1:
         raise ValueError(f"`share` must lie between 0 and 1 (0.0164 is 1.64% of the target), got {share!r}.")
 
 
@@ -195,11 +191,8 @@ def _depths(base: PreTrainedConfig, num_layers: int | None, budget: float) -> li
 
 def _searches(text: PreTrainedConfig, depths: list[int]) -> Iterator[tuple[int, int, int]]:
     """(layers, step of the width, head size), the likeliest shapes first."""
-    head_dim = _head_dim(text)
-    # Halved heads only where whole ones leave the width too coarse a choice; rotary positions need an even size.
-    sizes = [n for n in (head_dim, head_dim // 2, head_dim // 4) if n >= 8 and n % 2 == 0] or [head_dim]
-    for steps in sorted({_steps_for_whole_groups(text, head_dim), 1}, reverse=True):
-        for size in sizes:
+    for steps in sorted({_steps_for_whole_groups(text, _head_dim(text)), 1}, reverse=True):
+        for size in _head_sizes(text):
             for layers in depths:
                 yield layers, steps * size, size
 
@@ -251,6 +244,12 @@ def _with_width(config: PreTrainedConfig, width: int, head_dim: int) -> PreTrain
     return new
 
 
+def _head_sizes(text: PreTrainedConfig) -> list[int]:
+    """Halved heads only where whole ones leave the width too coarse a choice; rotary positions need an even size."""
+    head_dim = _head_dim(text)
+    return [n for n in (head_dim, head_dim // 2, head_dim // 4) if n >= 8 and n % 2 == 0] or [head_dim]
+
+
 def _head_dim(text: PreTrainedConfig) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
@@ -262,8 +261,7 @@ def _key_value_heads(heads: int, old: PreTrainedConfig) -> int:
 
 def _check_embeddings_fit(text: PreTrainedConfig, budget: float, share: float) -> None:
     """Refuse a budget that is spent on the vocabulary before the first layer."""
-    head_dim = _head_dim(text)
-    narrowest = min([size for size in (head_dim, head_dim // 2, head_dim // 4) if size >= 8] or [head_dim])
+    narrowest = min(_head_sizes(text))
     tied = getattr(text, "tie_word_embeddings", False)
     embeddings = text.vocab_size * narrowest * (1 if tied else 2)
     if embeddings > budget:

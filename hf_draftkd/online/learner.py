@@ -15,7 +15,7 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.scoring import Text, score_texts
 from hf_draftkd.losses import DistillationLoss, SparseTarget, Unprojected, distillation_loss
 from hf_draftkd.losses.objective import IGNORED
-from hf_draftkd.models.forward import head_arithmetic, logits_at, loss_at, predicting_positions
+from hf_draftkd.models.forward import head_arithmetic, in_head, predicting_positions
 from hf_draftkd.online.capture import ServedRequest
 from hf_draftkd.online.config import OnlineDistillConfig
 
@@ -110,12 +110,11 @@ class Learner:
             token_ids, *logprobs = (part.to(device) for part in vars(kept).values())
             target = SparseTarget(token_ids.long(), *logprobs)
 
-        def compare(draft: Tensor | Unprojected) -> DistillationLoss:
-            return distillation_loss(draft, target, tokens, **self._objective)
+        def compare(draft: Tensor | Unprojected) -> tuple[DistillationLoss, Tensor]:
+            result = distillation_loss(draft, target, tokens, **self._objective)
+            return result, result.loss
 
-        if self._arithmetic is None:
-            return compare(logits_at(self._draft, inputs, keep)[:, : self._vocab_size])
-        return loss_at(self._draft, inputs, keep, self._arithmetic, self._vocab_size, compare)
+        return in_head(self._draft, inputs, keep, self._arithmetic, self._vocab_size, compare)
 
     @contextmanager
     def undoable(self) -> Iterator[Callable[[], None]]:

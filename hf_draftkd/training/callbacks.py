@@ -31,7 +31,7 @@ def with_acceptance(
 
 
 def asked_metrics(callbacks: list[TrainerCallback], usual_length: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The draft lengths beside `usual_length`, and the temperatures, that a trainer's present callbacks ask for."""
+    """Draft lengths beside `usual_length`, and temperatures, that a trainer's present callbacks ask for."""
     asking = [callback for callback in callbacks if isinstance(callback, AcceptanceCallback)]
     lengths = {length for callback in asking for length in callback.num_assistant_tokens}
     temperatures = {temperature for callback in asking for temperature in callback.temperatures}
@@ -43,9 +43,6 @@ class KeepSpecialIds(TrainerCallback):
 
     Assisted decoding compares draft and target by theirs, and a target may end its texts with other tokens than the
     tokenizer names, or with none.
-
-    Args:
-        target: Whose ids count.
     """
 
     def __init__(self, target: PreTrainedModel) -> None:

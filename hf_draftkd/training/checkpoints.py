@@ -28,14 +28,7 @@ _PATIENCE = 10  # seconds to wait for the lock of a run that may just have died
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> tuple[str | None, list[str]]:
-    """The newest checkpoint that a run can resume from.
-
-    Args:
-        output_dir: Where a run left its checkpoints; need not exist.
-
-    Returns:
-        Its path, None if there is none; and each newer one that was skipped, with the reason.
-    """
+    """The newest checkpoint that a run can resume from, None if there is none; and why each newer one was skipped."""
     name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = [(int(match[1]), path) for path in Path(output_dir).glob("*") if (match := name.fullmatch(path.name))]
     skipped = []

@@ -110,13 +110,9 @@ class DraftDistillConfig(SFTConfig):
             target's `skd_top_k` likeliest is replaced by one of the target's own (SKD, arXiv 2410.11325, with 25).
         max_new_tokens (`int`, *optional*, defaults to `128`):
             Longest completion written while training, in tokens.
-        generation_temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature at which they are sampled; 0 is greedy. What the models' own generation configs say of
-            sampling is not used.
-        generation_top_p (`float`, *optional*, defaults to `1.0`):
-            Probability mass they are sampled from; 1 is all of it.
-        generation_top_k (`int`, *optional*, defaults to `0`):
-            Number of likeliest tokens they are sampled from; 0 is all.
+        generation_temperature, generation_top_p (`float`), generation_top_k (`int`), *optional*:
+            How they are sampled: by default from the whole distribution at temperature 1; temperature 0 is greedy. What
+            the models' own generation configs say of sampling is not used.
 
         > Parameters that control which tokens are learned from
 

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _REMEDY = "Lower `learning_rate`, or train in float32."
 
@@ -25,12 +25,8 @@ def check_loss(
 ) -> None:
     """Refuse the loss of one batch if it is NaN or infinite.
 
-    Args:
-        loss: One number.
-        model: The draft: whether its weights are still finite tells what is to blame.
-        step: Optimizer steps taken so far.
-        rows: Called to say how the rows of the batch begin.
-        evaluates: Whether nothing is learned from the batch.
+    `step` counts the optimizer steps taken so far; `rows` says how the rows of the batch begin; `evaluates` where
+    nothing is learned from it. Whether the model's weights are still finite tells what is to blame.
 
     Raises:
         FloatingPointError: The message names step, process and rows.
@@ -54,8 +50,7 @@ def check_loss(
 class StopOnNonFiniteGradient(TrainerCallback):
     """Stops all processes before an optimizer step whose gradient is NaN or infinite on one of them.
 
-    Args:
-        rows: Called to say how the rows of this step begin on this process.
+    `rows` is called to say how the rows of this step begin on this process.
     """
 
     def __init__(self, rows: Callable[[], list[str]]) -> None:
@@ -85,21 +80,17 @@ class StopOnNonFiniteGradient(TrainerCallback):
             )
 
 
-def check_weights(model: nn.Module, *, step: int, sharded: bool) -> None:
-    """Refuse a draft with a NaN or infinite weight.
-
-    Args:
-        model: The draft.
-        step: Optimizer steps taken so far.
-        sharded: Whether each process holds a part of the weights. Then call it on all of them.
+def check_weights(trainer: Trainer) -> None:
+    """Refuse a draft with a NaN or infinite weight. Where processes hold parts of it, call it on all of them.
 
     Raises:
         FloatingPointError: The message names the first such parameter.
     """
-    ruined: Iterable[str | None] = [nonfinite_weight(model)]
+    ruined: Iterable[str | None] = [nonfinite_weight(trainer.model)]
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     names = [name for name in (gather_object(ruined) if sharded else ruined) if name is not None]
     if names:
-        raise FloatingPointError(f"Nothing is saved: {_ruin(names[0], step)}")
+        raise FloatingPointError(f"Nothing is saved: {_ruin(names[0], trainer.state.global_step)}")
 
 
 def _ruin(name: str, step: int) -> str:

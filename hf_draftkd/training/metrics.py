@@ -58,14 +58,11 @@ class TrainingSums:
 
 
 class FilledUp(IterableDataset):
-    """A stream that ends with rows in which nothing counts, so that all processes have as many batches.
+    """The prepared rows of a stream up to a `multiple`, the last of them with nothing that counts: all processes get as
+    many batches.
 
     accelerate would repeat rows from its beginning instead: of a stream, whose length is not known, they are not
     dropped again. Or it would give each process its own shards, and wait forever where some have more rows.
-
-    Args:
-        rows: The prepared rows.
-        multiple: Their number becomes a multiple of this.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]], multiple: int) -> None:
@@ -203,11 +200,9 @@ class EvaluationSums:
         """`loss` per completion token and, as far as the signal can tell, acceptance rates and block efficiencies.
 
         - `acceptance_rate` is α at temperature 1, `acceptance_rate_t0` at temperature 0 (the share of tokens where
-          draft and target find the same one likeliest). It is called `acceptance_rate_upper_bound` where the target's
-          tail is not known.
+          draft and target find the same one likeliest); `acceptance_rate_upper_bound` where the tail is not known.
         - `block_efficiency` (tokens per target call, bonus token included), `block_efficiency_at_3` at draft length 3:
-          of all texts, each under the setting it was recorded with. It is exact for text that the target wrote and
-          is meaningless for other text: with such rows in the data (`foreign_rows`) it is left out.
+          of all texts, each under the setting it was recorded with. Left out with rows for which it is not exact.
         - `block_efficiency_t0`, `block_efficiency_at_3_t0`: of the texts written at temperature 0 (see
           `DecodingSetting.log_suffix`), for each setting with a chosen temperature.
         """
@@ -254,12 +249,8 @@ def not_exact(foreign_rows: int, signal: TextSignal, prefix: str = "eval") -> st
 def check_best_metric(args: DraftDistillConfig, eval_dataset: Any, signal: TextSignal) -> None:
     """Refuse, before training, a `metric_for_best_model` that `evaluate()` will not report or that means nothing.
 
-    transformers would find out after the first evaluation. Names that it does not know are left to it.
-
-    Args:
-        args: The configuration.
-        eval_dataset: Prepared rows, several of them by name, or None. Nothing is known of a stream.
-        signal: What the draft learns from.
+    transformers would find out after the first evaluation. Names that it does not know are left to it. `eval_dataset`
+    holds prepared rows, several sets of them by name, or None; nothing is known of a stream.
 
     Raises:
         ValueError: The evaluation data cannot give this metric, it does not say which data it is of, or it is the value

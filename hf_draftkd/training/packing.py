@@ -25,11 +25,7 @@ _ROUNDING, _SHARE = 0.02, 0.1
 
 
 class CheckPacking(TrainerCallback):
-    """Refuses, before the first step, packed rows that the draft or its target cannot read as separate texts.
-
-    Args:
-        trainer: Whose models are compared, as they lie when training begins.
-    """
+    """Refuses, before the first step, packed rows that the trainer's draft or target cannot read as separate texts."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -58,10 +54,7 @@ def longest_packed_row(dataset: Any, batch_size: int, max_length: int | None) ->
 def check_packing(model: torch.nn.Module, name: str, row_length: int) -> None:
     """Compare a text's logits behind another text in a packed row with those of the text alone.
 
-    Args:
-        model: A causal LM, wrapped or not.
-        name: What messages call it.
-        row_length: Tokens of the longest packed row. If that is more than the model's context, such a row is tried.
+    If the longest packed row has more tokens (`row_length`) than the model's context, such a row is tried as well.
 
     Raises:
         ValueError: They differ, or the model cannot read such a row at all.

@@ -29,7 +29,7 @@ text that was mixed in, stay as they are, and so does the text that `evaluate()`
 
 import random
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,13 +56,9 @@ _COUNTED = ("rows", "by_draft", "completions", "tokens", "cut", "seconds")
 
 
 def writer(args: DraftDistillConfig, step: int) -> str:
-    """Who writes the completions of an optimizer step: `data`, `target` or `draft`.
+    """Who writes the completions of an optimizer step (counted from 0): `data`, `target` or `draft`.
 
     The same on every process, and the same whenever the step is taken again.
-
-    Args:
-        args: `lmbda`, `seq_kd` and `seed`.
-        step: Steps taken before.
     """
     otherwise = TARGET if args.seq_kd else DATA
     # `random()` lies in [0, 1): a share of 0 or 1 leaves nothing to chance.
@@ -70,12 +66,9 @@ def writer(args: DraftDistillConfig, step: int) -> str:
 
 
 def last_prompt(labels: list[int]) -> int:
-    """How many tokens stand before the last completion of a row: what it answers.
+    """How many tokens stand before the last completion of a row (`labels` -100 where a token is not learned from).
 
     0 where there is none, as in plain text: it answers nothing, so it cannot be rewritten.
-
-    Args:
-        labels: -100 where a token is not learned from. In a chat, the answer is the last one.
     """
     position = len(labels)
     while position and labels[position - 1] == -100:
@@ -85,19 +78,11 @@ def last_prompt(labels: list[int]) -> int:
     return position
 
 
-def left_padded(prompts: list[list[int]], pad_with: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L] and their mask [B, L], the prompts ending in the last column."""
-    rows = [torch.tensor(prompt) for prompt in prompts]
-    ids = pad(rows, padding_value=pad_with, padding_side="left")
-    mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
-    return ids.to(device), mask.to(device)
-
-
 def check_writer(args: DraftDistillConfig, *, has_target: bool) -> None:
-    """Refuse, before anything is loaded, to have completions written where there is no target.
+    """Refuse, before anything is loaded, to have completions written where there is no target to write or judge them.
 
     Raises:
-        ValueError: Without the target nothing can write them, or judge what the draft wrote.
+        ValueError: The message says what to give.
     """
     if args.writes_completions and not has_target:
         raise ValueError(
@@ -109,17 +94,14 @@ def check_writer(args: DraftDistillConfig, *, has_target: bool) -> None:
 def check_writing(
     dataset: Any, args: DraftDistillConfig, context: int, *, sharded: bool, columns: Collection[str]
 ) -> None:
-    """Refuse completions that cannot be written: of these data, or by models laid out like this.
+    """Refuse completions that cannot be written: of these prepared data (a stream is not read ahead), or by such
+    models.
 
-    Args:
-        dataset: The prepared training data. A stream is not read ahead.
-        args: The configuration.
-        context: Longest text that both models read, in tokens.
-        sharded: Whether processes hold parts of the models.
-        columns: Of the rows as they were given.
+    `context` is the longest text that both models read, in tokens; `columns` are those of the rows as they were given.
 
     Raises:
-        ValueError: No row has a prompt, one leaves no room for a completion, or the target cannot correct.
+        ValueError: No row has a prompt, one leaves no room for a completion, or the target cannot correct since
+            processes hold parts of the models.
     """
     if sharded and args.skd_top_k is not None:
         # In `generate`, a process whose texts have ended keeps calling the draft for the others, but not the
@@ -150,11 +132,7 @@ def _asked(args: DraftDistillConfig) -> str:
 
 
 def check_room(longest: int, args: DraftDistillConfig, context: int) -> None:
-    """Refuse a prompt of `longest` tokens if its completion would not fit.
-
-    Raises:
-        ValueError: The message says what to lower.
-    """
+    """Raise a `ValueError` for a prompt of `longest` tokens if its completion would not fit."""
     if longest + args.max_new_tokens > context:
         raise ValueError(
             f"The longest prompt has {longest} tokens, and `max_new_tokens={args.max_new_tokens}` are to be written "
@@ -163,11 +141,7 @@ def check_room(longest: int, args: DraftDistillConfig, context: int) -> None:
 
 
 def check_batch(batch: dict[str, Any], args: DraftDistillConfig) -> None:
-    """Refuse batches of a custom collator from which rows cannot be taken again.
-
-    Raises:
-        ValueError: The message says what is missing.
-    """
+    """Raise a `ValueError` for batches of a custom collator from which rows cannot be taken again."""
     missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in batch]
     if missing:
         raise ValueError(
@@ -187,7 +161,7 @@ class CompletionWriter:
         tokenizer: Of both models.
         vocab_size: Tokens that draft and target share.
         context: Longest text that both models read, in tokens.
-        never_drafted: Tokens that the draft may not propose, and so does not write.
+        vocabulary: Ids that the draft may propose, and so writes; None for all.
 
     Attributes:
         seconds: What writing has taken on this process.
@@ -202,7 +176,7 @@ class CompletionWriter:
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
         context: int,
-        never_drafted: Sequence[int] = (),
+        vocabulary: Tensor | None = None,
     ) -> None:
         self._args = args
         self._target = target
@@ -210,20 +184,17 @@ class CompletionWriter:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._context = context
-        self._never_drafted = never_drafted
+        self._vocabulary = vocabulary
         self._counts = dict.fromkeys(_COUNTED, 0.0)
         self.seconds = 0.0
 
     def rewrite(
         self, batches: list[dict[str, Any]], step: int, draft: torch.nn.Module, collator: Any
     ) -> list[dict[str, Any]]:
-        """The batches of one accumulation window, with new completions unless it is the data's turn.
+        """The padded batches of one accumulation window, with new completions unless it is the data's turn.
 
-        Args:
-            batches: Padded batches.
-            step: Optimizer steps taken before.
-            draft: The prepared draft, wrapped or not.
-            collator: Makes a batch of rows with `input_ids` and `labels`.
+        `step` counts the optimizer steps taken before; the draft may be wrapped; `collator` makes a batch of rows with
+        `input_ids` and `labels`.
 
         Raises:
             ValueError: Rows cannot be taken from the batches, or a prompt leaves no room for a completion.
@@ -286,9 +257,10 @@ class CompletionWriter:
         args, setting, device = self._args, self._args.generation_setting, self._accelerator.device
         model: Any = draft if who == DRAFT else self._target
         top_k = args.skd_top_k if who == DRAFT else None
-        never = self._never_drafted if who == DRAFT else ()
-        config = self._generation_config(unwrapped(model), setting, never, corrected=top_k is not None)
-        ids, mask = left_padded(prompts, config.pad_token_id, device)
+        config = self._generation_config(unwrapped(model), setting, is_draft=who == DRAFT, corrected=top_k is not None)
+        rows = [torch.tensor(prompt) for prompt in prompts]
+        ids = pad(rows, padding_value=config.pad_token_id, padding_side="left").to(device)
+        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
         # Another seed for each process, or all would draw the same numbers for different rows.
         seed = random.Random(f"{args.seed}/{step}/{self._accelerator.process_index}").getrandbits(63)
         corrects = self._target if top_k is not None else None
@@ -304,14 +276,15 @@ class CompletionWriter:
         return [cut_completion(row, ends) for row in output[:, ids.shape[1] :].tolist()]
 
     def _generation_config(
-        self, model: Any, setting: DecodingSetting, never: Sequence[int], *, corrected: bool
+        self, model: Any, setting: DecodingSetting, *, is_draft: bool, corrected: bool
     ) -> GenerationConfig:
         if corrected and not setting.is_greedy:
             # What has been corrected is a finished distribution, from which `generate` only has to draw.
             setting = DecodingSetting(temperature=1.0)
         # Padded rows of the vocabulary stand for no token.
-        not_tokens = range(self._vocab_size, model.config.get_text_config().vocab_size)
-        suppressed = sorted({*(model.generation_config.suppress_tokens or []), *not_tokens, *never})
+        tokens = range(self._vocab_size) if self._vocabulary is None or not is_draft else self._vocabulary.tolist()
+        unwritten = set(range(model.config.get_text_config().vocab_size)) - set(tokens)
+        suppressed = sorted({*(model.generation_config.suppress_tokens or []), *unwritten})
         return setting.generation_config(
             model,
             self._args.max_new_tokens,

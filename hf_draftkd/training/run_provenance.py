@@ -57,13 +57,7 @@ def author(datasets: Iterable[Any]) -> str | None:
 
 
 def data_facts(dataset: Any, target_name: str | None, *, text_field: str = "text") -> dict[str, Any]:
-    """What the training rows say about themselves; nothing for a stream, which is not read twice.
-
-    Args:
-        dataset: The rows as the user gave them, or mixed.
-        target_name: The target in use.
-        text_field: Name of the column with plain text.
-    """
+    """What the training rows, given or mixed, say about themselves; nothing for a stream, which is not read twice."""
     if not isinstance(dataset, Dataset):
         return {}
     # All that follows is said of the rows that others were mixed into.
@@ -118,20 +112,16 @@ def _facts_of_writing(data_facts: dict[str, Any], args: DraftDistillConfig) -> d
 
 
 def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
-    """How the draft of a `DraftDistillTrainer` came to be.
-
-    Args:
-        trainer: The trainer, after or during training.
-        dataset_name: Id of the training data on the Hub, where the user gives it.
-    """
+    """How the draft of a `DraftDistillTrainer` came to be; `dataset_name` is the training data's id on the Hub."""
     args: DraftDistillConfig = trainer.args
     draft = unwrapped(trainer.model)
     target = None if trainer.target_model is None else unwrapped(trainer.target_model)
+    adapter = sum(p.numel() for name, p in draft.named_parameters() if "lora_" in name)  # merged when it is saved
     facts = _facts_of_writing(trainer.data_facts, args)
     if target is not None:
         facts["target_revision"] = model_revision(target)
-    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    metrics = {name: value for name, value in (evaluations[-1] if evaluations else {}).items() if name in _METRICS}
+    last: dict[str, Any] = next((each for each in reversed(trainer.state.log_history) if "eval_loss" in each), {})
+    metrics = {name: value for name, value in last.items() if name in _METRICS}
     training = TrainingSummary(
         target=trainer.target_name or None,
         # Of a target that only wrote the data, its rows know the name alone.
@@ -159,21 +149,19 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
             draft.config,
             target.config,
             draft_generation_config=draft.generation_config,
-            draft_parameters=_merged_size(draft),
+            draft_parameters=draft.num_parameters() - adapter,
             target_parameters=target.num_parameters(),
             tokenizer_fingerprint=tokenizer_fingerprint(trainer.processing_class),
             has_chat_template=bool(trainer.processing_class.chat_template),
         )
-    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     folder = Path(args.output_dir)
-    checksum = weights_checksum(folder) if any(folder.glob("*.safetensors")) else None
     return Provenance(
-        created=created,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=package_versions(),
         hardware=_hardware(draft, trainer.accelerator.num_processes),
         training=training,
         pair=pair,
-        weights_sha256=checksum,
+        weights_sha256=weights_checksum(folder) if any(folder.glob("*.safetensors")) else None,
     )
 
 
@@ -193,19 +181,11 @@ _METRICS = ("eval_loss", "eval_acceptance_rate", "eval_acceptance_rate_upper_bou
 
 def _changed(args: DraftDistillConfig) -> dict[str, Any]:
     fields = DraftDistillConfig.__dataclass_fields__
-    shown = {name: getattr(args, name) for name in _SHOWN}
     # Enumerations of transformers are strings underneath.
-    shown = {
-        name: str(getattr(value, "value", value)) if isinstance(value, str) else value for name, value in shown.items()
-    }
+    shown = {name: getattr(value, "value", value) for name in _SHOWN for value in [getattr(args, name)]}
     # TRL's default of None stands for a choice by machine, and False is what an ordinary CPU gets.
     shown["bf16"] = shown["bf16"] or None
     return {name: value for name, value in shown.items() if value is not None and value != fields[name].default}
-
-
-def _merged_size(draft: Any) -> int:
-    """Parameters of the draft once its adapter is merged."""
-    return draft.num_parameters() - sum(p.numel() for name, p in draft.named_parameters() if "lora_" in name)
 
 
 def _adapter(model: Any) -> str | None:

@@ -71,10 +71,7 @@ def merged(model: Any, weights: dict[str, torch.Tensor] | None = None) -> Any:
     """The plain model of a PEFT-wrapped draft, with the adapter folded in; the draft itself is left as it is.
 
     Merging in place and taking it back would change the weights by rounding, so a copy is merged: drafts are small.
-
-    Args:
-        model: The draft.
-        weights: All its weights, where `model` itself holds only this process's share of them.
+    `weights` are all of them, where the draft holds only this process's share.
     """
     if not is_peft_model(model):
         return model

@@ -17,7 +17,7 @@ from hf_draftkd.data.formats import check_format, check_labels, check_token_ids,
 from hf_draftkd.data.target_cache import CacheFacts
 from hf_draftkd.decoding.drafting import checked_vocabulary
 from hf_draftkd.models.context import shared_context
-from hf_draftkd.models.draft_length import recorded_vocabulary, store_draft_vocabulary
+from hf_draftkd.models.draft_length import recorded_vocabulary, store_draft_settings
 from hf_draftkd.models.forward import HeadArithmetic, head_arithmetic, unwrapped
 from hf_draftkd.models.identity import checkpoint_of
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
@@ -63,13 +63,7 @@ def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
 def check_datasets(
     train_dataset: Any, eval_dataset: Any, args: DraftDistillConfig, *, format_known: bool
 ) -> dict[str, Any]:
-    """The data sets by name, once it is clear that they can be read.
-
-    Args:
-        train_dataset: Rows or None.
-        eval_dataset: Rows, several of them by name, or None.
-        args: The configuration.
-        format_known: Whether the rows must be in a format that is understood; False with a `formatting_func`.
+    """The data sets by name, once it is clear that they can be read; `format_known` is False with a `formatting_func`.
 
     Raises:
         ValueError: There is no data, or nothing can be learned from it.
@@ -129,21 +123,15 @@ def prepare_pair(
 ) -> tuple[Any, PreTrainedModel | None, PreTrainedTokenizerBase]:
     """Load what was given by name, and make draft and target a pair.
 
-    Args:
-        model: The draft, or its name.
-        target_model: The target, its name, or None.
-        args: The configuration.
-        tokenizer: Of both; loaded by the target's name if not given, else by the draft's.
-        quantization_config: Refused.
-        trains: Whether the draft is trained, not only evaluated.
-        adds_adapter: Whether an adapter will be put on it, which is then what learns.
+    Without a tokenizer it is the target's, else the draft's. `trains`: the draft learns and is not only evaluated;
+    `adds_adapter`: what learns is an adapter that will be put on it.
 
     Returns:
         The draft, the frozen target (None without one), and the tokenizer they share.
 
     Raises:
         ValueError: A model cannot be loaded, is not a causal LM, its tokenizer differs from the other's, or the draft
-            is quantised, has nothing to train, or shares weights with the target.
+            is quantised (`quantization_config` included), has nothing to train, or shares weights with the target.
     """
     draft_kwargs = {"dtype": "float32", **_loading_options(args, args.model_init_kwargs)}
     target_kwargs = _loading_options(args, args.target_model_init_kwargs)
@@ -212,13 +200,7 @@ def _shared_tokenizer(draft: Any, target: Any) -> PreTrainedTokenizerBase:
 def fit_to_data(
     draft: Any, datasets: dict[str, Any], facts: list[CacheFacts], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Give the draft the vocabulary of the target that the data's distributions are of; and refuse ids beyond it.
-
-    Args:
-        draft: The draft, already fitted where the target is at hand.
-        datasets: Name -> rows.
-        facts: What the caches in use say of themselves; none where the target is at hand.
-        tokenizer: The draft's.
+    """Give the draft the vocabulary of the target that the caches in use are of (none where the target is at hand).
 
     Raises:
         ValueError: The two vocabularies differ by more than padding, or a row holds an id that the draft lacks.
@@ -281,13 +263,8 @@ def draft_vocabulary(draft: PreTrainedModel, args: DraftDistillConfig, vocab_siz
                 "Choose one with `draftkd vocabulary`, or give the ids themselves."
             )
     ids = checked_vocabulary(ids, vocab_size)
-    store_draft_vocabulary(draft, ids)
+    store_draft_settings(draft, {"draft_vocabulary": ids})
     return torch.tensor(ids, device=args.device)
-
-
-def outside_of(ids: torch.Tensor | None, vocab_size: int) -> list[int]:
-    """The tokens that are not on a list; none without one."""
-    return [] if ids is None else sorted(set(range(vocab_size)) - set(ids.tolist()))
 
 
 def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Module | None:

@@ -93,13 +93,9 @@ class TextSignal:
     exact_text: ClassVar[str] = "were written by one target, greedily"
     knows_distributions: ClassVar[bool] = False
 
-    def distributions(self, batch: dict[str, Any], keep: Tensor) -> Distributions | None:
+    def distributions(self, batch: dict[str, Any], keep: Tensor) -> "Distributions | Unprojected | None":
         """The target at the N positions [B, L] `keep` that predict a completion token; None if it is not known."""
         return None
-
-    def for_loss(self, batch: dict[str, Any], keep: Tensor) -> "Distributions | Unprojected | None":
-        """The same in the form that costs the loss least."""
-        return self.distributions(batch, keep)
 
     def acceptance(self, draft_logits: Tensor, target: Distributions | None, temperature: float = 1.0) -> Tensor | None:
         """[n] α at a sampling temperature, from raw draft logits [n, V]; None if it cannot be told.
@@ -115,16 +111,8 @@ class TextSignal:
     def accepted(
         self, draft_logits: Tensor, target: Distributions | None, written: Written, setting: DecodingSetting
     ) -> Tensor | None:
-        """Whether tokens had been accepted draft tokens.
-
-        Args:
-            draft_logits: [n, V], raw.
-            target: From `distributions`, at the same n positions.
-            written: The tokens that the target wrote there under `setting`.
-            setting: How.
-
-        Returns:
-            [n] a_t, or None if it cannot be told for this setting.
+        """[n] a_t: whether tokens that the target wrote under `setting` had been accepted draft tokens; None if that
+        cannot be told. From raw draft logits [n, V], and `distributions` at the same n positions.
         """
         if not self.judges(setting):
             return None
@@ -133,12 +121,7 @@ class TextSignal:
 
 
 class CachedTarget(TextSignal):
-    """The target's distributions as `cache_target_distributions` left them beside the text.
-
-    Args:
-        facts: What each data set's cache says of itself.
-        vocab_size: Tokens that draft and target share.
-    """
+    """The target's distributions as `cache_target_distributions` left them beside the text."""
 
     name = "cached"
     knows_distributions = True
@@ -201,22 +184,16 @@ class LiveTarget(TextSignal):
         if self.head_arithmetic is None:
             logger.warning(WHOLE_LOGITS, "target", "its weights are sharded" if sharded else NO_PLAIN_HEAD)
 
-    def for_loss(self, batch: dict[str, Any], keep: Tensor) -> Tensor | Unprojected:
-        if self.head_arithmetic is None:
-            return self.distributions(batch, keep)
-        head = unwrapped(self._model).get_output_embeddings()
-        if head.weight.device != keep.device:
+    @torch.no_grad()
+    def distributions(self, batch: dict[str, Any], keep: Tensor) -> Tensor | Unprojected:
+        lies_on = unwrapped(self._model).get_output_embeddings().weight.device
+        if self.head_arithmetic is not None and lies_on != keep.device:
             # From another device it hands over logits: moving its head in each step would cost more.
             self.head_arithmetic = None
-            logger.warning(WHOLE_LOGITS, "target", f"it lies on {head.weight.device}, the draft on {keep.device}")
-            return self.distributions(batch, keep)
-        with torch.no_grad():
-            return hidden_at(self._model, model_inputs(batch), keep, self.head_arithmetic, self._vocab_size)
-
-    def distributions(self, batch: dict[str, Any], keep: Tensor) -> Tensor:
-        with torch.no_grad():
-            logits = logits_at(self._model, model_inputs(batch), keep)[:, : self._vocab_size]
-        return logits.to(keep.device)
+            logger.warning(WHOLE_LOGITS, "target", f"it lies on {lies_on}, the draft on {keep.device}")
+        if self.head_arithmetic is None:
+            return logits_at(self._model, model_inputs(batch), keep)[:, : self._vocab_size].to(keep.device)
+        return hidden_at(self._model, model_inputs(batch), keep, self.head_arithmetic, self._vocab_size)
 
     def acceptance(self, draft_logits: Tensor, target: Distributions | None, temperature: float = 1.0) -> Tensor:
         assert isinstance(target, Tensor)
@@ -247,15 +224,7 @@ def make_signal(
     *,
     sharded: bool = False,
 ) -> TextSignal:
-    """The target if it is there, else its cache, else its text.
-
-    Args:
-        target_model: The prepared target, wrapped or not.
-        cache: Where cached distributions lie; told here which tokens exist.
-        facts: What they say of themselves.
-        vocab_size: Tokens that draft and target share.
-        sharded: Whether the target's weights are whole only inside its own forward.
-    """
+    """The prepared target if it is there, else its cache (which is told here which tokens exist), else its text."""
     if target_model is not None:
         return LiveTarget(target_model, vocab_size, sharded=sharded)
     if cache is None:
@@ -273,11 +242,7 @@ def check_cached(
 ) -> list[CacheFacts]:
     """Make sure, before anything is loaded, that the loss asked for can be computed from cached distributions.
 
-    Args:
-        datasets: Name -> rows.
-        args: The configuration.
-        custom_loss: Whether `token_loss` is overridden.
-        custom_collator: Whether the user gave a collator.
+    `custom_loss`: `token_loss` is overridden; `custom_collator`: the user gave a collator.
 
     Returns:
         What the caches say of themselves, one entry a data set.

@@ -97,17 +97,10 @@ def token_metrics(
 
 
 def completion_places(keep: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Which completion each token belongs to, and its place there.
+    """Which completion each of N tokens belongs to [N], and its place there [N], both counted from 0.
 
     A completion is a run of tokens that are learned from. The last position of a row, or of a text inside a packed
-    row, predicts nothing, so runs never reach into the next text.
-
-    Args:
-        keep: [B, L] bool, where the N completion tokens are predicted; False in the last column.
-        position_ids: [B, L]; 0 where a text of a packed row starts.
-
-    Returns:
-        [N] completion, [N] place, both counted from 0.
+    row (`position_ids` [B, L] start again at 0), predicts nothing, so runs never reach into the next text.
     """
     before = torch.zeros_like(keep)
     before[:, 1:] = keep[:, :-1]
@@ -120,18 +113,10 @@ def completion_places(keep: Tensor, position_ids: Tensor | None = None) -> tuple
 
 
 def adaspec_weights(losses: Tensor, reference_losses: Tensor, share: float) -> Tensor:
-    """1 for the share of tokens where the draft's loss exceeds the reference's most, 0 for the others.
+    """[N] weights: 1 for the share of tokens, rounded up, whose loss exceeds the reference's most, 0 for the others.
 
-    What a reference of the draft's size has learned, the draft can learn; where both lag behind the target alike, its
-    capacity would be spent in vain (AdaSPEC, https://arxiv.org/abs/2510.19779).
-
-    Args:
-        losses: [N] of the draft.
-        reference_losses: [N] of the reference, a copy of the draft that was distilled before.
-        share: k in (0, 1]; rounded up to whole tokens.
-
-    Returns:
-        [N].
+    What a reference of the draft's size, a copy that was distilled before, has learned, the draft can learn; where both
+    lag behind the target alike, its capacity would be spent in vain (AdaSPEC, https://arxiv.org/abs/2510.19779).
     """
     weights = torch.zeros_like(losses)
     # A share of 0.3 of 10 tokens is 3.0000000000000004 in floating point, and still 3 tokens.
@@ -141,15 +126,10 @@ def adaspec_weights(losses: Tensor, reference_losses: Tensor, share: float) -> T
 
 
 def rejected_by(acceptance: Tensor, positions: Tensor, completions: Tensor) -> Tensor:
-    """How likely speculative decoding, started with a completion, has met a rejection by each of its tokens.
+    """[N] how likely speculative decoding, started with a completion, has met a rejection by each of its tokens.
 
-    Args:
-        acceptance: [N] a_t, how likely the draft's token is accepted at each position.
-        positions: [N] place in the completion.
-        completions: [N] which completion.
-
-    Returns:
-        [N] 1 − Π_{s ≤ t} a_s over the completion's tokens s up to and with t.
+    That is 1 − Π_{s ≤ t} a_s over the completion's tokens s up to and with t, with a_t the `acceptance` [N] at each; a
+    token's place is its position [N] in one of the completions [N].
     """
     if not len(acceptance):
         return torch.zeros_like(acceptance)
@@ -160,16 +140,7 @@ def rejected_by(acceptance: Tensor, positions: Tensor, completions: Tensor) -> T
 
 
 def select_tokens(metrics: TokenMetrics, selection: str, share: float) -> Tensor:
-    """The weights of a named selection.
-
-    Args:
-        metrics: Of one batch.
-        selection: One of `TOKEN_SELECTIONS`.
-        share: For `adaspec`.
-
-    Returns:
-        [N] weights in [0, 1].
-    """
+    """The weights [N], in [0, 1], of one of `TOKEN_SELECTIONS`; `share` is for `adaspec`."""
     places = metrics.positions, metrics.completions
     if selection == ADASPEC:
         assert metrics.reference_losses is not None, "check_selection asks for a reference"
@@ -187,12 +158,8 @@ def check_selection(
 ) -> None:
     """Make sure, before anything is loaded, that the tokens asked for can be chosen.
 
-    Args:
-        args: The configuration.
-        has_reference: Whether a reference model is given.
-        custom_weights: Whether `token_weights` is overridden.
-        knows_distributions: Whether the loss reads the target's distributions.
-        from_draws: Whether all that is known of them are sampled tokens.
+    `custom_weights`: `token_weights` is overridden; `knows_distributions`: the loss reads the target's; `from_draws`:
+    sampled tokens are all that is known of them.
 
     Raises:
         ValueError: They cannot.
@@ -223,11 +190,7 @@ def check_selection(
 
 
 def check_token_weights(weights: Any, metrics: TokenMetrics) -> Tensor:
-    """The weights, once it is clear that they are such.
-
-    Raises:
-        ValueError: They are not [N], or negative, infinite or NaN.
-    """
+    """The weights, once it is clear that they are [N] and neither negative, infinite nor NaN; else a `ValueError`."""
     shape = tuple(metrics.losses.shape)
     if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
         given = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__

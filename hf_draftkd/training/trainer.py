@@ -1,10 +1,10 @@
 """`DraftDistillTrainer`: `trl.SFTTrainer` whose loss compares the draft with its target.
 
-Everything that fine-tuning a draft shares with fine-tuning any model (formats, chat templates, masks, packing, PEFT,
-checkpoints, logging) is SFTTrainer's. This file reads from top to bottom as a run does: build, rows, loss, rollouts,
-evaluation, logging, saving. What needs no trainer is done by its neighbours: `setup.py` (what is checked and loaded),
-`signals.py` (what is known of the target), `rollouts.py` (completions written while training), `token_selection.py`,
-`metrics.py` (sums), `finite.py`, `checkpoints.py`, `saving.py` (plain drafts), `run_provenance.py` (the card's facts).
+Formats, chat templates, masks, packing, PEFT, checkpoints and logging are SFTTrainer's. This file reads from top to
+bottom as a run does: build, rows, loss, rollouts, evaluation, logging, saving. What needs no trainer is done by its
+neighbours: `setup.py` (what is checked and loaded), `signals.py` (what is known of the target), `rollouts.py`
+(completions written while training), `token_selection.py`, `metrics.py` (sums), `finite.py`, `checkpoints.py`,
+`saving.py` (plain drafts), `run_provenance.py` (the card's facts).
 """
 
 import copy
@@ -37,7 +37,7 @@ from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.push import push_draft
 from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, get_divergence
 from hf_draftkd.models.context import shared_context
-from hf_draftkd.models.forward import in_head, logits_at, predicting_positions, unwrapped
+from hf_draftkd.models.forward import in_head, predicting_positions, unwrapped
 from hf_draftkd.models.pairing import copy_special_ids, shared_vocab_size
 from hf_draftkd.training import setup
 from hf_draftkd.training.callbacks import KeepSpecialIds, asked_metrics, with_acceptance
@@ -63,9 +63,8 @@ class DraftDistillTrainer(SFTTrainer):
     """Distils a target into a draft for speculative decoding.
 
     The draft is trained on every completion token to say what the target says there. Afterwards it is an ordinary
-    causal LM: `target.generate(**inputs, assistant_model=draft)`.
-
-    For a custom loss override [`DraftDistillTrainer.token_loss`]; to choose the tokens that are learned from,
+    causal LM: `target.generate(**inputs, assistant_model=draft)`. For a custom loss override
+    [`DraftDistillTrainer.token_loss`]; to choose the tokens that are learned from,
     [`DraftDistillTrainer.token_weights`].
 
     Example:
@@ -98,11 +97,11 @@ class DraftDistillTrainer(SFTTrainer):
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
             As `train_dataset`. Never packed: metrics are sums over whole texts.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer that both models share. If not given it is loaded by the target's name, in whose chat
-            template it will be asked, or by the draft's where there is no target.
+            The tokenizer that both models share. By default the target's, in whose chat template it will be asked,
+            or the draft's where there is no target.
         mix_dataset ([`~datasets.Dataset`], *optional*):
-            Rows to interleave with the training data, so that the draft does not forget what lies outside it:
-            `args.mix` says how many. Ordinarily plain text (`text`), learned from on all its tokens.
+            Rows to interleave with the training data (`args.mix` says how many), so that the draft does not forget what
+            lies outside it. Ordinarily plain text (`text`), learned from on all its tokens.
         reference_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             For `args.token_selection="adaspec"`, or a custom `token_weights`: a draft that was distilled before.
             Frozen, and never saved.
@@ -269,7 +268,7 @@ class DraftDistillTrainer(SFTTrainer):
                 accelerator=self.accelerator,
                 tokenizer=processing_class,
                 vocab_size=self._shared_vocab,
-                never_drafted=setup.outside_of(self._vocabulary, self._shared_vocab),
+                vocabulary=self._vocabulary,
                 context=context,
             )
         self._training_sums, self._num_tokens_read = TrainingSums(), 0
@@ -336,11 +335,9 @@ class DraftDistillTrainer(SFTTrainer):
     def token_loss(self, draft_logits: Tensor, target_logits: Tensor) -> Tensor:
         """How far the draft is from the target at each token. Override this to train with a custom divergence.
 
-        Args:
-            draft_logits: [n, V] next-token logits of the draft over the shared vocabulary, with gradient, divided by
-                `args.loss_temperature`; around −1e6 for tokens outside `args.draft_vocabulary`. From a cache of the k
-                likeliest tokens: [n, k + 1], the last one standing for all other tokens.
-            target_logits: The same of the target, without gradient.
+        Both are [n, V] next-token logits over the shared vocabulary, divided by `args.loss_temperature`, the draft's
+        with gradient and around −1e6 for tokens outside `args.draft_vocabulary`. From a cache of the k likeliest
+        tokens they are [n, k + 1], the last one standing for all other tokens.
 
         Returns:
             [n] values. They are summed over all completion tokens and divided by their number. Positions come a chunk
@@ -352,12 +349,8 @@ class DraftDistillTrainer(SFTTrainer):
         """How much each completion token counts. Override this to choose the tokens that are learned from.
 
         Called once for each batch on each process, before the loss; `super().token_weights(metrics)` gives what
-        `args.token_selection` says.
-
-        Args:
-            metrics: What is known of the batch's N completion tokens, without gradient: the draft's losses and, with
-                a `reference_model`, the reference's; acceptance rates; the tokens and their places. See
-                [`TokenMetrics`](token_selection.py).
+        `args.token_selection` says. What it is given of the batch's N completion tokens, without gradient, is described
+        in [`TokenMetrics`](token_selection.py).
 
         Returns:
             [N] weights, 0 or above. They multiply the losses, whose sum is divided by the number of completion
@@ -395,23 +388,6 @@ class DraftDistillTrainer(SFTTrainer):
             with_acceptance=target is not None,
         )
 
-    def _with_draft(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        keep: Tensor,
-        compute: Callable[[Tensor | Unprojected], tuple[Any, Tensor]],
-    ) -> Any:
-        """Run the draft, and compute something from what it says at the N positions [B, L] `keep`.
-
-        `compute` is given its hidden states with its head, or whole logits [N, V] where nothing else will do. It
-        returns the result, and what the model's forward passes on.
-        """
-        vocab_size = self._shared_vocab
-        if self.head_arithmetic is None:
-            return compute(logits_at(model, model_inputs(inputs), keep)[:, :vocab_size])[0]
-        return in_head(model, model_inputs(inputs), keep, self.head_arithmetic, vocab_size, compute)
-
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -425,8 +401,8 @@ class DraftDistillTrainer(SFTTrainer):
         """
         keep = predicting_positions(inputs["labels"])
         tokens = inputs["labels"][:, 1:][keep[:, :-1]]
-        target = self.signal.for_loss(inputs, keep) if self.learns_from_target else None
-        reference = None if self.reference_signal is None else self.reference_signal.for_loss(inputs, keep)
+        target = self.signal.distributions(inputs, keep) if self.learns_from_target else None
+        reference = None if self.reference_signal is None else self.reference_signal.distributions(inputs, keep)
 
         def loss_of(draft: Tensor | Unprojected) -> tuple[DistillationLoss, Tensor]:
             weights = None
@@ -439,7 +415,7 @@ class DraftDistillTrainer(SFTTrainer):
             result = self._distillation_loss(draft, target, tokens, num_items_in_batch, weights)
             return result, result.loss
 
-        result = self._with_draft(model, inputs, keep, loss_of)
+        result = in_head(model, model_inputs(inputs), keep, self.head_arithmetic, self._shared_vocab, loss_of)
         check_loss(result.loss, self.model, self.state.global_step, partial(self._row_starts, [inputs]))
         self._training_sums.add(inputs, result)
         loss = result.loss
@@ -518,7 +494,7 @@ class DraftDistillTrainer(SFTTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             keep = predicting_positions(inputs["labels"])
-            target = self.signal.for_loss(inputs, keep)
+            target = self.signal.distributions(inputs, keep)
 
             def sums_of(draft: Tensor | Unprojected) -> tuple[Tensor, Tensor]:
                 sums = row_sums(
@@ -535,7 +511,7 @@ class DraftDistillTrainer(SFTTrainer):
                 )
                 return sums, draft.new_zeros(0) if isinstance(draft, Tensor) else draft.hidden[:0]
 
-            sums = self._with_draft(model, inputs, keep, sums_of)
+            sums = in_head(model, model_inputs(inputs), keep, self.head_arithmetic, self._shared_vocab, sums_of)
         tokens, loss = sums[:, :2].sum(0)
         rows = partial(self._row_starts, [inputs])
         check_loss(loss, self.model, self.state.global_step, rows, evaluates=True)
@@ -551,9 +527,8 @@ class DraftDistillTrainer(SFTTrainer):
         """Adds `num_tokens` read so far, the `acceptance_rate` since the last entry where it can be told, and what was
         written (see [`CompletionWriter.close_log_entry`](rollouts.py)).
 
-        The acceptance rate is that at the loss temperature, one minus total variation: `tvd_plus_plus`, whose own value
-        means nothing, has to be watched by it. From a cache without the whole tail it is named
-        `acceptance_rate_upper_bound`.
+        The rate is one minus total variation at the loss temperature: `tvd_plus_plus`, whose own value means nothing,
+        has to be watched by it. From a cache without the whole tail it is named `acceptance_rate_upper_bound`.
         """
         if self.model.training:
             if self._writer is not None:
@@ -579,7 +554,7 @@ class DraftDistillTrainer(SFTTrainer):
             resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir, warns=self.is_world_process_zero())
         with only_run(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
             result = super().train(resume_from_checkpoint, *args, **kwargs)
-        self._check_weights()
+        check_weights(self)
         return result
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
@@ -587,10 +562,6 @@ class DraftDistillTrainer(SFTTrainer):
         found = super()._init_training_state(*args)
         in_stream = isinstance(self.train_dataset, IterableDataset) and found[1] > 0
         return batches_read(args[3], self.args.gradient_accumulation_steps) if in_stream else found
-
-    def _check_weights(self) -> None:
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        check_weights(self.model, step=self.state.global_step, sharded=sharded)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the plain draft, with an adapter merged into it.
@@ -600,7 +571,7 @@ class DraftDistillTrainer(SFTTrainer):
         Raises:
             FloatingPointError: The weights are not finite. Nothing is written.
         """
-        self._check_weights()
+        check_weights(self)
         # Only for a checkpoint does transformers itself name a folder.
         self._saving_checkpoint = _internal_call and output_dir is not None
         if output_dir is not None and self._saving_checkpoint and self.args.should_save:
@@ -672,15 +643,9 @@ class DraftDistillTrainer(SFTTrainer):
     ) -> Any:
         """Save the merged, plain draft and publish it in one commit: see [`push_draft`] for what is uploaded.
 
-        Args:
-            commit_message: First line of the commit.
-            blocking: Kept for the signature of [`~transformers.Trainer`]; the call always waits for the commit.
-            token: Overrides `args.hub_token`.
-            revision: Branch; by default `args.hub_revision`.
-            private: Whether a new repository is private; by default `args.hub_private_repo`.
-            license: Identifier, needed where the draft started from no model on the Hub to inherit one from.
-            language: Language code or codes for the metadata.
-            **kwargs: For `create_model_card`.
+        `revision` is a branch; it, `token` and `private` are by default those of `args`. A `license` is needed where
+        the draft started from no model on the Hub to inherit one from. The call always waits for the commit, whatever
+        `blocking` says; further arguments are for `create_model_card`.
 
         Returns:
             What was published; None on processes other than the first.

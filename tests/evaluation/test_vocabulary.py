@@ -11,7 +11,7 @@ from hf_draftkd.evaluation.scoring import EXACT, score_texts
 from hf_draftkd.evaluation.statistics import setting_result
 from hf_draftkd.evaluation.tables import report_table
 from hf_draftkd.hub.model_card import DraftModelCard
-from hf_draftkd.models.draft_length import store_draft_vocabulary
+from hf_draftkd.models.draft_length import store_draft_settings
 from tests.evaluation.test_exactness import NEW_TOKENS, VOCAB_SIZE, aligned_pair, write
 from tests.tiny import tiny_prompts
 
@@ -76,7 +76,7 @@ def test_the_report_holds_several_sizes_and_leaves_the_rest_alone(pair, tokenize
     before = evaluate_draft(draft, target, tokenizer, prompts, **options | {"measure_speed": False}).settings[0]
     with pytest.raises(ValueError, match="draftkd vocabulary"):
         evaluate_draft(draft, target, tokenizer, prompts, draft_vocabulary_sizes=[8], **options)
-    store_draft_vocabulary(draft, IDS[:120])
+    store_draft_settings(draft, {"draft_vocabulary": IDS[:120]})
     report = evaluate_draft(draft, target, tokenizer, prompts, **options)
     assert draft.generation_config.draft_vocabulary == IDS[:120]
     setting = report.settings[0]

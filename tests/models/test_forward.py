@@ -16,7 +16,7 @@ from transformers import (
 
 from examples.benchmarks.tiny_architectures import tiny_model
 from hf_draftkd.losses import distillation_loss
-from hf_draftkd.models.forward import evaluating, head_arithmetic, hidden_at, logits_at, loss_at, predicting_positions
+from hf_draftkd.models.forward import evaluating, head_arithmetic, hidden_at, in_head, logits_at, predicting_positions
 from tests.tiny import ARCHITECTURES, tiny_llama, tiny_pair
 
 
@@ -159,9 +159,12 @@ def test_the_loss_inside_the_head_has_the_value_and_gradient_of_the_logits(name,
     expected = {key: value.grad.clone() for key, value in draft.named_parameters()}
     draft.zero_grad()
     arithmetic = head_arithmetic(draft)
-    found = loss_at(
-        draft, inputs, keep, arithmetic, vocab_size, lambda q: distillation_loss(q, hidden, tokens, chunk_size=3)
-    )
+
+    def compute(q):
+        result = distillation_loss(q, hidden, tokens, chunk_size=3)
+        return result, result.loss
+
+    found = in_head(draft, inputs, keep, arithmetic, vocab_size, compute)
     found.loss.backward()
     torch.testing.assert_close(found.token_losses, whole.token_losses, atol=1e-5, rtol=1e-4)
     for key, value in draft.named_parameters():
@@ -189,14 +192,11 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made():
     with _Largest() as largest:
         with torch.no_grad():
             p = hidden_at(target, {"input_ids": ids}, keep, head_arithmetic(target), 300)
-        loss_at(
-            draft,
-            {"input_ids": ids},
-            keep,
-            head_arithmetic(draft),
-            300,
-            lambda q: distillation_loss(q, p, ids.flatten(), chunk_size=32, with_acceptance=True),
-        ).loss.backward()
+
+        def compute(q):
+            return (distillation_loss(q, p, ids.flatten(), chunk_size=32, with_acceptance=True).loss,) * 2
+
+        in_head(draft, {"input_ids": ids}, keep, head_arithmetic(draft), 300, compute).backward()
     assert largest.numel < 240 * 300 / 2
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_draftkd.losses import distillation_loss
-from hf_draftkd.models.forward import head_arithmetic, loss_at, predicting_positions
+from hf_draftkd.models.forward import head_arithmetic, in_head, predicting_positions
 from hf_draftkd.training import setup
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
@@ -48,16 +48,13 @@ def compare_streamed(trainer):
 def loss_and_gradients(draft, target_logits, ids, labels, arithmetic):
     """The chunked loss, computed where the model would have projected its hidden states."""
     keep = predicting_positions(labels)
-    result = loss_at(
-        draft,
-        {"input_ids": ids},
-        keep,
-        arithmetic,
-        target_logits.shape[-1],
-        lambda source: distillation_loss(source, target_logits, ids[:, 1:][keep[:, :-1]], chunk_size=3),
-    )
-    result.loss.backward()
-    return result.loss.detach()
+
+    def compute(source):
+        return (distillation_loss(source, target_logits, ids[:, 1:][keep[:, :-1]], chunk_size=3).loss,) * 2
+
+    loss = in_head(draft, {"input_ids": ids}, keep, arithmetic, target_logits.shape[-1], compute)
+    loss.backward()
+    return loss.detach()
 
 
 def compare_sharded():

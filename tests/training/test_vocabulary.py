@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 from hf_draftkd import SpeculativeDecoding, cache_target_distributions, choose_draft_vocabulary
-from hf_draftkd.models.draft_length import store_draft_vocabulary
+from hf_draftkd.models.draft_length import store_draft_settings
 from tests.tiny import tiny_pair
 from tests.training.rows import alignment_rows
 from tests.training.trainers import build
@@ -49,7 +49,7 @@ def test_cached_distributions_give_the_same_as_the_target(tmp_path, tokenizer):
     losses = []
     for is_cached in (False, True):
         draft, target = tiny_pair()
-        store_draft_vocabulary(draft, ids)
+        store_draft_settings(draft, {"draft_vocabulary": ids})
         data = rows
         if is_cached:
             data = cache_target_distributions(rows, target, top_k=target.config.vocab_size)
