@@ -20,13 +20,13 @@ import sys
 import time
 from pathlib import Path
 
-from datasets import Dataset, Features, List, load_dataset
+from datasets import Dataset, load_dataset
 
 import hf_draftkd
 from hf_draftkd import generate_alignment_data, load_target
 from hf_draftkd.data.curation import curate_prompts
 from hf_draftkd.data.synthesis import synthesize_prompts
-from hf_draftkd.data.target_cache import CACHE_COLUMNS
+from hf_draftkd.data.target_cache import bytes_per_token
 from hf_draftkd.hub.dataset_card import write_card
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.loading import load_tokenizer
@@ -59,13 +59,6 @@ def show(title: str, rows: Dataset, seconds: float) -> None:
         quoted = json.dumps(text, ensure_ascii=False)
         print(f"   {name}: {quoted[:100]}{'...' if len(quoted) > 100 else ''}")
     print(f"   {len(row['prompt_ids'])} tokens read, {len(row['completion_ids'])} written, {row['ids_source']}")
-
-
-def cache_bytes(features: Features, entries: float) -> float:
-    """Bytes that a token's cached distribution takes in memory, before Parquet's compression and list offsets."""
-    width = {"uint8": 1, "uint16": 2, "int32": 4, "float16": 2, "float32": 4}
-    kinds = [features[name].feature for name in CACHE_COLUMNS if name in features]
-    return sum(width[kind.feature.dtype] * entries if isinstance(kind, List) else width[kind.dtype] for kind in kinds)
 
 
 def killed_and_resumed(folder: Path, options: list[str], shards_before: int) -> int | None:
@@ -115,7 +108,9 @@ def main() -> None:
     runs.append(("queries", rows, seconds))
     tokens = sum(len(ids) for ids in rows["completion_ids"])
     stored = sum(path.stat().st_size for path in folder.glob("data/*.parquet"))
-    print(f"   cache: {cache_bytes(rows.features, 64):.0f} bytes a token; all columns on disk {stored / tokens:.0f}")
+    print(
+        f"   cache: {bytes_per_token(rows.features, 64):.0f} bytes a token; all columns on disk {stored / tokens:.0f}"
+    )
 
     start = time.perf_counter()
     prompts, counts = curate_prompts(docstrings(), tokenizer, opening_tokens=32, limit=options.prompts)

@@ -10,6 +10,7 @@ from hf_draftkd.data.vocabulary import choose_draft_vocabulary, vocabulary_cover
 from hf_draftkd.decoding.drafting import checked_vocabulary
 from hf_draftkd.models.draft_length import write_draft_settings
 from hf_draftkd.models.resolve import resolve
+from hf_draftkd.models.tokenizers import listed_ids
 from hf_draftkd.utils.fields import option
 
 
@@ -38,9 +39,7 @@ def run(argv: list[str]) -> int:
         checkpoint = resolve(folder, trust_remote_code=options.trust_remote_code)
         config = checkpoint.config.get_text_config()
         rows = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
-        eos = config.eos_token_id
-        ends = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        ids = choose_draft_vocabulary(rows, options.size, keep=ends)
+        ids = choose_draft_vocabulary(rows, options.size, keep=listed_ids(config.eos_token_id))
         checked_vocabulary(ids, config.vocab_size)
         written = write_draft_settings(folder, {"draft_vocabulary": ids}, options.trust_remote_code)
     coverage = vocabulary_coverage(rows, ids)

@@ -179,8 +179,8 @@ def _helping_draft(
 def read_prompts(
     config: AlignmentDataConfig, tokenizer: PreTrainedTokenizerBase, context: int | None
 ) -> tuple[Dataset | None, dict[str, int] | None]:
-    """Read and check all that can be before the target is loaded, whose context takes texts of so many tokens (None:
-    unknown).
+    """Read and check all that can be before the target is loaded; `context` is the longest text it takes, if known, in
+    tokens.
 
     Returns:
         The prompts, None for `scenario="synthetic"`, and how many rows fell to which filter: what
@@ -207,8 +207,12 @@ def read_prompts(
         return None, None
     if config.dataset is None:
         raise ValueError(f"There are no prompts: the scenario {config.scenario!r} needs a `dataset`.")
-    source: dict[str, Any] = {"split": config.dataset_split, "config": config.dataset_config}
-    source["limit"], counts = config.max_prompts, None
+    source: dict[str, Any] = {
+        "split": config.dataset_split,
+        "config": config.dataset_config,
+        "limit": config.max_prompts,
+    }
+    counts = None
     if config.scenario == "curated":
         prompts, counts = curate_prompts(
             config.dataset,

@@ -144,9 +144,9 @@ def open_folder(folder: Path, manifest: dict[str, Any], *, write: bool = True) -
     wait_until(path.exists)
     there, now = _read_manifest(folder), json.loads(json.dumps(manifest))  # tuples become lists, as in the file
     differing = [
-        f"{name}: {json.dumps(there.get(name, 'not set'))} there, {json.dumps(now.get(name, 'not set'))} now"
+        f"{name}: {_shown(there, name)} there, {_shown(now, name)} now"
         for name in dict.fromkeys([*there, *now])
-        if name not in _NOT_COMPARED and there.get(name, "not set") != now.get(name, "not set")
+        if name not in _NOT_COMPARED and (name in there, there.get(name)) != (name in now, now.get(name))
     ]
     if differing:
         raise ValueError(
@@ -223,3 +223,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 0.5) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
+def _shown(manifest: dict[str, Any], name: str) -> str:
+    return json.dumps(manifest[name], ensure_ascii=False) if name in manifest else "not set"

@@ -38,6 +38,7 @@ logger = logging.get_logger(__name__)
 
 CACHE_COLUMNS = ("completion_logprobs", "target_token_ids", "target_logprobs", "target_tail_logprob", "target_counts")
 TEMPERATURE_COLUMN, VOCAB_COLUMN = "target_temperature", "target_vocab_size"
+_WIDTH = {"uint8": 1, "uint16": 2, "int32": 4, "float16": 2, "float32": 4}
 _POSITIONS = 256  # positions turned to float32 at a time: a vocabulary of 152,000 takes 0.15 GB of them
 
 
@@ -175,6 +176,17 @@ def real_vocab_size(target_model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 def _rows(target_model: PreTrainedModel) -> int:
     return target_model.get_output_embeddings().weight.shape[0]
+
+
+def bytes_per_token(features: Features, entries: float) -> float:
+    """Bytes that the cache of one token takes in memory, before Parquet's compression and without list offsets.
+
+    Args:
+        features: The columns, from `CacheOptions.features`.
+        entries: Tokens kept: k, or the average number of distinct draws.
+    """
+    kinds = [features[name].feature for name in CACHE_COLUMNS if name in features]
+    return sum(_WIDTH[kind.feature.dtype] * entries if isinstance(kind, List) else _WIDTH[kind.dtype] for kind in kinds)
 
 
 def cache_columns(

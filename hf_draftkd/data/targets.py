@@ -24,7 +24,7 @@ from hf_draftkd.decoding.setting import end_token_ids
 from hf_draftkd.models.context import context_length
 from hf_draftkd.models.identity import model_revision, resolved_revision, weights_fingerprint
 from hf_draftkd.models.resolve import is_hub_id
-from hf_draftkd.models.tokenizers import tokenizer_size
+from hf_draftkd.models.tokenizers import listed_ids, tokenizer_size
 
 logger = logging.get_logger(__name__)
 
@@ -152,9 +152,8 @@ def served_end_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a text of a target behind a server, as far as the files beside its tokenizer say."""
     for place in _places(name, tokenizer):
         for config in (GenerationConfig, AutoConfig):
-            ids = getattr(_read(config, place), "eos_token_id", None)
-            if ids is not None:
-                return [ids] if isinstance(ids, int) else list(ids)
+            if ids := listed_ids(getattr(_read(config, place), "eos_token_id", None)):
+                return ids
     return []
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from hf_draftkd.models.tokenizers import listed_ids
+
 # What `generate` may still take from the model's own generation config: in which pieces it reads a prompt, and which
 # ids are not tokens at all (`align_vocabulary` records the padded rows of a draft in `suppress_tokens`). Never what it
 # samples, nor its kind of cache: a draft cannot be used with most of them.
@@ -247,7 +249,4 @@ def _effective(config: GenerationConfig, neutral: Mapping[str, tuple[Any, ...]],
 
 def end_token_ids(model: PreTrainedModel) -> frozenset[int]:
     """The ids that end a text of `model`: none, one or several."""
-    ids = model.generation_config.eos_token_id
-    if ids is None:
-        return frozenset()
-    return frozenset(ids if isinstance(ids, list | tuple | set) else [int(ids)])
+    return frozenset(listed_ids(model.generation_config.eos_token_id))

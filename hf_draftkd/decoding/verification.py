@@ -1,9 +1,9 @@
 """Which drafted tokens stay, and the token that follows them: pure functions on tensors.
 
-Every function returns a verdict [A, γ + 2]: in each row the tokens that come next, of which the first n + 1 count (n
-accepted ones and one of the target's own), and in the last column n. One transfer brings it to the host.
-
-p is the target's distribution and q the draft's, both after the same processing.
+They take the ids `drafted` [A, γ], the target's `scores` [A, γ + 1, V] and the draft's probabilities `q` [A, γ, V]; p
+is the target's distribution, after the same processing as q. Every function returns a verdict [A, γ + 2]: in each row
+the tokens that come next, of which the first n + 1 count (n accepted ones and one of the target's own), and in the last
+column n. One transfer brings it to the host.
 """
 
 import torch
@@ -13,29 +13,14 @@ from hf_draftkd.acceptance import LENIENCE_FORMS
 
 
 def verify_greedy(drafted: Tensor, scores: Tensor) -> Tensor:
-    """Accept drafted tokens as long as each is the target's likeliest.
-
-    Args:
-        drafted: [A, γ] ids.
-        scores: [A, γ + 1, V] of the target.
-
-    Returns:
-        The verdict, [A, γ + 2].
-    """
+    """Accept drafted tokens as long as each is the target's likeliest."""
     return _matched(drafted, scores.argmax(-1))
 
 
 def verify_greedy_ensemble(drafted: Tensor, scores: Tensor, q: Tensor, weight: float) -> Tensor:
-    """The same with the likeliest token of w·p + (1 − w)·q in the place of p's: transformers' lossy greedy form.
+    """The same with the likeliest token of w·p + (1 − w)·q, w in (0, 1]: transformers' lossy greedy form.
 
-    Args:
-        drafted: [A, γ] ids.
-        scores: [A, γ + 1, V] of the target.
-        q: [A, γ, V] probabilities of the draft.
-        weight: w in (0, 1].
-
-    Returns:
-        The verdict, [A, γ + 2]. The token after γ accepted ones is the target's.
+    The token after γ accepted ones is the target's.
     """
     p = scores.softmax(-1)
     p[:, :-1].mul_(weight).add_(q, alpha=1 - weight)
@@ -48,18 +33,9 @@ def verify_sampled(
     """Rejection sampling: the output has exactly the target's distribution (arXiv 2211.17192, algorithm 1).
 
     x ~ q is kept with probability min(1, p(x)/q(x)); on the first rejection the correction is drawn from the
-    normalised max(0, p − q), and after γ acceptances one more token from p. With `lenience` below 1 the first step
-    takes f(p(x))/q(x), and the output moves away from the target's (arXiv 2310.08461, and `LENIENCE_FORMS`).
-
-    Args:
-        drafted: [A, γ] ids, drawn from q.
-        scores: [A, γ + 1, V] of the target.
-        q: [A, γ, V] probabilities of the draft.
-        lenience: ε, or the weight of form "ensemble"; in (0, 1].
-        form: A key of `LENIENCE_FORMS`.
-
-    Returns:
-        The verdict, [A, γ + 2].
+    normalised max(0, p − q), and after γ acceptances one more token from p. With `lenience` (ε, or the weight of form
+    "ensemble"; in (0, 1]) below 1 the first step takes f(p(x))/q(x), and the output moves away from the target's
+    (arXiv 2310.08461); the form f is a key of `LENIENCE_FORMS`.
     """
     p = scores.softmax(-1)
     if drafted.shape[1] == 0:

@@ -18,11 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_draftkd.models.draft_length import drop_idle_sampling
 from hf_draftkd.models.identity import checkpoint_of
 from hf_draftkd.models.resolve import Checkpoint
-from hf_draftkd.models.tokenizers import tokenizer_size, vocabulary_difference
+from hf_draftkd.models.tokenizers import SPECIAL_IDS, tokenizer_size, vocabulary_difference
 
 logger = logging.getLogger(__name__)
-
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_tokenizers(draft_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> None:

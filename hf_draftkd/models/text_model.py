@@ -18,6 +18,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from hf_draftkd.models.forward import evaluating
+from hf_draftkd.models.tokenizers import SPECIAL_IDS
 
 # Text models without a causal LM class, the model type that computes the same on text alone, and what its config must
 # say besides.
@@ -111,7 +112,7 @@ def text_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
         # Sections for time, height and width: on text all three positions are equal.
         values["rope_parameters"] = {k: v for k, v in text.rope_parameters.items() if not k.startswith("mrope")}
         new = found.config_class(**values, **_EQUAL_ON_TEXT[text.model_type][1])
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for key in SPECIAL_IDS:
         if getattr(new, key, None) is None:
             setattr(new, key, getattr(config, key, None))
     return new

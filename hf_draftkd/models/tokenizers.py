@@ -1,6 +1,7 @@
 """What a tokenizer is, apart from how its files are written: the contents that give token ids their meaning."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +23,14 @@ _PROBES = (
     "🙂 👩‍👩‍👧 →€ \u200b\u00a0 end",
     '{"name": "sorted", "arguments": {"reverse": true}}',
 )
+
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def listed_ids(ids: int | Iterable[int] | None) -> list[int]:
+    """A config's `eos_token_id`, which may be None, a number or several, as a list."""
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -46,11 +46,8 @@ class ReplayBuffer:
     ) -> list[list[ServedRequest]]:
         """What an update learns from: in each epoch every new request once, among older ones drawn without replacement.
 
-        Args:
-            batch_size: Requests per batch; the last of an epoch may have fewer.
-            num_epochs: Passes over the new requests.
-            replay_ratio: Older requests for each new one, as far as there are any.
-            generator: Draws and shuffles.
+        There are `replay_ratio` older requests for each new one, as far as there are any; the last batch of an epoch
+        may be smaller. The generator draws and shuffles.
         """
         requests = list(self.training)
         num_older = len(requests) - self.num_new

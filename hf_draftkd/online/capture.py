@@ -41,10 +41,8 @@ class ServedRequest:
 class KeptDistributions:
     """The target's distributions at the tokens of one `generate` call, text by text.
 
-    Args:
-        top_k: Likeliest tokens to keep, at most `vocab_size`.
-        loss_temperature: Of what is kept.
-        vocab_size: Tokens that draft and target share.
+    Of each the `top_k` likeliest tokens (of the `vocab_size` that draft and target share) are kept, at the loss
+    temperature.
     """
 
     def __init__(self, *, top_k: int, loss_temperature: float, vocab_size: int) -> None:
@@ -68,10 +66,8 @@ class KeptDistributions:
 
 
 def served_setting(config: GenerationConfig, kwargs: Mapping[str, Any]) -> DecodingSetting | None:
-    """How `generate` decodes with this config and these arguments.
-
-    Returns:
-        The setting; None where temperature, top-k, top-p and repetition penalty do not describe it.
+    """How `generate` decodes with this config and these arguments; None where temperature, top-k, top-p and repetition
+    penalty do not describe it.
     """
     if kwargs.get("logits_processor") or kwargs.get("prefix_allowed_tokens_fn"):
         return None

@@ -34,15 +34,11 @@ def check_pair(draft: Any, target: Any, tokenizer: PreTrainedTokenizerBase | Non
 def check_request(ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
     """Refuse a call of `generate` that cannot be learnt from; what cannot be decoded, `SpeculativeDecoding` refuses.
 
-    Args:
-        ids: Token ids, [B, L].
-        kwargs: The call's other arguments.
-
     Returns:
-        The ids.
+        The ids [B, L].
 
     Raises:
-        ValueError: There are no token ids, or another draft or way of decoding is given.
+        ValueError: There are none, or another draft or way of decoding is given.
     """
     for name in ("assistant_model", "custom_generate"):
         if kwargs.get(name) is not None:

@@ -186,12 +186,7 @@ def acceptance_of(
 ) -> list[float]:
     """Exact acceptance rate of each draft on served requests, each under its own setting: a ratio of sums.
 
-    Args:
-        drafts: They share one pass of the target.
-        target_model: The target that served the requests.
-        requests: At least one.
-        vocab_size: Tokens that the pair shares.
-        batch_size: Requests per forward pass.
+    The drafts share one pass of the target that served them.
 
     Raises:
         FloatingPointError: A model returned NaN or inf.
