@@ -73,7 +73,7 @@ def distillation_loss(
     temperature: float = 1.0,
     cross_entropy_weight: float = 0.0,
     token_weights: torch.Tensor | None = None,
-    num_items: torch.Tensor | int | None = None,
+    num_items: torch.Tensor | float | None = None,
     vocabulary: torch.Tensor | None = None,
     chunk_size: int | None = None,
     with_acceptance: bool = False,
@@ -222,7 +222,7 @@ def _position_weights(
     tokens: torch.Tensor,
     token_weights: torch.Tensor | None,
     mask: torch.Tensor,
-    num_items: torch.Tensor | int | None,
+    num_items: torch.Tensor | float | None,
     like: torch.Tensor,
 ) -> torch.Tensor:
     """Return what each completion token's loss is multiplied by, `[N]`: its weight ÷ the number of tokens."""

@@ -89,6 +89,21 @@ class DraftDistillConfig(SFTConfig):
             its generation config, where [`SpeculativeDecoding`] reads it; other decoding uses the whole head, whose
             other rows learn nothing.
 
+        > Parameters that control parallel drafting
+
+        parallel_tokens (`int`, *optional*, defaults to `1`):
+            K: tokens that the draft learns to predict in one pass, from mask tokens (PARD, arXiv 2504.18583), so that
+            [`SpeculativeDecoding`], and vLLM with `"parallel_drafting": true`, draft with one pass a round. 1 is an
+            ordinary draft. A row teaches its tokens at every depth in one forward pass, deeper ones at fewer of its
+            positions (0.7 per depth, at least 0.2), for which a step of 8 costs near three times as much; the target
+            runs once, as ever. The mask token, an id that no text holds, and K are recorded in the draft's config.
+            Distil first, and set it then: depth 1 stays what an ordinary draft learns, and `assistant_model=` uses it.
+            Metrics of `evaluate()` are those of depth 1; [`evaluate_draft`] reports both ways of drafting. Attention
+            is "sdpa" or "eager", with a mask that grows with the square of the row.
+        parallel_weights (`str`, *optional*, defaults to `"uniform"`):
+            `"uniform"`: each token counts alike at each depth. `"confidence"`: by the target's probability of the
+            tokens before it in its block (PARD-2), without which it is never verified.
+
         > Parameters that control the data
 
         mix (`str`, *optional*):
@@ -198,6 +213,10 @@ class DraftDistillConfig(SFTConfig):
     draft_vocabulary: list[int] | str | None = option(
         None, "'recorded': the draft learns to propose only the tokens that `draftkd vocabulary` chose."
     )
+    parallel_tokens: int = option(1, "Tokens that the draft learns to predict in one pass; 1 is an ordinary draft.")
+    parallel_weights: str = option(
+        "uniform", "Deeper tokens count 'uniform', or by the target's 'confidence' in those before them."
+    )
     mix: str | None = option(None, "Parts of training data to parts of `mix_dataset`: 9:1 where one is given.")
     lmbda: float = option(0.0, "Share of the steps whose completions the draft writes: 1.0 is on-policy.")
     seq_kd: bool = option(False, "Let the target write the completions of all other steps.")
@@ -267,7 +286,29 @@ class DraftDistillConfig(SFTConfig):
         if isinstance(self.draft_vocabulary, str):
             one_of("`draft_vocabulary`", self.draft_vocabulary, ("recorded",))
         one_of("`token_selection`", self.token_selection, TOKEN_SELECTIONS)
+        self._check_parallel()
         self._check_writing()
+
+    def _check_parallel(self) -> None:
+        whole_number("parallel_tokens", self.parallel_tokens)
+        one_of("`parallel_weights`", self.parallel_weights, ("uniform", "confidence"))
+        if self.parallel_tokens == 1:
+            return
+        if self.packing or self.padding_free:
+            raise ValueError(
+                "`parallel_tokens` needs rows of one text each: its attention mask grows with the square of a row, and "
+                "a packed row is as long as all its texts. Leave out `packing` and `padding_free`."
+            )
+        if self.token_selection != "all":
+            raise ValueError(
+                f"`token_selection={self.token_selection!r}` chooses among next tokens, but `parallel_tokens` learns "
+                "each token at several depths. Leave one of them out."
+            )
+        if self.parallel_weights == "confidence" and not self.needs_target:
+            raise ValueError(
+                '`parallel_weights="confidence"` needs the target\'s probabilities, but cross-entropy reads only its '
+                "text. Leave it out, or choose a `divergence` that compares the draft with its target."
+            )
 
     def _check_writing(self) -> None:
         whole_number("max_new_tokens", self.max_new_tokens)

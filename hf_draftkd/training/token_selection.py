@@ -165,6 +165,11 @@ def check_selection(
         ValueError: They cannot.
     """
     selection = args.token_selection
+    if custom_weights and args.parallel_tokens > 1:
+        raise ValueError(
+            "A custom `token_weights` weighs next tokens, but `parallel_tokens` learns each token at several depths. "
+            "Leave one of them out."
+        )
     if selection == ADASPEC:
         if not has_reference:
             raise ValueError(

@@ -2,9 +2,9 @@
 
 Formats, chat templates, masks, packing, PEFT, checkpoints and logging are SFTTrainer's. This file reads from top to
 bottom as a run does: build, rows, loss, rollouts, evaluation, logging, saving. What needs no trainer is done by its
-neighbours: `setup.py` (what is checked and loaded), `signals.py` (what is known of the target), `rollouts.py`
-(completions written while training), `token_selection.py`, `metrics.py` (sums), `finite.py`, `checkpoints.py`,
-`saving.py` (plain drafts), `run_provenance.py` (the card's facts).
+neighbours: `setup.py` (what is checked and loaded), `signals.py` (what is known of the target), `parallel.py` (several
+tokens in one pass), `rollouts.py` (completions written while training), `token_selection.py`, `metrics.py` (sums),
+`finite.py`, `checkpoints.py`, `saving.py` (plain drafts), `run_provenance.py` (the card's facts).
 """
 
 import copy
@@ -46,6 +46,7 @@ from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.finite import StopOnNonFiniteGradient, check_loss, check_weights
 from hf_draftkd.training.metrics import EvaluationSums, FilledUp, TrainingSums, check_best_metric, not_exact, row_sums
 from hf_draftkd.training.packing import CheckPacking
+from hf_draftkd.training.parallel import CheckParallel, Lesson, parallel_training
 from hf_draftkd.training.rollouts import CompletionWriter, check_writer, check_writing
 from hf_draftkd.training.run_provenance import author, data_facts, describe_run
 from hf_draftkd.training.saving import check_adapter, check_saving, merged
@@ -191,6 +192,7 @@ class DraftDistillTrainer(SFTTrainer):
             adds_adapter=peft_config is not None,
         )
         setup.fit_to_data(draft, datasets, facts, processing_class)
+        self.parallel = parallel_training(unwrapped(draft), args, processing_class) if trains else None
         reference = setup.prepare_reference(reference_model, [draft, target], args, processing_class)
         self.draft_name = setup.model_name(unwrapped(draft))
         # Where the target is not at hand, the data names it.
@@ -231,6 +233,7 @@ class DraftDistillTrainer(SFTTrainer):
         if not self.is_deepspeed_enabled and self.accelerator.scaler is None:
             self.add_callback(StopOnNonFiniteGradient(lambda: self._row_starts(self._step_batches)))
         self.add_callback(CheckPacking(self))
+        self.add_callback(CheckParallel(self))
 
         # What each model says is settled, now that it lies where it runs.
         models = [unwrapped(draft), *([] if target is None else [target])]
@@ -363,7 +366,7 @@ class DraftDistillTrainer(SFTTrainer):
         draft: Tensor | Unprojected,
         target: Distributions | Unprojected | None,
         tokens: Tensor,
-        num_items: Tensor | int | None = None,
+        num_items: Tensor | float | None = None,
         token_weights: Tensor | None = None,
     ) -> DistillationLoss:
         args: DraftDistillConfig = self.args
@@ -403,19 +406,24 @@ class DraftDistillTrainer(SFTTrainer):
         tokens = inputs["labels"][:, 1:][keep[:, :-1]]
         target = self.signal.distributions(inputs, keep) if self.learns_from_target else None
         reference = None if self.reference_signal is None else self.reference_signal.distributions(inputs, keep)
+        lesson = Lesson(inputs, keep, target, tokens, num_items_in_batch)
+        if self.parallel is not None:
+            lesson = self.parallel(lesson, model)
 
         def loss_of(draft: Tensor | Unprojected) -> tuple[DistillationLoss, Tensor]:
-            weights = None
+            weights = lesson.weights
             if self._weighs_tokens:
                 # Only the head is passed twice: hidden states are at hand.
                 with torch.no_grad():
                     rest = keep, inputs.get("position_ids"), self._distillation_loss, self._vocabulary
                     metrics = token_metrics(draft, target, reference, tokens, *rest)
                     weights = check_token_weights(self.token_weights(metrics), metrics)
-            result = self._distillation_loss(draft, target, tokens, num_items_in_batch, weights)
+            result = self._distillation_loss(draft, lesson.target, lesson.tokens, lesson.num_items, weights)
             return result, result.loss
 
-        result = in_head(model, model_inputs(inputs), keep, self.head_arithmetic, self._shared_vocab, loss_of)
+        read = model_inputs(lesson.inputs)
+        result = in_head(model, read, lesson.keep, self.head_arithmetic, self._shared_vocab, loss_of)
+        result = lesson.at_depth_one(result)
         check_loss(result.loss, self.model, self.state.global_step, partial(self._row_starts, [inputs]))
         self._training_sums.add(inputs, result)
         loss = result.loss
