@@ -7,6 +7,7 @@ weights from the Hub, another engine): of it only the names, arguments and optio
 
 import ast
 import inspect
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -24,7 +26,8 @@ from hf_draftkd.models.demo import demo_path
 from tests.cli.run import ROOT
 
 GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))
-PAGES = [ROOT / "README.md", *GUIDES]
+NOTEBOOK = ROOT / "examples" / "distill_a_draft.ipynb"
+PAGES = [ROOT / "README.md", *GUIDES, NOTEBOOK]
 NOT_RUN = "# not run in the tests: "
 # What a reader replaces by names of their own, and what stands for it here. Runs are cut short.
 STAND_INS = {
@@ -33,6 +36,9 @@ STAND_INS = {
     "test_size=32": "test_size=8",
     "max_new_tokens=96": "max_new_tokens=12",
     "--num_prompts 1000": "--num_prompts 2",
+    "limit=320": "limit=8",
+    "limit=48": "limit=4",
+    "num_speed_prompts=8": "num_speed_prompts=1",
     "DraftDistillConfig(": "DraftDistillConfig(max_steps=2, ",
     'prompts["test"],': 'prompts["test"], num_speed_prompts=1,',
 }
@@ -58,6 +64,11 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        # What begins with a percent sign is for the notebook alone.
+        sources = [re.sub(r"^( *)%.*", r"\1pass", "".join(cell["source"]), flags=re.MULTILINE) for cell in cells]
+        return [Block(number, "python", source) for number, source in enumerate(sources)]
     found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
     return [Block(text.count("\n", 0, each.start()) + 1, each[1], each[2]) for each in found]
 
@@ -119,6 +130,7 @@ def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text("\n".join(queries[:16]), encoding="utf-8")
     (tmp_path / "other_prompts.jsonl").write_text("\n".join(queries[16:]), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(HTML=str))
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in found:
         text = block.text
@@ -155,7 +167,17 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_names_every_guide():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert not [guide.name for guide in GUIDES if f"examples/guides/{guide.name}" not in readme]
+    assert not [page for page in PAGES[1:] if f"({page.relative_to(ROOT)})" not in readme]
+
+
+def test_the_notebook_is_one_and_holds_no_outputs():
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(ids)) == len(ids)
+    for cell in notebook["cells"]:
+        assert "".join(cell["source"]).strip()
+        assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == ([], None)
 
 
 def test_custom_divergence_example_is_short_and_helps(tmp_path):
