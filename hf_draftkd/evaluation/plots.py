@@ -95,6 +95,7 @@ def speed_figure(report: SpeculationReport) -> "Figure":
             names.append(f"{_label(report, name, measured)}\n{decoded} γ = {found.num_assistant_tokens}")
     _require(names, "measured speed-up")
     axes.axvline(1, color="black", linewidth=1)
+    figure.set_figheight(1.0 + 0.42 * len(names))
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     _legend(figure, axes)
@@ -170,7 +171,7 @@ def kind_figure(report: SpeculationReport) -> "Figure":
     lines = [(found, looks) for setting, looks in _lines(report) if (found := setting.acceptance_by_kind)]
     _require(lines, "acceptance by kind of token")
     kinds = list(dict.fromkeys(kind for found, _ in lines for kind in found))
-    figure, axes = _figure("acceptance rate", "")
+    figure, axes = _figure("acceptance rate", "", height=len(kinds) * (0.2 + 0.12 * len(lines)))
     for number, (found, looks) in enumerate(lines):
         for place, kind in enumerate(kinds):
             if kind in found:
@@ -319,6 +320,7 @@ def _legend(figure: "Figure", axes: Any) -> None:
     named = dict(zip(labels, handles, strict=True))
     if len(named) > 1:
         columns = 1 if max(map(len, named)) > 24 else 2
+        figure.set_figheight(figure.get_figheight() + 0.2 * len(named) / columns)
         figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=columns, frameon=False)
 
 

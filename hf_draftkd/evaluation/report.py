@@ -175,7 +175,7 @@ class VocabularyResult:
 class KindResult:
     """The tokens of one kind."""
 
-    acceptance_rate: Estimate = key("Expected acceptance of a drafted token that stands for one of them.")
+    acceptance_rate: Estimate = key("Chance that such a token of the text had been an accepted draft token.")
     num_tokens: int = key("How many there are in the texts.")
 
 
