@@ -1,5 +1,6 @@
 """What every test shares: no network, few threads, fixed seeds, tiny models."""
 
+import gc
 import os
 
 # Before anything imports huggingface_hub, which reads them once. A test that reaches for the network is wrong.
@@ -28,6 +29,13 @@ from tests import tiny
 def _few_threads() -> None:
     # Tiny matrices gain nothing from threads, and workers of pytest-xdist would fight over the cores.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_not_garbage() -> None:
+    # `Trainer.train()` collects garbage: a third of a second each time, if all that was imported is looked through.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

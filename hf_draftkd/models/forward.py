@@ -161,10 +161,11 @@ def _instead_of_head(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> It
 
 def unwrapped(model: nn.Module) -> Any:
     """The transformers model inside data-parallel, compile and PEFT wrappers."""
-    from accelerate.utils import extract_model_from_parallel, is_peft_model
+    from accelerate.utils import extract_model_from_parallel
+    from peft import PeftModel  # accelerate's `is_peft_model` reads the metadata of packages, a millisecond a call
 
     inner = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
-    return inner.get_base_model() if is_peft_model(inner) else inner
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 
 @contextmanager

@@ -3,51 +3,37 @@
 import datetime
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import pytest
 from datasets import load_dataset
 
-from hf_draftkd.data import shards
+from hf_draftkd.data import generation, shards
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.synthesis import synthesize_prompts
 from tests.data.small import TEMPLATE, make_target, make_tokenizer
 from tests.data.test_synthesis import writing_target
+from tests.processes import in_two_processes, started
 
 TEXTS = [f"{'the cat ' * (number % 4)}{number}" for number in range(20)]
 OPTIONS = {"max_new_tokens": 6, "temperatures": (0.0, 1.0), "batch_size": 2, "shard_size": 4, "seed": 3}
 
-# What a killed or a second process runs: the same call, slowed down so that there is a moment to kill it at.
-SCRIPT = """
-import os, sys, time
-from pathlib import Path
-from hf_draftkd.data import generation
-from tests.data.small import make_target, make_tokenizer
-from tests.data.test_shards import OPTIONS, TEXTS
-answer, calls = generation.answer_shard, Path(sys.argv[1] + ".process-" + os.environ.get("RANK", "0"))
-def slow(*args, **kwargs):
-    with calls.open("a") as file:
-        file.write("shard\\n")
-    time.sleep(float(sys.argv[2]))
-    return answer(*args, **kwargs)
-generation.answer_shard = slow
-generation.generate_alignment_data(make_target(), make_tokenizer(), TEXTS, output_dir=sys.argv[1], **OPTIONS)
-"""
 
+def answer_slowly(folder: Path, seconds: float) -> None:
+    """What a killed or a second process runs: the same call, slowed down so that there is a moment to kill it at."""
+    answer, calls = generation.answer_shard, Path(f"{folder}.process-{os.environ.get('RANK', '0')}")
 
-@contextmanager
-def running(*command, **environment):
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", **environment}
-    with subprocess.Popen([sys.executable, *command], env=env, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    def slow(*args, **kwargs):
+        with calls.open("a") as file:
+            file.write("shard\n")
+        time.sleep(seconds)
+        return answer(*args, **kwargs)
+
+    generation.answer_shard = slow
+    datasets.config.HF_DATASETS_CACHE = str(folder.parent / "cache")
+    generate_alignment_data(make_target(), make_tokenizer(), TEXTS, output_dir=folder, **OPTIONS)
 
 
 def test_a_run_killed_at_any_moment_ends_with_the_same_rows(tmp_path, target, tokenizer):
@@ -55,13 +41,12 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_rows(tmp_path, target, to
     undisturbed = generate_alignment_data(target, tokenizer, TEXTS, **OPTIONS)
     folder = tmp_path / "out"
     for shards_before in (1, 3):
-        with running("-c", SCRIPT, str(folder), "0.4", HF_DATASETS_CACHE=str(tmp_path / "cache")) as process:
-            deadline = time.monotonic() + 120
-            while len(list(folder.glob("data/train-*"))) < shards_before:
-                assert process.poll() is None, process.stderr.read()
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            process.send_signal(signal.SIGKILL)
+        process = started(tmp_path / "log", __name__, "answer_slowly", folder, 0.4)
+        while len(list(folder.glob("data/train-*"))) < shards_before:
+            assert process.is_alive(), (tmp_path / "log").read_text()
+            time.sleep(0.02)
+        process.kill()
+        process.join()
     # What a kill in the middle of a write leaves behind.
     (folder / "data" / ".train-00004-of-00005.parquet.1").write_bytes(b"PAR1 half")
     assert 3 <= len(list(folder.glob("data/train-*"))) < 5
@@ -75,13 +60,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_rows(tmp_path, target, to
 
 def test_two_processes_write_the_rows_of_one(tmp_path, target, tokenizer):
     """Torchrun on CPU: each process takes its share of whole shards, and both see all of them at the end."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    arguments = (str(script), str(tmp_path / "out"), "0")
-    with running(*launcher, *arguments, HF_DATASETS_CACHE=str(tmp_path / "cache")) as process:
-        _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    in_two_processes(tmp_path, __name__, "answer_slowly", tmp_path / "out", 0.0)
     shares = [Path(f"{tmp_path}/out.process-{rank}").read_text().count("shard") for rank in (0, 1)]
     assert shares == [3, 2]  # two that take themselves for the only one write the same rows, twice
     together = load_dataset(str(tmp_path / "out"), split="train")

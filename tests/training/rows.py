@@ -3,11 +3,25 @@
 import torch
 from datasets import Dataset
 
+from hf_draftkd.models.identity import weights_fingerprint
 from tests.tiny import tiny_prompts
+
+_WRITTEN = {}
 
 
 def alignment_rows(target, tokenizer, *, count=8, max_new_tokens=12, temperature=0.0, name=None):
-    """Rows of design.md's format, written by `target` with plain `generate`."""
+    """Rows of design.md's format, written by `target` with plain `generate`; the same ones are written once."""
+    written_by = weights_fingerprint(target), target.config._name_or_path, target.generation_config.to_json_string()
+    key = (written_by, len(tokenizer), count, max_new_tokens, temperature, name)
+    if key not in _WRITTEN:
+        rows = _written(target, tokenizer, count, max_new_tokens, temperature, name)
+        _WRITTEN[key] = rows, torch.get_rng_state()
+    rows, random_state = _WRITTEN[key]
+    torch.set_rng_state(random_state)
+    return Dataset.from_list(rows)
+
+
+def _written(target, tokenizer, count, max_new_tokens, temperature, name):
     rows = []
     for prompt in tiny_prompts(tokenizer, count):
         torch.manual_seed(len(rows))
@@ -34,7 +48,7 @@ def alignment_rows(target, tokenizer, *, count=8, max_new_tokens=12, temperature
                 "finish_reason": "length",
             }
         )
-    return Dataset.from_list(rows)
+    return rows
 
 
 def reference_forward_kl(draft, target, rows) -> float:

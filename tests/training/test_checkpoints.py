@@ -2,9 +2,9 @@
 
 import json
 import logging
+import os
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
@@ -12,37 +12,30 @@ from safetensors.torch import load_file
 
 from hf_draftkd.training import checkpoints
 from hf_draftkd.training.checkpoints import last_complete_checkpoint
-from tests.tiny import tiny_pair
+from tests.processes import started
+from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
 from tests.training.trainers import assert_same, build, weights
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "sgd"}
 
-KILLED = """
-import os, signal, sys
-import torch
-from pathlib import Path
-from tests.tiny import tiny_pair, tiny_tokenizer
-from tests.training.rows import alignment_rows
-from tests.training.trainers import build
-from tests.training.test_checkpoints import SAVING
 
-def deadly(thing, file, *args, save=torch.save, **kwargs):
-    if "checkpoint-4" in str(file) and "optimizer" in str(file):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return save(thing, file, *args, **kwargs)
+def train_until_killed(out):
+    def deadly(thing, file, *args, save=torch.save, **kwargs):
+        if "checkpoint-4" in str(file) and "optimizer" in str(file):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save(thing, file, *args, **kwargs)
 
-torch.save = deadly
-torch.set_num_threads(1)
-pair, tokenizer = tiny_pair("llama"), tiny_tokenizer()
-build(sys.argv[1], pair, tokenizer, alignment_rows(pair[1], tokenizer), **SAVING).train()
-"""
+    torch.save = deadly
+    pair, tokenizer = tiny_pair("llama"), tiny_tokenizer()
+    build(out, pair, tokenizer, alignment_rows(pair[1], tokenizer), **SAVING).train()
 
 
 def test_kill_9_in_mid_save_leaves_the_last_complete_checkpoint(tmp_path, tokenizer, caplog):
     """A run that resumes from the highest number: from half a checkpoint."""
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run")], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = started(tmp_path / "log", __name__, "train_until_killed", tmp_path / "run")
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert (tmp_path / "run" / "checkpoint-4" / "model.safetensors").is_file()
 
     rows = alignment_rows(tiny_pair("llama")[1], tokenizer)
@@ -131,21 +124,28 @@ def test_the_best_checkpoint_is_kept_and_found(tmp_path, pair, tokenizer):
     assert torch.equal(saved["lm_head.weight"], trainer.model.lm_head.weight)
 
 
+def hold(out, is_in):
+    with checkpoints.only_run(out):
+        is_in.touch()
+        time.sleep(120)
+
+
 def test_two_runs_into_one_folder(tmp_path, pair, tokenizer, monkeypatch):
     """Checkpoints of both, mixed; and a run with `--overwrite_output_dir` removes the other's."""
     rows = alignment_rows(pair[1], tokenizer)
     monkeypatch.setattr(checkpoints, "_PATIENCE", 0)
-    hold = "import sys, time; from hf_draftkd.training.checkpoints import only_run\n"
-    hold += "with only_run(sys.argv[1]): print('in', flush=True); time.sleep(120)"
-    command = [sys.executable, "-c", hold, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "in\n"
-        with pytest.raises(ValueError, match=r"Another run is training into .*choose another `output_dir`"):
-            build(tmp_path, pair, tokenizer, rows, **SAVING).train()
-        other.kill()
-    assert not list(tmp_path.iterdir()), "a lock that stays keeps the next run out"
-    build(tmp_path, pair, tokenizer, rows, **SAVING).train()
-    build(tmp_path, pair, tokenizer, rows, **SAVING).train(resume_from_checkpoint=True)
+    out = tmp_path / "out"
+    other = started(tmp_path / "log", __name__, "hold", out, tmp_path / "in")
+    while not (tmp_path / "in").exists():
+        assert other.is_alive(), (tmp_path / "log").read_text()
+        time.sleep(0.02)
+    with pytest.raises(ValueError, match=r"Another run is training into .*choose another `output_dir`"):
+        build(out, pair, tokenizer, rows, **SAVING).train()
+    other.kill()
+    other.join()
+    assert not list(out.iterdir()), "a lock that stays keeps the next run out"
+    build(out, pair, tokenizer, rows, **SAVING).train()
+    build(out, pair, tokenizer, rows, **SAVING).train(resume_from_checkpoint=True)
 
 
 def test_workers_that_stay_do_not_keep_the_lock(tmp_path, pair, tokenizer, monkeypatch):

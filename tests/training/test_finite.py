@@ -7,9 +7,10 @@ from transformers import TrainerCallback
 
 from hf_draftkd import DraftDistillTrainer
 from hf_draftkd.training.finite import StopOnNonFiniteGradient, held_here
+from tests.processes import in_two_processes
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
-from tests.training.trainers import assert_same, build, in_two_processes, weights
+from tests.training.trainers import assert_same, build, weights
 
 
 class NoGradient(DraftDistillTrainer):
@@ -102,20 +103,9 @@ def stop_alike(out):
     assert all(value.isfinite().all() for value in pair[0].parameters())
 
 
-SCRIPT = """
-import sys
-import torch
-from tests.training.test_finite import stop_alike
-
-torch.set_num_threads(1)
-stop_alike(sys.argv[1])
-torch.distributed.destroy_process_group()
-"""
-
-
 def test_all_processes_stop_at_the_same_gradient(tmp_path):
     """One that continues waits for the others until the launcher gives up."""
-    in_two_processes(tmp_path, SCRIPT, tmp_path / "out")
+    in_two_processes(tmp_path, __name__, "stop_alike", tmp_path / "out")
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
 
 

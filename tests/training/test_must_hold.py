@@ -10,9 +10,10 @@ from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file
 
 from hf_draftkd.training.callbacks import PLOT
+from tests.processes import in_two_processes
 from tests.tiny import CHAT_TEMPLATE, tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
-from tests.training.trainers import assert_same, build, in_two_processes, weights
+from tests.training.trainers import assert_same, build, weights
 
 SELECTIONS = ("all", "after_first_rejection")
 
@@ -57,20 +58,10 @@ def train_twice(out, world):
             assert "matplotlib.figure" not in sys.modules, "only one process may write the plot"
 
 
-SCRIPT = """
-import sys
-import torch
-from tests.training.test_must_hold import train_twice
-
-torch.set_num_threads(1)
-train_twice(sys.argv[1], 2)
-"""
-
-
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """Losses normalised per process, rows counted twice, metrics of one process alone, a plot drawn by both."""
     train_twice(tmp_path / "1", 1)
-    in_two_processes(tmp_path, SCRIPT, tmp_path / "2")
+    in_two_processes(tmp_path, __name__, "train_twice", tmp_path / "2", 2)
     for selection in SELECTIONS:
         one, two = (torch.load(tmp_path / world / f"{selection}.pt") for world in "12")
         assert_same(one, two, atol=2e-5)

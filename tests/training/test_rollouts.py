@@ -12,9 +12,10 @@ from trl import maybe_convert_to_chatml
 from hf_draftkd import DraftDistillTrainer
 from hf_draftkd.training.rollouts import check_writing, last_prompt, writer
 from hf_draftkd.training.run_provenance import describe_run
+from tests.processes import in_two_processes
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows, reference_forward_kl
-from tests.training.trainers import assert_same, build, config, in_two_processes, weights
+from tests.training.trainers import assert_same, build, config, weights
 
 GREEDY = {"generation_temperature": 0.0, "max_new_tokens": 6}
 
@@ -394,22 +395,9 @@ def train(out, world):
     trainer.save_model()
 
 
-SCRIPT = """
-import sys
-import torch
-from tests.training.test_rollouts import train
-
-torch.set_num_threads(1)
-train(sys.argv[1], 2)
-# A process that leaves while the other still works would abort it.
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
 def test_two_processes_write_what_one_does(tmp_path):
     """Processes of which one waits for the target while the other draws from the draft; rows written twice."""
     train(tmp_path / "1", 1)
-    in_two_processes(tmp_path, SCRIPT, tmp_path / "2")
+    in_two_processes(tmp_path, __name__, "train", tmp_path / "2", 2)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("1", "2"))
     assert_same(one, two, atol=2e-5)

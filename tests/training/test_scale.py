@@ -10,9 +10,10 @@ from torch import nn
 from hf_draftkd.losses import distillation_loss
 from hf_draftkd.models.forward import head_arithmetic, in_head, predicting_positions
 from hf_draftkd.training import setup
+from tests.processes import in_two_processes
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
-from tests.training.trainers import assert_same, build, in_two_processes
+from tests.training.trainers import assert_same, build
 
 # Over processes ------------------------------------------------------------------------------------------------------
 
@@ -93,21 +94,14 @@ def compare_sharded():
         torch.testing.assert_close(parameter.grad.full_tensor(), reference[name].grad / 2, atol=1e-6, rtol=1e-4)
 
 
-SCRIPT = """
-import sys
-import torch
-from tests.training.test_scale import compare_sharded, compare_streamed, train_steps
-
-torch.set_num_threads(1)
-out, checkpoint = sys.argv[1:]
-for name, resume in (("straight", None), ("resumed", checkpoint)):
-    trainer = train_steps(f"{out}/{name}", 2, resume=resume)
-    if trainer.is_world_process_zero():
-        torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), f"{out}/{name}.pt")
-assert torch.distributed.get_world_size() == 2
-compare_streamed(trainer)
-compare_sharded()
-"""
+def of_two_processes(out, checkpoint):
+    for name, resume in (("straight", None), ("resumed", str(checkpoint))):
+        trainer = train_steps(out / name, 2, resume=resume)
+        if trainer.is_world_process_zero():
+            torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), out / f"{name}.pt")
+    assert torch.distributed.get_world_size() == 2
+    compare_streamed(trainer)
+    compare_sharded()
 
 
 def test_runs_go_on_in_another_number_of_processes_and_sharded_drafts_learn_the_same(tmp_path):
@@ -115,7 +109,7 @@ def test_runs_go_on_in_another_number_of_processes_and_sharded_drafts_learn_the_
     rows of a stream that are evaluated twice to fill the last batch, or processes that wait for another one's.
     """
     one = train_steps(tmp_path / "one", 1)
-    in_two_processes(tmp_path, SCRIPT, tmp_path, tmp_path / "one" / "checkpoint-2")
+    in_two_processes(tmp_path, __name__, "of_two_processes", tmp_path, tmp_path / "one" / "checkpoint-2")
     expected = one.model.state_dict()
     two = Path(tmp_path / "straight" / "checkpoint-2")
     back = train_steps(tmp_path / "back", 1, resume=str(two))

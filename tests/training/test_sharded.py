@@ -1,10 +1,9 @@
 """The whole trainer with sharded weights, in two real processes: FSDP2, and DeepSpeed where it is installed."""
 
+import functools
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_draftkd import DraftDistillTrainer, load_draft
 from hf_draftkd.training.saving import check_saving, merged
-from tests.cli.run import ROOT
+from tests.processes import in_two_processes
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
 from tests.training.test_finite import AfterStep, NoGradient, ruin
@@ -32,12 +31,11 @@ FSDP = {
 }
 ZERO = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
 GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # What is trained -> options.
 RUNS = {
     "whole": {},
-    "lora": {"lora": True},
-    "the draft writes": {"lmbda": 1.0, "max_new_tokens": 6, "generation_temperature": 0.0},
+    "lora": {"lora": True, "max_steps": 2},
+    "the draft writes": {"lmbda": 1.0, "max_new_tokens": 6, "generation_temperature": 0.0, "max_steps": 2},
 }
 
 
@@ -54,13 +52,18 @@ def offer_fsdp_on_cpu() -> None:
     os.environ.update(FSDP)
 
 
+@functools.cache
+def rows_of(count):
+    return alignment_rows(tiny_pair("llama")[1], tiny_tokenizer(), count=count)
+
+
 def train(folder, out, world, *, lora=False, resume=None, **options):
     """Four steps of four rows, a checkpoint after the second, a plain draft at the end. Returns the losses."""
     trainer = build(
         out,
         (str(folder / "draft"), str(folder / "target")),
         tiny_tokenizer(),
-        alignment_rows(tiny_pair("llama")[1], tiny_tokenizer(), count=12),
+        rows_of(12),
         peft=LoraConfig(target_modules="all-linear", lora_dropout=0.0) if lora else None,
         per_device_train_batch_size=4 // world,
         learning_rate=0.01,
@@ -88,7 +91,7 @@ def stop_alike(folder, out, **options):
         stops.append((NoGradient, AfterStep(1, weights), "gradient is not finite in optimizer step 3"))
     pair, rows = (
         (str(folder / "draft"), str(folder / "target")),
-        alignment_rows(tiny_pair("llama")[1], tiny_tokenizer()),
+        rows_of(6),
     )
     for kind, callback, message in stops:
         options |= {"save_strategy": "steps", "save_steps": 1, "use_cpu": True, "trainer_class": kind}
@@ -97,31 +100,21 @@ def stop_alike(folder, out, **options):
             trainer.train()
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-import torch
-from tests.training.test_sharded import RUNS, offer_fsdp_on_cpu, stop_alike, train
-
-torch.set_num_threads(1)
-folder, kind, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-if kind == "fsdp":
-    offer_fsdp_on_cpu()
-losses = {}
-for name, more in RUNS.items():
-    losses[name] = train(folder, folder / kind / name, 2, **more, **options)
-losses["resumed"] = train(
-    folder, folder / kind / "resumed", 2, resume=str(folder / kind / "whole" / "checkpoint-2"), **options
-)
-if kind == "fsdp":
-    losses["replicated"] = train(folder, folder / kind / "replicated", 2, shard_target=False)
-stop_alike(folder, folder / kind / "stopped", **options)
-assert torch.distributed.get_world_size() == 2
-if torch.distributed.get_rank() == 0:
-    (folder / f"{kind}.json").write_text(json.dumps(losses))
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
+def train_sharded(folder, kind, options):
+    if kind == "fsdp":
+        offer_fsdp_on_cpu()
+    losses = {}
+    for name, more in RUNS.items():
+        losses[name] = train(folder, folder / kind / name, 2, **more, **options)
+    losses["resumed"] = train(
+        folder, folder / kind / "resumed", 2, resume=str(folder / kind / "whole" / "checkpoint-2"), **options
+    )
+    if kind == "fsdp":
+        losses["replicated"] = train(folder, folder / kind / "replicated", 2, shard_target=False)
+    stop_alike(folder, folder / kind / "stopped", **options)
+    assert torch.distributed.get_world_size() == 2
+    if torch.distributed.get_rank() == 0:
+        (folder / f"{kind}.json").write_text(json.dumps(losses))
 
 
 @pytest.fixture(scope="module")
@@ -135,18 +128,7 @@ def alone(tmp_path_factory):
 
 
 def launch(folder, kind, options, **environment):
-    script = folder / f"{kind}.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, *LAUNCHER, str(script), str(folder), kind, json.dumps(options)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(folder, __name__, "train_sharded", folder, kind, options, **environment)
     return json.loads((folder / f"{kind}.json").read_text())
 
 

@@ -1,14 +1,8 @@
 """Trainers for tests: two models, a few rows, four steps."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 
 from hf_draftkd import DraftDistillConfig, DraftDistillTrainer
-from tests.cli.run import ROOT
 from tests.training.rows import alignment_rows
 
 
@@ -57,22 +51,6 @@ def build(
         callbacks=callbacks,
         formatting_func=formatting_func,
     )
-
-
-def in_two_processes(folder: Path, code: str, *arguments: object) -> None:
-    """Run `code` with `torchrun` on two processes of one thread each."""
-    script = folder / "train.py"
-    script.write_text(code)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def weights(model) -> dict[str, torch.Tensor]:
