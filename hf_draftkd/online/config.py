@@ -1,114 +1,79 @@
 """What learning from served traffic is made of: how often, from how much, and how cautiously."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hf_draftkd.losses import check_divergence
 from hf_draftkd.utils.checks import in_range, whole_number
+from hf_draftkd.utils.fields import option
 
 
 @dataclass
 class OnlineDistillConfig:
-    """Configuration class for the [`OnlineDraftDistiller`].
+    """Configuration class for the [`OnlineDraftDistiller`]. The help text of a field says what it does.
 
     A server has no epochs, no evaluation data and no end, so this is not a `TrainingArguments`; the few names that mean
-    the same there are the same here.
-
-    Parameters:
-        > Parameters that control when the draft learns
-
-        update_every (`int`, *optional*, defaults to `16`):
-            Requests between two updates, those held out for the gate included.
-        auto_update (`bool`, *optional*, defaults to `True`):
-            Whether [`OnlineDraftDistiller.generate`] runs an update that is due by itself, after its text is complete
-            and before it returns. Otherwise call [`OnlineDraftDistiller.step`] when the server is idle.
-
-        > Parameters that control what it learns from
-
-        buffer_size (`int`, *optional*, defaults to `256`):
-            Served requests kept to learn from; the oldest make room. One completion token takes
-            `8 * top_k + 12` bytes.
-        top_k (`int`, *optional*, defaults to `64`):
-            How many of the target's likeliest tokens are kept of each distribution, with the total probability of the
-            others. A smaller vocabulary is kept whole.
-        max_length (`int`, *optional*, defaults to `2048`):
-            Longest prompt and completion together that is learnt from, in tokens. Longer completions are cut; a
-            request whose prompt alone is that long is served but not learnt from.
-        replay_ratio (`float`, *optional*, defaults to `1.0`):
-            How many older requests an update sees again for each new one, which keeps the draft from forgetting the
-            traffic of an hour ago.
-        num_epochs (`int`, *optional*, defaults to `2`):
-            Passes of an update over its requests; older ones are drawn again for each.
-        batch_size (`int`, *optional*, defaults to `8`):
-            Requests per gradient step.
-
-        > Parameters that control the loss and the optimiser
-
-        divergence (`str`, *optional*, defaults to `"forward_kl"`):
-            As in [`DraftDistillConfig`]; `cross_entropy` learns from the served text alone.
-        divergence_options (`dict[str, Any]`, *optional*):
-            What the divergence takes: `{"beta": 0.1}` for `generalized_jsd`, `{"eta": 3.0}` for `lk_hybrid`,
-            `{"estimator": "full"}` for `tvd_plus_plus`.
-        loss_temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature both distributions are softened with inside the loss. It has nothing to do with sampling, and
-            is fixed when a distribution is kept.
-        cross_entropy_weight (`float`, *optional*, defaults to `0.0`):
-            Share w of the loss that is cross-entropy on the text: (1 - w) * divergence + w * cross-entropy.
-        learning_rate (`float`, *optional*, defaults to `3e-4`):
-            Learning rate of AdamW; constant, since traffic does not end.
-        weight_decay (`float`, *optional*, defaults to `0.0`):
-            Weight decay of AdamW.
-        max_grad_norm (`float`, *optional*, defaults to `1.0`):
-            Gradients are scaled down to this norm.
-
-        > Parameters that control the gate
-
-        holdout_share (`float`, *optional*, defaults to `0.25`):
-            Share of the prompts whose requests are never learnt from, but measure every update; at most 0.5. The prompt
-            itself decides, so that a question asked twice is never on both sides. 0 switches the gate off.
-        holdout_size (`int`, *optional*, defaults to `16`):
-            Held-out requests kept; the oldest make room.
-
-        > Parameters that control the rest
-
-        output_dir (`str`, *optional*):
-            Where the state is saved automatically; see [`OnlineDraftDistiller.save`]. `None` saves nothing.
-        save_every (`int`, *optional*, defaults to `16`):
-            Requests between two saves: the most that a crash can lose.
-        max_history (`int`, *optional*, defaults to `1000`):
-            Entries of [`OnlineDraftDistiller.history`] that are kept.
-        seed (`int`, *optional*, defaults to `0`):
-            Decides which requests are held out and which older ones are seen again.
+    the same there are the same here, and `divergence` is that of [`DraftDistillConfig`].
 
     Raises:
         ValueError: A value is out of range or not one of the known names.
     """
 
-    update_every: int = 16
-    auto_update: bool = True
+    # When the draft learns
+    update_every: int = option(16, "Requests between two updates, those held out for the gate included.")
+    auto_update: bool = option(
+        True,
+        "Whether `generate` runs an update that is due by itself, after its text is complete and before it returns; "
+        "otherwise call `step` when the server is idle.",
+    )
 
-    buffer_size: int = 256
-    top_k: int = 64
-    max_length: int = 2048
-    replay_ratio: float = 1.0
-    num_epochs: int = 2
-    batch_size: int = 8
+    # What it learns from
+    buffer_size: int = option(
+        256,
+        "Served requests kept to learn from; the oldest make room. A completion token takes `8 * top_k + 12` bytes.",
+    )
+    top_k: int = option(
+        64,
+        "How many of the target's likeliest tokens are kept of each distribution, with the total probability of the "
+        "others; a smaller vocabulary is kept whole.",
+    )
+    max_length: int = option(
+        2048,
+        "Longest prompt and completion together that is learnt from, in tokens. Longer completions are cut; a request "
+        "whose prompt alone is that long is served but not learnt from.",
+    )
+    replay_ratio: float = option(
+        1.0, "Older requests that an update sees again for each new one: so the draft keeps the traffic of an hour ago."
+    )
+    num_epochs: int = option(2, "Passes of an update over its requests; older ones are drawn again for each.")
+    batch_size: int = option(8, "Requests per gradient step.")
 
-    divergence: str = "forward_kl"
-    divergence_options: dict[str, Any] = field(default_factory=dict)
-    loss_temperature: float = 1.0
-    cross_entropy_weight: float = 0.0
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    # The loss and the optimiser
+    divergence: str = option("forward_kl", "How draft and target are compared; cross_entropy reads the text alone.")
+    divergence_options: dict[str, Any] = option({}, "What it takes: beta of generalized_jsd, eta of lk_hybrid, ...")
+    loss_temperature: float = option(
+        1.0, "Temperature of both distributions inside the loss, fixed when one is kept; unrelated to sampling."
+    )
+    cross_entropy_weight: float = option(
+        0.0, "Share w of cross-entropy on the text: (1 - w) * divergence + w * cross-entropy."
+    )
+    learning_rate: float = option(3e-4, "Learning rate of AdamW; constant, since traffic does not end.")
+    weight_decay: float = option(0.0, "Weight decay of AdamW.")
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
 
-    holdout_share: float = 0.25
-    holdout_size: int = 16
+    # The gate
+    holdout_share: float = option(
+        0.25,
+        "Share of the prompts whose requests are never learnt from, but measure every update; at most 0.5. The prompt "
+        "itself decides, so that a question asked twice is never on both sides. 0 switches the gate off.",
+    )
+    holdout_size: int = option(16, "Held-out requests kept; the oldest make room.")
 
-    output_dir: str | None = None
-    save_every: int = 16
-    max_history: int = 1000
-    seed: int = 0
+    # The rest
+    output_dir: str | None = option(None, "Where the state is saved automatically; None saves nothing.")
+    save_every: int = option(16, "Requests between two saves: the most that a crash can lose.")
+    max_history: int = option(1000, "Entries of `history` that are kept.")
+    seed: int = option(0, "Decides which requests are held out and which older ones are seen again.")
 
     def __post_init__(self) -> None:
         counts = ("update_every", "buffer_size", "top_k", "max_length", "num_epochs", "batch_size", "holdout_size")

@@ -19,7 +19,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.acceptance import AcceptanceCounts
@@ -28,10 +28,10 @@ from hf_draftkd.decoding.speculative import SpeculativeDecoding
 from hf_draftkd.losses import SparseTarget
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.identity import weights_fingerprint
-from hf_draftkd.models.pairing import align_vocabulary, shared_vocab_size
+from hf_draftkd.models.loading import require_loaded
+from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, check_weights_apart, shared_vocab_size
 from hf_draftkd.online.buffer import ReplayBuffer
 from hf_draftkd.online.capture import KeptDistributions, ServedRequest, prompt_of, served_setting
-from hf_draftkd.online.checks import check_pair, check_request
 from hf_draftkd.online.config import OnlineDistillConfig
 from hf_draftkd.online.learner import Learner, acceptance_of
 from hf_draftkd.online.state import check_same, load_tensors, read_facts, save_state
@@ -114,7 +114,7 @@ class OnlineDraftDistiller:
         on_log: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
         self.args = args or OnlineDistillConfig()
-        check_pair(draft_model, target_model, tokenizer)
+        _check_pair(draft_model, target_model, tokenizer)
         align_vocabulary(unwrapped(draft_model), unwrapped(target_model), tokenizer)
         self.draft_model, self.target_model, self.tokenizer = draft_model, target_model, tokenizer
         self.history: deque[dict[str, Any]] = deque(maxlen=self.args.max_history)
@@ -132,9 +132,7 @@ class OnlineDraftDistiller:
         self._generator = torch.Generator().manual_seed(self.args.seed)
         self._window = AcceptanceCounts()  # since the last step
         self._requests_at_step = 0
-        # Which save in the output directory is this process's, and how many updates its draft file has seen.
-        self._last_save: str | None = None
-        self._saved_updates: int | None = None
+        self._last_save: str | None = None  # in the output directory, by this process
         self._must_resume = self.args.output_dir is not None and read_facts(self.args.output_dir) is not None
 
     # Serving ---------------------------------------------------------------------------------------------------------
@@ -142,11 +140,8 @@ class OnlineDraftDistiller:
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """`target_model.generate(..., custom_generate=SpeculativeDecoding(draft_model))`, remembered.
 
-        Args:
-            inputs: As `generate` takes them; or `input_ids` among the keyword arguments. Each text of a batch is a
-                request by itself.
-            generation_config: As in `generate`.
-            **kwargs: As in `generate`: `attention_mask`, `max_new_tokens`, `streamer`, ...
+        Takes what `generate` takes (`input_ids`, `attention_mask`, `max_new_tokens`, `streamer`, ...); each text of a
+        batch is a request by itself.
 
         Returns:
             What `target_model.generate` returned, even if the update or save after it failed.
@@ -156,7 +151,12 @@ class OnlineDraftDistiller:
                 `SpeculativeDecoding` refuses (beams, guidance, `output_attentions`, ...): call `target_model.generate`
                 for such; or the output directory holds a state that `resume` was not called for.
         """
-        ids = check_request(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
+        for name in ("assistant_model", "custom_generate"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` is the distiller's own: leave it out, or call `target_model.generate`.")
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if ids is None or kwargs.get("inputs_embeds") is not None:
+            raise ValueError("A request is learnt from by its token ids: give `input_ids` instead of `inputs_embeds`.")
         self._check_resumed()
         # How `generate` will decode, the target's own defaults filled in.
         config, _ = unwrapped(self.target_model)._prepare_generation_config(generation_config, **kwargs)
@@ -296,29 +296,27 @@ class OnlineDraftDistiller:
     # State -----------------------------------------------------------------------------------------------------------
 
     def save(self, directory: str | None = None) -> None:
-        """Write weights, optimiser, buffer, counters and history, whole or not at all.
+        """Write weights, optimiser, buffer, counters and history, whole or not at all, into `directory` or
+        `args.output_dir`.
 
         `generate` does it automatically every `args.save_every` requests if `args.output_dir` is set. For a draft that
         others can load, call `draft_model.save_pretrained`.
-
-        Args:
-            directory: By default `args.output_dir`.
 
         Raises:
             ValueError: Neither is given, or `args.output_dir` holds the state of an earlier run, or of another
                 process that saves there too.
         """
         directory, is_own = self._state_directory(directory)
-        existing = read_facts(directory)
         if is_own:
             self._check_resumed()
+            existing = read_facts(directory)
             if existing is not None and existing["save"] != self._last_save:
                 raise ValueError(
                     f"Another process has saved its state in `output_dir={directory!r}` since, which would be "
                     "overwritten. Two processes cannot learn into one directory: `save` this one elsewhere."
                 )
-        tensors, buffer = self.buffer.pack()
-        tensors["generator"] = self._generator.get_state()
+        requests, buffer = self.buffer.pack()
+        random = {"generator": self._generator.get_state()}
         # Not from torch's or Python's random state, which are the user's.
         save = os.urandom(8).hex()
         facts = {
@@ -332,21 +330,16 @@ class OnlineDraftDistiller:
             "window": vars(self._window),
             "save": save,
         }
-        # The draft only changes with an update that is kept. If the folder was emptied meanwhile, its file is gone too.
-        is_there = is_own and existing is not None and self._saved_updates == self.num_updates
-        save_state(directory, None if is_there else self.learner.state(), tensors, facts)
+        save_state(directory, {"draft": self.learner.state(), "requests": requests, "random": random}, facts)
         if is_own:
-            self._last_save, self._saved_updates = save, self.num_updates
+            self._last_save = save
 
     @torch.inference_mode(False)
     def resume(self, directory: str | None = None) -> bool:
         """Continue from a saved state: weights, optimiser, buffer, counters, history and random state.
 
-        Args:
-            directory: By default `args.output_dir`.
-
         Returns:
-            False if nothing was ever saved there; the distiller is then unchanged.
+            False if nothing was ever saved in `directory` or `args.output_dir`; the distiller is then unchanged.
 
         Raises:
             ValueError: The state cannot be read, or belongs to another draft, target, `top_k` or `loss_temperature`.
@@ -356,17 +349,17 @@ class OnlineDraftDistiller:
         if facts is None:
             return False
         check_same(directory, facts, self._identity)
-        draft, requests = load_tensors(directory, facts)
-        self.learner.load(draft)
+        tensors = load_tensors(directory)
+        self.learner.load(tensors["draft"])
         self._decoding = SpeculativeDecoding(self.draft_model)
-        self._generator.set_state(requests["generator"])
-        self.buffer.unpack(requests, facts["buffer"])
+        self._generator.set_state(tensors["random"]["generator"])
+        self.buffer.unpack(tensors["requests"], facts["buffer"])
         self.num_requests, self.num_updates = facts["num_requests"], facts["num_updates"]
         self._requests_at_step = facts["requests_at_step"]
         self.history = deque(facts["history"], maxlen=self.args.max_history)
         self.counts, self._window = AcceptanceCounts(**facts["counts"]), AcceptanceCounts(**facts["window"])
         if is_own:
-            self._must_resume, self._last_save, self._saved_updates = False, facts["save"], self.num_updates
+            self._must_resume, self._last_save = False, facts["save"]
         return True
 
     def _state_directory(self, directory: str | None) -> tuple[str, bool]:
@@ -394,3 +387,18 @@ class OnlineDraftDistiller:
             "top_k": self._top_k,
             "loss_temperature": self.args.loss_temperature,
         }
+
+
+def _check_pair(draft: Any, target: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    require_loaded(draft, target)
+    if tokenizer is not None:
+        check_own_tokenizer(unwrapped(draft), tokenizer)
+        check_own_tokenizer(unwrapped(target), tokenizer, is_target=True)
+    check_weights_apart(draft, target)
+    if target.training:
+        raise ValueError("The target is in training mode, where dropout changes its output. Call `target.eval()`.")
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ValueError(
+            "Online distillation runs in one process: each of several would train a different draft. Serve replicas "
+            "with plain `generate`, and train in one of them."
+        )

@@ -1,13 +1,11 @@
-"""The state of an online draft on disk: two safetensors files that are only ever seen together.
+"""The state of an online draft on disk: one safetensors file, replaced in one step, so that it is always of one save.
 
-`draft-N.safetensors` holds the weights as they are trained and the optimiser's moments after N kept updates.
-`requests.safetensors` holds the buffer, counters and history, and names the draft file it belongs to. The draft is
-written first, the requests replace their predecessor in one step, and only then are older drafts removed: whenever the
-process dies, the two files that are found belong together.
+Tensors are named `group/name`: the draft's weights as they are trained, the optimiser's moments, the buffer. Counters
+and history are the JSON of its metadata.
 """
 
 import json
-import os
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,62 +16,44 @@ from torch import Tensor
 
 from hf_draftkd.utils.files import replacing
 
-REQUESTS = "requests.safetensors"
+STATE = "state.safetensors"
 
 
-def save_state(
-    directory: str | os.PathLike[str],
-    draft: Mapping[str, Tensor] | None,
-    requests: Mapping[str, Tensor],
-    facts: dict[str, Any],
-) -> None:
-    """Write a whole state, or leave the previous one.
-
-    Args:
-        directory: Created if need be.
-        draft: Weights and moments; None where the draft file of this many updates is known to be there.
-        requests: The buffer's tensors.
-        facts: Everything else, as JSON; `num_updates` names the draft file.
-    """
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"draft-{facts['num_updates']:08d}.safetensors"
-    if draft is not None:
-        _write(folder / name, draft, {})
-    _write(folder / REQUESTS, requests, {"facts": json.dumps({**facts, "draft_file": name})})
-    for old in folder.glob("draft-*.safetensors"):
-        if old.name != name:
-            old.unlink()
+def save_state(directory: str, groups: Mapping[str, Mapping[str, Tensor]], facts: dict[str, Any]) -> None:
+    """Write a whole state, or leave the previous one; a missing directory is made, `facts` are JSON values."""
+    path = Path(directory, STATE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{group}/{name}": tensor.detach().cpu().contiguous()
+        for group, named in groups.items()
+        for name, tensor in named.items()
+    }
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {"facts": json.dumps(facts)})
 
 
-def read_facts(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The facts of the state that lies here; None where no saving was ever completed.
-
-    Raises:
-        ValueError: The file cannot be read.
-    """
-    path = Path(directory, REQUESTS)
+def read_facts(directory: str) -> dict[str, Any] | None:
+    """The facts of the state that lies here, None where there is none; a `ValueError` if it cannot be read."""
+    path = Path(directory, STATE)
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             return json.loads((file.metadata() or {})["facts"])
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise _unreadable(directory, error) from error
+        raise ValueError(
+            f"The state in {directory!r} cannot be read: {error}. Restore the folder, or name another `output_dir` to "
+            "start again."
+        ) from error
 
 
-def load_tensors(
-    directory: str | os.PathLike[str], facts: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The draft's tensors and the buffer's.
-
-    Raises:
-        ValueError: A file is missing or damaged.
-    """
-    try:
-        return load_file(Path(directory, facts["draft_file"])), load_file(Path(directory, REQUESTS))
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(directory, error) from error
+def load_tensors(directory: str) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a state whose facts could be read, by group and name."""
+    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in load_file(Path(directory, STATE)).items():
+        group, _, name = key.partition("/")
+        groups[group][name] = tensor
+    return groups
 
 
 def check_same(directory: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -84,15 +64,3 @@ def check_same(directory: str, saved: Mapping[str, Any], current: Mapping[str, A
                 f"The state in {directory!r} was saved with {name}={saved[name]!r}, and here it is {value!r}, so the "
                 "distributions in its buffer are of no use. Set it as it was, or name another `output_dir`."
             )
-
-
-def _unreadable(directory: str | os.PathLike[str], error: Exception) -> ValueError:
-    return ValueError(
-        f"The state in {str(directory)!r} cannot be read: {error}. Restore the folder, or name another `output_dir` to "
-        "start again."
-    )
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
