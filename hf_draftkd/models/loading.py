@@ -64,28 +64,13 @@ def load_target(
     return model.requires_grad_(False).eval()
 
 
-def load_draft(
-    name_or_path: Any,
-    *,
-    revision: str | None = None,
-    dtype: str | torch.dtype = "auto",
-    device_map: Any = None,
-    quantization_config: Any = None,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
+def load_draft(name_or_path: Any, **options: Any) -> PreTrainedModel:
     """Load the small model, trainable. Arguments, result and errors as in `load_target`.
 
     The model is in eval mode, as transformers loads it; a trainer switches it. What `find_drafts` returns can be passed
     as it is. A draft that is a PEFT adapter comes back merged: a plain model, every weight of it trainable.
     """
-    model = _load(
-        resolve(name_or_path, revision=revision, trust_remote_code=trust_remote_code),
-        dtype=dtype,
-        device_map=device_map,
-        quantization_config=quantization_config,
-        attn_implementation=attn_implementation,
-    )
+    model = load_target(name_or_path, **options)
     for parameter in model.parameters():
         # Merging leaves a base frozen. Packed integer weights of a quantised draft cannot have gradients.
         parameter.requires_grad_(parameter.is_floating_point())

@@ -43,55 +43,33 @@ class DraftDistillConfig(SFTConfig):
     Every parameter of [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] works as there, except those listed
     at the end.
 
-    Defaults of the parameters below rest on an ablation on the bundled demo pair, three seeds, each value beside others
-    (`examples/benchmarks/ablation.py`; table in `examples/README.md`). It is named as "ablation" where it decides.
+    The help text of a field says what it does; here stands what takes more words. "Ablation": one on the bundled demo
+    pair, three seeds, each value beside others (`examples/benchmarks/ablation.py`; table in `examples/README.md`).
 
     Parameters:
-        > Parameters that control the models
+        > The models and the loss
 
-        target_model_revision (`str`, *optional*):
-            Revision of the target, when it is given as an id. A draft fits the revision it was distilled from.
-        target_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for [`load_target`], such as `dtype`, `device_map` or `quantization_config`, when the
-            target is given as an id. `dtype` defaults to `"auto"`: the target is only read.
-        shard_target (`bool`, *optional*, defaults to `True`):
-            Whether FSDP shards the target as it does the draft. `False` keeps it whole on each process: faster where
-            it fits, and its logits are then computed a chunk of positions at a time. ZeRO-3 always shards it.
-
-        > Parameters that control the loss
-
-        divergence (`str`, *optional*, defaults to `"forward_kl"`):
-            How the draft q is compared with the target p at each completion token: `forward_kl`, `reverse_kl`,
-            `generalized_jsd`, `total_variation`, `tvd_plus_plus`, `negative_log_acceptance`, `lk_hybrid`, or
-            `cross_entropy` on the completion's own tokens (black box: needs no target). Ablation: none is ahead but
+        target_model_init_kwargs (`dict[str, Any]`):
+            For [`load_target`], when the target is given as an id. `dtype` defaults to `"auto"`: it is only read.
+        shard_target (`bool`):
+            `False` keeps the target whole on each process under FSDP: faster where it fits, and its logits are then
+            computed a chunk of positions at a time. ZeRO-3 always shards it.
+        divergence (`str`):
+            `cross_entropy` on the completion's own tokens is black box: it needs no target. Ablation: none is ahead but
             `negative_log_acceptance`, by 1% (greedy) and 3% (T=1) at this learning rate, and not at ten times as much.
-        loss_temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature that both distributions are softened with inside the loss. It has nothing to do with sampling.
+        loss_temperature (`float`):
             Ablation: 0.5 serves greedy decoding a little and costs sampling much, 2 the other way round.
-        beta (`float`, *optional*, defaults to `0.5`):
-            Mixture weight of `generalized_jsd`, m = beta * p + (1 - beta) * q, in [0, 1]. 0 is forward KL, 1 reverse.
-        eta (`float`, *optional*, defaults to `3.0`):
-            How fast `lk_hybrid` moves from KL to total variation as acceptance grows.
-        tvd_estimator (`str`, *optional*, defaults to `"sampled"`):
-            `tvd_plus_plus`: `"sampled"` draws one token per position from the draft, as the paper does; `"full"` takes
-            the expectation over the vocabulary.
-        tvd_statistics (`str`, *optional*, defaults to `"batch"`):
-            `tvd_plus_plus`: whether rewards are normalised over the `"batch"` or per `"token"`.
-        cross_entropy_weight (`float`, *optional*, defaults to `0.0`):
-            Share w of the loss that is cross-entropy on the completion: (1 - w) * divergence + w * cross-entropy.
-            Ablation: no value makes a difference.
-
-        draft_vocabulary (`list[int]` or `str`, *optional*):
+        tvd_estimator (`str`):
+            `"sampled"` draws from the draft, as the paper does; `"full"` takes the expectation over the vocabulary.
+        cross_entropy_weight (`float`):
+            w in (1 - w) * divergence + w * cross-entropy. Ablation: no value makes a difference.
+        draft_vocabulary (`list[int]` or `str`):
             Ids that the draft may propose, as [`choose_draft_vocabulary`] finds them, or `"recorded"`: those that the
-            draft's generation config holds since `draftkd vocabulary`. The draft's distribution is masked to them and
-            renormalised, the target's is not; what the loss cannot change is left out (forward KL sums over the list,
-            and text outside it adds no cross-entropy). All metrics are those of such a draft. The list is saved in
-            its generation config, where [`SpeculativeDecoding`] reads it; other decoding uses the whole head, whose
-            other rows learn nothing.
-
-        > Parameters that control parallel drafting
-
-        parallel_tokens (`int`, *optional*, defaults to `1`):
+            draft's generation config holds. The draft's distribution is masked to them and renormalised, the target's
+            is not; what the loss cannot change is left out (forward KL sums over the list, and text outside it adds no
+            cross-entropy). All metrics are those of such a draft. The list is saved in its generation config, where
+            [`SpeculativeDecoding`] reads it; other decoding uses the whole head, whose other rows learn nothing.
+        parallel_tokens (`int`):
             K: tokens that the draft learns to predict in one pass, from mask tokens (PARD, arXiv 2504.18583), so that
             [`SpeculativeDecoding`], and vLLM with `"parallel_drafting": true`, draft with one pass a round. 1 is an
             ordinary draft. A row teaches its tokens at every depth in one forward pass, deeper ones at fewer of its
@@ -100,38 +78,30 @@ class DraftDistillConfig(SFTConfig):
             Distil first, and set it then: depth 1 stays what an ordinary draft learns, and `assistant_model=` uses it.
             Metrics of `evaluate()` are those of depth 1; [`evaluate_draft`] reports both ways of drafting. Attention
             is "sdpa" or "eager", with a mask that grows with the square of the row.
-        parallel_weights (`str`, *optional*, defaults to `"uniform"`):
+        parallel_weights (`str`):
             `"uniform"`: each token counts alike at each depth. `"confidence"`: by the target's probability of the
             tokens before it in its block (PARD-2), without which it is never verified.
 
-        > Parameters that control the data
+        > The data, and who writes the completions
 
-        mix (`str`, *optional*):
-            Parts of training data to parts of the trainer's `mix_dataset`. `"9:1"` where one is given: nine rows of
-            alignment data to one of pretraining text, as for the Llama 2 chat drafter (arXiv 2403.00858).
+        mix (`str`):
+            `"9:1"` where a `mix_dataset` is given: nine rows of alignment data to one of pretraining text, as for the
+            Llama 2 chat drafter (arXiv 2403.00858).
+        lmbda (`float`):
+            As in [`~trl.experimental.gkd.GKDConfig`]: 0 learns from the data as it is, 1 is fully on-policy. See the
+            table of the papers' methods in [`hf_draftkd.training.rollouts`](rollouts.py). Ablation: the target's text
+            is ahead by far while the draft is poor.
+        seq_kd (`bool`):
+            The target writes again in each epoch. Text that it wrote once and kept ([`generate_alignment_data`]) costs
+            its seconds once, and is as good in the ablation.
+        skd_top_k (`int`):
+            How strictly the target corrects the draft while it writes (SKD, arXiv 2410.11325, with 25).
+        generation_temperature, generation_top_p, generation_top_k:
+            What the models' own generation configs say of sampling is not used.
 
-        > Parameters that control who writes the completions
+        > Which tokens are learned from
 
-        lmbda (`float`, *optional*, defaults to `0.0`):
-            Share of the optimizer steps whose completions the draft writes itself, at random, as in
-            [`~trl.experimental.gkd.GKDConfig`]: 0 learns from the data as it is, 1 is fully on-policy. See the table
-            of the papers' methods in [`hf_draftkd.training.rollouts`](rollouts.py). Ablation: the target's text is
-            ahead by far while the draft is poor.
-        seq_kd (`bool`, *optional*, defaults to `False`):
-            Whether the target writes the completions of all other steps, again in each epoch. Text that it wrote once
-            and kept ([`generate_alignment_data`]) costs its seconds once, and is as good in the ablation.
-        skd_top_k (`int`, *optional*):
-            Whether, and how strictly, the target corrects the draft while it writes: each token that is not among the
-            target's `skd_top_k` likeliest is replaced by one of the target's own (SKD, arXiv 2410.11325, with 25).
-        max_new_tokens (`int`, *optional*, defaults to `128`):
-            Longest completion written while training, in tokens.
-        generation_temperature, generation_top_p (`float`), generation_top_k (`int`), *optional*:
-            How they are sampled: by default from the whole distribution at temperature 1; temperature 0 is greedy. What
-            the models' own generation configs say of sampling is not used.
-
-        > Parameters that control which tokens are learned from
-
-        token_selection (`str`, *optional*, defaults to `"all"`):
+        token_selection (`str`):
             - `"all"` completion tokens alike. Ablation: no selection is ahead of it.
             - `"adaspec"` (arXiv 2510.19779): the `selected_share` of tokens where the draft's loss exceeds that of the
               trainer's `reference_model` most, a copy of the draft that was distilled before. Chosen again in each
@@ -146,18 +116,14 @@ class DraftDistillConfig(SFTConfig):
             Losses are divided by the number of all completion tokens, selected or not (as AdaSPEC's own code does),
             and metrics of `evaluate()` are of all of them. For custom weights override
             [`DraftDistillTrainer.token_weights`].
-        selected_share (`float`, *optional*, defaults to `0.4`):
-            Share of tokens that `"adaspec"` learns from, in (0, 1]. The default is the paper's.
 
-        > Parameters that control evaluation
+        > Evaluation
 
-        eval_num_assistant_tokens (`int`, *optional*, defaults to `5`):
-            Draft length γ at which `eval_block_efficiency` is reported.
-        metric_for_best_model (`str`, *optional*):
-            As in [`~transformers.TrainingArguments`]: any metric of `evaluate()`, such as `eval_block_efficiency`; with
-            several evaluation sets by name, `eval_{name}_block_efficiency`. `load_best_model_at_end` chooses by `loss`
-            where nothing is said, and with `divergence="tvd_plus_plus"`, whose value means nothing, by
-            `eval_acceptance_rate`. A metric that the data cannot give is refused.
+        metric_for_best_model (`str`):
+            Any metric of `evaluate()`, such as `eval_block_efficiency`; with several evaluation sets by name,
+            `eval_{name}_block_efficiency`. `load_best_model_at_end` chooses by `loss` where nothing is said, and with
+            `divergence="tvd_plus_plus"`, whose value means nothing, by `eval_acceptance_rate`. A metric that the data
+            cannot give is refused.
 
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]:
@@ -196,7 +162,7 @@ class DraftDistillConfig(SFTConfig):
 
     hub_strategy: str = option("end", "Only 'end': a draft is published whole, in one commit, after training.")
 
-    target_model_revision: str | None = option(None, "Revision of the target, when it is given as an id.")
+    target_model_revision: str | None = option(None, "Revision of the target, when given as an id: the draft fits it.")
     target_model_init_kwargs: dict[str, Any] | str | None = option(
         None, "Keyword arguments for loading the target, as JSON: dtype, device_map, quantization_config."
     )
