@@ -10,9 +10,10 @@ from hf_draftkd import SpeculativeDecoding, cache_target_distributions, load_dra
 from hf_draftkd.losses import DIVERGENCES
 from hf_draftkd.models.parallel import parallel_draft
 from hf_draftkd.training import parallel
+from tests.processes import in_two_processes
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
-from tests.training.trainers import assert_same, build, config, in_two_processes, weights
+from tests.training.trainers import assert_same, build, config, weights
 
 K, MASK = 3, 2
 SHARES = 1 + 0.7 + 0.49
@@ -166,32 +167,19 @@ def test_other_refusals_and_a_word_before_depths_are_forgotten(tmp_path, pair, t
     assert "predict 4 tokens in one pass" in caplog.text
 
 
-TWO_PROCESSES = """
-import sys
-
-import torch
-
-from hf_draftkd.training import parallel
-from tests.tiny import tiny_pair, tiny_tokenizer
-from tests.training.rows import alignment_rows
-from tests.training.trainers import build, weights
-
-parallel.draw_depths = lambda count, num_tokens: torch.full((count,), num_tokens)
-tokenizer = tiny_tokenizer()
-draft, target = tiny_pair()
-rows = alignment_rows(target, tokenizer, count=8)
-trainer = build(sys.argv[1], (draft, target), tokenizer, rows, parallel_tokens=3, max_steps=2, learning_rate=1e-3)
-trainer.train()
-if trainer.is_world_process_zero():
-    torch.save(weights(draft), sys.argv[2])
-# A process that leaves while the other still works would abort it.
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
+def train_in_two(out, kept):
+    parallel.draw_depths = lambda count, num_tokens: torch.full((count,), num_tokens)
+    draft, target = tiny_pair()
+    rows = alignment_rows(target, tiny_tokenizer(), count=8)
+    options = {"parallel_tokens": 3, "max_steps": 2, "learning_rate": 1e-3}
+    trainer = build(out, (draft, target), tiny_tokenizer(), rows, **options)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        torch.save(weights(draft), kept)
 
 
 def test_two_processes_learn_what_one_does(tmp_path, tokenizer, whole):
-    in_two_processes(tmp_path, TWO_PROCESSES, tmp_path / "out", tmp_path / "weights.pt")
+    in_two_processes(tmp_path, __name__, "train_in_two", tmp_path / "out", tmp_path / "weights.pt")
     draft, target = tiny_pair()
     rows = alignment_rows(target, tokenizer, count=8)
     options = {"parallel_tokens": 3, "max_steps": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
