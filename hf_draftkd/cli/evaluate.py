@@ -19,7 +19,7 @@ from hf_draftkd.evaluation.html import save_page, training_log
 from hf_draftkd.evaluation.plots import figure_class
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
-from hf_draftkd.evaluation.tables import report_table
+from hf_draftkd.evaluation.tables import ReportTable
 from hf_draftkd.models.draft_length import draft_length_settings, write_draft_settings
 from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.pairing import check_own_tokenizer
@@ -131,7 +131,7 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
             settings = draft_length_settings(length)
             written.append(write_draft_settings(Path(report.draft.name), settings, options.trust_remote_code))
     finally:  # hours of measuring are shown even if the disk is full
-        console.print(report_table(report))
+        console.print(ReportTable(report))
     for warning in report.warnings:
         console.print(f"[yellow]note:[/yellow] {escape(printable(warning))}", highlight=False)
     if report.self_check is not None:

@@ -104,7 +104,7 @@ def evaluate_draft(
             `batch_size`; they take precedence over those of `config`.
 
     Returns:
-        The report: `print(report.to_json())`, `report.save("report.json")`, `rich.print(report_table(report))`.
+        The report: `print(report.to_json())`, `report.save("report.json")`, `rich.print(ReportTable(report))`.
 
     Raises:
         ValueError: The pair does not fit; prompts are missing, empty or too long; settings contradict themselves; an

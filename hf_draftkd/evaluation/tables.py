@@ -1,21 +1,21 @@
 """The report as a console table: one column a draft, one block of rows a decoding setting."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePath
+from textwrap import fill
 
 from rich import box
+from rich.console import Console, ConsoleOptions
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.evaluation.report import AssistedResult, SettingResult, SpeculationReport
 from hf_draftkd.utils.text import one_line
-
-
-def _plain(words: str) -> str:
-    """A report may be a stranger's: square brackets are markup to rich, control characters commands to a terminal."""
-    return escape(one_line(words))
 
 
 def named_settings(report: SpeculationReport) -> list[tuple[str, list[SettingResult]]]:
@@ -31,42 +31,80 @@ def named_settings(report: SpeculationReport) -> list[tuple[str, list[SettingRes
     return named
 
 
-def report_table(report: SpeculationReport) -> Table:
-    """One column for the baseline, one for the draft (or each of several), one for the paired difference."""
+@dataclass(frozen=True)
+class ReportTable:
+    """What rich prints of a report, in the width that it has: numbers are never cut.
+
+    Where the columns do not fit, intervals stand below their values, and drafts that still do not fit in a further
+    table below.
+    """
+
+    report: SpeculationReport
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | str]:
+        headings, *rows = _cells(self.report)
+
+        def table(columns: Iterable[int], shape: Callable[[str], str]) -> Table:
+            return _table([[row[0], *(shape(row[i]) for i in columns if i < len(row))] for row in (headings, *rows)])
+
+        def fits(shown: Table) -> bool:
+            return Measurement.get(console, options.update(width=10_000), shown).maximum <= options.max_width
+
+        names = (PurePath(model.name).name for model in (self.report.draft, self.report.target))
+        yield f"[italic]{escape(one_line(' for '.join(names)))}[/italic]\n"
+        left = list(range(1, len(headings)))
+        if fits(whole := table(left, str)):
+            yield whole
+        else:
+            while left:
+                count = next((n for n in range(len(left), 1, -1) if fits(table(left[:n], _folded))), 1)
+                yield table(left[:count], _folded)
+                left = left[count:]
+        if self.report.recommendation is not None:
+            yield "\n" + escape(one_line(self.report.recommendation.reason))
+
+
+def _cells(report: SpeculationReport) -> Iterator[list[str]]:
+    """The rows of the table, headings first; that of a setting's name has no other cell.
+
+    One column for the baseline, one for the draft (or each of several), one for the paired difference. A report may be
+    a stranger's: control characters in names would be commands to a terminal, and square brackets are markup to rich.
+    """
     columns = named_settings(report)
     differences = report.paired_difference if not report.drafts else None
     length = report.num_assistant_tokens
     batch_sizes = sorted({size for setting in report.settings for size in setting.speculative_batches or {}})
-    table = Table(
-        title=_plain(f"{PurePath(report.draft.name).name} for {PurePath(report.target.name).name}"),
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-        min_width=76,  # or a narrow table squeezes the caption below it
-    )
-    table.add_column("", no_wrap=True)
-    for name, _ in columns:
-        table.add_column(_plain(name), justify="right", no_wrap=True)
-    if differences:
-        table.add_column("difference", justify="right", no_wrap=True)
+    yield ["", *(one_line(name) for name, _ in columns), *(["difference"] if differences else [])]
     for index, setting in enumerate(report.settings):
         difference = differences[index] if differences else None
         changes = (difference.acceptance_rate, (difference.block_efficiency or {}).get(length)) if difference else ()
-        table.add_section()
-        table.add_row(f"[bold]{_plain(setting.words)}[/bold]", *[""] * (len(table.columns) - 1))
+        yield [one_line(setting.words)]
         for place, (label, show) in enumerate(_rows(length, batch_sizes)):
             cells = [show(settings[index]) for _, settings in columns]
             change = [_signed(changes[place]) if place < len(changes) else ""] if differences else []
-            if any(cells):
-                table.add_row(f" {label}", *cells, *change)
+            yield [f" {label}", *cells, *change]
         for place, by_size in enumerate(setting.draft_vocabulary or []):
             cells = [_of_size(settings[index], place, length) for _, settings in columns]
-            table.add_row(f" {by_size.size:,} tokens proposed", *cells, *([""] if differences else []))
-    if report.recommendation is not None:
-        table.caption = _plain(report.recommendation.reason)
+            yield [f" {by_size.size:,} tokens proposed", *cells, *([""] if differences else [])]
+
+
+def _table(rows: list[list[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
+    for place, heading in enumerate(rows[0]):
+        table.add_column(escape(heading), justify="right" if place else "left", no_wrap=True)
+    for label, *cells in rows[1:]:
+        if any(cells):
+            table.add_row(label, *map(escape, cells))
+        elif not cells:
+            table.add_section()
+            table.add_row(f"[bold]{escape(label)}[/bold]")
     return table
+
+
+def _folded(cell: str) -> str:
+    """A cell in fewer columns: an interval below its value, a draft's name on several lines."""
+    lines = re.sub(r" (?=[\[(])|(?<=\]), ", "\n", cell).split("\n")
+    return "\n".join(fill(line, 14) for line in lines)
 
 
 def _rows(length: int, batch_sizes: Iterable[int]) -> list[tuple[str, Callable[[SettingResult], str]]]:

@@ -12,8 +12,8 @@ from rich.console import Console
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.evaluation import report as report_module
 from hf_draftkd.evaluation.html import save_page
-from hf_draftkd.evaluation.report import SCHEMA_VERSION, DraftResult, SpeculationReport
-from hf_draftkd.evaluation.tables import report_table
+from hf_draftkd.evaluation.report import SCHEMA_VERSION, DraftResult, ModelInfo, SpeculationReport
+from hf_draftkd.evaluation.tables import ReportTable
 from tests.evaluation import samples
 
 
@@ -141,9 +141,25 @@ def test_every_key_is_documented():
                 assert len(field.metadata["help"]) > 5, f"{item.__name__}.{field.name} has no documentation"
 
 
+@pytest.mark.parametrize("width", [60, 79, 80, 90])
+@pytest.mark.parametrize("count", [0, 2, 5])
+def test_no_number_is_cut_in_a_narrow_terminal(width, count):
+    """`[0.20, 0.3…`: what a terminal of 80 columns showed of an interval."""
+    report = samples.report()
+    drafts = [ModelInfo(name=f"runs/a-long-name-{number}", num_parameters=1) for number in range(count)]
+    report.drafts = [DraftResult(draft=draft, settings=report.settings) for draft in drafts] or None
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(ReportTable(report))
+    text = console.export_text()
+    assert "…" not in text
+    for whole in ("0.70", "[0.68, 0.72]", "1.50x", "[1.40, 1.60]", "[1.60, 1.80]", "(plain 100)"):
+        assert text.count(whole) >= max(1, count)
+    assert ("[0.25, 0.35]" in text) == (count == 0)
+
+
 def test_the_table_shows_both_drafts_and_their_difference():
-    console = Console(width=90, record=True, file=StringIO())
-    console.print(report_table(samples.report()))
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(ReportTable(samples.report()))
     text = console.export_text()
     for expected in ("distilled for target", "baseline", "draft", "greedy", "temperature 1", "0.70 [0.68, 0.72]"):
         assert expected in text
@@ -159,7 +175,7 @@ def test_the_table_of_a_bare_report_has_no_empty_rows():
         entry.assisted = entry.speculative = entry.recommendation = None
         entry.block_efficiency = entry.mbsu = None
     console = Console(width=90, record=True, file=StringIO())
-    console.print(report_table(report))
+    console.print(ReportTable(report))
     text = console.export_text()
     assert "acceptance rate" in text
     assert "tokens/call" not in text
@@ -172,7 +188,7 @@ def test_the_table_shows_names_as_they_are():
     report.draft.name, report.recommendation.reason = "runs/draft[lr=1e-3]", "\x1b[2J\x9b\u202eWorth it [/bold]."
     report.drafts = [DraftResult(draft=report.draft, settings=report.settings)]
     console = Console(width=90, record=True, file=StringIO())
-    console.print(report_table(report))
+    console.print(ReportTable(report))
     text = console.export_text()
     assert "draft[lr=1e-3] for target" in text
     assert not {"\x1b", "\x9b", "\u202e"} & set(text)

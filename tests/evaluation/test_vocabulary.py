@@ -9,7 +9,7 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.scoring import EXACT, score_texts
 from hf_draftkd.evaluation.statistics import setting_result
-from hf_draftkd.evaluation.tables import report_table
+from hf_draftkd.evaluation.tables import ReportTable
 from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.models.draft_length import store_draft_settings
 from tests.evaluation.test_exactness import NEW_TOKENS, VOCAB_SIZE, aligned_pair, write
@@ -88,7 +88,7 @@ def test_the_report_holds_several_sizes_and_leaves_the_rest_alone(pair, tokenize
     assert SpeculationReport.from_json(report.to_json()) == report
     console = Console(width=120)
     with console.capture() as shown:
-        console.print(report_table(report))
+        console.print(ReportTable(report))
     assert "120 tokens proposed" in shown.get()
     card = DraftModelCard.from_report(report).render()
     assert "A smaller vocabulary" in card
