@@ -136,23 +136,23 @@ def open_folder(folder: Path, manifest: dict[str, Any], *, write: bool = True) -
         ValueError: The folder holds other files, or shards of other settings; the message says what differs.
     """
     path = folder / MANIFEST
-    if write and not path.exists():
+
+    def holds_rows() -> bool:
+        return any(not each.name.startswith(".") for each in (folder / "data").glob("*"))
+
+    if write and not (path.exists() and holds_rows()):  # nothing that other settings could be mixed with
         check_shard_folder(folder)
         (folder / "data").mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         return
-    wait_until(path.exists)
-    there, now = _read_manifest(folder), json.loads(json.dumps(manifest))  # tuples become lists, as in the file
-    differing = [
-        f"{name}: {_shown(there, name)} there, {_shown(now, name)} now"
-        for name in dict.fromkeys([*there, *now])
-        if name not in _NOT_COMPARED and (name in there, there.get(name)) != (name in now, now.get(name))
-    ]
-    if differing:
+    # A manifest of other settings is about to be replaced where nothing was finished.
+    wait_until(lambda: path.exists() and (holds_rows() or not _differences(folder, manifest)))
+    if differing := _differences(folder, manifest):
         raise ValueError(
             f"{folder} was begun with other settings, and rows of both must not mix ({'; '.join(differing)}). Resume "
             "with the old settings, or name another folder."
         )
+    there, now = _read_manifest(folder), manifest
     if there.get("versions") != now.get("versions"):
         logger.warning(
             f"{folder} was begun with other package versions ({there.get('versions')}; now {now.get('versions')}), "
@@ -219,6 +219,16 @@ def wait_until(condition: Callable[[], bool], seconds: float = 0.5) -> None:
     """Look again and again, until another process has done its part."""
     while not condition():
         time.sleep(seconds)
+
+
+def _differences(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """What differs between a folder's manifest and this one, in words."""
+    there, now = _read_manifest(folder), json.loads(json.dumps(manifest))  # tuples become lists, as in the file
+    return [
+        f"{name}: {_shown(there, name)} there, {_shown(now, name)} now"
+        for name in dict.fromkeys([*there, *now])
+        if name not in _NOT_COMPARED and (name in there, there.get(name)) != (name in now, now.get(name))
+    ]
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -124,6 +124,18 @@ def test_other_settings_are_refused_with_the_difference(tmp_path, target, tokeni
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_folder_in_which_nothing_was_finished_starts_over(tmp_path, target, tokenizer):
+    """A first try with another length, stopped before its first shard, blocks the folder for good."""
+    generate_alignment_data(target, tokenizer, TEXTS[:2], output_dir=tmp_path, **OPTIONS)
+    manifest = (tmp_path / "manifest.json").read_text()
+    for shard in tmp_path.glob("data/*"):
+        shard.rename(shard.with_name(f".{shard.name}.17"))  # as a killed run leaves it
+    (tmp_path / "manifest.json").write_text(manifest.replace('"max_new_tokens": 6', '"max_new_tokens": 7'))
+    generate_alignment_data(target, tokenizer, TEXTS[:2], output_dir=tmp_path, **OPTIONS)
+    assert (tmp_path / "manifest.json").read_text() == manifest
+    assert not list(tmp_path.glob("data/.*"))
+
+
 def test_a_folder_of_other_files_is_left_alone(tmp_path, target, tokenizer):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match=r"not empty"):
