@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command is known, so that `draftkd --help` answers at once.
 """
 
+import logging
 import sys
 from importlib import import_module
 
@@ -21,6 +22,14 @@ COMMANDS = {
     "evaluate": "measure how good one or several drafts are for a target",
     "push": "publish a draft on the Hugging Face Hub, with a card that says how good it is",
     "find": "find drafts for a target on the Hugging Face Hub, best first",
+    "completion": "print a script that completes commands and options in bash and zsh",
+}
+# What libraries report at a place, and how it begins, that nobody who runs a command can act on.
+_IDLE_NOTICES = {
+    # Assisted decoding calls the draft's `generate` in a way that transformers itself deprecates.
+    "transformers.generation.utils": "Passing `generation_config` together with",
+    # bitsandbytes, which peft imports, where an optional package is missing.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
 }
 
 
@@ -70,4 +79,6 @@ def dispatch(argv: list[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    for name, start in _IDLE_NOTICES.items():
+        logging.getLogger(name).addFilter(lambda record, start=start: not record.getMessage().startswith(start))
     sys.exit(dispatch(sys.argv[1:]))

@@ -5,9 +5,9 @@ on the answers, both drafts are measured on test queries nobody trained on, and 
 `generate(assistant_model=...)`.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.html import save_page
 from hf_draftkd.evaluation.plots import block_efficiency_figure, save_figure
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.evaluation.tables import report_table
+from hf_draftkd.evaluation.tables import ReportTable
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.draft_length import draft_length_settings, store_draft_settings
 from hf_draftkd.models.loading import load_draft, load_target
@@ -52,8 +52,7 @@ class QuickstartOptions:
 def run(argv: list[str]) -> int:
     """`draftkd quickstart *argv`; returns the exit code."""
     (options,) = parse("quickstart", (QuickstartOptions,), argv, "Distil and measure a draft on the bundled demo pair.")
-    # The table needs the room, also where the output goes to a file.
-    console = Console(width=max(Console().width, 110))
+    console = Console()
     with usage_errors():
         out = new_directory(options.output_dir, overwrite=True)
         whole_number("seed", options.seed, 0, 2**32 - 1)  # numpy's bounds, met when training begins
@@ -100,10 +99,15 @@ def run(argv: list[str]) -> int:
         source="the demo pair's test queries",
     )
     write(report, trainer, draft, out)
-    console.print(report_table(report))
+    console.print(ReportTable(report))
     for warning in report.warnings:
         console.print(f"Note: {warning}", markup=False)
-    print(_ending(out))
+    written = ", ".join(str(out / name) for name in ("report.html", "report.json", "draft") if (out / name).exists())
+    lines = _lines(out / "draft", options.max_new_tokens)
+    print(f"\nWritten: {written} (weights, tokenizer, card and plot).\n")
+    print(f"The draft at work on the first test query, which nobody trained on:\n\n{indent(lines, '    ')}")
+    print("These lines print:\n")
+    exec(lines, {})
     return 0
 
 
@@ -152,17 +156,21 @@ def write(report: SpeculationReport, trainer: DraftDistillTrainer, draft: Any, o
     trainer.create_model_card(model_name="draftkd-quickstart", report=report, plots=plots)
 
 
-def _ending(out: Path) -> str:
-    draft, target = os.path.relpath(out / "draft"), os.path.relpath(demo_path("target"))
-    page = out / "report.html"
-    shown = f"{page} (plots, and answers token by token), " if page.exists() else ""
-    return f"""
-Written: {shown}{out / "report.json"} and {out / "draft"} (weights, tokenizer, card and plot).
+def _lines(draft: Path, max_new_tokens: int) -> str:
+    """What a user can type to see a draft of the demo's target work."""
+    return f"""\
+from time import perf_counter
+from hf_draftkd import SpeculativeDecoding, load_draft, load_prompts, load_target, load_tokenizer
+from hf_draftkd.models.demo import demo_path
 
-Use the draft:
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    target, draft = (AutoModelForCausalLM.from_pretrained(p, dtype="float32") for p in ("{target}", "{draft}"))
-    inputs = AutoTokenizer.from_pretrained("{target}")("def add(", return_tensors="pt")
-    target.generate(**inputs, assistant_model=draft, max_new_tokens=40)
+target, tokenizer = load_target(demo_path("target"), dtype="float32"), load_tokenizer(demo_path("target"))
+draft = load_draft({str(draft.absolute())!r}, dtype="float32")
+query = load_prompts(demo_path("test.jsonl"), limit=1)[0]["prompt"]
+inputs = tokenizer.apply_chat_template(query, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+target.generate(**inputs, max_new_tokens=1)  # the first call is slow
+for name, way in (("without", {{}}), ("with", {{"custom_generate": SpeculativeDecoding(draft)}})):
+    start = perf_counter()
+    output = target.generate(**inputs, **way, do_sample=False, max_new_tokens={max_new_tokens})
+    seconds = perf_counter() - start
+    print(f"{{seconds:.2f}} s {{name}} the draft:", tokenizer.decode(output[0, inputs.input_ids.shape[1] :]))
 """

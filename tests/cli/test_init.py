@@ -1,8 +1,12 @@
 """`draftkd init` and `draftkd quickstart`: what is refused, and when."""
 
+from pathlib import Path
+
 import pytest
 
 from hf_draftkd.cli.main import dispatch
+from hf_draftkd.cli.quickstart import _lines
+from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.resolve import resolve
 from tests.multimodal import tiny_multimodal
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -56,3 +60,10 @@ def test_quickstart_refuses_before_it_trains(tmp_path, capsys, monkeypatch):
         assert f"`{option[2:]}` must be" in capsys.readouterr().err
     assert dispatch(["quickstart", "--seed=-1", "--output_dir", str(tmp_path / "out")]) == 2
     assert "`seed` must be a whole number from 0 to 4294967295, got -1" in capsys.readouterr().err
+
+
+def test_the_lines_that_quickstart_ends_with_show_the_draft_at_work(capsys):
+    """Lines that do not run, or name a folder relative to where nobody is."""
+    exec(_lines(Path(demo_path("draft")), 8), {})
+    without, with_draft = capsys.readouterr().out.splitlines()
+    assert without.partition(" the draft: ")[2] == with_draft.partition(" the draft: ")[2] != ""

@@ -40,6 +40,22 @@ def test_every_command_has_a_module_and_a_public_name_a_home():
         hf_draftkd.DraftDistilTrainer  # noqa: B018
 
 
+def test_commands_and_options_are_completed(capsys, tmp_path):
+    """An option that a shell does not know of, or half of one that is written with a dash as well."""
+    assert main.dispatch(["completion"]) == 0
+    (tmp_path / "completion.sh").write_text(capsys.readouterr().out)
+
+    def completed(*words: str) -> list[str]:
+        code = f"source completion.sh; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _draftkd"
+        command = ["bash", "-c", f'{code}; echo "${{COMPREPLY[@]}}"']
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+
+    assert completed("draftkd", "in") == ["init"]
+    assert completed("draftkd", "train", "--diverg") == ["--divergence"]
+    assert completed("draftkd", "evaluate", "--output") == ["--output_dir"]
+    assert main.dispatch(["completion", "bash"]) == 2
+
+
 def test_what_a_message_quotes_is_no_command_to_the_terminal(capsys, tmp_path):
     """A chat template, a column or a server's refusal with escape codes in it: the title set, the screen wiped."""
     assert (
