@@ -79,6 +79,10 @@ def dispatch(argv: list[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
-    for name, start in _IDLE_NOTICES.items():
-        logging.getLogger(name).addFilter(lambda record, start=start: not record.getMessage().startswith(start))
+    for name in _IDLE_NOTICES:
+        logging.getLogger(name).addFilter(_is_of_use)
     sys.exit(dispatch(sys.argv[1:]))
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_IDLE_NOTICES[record.name])
