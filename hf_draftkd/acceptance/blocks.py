@@ -9,6 +9,9 @@ Inside a block, let c_j(t) be the probability that position t stands at offset j
 is the bonus token. A drafted token is accepted with a_t (the next position stands at offset j + 1) or rejected (the
 next position starts a block), and a block always starts after the bonus. So S_t = c_0(t), the probability that a block
 starts at t, follows from one sweep over the text, and the expected number of target calls is Σ_t S_t.
+
+A parallel draft predicts a token otherwise at each offset: its a_t is one number for each offset 0 … K−1, and the rest
+is the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,8 +47,8 @@ def expected_target_calls(
     """Return how many target calls speculative decoding needs for each text, in expectation; one sweep for all γ.
 
     Args:
-        accepted: a_t `[B, T]`, probabilities.
-        draft_lengths: G draft lengths γ, each ≥ 1.
+        accepted: a_t `[B, T]`, probabilities; of a parallel draft `[B, T, K]`, by the offset k of a token in its block.
+        draft_lengths: G draft lengths γ, each ≥ 1; of a parallel draft K at most.
         mask: Bool `[B, T]`, True on the text's tokens; padding may only follow them. None: all are tokens.
 
     Returns:
@@ -83,7 +86,7 @@ def block_efficiency_by_length(
 ) -> dict[int, float]:
     """Return block efficiency τ by draft length γ, in one sweep. Arguments and errors as in `block_efficiency`."""
     calls = expected_target_calls(accepted, draft_lengths, mask).sum(dim=0).tolist()
-    num_tokens = accepted.numel() if mask is None else int(mask.sum())
+    num_tokens = accepted.shape[0] * accepted.shape[1] if mask is None else int(mask.sum())
     if num_tokens == 0:
         raise ValueError("Block efficiency needs at least one token, but every text is empty.")
     return {length: num_tokens / total for length, total in zip(draft_lengths, calls, strict=True)}
@@ -114,7 +117,7 @@ def acceptance_by_position(
     for t, offsets in enumerate(_sweep(accepted, lengths)):
         here = offsets[:, 0, :-1] * mask[:, t, None]
         reached += here
-        kept += here * accepted[:, t, None]
+        kept += here * _rates(accepted, t, num_assistant_tokens)
     return PositionSums(blocks=reached[:, 0].clone(), reached=reached, accepted=kept)
 
 
@@ -128,10 +131,15 @@ def _sweep(accepted: torch.Tensor, draft_lengths: Sequence[int]) -> Iterator[tor
     for t in range(accepted.shape[1]):
         yield offsets
         following = torch.zeros_like(offsets)
-        following[..., 1:] = offsets[..., :-1] * accepted[:, t, None, None] * is_drafted
+        following[..., 1:] = offsets[..., :-1] * _rates(accepted, t, longest)[:, None] * is_drafted
         # What is not continued starts a block: after a rejection or a bonus token.
         following[..., 0] = 1.0 - following[..., 1:].sum(dim=-1)
         offsets = following
+
+
+def _rates(accepted: torch.Tensor, t: int, longest: int) -> torch.Tensor:
+    """a_t `[B, 1]`, or at each of the offsets that occur `[B, γ]`."""
+    return accepted[:, t, None] if accepted.ndim == 2 else accepted[:, t, :longest]
 
 
 def _check(
@@ -141,14 +149,16 @@ def _check(
         raise ValueError("draft_lengths is empty; name at least one draft length.")
     for length in draft_lengths:
         whole_number("num_assistant_tokens", length)
-    if accepted.ndim != 2:
+    if accepted.ndim not in (2, 3):
         raise ValueError(
             f"accepted must have shape [texts, tokens], got {tuple(accepted.shape)}. A single text is one row: "
             "accepted.unsqueeze(0)."
         )
+    if accepted.ndim == 3 and accepted.shape[2] < max(draft_lengths):
+        raise ValueError(f"accepted has {accepted.shape[2]} depths, but {max(draft_lengths)} tokens are to be drafted.")
     if mask is None:
-        mask = torch.ones_like(accepted, dtype=torch.bool)
-    elif mask.shape != accepted.shape:
+        mask = torch.ones(accepted.shape[:2], dtype=torch.bool, device=accepted.device)
+    elif mask.shape != accepted.shape[:2]:
         raise ValueError(f"mask {tuple(mask.shape)} must have the shape of accepted {tuple(accepted.shape)}.")
     mask = mask.bool()
     gaps = (mask[:, 1:] & ~mask[:, :-1]).any(dim=-1)
@@ -157,7 +167,8 @@ def _check(
             f"Row {int(gaps.int().argmax())} of the mask has padding before or between tokens. A text must be one run "
             "of tokens from the left, padded on the right: blocks run over neighbouring positions."
         )
-    accepted = accepted.detach().to(widest_float(accepted.device)).masked_fill(~mask, 0.0)
+    accepted = accepted.detach().to(widest_float(accepted.device))
+    accepted = accepted.masked_fill(~(mask if accepted.ndim == 2 else mask[..., None]), 0.0)
     if not ((accepted >= 0) & (accepted <= 1)).all():
         raise ValueError("accepted must hold probabilities in [0, 1]; it holds NaN or values outside.")
     return accepted, mask

@@ -23,6 +23,7 @@ class Latency:
         verify_seconds: One forward pass of the target over n new tokens, by n. Verifying a draft of γ tokens reads
             n = γ + 1. Between measured n it is interpolated linearly; outside them it is refused. Empty: a pass takes
             `target_step_seconds` at any n, which is the memory-bound idealisation.
+        draft_pass_seconds: Of a parallel draft: the one pass in which it drafts γ tokens, by γ. Empty: γ steps.
 
     Raises:
         ValueError: If a time is not a positive finite number.
@@ -31,11 +32,13 @@ class Latency:
     target_step_seconds: float
     draft_step_seconds: float
     verify_seconds: Mapping[int, float] = field(default_factory=dict)
+    draft_pass_seconds: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse times that are not possible."""
         times = {"target_step_seconds": self.target_step_seconds, "draft_step_seconds": self.draft_step_seconds}
         times |= {f"verify_seconds[{length}]": seconds for length, seconds in self.verify_seconds.items()}
+        times |= {f"draft_pass_seconds[{length}]": seconds for length, seconds in self.draft_pass_seconds.items()}
         for name, seconds in times.items():
             in_range(name, seconds, 0, open_low=True)
 
@@ -72,9 +75,14 @@ class Latency:
         return (1 - share) * self.verify_seconds[below] + share * self.verify_seconds[above]
 
     def block_seconds(self, num_assistant_tokens: int) -> float:
-        """Return the seconds of one block: γ = `num_assistant_tokens` draft steps, and verification of γ + 1 tokens."""
+        """Return the seconds of one block: γ = `num_assistant_tokens` draft steps, or the one pass of a parallel draft,
+        and verification of γ + 1 tokens.
+        """
         whole_number("num_assistant_tokens", num_assistant_tokens)
-        return num_assistant_tokens * self.draft_step_seconds + self.verify(num_assistant_tokens + 1)
+        drafting = num_assistant_tokens * self.draft_step_seconds
+        if self.draft_pass_seconds:
+            drafting = self.draft_pass_seconds[num_assistant_tokens]
+        return drafting + self.verify(num_assistant_tokens + 1)
 
 
 class DraftLength(NamedTuple):

@@ -15,10 +15,12 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.environment import hardware_info, model_info
 from hf_draftkd.evaluation.latency import draft_step_seconds, measure_latency
+from hf_draftkd.evaluation.parallel import parallel_result
 from hf_draftkd.evaluation.recommendation import (
     ASSISTANT_MODEL,
+    PARALLEL,
     SPECULATIVE,
-    overall_draft_length,
+    overall_draft_lengths,
     recommend,
     recommend_overall,
 )
@@ -36,6 +38,7 @@ from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, PassResult, sc
 from hf_draftkd.evaluation.self_check import CHECKED_LENGTHS, self_check
 from hf_draftkd.evaluation.statistics import (
     assisted_result,
+    by_prompt,
     compare_with_prediction,
     paired_difference,
     setting_result,
@@ -62,6 +65,7 @@ from hf_draftkd.models.forward import evaluating
 from hf_draftkd.models.identity import loaded_checksum
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, shared_vocab_size
+from hf_draftkd.models.parallel import parallel_draft
 from hf_draftkd.utils.versions import package_versions
 
 _DEFAULT_LENGTH = 5
@@ -253,15 +257,21 @@ class _Evaluation:
         prompts = self._spread_prompts(self.config.num_speed_prompts)
         ways = self._ways(draft, prompts[0])
         latency = result.latency = measure_latency(self.target_model, draft, prompts, ways=ways, **self.decoding)
-        length = self.config.num_assistant_tokens or overall_draft_length(result.settings, latency) or _DEFAULT_LENGTH
+        lengths = overall_draft_lengths(result.settings, latency)
+        length = self.config.num_assistant_tokens or lengths.get(ASSISTANT_MODEL, _DEFAULT_LENGTH)
         # Real decoding is transformers': it does not apply to a rule of another engine.
         timed = [setting for setting in result.settings if setting.is_transformers_rule]
         sizes = self._speed_batch_sizes(len(prompts)) if SPECULATIVE in ways else []
-        total = sum(len(prompts) // size * size for size in [1, *sizes]) * len(timed)
+        one_by_one = [way for way in ways if way != PARALLEL]
+        runs = [1, *sizes, *([1] if PARALLEL in lengths else [])]
+        total = sum(len(prompts) // size * size for size in runs) * len(timed)
         with logging.tqdm(total=total, desc="Timing decoding", unit="prompt") as bar:
             for setting in timed:
                 measure = partial(self._decode, draft, prompts, setting.decoding, length, bar.update)
-                found = measure(ways)
+                found = measure(one_by_one)
+                if PARALLEL in lengths and setting.parallel is not None:
+                    given = draft, prompts, setting.decoding, lengths[PARALLEL], bar.update, [PARALLEL]
+                    setting.parallel.speculative = self._decode(*given)[PARALLEL]
                 setting.assisted, setting.speculative = found[ASSISTANT_MODEL], found.get(SPECULATIVE)
                 setting.speculative_batches = {
                     size: measure([SPECULATIVE], size)[SPECULATIVE] for size in sizes
@@ -278,7 +288,7 @@ class _Evaluation:
         """How transformers can decode with this draft; a warning says where SpeculativeDecoding cannot."""
         refusal = refused_by_speculative_decoding(self.target_model, draft, prompt)
         if refusal is None:
-            return [ASSISTANT_MODEL, SPECULATIVE]
+            return [ASSISTANT_MODEL, SPECULATIVE, *([PARALLEL] if parallel_draft(draft.config) else [])]
         warning = f"SpeculativeDecoding was left out, since it refuses this pair: {refusal}"
         if warning not in self.warnings:
             self.warnings.append(warning)
@@ -363,6 +373,9 @@ class _Evaluation:
                     has_blocks=_has_blocks(texts, scored),
                 )
                 if group is None:
+                    by_depth = scored.parallel[index].get(rule)
+                    if by_depth is not None and found.block_efficiency:
+                        found.parallel = parallel_result(by_depth, partial(by_prompt, prompts))
                     found.draft_vocabulary = self._by_vocabulary(index, texts, scored, rule, found)
                     if found.block_efficiency:
                         add_token_results(found, sums[rule], texts, kinds)

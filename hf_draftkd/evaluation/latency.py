@@ -14,11 +14,13 @@ from hf_draftkd.decoding.drafting import with_sliced_head
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.decoding.speculative import SpeculativeDecoding, listening
 from hf_draftkd.evaluation.assisted import AssistedStep, fixed_draft_length, observe_steps, synchronize_accelerator
-from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, SPECULATIVE
+from hf_draftkd.evaluation.parallel import lengths_of
+from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE
 from hf_draftkd.evaluation.report import GenerateOverhead, LatencyResult
 from hf_draftkd.evaluation.timing import generate_text, single_text_config
 from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.models.parallel import parallel_draft
 
 # Draft lengths at which `generate` itself is timed: far enough apart to tell the cost of a token from that of a call.
 _CALIBRATION_LENGTHS = (1, 8)
@@ -60,13 +62,18 @@ def measure_latency(
     target, draft = _StepClock(target_model, context), _StepClock(draft_model, context)
     verify: dict[int, list[float]] = {size: [] for size in sizes}
     draft_step: list[float] = []
+    parallel = parallel_draft(draft_model.config) if PARALLEL in ways else None
+    drafting: dict[int, list[float]] = {each: [] for each in lengths_of(parallel.num_tokens if parallel else 0)}
     for size in sizes:  # the first pass of each size pays for compilation and memory
         target.seconds(size)
-    draft.seconds(1)
+    for size in (1, *(each + 1 for each in drafting)):
+        draft.seconds(size)
     for _ in range(num_repeats):
         draft_step += [draft.seconds(1), draft.seconds(1)]
         for size in sizes:
             verify[size].append(target.seconds(size))
+        for each, times in drafting.items():
+            times.append(draft.seconds(each + 1))
     costs = {size: _cost(times) for size, times in verify.items()}
     target_step = costs.pop(1)
     found = LatencyResult(
@@ -82,6 +89,10 @@ def measure_latency(
     found.generate_overhead = _generate_overhead(target_model, draft_model, prompts[:8], found, config, seed)
     if SPECULATIVE in ways:
         found.speculative_overhead = _speculative_overhead(target_model, draft_model, prompts[:8], found, config, seed)
+    if parallel is not None:
+        found.parallel_draft_seconds = {each: _cost(times) for each, times in drafting.items()}
+        given = target_model, draft_model, prompts[:8], found, config, seed
+        found.parallel_overhead = _speculative_overhead(*given, parallel=True)
     return found
 
 
@@ -154,6 +165,8 @@ def _speculative_overhead(
     latency: LatencyResult,
     config: GenerationConfig,
     seed: int,
+    *,
+    parallel: bool = False,
 ) -> GenerateOverhead | None:
     """Time of SpeculativeDecoding's rounds beyond their forward passes; None where texts are too short to say."""
     rounds: dict[int, list[float]] = {}
@@ -168,17 +181,21 @@ def _speculative_overhead(
             rounds.setdefault(num_drafted, []).append(now - last)
         last = now
 
+    passes = (latency.parallel_draft_seconds or {}) if parallel else {}
     for number, prompt in enumerate(prompts):
-        for length in _CALIBRATION_LENGTHS:
+        for length in {min(each, max(passes)) if passes else each for each in _CALIBRATION_LENGTHS}:
             last = None
             with listening(unwrapped(target_model), note):
-                decoding = SpeculativeDecoding(draft_model, length)
+                decoding = SpeculativeDecoding(draft_model, length, parallel=parallel)
                 generate_text(target_model, prompt, config, seed=seed + number, custom_generate=decoding)
     lengths = sorted(length for length in rounds if length + 1 in latency.verify_seconds)
     if len(lengths) < 2 or latency.generate_overhead is None:
         return None
-    passes = latency.verify_seconds
-    beyond = [_cost(rounds[each]) - each * latency.draft_step_seconds - passes[each + 1] for each in lengths]
+    drafting = [passes[each] if parallel else each * latency.draft_step_seconds for each in lengths]
+    beyond = [
+        _cost(rounds[each]) - seconds - latency.verify_seconds[each + 1]
+        for each, seconds in zip(lengths, drafting, strict=True)
+    ]
     per_token, per_round = np.polyfit(lengths, beyond, deg=1, w=[len(rounds[each]) ** 0.5 for each in lengths])
     return GenerateOverhead(
         plain_step_seconds=latency.generate_overhead.plain_step_seconds,

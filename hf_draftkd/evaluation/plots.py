@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_draftkd.acceptance import Estimate, predicted_speedup
-from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, SPECULATIVE, expected_efficiency, way_latency
+from hf_draftkd.evaluation.recommendation import (
+    ASSISTANT_MODEL,
+    PARALLEL,
+    SPECULATIVE,
+    expected_efficiency,
+    measured_run,
+    way_latency,
+)
 from hf_draftkd.evaluation.report import SettingResult, SpeculationReport
 from hf_draftkd.evaluation.tables import named_settings
 from hf_draftkd.utils.files import replacing
@@ -81,10 +88,11 @@ def speed_figure(report: SpeculationReport) -> "Figure":
         runs = [
             (setting, way, run)
             for setting in settings
-            for way, run in ((ASSISTANT_MODEL, setting.assisted), (SPECULATIVE, setting.speculative))
+            for way in (ASSISTANT_MODEL, SPECULATIVE, PARALLEL)
+            if (run := measured_run(setting, way))
         ]
         for measured, decoded, found in runs:
-            if found is None or found.speedup is None:
+            if found.speedup is None:
                 continue
             place, speedup = len(names), found.speedup
             if found.predicted_speedup is not None:
@@ -117,11 +125,12 @@ def speed_by_length_figure(report: SpeculationReport) -> "Figure":
         if latency is None or not setting.is_transformers_rule:
             continue
         runs = [
-            (ASSISTANT_MODEL, latency.generate_overhead, setting.assisted),
-            (SPECULATIVE, latency.speculative_overhead, setting.speculative),
+            (ASSISTANT_MODEL, latency.generate_overhead),
+            (SPECULATIVE, latency.speculative_overhead),
+            (PARALLEL, latency.parallel_overhead),
         ]
-        for colour, (way, overhead, found) in enumerate(runs):
-            efficiency = expected_efficiency(setting, way)
+        for colour, (way, overhead) in enumerate(runs):
+            found, efficiency = measured_run(setting, way), expected_efficiency(setting, way)
             if overhead is None or not efficiency:
                 continue
             lengths = sorted(length for length in efficiency if length + 1 in latency.verify_seconds)

@@ -14,23 +14,32 @@ from hf_draftkd.evaluation.report import AssistedResult, LatencyResult, Recommen
 
 ASSISTANT_MODEL, SPECULATIVE = "assistant_model=", "SpeculativeDecoding"
 """The two ways to decode with a draft in transformers: its own loop, and `custom_generate=` with this package's."""
+PARALLEL = "SpeculativeDecoding in parallel"
+"""The third, for a draft trained with `parallel_tokens`: one pass of the draft a round."""
 
 
 def way_latency(measured: LatencyResult, way: str = ASSISTANT_MODEL) -> Latency:
     """Step times as one way of decoding has them: forward passes and what it adds to each of them."""
-    overhead = measured.speculative_overhead if way == SPECULATIVE else measured.generate_overhead
+    overheads = {SPECULATIVE: measured.speculative_overhead, PARALLEL: measured.parallel_overhead}
+    overhead = overheads.get(way, measured.generate_overhead)
+    passes = forward_latency(measured, way)
     if overhead is None:
-        return forward_latency(measured)
+        return passes
     return Latency(
-        target_step_seconds=measured.target_step_seconds + overhead.plain_step_seconds,
-        draft_step_seconds=measured.draft_step_seconds + overhead.draft_step_seconds,
-        verify_seconds={size: seconds + overhead.block_seconds for size, seconds in measured.verify_seconds.items()},
+        target_step_seconds=passes.target_step_seconds + overhead.plain_step_seconds,
+        draft_step_seconds=passes.draft_step_seconds + overhead.draft_step_seconds,
+        verify_seconds={size: seconds + overhead.block_seconds for size, seconds in passes.verify_seconds.items()},
+        draft_pass_seconds={
+            length: seconds + length * overhead.draft_step_seconds
+            for length, seconds in passes.draft_pass_seconds.items()
+        },
     )
 
 
-def forward_latency(measured: LatencyResult) -> Latency:
+def forward_latency(measured: LatencyResult, way: str = ASSISTANT_MODEL) -> Latency:
     """Step times of the forward passes alone: what no implementation can beat."""
-    return Latency(measured.target_step_seconds, measured.draft_step_seconds, measured.verify_seconds)
+    passes = measured.parallel_draft_seconds if way == PARALLEL else None
+    return Latency(measured.target_step_seconds, measured.draft_step_seconds, measured.verify_seconds, passes or {})
 
 
 def expected_efficiency(setting: SettingResult, way: str = ASSISTANT_MODEL) -> dict[int, float]:
@@ -38,19 +47,25 @@ def expected_efficiency(setting: SettingResult, way: str = ASSISTANT_MODEL) -> d
     estimates = setting.block_efficiency or {}
     if way == ASSISTANT_MODEL:
         estimates = setting.transformers_block_efficiency or estimates
+    if way == PARALLEL:
+        estimates = {} if setting.parallel is None else setting.parallel.block_efficiency
     return {length: estimate.value for length, estimate in estimates.items()}
 
 
-def overall_draft_length(settings: Sequence[SettingResult], latency: LatencyResult) -> int | None:
-    """The one draft length under which the setting that gains least gains most, in the way that gains most there.
+def overall_draft_lengths(settings: Sequence[SettingResult], latency: LatencyResult) -> dict[str, int]:
+    """For each way the one draft length under which the setting that gains least gains most; nothing without block
+    efficiencies.
 
-    None without block efficiencies.
+    Both ways of drafting one by one have the same: that of the one that gains more.
     """
     judged = [setting for setting in settings if setting.is_transformers_rule and expected_efficiency(setting)]
-    if not judged:
-        return None
-    lengths = expected_efficiency(judged[0])
-    return max(lengths, key=lambda length: max(_least_gain(judged, latency, length, way) for way in _ways(latency)))
+    found: dict[str, int] = {}
+    for ways in ([way for way in _ways(latency) if (way == PARALLEL) == is_parallel] for is_parallel in (False, True)):
+        if judged and ways:
+            lengths = expected_efficiency(judged[0], ways[0])
+            best = max(lengths, key=lambda length: max(_least_gain(judged, latency, length, way) for way in ways))
+            found |= dict.fromkeys(ways, best)
+    return found
 
 
 def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation | None:
@@ -66,11 +81,13 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
     if not expected_efficiency(setting):
         return None
     name = setting.words
-    # Both ways are transformers': they do not apply to a rule of another engine.
-    ways = _ways(latency) if setting.is_transformers_rule else [ASSISTANT_MODEL]
-    bests = [best_draft_length(expected_efficiency(setting, way), way_latency(latency, way)) for way in ways]
-    length = max(bests, key=lambda best: best.predicted_speedup).num_assistant_tokens
-    way = _better_way([setting], latency, length, ways)
+    lengths = overall_draft_lengths([setting], latency)
+    if not setting.is_transformers_rule:
+        # The ways are transformers': they do not apply to a rule of another engine.
+        best = best_draft_length(expected_efficiency(setting), way_latency(latency))
+        lengths = {ASSISTANT_MODEL: best.num_assistant_tokens}
+    way = _better_way([setting], latency, lengths)
+    length = lengths[way]
     times, efficiency = way_latency(latency, way), expected_efficiency(setting, way)
     predicted = predicted_speedup(efficiency[length], length, times)
     break_even = break_even_acceptance_rate(times, efficiency)
@@ -98,7 +115,7 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
             f"{predicted:.2f} times the plain speed here. A draft step takes {cost:.0%} of a target step; "
             f"of single drafted tokens {setting.acceptance_rate.value:.2f} are accepted, and {need}."
         )
-    found = _measured(setting, way)
+    found = measured_run(setting, way)
     if found is not None and found.speedup is not None:
         reason += (
             f" Measured in transformers on this machine with {_tokens(found.num_assistant_tokens)}: "
@@ -128,15 +145,16 @@ def recommend_overall(settings: Sequence[SettingResult], latency: LatencyResult)
         settings: With their own recommendations.
         latency: Measured on this machine.
     """
-    length = overall_draft_length(settings, latency)
-    if length is None:
+    lengths = overall_draft_lengths(settings, latency)
+    if not lengths:
         return None
     judged = [
         (setting, setting.recommendation)
         for setting in settings
         if setting.recommendation is not None and setting.is_transformers_rule
     ]
-    way = _better_way([setting for setting, _ in judged], latency, length, _ways(latency))
+    way = _better_way([setting for setting, _ in judged], latency, lengths)
+    length = lengths[way]
     speedups = [_predicted(setting, latency, length, way) for setting, _ in judged]
     least = min(range(len(judged)), key=lambda place: speedups[place])
     weakest = judged[least][1]
@@ -159,7 +177,7 @@ def recommend_overall(settings: Sequence[SettingResult], latency: LatencyResult)
     undecided = [
         setting.words
         for setting, _ in judged
-        if (found := _measured(setting, way)) is not None and found.speedup is not None and _is_open(found.speedup)
+        if (found := measured_run(setting, way)) is not None and found.speedup is not None and _is_open(found.speedup)
     ]
     if undecided:
         reason += f" More prompts would be needed to be sure for {' and '.join(undecided)}."
@@ -175,10 +193,14 @@ def recommend_overall(settings: Sequence[SettingResult], latency: LatencyResult)
 
 def _ways(latency: LatencyResult) -> list[str]:
     """The ways whose times are known: `SpeculativeDecoding` refuses a few models that transformers' loop takes."""
-    return [ASSISTANT_MODEL] if latency.speculative_overhead is None else [ASSISTANT_MODEL, SPECULATIVE]
+    known = {SPECULATIVE: latency.speculative_overhead, PARALLEL: latency.parallel_draft_seconds}
+    return [ASSISTANT_MODEL, *(way for way, times in known.items() if times is not None)]
 
 
-def _measured(setting: SettingResult, way: str) -> AssistedResult | None:
+def measured_run(setting: SettingResult, way: str) -> AssistedResult | None:
+    """Real decoding in one of the ways, where it was timed."""
+    if way == PARALLEL:
+        return None if setting.parallel is None else setting.parallel.speculative
     return setting.speculative if way == SPECULATIVE else setting.assisted
 
 
@@ -190,14 +212,17 @@ def _least_gain(settings: Sequence[SettingResult], latency: LatencyResult, lengt
     return min(_predicted(setting, latency, length, way) for setting in settings)
 
 
-def _better_way(settings: Sequence[SettingResult], latency: LatencyResult, length: int, ways: Sequence[str]) -> str:
-    """The way whose least gain is largest: as measured, where every way was, otherwise as predicted."""
+def _better_way(settings: Sequence[SettingResult], latency: LatencyResult, lengths: dict[str, int]) -> str:
+    """The way whose least gain is largest, each at its draft length: as measured, where every way was, otherwise as
+    predicted.
+    """
     measured: dict[str, list[float]] = {
-        way: [run.speedup.value for each in settings if (run := _measured(each, way)) and run.speedup] for way in ways
+        way: [run.speedup.value for each in settings if (run := measured_run(each, way)) and run.speedup]
+        for way in lengths
     }
     if all(len(speedups) == len(settings) for speedups in measured.values()):
-        return max(ways, key=lambda way: min(measured[way]))
-    return max(ways, key=lambda way: _least_gain(settings, latency, length, way))
+        return max(lengths, key=lambda way: min(measured[way]))
+    return max(lengths, key=lambda way: _least_gain(settings, latency, lengths[way], way))
 
 
 def _gains(setting: SettingResult, length: int, predicted: float, way: str) -> bool:
@@ -205,7 +230,7 @@ def _gains(setting: SettingResult, length: int, predicted: float, way: str) -> b
 
     A gain measured with another length is a gain; a loss with another length does not apply to this one.
     """
-    found = _measured(setting, way)
+    found = measured_run(setting, way)
     if found is None or found.speedup is None:
         return _is_faster(predicted)
     return _is_faster(found.speedup.value) or (found.num_assistant_tokens != length and _is_faster(predicted))
@@ -223,7 +248,7 @@ def _is_open(measured: Estimate) -> bool:
 
 def _speedup_words(setting: SettingResult, predicted: float, length: int, way: str) -> str:
     words = f"predicted {predicted:.2f} times the plain speed"
-    found = _measured(setting, way)
+    found = measured_run(setting, way)
     if found is not None and found.speedup is not None:
         words += f", measured {_all_measured(setting, way)}"
         if found.num_assistant_tokens != length:
@@ -233,8 +258,8 @@ def _speedup_words(setting: SettingResult, predicted: float, length: int, way: s
 
 def _all_measured(setting: SettingResult, first: str) -> str:
     """The recommended way first: "1.50 times (1.40 to 1.60) by SpeculativeDecoding, 1.28 times by assistant_model="."""
-    ways = sorted((ASSISTANT_MODEL, SPECULATIVE), key=lambda way: way != first)
-    found = [(way, each.speedup) for way in ways if (each := _measured(setting, way)) and each.speedup]
+    ways = sorted((ASSISTANT_MODEL, SPECULATIVE, PARALLEL), key=lambda way: way != first)
+    found = [(way, each.speedup) for way in ways if (each := measured_run(setting, way)) and each.speedup]
     return ", ".join(f"{_times(speedup)} by {way}" for way, speedup in found)
 
 

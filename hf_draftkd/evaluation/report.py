@@ -65,7 +65,8 @@ class Recommendation:
     worth_it: bool = key("Whether decoding with the draft is expected to be faster than plain decoding.")
     num_assistant_tokens: int = key("Draft length with the highest predicted speed-up on the measured machine.")
     way: str | None = key(
-        "The faster way of decoding there: `SpeculativeDecoding` (`custom_generate=`) or `assistant_model=`.",
+        "The faster way of decoding there: `SpeculativeDecoding` (`custom_generate=`), the same `in parallel` (one "
+        "pass of the draft a round), or `assistant_model=`.",
         default=None,
     )
     predicted_speedup: float = key("Predicted tokens/s at that length ÷ plain tokens/s.")
@@ -155,6 +156,14 @@ class LatencyResult:
         "What `SpeculativeDecoding` adds to the forward passes; `plain_step_seconds` is that of plain `generate`.",
         default=None,
     )
+    parallel_draft_seconds: dict[int, float] | None = key(
+        "One pass of a parallel draft by the tokens γ that it drafts: over γ + 1 tokens, two of them of the text and "
+        "γ - 1 mask tokens.",
+        default=None,
+    )
+    parallel_overhead: GenerateOverhead | None = key(
+        "What `SpeculativeDecoding` adds to the forward passes when it drafts in one pass.", default=None
+    )
 
 
 @dataclass(kw_only=True)
@@ -168,6 +177,23 @@ class VocabularyResult:
     num_assistant_tokens: int | None = key("Draft length with the highest predicted speed-up.", default=None)
     predicted_speedup: float | None = key(
         "Predicted tokens/s of `SpeculativeDecoding` at that length ÷ plain tokens/s.", default=None
+    )
+
+
+@dataclass(kw_only=True)
+class ParallelResult:
+    """The same texts with all tokens of a block drafted in one pass of the draft, from mask tokens."""
+
+    num_tokens: int = key("Tokens that the draft was trained to predict in one pass.")
+    acceptance_by_depth: list[Estimate] = key(
+        "Expected acceptance of a token that is drafted 1st, 2nd, ... in its block, averaged over all tokens that can "
+        "be. At depth 1 it is that of an ordinary draft."
+    )
+    block_efficiency: dict[int, Estimate] = key("As the setting's, for as many draft tokens as it predicts.")
+    speculative: AssistedResult | None = key(
+        "Real decoding with `SpeculativeDecoding(draft)`, one pass of the draft a round, at the draft length that "
+        "suits it best.",
+        default=None,
     )
 
 
@@ -233,6 +259,11 @@ class SettingResult:
     )
     draft_vocabulary: list[VocabularyResult] | None = key(
         "Where the draft records a `draft_vocabulary`: the results by its size, the smallest first.", default=None
+    )
+    parallel: ParallelResult | None = key(
+        "Of a draft trained with `parallel_tokens`: drafting in one pass. All other results are those of drafting one "
+        "token at a time.",
+        default=None,
     )
     assisted: AssistedResult | None = key(
         "Real decoding under this setting with `generate(assistant_model=draft)`, transformers' own loop.", default=None

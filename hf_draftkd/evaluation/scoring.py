@@ -22,6 +22,8 @@ from hf_draftkd.acceptance import (
 from hf_draftkd.acceptance.tensors import only_listed
 from hf_draftkd.decoding.processors import logits_processors, process_logits, transformers_draft_processors
 from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.evaluation.parallel import ParallelSums, deeper_logits
+from hf_draftkd.models.parallel import parallel_draft
 
 EXACT = "exact_match"  # how greedy text is verified, whatever the engine
 AS_TRANSFORMERS = "as_transformers"
@@ -87,11 +89,14 @@ class PassResult:
         share_plausible: Share of the tokens that this target could have written under the setting: its likeliest one
             when greedy, any with a chance above 0 when sampling.
         listed: The same as `drafts`, for each of the `draft_vocabularies` asked for.
+        parallel: For each draft the sums of drafting in one pass a block, by verification rule; none of a draft that is
+            not a parallel one.
     """
 
     drafts: list[dict[str, TextSums]]
     share_plausible: float
     listed: list[dict[str, TextSums]]
+    parallel: list[dict[str, ParallelSums]]
 
 
 def token_scores(
@@ -183,18 +188,26 @@ def score_texts(
     scorer = _Scorer(target_model, setting, verification, vocab_size, draft_vocabularies)
     drafts = range(len(draft_models) + len(draft_vocabularies))
     parts: dict[tuple[int, str], list[TextSums]] = {(draft, name): [] for draft in drafts for name in scorer.names}
+    parallel: dict[tuple[int, str], list[ParallelSums]] = {}
     plausible = total = 0
     for start in range(0, len(order), batch_size):
         batch = [texts[index] for index in order[start : start + batch_size]]
-        scores, mask, num_plausible = _score_batch(target_model, draft_models, batch, scorer)
+        scores, by_depth, mask, num_plausible = _score_batch(target_model, draft_models, batch, scorer)
         for part, (acceptance, accepted) in zip(parts.values(), scores.flatten(0, 1), strict=True):
             part.append(sum_texts(TokenScores(acceptance, accepted), mask))
+        for draft, deep in by_depth.items():
+            for place, rule in enumerate(scorer.rules):
+                parallel.setdefault((draft, rule), []).append(ParallelSums.of(deep[place, 0], deep[place, 1], mask))
         plausible += num_plausible
         total += int(mask.sum())
         on_texts(len(batch))
     back = sorted(range(len(order)), key=order.__getitem__)
     sums = [{name: _join(parts[draft, name]).select(back) for name in scorer.names} for draft in drafts]
-    return PassResult(sums[: len(draft_models)], plausible / max(total, 1), sums[len(draft_models) :])
+    depths = [
+        {rule: ParallelSums.join(part, back) for (draft, rule), part in parallel.items() if draft == index}
+        for index in range(len(draft_models))
+    ]
+    return PassResult(sums[: len(draft_models)], plausible / max(total, 1), sums[len(draft_models) :], depths)
 
 
 @torch.inference_mode()
@@ -258,11 +271,33 @@ class _Scorer:
             scores.append(torch.stack([torch.stack(pair) for pair in found]))
         return torch.stack(scores), int(plausible.sum())
 
+    def score_deeper(
+        self,
+        target: torch.Tensor,
+        deeper: torch.Tensor,
+        tokens: torch.Tensor,
+        prefixes: torch.Tensor,
+        prefix_lengths: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same of a parallel draft at depth 2 to K, from its logits `[N, K − 1, V]`: `[rules, 2, N, K − 1]`."""
+        target = process_logits(target, prefixes, prefix_lengths, self.processors)
+        by_depth = []
+        for raw in deeper.unbind(1):
+            draft = process_logits(raw, prefixes, prefix_lengths, self.processors)
+            found = [
+                token_scores(draft, target, tokens, is_greedy=self.setting.is_greedy, verification=rule)
+                for rule in self.rules
+            ]
+            by_depth.append(torch.stack([torch.stack(pair) for pair in found]))
+        return torch.stack(by_depth, -1)
+
 
 def _score_batch(
     target_model: PreTrainedModel, draft_models: Sequence[PreTrainedModel], texts: Sequence[Text], scorer: _Scorer
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The scorer's scores, `[D, names, 2, B, T]` and 0 where a text has ended; which have not; plausible tokens."""
+) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor, int]:
+    """The scorer's scores, `[D, names, 2, B, T]` and 0 where a text has ended; those of parallel drafts by depth,
+    `[rules, 2, B, T, K]`; which have not; plausible tokens.
+    """
     device = target_model.device
     prompt_lengths, completion_lengths = (
         torch.tensor([len(part) for part in parts], device=device) for parts in zip(*texts, strict=True)
@@ -273,13 +308,19 @@ def _score_batch(
     mask = torch.arange(int(completion_lengths.max()), device=device) < completion_lengths[:, None]
 
     scores = torch.zeros(len(draft_models) + len(scorer.listed), len(scorer.names), 2, *mask.shape, device=device)
+    parallel = {place: each for place, draft in enumerate(draft_models) if (each := parallel_draft(draft.config))}
+    by_depth = {
+        place: torch.zeros(len(scorer.rules), 2, *mask.shape, each.num_tokens, device=device)
+        for place, each in parallel.items()
+    }
     num_plausible = 0
     readers = [_Reader(model) for model in (target_model, *draft_models)]
     # The token at t is chosen by the logits at t - 1; nothing before the shortest prompt's last token is needed.
     start, stop = int(prompt_lengths.min()) - 1, tokens.shape[1] - 1
     for reader in readers:
         reader.skip(tokens[:, :start])
-    per_slice = max(1, _logits_at_once(device) // (tokens.shape[0] * scorer.vocab_size))
+    depths = max((each.num_tokens for each in parallel.values()), default=1)
+    per_slice = max(1, _logits_at_once(device) // (tokens.shape[0] * scorer.vocab_size * depths))
     for begin in range(start, stop, per_slice):
         end = min(begin + per_slice, stop)
         rows, offsets = is_completion[:, begin + 1 : end + 1].nonzero(as_tuple=True)
@@ -295,8 +336,16 @@ def _score_batch(
         found, plausible = scorer.score(logits, tokens[rows, positions], tokens[rows], positions)
         scores[..., rows, positions - prompt_lengths[rows]] = found.float()
         num_plausible += plausible
+        for place, each in parallel.items():
+            deeper = deeper_logits(readers[place + 1], begin, end, start, each)[rows, offsets]
+            deeper = deeper[..., : scorer.vocab_size].to(device, torch.float32)
+            there = by_depth[place][:, :, rows, positions - prompt_lengths[rows]]
+            there[..., :1] = found[place, : len(scorer.rules), :, :, None]
+            there[..., 1:] = scorer.score_deeper(logits[0], deeper, tokens[rows, positions], tokens[rows], positions)
+            by_depth[place][:, :, rows, positions - prompt_lengths[rows]] = there
     # A token the target could not have written has no defined a_t; `share_plausible` reports it.
-    return scores.nan_to_num(0.0), mask, num_plausible
+    by_depth = {place: deeper.nan_to_num(0.0) for place, deeper in by_depth.items()}
+    return scores.nan_to_num(0.0), by_depth, mask, num_plausible
 
 
 class _Reader:
@@ -305,10 +354,11 @@ class _Reader:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.device = model, model.device
         self.cache: Any = None
-        self.length = 0
+        self.length = self.batch_size = 0
 
     def read(self, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
         self.length += tokens.shape[1]
+        self.batch_size = len(tokens)
         # Texts are padded on the right, where no completion token looks: every position may be attended to.
         attention_mask = torch.ones((tokens.shape[0], self.length), dtype=torch.long, device=self.device)
         output = self.model(

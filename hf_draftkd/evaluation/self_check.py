@@ -11,7 +11,8 @@ from hf_draftkd.acceptance import DRAFT_LENGTHS, Estimate, bootstrap_ratio
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.decoding.speculative import SpeculativeDecoding
 from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length
-from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, SPECULATIVE
+from hf_draftkd.evaluation.parallel import lengths_of
+from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE
 from hf_draftkd.evaluation.report import Comparison, SelfCheck
 from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, Text, score_texts
 from hf_draftkd.evaluation.timing import generate_text, single_text_config
@@ -61,14 +62,18 @@ def self_check(
         for number, prompt in enumerate(runs):
             tokens, _ = generate_text(target_model, prompt, config, seed=seed + number)
             texts.append(Text(prompt, tokens))
-        sums = score_texts(target_model, [draft_model], texts, setting, vocab_size=vocab_size).drafts[0]
-        exact = sums[EXACT] if setting.is_greedy else sums["rejection_sampling"]
+        found = score_texts(target_model, [draft_model], texts, setting, vocab_size=vocab_size)
+        sums, rule = found.drafts[0], EXACT if setting.is_greedy else "rejection_sampling"
+        exact = sums[rule]
         # For transformers' own loop its warping of the draft is what is computed.
-        computed = {ASSISTANT_MODEL: sums.get(AS_TRANSFORMERS, exact), SPECULATIVE: exact}
+        computed: dict[str, Any] = {ASSISTANT_MODEL: sums.get(AS_TRANSFORMERS, exact), SPECULATIVE: exact}
+        computed[PARALLEL] = found.parallel[0].get(rule)
         for way, length in product(ways, CHECKED_LENGTHS):
+            if way == PARALLEL and length not in lengths_of(computed[PARALLEL].counts.shape[1]):
+                continue
             options: dict[str, Any] = {"assistant_model": draft_model}
-            if way == SPECULATIVE:
-                options = {"custom_generate": SpeculativeDecoding(draft_model, length)}
+            if way != ASSISTANT_MODEL:
+                options = {"custom_generate": SpeculativeDecoding(draft_model, length, parallel=way == PARALLEL)}
             per_text = []
             # Other random numbers than the plain texts had: two independent samples are compared.
             for number, prompt in enumerate(runs, start=len(runs)):

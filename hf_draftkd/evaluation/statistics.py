@@ -19,6 +19,7 @@ from hf_draftkd.acceptance import (
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.recommendation import (
     ASSISTANT_MODEL,
+    PARALLEL,
     SPECULATIVE,
     expected_efficiency,
     forward_latency,
@@ -143,18 +144,21 @@ def assisted_result(
 def compare_with_prediction(setting: SettingResult, latency: LatencyResult) -> None:
     """Put what was predicted, and what forward passes alone would allow, beside the measured speed-ups.
 
-    The limit is the same for every way: that of the draft, each of whose distributions is processed once.
+    The limit of drafting one by one is the same for both ways: that of the draft, each of whose distributions is
+    processed once.
     """
-    limits = expected_efficiency(setting, SPECULATIVE)
-    if not limits:
+    if not expected_efficiency(setting):
         return
-    for way, found in ((ASSISTANT_MODEL, setting.assisted), (SPECULATIVE, setting.speculative)):
+    runs = [(ASSISTANT_MODEL, SPECULATIVE, setting.assisted), (SPECULATIVE, SPECULATIVE, setting.speculative)]
+    if setting.parallel is not None:
+        runs.append((PARALLEL, PARALLEL, setting.parallel.speculative))
+    for way, limit, found in runs:
         if found is None or found.speedup is None:
             continue
         length = found.num_assistant_tokens
-        efficiency = expected_efficiency(setting, way)[length]
+        efficiency, most = expected_efficiency(setting, way)[length], expected_efficiency(setting, limit)[length]
         found.predicted_speedup = predicted_speedup(efficiency, length, way_latency(latency, way))
-        found.share_of_limit = found.speedup.value / predicted_speedup(limits[length], length, forward_latency(latency))
+        found.share_of_limit = found.speedup.value / predicted_speedup(most, length, forward_latency(latency, way))
 
 
 def by_prompt(prompts: Sequence[int], *columns: torch.Tensor) -> list[torch.Tensor]:

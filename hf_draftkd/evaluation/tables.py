@@ -112,6 +112,7 @@ def _rows(length: int, batch_sizes: Iterable[int]) -> list[tuple[str, Callable[[
     return [
         ("acceptance rate", lambda result: _interval(result.acceptance_rate)),
         (f"tokens/call, γ={length}", lambda result: _interval((result.block_efficiency or {}).get(length))),
+        (f"  in one pass, γ={length}", lambda result: _in_one_pass(result, length)),
         (f"MBSU, γ={length}", lambda result: _times((result.mbsu or {}).get(length))),
         ("predicted, at γ", _prediction),
         ("measured at γ", lambda result: str(result.assisted.num_assistant_tokens) if result.assisted else ""),
@@ -119,9 +120,20 @@ def _rows(length: int, batch_sizes: Iterable[int]) -> list[tuple[str, Callable[[
         ("  of the limit", lambda result: _share(result.assisted)),
         ("SpeculativeDecoding", lambda result: _measured(result.speculative)),
         ("  of the limit", lambda result: _share(result.speculative)),
+        ("  in parallel, at γ", _parallel),
         ("tokens/s", _rate),
         *[(f"in batches of {size}", partial(_in_batches, size)) for size in batch_sizes],
     ]
+
+
+def _in_one_pass(result: SettingResult, length: int) -> str:
+    """Tokens per target call of a parallel draft that predicts so many tokens."""
+    return "" if result.parallel is None else _interval(result.parallel.block_efficiency.get(length))
+
+
+def _parallel(result: SettingResult) -> str:
+    run = None if result.parallel is None else result.parallel.speculative
+    return "" if run is None else f"{_measured(run)} at {run.num_assistant_tokens}"
 
 
 def _of_size(result: SettingResult, place: int, length: int) -> str:
@@ -173,7 +185,8 @@ def _in_batches(size: int, result: SettingResult) -> str:
 
 def _rate(result: SettingResult) -> str:
     """Tokens per second of the faster way."""
-    runs = [run for run in (result.assisted, result.speculative) if run is not None and run.tokens_per_second]
+    parallel = None if result.parallel is None else result.parallel.speculative
+    runs = [run for run in (result.assisted, result.speculative, parallel) if run is not None and run.tokens_per_second]
     if not runs:
         return ""
     best = max(runs, key=lambda run: run.tokens_per_second or 0)

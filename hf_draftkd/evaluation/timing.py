@@ -22,7 +22,7 @@ from hf_draftkd.evaluation.assisted import (
     fixed_draft_length,
     synchronize_accelerator,
 )
-from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, SPECULATIVE
+from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE
 from hf_draftkd.evaluation.report import DecodingDifference
 from hf_draftkd.models.forward import seeded
 
@@ -89,11 +89,10 @@ def time_decoding(
         ValueError: A way refuses to decode these models.
     """
     config = single_text_config(target_model, setting, max_new_tokens, suppress_tokens=suppress_tokens)
-    options: dict[str, dict[str, Any]] = {
-        PLAIN: {},
-        ASSISTANT_MODEL: {"assistant_model": draft_model},
-        SPECULATIVE: {"custom_generate": SpeculativeDecoding(draft_model, num_assistant_tokens)},
-    }
+    options: dict[str, dict[str, Any]] = {PLAIN: {}, ASSISTANT_MODEL: {"assistant_model": draft_model}}
+    for way in {SPECULATIVE, PARALLEL} & {*ways}:
+        decoding = SpeculativeDecoding(draft_model, num_assistant_tokens, parallel=way == PARALLEL)
+        options[way] = {"custom_generate": decoding}
     names = [PLAIN, *ways]
     groups = [prompts[at : at + batch_size] for at in range(0, len(prompts) - batch_size + 1, batch_size)]
     runs = {way: DecodingRun() for way in names}

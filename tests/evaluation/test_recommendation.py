@@ -6,7 +6,7 @@ from hf_draftkd.acceptance import Estimate
 from hf_draftkd.evaluation.recommendation import (
     ASSISTANT_MODEL,
     SPECULATIVE,
-    overall_draft_length,
+    overall_draft_lengths,
     recommend,
     recommend_overall,
 )
@@ -107,7 +107,7 @@ def test_the_setting_that_gains_least_decides():
     assert settings[0].recommendation.worth_it
     assert not settings[1].recommendation.worth_it
     overall = recommend_overall(settings, times)
-    assert overall.num_assistant_tokens == overall_draft_length(settings, times)
+    assert overall.num_assistant_tokens == overall_draft_lengths(settings, times)["assistant_model="]
     assert overall.num_assistant_tokens < settings[0].recommendation.num_assistant_tokens
     assert not overall.worth_it
     assert overall.reason.startswith("Worth it for greedy, not for temperature 1.")

@@ -1,0 +1,160 @@
+"""What is said of a parallel draft from one pass over a text is what drafting in one pass does."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from hf_draftkd import SpeculativeDecoding, evaluate_draft
+from hf_draftkd.acceptance import acceptance_by_position, expected_target_calls
+from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.evaluation import scoring
+from hf_draftkd.evaluation.recommendation import PARALLEL, recommend, recommend_overall
+from hf_draftkd.evaluation.report import ParallelResult, SpeculationReport
+from hf_draftkd.evaluation.scoring import EXACT, Text, score_texts
+from hf_draftkd.evaluation.tables import report_table
+from hf_draftkd.models.parallel import store_parallel_draft
+from tests.evaluation.samples import assisted, latency, setting
+from tests.evaluation.test_exactness import NEW_TOKENS, aligned_pair, write
+from tests.tiny import tiny_prompts
+
+MASK = 2
+
+
+def parallel_pair(architecture, num_tokens=5):
+    draft, target, tokenizer = aligned_pair(architecture, agreement=0.95)
+    store_parallel_draft(draft.config, MASK, num_tokens)
+    return draft, target, tokenizer
+
+
+@pytest.mark.parametrize("gamma", [1, 2])
+def test_blocks_equal_enumeration_of_every_outcome(gamma):
+    """Each token is accepted or not at each depth, independently; decoding looks at one depth a token."""
+    length = 6
+    rates = torch.rand(1, length, 3, dtype=torch.float64)
+    chosen, blocks, kept = rates[0, :, :gamma], 0.0, [0.0] * gamma
+    for outcome in product([False, True], repeat=length * gamma):
+        accepts = torch.tensor(outcome).view(length, gamma)
+        weight = math.prod(torch.where(accepts, chosen, 1 - chosen).flatten().tolist())
+        position = 0
+        while position < length:
+            blocks += weight
+            for depth in range(gamma):
+                if position == length:
+                    break
+                position += 1
+                if not accepts[position - 1, depth]:
+                    break
+                kept[depth] += weight
+            else:
+                position += 1  # the bonus token
+    assert expected_target_calls(rates, (gamma,)).item() == pytest.approx(blocks, rel=1e-9)
+    assert acceptance_by_position(rates, gamma).accepted[0].tolist() == pytest.approx(kept, rel=1e-9)
+
+
+def test_a_draft_that_is_as_good_at_every_depth_is_an_ordinary_one():
+    rates = torch.rand(2, 7, dtype=torch.float64)
+    assert expected_target_calls(rates[..., None].expand(-1, -1, 5), (1, 3, 5)).equal(
+        expected_target_calls(rates, (1, 3, 5))
+    )
+
+
+def test_a_depth_that_was_not_predicted_is_refused():
+    with pytest.raises(ValueError, match="3 depths, but 4"):
+        expected_target_calls(torch.rand(1, 5, 3), (1, 4))
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "gpt_neox"])
+def test_greedy_block_efficiency_equals_counting_to_the_last_digit(architecture, penalty, monkeypatch):
+    """In slices of a few positions, whose blocks begin in the slice before."""
+    monkeypatch.setitem(scoring._LOGITS_AT_ONCE, "cpu", 7 * 3 * 300 * 5)
+    draft, target, tokenizer = parallel_pair(architecture)
+    decoding = DecodingSetting(repetition_penalty=penalty)
+    prompts = tiny_prompts(tokenizer, 5)
+    texts = write(target, tokenizer, prompts, decoding)
+    found = score_texts(target, [draft], texts, decoding, vocab_size=300, batch_size=3)
+    sums = found.parallel[0][EXACT]
+    for gamma in (1, 3, 5):
+        counting = SpeculativeDecoding(draft, gamma)
+        for text in texts:
+            options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "repetition_penalty": penalty}
+            prompt = torch.tensor([text.prompt_ids])
+            target.generate(prompt, custom_generate=counting, suppress_tokens=list(range(300, 320)), **options)
+        computed = float(sums.num_tokens.sum() / sums.target_calls[:, gamma - 1].sum())
+        assert computed == counting.counts.mean_acceptance_length
+    assert sums.acceptance[:, 0].equal(found.drafts[0][EXACT].acceptance)
+
+
+@torch.no_grad()
+def test_rates_at_every_depth_are_those_of_separate_passes():
+    draft, target, tokenizer = parallel_pair("llama", 3)
+    decoding = DecodingSetting(0.8)
+    texts = write(target, tokenizer, tiny_prompts(tokenizer, 3), decoding)
+    found = score_texts(target, [draft], texts, decoding, vocab_size=300).parallel[0]["rejection_sampling"]
+    for number, text in enumerate(texts):
+        ids, first = torch.tensor([*text.prompt_ids, *text.completion_ids]), len(text.prompt_ids)
+        p = (target(ids[None]).logits[0].double() / 0.8).softmax(-1)
+        accepted = torch.zeros(1, len(text.completion_ids), 3, dtype=torch.float64)
+        alpha = torch.zeros(3, dtype=torch.float64)
+        for place in range(len(text.completion_ids)):
+            for depth in range(min(3, place + 1)):
+                base = first + place - depth
+                seen = torch.cat([ids[:base], torch.full((depth,), MASK)])
+                q = (draft(seen[None]).logits[0, -1].double() / 0.8).softmax(-1)
+                token, there = ids[first + place], p[first + place - 1]
+                accepted[0, place, depth] = min(1.0, float(q[token] / there[token]))
+                alpha[depth] += torch.minimum(q, there).sum()
+        torch.testing.assert_close(found.acceptance[number], alpha, atol=1e-4, rtol=1e-4)
+        expected = expected_target_calls(accepted, (1, 2, 3))[0]
+        torch.testing.assert_close(found.target_calls[number], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_report_knows_both_ways_and_its_check_agrees(tmp_path):
+    draft, target, tokenizer = parallel_pair("llama")
+    prompts = [tokenizer.decode(prompt[0], skip_special_tokens=True) for prompt in tiny_prompts(tokenizer, 4)]
+    options = {"max_new_tokens": 16, "num_speed_prompts": 2, "verify": 2, "temperatures": [0.0, 1.0]}
+    report = evaluate_draft(draft, target, tokenizer, prompts, **options)
+    assert SpeculationReport.from_json(report.to_json()).to_json() == report.to_json()
+    for each in report.settings:
+        assert len(each.parallel.acceptance_by_depth) == 5
+        assert each.parallel.acceptance_by_depth[0].value == pytest.approx(each.acceptance_rate.value)
+        assert each.parallel.block_efficiency[1].value == pytest.approx(each.block_efficiency[1].value)
+        assert set(each.parallel.block_efficiency) == {1, 2, 3, 4, 5}
+        assert each.parallel.speculative.speedup.value > 0
+        assert each.parallel.speculative.predicted_speedup > 0
+    assert set(report.latency.parallel_draft_seconds) == {1, 2, 3, 4, 5}
+    assert PARALLEL in report.recommendation.reason
+    checked = [each for each in report.self_check.comparisons if each.way == PARALLEL and each.decoding.is_greedy]
+    assert len(checked) == 3
+    assert all(each.agree for each in checked)
+    labels = [str(cell) for cell in report_table(report).columns[0].cells]
+    assert "   in one pass, γ=5" in labels
+    assert "   in parallel, at γ" in labels
+
+
+def test_the_better_way_is_recommended_at_its_own_length():
+    """A pass that costs what a step costs pays as long as deeper tokens are accepted at all."""
+    each = setting(0.7)
+    efficiency = {length: each.block_efficiency[length] for length in (1, 2, 3, 4, 5, 6)}
+    each.parallel = ParallelResult(num_tokens=6, acceptance_by_depth=[], block_efficiency=efficiency)
+    times = latency(draft=3e-3)
+    times.parallel_draft_seconds = dict.fromkeys(efficiency, 3e-3)
+    found = each.recommendation = recommend(each, times)
+    assert found.way == PARALLEL
+    assert found.num_assistant_tokens == 6
+    assert recommend_overall([each], times).way == PARALLEL
+    each.assisted = assisted(1.5)
+    each.parallel.speculative = assisted(1.2, 6)
+    times.speculative_overhead = None
+    assert recommend(each, times).way == "assistant_model="
+    times.parallel_draft_seconds = dict.fromkeys(efficiency, 30e-3)
+    each.assisted = each.parallel.speculative = None
+    assert recommend(each, times).way == "assistant_model="
+
+
+def test_texts_shorter_than_the_depths():
+    draft, target, _ = parallel_pair("llama")
+    found = score_texts(target, [draft], [Text([5, 6, 7], [8, 9])], DecodingSetting(1.0), vocab_size=300)
+    assert found.parallel[0]["rejection_sampling"].counts[0].tolist() == [2, 1, 0, 0, 0]
