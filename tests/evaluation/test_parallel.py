@@ -1,10 +1,12 @@
 """What is said of a parallel draft from one pass over a text is what drafting in one pass does."""
 
 import math
+from io import StringIO
 from itertools import product
 
 import pytest
 import torch
+from rich.console import Console
 
 from hf_draftkd import SpeculativeDecoding, evaluate_draft
 from hf_draftkd.acceptance import acceptance_by_position, expected_target_calls
@@ -13,7 +15,7 @@ from hf_draftkd.evaluation import scoring
 from hf_draftkd.evaluation.recommendation import PARALLEL, recommend, recommend_overall
 from hf_draftkd.evaluation.report import ParallelResult, SpeculationReport
 from hf_draftkd.evaluation.scoring import EXACT, Text, score_texts
-from hf_draftkd.evaluation.tables import report_table
+from hf_draftkd.evaluation.tables import ReportTable
 from hf_draftkd.models.parallel import store_parallel_draft
 from tests.evaluation.samples import assisted, latency, setting
 from tests.evaluation.test_exactness import NEW_TOKENS, aligned_pair, write
@@ -129,9 +131,11 @@ def test_the_report_knows_both_ways_and_its_check_agrees(tmp_path):
     checked = [each for each in report.self_check.comparisons if each.way == PARALLEL and each.decoding.is_greedy]
     assert len(checked) == 3
     assert all(each.agree for each in checked)
-    labels = [str(cell) for cell in report_table(report).columns[0].cells]
-    assert "   in one pass, γ=5" in labels
-    assert "   in parallel, at γ" in labels
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(ReportTable(report))
+    shown = console.export_text()
+    assert "in one pass, γ=5" in shown
+    assert "in parallel, at γ" in shown
 
 
 def test_the_better_way_is_recommended_at_its_own_length():
