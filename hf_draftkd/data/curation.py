@@ -32,19 +32,10 @@ def curate_prompts(
 ) -> tuple[Dataset, dict[str, int]]:
     """Cut domain text into prompts, for the target to answer or to continue.
 
-    Args:
-        source: As in `load_prompts`.
-        tokenizer: The target's tokenizer.
-        text_column: The column with documents.
-        question_column: A column with questions: each becomes a prompt, and the documents are not cut. With
-            a chat template the question is the user's message.
-        opening_tokens: Tokens of a document's opening.
-        min_tokens: Documents shorter than this are left out.
-        instruction: Text of a user's message around the opening, with `{text}` where it goes; for a chat-tuned target.
-            By default the opening itself is the prompt, as plain text.
-        split: Split to take.
-        config: Configuration of a Hub dataset.
-        limit: Take only the first so many rows.
+    `source`, `split`, `config` and `limit` are as in `load_prompts`. Each entry of a `question_column` becomes a
+    prompt, with a chat template the user's message, and no documents are cut. Otherwise the prompt is the first
+    `opening_tokens` of a document in `text_column`, as plain text, or a user's message: the `instruction` with the
+    opening in the place of `{text}`. Documents shorter than `min_tokens` are left out.
 
     Returns:
         The prompts (column `prompt`) with the other columns, and how many rows were `kept`, `empty`, `too_short`, or

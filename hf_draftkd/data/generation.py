@@ -60,8 +60,7 @@ def generate_alignment_data(
             ones that the target writes (`scenario="synthetic"`).
         config: How to make the data; [`AlignmentDataConfig`].
         draft_model: A draft that helps the target to write, loaded or as `load_draft` takes it; by default the
-            config's. The rows are the target's all the same: greedy ones equal those without a draft (near-ties of low
-            precision apart), sampled ones are others of the same distribution. It drafts as many tokens as its
+            config's. The rows are the target's all the same: see `local_backend`. It drafts as many tokens as its
             generation config records, otherwise 5.
         target_revision: The revision that the target was loaded at, if not the Hub's `main`: its commit is recorded.
         template_options: Further arguments of the chat template.
@@ -71,13 +70,11 @@ def generate_alignment_data(
             config's.
         source: What to record as the source of the prompts; by default what `prompts` says.
         prompt_counts: How many prompts fell to which filter (from `synthesize_prompts`, `curate_prompts`): recorded.
-        **options: Fields of `AlignmentDataConfig`, such as `temperatures`, `max_new_tokens`, `batch_size`, `seed` or
-            `output_dir`; they take precedence over those of `config`.
+        **options: Fields of `AlignmentDataConfig`; they take precedence over those of `config`.
 
     Returns:
-        One row per completion, ordered by prompt, temperature and number: `prompt`, `completion`, `prompt_ids`,
-        `completion_ids`, `ids_source`, `scenario`, `target`, `target_revision`, `temperature`, `top_p`, `top_k`,
-        `repetition_penalty`, `seed`, `finish_reason`, and the further columns of the prompts.
+        One row per completion, ordered by prompt, temperature and number: the columns of `alignment_features`, and the
+        further columns of the prompts.
 
     Raises:
         ValueError: A value is out of range; prompts are unusable (see `load_prompts` and `render_prompts`); or

@@ -29,16 +29,12 @@ def load_prompts(
         source: A dataset id on the Hub; a local JSONL, JSON, Parquet, CSV or text file (one prompt a line, blank lines
             are no prompts); a folder that `load_dataset` reads; a `Dataset`; or a list of strings, of message lists,
             or of rows.
-        column: The column that holds the prompts: strings, or lists of `{"role", "content"}` messages. It is
-            renamed to `prompt`; the other columns are kept.
+        column: The column with the prompts, strings or lists of messages: renamed to `prompt`; the others are kept.
         split: Split to take where there are several. Defaults to `train`.
         config: Configuration (subset) of a Hub dataset.
         limit: Take only the first so many rows.
         drop_last_answer: Take away assistant messages at the end of a conversation, so that the target answers again.
         skip_invalid: Leave out prompts that are empty or malformed, and say how many, instead of refusing them.
-
-    Returns:
-        A dataset with a `prompt` column.
 
     Raises:
         ValueError: Nothing there, no rows, no such column or split, a line that is not JSON, or malformed prompts
@@ -66,17 +62,13 @@ def fitting_rows(
     skip_too_long: bool = False,
     beginning: Callable[[int], str] | None = None,
 ) -> list[int]:
-    """The numbers of the prompts that leave room for `max_new_tokens`.
+    """The numbers of the prompts, of these lengths, that leave room for `max_new_tokens` in the context (None: no
+    limit).
 
-    Args:
-        lengths: Tokens of each prompt.
-        context: The model's context length; None is no limit.
-        max_new_tokens: Room to leave, in tokens.
-        skip_too_long: Leave longer prompts out and warn, instead of refusing them.
-        beginning: How the prompt of a row begins, for messages.
+    `beginning` says how the prompt of a row begins, for messages.
 
     Raises:
-        ValueError: Prompts are empty or too long; their row numbers are listed.
+        ValueError: Prompts are empty or, unless `skip_too_long`, too long; their row numbers are listed.
     """
     empty = [row for row, length in enumerate(lengths) if length == 0]
     if empty:

@@ -115,12 +115,9 @@ def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
     The tokens are those the tokenizer makes of the text, which need not be those that its writer read and wrote: such
     rows serve training and caches, not block efficiency.
 
-    Args:
-        dataset: Rows with `prompt` and `completion`, strings or lists of messages, and `tools` and
-            `chat_template_kwargs` as in `render_prompts`; or with `text`, of which the first token becomes the prompt
-            and all others, each predicted by those before it, the completion.
-        tokenizer: The target's tokenizer.
-        **template_options: Further arguments of the chat template.
+    Rows have `prompt` and `completion`, strings or lists of messages, and `tools` and `chat_template_kwargs` as in
+    `render_prompts`; or `text`, of which the first token becomes the prompt and all others, each predicted by those
+    before it, the completion.
 
     Returns:
         The dataset with `prompt_ids`, `completion_ids` (with the end token) and `ids_source`.

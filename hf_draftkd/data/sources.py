@@ -20,13 +20,10 @@ _BLOCK = 2**20  # bytes of a JSONL file parsed at a time; the 10 MB of `datasets
 def open_dataset(
     source: Any, *, split: str | None = None, config: str | None = None, text_column: str = "text"
 ) -> Dataset:
-    """Rows of any kind: a Hub id, a JSONL, JSON, Parquet, CSV or text file, a folder, a `Dataset`, or a list.
+    """Rows of any kind (see `load_prompts`): a Hub id, a JSONL, JSON, Parquet, CSV or text file, a folder, a `Dataset`,
+    a list.
 
-    Args:
-        source: See `load_prompts`.
-        split: Split to take where there are several; `train` by default.
-        config: Configuration (subset) of a Hub dataset.
-        text_column: The name that the lines of a text file, or a list's strings, get.
+    `text_column` is the name that the lines of a text file, or a list's strings, get; `split` is `train` by default.
 
     Raises:
         ValueError: Nothing there, no such split, or a line that is not JSON.

@@ -108,26 +108,14 @@ def synthesize_prompts(
     output_dir: "str | Path | None" = None,
     template_options: dict[str, Any] | None = None,
 ) -> tuple[Dataset, dict[str, int]]:
-    """Have the target write the prompts.
+    """Have the target write the prompts: messages where its tokenizer has a chat template, else openings of text.
 
-    Args:
-        target_model: The target, where it is to run.
-        tokenizer: Its tokenizer. With a chat template the prompts are messages, without one they are openings of text.
-        num_prompts: Prompts wanted.
-        max_new_tokens: Longest query, in tokens. An aligned target's query that does not end by then is left out; a
-            base model's is an opening of that length.
-        temperature: Sampling temperature of the queries.
-        top_p: Nucleus sampling of the queries.
-        batch_size: Queries written together.
-        seed: Seed of the queries.
-        system: A system message in front, for instance one that names the domain.
-        min_characters: Shortest query to keep.
-        max_characters: Longest query to keep.
-        script: Unicode script to keep, such as `latin`.
-        keep: Any further test on a query's text, such as a language detector.
-        max_rounds: Rounds of `2 * batch_size` queries after which to stop. By default ten times as many as needed.
-        output_dir: A folder in which each round is kept, so that a killed run resumes. Needed for several processes.
-        template_options: Further arguments of the chat template.
+    `max_new_tokens`, `temperature`, `top_p`, `batch_size`, `seed`, `system`, `min_characters`, `max_characters` and
+    `script` are what [`AlignmentDataConfig`] calls `query_max_new_tokens`, ..., `system_prompt` and so on. An aligned
+    target's query that does not end within its length is left out; a base model's is an opening of that length. `keep`
+    is any further test on a query's text, such as a language detector. After `max_rounds` of `2 * batch_size` queries
+    it stops: by default ten times as many as needed. In `output_dir` each round is kept, so that a killed run resumes;
+    several processes need it. `template_options` are further arguments of the chat template.
 
     Returns:
         The prompts (column `prompt`), and how many queries were `kept`, how many fell to each filter, and how many

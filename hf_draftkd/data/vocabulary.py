@@ -15,12 +15,10 @@ from hf_draftkd.utils.checks import whole_number
 
 
 def choose_draft_vocabulary(dataset: Dataset, size: int, *, keep: Iterable[int] = ()) -> list[int]:
-    """The tokens that occur most in text that the target wrote.
+    """The tokens that occur most in text that the target wrote: in the `completion_ids` of alignment data.
 
-    Args:
-        dataset: Alignment data, as `generate_alignment_data` makes it: its `completion_ids` are counted.
-        size: Length of the list. Fewer come back where fewer different tokens occur.
-        keep: Ids to put first whether they occur or not, such as the tokens that end a text.
+    `size` is the length of the list; fewer come back where fewer different tokens occur. The ids in `keep`, such as
+    those that end a text, come first whether they occur or not.
 
     Returns:
         Ids in the order of how often they occur (the smaller id first where they tie), so that the first n of them are

@@ -38,14 +38,11 @@ def logits_processors(setting: DecodingSetting, target_model: PreTrainedModel | 
 def transformers_draft_processors(
     setting: DecodingSetting, target_model: PreTrainedModel | None = None
 ) -> LogitsProcessorList | None:
-    """What transformers' assisted decoding applies to the *draft*, where that is not what the target gets.
+    """What transformers' assisted decoding applies to the *draft*, where that is not what the target gets; else None.
 
     The draft's `generate` receives the target's finished list and then appends the sampling warpers again, so that
     temperature 0.5 becomes 0.25 for the draft (transformers 5.23; see huggingface/transformers#40976). The output
     stays the target's, but its block efficiency is not the one of equal processing.
-
-    Returns:
-        The longer list, or None where warping twice changes nothing: greedy, or temperature 1 without top-p.
     """
     if setting.is_greedy or (setting.temperature == 1 and setting.top_p == 1):
         return None

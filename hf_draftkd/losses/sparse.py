@@ -85,15 +85,10 @@ class SampledTarget:
 
 
 def top_k_target(logits: torch.Tensor, k: int, temperature: float = 1.0) -> SparseTarget:
-    """Keep the k likeliest tokens of the target and the probability of the rest.
+    """Keep the k likeliest tokens of the target, of logits `[..., V]` over the shared vocabulary, and the rest's
+    probability.
 
-    Args:
-        logits: Target logits over the shared vocabulary, `[..., V]`.
-        k: Tokens to keep, from 1 to V.
-        temperature: Loss temperature; the tail cannot be re-tempered later.
-
-    Raises:
-        ValueError: If k or the temperature is out of range.
+    At a loss temperature, since the tail cannot be re-tempered later. A `ValueError` if it or k is out of range.
     """
     whole_number("k", k, 1, logits.shape[-1])
     in_range("temperature", temperature, 0, open_low=True)
@@ -107,16 +102,11 @@ def top_k_target(logits: torch.Tensor, k: int, temperature: float = 1.0) -> Spar
 def sample_target(
     logits: torch.Tensor, num_draws: int, temperature: float = 1.0, generator: torch.Generator | None = None
 ) -> SampledTarget:
-    """Draw tokens from the target at each position and count them.
-
-    Args:
-        logits: Target logits over the shared vocabulary, `[..., V]`.
-        num_draws: N draws per position, with replacement.
-        temperature: Loss temperature.
-        generator: Random generator; None for torch's global one.
+    """Draw N tokens from the target, of logits `[..., V]` over the shared vocabulary, with replacement, and count them.
 
     Returns:
-        Distinct tokens with their counts and log-probabilities, as many places as the richest position needs.
+        Distinct tokens with their counts and log-probabilities at the loss temperature, as many places as the richest
+        position needs.
 
     Raises:
         ValueError: If the number of draws or the temperature is out of range.
@@ -143,13 +133,10 @@ def sparse_divergence(
     divergence: Divergence = "forward_kl",
     **options: Any,
 ) -> torch.Tensor:
-    """Return a divergence between the draft and a target of which a part was kept.
+    """A divergence (a key of `DIVERGENCES`, or a function like them) between the draft and a target of which a part was
+    kept.
 
-    Args:
-        draft_logits: `[..., V]`, divided by the loss temperature already.
-        target: What was kept of the target at the same positions.
-        divergence: A key of `DIVERGENCES`, or a function like them.
-        **options: The divergence's options.
+    The draft's logits `[..., V]` are divided by the loss temperature already.
 
     Returns:
         Values `[...]`. For draws, forward KL's gradient is unbiased.
@@ -220,12 +207,10 @@ def sparse_value_and_gradient(
 def merge_for_gradient(
     draft_logits: torch.Tensor, token_ids: torch.Tensor, memory: Reused | None = None
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Merge all tokens but the kept ones into one logit; the fast twin of `_merge`, with its way back.
+    """Merge all tokens but the kept ones `[n, k]` into one logit; the fast twin of `_merge`, with its way back.
 
-    Args:
-        draft_logits: `[n, V]`; overwritten.
-        token_ids: Kept tokens `[n, k]`.
-        memory: For the other tokens' share, which is needed until the gradient is carried back.
+    The draft's logits `[n, V]` are overwritten. The other tokens' share, which lies in `memory`, is needed until the
+    gradient is carried back.
 
     Returns:
         Bucket logits `[n, k + 1]` (`[n, V]` where k = V), and a function from a gradient in them to one in the draft

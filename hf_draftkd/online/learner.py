@@ -27,12 +27,8 @@ class Learner:
     """A draft, the weights that the optimiser sees, and the optimiser.
 
     For a float32 draft these weights are its own. A bfloat16 draft learns in float32 copies, which are written back to
-    it after each gradient step: small updates are lost in bfloat16.
-
-    Args:
-        draft_model: The draft, with an adapter or without. In evaluation mode except inside `learn`.
-        vocab_size: Tokens that the draft shares with its target.
-        args: The configuration.
+    it after each gradient step: small updates are lost in bfloat16. The draft, with an adapter or without, is in
+    evaluation mode except inside `learn`.
 
     Raises:
         ValueError: Nothing can be trained, or weights are float16 or were made under `torch.inference_mode()`.

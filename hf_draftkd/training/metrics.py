@@ -21,14 +21,14 @@ from hf_draftkd.losses.chunked import scan
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.signals import TextSignal, Written
 
-# The first columns of `row_sums`, in order. For each temperature follow rated tokens and their Σα, then target calls
-# at each draft length.
+# The first columns of `EvaluationSums.of_batch`, in order. For each temperature follow rated tokens and their Σα, then
+# target calls at each draft length.
 _COLUMNS = ("tokens", "loss", "foreign_rows", "temperature", "top_p", "top_k", "repetition_penalty")
 _SETTING = slice(3, 7)
 # Stands for a probability that cannot be told.
 _UNTOLD = -1.0
 
-TokenLoss = Callable[[Tensor, Any, Tensor], Tensor]
+TokenLoss = Callable[[Tensor, Any, Tensor], DistillationLoss]
 
 
 class TrainingSums:
@@ -77,89 +77,8 @@ class FilledUp(IterableDataset):
             yield from [row | {"labels": [-100] * len(row["input_ids"])}] * (-count % self._multiple)
 
 
-def row_sums(
-    draft: Any,
-    target: Any,
-    batch: dict[str, Any],
-    keep: Tensor,
-    *,
-    loss: TokenLoss,
-    signal: TextSignal,
-    temperatures: Sequence[float],
-    draft_lengths: Sequence[int],
-    vocabulary: Tensor | None = None,
-) -> Tensor:
-    """The summands of one batch, a row per text. Positions are looked at a chunk at a time.
-
-    Args:
-        draft: Logits [N, V], or hidden states with their head, of the draft at the N completion tokens.
-        target: What the signal knows of the target there.
-        batch: The batch: `input_ids` [B, L], and `decoding` [B, 4] where the collator gives it.
-        keep: [B, L] bool, where the N tokens are predicted.
-        loss: (draft logits [n, V], target at these n, tokens [n]) -> [n] losses.
-        signal: What the draft learns from.
-        temperatures: K temperatures of the acceptance rate.
-        draft_lengths: G draft lengths γ.
-        vocabulary: Ids that the draft may propose; None for all.
-
-    Returns:
-        [B, 7 + 2 K + G] float64 on the CPU: completion tokens; their loss; 1 if block efficiency is not exact for this
-        text; the setting it was written under; at each temperature the tokens whose acceptance can be told and their
-        Σα; if block efficiency is exact, the text's expected target calls at each γ, else zeros.
-    """
-    written = Written.of(batch, keep)
-    settings = rows_by_setting(batch["decoding"]) if "decoding" in batch else {}
-    setting_of_row = torch.full(keep.shape[:1], -1, device=keep.device)
-    for index, rows in enumerate(settings.values()):
-        setting_of_row[rows] = index
-    setting_of_token = setting_of_row[written.rows]
-    losses = torch.zeros(written.tokens.shape, device=keep.device)
-    accepted = torch.full_like(losses, _UNTOLD)
-    rates = {temperature: torch.zeros_like(losses) for temperature in temperatures}
-
-    def look(rows: slice, draft_logits: Tensor, against: Any) -> None:
-        draft_logits = only_listed(draft_logits, vocabulary)
-        losses[rows] = loss(draft_logits, against, written.tokens[rows]).to(losses)
-        for temperature, rate in rates.items():
-            found = signal.acceptance(draft_logits, against, temperature)
-            rate[rows] = _UNTOLD if found is None else found.to(rate)
-        for index, setting in enumerate(settings):
-            (chosen,) = (setting_of_token[rows] == index).nonzero(as_tuple=True)
-            if len(chosen):
-                # Indexing copies: what decoding does to logits may be done to these.
-                there = None if against is None else against[chosen]
-                found = signal.accepted(draft_logits[chosen], there, written.at(rows).at(chosen), setting)
-                accepted[rows][chosen] = _UNTOLD if found is None else found.to(accepted)
-
-    scan((draft, target), look)
-
-    # Not every accelerator has float64, so sums are taken here.
-    row_of_token, lengths = written.rows.cpu(), keep.sum(1).cpu()
-    sums = torch.zeros(len(lengths), len(_COLUMNS) + 2 * len(rates) + len(draft_lengths), dtype=torch.float64)
-    calls = sums[:, sums.shape[1] - len(draft_lengths) :]
-    sums[:, 0] = lengths
-    sums[:, 1].index_add_(0, row_of_token, losses.cpu().double())
-    sums[:, 2] = lengths > 0
-    sums[:, _SETTING] = math.nan
-    for setting, rows in settings.items():
-        sums[rows, _SETTING] = torch.tensor(list(setting.to_dict().values()), dtype=torch.float64)
-    for index, rate in enumerate(rates.values()):
-        column = len(_COLUMNS) + 2 * index
-        rate = rate.cpu().double()
-        if not (rate == _UNTOLD).any():
-            sums[:, column] = lengths
-            sums[:, column + 1].index_add_(0, row_of_token, rate)
-    # Tokens are in row-major order, so each row's own stand together.
-    by_row = pad_sequence(accepted.cpu().double().split(lengths.tolist()), batch_first=True)
-    valid = torch.arange(by_row.shape[1]) < lengths[:, None]
-    exact = (setting_of_row.cpu() >= 0) & ~((by_row == _UNTOLD) & valid).any(1)
-    sums[exact, 2] = 0
-    calls[exact] = expected_target_calls(by_row[exact], draft_lengths, valid[exact])
-    return sums
-
-
 class EvaluationSums:
-    """Adds up `row_sums` of all batches.
+    """Sums over the texts of an evaluation.
 
     Args:
         signal: What the draft learns from: it names the acceptance rate, and says which text it can judge.
@@ -167,6 +86,7 @@ class EvaluationSums:
         more_lengths: Further draft lengths, each reported as `block_efficiency_at_γ`.
         temperatures: At which the acceptance rate is reported, beside 1; and of which settings block efficiency is
             reported on its own.
+        vocabulary: Ids that the draft may propose; None for all.
     """
 
     def __init__(
@@ -175,13 +95,81 @@ class EvaluationSums:
         num_assistant_tokens: int,
         more_lengths: Sequence[int] = (),
         temperatures: Sequence[float] = (),
+        *,
+        vocabulary: Tensor | None = None,
     ) -> None:
-        self._signal = signal
+        self._signal, self._vocabulary = signal, vocabulary
         self.draft_lengths = (num_assistant_tokens, *more_lengths)
         self.temperatures = tuple(sorted({1.0, *temperatures}))
         self._chosen = frozenset(temperatures)
         self._total = torch.zeros(len(_COLUMNS) + 2 * len(self.temperatures) + len(self.draft_lengths)).double()
         self._by_setting: dict[DecodingSetting, Tensor] = {}
+
+    def of_batch(self, draft: Any, target: Any, batch: dict[str, Any], keep: Tensor, loss: TokenLoss) -> Tensor:
+        """The summands of one batch, a row per text, from a chunk of positions after the other.
+
+        Args:
+            draft: Logits [N, V], or hidden states with their head, of the draft at the N completion tokens.
+            target: What the signal knows of the target there.
+            batch: The batch: `input_ids` [B, L], and `decoding` [B, 4] where the collator gives it.
+            keep: [B, L] bool, where the N tokens are predicted.
+            loss: (draft logits [n, V], target at these n, tokens [n]) -> their loss.
+
+        Returns:
+            [B, 7 + 2 K + G] float64 on the CPU: completion tokens; their loss; 1 if block efficiency is not exact for
+            this text; the setting it was written under; at each of K temperatures the tokens whose acceptance can be
+            told and their Σα; if block efficiency is exact, the text's expected target calls at each of G draft
+            lengths, else zeros.
+        """
+        written = Written.of(batch, keep)
+        settings = rows_by_setting(batch["decoding"]) if "decoding" in batch else {}
+        setting_of_row = torch.full(keep.shape[:1], -1, device=keep.device)
+        for index, rows in enumerate(settings.values()):
+            setting_of_row[rows] = index
+        setting_of_token = setting_of_row[written.rows]
+        losses = torch.zeros(written.tokens.shape, device=keep.device)
+        accepted = torch.full_like(losses, _UNTOLD)
+        rates = {temperature: torch.zeros_like(losses) for temperature in self.temperatures}
+
+        def look(rows: slice, draft_logits: Tensor, against: Any) -> None:
+            draft_logits = only_listed(draft_logits, self._vocabulary)
+            losses[rows] = loss(draft_logits, against, written.tokens[rows]).token_losses.to(losses)
+            for temperature, rate in rates.items():
+                found = self._signal.acceptance(draft_logits, against, temperature)
+                rate[rows] = _UNTOLD if found is None else found.to(rate)
+            for index, setting in enumerate(settings):
+                (chosen,) = (setting_of_token[rows] == index).nonzero(as_tuple=True)
+                if len(chosen):
+                    # Indexing copies: what decoding does to logits may be done to these.
+                    there = None if against is None else against[chosen]
+                    found = self._signal.accepted(draft_logits[chosen], there, written.at(rows).at(chosen), setting)
+                    accepted[rows][chosen] = _UNTOLD if found is None else found.to(accepted)
+
+        scan((draft, target), look)
+
+        # Not every accelerator has float64, so sums are taken here.
+        row_of_token, lengths = written.rows.cpu(), keep.sum(1).cpu()
+        sums = self._total.new_zeros(len(lengths), len(self._total))
+        calls = sums[:, sums.shape[1] - len(self.draft_lengths) :]
+        sums[:, 0] = lengths
+        sums[:, 1].index_add_(0, row_of_token, losses.cpu().double())
+        sums[:, 2] = lengths > 0
+        sums[:, _SETTING] = math.nan
+        for setting, rows in settings.items():
+            sums[rows, _SETTING] = torch.tensor(list(setting.to_dict().values()), dtype=torch.float64)
+        for index, rate in enumerate(rates.values()):
+            column = len(_COLUMNS) + 2 * index
+            rate = rate.cpu().double()
+            if not (rate == _UNTOLD).any():
+                sums[:, column] = lengths
+                sums[:, column + 1].index_add_(0, row_of_token, rate)
+        # Tokens are in row-major order, so each row's own stand together.
+        by_row = pad_sequence(accepted.cpu().double().split(lengths.tolist()), batch_first=True)
+        valid = torch.arange(by_row.shape[1]) < lengths[:, None]
+        exact = (setting_of_row.cpu() >= 0) & ~((by_row == _UNTOLD) & valid).any(1)
+        sums[exact, 2] = 0
+        calls[exact] = expected_target_calls(by_row[exact], self.draft_lengths, valid[exact])
+        return sums
 
     def add(self, sums: Tensor) -> None:
         """Add the rows of one batch, gathered over processes."""

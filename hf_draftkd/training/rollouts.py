@@ -91,10 +91,8 @@ def check_writer(args: DraftDistillConfig, *, has_target: bool) -> None:
         )
 
 
-def check_writing(
-    dataset: Any, args: DraftDistillConfig, context: int, *, sharded: bool, columns: Collection[str]
-) -> None:
-    """Refuse completions that cannot be written: of these prepared data (a stream is not read ahead), or by such
+def check_writing(trainer: Any, context: int, columns: Collection[str]) -> None:
+    """Refuse completions that cannot be written: of the trainer's prepared data (a stream is not read ahead), or by its
     models.
 
     `context` is the longest text that both models read, in tokens; `columns` are those of the rows as they were given.
@@ -103,7 +101,8 @@ def check_writing(
         ValueError: No row has a prompt, one leaves no room for a completion, or the target cannot correct since
             processes hold parts of the models.
     """
-    if sharded and args.skd_top_k is not None:
+    args, dataset = trainer.args, trainer.train_dataset
+    if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and args.skd_top_k is not None:
         # In `generate`, a process whose texts have ended keeps calling the draft for the others, but not the
         # processors that call the target.
         raise ValueError(

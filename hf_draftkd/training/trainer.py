@@ -44,13 +44,13 @@ from hf_draftkd.training.callbacks import KeepSpecialIds, asked_metrics, with_ac
 from hf_draftkd.training.checkpoints import batches_read, checkpoint_to_resume, only_run
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.finite import StopOnNonFiniteGradient, check_loss, check_weights
-from hf_draftkd.training.metrics import EvaluationSums, FilledUp, TrainingSums, check_best_metric, not_exact, row_sums
+from hf_draftkd.training.metrics import EvaluationSums, FilledUp, TrainingSums, check_best_metric, not_exact
 from hf_draftkd.training.packing import CheckPacking
 from hf_draftkd.training.parallel import CheckParallel, Lesson, parallel_training
 from hf_draftkd.training.rollouts import CompletionWriter, check_writer, check_writing
 from hf_draftkd.training.run_provenance import author, data_facts, describe_run
 from hf_draftkd.training.saving import check_adapter, check_saving, merged
-from hf_draftkd.training.signals import Distributions, check_cached, make_signal, model_inputs
+from hf_draftkd.training.signals import Distributions, LiveTarget, check_cached, make_signal, model_inputs
 from hf_draftkd.training.token_selection import (
     TokenMetrics,
     check_selection,
@@ -155,10 +155,8 @@ class DraftDistillTrainer(SFTTrainer):
         if args is None:
             args = DraftDistillConfig(f"{setup.model_name(model).split('/')[-1] or 'draft'}-DraftDistill")
         if not isinstance(args, DraftDistillConfig):
-            raise ValueError(
-                f"`args` must be a `DraftDistillConfig`, got a `{type(args).__name__}`. It takes the same arguments, "
-                "and those of distilling."
-            )
+            given = type(args).__name__
+            raise ValueError(f"`args` must be a `DraftDistillConfig`, got a `{given}`. It takes the same, and more.")
         trains = train_dataset is not None
         train_dataset = mixed_in(train_dataset, mix_dataset, args.mix, args.seed, text_field=args.dataset_text_field)
         check_writer(args, has_target=target_model is not None)
@@ -243,10 +241,8 @@ class DraftDistillTrainer(SFTTrainer):
         sharded = self.is_deepspeed_enabled or (self.is_fsdp_enabled and args.shard_target)
         self.target_model = setup.place_target(target, self)
         self.signal = make_signal(self.target_model, self._cache, facts, self._shared_vocab, sharded=sharded)
-        self.reference_signal: Any = None
-        if reference is not None:
-            placed = setup.place_target(reference, self)
-            self.reference_signal = make_signal(placed, None, [], self._shared_vocab, sharded=sharded)
+        placed = setup.place_target(reference, self)
+        self.reference_signal = None if placed is None else LiveTarget(placed, self._shared_vocab, sharded=sharded)
         # Where the head is plain arithmetic, the loss takes hidden states, and no logits of all tokens are ever held.
         self.head_arithmetic = setup.draft_arithmetic(self)
 
@@ -257,9 +253,7 @@ class DraftDistillTrainer(SFTTrainer):
             check_adapter(self.model)
             if not isinstance(model, str):
                 setup.warn_of_lost_updates(self)
-            columns = get_dataset_column_names(train_dataset)
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            check_writing(self.train_dataset, args, context, sharded=sharded, columns=columns)
+            check_writing(self, context, get_dataset_column_names(train_dataset))
             if isinstance(self.data_collator, DraftDistillCollator):
                 check_best_metric(args, self.eval_dataset, self.signal)
 
@@ -276,10 +270,8 @@ class DraftDistillTrainer(SFTTrainer):
             )
         self._training_sums, self._num_tokens_read = TrainingSums(), 0
         self._evaluation_sums: EvaluationSums | None = None
-        # The evaluation sets for which it was explained why they have no block efficiency.
-        self._explained: set[str] = set()
-        # The batches that the next optimizer step learns from.
-        self._step_batches: Sequence[dict[str, Any]] = ()
+        self._explained: set[str] = set()  # the evaluation sets of which was said why they have no block efficiency
+        self._step_batches: Sequence[dict[str, Any]] = ()  # that the next optimizer step learns from
         self._saving_checkpoint = False
 
     # Rows ------------------------------------------------------------------------------------------------------------
@@ -351,9 +343,8 @@ class DraftDistillTrainer(SFTTrainer):
     def token_weights(self, metrics: TokenMetrics) -> Tensor:
         """How much each completion token counts. Override this to choose the tokens that are learned from.
 
-        Called once for each batch on each process, before the loss; `super().token_weights(metrics)` gives what
-        `args.token_selection` says. What it is given of the batch's N completion tokens, without gradient, is described
-        in [`TokenMetrics`](token_selection.py).
+        Called once for each batch on each process, before the loss, with what is known of its N completion tokens;
+        `super().token_weights(metrics)` gives what `args.token_selection` says.
 
         Returns:
             [N] weights, 0 or above. They multiply the losses, whose sum is divided by the number of completion
@@ -445,13 +436,11 @@ class DraftDistillTrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """The batches of an accumulation window, rewritten if it is the draft's or the target's turn, and the number of
-        their completion tokens.
-        """
+        """The batches of an accumulation window, rewritten unless it is the data's turn, and how many tokens count."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._writer is not None and batches:
-            collator = self.data_collator
-            batches = self._writer.rewrite(batches, self.state.global_step, self.model_wrapped, collator)
+            step, collator = self.state.global_step, self.data_collator
+            batches = self._writer.rewrite(batches, step, self.model_wrapped, collator)
             num_items = self._get_num_items_in_batch(batches, device)
         self._step_batches = batches
         return batches, num_items
@@ -474,10 +463,9 @@ class DraftDistillTrainer(SFTTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Adds the metrics that come from sums over all texts: see [`EvaluationSums`](metrics.py)."""
         # Asked each time, since callbacks may be added or removed.
-        num_assistant_tokens = self.args.eval_num_assistant_tokens
-        asked = asked_metrics(self.callback_handler.callbacks, num_assistant_tokens)
-        sums = EvaluationSums(self.signal, num_assistant_tokens, *asked)
-        self._evaluation_sums = sums
+        length = self.args.eval_num_assistant_tokens
+        asked = asked_metrics(self.callback_handler.callbacks, length)
+        self._evaluation_sums = sums = EvaluationSums(self.signal, length, *asked, vocabulary=self._vocabulary)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._evaluation_sums = None
         metrics = sums.metrics()
@@ -505,18 +493,8 @@ class DraftDistillTrainer(SFTTrainer):
             target = self.signal.distributions(inputs, keep)
 
             def sums_of(draft: Tensor | Unprojected) -> tuple[Tensor, Tensor]:
-                sums = row_sums(
-                    draft,
-                    target,
-                    inputs,
-                    keep,
-                    # Of all tokens alike, whichever are selected for training.
-                    loss=lambda *chunk: self._distillation_loss(*chunk).token_losses,
-                    signal=self.signal,
-                    temperatures=evaluation.temperatures,
-                    draft_lengths=evaluation.draft_lengths,
-                    vocabulary=self._vocabulary,
-                )
+                # Of all tokens alike, whichever are selected for training.
+                sums = evaluation.of_batch(draft, target, inputs, keep, self._distillation_loss)
                 return sums, draft.new_zeros(0) if isinstance(draft, Tensor) else draft.hidden[:0]
 
             sums = in_head(model, model_inputs(inputs), keep, self.head_arithmetic, self._shared_vocab, sums_of)
@@ -626,17 +604,15 @@ class DraftDistillTrainer(SFTTrainer):
         """
         if not self.is_world_process_zero():
             return
-        directory = self.args.output_dir
-        provenance = describe_run(self, dataset_name)
+        directory, provenance = self.args.output_dir, describe_run(self, dataset_name)
         provenance.save(directory)
-        card = DraftModelCard.from_report(
+        DraftModelCard.from_report(
             report,
             provenance=provenance,
             name=self.hub_model_id or model_name or Path(directory).name,
             tags=[tags] if isinstance(tags, str) else tags or (),
             plots=plots,
-        )
-        card.save(directory)
+        ).save(directory)
 
     def push_to_hub(
         self,

@@ -1,6 +1,7 @@
 """Who writes the completions: the right model, from the right prompts, in the right share, learned from as written."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -340,8 +341,10 @@ def test_settings_that_cannot_work_are_refused(tmp_path, options, message):
 
 def test_correction_by_a_sharded_target_is_refused(tmp_path):
     """Processes that wait for each other for ever, once the texts of one have ended."""
+    args = config(tmp_path, lmbda=1.0, skd_top_k=5)
+    trainer = SimpleNamespace(args=args, train_dataset=None, is_fsdp_enabled=True)
     with pytest.raises(ValueError, match="wait for each other"):
-        check_writing(None, config(tmp_path, lmbda=1.0, skd_top_k=5), 256, sharded=True, columns=())
+        check_writing(trainer, 256, ())
 
 
 def test_data_that_cannot_be_completed_are_refused(tmp_path, pair, tokenizer):
