@@ -3,33 +3,24 @@
 from collections import defaultdict, deque
 from collections.abc import Callable
 from statistics import median
-from typing import Protocol
-
-
-class DraftLength(Protocol):
-    """Says how many tokens to draft, and is told what came of it."""
-
-    longest: int
-    """No round drafts more."""
-
-    def choose(self, num_texts: int) -> int:
-        """Tokens to draft in a round for so many texts; 0 is plain decoding."""
-
-    def record(self, num_texts: int, num_drafted: int, accepted: list[int], seconds: float | None) -> None:
-        """Take note of a round: tokens accepted in each text, and its wall-clock where that is typical."""
 
 
 class FixedLength:
-    """The same γ in every round."""
+    """The same γ in every round.
+
+    Attributes:
+        longest: No round drafts more.
+    """
 
     def __init__(self, num_assistant_tokens: int) -> None:
         self.longest = num_assistant_tokens
 
     def choose(self, num_texts: int) -> int:
+        """Tokens to draft in a round for so many texts; 0 is plain decoding."""
         return self.longest
 
     def record(self, num_texts: int, num_drafted: int, accepted: list[int], seconds: float | None) -> None:
-        pass
+        """Take note of a round: tokens accepted in each text, and its wall-clock where that is typical."""
 
 
 # Rounds between two looks at what was not chosen: plain decoding while drafting pays, drafting while it does not.

@@ -112,7 +112,8 @@ def check_request(
             raise ValueError(
                 f"`{name}` is not collected in speculative decoding; `output_scores` and `output_logits` are."
             )
-    if is_synced or (_num_processes() > 1 and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(target))):
+    is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(target)
+    if is_synced or (is_sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         raise ValueError(
             "Processes that must run every forward pass together (FSDP, ZeRO-3, `synced_gpus`) cannot accept different "
             "numbers of tokens. Gather the weights first, or generate without `custom_generate`."
@@ -159,11 +160,3 @@ def _check_mask(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
         positions.shape[-1] == input_ids.shape[1] and (positions.ndim != 2 or bool((positions != expected).any()))
     ):
         raise ValueError("`position_ids` of your own cannot be continued: leave them out.")
-
-
-def _num_processes() -> int:
-    return (
-        torch.distributed.get_world_size()
-        if torch.distributed.is_available() and torch.distributed.is_initialized()
-        else 1
-    )

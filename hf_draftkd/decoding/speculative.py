@@ -30,7 +30,7 @@ from transformers import (
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from hf_draftkd.acceptance import LENIENCE_FORMS, AcceptanceCounts
-from hf_draftkd.decoding.auto_length import AutoLength, DraftLength, FixedLength
+from hf_draftkd.decoding.auto_length import AutoLength, FixedLength
 from hf_draftkd.decoding.caches import CachedModel, can_have_holes, give_room
 from hf_draftkd.decoding.compiled import CompiledModels
 from hf_draftkd.decoding.drafting import OneByOne, OnePass, Proposable, Proposal, checked_vocabulary, with_sliced_head
@@ -135,7 +135,7 @@ class SpeculativeDecoding:
                     f"`num_assistant_tokens={num_assistant_tokens}`, but the draft was trained to predict {longest} "
                     f"tokens in one pass. Give {longest} or less, or draft one by one with `parallel=False`."
                 )
-        self.length: DraftLength = (
+        self.length = (
             AutoLength(longest=longest or 16)
             if isinstance(num_assistant_tokens, str)
             else FixedLength(num_assistant_tokens)

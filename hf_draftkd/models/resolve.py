@@ -98,11 +98,18 @@ class Checkpoint:
             ValueError: The adapter does not say, its config cannot be read, it cannot become part of the base's
                 weights, or there is no base under that name.
         """
-        name, revision = _base_of_adapter(self)
+        config = _adapter_config(self)
         try:
-            return resolve(name, revision=revision, trust_remote_code=self.trust_remote_code)
+            base = resolve(
+                config.base_model_name_or_path, revision=config.revision, trust_remote_code=self.trust_remote_code
+            )
+            base.config  # noqa: B018 - raises where it is not usable
         except ValueError as error:
-            raise ValueError(_unusable_base(self, error)) from error
+            raise ValueError(
+                f"{self.name!r} is a PEFT adapter, and its base model cannot be used: {error} Correct "
+                f"`base_model_name_or_path` in its {ADAPTER_CONFIG_NAME}, or merge it where the base is at hand."
+            ) from error
+        return base
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -115,11 +122,7 @@ class Checkpoint:
         """
         _check_files(self)
         if self.is_adapter:
-            base = self.base
-            try:
-                return base.config
-            except ValueError as error:
-                raise ValueError(_unusable_base(self, error)) from error
+            return self.base.config
         config = self._config
         if self.is_multimodal and text_class(config) is not None:
             config = text_config(config, repr(self.name))  # what `load_target` takes out of it
@@ -320,7 +323,7 @@ def _similar_directory(path: Path, form: str) -> str:
     return form.format(str(parent / near)) if near else ""
 
 
-def _base_of_adapter(checkpoint: Checkpoint) -> tuple[str, str | None]:
+def _adapter_config(checkpoint: Checkpoint) -> Any:
     from peft import PeftConfig, PromptLearningConfig
 
     try:
@@ -340,14 +343,7 @@ def _base_of_adapter(checkpoint: Checkpoint) -> tuple[str, str | None]:
             f"{checkpoint.name!r} is a PEFT adapter that does not name its base model. Add `base_model_name_or_path` "
             f"to its {ADAPTER_CONFIG_NAME}, or merge it yourself and save the merged model."
         )
-    return config.base_model_name_or_path, config.revision
-
-
-def _unusable_base(adapter: Checkpoint, error: ValueError) -> str:
-    return (
-        f"{adapter.name!r} is a PEFT adapter, and its base model cannot be used: {error} Correct "
-        f"`base_model_name_or_path` in its {ADAPTER_CONFIG_NAME}, or merge it where the base is at hand."
-    )
+    return config
 
 
 def _check_files(checkpoint: Checkpoint) -> None:

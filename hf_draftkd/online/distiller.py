@@ -57,33 +57,28 @@ class OnlineDraftDistiller:
     Requests are decoded by [`SpeculativeDecoding`], alone or in batches, with the draft length of the draft's
     generation config, or, where it names none, the one that pays best so far. No thread is started: an update happens
     inside `generate` after every `args.update_every` requests, or, with `args.auto_update=False`, when you call
-    `step()`. The serving loop may run under `torch.inference_mode()` or `torch.no_grad()`; an update switches them off
-    for itself.
+    `step()`. The serving loop may run under `torch.inference_mode()` or `torch.no_grad()`.
 
     An update is measured before it is kept: exact acceptance of the draft before and after it on requests that were
     never learnt from, each under the setting it was decoded with. If acceptance fell, weights and optimiser are put
     back.
 
     No failure of learning or saving costs an answer. If an automatic update or save inside `generate` fails (out of
-    memory, a full disk, an `on_log` that raises), the error is logged with its traceback and noted in `history`, and
-    the finished output is returned. A failed update leaves the draft as it was, and the next one learns from its
-    requests as well; the next save writes everything. Your own calls of `step()` and `save()` raise.
+    memory, a full disk, an `on_log` that raises), the error is logged with its traceback and noted in `history`. A
+    failed update leaves the draft as it was, and the next one learns from its requests as well; the next save writes
+    everything. Your own calls of `step()` and `save()` raise.
 
     The draft is trained in place and is in evaluation mode except inside an update. A bfloat16 draft learns in float32
     copies of its weights, in which small updates are not lost. The target is never written to.
 
     Args:
-        draft_model (`PreTrainedModel` or `PeftModel`):
-            The draft; its trainable parameters learn. A differently padded vocabulary is aligned in place.
-        target_model (`PreTrainedModel`):
-            The target, in evaluation mode.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            The one that both share. Without it, rows that are padding in both models count as tokens. `stop_strings`
-            need it.
-        args ([`OnlineDistillConfig`], *optional*):
-            Configuration.
-        on_log (`Callable[[dict], None]`, *optional*):
-            Receives every entry of `history` as it arises, e.g. `wandb.log`.
+        draft_model: The draft, with an adapter or without; its trainable parameters learn. A differently padded
+            vocabulary is aligned in place.
+        target_model: The target, in evaluation mode.
+        tokenizer: The one that both share. Without it, rows that are padding in both models count as tokens.
+            `stop_strings` need it.
+        args: Configuration, an [`OnlineDistillConfig`].
+        on_log: Receives every entry of `history` as it arises, e.g. `wandb.log`.
 
     Attributes:
         history: One dictionary for each `step` that had something to learn from, oldest first: `num_requests` served

@@ -62,9 +62,8 @@ class AcceptanceCallback(TrainerCallback):
 
     - `trainer.evaluate()` also reports `eval_block_efficiency_at_γ` (tokens per target call) at each of its draft
       lengths. Like all metrics they go wherever `report_to` says, and `metric_for_best_model` takes them.
-    - The rate at which draft tokens are accepted when sampling at another temperature than 1 is
-      `eval_acceptance_rate_t0.7`, on any text; at 0, `eval_acceptance_rate_t0` is the share of tokens where draft and
-      target find the same one likeliest.
+    - `eval_acceptance_rate_t0.7` is the rate at which draft tokens are accepted when sampling at that temperature, on
+      any text; at 0 it is the share of tokens where draft and target find the same one likeliest.
     - Block efficiency is exact only for text that the target wrote under the very setting. So
       `eval_block_efficiency_t0` and `eval_block_efficiency_at_γ_t0` are those of the rows recorded at temperature 0
       (`_t0.7_p0.95_k50_r1.1`: with top-p, top-k and a repetition penalty), and absent where there is no such row.
@@ -73,12 +72,9 @@ class AcceptanceCallback(TrainerCallback):
       steps. Needs matplotlib (`pip install "hf_draftkd[plots]"`); without it there is no plot.
 
     Args:
-        num_assistant_tokens (`Sequence[int]`, *optional*, defaults to `(1, 3, 8)`):
-            Draft lengths γ, beside `args.eval_num_assistant_tokens`.
-        temperatures (`Sequence[float]`, *optional*, defaults to `(0, 1)`):
-            Sampling temperatures; 0 is greedy decoding.
-        plot (`bool`, *optional*, defaults to `True`):
-            Whether to save the plot.
+        num_assistant_tokens (`Sequence[int]`, *optional*): Draft lengths γ, beside `args.eval_num_assistant_tokens`.
+        temperatures (`Sequence[float]`, *optional*): Sampling temperatures; 0 is greedy decoding.
+        plot (`bool`, *optional*): Whether to save the plot.
 
     Raises:
         ValueError: A draft length is not a whole number of 1 or above, or a temperature not a number of 0 or above.
