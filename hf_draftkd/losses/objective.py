@@ -41,9 +41,6 @@ from hf_draftkd.losses.sparse import (
 from hf_draftkd.losses.vocabulary import listed_sparse_value_and_gradient, listed_value_and_gradient, masked
 from hf_draftkd.utils.checks import in_range
 
-IGNORED = -100
-"""The label of a position that is not learned from."""
-
 Target = torch.Tensor | Unprojected | SparseTarget | SampledTarget
 
 
@@ -59,14 +56,12 @@ class DistillationLoss(NamedTuple):
     acceptance: torch.Tensor | None
     """`[N]`, without gradient: α of each completion token at the loss temperature; from a sparse target an upper bound.
     None if it was not asked for, or the target gives none."""
-    mask: torch.Tensor
-    """Bool, shape of the labels: the N completion tokens, in order."""
 
 
 def distillation_loss(
     draft: torch.Tensor | Unprojected,
     target: Target | None,
-    labels: torch.Tensor,
+    tokens: torch.Tensor,
     *,
     divergence: Divergence = "forward_kl",
     options: Mapping[str, Any] | None = None,
@@ -78,25 +73,24 @@ def distillation_loss(
     chunk_size: int | None = None,
     with_acceptance: bool = False,
 ) -> DistillationLoss:
-    """Return Σ weight · [(1 − w) · divergence + w · cross-entropy] ÷ number of completion tokens.
+    """Return Σ weight · [(1 − w) · divergence + w · cross-entropy] ÷ number of completion tokens, from N of them.
 
     Draft and target are compared over one vocabulary: cut padded rows off first (`LinearHead.first`). No factor of
-    temperature² is applied. Positions are chosen by label alone, never by token id, so that an end-of-sequence token
-    that doubles as padding is learned where it ends a text.
+    temperature² is applied.
 
     Args:
-        draft: Logits `[..., V]`, or `Unprojected` hidden states `[..., H]` with their head: then only completion
-            positions are projected and no `[tokens, vocabulary]` tensor exists beyond a chunk.
+        draft: Logits `[N, V]`, or `Unprojected` hidden states `[N, H]` with their head: then no `[tokens, vocabulary]`
+            tensor exists beyond a chunk.
         target: The same for the target, or its `SparseTarget` or `SampledTarget`; `None` with
-            `divergence="cross_entropy"`. One entry per label, or one per completion token `[N, ...]`.
-        labels: `[...]`, the token that each position's logits predict, the next one; -100: no completion token.
+            `divergence="cross_entropy"`.
+        tokens: `[N]`, the token that each position's logits predict, the next one.
         divergence: A key of `DIVERGENCES`, or a function `f(draft_logits [n, V], target_logits [n, V], **options) ->
             [n]` without state across positions; its gradient is then taken by autograd, a chunk at a time.
         options: The divergence's options, e.g. `{"beta": 0.5}`.
         temperature: Divides both models' logits in the divergence. Cross-entropy always stands at temperature 1. A
             sparse or sampled target must have been made at this temperature.
         cross_entropy_weight: w in [0, 1].
-        token_weights: `[...]` like the labels, or `[N]`: each token's weight. They scale the sum, not the divisor.
+        token_weights: `[N]`, each token's weight. They scale the sum, not the divisor.
         num_items: Completion tokens of the whole accumulation window on all processes. None: those of this batch.
         vocabulary: `[n]` ids that the draft may propose: q is masked to them and renormalised, p is not, and what is
             infinite whatever the draft says is left out (see `vocabulary.py`). None for all.
@@ -111,13 +105,8 @@ def distillation_loss(
     """
     options = dict(options or {})
     _check_settings(divergence, options, temperature, cross_entropy_weight, target)
-    mask = labels != IGNORED
-    tokens = labels[mask]
-    draft = _select(draft, mask, "draft")
-    signal: Any = None if target is None else _select(target, mask, "target")
-    if isinstance(signal, torch.Tensor | Unprojected):
-        signal = prepared(signal)
-    weights = _position_weights(tokens, token_weights, mask, num_items, positions_of(draft))
+    signal: Any = prepared(target) if isinstance(target, torch.Tensor | Unprojected) else target
+    weights = _position_weights(tokens, token_weights, num_items, positions_of(draft))
     outside = None if vocabulary is None else _outside(vocabulary, draft)
     rewards = None
     if divergence == "tvd_plus_plus" and options.get("statistics", "batch") == "batch":
@@ -172,7 +161,7 @@ def distillation_loss(
         return twin if on_text is None else _mix(twin, on_text, cross_entropy_weight)
 
     result = chunked_loss(draft, score_chunk, weights, chunk_size)
-    return DistillationLoss(result.loss, tokens.numel(), result.values, result.acceptance, mask)
+    return DistillationLoss(result.loss, tokens.numel(), result.values, result.acceptance)
 
 
 def _check_settings(
@@ -202,26 +191,9 @@ def _check_settings(
         check_sampled(divergence)
 
 
-def _select(source: Any, mask: torch.Tensor, name: str) -> Any:
-    """Return the completion positions `[N, ...]` of logits, hidden states or a sparse target."""
-    if isinstance(source, Unprojected):
-        return source._replace(hidden=_select(source.hidden, mask, name))
-    parts = source.token_ids if isinstance(source, SparseTarget | SampledTarget) else source
-    leading = tuple(parts.shape[:-1])
-    if leading == tuple(mask.shape):
-        return source[mask]
-    if leading == (int(mask.sum()),):
-        return source
-    raise ValueError(
-        f"The {name} must have one entry per label {tuple(mask.shape)} or per completion token ({int(mask.sum())},), "
-        f"got {leading}."
-    )
-
-
 def _position_weights(
     tokens: torch.Tensor,
     token_weights: torch.Tensor | None,
-    mask: torch.Tensor,
     num_items: torch.Tensor | float | None,
     like: torch.Tensor,
 ) -> torch.Tensor:
@@ -230,13 +202,7 @@ def _position_weights(
     if token_weights is None:
         weights = torch.ones(tokens.shape, dtype=dtype, device=like.device)
     else:
-        picked = token_weights[mask] if token_weights.shape == mask.shape else token_weights
-        if picked.shape != tokens.shape:
-            raise ValueError(
-                f"token_weights must have the shape of the labels {tuple(mask.shape)} or of the completion tokens "
-                f"{tuple(tokens.shape)}, got {tuple(token_weights.shape)}."
-            )
-        weights = picked.detach().to(like.device, dtype)
+        weights = token_weights.detach().to(like.device, dtype)
     if num_items is None:
         return weights / max(tokens.numel(), 1)
     return weights / (num_items.to(like.device) if isinstance(num_items, torch.Tensor) else num_items)

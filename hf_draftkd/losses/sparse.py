@@ -197,7 +197,7 @@ def sparse_value_and_gradient(
             return Twin(values, None, None)
         return Twin(values, q.scatter_add_(-1, target.token_ids, -_frequencies(target, q.dtype)), None)
     buckets, carry_back = merge_for_gradient(draft_logits, target.token_ids, memory)
-    kept = target_buckets(target, draft_logits.shape[-1]).to(buckets.dtype)
+    kept = target_buckets(target, draft_logits.shape[-1]).to(buckets.dtype, copy=True)  # it is overwritten
     twin = value_and_gradient(
         divergence, buckets, kept, gradient=gradient, acceptance=acceptance, memory=memory, **kwargs
     )

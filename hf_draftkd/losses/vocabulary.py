@@ -112,7 +112,7 @@ def listed_sparse_value_and_gradient(
         return Twin(values, None if twin.gradient is None else twin.gradient.mul_(share.unsqueeze(-1)), None)
     vocab_size = len(outside)
     buckets, carry_back = merge_for_gradient(draft_logits, target.token_ids, wanted["memory"])
-    against = target_buckets(target, vocab_size).to(buckets)
+    against = target_buckets(target, vocab_size).to(buckets, copy=True)
     if buckets.shape[-1] > listed.shape[-1]:
         in_tail = listed.sum(dim=-1, keepdim=True) < (~outside).sum()
         listed = torch.cat([listed, in_tail], dim=-1)

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.scoring import Text, score_texts
 from hf_draftkd.losses import DistillationLoss, SparseTarget, Unprojected, distillation_loss
-from hf_draftkd.losses.objective import IGNORED
 from hf_draftkd.models.forward import head_arithmetic, in_head, predicting_positions
 from hf_draftkd.online.capture import ServedRequest
 from hf_draftkd.online.config import OnlineDistillConfig
@@ -93,10 +92,10 @@ class Learner:
         device = self._draft.device
         texts = [torch.cat([request.prompt_ids, request.completion_ids]) for request in requests]
         ids = pad_sequence(texts, batch_first=True)
-        labels = pad_sequence(texts, batch_first=True, padding_value=IGNORED)
-        inputs = {"input_ids": ids.to(device), "attention_mask": (labels != IGNORED).long().to(device)}
+        labels = pad_sequence(texts, batch_first=True, padding_value=-100)
+        inputs = {"input_ids": ids.to(device), "attention_mask": (labels != -100).long().to(device)}
         for row, request in enumerate(requests):
-            labels[row, : len(request.prompt_ids)] = IGNORED
+            labels[row, : len(request.prompt_ids)] = -100
         keep = predicting_positions(labels)
         # Row by row in the order of the requests, which is the order of the kept positions.
         tokens, keep = labels[:, 1:][keep[:, :-1]].to(device), keep.to(device)

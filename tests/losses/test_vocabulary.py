@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from hf_draftkd.losses import DIVERGENCES, SampledTarget, distillation_loss, sample_target, top_k_target
+from hf_draftkd.losses import DIVERGENCES, SampledTarget, sample_target, top_k_target
+from tests.losses.selected import distillation_loss
 from tests.losses.test_objective import CASES, B, Setup, T, V, assert_same
 
 LISTED = torch.tensor([1, 2, 5, 7, 11, 12, 20])
