@@ -123,18 +123,11 @@ def normalize_rows(
     formatting_func: Callable[[dict], str] | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Any:
-    """Rows of one format as SFTTrainer takes them: what the format needs, and nothing beside it.
+    """Rows of one format, perhaps a stream, as SFTTrainer takes them: what the format needs, and nothing beside it.
 
     Messages, tools and template options come as the chat template reads them (see `messages.py`), and as JSON, in which
-    rows that differ do not lend each other their keys.
-
-    Args:
-        dataset: Rows that all fill the columns of the same format; may be a stream.
-        tokenizer: The pair's tokenizer, with its chat template.
-        name: What messages call the data set.
-        text_field: Name of the column with plain text.
-        formatting_func: Makes the text of a row that holds no token ids.
-        numbers: The number of each row, where these rows are not a data set of their own.
+    rows that differ do not lend each other their keys. A `formatting_func` makes the text of a row that holds no token
+    ids. `numbers` are those of the rows, where these are not a data set of their own.
 
     Raises:
         ValueError: A message holds what a draft cannot read, or a mask is not as long as its ids; the row is named.
@@ -218,18 +211,13 @@ def exact_features(
     """Turn rows that already hold token ids into `input_ids`, `labels` and their setting; leave all others alone.
 
     Alignment rows (`prompt_ids`, `completion_ids`) become their concatenation with the prompt masked. A
-    `completion_mask` that comes with `input_ids` becomes `labels`, which `SFTTrainer` would ignore.
-
-    Args:
-        dataset: Rows in any format.
-        target_name: The target in use. Only rows that this target wrote keep their decoding setting: block
-            efficiency is exact for such text and for no other.
-        first_row: Number of the first row in the `CachedDistributions` in use, if any.
-        map_kwargs: Passed on to `datasets.map`.
+    `completion_mask` that comes with `input_ids` becomes `labels`, which `SFTTrainer` would ignore. Only rows that the
+    target in use wrote keep their decoding setting: block efficiency is exact for such text and for no other.
 
     Returns:
         The dataset, with its setting [temperature, top_p, top_k, repetition_penalty], nan where unknown, as
-        `SETTING_COLUMN`, and with `INDEX_COLUMN`, aligned with `input_ids`, where a cache is in use.
+        `SETTING_COLUMN`; and where a cache is in use, in which `first_row` is the number of the first row, with
+        `INDEX_COLUMN`, aligned with `input_ids`.
     """
     columns = get_dataset_column_names(dataset)
     if {"prompt_ids", "completion_ids"} <= set(columns):

@@ -185,13 +185,9 @@ def alignment_rows(
 ) -> Dataset:
     """Assemble alignment data, one row per completion, in the order of prompts, then settings.
 
-    Args:
-        prompts: The prompts and the columns carried along, P rows.
-        prompt_ids: Their tokens, P lists.
-        answers: Per decoding setting P lists of completions, one list per prompt.
-        tokenizer: Decodes the completions, without special tokens.
-        origin: `scenario`, `target`, `target_revision` and `seed` of every row.
-        brought: Columns that each completion brings along as its `distributions`.
+    From P prompts with the columns carried along, their P lists of token ids, and per decoding setting P lists of
+    completions. `origin` holds `scenario`, `target`, `target_revision` and `seed` of every row, `brought` the columns
+    that each completion brings along as its `distributions`.
     """
     features = Features({**alignment_features(prompts.features), **(brought or {})})
     columns: dict[str, list[Any]] = {name: [] for name in features}

@@ -118,17 +118,9 @@ def in_head(
     """Compute anything where the model would have projected its hidden states: there the head's weight is whole,
     whoever shards it.
 
-    Args:
-        model: A causal LM, wrapped or not.
-        inputs: What its forward takes.
-        keep: [B, L] bool, N of them True.
-        arithmetic: The model's, from `head_arithmetic`.
-        vocab_size: Tokens to compare: the head's first rows.
-        compute: Hidden states [N, H] with their head, or logits [N, V] where there is no arithmetic -> the result, and
-            what the model's forward returns.
-
-    Returns:
-        The result.
+    `compute` takes hidden states [N, H] at the positions [B, L] `keep`, with the head over the first `vocab_size`
+    tokens, or logits [N, V] where there is no `head_arithmetic`. It returns the result, which is returned, and what the
+    model's forward returns. `inputs` are what that takes.
     """
     if arithmetic is None:
         return compute(logits_at(model, inputs, keep)[:, :vocab_size])[0]

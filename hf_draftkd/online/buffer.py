@@ -13,13 +13,8 @@ from hf_draftkd.online.capture import ServedRequest
 
 
 class ReplayBuffer:
-    """The newest requests, oldest first.
-
-    Args:
-        size: Requests kept to learn from.
-        holdout_size: Requests kept to judge an update.
-        holdout_share: Share of the prompts that are held out.
-        seed: Decides which.
+    """The newest requests, oldest first: `size` to learn from, and `holdout_size`, of a share of the prompts, that
+    judge.
 
     Attributes:
         training: Requests to learn from.

@@ -151,16 +151,10 @@ def check_batch(batch: dict[str, Any], args: DraftDistillConfig) -> None:
 
 
 class CompletionWriter:
-    """Has the completions of batches written before they are learned from.
+    """Has the completions of batches written before they are learned from, by the draft or the prepared target.
 
-    Args:
-        args: Who writes, and how.
-        target: The prepared target, wrapped or not.
-        accelerator: Of the run.
-        tokenizer: Of both models.
-        vocab_size: Tokens that draft and target share.
-        context: Longest text that both models read, in tokens.
-        vocabulary: Ids that the draft may propose, and so writes; None for all.
+    `vocab_size` tokens are shared by the two, `context` is the longest text that both read, in tokens, and `vocabulary`
+    are the ids that the draft may propose, and so writes (None for all).
 
     Attributes:
         seconds: What writing has taken on this process.

@@ -55,7 +55,7 @@ def token_metrics(
     loss: Callable[[Tensor, Any, Tensor], DistillationLoss],
     vocabulary: Tensor | None = None,
 ) -> TokenMetrics:
-    """Look at a batch's completion tokens without gradient, a chunk at a time.
+    """Look at a batch's N completion tokens without gradient, a chunk at a time.
 
     Args:
         draft: Hidden states with their head, or logits, at the N positions that predict a completion token.
