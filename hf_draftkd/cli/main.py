@@ -15,6 +15,7 @@ from hf_draftkd.utils.text import printable
 # Command -> what it does. Each lives in hf_draftkd/cli/COMMAND.py as `run(argv) -> exit code`.
 COMMANDS = {
     "quickstart": "distil and measure a draft on the bundled demo pair, in a few minutes",
+    "doctor": "look at a target and a draft before anything is downloaded: do they fit, and what next",
     "init": "make a draft that fits a target: from its layers, from a config, or by repairing a stock draft",
     "generate": "have the target answer prompts: the data that a draft learns from",
     "train": "distil a target into a draft",

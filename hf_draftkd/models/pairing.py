@@ -178,23 +178,28 @@ def _vocab_size(model: Any) -> int:
     return model.config.get_text_config().vocab_size
 
 
+def check_rows(draft_rows: int, target_rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `ValueError` unless the rows that one of the models lacks are padding, by their tokenizer."""
+    size = tokenizer_size(tokenizer)
+    if draft_rows < min(size, target_rows):
+        raise ValueError(
+            f"The draft has {draft_rows} rows, but the tokenizer has {size} tokens and the target {target_rows} rows: "
+            "the missing rows are tokens that the draft was never trained on, not padding. Add them yourself with "
+            f"`draft_model.resize_token_embeddings({target_rows})` and train them, or choose another draft."
+        )
+    if target_rows < min(size, draft_rows):
+        raise ValueError(
+            f"The target has {target_rows} rows, but the tokenizer has {size} tokens and the draft {draft_rows} rows: "
+            "the rows to be cut from the draft are tokens, not padding. Check that this is the target's tokenizer."
+        )
+
+
 def _check_padding(
     draft_model: PreTrainedModel, old_size: int, new_size: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     """Raise unless every row that must be added to or cut from the draft is padding."""
     if tokenizer is not None:
-        size = tokenizer_size(tokenizer)
-        if old_size < min(size, new_size):
-            raise ValueError(
-                f"The draft has {old_size} rows, but the tokenizer has {size} tokens and the target {new_size} rows: "
-                "the missing rows are tokens that the draft was never trained on, not padding. Add them yourself with "
-                f"`draft_model.resize_token_embeddings({new_size})` and train them, or choose another draft."
-            )
-        if new_size < min(size, old_size):
-            raise ValueError(
-                f"The target has {new_size} rows, but the tokenizer has {size} tokens and the draft {old_size} rows: "
-                "the rows to be cut from the draft are tokens, not padding. Check that this is the target's tokenizer."
-            )
+        check_rows(old_size, new_size, tokenizer)
     elif old_size > new_size:
         tables = [draft_model.get_input_embeddings().weight, draft_model.get_output_embeddings().weight]
         rows = set(range(new_size, old_size)) - set(draft_model.generation_config.suppress_tokens or ())

@@ -1,0 +1,165 @@
+"""`draftkd doctor TARGET [DRAFT]`: will this pair do, what will it take, and what next; no weights are downloaded."""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hf_draftkd.cli.errors import usage_errors
+from hf_draftkd.cli.options import parse, required
+from hf_draftkd.hub.provenance import PairFacts
+from hf_draftkd.hub.serving_commands import serving_commands
+from hf_draftkd.models.examination import Examination, ModelFacts, examine
+from hf_draftkd.models.resolve import Checkpoint, resolve
+from hf_draftkd.utils.fields import option
+from hf_draftkd.utils.text import one_line, printable
+
+_GB = 10**9
+_WAYS = {
+    "answering": "the target answers",
+    "live": "training beside the target",
+    "4 bits": "training beside the target in 4 bits",
+    "cached": "training on its cached distributions",
+}
+
+
+@dataclass
+class DoctorOptions:
+    """What to look at."""
+
+    target_model: str | None = option(None, "The target: a Hub id or a local path (may stand first, alone).")
+    model: str | None = option(None, "A draft for it (may stand second).")
+    target_model_revision: str | None = option(None, "Revision of the target.")
+    model_revision: str | None = option(None, "Revision of the draft.")
+    trust_remote_code: bool = option(False, "Run code that a model repository brings.")
+
+
+def run(argv: list[str]) -> int:
+    """Run `draftkd doctor *argv`; 2 where later commands would refuse the pair."""
+    for place, name in ((0, "--target_model"), (2, "--model")):
+        if len(argv) > place and not argv[place].startswith("-"):
+            argv = [*argv[:place], name, *argv[place:]]
+    about = "Look at a target, and at a draft for it, before anything is downloaded: do they fit, and what next?"
+    (options,) = parse("doctor", [DoctorOptions], argv, about)
+    required(target_model=options.target_model)
+    with usage_errors():
+        trusted = {"trust_remote_code": options.trust_remote_code}
+        target = resolve(options.target_model, revision=options.target_model_revision, **trusted)
+        draft = None
+        if options.model is not None:
+            draft = resolve(options.model, revision=options.model_revision, **trusted)
+        found = examine(target, draft)
+    table = Table(box=SIMPLE, show_header=False, show_edge=False, padding=(0, 1), pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    free, where = _memory()
+    for name, text in _rows(target, draft, found, free, where):
+        # Messages may quote a stranger's files.
+        table.add_row(name, "\n".join(escape(one_line(line)) for line in text.split("\n")))
+    Console(highlight=False).print(table)
+    print("next")
+    for command in _next(target, draft, found, free):
+        print(f"  {printable(command)}")
+    return 2 if found.refused else 0
+
+
+def _rows(
+    target: Checkpoint, draft: Checkpoint | None, found: Examination, free: int, where: str
+) -> Iterator[tuple[str, str]]:
+    for name, checkpoint, facts in (("target", target, found.target), ("draft", draft, found.draft)):
+        if checkpoint is not None:
+            at = f" at {checkpoint.revision[:7]}" if checkpoint.revision else ""
+            yield name, f"{checkpoint.name}{at}" + (f"\n{_model(facts)}" if facts else "")
+    if draft is None and found.cut_layers:
+        share = found.cut_parameters / (found.target.num_parameters if found.target else 1)
+        yield "draft", f"none; {found.cut_layers} of the target's layers: {_count(found.cut_parameters)} ({share:.1%})"
+    if found.draft and found.target:
+        yield from _pair(found.draft, found.target, bool(found.refused))
+    if found.memory:
+        lines = [f"{_size(free)} free on {where}; activations come on top"]
+        for way, size in found.memory.items():
+            lines.append(f"{_WAYS[way]}: {_size(size)}{'' if size <= free else ', too much'}")
+        yield "memory", "\n".join(lines)
+    if draft is not None and found.draft and found.target and not found.refused:
+        yield "engines", _engines(draft, target, found.draft, found.target)
+    yield "refused", "\n".join(found.refused) or "nothing that can be seen without the weights"
+
+
+def _model(facts: ModelFacts) -> str:
+    stored = f" in {', '.join(facts.stored)}" if facts.stored else ""
+    tokens = "" if facts.num_tokens is None else f" for {facts.num_tokens:,} tokens"
+    context = f"{facts.context:,} tokens" if facts.context else "not said"
+    size = f"{facts.config.model_type}, {_count(facts.num_parameters)} parameters{stored}"
+    return (
+        f"{size}, {facts.table_share:.0%} of them in embedding and head\n"
+        f"vocabulary: {facts.rows:,} rows{tokens}; context: {context}"
+    )
+
+
+def _pair(draft: ModelFacts, target: ModelFacts, refused: bool) -> Iterator[tuple[str, str]]:
+    lines = [f"the draft has {draft.num_parameters / target.num_parameters:.1%} of the target's parameters"]
+    if not refused:
+        repair = "padded to other sizes: `train` and `init --model` repair the draft"
+        rows = "the same number of rows" if draft.rows == target.rows else repair
+        lines.append(f"the same tokenizer, {rows}")
+    if draft.context and target.context and draft.context < target.context:
+        lines.append(f"texts beyond the draft's {draft.context:,} tokens cannot be trained on or measured")
+    yield "pair", "\n".join(lines)
+
+
+def _engines(draft: Checkpoint, target: Checkpoint, draft_facts: ModelFacts, target_facts: ModelFacts) -> str:
+    pair = PairFacts.from_configs(draft_facts.config, target_facts.config)
+
+    def titles(pair: PairFacts) -> list[str]:
+        commands = serving_commands(draft.name, target.name, target_revision=None, pair=pair, num_assistant_tokens=None)
+        own = ["SpeculativeDecoding"] if pair.draft_vocab_size == pair.target_vocab_size else []
+        return own + [command.title.replace("`", "") for command in commands]
+
+    repaired = replace(pair, draft_vocab_size=pair.target_vocab_size, same_special_ids=True)
+    now = titles(pair)
+    later = [title for title in titles(repaired) if title not in now]
+    lines = [", ".join(now)] if now else []
+    return "\n".join([*lines, *([f"once the draft is repaired: {', '.join(later)}"] if later else [])])
+
+
+def _next(target: Checkpoint, draft: Checkpoint | None, found: Examination, free: int) -> Iterator[str]:
+    name = shlex.quote(target.name)
+    if found.target is None:
+        yield "choose another target"
+        return
+    if found.draft is None or found.refused:
+        if not target.is_local:
+            yield f"draftkd find {name}"
+        yield f"draftkd init --target_model {name} --num_layers {found.cut_layers or 2} --output_dir DRAFT"
+    model = "DRAFT" if draft is None or found.refused else shlex.quote(draft.name)
+    at, options, learn = f"--target_model {name}", "", f"--target_model {name}"
+    if found.memory.get("answering", 0) > free:  # another machine has to answer
+        at, learn = f"--endpoint URL --target_model SERVED_NAME --tokenizer {name}", "--divergence cross_entropy"
+    elif found.memory.get("live", 0) > free:
+        options, learn = "--cache_distributions top_k=64 ", ""
+    yield f"draftkd generate {at} --dataset PROMPTS {options}--output_dir DATA"
+    yield f"draftkd train --model {model} {learn}{' ' if learn else ''}--dataset DATA --output_dir OUT"
+    if "endpoint" not in at:
+        yield f"draftkd evaluate --model OUT --target_model {name} --dataset OTHER_PROMPTS --output_dir REPORT"
+
+
+def _memory() -> tuple[int, str]:
+    """Free bytes where models would be loaded, and where that is."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.get_memory_info()[0], f"this {torch.accelerator.current_accelerator()}"
+    import psutil  # comes with accelerate
+
+    return psutil.virtual_memory().available, "this machine, without an accelerator"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / _GB:.2f}B" if parameters >= _GB / 10 else f"{parameters / 10**6:.2f}M"
+
+
+def _size(size: int) -> str:
+    return f"{size / _GB:.1f} GB" if size >= _GB / 10 else f"{size / 10**6:.0f} MB"

@@ -1,0 +1,179 @@
+"""What can be said of a pair before its weights are there: from configs, tokenizers and the headers of weight files."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, get_local_safetensors_metadata
+from huggingface_hub.errors import HTTPError, SafetensorsParsingError
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from hf_draftkd.models.building import check_plan
+from hf_draftkd.models.context import context_length
+from hf_draftkd.models.memory import TRAINED_BYTES, weight_bytes
+from hf_draftkd.models.pairing import check_rows, check_tokenizers
+from hf_draftkd.models.resolve import Checkpoint
+from hf_draftkd.models.sizing import count_parameters, cut_layers, spread_layers
+from hf_draftkd.models.text_model import text_config
+from hf_draftkd.models.tokenizers import tokenizer_size
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """One model: its size, its vocabulary, what it can read.
+
+    Attributes:
+        config: Of the causal LM; of a multimodal model that of its text part.
+        num_parameters: Parameters, tied ones once.
+        table_share: The share of embedding and head in them.
+        rows: Rows of the head, padding included.
+        num_tokens: Ids that the tokenizer knows; None without a tokenizer.
+        context: The longest text it can read, in tokens, where the config says so.
+        stored: Number formats of the stored weights, with their counts; empty where the headers cannot be read.
+    """
+
+    config: PreTrainedConfig
+    num_parameters: int
+    table_share: float
+    rows: int
+    num_tokens: int | None
+    context: int | None
+    stored: dict[str, int]
+
+    def weight_bytes(self, bits: int | None = None) -> int:
+        """Bytes of the weights in memory: as `dtype="auto"` loads them, or in 8 or 4 bits."""
+        if stored := self.quantization:
+            bits = bits or stored.get("bits") or (4 if stored.get("load_in_4bit") else 8)
+        return weight_bytes(self.config, bits or (32 if self.config.dtype in (None, torch.float32) else 16))
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """How the stored weights are quantised; empty where they are not."""
+        return getattr(self.config, "quantization_config", None) or {}
+
+
+@dataclass
+class Examination:
+    """What is known of a pair, or of a target alone.
+
+    Attributes:
+        target: None where it is refused.
+        draft: None where there is none, or it is refused.
+        cut_parameters: Without a draft: parameters of one made of `cut_layers` layers of the target.
+        cut_layers: How many layers these are.
+        refused: What later commands will refuse, and why.
+        memory: Bytes of weights, gradients and optimiser, by what is done: `answering` (the target alone), training
+            with the target `live`, in `4 bits`, or `cached`. Activations come on top.
+    """
+
+    target: ModelFacts | None = None
+    draft: ModelFacts | None = None
+    cut_layers: int = 0
+    cut_parameters: int = 0
+    refused: list[str] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+
+
+def examine(target: Checkpoint, draft: Checkpoint | None = None, *, num_layers: int = 2) -> Examination:
+    """Look at a target, and at a draft for it, without their weights.
+
+    Args:
+        target: The target.
+        draft: A draft for it; None asks what one made of the target's layers would be.
+        num_layers: How many layers that one would have.
+    """
+    found = Examination()
+    with _refusals_go_to(found.refused):
+        found.target = _facts(target, found.refused)
+    if draft is None:
+        with _refusals_go_to(found.refused):
+            _examine_cut(found, num_layers)
+        return found
+    with _refusals_go_to(found.refused):
+        found.draft = _facts(draft, found.refused)
+    if found.draft and found.draft.num_tokens and found.target and found.target.num_tokens:
+        with _refusals_go_to(found.refused):
+            check_tokenizers(draft.tokenizer, target.tokenizer)
+            check_rows(found.draft.rows, found.target.rows, target.tokenizer)
+    if found.draft is not None:
+        if found.draft.quantization:
+            found.refused.append(
+                f"The weights of {draft.name!r} are quantised: what a quantised draft learns cannot be saved exactly. "
+                "Take the draft in plain weights."
+            )
+        found.memory = _memory(found.target, found.draft.num_parameters)
+    return found
+
+
+def _examine_cut(found: Examination, num_layers: int) -> None:
+    if found.target is None:
+        return
+    config = found.target.config
+    count = min(num_layers, config.get_text_config().num_hidden_layers)
+    check_plan(config, num_layers=count)
+    found.cut_parameters = count_parameters(cut_layers(config, spread_layers(config, count)))
+    found.cut_layers = count
+    found.memory = _memory(found.target, found.cut_parameters)
+
+
+@contextmanager
+def _refusals_go_to(refused: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        refused.append(str(error))
+
+
+def _facts(checkpoint: Checkpoint, refused: list[str]) -> ModelFacts:
+    config = checkpoint.config
+    if checkpoint.is_multimodal:
+        config = text_config(config, repr(checkpoint.name))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    in_tables = {id(table.weight): table.weight.numel() for table in tables if table is not None}
+    num_tokens = None
+    with _refusals_go_to(refused):
+        num_tokens = tokenizer_size(checkpoint.tokenizer)
+    facts = ModelFacts(
+        config=config,
+        num_parameters=model.num_parameters(),
+        table_share=sum(in_tables.values()) / model.num_parameters(),
+        rows=config.get_text_config().vocab_size,
+        num_tokens=num_tokens,
+        context=context_length(config),
+        stored={} if checkpoint.is_adapter else _stored(checkpoint),
+    )
+    held = sum(facts.stored.values())
+    if facts.stored and not facts.quantization and held < facts.num_parameters:
+        refused.append(
+            f"The weights of {checkpoint.name!r} are incomplete: {held:,} numbers are stored, and its config describes "
+            f"{facts.num_parameters:,}. Give a model that was saved whole, head included."
+        )
+    return facts
+
+
+def _stored(checkpoint: Checkpoint) -> dict[str, int]:
+    """Number formats of the stored weights, from the headers of their files: a few kilobytes each."""
+    try:
+        if checkpoint.is_local:
+            found = get_local_safetensors_metadata(checkpoint.name)
+        else:
+            found = HfApi().get_safetensors_metadata(checkpoint.name, revision=checkpoint.revision)
+        return {str(name): count for name, count in found.parameter_count.items()}
+    except SafetensorsParsingError as error:
+        raise ValueError(
+            f"The weights of {checkpoint.name!r} cannot be read: {error} Download or save the model again."
+        ) from error
+    except (OSError, HTTPError):  # without a network: the cache has no headers without weights
+        return {}
+
+
+def _memory(target: ModelFacts | None, draft_parameters: int) -> dict[str, int]:
+    draft = TRAINED_BYTES * draft_parameters
+    if target is None:
+        return {"cached": draft}
+    alone = target.weight_bytes()
+    return {"answering": alone, "live": alone + draft, "4 bits": target.weight_bytes(4) + draft, "cached": draft}
