@@ -44,6 +44,7 @@ def _of_training(training: TrainingSummary) -> list[str]:
         "xu2025": training.skd_top_k is not None,
         "hu2025": options.get("token_selection") == "adaspec",
         "goel2024": divergence == "tvd_plus_plus",
+        "an2025": (options.get("parallel_tokens") or 1) > 1,
         "samarin2026": divergence in ("negative_log_acceptance", "lk_hybrid"),
         "xu2024": "synthetic" in (training.scenarios or ()),
         "liu2023": training.online,

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from hf_draftkd.evaluation.recommendation import PARALLEL
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub import report_tables as tables
 from hf_draftkd.hub.card_merge import CARD_FILE
@@ -146,7 +147,7 @@ class DraftModelCard(ModelCard):
 
 
 # What the template knows of a report beyond its fields.
-_MEASURED = ("parts", "prompts", "stock", "speed", "vocabulary", "hardware", "domains", "tested")
+_MEASURED = ("parts", "prompts", "stock", "speed", "parallel", "vocabulary", "hardware", "domains", "tested")
 
 
 def _measured(report: SpeculationReport) -> dict[str, Any]:
@@ -165,6 +166,7 @@ def _measured(report: SpeculationReport) -> dict[str, Any]:
         "prompts": Markdown(f"{prompts.count} prompts{source} (sha256 {code(prompts.sha256)})"),
         "stock": _at(hub_link(stock.name), stock.revision) if stock else None,
         "speed": tables.speed_table(report.settings),
+        "parallel": tables.parallel_table(report.settings),
         "vocabulary": tables.vocabulary_table(report.settings, tables.shown_length(report, report.settings)),
         "hardware": tables.hardware_text(report.hardware),
         "domains": [name for name, _ in tables.by_domain(report) if name],
@@ -192,6 +194,7 @@ def _pair(
         pair=pair,
         num_assistant_tokens=length,
         custom_generate=custom_generate,
+        one_by_one=bool(report and report.recommendation and report.recommendation.way != PARALLEL),
     )
     sizes = {pair.draft_vocab_size, pair.target_vocab_size}
     shown_target = _at(hub_link(target), revision) if target else None

@@ -18,6 +18,7 @@ from hf_draftkd.evaluation.schema import from_plain, key, to_plain
 from hf_draftkd.hub.access import redacted
 from hf_draftkd.hub.public_names import public_name, without_paths
 from hf_draftkd.models.draft_length import recorded_vocabulary
+from hf_draftkd.models.parallel import parallel_draft
 from hf_draftkd.models.tokenizers import SPECIAL_IDS
 from hf_draftkd.utils.checks import one_of
 from hf_draftkd.utils.files import write_text
@@ -110,6 +111,9 @@ class PairFacts:
     draft_vocabulary_size: int | None = key(
         "Ids in the `draft_vocabulary` of the draft's generation config, if there is one.", default=None
     )
+    parallel_tokens: int | None = key(
+        "Tokens that the draft was trained to predict in one pass; absent for an ordinary draft.", default=None
+    )
 
     @classmethod
     def from_configs(
@@ -123,12 +127,14 @@ class PairFacts:
         """Read the facts off two configs; further ones (sizes, fingerprint) are passed by name."""
         draft, target = draft_config.get_text_config(), target_config.get_text_config()
         listed = recorded_vocabulary(draft_generation_config) if draft_generation_config else None
+        at_once = parallel_draft(draft_config)
         return cls(
             draft_vocab_size=draft.vocab_size,
             target_vocab_size=target.vocab_size,
             same_special_ids=all(getattr(draft, name, None) == getattr(target, name, None) for name in SPECIAL_IDS),
             num_assistant_tokens=tuned_length(draft_generation_config),
             draft_vocabulary_size=len(listed) if listed else None,
+            parallel_tokens=at_once.num_tokens if at_once else None,
             **facts,
         )
 

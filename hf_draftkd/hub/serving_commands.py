@@ -4,7 +4,8 @@ Each engine has its own condition on the pair, taken from its source or document
 
 - transformers: `generate(assistant_model=...)` without tokenizers wants equal `vocab_size`
   (`GenerationMixin._validate_assistant`); a pipeline also wants equal bos, eos and pad ids (`load_assistant_model`).
-- vLLM: `SpeculativeConfig.verify_equal_vocab_size_if_draft_model` wants equal vocabulary sizes.
+- vLLM: `SpeculativeConfig.verify_equal_vocab_size_if_draft_model` wants equal vocabulary sizes. Drafts trained with
+  `parallel_tokens` draft in one pass with `parallel_drafting` (docs, "Parallel Draft Models").
 - SGLang: STANDALONE hands token ids from draft to target and has refused pairs with other vocabularies since
   sgl-project/sglang#23838.
 - llama.cpp: `common/speculative.cpp` wants the same vocabulary type and bos/eos handling, sizes at most 128 apart
@@ -42,6 +43,7 @@ def serving_commands(
     pair: PairFacts,
     num_assistant_tokens: int | None,
     custom_generate: bool = False,
+    one_by_one: bool = False,
 ) -> list[Command]:
     """The commands that are true for this pair.
 
@@ -53,6 +55,7 @@ def serving_commands(
             condition is known to fail.
         num_assistant_tokens: The tuned draft length, None where none was tuned.
         custom_generate: Whether the draft's repository holds code for `generate(custom_generate=...)`.
+        one_by_one: Whether a parallel draft is recommended to draft one token at a time all the same.
     """
     found = []
     same_size = pair.draft_vocab_size == pair.target_vocab_size
@@ -68,7 +71,8 @@ def serving_commands(
     length = num_assistant_tokens or UNTUNED_LENGTH
     pin = f" --revision {shlex.quote(target_revision)}" if target_revision else ""
     if same_size:
-        found += [_vllm(draft, target, pin, length), _sglang(draft, target, pin, length)]
+        at_once = None if one_by_one else pair.parallel_tokens
+        found += [_vllm(draft, target, pin, length, at_once), _sglang(draft, target, pin, length)]
     distance = abs((pair.draft_vocab_size or 0) - (pair.target_vocab_size or 0))
     if distance <= LLAMA_CPP_MAX_VOCAB_DIFFERENCE and pair.same_special_ids:
         found.append(_llama_cpp(draft, target, pin, length))
@@ -148,12 +152,17 @@ def _pipeline(draft: str, target: str, revision: str | None, pair: PairFacts, le
     return Command("transformers: `pipeline`", "python", "\n".join(lines))
 
 
-def _vllm(draft: str, target: str, pin: str, length: int) -> Command:
-    config = json.dumps({"method": "draft_model", "model": draft, "num_speculative_tokens": length})
+def _vllm(draft: str, target: str, pin: str, length: int, parallel_tokens: int | None) -> Command:
+    options = {"method": "draft_model", "model": draft, "num_speculative_tokens": length}
+    if parallel_tokens is not None:
+        options |= {"num_speculative_tokens": min(length, parallel_tokens), "parallel_drafting": True}
+    config = json.dumps(options)
     content = f"vllm serve {shlex.quote(target)}{pin} \\\n    --speculative-config {shlex.quote(config)}"
     remark = (
         "vLLM lets the draft propose its likeliest token: compare with the metrics for `greedy_draft` verification."
     )
+    if parallel_tokens is not None:
+        remark = f"With `parallel_drafting` the draft proposes all tokens in one pass, from mask tokens. {remark}"
     return Command("vLLM", "bash", content, remark)
 
 

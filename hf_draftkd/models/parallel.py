@@ -14,7 +14,8 @@ from hf_draftkd.models.tokenizers import tokenizer_size
 # `_init_parallel_drafting_params`) takes `pard_token`, which AMD's own drafts have, else `ptd_token_id`, and reads
 # neither unless its speculative_config says `"parallel_drafting": true`. How many tokens a draft was trained for it
 # does not read. SGLang has no parallel drafting with a standalone draft (sgl-project/sglang#23171, open in April
-# 2026): it uses the same weights one token at a time (`--speculative-algorithm STANDALONE`).
+# 2026): it uses the same weights one token at a time (`--speculative-algorithm STANDALONE`). TensorRT-LLM has
+# `PARDDecodingConfig(mask_token_id=...)`.
 MASK_TOKEN_KEYS = ("pard_token", "ptd_token_id")
 # Ours: K. Drafts of AMD's do not have it, and were trained for 8 tokens.
 PARALLEL_TOKENS_KEY, _USUAL_PARALLEL_TOKENS = "parallel_tokens", 8
