@@ -128,7 +128,7 @@ def local_backend(
     end_ids, overrides = _endings(target_model, turn_end, suppress_tokens)
     options: dict[str, Any] = {"batch_size": batch_size}
     if draft_model is not None:
-        options["custom_generate"] = SpeculativeDecoding(draft_model, helping_length(draft_model))
+        options["custom_generate"] = SpeculativeDecoding(draft_model, helping_length(draft_model), parallel=False)
     # On a copy, so that the caller's stays as it is. Any id pads: it is masked in front, and cut off behind.
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side, tokenizer.pad_token_id = "left", pad_id(tokenizer, target_model)

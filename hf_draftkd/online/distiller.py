@@ -122,7 +122,8 @@ class OnlineDraftDistiller:
         self.buffer = ReplayBuffer(
             self.args.buffer_size, self.args.holdout_size, self.args.holdout_share, self.args.seed
         )
-        self._decoding = SpeculativeDecoding(draft_model)
+        # It learns next tokens alone.
+        self._decoding = SpeculativeDecoding(draft_model, parallel=False)
         self._on_log = on_log
         self._generator = torch.Generator().manual_seed(self.args.seed)
         self._window = AcceptanceCounts()  # since the last step
@@ -249,7 +250,8 @@ class OnlineDraftDistiller:
             if not entry["kept"]:
                 undo()
         if entry["kept"]:
-            self._decoding = SpeculativeDecoding(self.draft_model)  # a head cut to its draft vocabulary is a copy
+            # A head cut to its draft vocabulary is a copy.
+            self._decoding = SpeculativeDecoding(self.draft_model, parallel=False)
         # Only now: after an error the next update reports these requests and learns from them as well.
         self._window = AcceptanceCounts()
         self.buffer.num_new = 0
@@ -346,7 +348,7 @@ class OnlineDraftDistiller:
         check_same(directory, facts, self._identity)
         tensors = load_tensors(directory)
         self.learner.load(tensors["draft"])
-        self._decoding = SpeculativeDecoding(self.draft_model)
+        self._decoding = SpeculativeDecoding(self.draft_model, parallel=False)
         self._generator.set_state(tensors["random"]["generator"])
         self.buffer.unpack(tensors["requests"], facts["buffer"])
         self.num_requests, self.num_updates = facts["num_requests"], facts["num_updates"]

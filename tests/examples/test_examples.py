@@ -24,6 +24,11 @@ from tests.test_docs import run
             "--documents 4 --pretraining_steps 1 --tokens_per_step 512 --prompts 2 --queries 2 --max_new_tokens 4 "
             "--epochs 1",
         ),
+        (
+            "parallel_draft.py",
+            "--prompts 4 --test_prompts 2 --answer_tokens 8 --seconds 0.1 --speed_prompts 1 --seeds 1 --layers 1 "
+            "--parallel_tokens 3 --runs 1",
+        ),
         ("lenience.py", "--prompts 2 --strengths 0.5 --max_new_tokens 8"),
         ("online_serving.py", "--requests 4 --update_every 1 --max_new_tokens 8"),
         (
