@@ -137,7 +137,8 @@ def table(results: dict[tuple[int, str], list[dict[str, Any]]]) -> str:
                     continue
                 found = [each if way == "one by one" else each["parallel"] for each in settings]
                 decoded = [each["speculative"] for each in found]
-                cells = [mean([each["block_efficiency"][str(length)]["value"] for each in found]) for length in LENGTHS]
+                efficiency = [each["block_efficiency"] for each in found]
+                cells = [mean([each[str(g)]["value"] for each in efficiency if str(g) in each]) for g in LENGTHS]
                 cells.append("/".join(sorted({str(each["num_assistant_tokens"]) for each in decoded})))
                 cells.append(mean([each["predicted_speedup"] for each in decoded]))
                 cells.append(mean([each["speedup"]["value"] for each in decoded]))
@@ -154,10 +155,8 @@ def table(results: dict[tuple[int, str], list[dict[str, Any]]]) -> str:
             )
             rates: list[list[float]] = [[each["acceptance_rate"]["value"] for each in settings]]
             if "parallel" in settings[0]:
-                rates = [
-                    [each["parallel"]["acceptance_by_depth"][depth - 1]["value"] for each in settings]
-                    for depth in LENGTHS
-                ]
+                by_depth = [each["parallel"]["acceptance_by_depth"] for each in settings]
+                rates = [[each[depth - 1]["value"] for each in by_depth if depth <= len(each)] for depth in LENGTHS]
             cells = [mean(rate, 3) for rate in rates] + ["–"] * (len(LENGTHS) - len(rates))
             lines.append(f"| {layers} | {kind} | {steps} | {' | '.join(cells)} |")
         lines.append("")
