@@ -20,6 +20,7 @@ from hf_draftkd.evaluation.plots import figure_class
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
 from hf_draftkd.evaluation.tables import ReportTable
+from hf_draftkd.evaluation.trackers import log_report, tracker_modules
 from hf_draftkd.models.draft_length import draft_length_settings, write_draft_settings
 from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.pairing import check_own_tokenizer
@@ -47,6 +48,9 @@ class EvaluateOptions:
     limit: int | None = option(None, "Use only the first so many rows.")
     regenerate: bool = option(False, "Let the target answer the prompts of alignment data again.")
     html: bool = option(False, "Write report.html as well: one page with plots.")
+    report_to: list[str] | None = option(None, "Trackers that get the report: trackio, wandb, tensorboard.")
+    project: str = option("huggingface", "trackio, wandb: the project.")
+    run_name: str | None = option(None, "trackio, wandb: the run; trackio goes on with the one of that name.")
     write: bool = option(False, "Store the best draft length in the (best) draft's generation config, a local path.")
     dtype: str = option("auto", "Number format of the weights, such as bfloat16.")
     model_revision: str | None = option(None, "Revision of the draft on the Hub.")
@@ -65,6 +69,7 @@ def run(argv: list[str]) -> int:
         _check_write(options, config)
         if options.html:
             figure_class()  # before the work that the page would show
+        tracker_modules(options.report_to or [])
         texts = _texts(options)
         target, *drafts = _look_up(options)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -132,6 +137,9 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
             written.append(write_draft_settings(Path(report.draft.name), settings, options.trust_remote_code))
     finally:  # hours of measuring are shown even if the disk is full
         console.print(ReportTable(report))
+    if options.report_to:
+        places = {"project": options.project, "run_name": options.run_name, "logging_dir": out / "runs"}
+        log_report(report, options.report_to, **places)
     for warning in report.warnings:
         console.print(f"[yellow]note:[/yellow] {escape(printable(warning))}", highlight=False)
     if report.self_check is not None:

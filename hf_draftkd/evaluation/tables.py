@@ -42,7 +42,7 @@ class ReportTable:
     report: SpeculationReport
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | str]:
-        headings, *rows = _cells(self.report)
+        headings, *rows = report_cells(self.report)
 
         def table(columns: Iterable[int], shape: Callable[[str], str]) -> Table:
             return _table([[row[0], *(shape(row[i]) for i in columns if i < len(row))] for row in (headings, *rows)])
@@ -64,7 +64,7 @@ class ReportTable:
             yield "\n" + escape(one_line(self.report.recommendation.reason))
 
 
-def _cells(report: SpeculationReport) -> Iterator[list[str]]:
+def report_cells(report: SpeculationReport) -> Iterator[list[str]]:
     """The rows of the table, headings first; that of a setting's name has no other cell.
 
     One column for the baseline, one for the draft (or each of several), one for the paired difference. A report may be
