@@ -138,8 +138,13 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
     finally:  # hours of measuring are shown even if the disk is full
         console.print(ReportTable(report))
     if options.report_to:
-        places = {"project": options.project, "run_name": options.run_name, "logging_dir": out / "runs"}
-        log_report(report, options.report_to, **places)
+        log_report(
+            report,
+            options.report_to,
+            project=options.project,
+            run_name=options.run_name,
+            logging_dir=out / "runs",
+        )
     for warning in report.warnings:
         console.print(f"[yellow]note:[/yellow] {escape(printable(warning))}", highlight=False)
     if report.self_check is not None:

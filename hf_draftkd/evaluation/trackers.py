@@ -72,7 +72,7 @@ def log_report(
 
 
 def _figures(report: SpeculationReport) -> dict[str, float]:
-    figures = {}
+    figures: dict[str, float] = {}
     for setting in report.settings:
         efficiency = (setting.block_efficiency or {}).get(report.num_assistant_tokens)
         runs = {"speedup": setting.assisted, "speedup_speculative_decoding": setting.speculative}
