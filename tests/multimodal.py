@@ -57,6 +57,7 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "Idefics3": ({"model_type": "llama"}, VISION, {"image_token_id": 299, "scale_factor": 2}),
     "Llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", **VISION}, {"image_token_index": 299}),
     "Mistral3": ({"model_type": "mistral"}, {"model_type": "pixtral", **VISION}, {"image_token_index": 299}),
+    "PaliGemma": ({"model_type": "gemma"}, {"model_type": "siglip_vision_model", **VISION}, {"image_token_index": 299}),
     "Qwen2VL": ({"rope_parameters": SECTIONS}, {"embed_dim": 16, "depth": 1, "num_heads": 2}, {}),
     "Qwen2_5_VL": ({"rope_parameters": SECTIONS}, QWEN_VISION, {}),
     "Qwen3VL": ({"rope_parameters": SECTIONS}, QWEN_VISION, {"image_token_id": 299}),

@@ -39,6 +39,7 @@ PRIVATE_NAMES = {
     "transformers.GenerationConfig._get_default_generation_params": "what `generate` fills in where a config is silent",
     "transformers.generation.GenerationMixin._prepare_generation_config": "the setting that a request is decoded under",
     "transformers.PreTrainedModel._is_stateful": "models whose cache cannot give tokens back",
+    "transformers.generation.GenerationMixin._supports_default_dynamic_cache": "models with a cache of their own",
     "transformers.GenerationConfig._mask_length": "how long the mask is that `generate` has made",
     "transformers.GenerationConfig._from_model_config": "whether a config keeps keys that transformers does not know",
     "transformers.GenerationConfig._pad_token_tensor": "the padding id that `generate` has settled on",

@@ -145,10 +145,17 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "bert": {"is_decoder": True},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "longcat_flash": {"head_dim": 4},
+    "minicpm3": {"dim_model_base": 32},  # or logits are eight times as large, and every draft is right
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
     "opt": {"word_embed_proj_dim": 32},
@@ -171,8 +178,10 @@ def architectures() -> list[str]:
     return sorted(set(found))
 
 
-def tiny_config(model_type: str, vocab_size: int = VOCAB_SIZE) -> PreTrainedConfig:
-    """A config of that type with tiny sizes and bos, eos and pad 0, 1, 2; everything else is the class's default."""
+def tiny_config(
+    model_type: str, vocab_size: int = VOCAB_SIZE, special_ids: tuple[int, int, int] = (0, 1, 2)
+) -> PreTrainedConfig:
+    """A config of that type with tiny sizes and these ids of bos, eos and pad; everything else is as its class says."""
     config_class = next(c for c in MODEL_FOR_CAUSAL_LM_MAPPING if c.model_type == model_type)
     default = config_class()
     named = {alias: real for alias, real in config_class.attribute_map.items() if hasattr(default, real)}
@@ -185,17 +194,18 @@ def tiny_config(model_type: str, vocab_size: int = VOCAB_SIZE) -> PreTrainedConf
         values.pop("qk_head_dim", None)
     if "kv_lora_rank" in values:  # keys of as many heads as queries
         values["num_key_value_heads"] = values["num_attention_heads"]
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        values[name] = ("bos_token_id", "eos_token_id", "pad_token_id").index(name)
+    values |= dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), special_ids, strict=True))
     dropout = [n for n in vars(default) if n.endswith(("dropout", "pdrop", "dropout_prob")) and getattr(default, n)]
     return config_class(**values | dict.fromkeys(dropout, 0.0) | _SPECIAL.get(model_type, {}))
 
 
-def tiny_model(model_type: str, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> PreTrainedModel:
+def tiny_model(
+    model_type: str, seed: int = 0, vocab_size: int = VOCAB_SIZE, special_ids: tuple[int, int, int] = (0, 1, 2)
+) -> PreTrainedModel:
     """A tiny model in eval mode, with every weight drawn from `seed`; greedy texts of such a model vary."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(model_type, vocab_size))
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type, vocab_size, special_ids))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:

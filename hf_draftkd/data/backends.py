@@ -131,7 +131,8 @@ def local_backend(
         options["custom_generate"] = SpeculativeDecoding(draft_model, helping_length(draft_model), parallel=False)
     # On a copy, so that the caller's stays as it is. Any id pads: it is masked in front, and cut off behind.
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.padding_side, tokenizer.pad_token_id = "left", pad_id(tokenizer, target_model)
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token_id = pad_id(target_model, tokenizer.pad_token_id, tokenizer.eos_token_id)
     # A model that accelerate has spread over devices must not be given one.
     spread = getattr(target_model, "hf_device_map", None) is not None
     pipe = pipeline(

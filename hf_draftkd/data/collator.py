@@ -31,14 +31,10 @@ UNKNOWN_SETTING = [math.nan] * len(SETTING_COLUMNS)
 
 
 class CachedDistributions:
-    """The caches of every data set in use, and where each token's distribution lies in them.
+    """The caches of every data set in use, and where each token's distribution lies in them."""
 
-    `vocab_size` is how many tokens the draft can predict, and may be set later; a cache that names others was made for
-    another pair.
-    """
-
-    def __init__(self, vocab_size: int | None = None) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self) -> None:
+        self._vocab_size: int | None = None
         self._datasets: list[Dataset] = []
         self._first_rows: list[int] = [0]
 
@@ -46,8 +42,31 @@ class CachedDistributions:
         """Take up one more data set; returns the number of its first row, for `addresses`."""
         columns = [name for name in CACHE_COLUMNS if name in dataset.column_names]
         self._datasets.append(dataset.select_columns(columns).with_format("arrow"))
+        self._check_ids(self._datasets[-1])
         self._first_rows.append(self._first_rows[-1] + len(dataset))
         return self._first_rows[-2]
+
+    def fit(self, vocab_size: int) -> None:
+        """Say how many tokens draft and tokenizer share.
+
+        Raises:
+            ValueError: A cache names others. So does `add` from now on.
+        """
+        self._vocab_size = vocab_size
+        for dataset in self._datasets:
+            self._check_ids(dataset)
+
+    def _check_ids(self, dataset: Dataset) -> None:
+        if self._vocab_size is None:
+            return
+        for table in dataset.select_columns(["target_token_ids"]).iter(batch_size=1000):
+            largest = pc.max(pc.list_flatten(pc.list_flatten(table["target_token_ids"]))).as_py()
+            if largest is not None and largest >= self._vocab_size:
+                raise ValueError(
+                    f"The cached distributions name token {largest}, but draft and tokenizer share {self._vocab_size} "
+                    "tokens. Cache with the pair's `tokenizer`, so that padded rows are left out, or check that the "
+                    "draft has the tokenizer of the target that wrote these rows."
+                )
 
     def lookup(self, addresses: Tensor) -> dict[str, Tensor]:
         """The distributions of N tokens of one data set, at `addresses` [N] int64.
@@ -55,9 +74,6 @@ class CachedDistributions:
         Returns:
             The cache columns: `completion_logprobs` and `target_tail_logprob` [N]; `target_token_ids`,
             `target_logprobs` and `target_counts` [N, k]. Draws are padded with token 0, drawn 0 times.
-
-        Raises:
-            ValueError: A token lies outside the vocabulary.
         """
         rows, places = (addresses >> _PLACE_BITS).numpy(), (addresses & (2**_PLACE_BITS - 1)).numpy()
         # Without a single token the shapes still have to be right: any row tells them.
@@ -67,15 +83,7 @@ class CachedDistributions:
         lengths = pc.list_value_length(table["completion_logprobs"]).to_numpy()
         starts = np.cumsum(lengths) - lengths
         tokens = starts[row_of_token[: len(rows)]] + places
-        batch = {name: _at(table[name], tokens) for name in table.column_names}
-        ids = batch["target_token_ids"]
-        if self.vocab_size is not None and ids.numel() and int(ids.max()) >= self.vocab_size:
-            raise ValueError(
-                f"The cached distributions name token {int(ids.max())}, but draft and tokenizer share "
-                f"{self.vocab_size} tokens. Cache with the pair's `tokenizer`, so that padded rows are left out, or "
-                "check that the draft has the tokenizer of the target that wrote these rows."
-            )
-        return batch
+        return {name: _at(table[name], tokens) for name in table.column_names}
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
 from hf_draftkd.data.config import AlignmentDataConfig
@@ -19,13 +20,15 @@ from hf_draftkd.data.shards import DAY, StoppedError, cut_shards, day_begun, run
 from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
 from hf_draftkd.data.target_cache import with_cache
 from hf_draftkd.data.targets import local_target, missing_turn_end, remote_target, served_context
-from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.decoding.setting import DecodingSetting, left_out_warning
 from hf_draftkd.models.context import context_length
 from hf_draftkd.models.loading import load_draft, require_loaded
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
 from hf_draftkd.models.tokenizers import tokenizer_size
 from hf_draftkd.utils.hashing import derived_seed, list_hash
 from hf_draftkd.utils.versions import package_versions
+
+logger = logging.get_logger(__name__)
 
 _CHUNK = 1000  # prompts rendered at a time while checking
 
@@ -117,6 +120,8 @@ def generate_alignment_data(
             raise ValueError("`stop_at_turn_end` would do nothing: the prompts are text, without turns. Leave it out.")
         if not is_text:
             turn_end = missing_turn_end(target_model, tokenizer, wanted=config.stop_at_turn_end)
+        for left_out in left_out_warning(target_model, list(config.requests)):
+            logger.warning_once(left_out)
         target = local_target(
             target_model, tokenizer, config, target_revision, continuous_batching_config, turn_end, draft
         )

@@ -222,19 +222,21 @@ _PLAIN = DecodingSetting(temperature=1.0)
 _SAMPLED = ("temperature", "top_p", "top_k")
 
 
-def left_out(config: GenerationConfig, settings: Sequence[DecodingSetting]) -> list[str]:
-    """What a model's own generation config would change in text that was decoded under `settings` instead.
-
-    Returns:
-        "name=value" of each entry.
-    """
+def left_out_warning(model: PreTrainedModel, settings: Sequence[DecodingSetting]) -> list[str]:
+    """A sentence that names what a model's own generation config would change in text decoded under `settings`."""
+    config = model.generation_config
     sampled = [setting for setting in settings if not setting.is_greedy]
     found = _effective(config, _NEUTRAL | _STOPPING, sampled=bool(sampled))
     for name, used in (("repetition_penalty", settings), *((name, sampled) for name in _SAMPLED)):
         value = getattr(config, name)
         if value not in (None, getattr(_PLAIN, name)) and any(getattr(setting, name) != value for setting in used):
             found.append(f"{name}={value!r}")
-    return found
+    if not found:
+        return []
+    return [
+        f"The target's generation config carries {', '.join(found)}, which the settings asked for leave out or "
+        "replace: text that the target writes by default differs."
+    ]
 
 
 def _effective(config: GenerationConfig, neutral: Mapping[str, tuple[Any, ...]], *, sampled: bool) -> list[str]:

@@ -41,7 +41,7 @@ from hf_draftkd.decoding.stopping import Stopping
 from hf_draftkd.decoding.texts import Texts
 from hf_draftkd.decoding.verification import verify_greedy, verify_greedy_ensemble, verify_sampled
 from hf_draftkd.models.draft_length import recorded_vocabulary
-from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.models.forward import evaluating, unwrapped
 from hf_draftkd.models.loading import load_tokenizer, require_loaded
 from hf_draftkd.models.pairing import check_tokenizers
 from hf_draftkd.models.parallel import parallel_draft
@@ -167,6 +167,20 @@ class SpeculativeDecoding:
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """What `generate` calls, with everything prepared; returns what `generate` returns."""
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config, stop_strings)
+        with evaluating(model, self.draft_model, self._proposing_model):
+            return self._decode(model, *arguments, **model_kwargs)
+
+    def _decode(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        stop_strings: str | list[str] | None,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
         dropped = dropped_by_generate()
         self._check_pair(model, dropped.get("assistant_model"))
         is_synced = bool(dropped.get("synced_gpus"))
@@ -243,7 +257,9 @@ class SpeculativeDecoding:
 
         if streamer is not None:
             streamer.end()
-        sequences = texts.finished(_pad_id(generation_config))
+        # Behind a finished text stands what `generate` puts there, whether or not the model has a row for it.
+        pad = generation_config._pad_token_tensor
+        sequences = texts.finished(0 if pad is None else int(pad))
         return outputs.result(sequences, target.cache if texts.is_single else None)
 
     def _check_pair(self, target: PreTrainedModel, assistant: PreTrainedModel | None) -> None:
@@ -363,8 +379,3 @@ def _next_round(texts: Texts, models: tuple[CachedModel, ...], num_drafted: int)
     else:
         for model in models:
             model.squeeze_if_worthwhile(num_drafted + 1)
-
-
-def _pad_id(config: GenerationConfig) -> int:
-    pad = config._pad_token_tensor
-    return 0 if pad is None else int(pad)

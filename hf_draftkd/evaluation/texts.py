@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import fitting_rows, load_prompts
 from hf_draftkd.data.rows import render_prompts, with_token_ids
-from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting, left_out
+from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting, left_out_warning
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.report import PromptInfo
 from hf_draftkd.evaluation.scoring import Text
@@ -336,7 +336,8 @@ def plausibility_warnings(target_model: PreTrainedModel, texts: TextSet, share: 
     if share < PLAUSIBLE:
         return [
             f"Only {share:.1%} of the tokens recorded under {texts.setting} could have been written by this target so: "
-            "they come from another model or setting. Acceptance rates are given, block efficiencies are not."
+            "they come from another model or setting, or this architecture reads a batch otherwise than one text alone "
+            "(try `batch_size=1`). Acceptance rates are given, block efficiencies are not."
         ]
     return [
         f"{1 - share:.2%} of the tokens written under {texts.setting} are not what one forward pass of the target "
@@ -352,12 +353,7 @@ def _inherited_setting_warnings(target_model: PreTrainedModel, text_sets: Sequen
         found.append(
             f"The target's generation config carries repetition_penalty={penalty:g}: applied to draft and target alike."
         )
-    if carried := left_out(target_model.generation_config, settings):
-        found.append(
-            f"The target's generation config carries {', '.join(carried)}, which the settings measured here leave out "
-            "or replace: text that the target writes by default differs from what was measured."
-        )
-    return found
+    return found + left_out_warning(target_model, settings)
 
 
 def suppressed_token_warnings(

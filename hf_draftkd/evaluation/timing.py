@@ -25,6 +25,7 @@ from hf_draftkd.evaluation.assisted import (
 from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE
 from hf_draftkd.evaluation.report import DecodingDifference
 from hf_draftkd.models.forward import seeded
+from hf_draftkd.models.tokenizers import pad_id
 
 PLAIN = "plain"
 
@@ -151,9 +152,8 @@ def single_text_config(
     if suppress_tokens is not None:
         overrides["suppress_tokens"] = suppress_tokens
     ends = sorted(end_token_ids(target_model))
-    return setting.generation_config(
-        target_model, max_new_tokens, **{"pad_token_id": ends[0] if ends else None, **overrides}
-    )
+    pad = pad_id(target_model, *ends) if ends else None
+    return setting.generation_config(target_model, max_new_tokens, **{"pad_token_id": pad, **overrides})
 
 
 def generate_text(
@@ -185,7 +185,7 @@ def generate_texts(
         The completions' tokens, and the wall-clock of the call in seconds.
     """
     rows = [torch.tensor(list(prompt)) for prompt in prompts]
-    pad = 0 if config.pad_token_id is None else config.pad_token_id
+    pad = pad_id(model, config.pad_token_id)
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(model.device)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(model.device)
     with seeded(seed, model.device):

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from hf_draftkd.losses import LinearHead, Unprojected
 
+_PROBE_LENGTH = 8
+
 
 def predicting_positions(labels: Tensor) -> Tensor:
     """Where [B, L] a token that counts is predicted: True at t where `labels[:, t + 1]` [B, L] is not -100.
@@ -95,6 +97,25 @@ def head_arithmetic(model: nn.Module) -> HeadArithmetic | None:
     if not torch.allclose(found, expected, rtol=1e-5, atol=0):
         return None
     return HeadArithmetic(1.0 if abs(scale - 1) < 1e-6 else scale, softcap)
+
+
+@torch.no_grad()
+def reads_left_to_right(model: nn.Module) -> bool:
+    """Whether logits do not depend on the tokens that follow, tried on two texts with the same beginning.
+
+    CPM-Ant reads what it is given as a prompt in both directions, as models with code of their own may.
+    """
+    inner = unwrapped(model)
+    weight = inner.get_input_embeddings().weight
+    if weight.is_meta or weight.numel() == 0:  # not loaded yet, or sharded
+        return True
+    ids = torch.arange(_PROBE_LENGTH, 2 * _PROBE_LENGTH, device=weight.device).repeat(2, 1)
+    ids[1, _PROBE_LENGTH // 2 :] += _PROBE_LENGTH
+    with evaluating(inner):
+        logits = inner(ids % weight.shape[0], use_cache=False).logits[:, : _PROBE_LENGTH // 2].float()
+    one, other = logits.to("cpu")
+    # Half of them, since a tie of experts, decided by rounding, may change some.
+    return not bool(((one - other).norm(dim=-1) > 0.01 * one.norm(dim=-1)).float().median())
 
 
 def hidden_at(

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_draftkd.models.forward import reads_left_to_right
 from hf_draftkd.models.identity import remember_checkpoint
 from hf_draftkd.models.resolve import ADAPTER_CONFIG_NAME, Checkpoint, check_config, resolve
 from hf_draftkd.models.text_model import extract_text_model
@@ -95,14 +96,21 @@ def require_loaded(*models: Any) -> None:
 
     Raises:
         ValueError: One is a name or a path, or not a decoder-only language model that transformers decodes with
-            speculatively (see `check_config`).
+            speculatively (see `check_config`), or reads text in both directions though no config says so.
     """
     for model in models:
         if isinstance(model, str | Path):
             raise ValueError(
                 f"{str(model)!r} is a name: load the model with `load_target`, or `load_draft`, and give that."
             )
-        check_config(model.config, model.name_or_path or type(model).__name__)
+        name = model.name_or_path or type(model).__name__
+        check_config(model.config, name)
+        if not reads_left_to_right(model):
+            raise ValueError(
+                f"{name!r} (model type {model.config.model_type!r}) reads text in both directions: what follows a "
+                "token changes the logits before it. Speculative decoding needs two decoder-only causal language "
+                "models: choose one."
+            )
 
 
 def _load(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:

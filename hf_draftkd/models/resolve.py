@@ -8,6 +8,7 @@
 Everything that can be seen without the weights is checked here, so that a long run never starts with a bad name.
 """
 
+import inspect
 import json
 import os
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -222,8 +223,8 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
     """Refuse a config that is not a decoder-only language model's.
 
     Raises:
-        ValueError: An encoder or encoder-decoder, a multimodal model, a classifier, or a model whose state cannot be
-            rolled back.
+        ValueError: An encoder or encoder-decoder, a multimodal model, a classifier, or a model from whose cache tokens
+            cannot be taken back.
     """
     instead = "Speculative decoding needs two decoder-only causal language models: choose one."
     kind = f"{name!r} (model type {config.model_type!r})"
@@ -245,13 +246,27 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
     other = [name for name in config.architectures or [] if name not in causal and not name.endswith("Model")]
     if other:
         raise ValueError(f"{kind} was saved as {other[0]}, which has no language-modelling head. {instead}")
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+    # (GPT-NeoX has `is_decoder=False`, and is one.)
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "bert-generation"
+    if is_encoder and not getattr(config, "is_decoder", False):
         raise ValueError(f"{kind} reads text in both directions (its config has no `is_decoder=True`). {instead}")
-    if any(getattr(c, "_is_stateful", False) for c in _as_tuple(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])):
-        raise ValueError(
-            f"{kind} keeps a running state that cannot be taken back when a drafted token is rejected, so transformers "
-            "does not decode with it speculatively. Choose a model with an ordinary key-value cache."
-        )
+    for model_class in _as_tuple(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]):
+        if reason := _no_rollback(model_class):
+            raise ValueError(
+                f"{kind} {reason}, so transformers does not decode with it speculatively. Choose a model with an "
+                "ordinary key-value cache."
+            )
+
+
+def _no_rollback(model_class: type[PreTrainedModel]) -> str | None:
+    """Why tokens that a model of this class has read cannot be taken back; None where they can."""
+    if getattr(model_class, "_is_stateful", False):
+        return "keeps a running state that cannot be taken back when a drafted token is rejected"
+    if not model_class._supports_default_dynamic_cache():
+        return "has a cache of its own that cannot be rolled back when a drafted token is rejected"
+    if "past_key_values" not in inspect.signature(model_class.forward).parameters:
+        return "has no cache and reads the whole text for each token"
+    return None
 
 
 def read_index(index: Path) -> list[str]:

@@ -38,14 +38,13 @@ def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
-    """An id to pad with under a mask: the tokenizer's pad or end token, or 0, whichever the model has a row for.
+def pad_id(model: PreTrainedModel, *wanted: int | None) -> int:
+    """An id to pad with under a mask: the first wanted one that the model has a row for, or else 0.
 
     Published checkpoints have none, have -1, or have added a `[PAD]` that their embedding lacks.
     """
     rows = model.config.get_text_config().vocab_size
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((each for each in ids if each is not None and 0 <= each < rows), 0)
+    return next((each for each in wanted if each is not None and 0 <= each < rows), 0)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -25,7 +25,7 @@ _ROUNDING, _SHARE = 0.02, 0.1
 
 
 class CheckPacking(TrainerCallback):
-    """Refuses, before the first step, packed rows that the trainer's draft or target cannot read as separate texts."""
+    """Refuses, before the first step, packed rows that one of the trainer's models cannot read as separate texts."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -37,7 +37,9 @@ class CheckPacking(TrainerCallback):
         if not trainer.padding_free:
             return
         length = longest_packed_row(trainer.train_dataset, args.train_batch_size, getattr(args, "max_length", None))
-        for name, model in (("draft", trainer.model_wrapped), ("target", trainer.target_model)):
+        reference = getattr(trainer.reference_signal, "model", None)
+        models = {"draft": trainer.model_wrapped, "target": trainer.target_model, "reference model": reference}
+        for name, model in models.items():
             if model is not None:
                 check_packing(model, name, length)
 

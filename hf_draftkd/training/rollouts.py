@@ -283,7 +283,7 @@ class CompletionWriter:
             self._args.max_new_tokens,
             suppress_tokens=suppressed or None,
             # Masked before a prompt, and cut off behind a completion.
-            pad_token_id=pad_id(self._tokenizer, model),
+            pad_token_id=pad_id(model, self._tokenizer.pad_token_id, self._tokenizer.eos_token_id),
         )
 
     @contextmanager

@@ -161,7 +161,7 @@ def prepare_pair(
             check_weights_apart(draft, target)
         target.eval().requires_grad_(False)
         align_vocabulary(unwrapped(draft), target, tokenizer)
-    tokenizer.pad_token_id = pad_id(tokenizer, unwrapped(draft))
+    tokenizer.pad_token_id = pad_id(unwrapped(draft), tokenizer.pad_token_id, tokenizer.eos_token_id)
     return draft, target, tokenizer
 
 

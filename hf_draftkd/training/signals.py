@@ -178,7 +178,7 @@ class LiveTarget(TextSignal):
     exact_text = "were written by this target, under a setting they record"
 
     def __init__(self, model: torch.nn.Module, vocab_size: int, *, sharded: bool = False) -> None:
-        self._model = model
+        self.model = model
         self._vocab_size = vocab_size
         self.head_arithmetic = None if sharded else head_arithmetic(model)
         if self.head_arithmetic is None:
@@ -186,14 +186,14 @@ class LiveTarget(TextSignal):
 
     @torch.no_grad()
     def distributions(self, batch: dict[str, Any], keep: Tensor) -> Tensor | Unprojected:
-        lies_on = unwrapped(self._model).get_output_embeddings().weight.device
+        lies_on = unwrapped(self.model).get_output_embeddings().weight.device
         if self.head_arithmetic is not None and lies_on != keep.device:
             # From another device it hands over logits: moving its head in each step would cost more.
             self.head_arithmetic = None
             logger.warning(WHOLE_LOGITS, "target", f"it lies on {lies_on}, the draft on {keep.device}")
         if self.head_arithmetic is None:
-            return logits_at(self._model, model_inputs(batch), keep)[:, : self._vocab_size].to(keep.device)
-        return hidden_at(self._model, model_inputs(batch), keep, self.head_arithmetic, self._vocab_size)
+            return logits_at(self.model, model_inputs(batch), keep)[:, : self._vocab_size].to(keep.device)
+        return hidden_at(self.model, model_inputs(batch), keep, self.head_arithmetic, self._vocab_size)
 
     def acceptance(self, draft_logits: Tensor, target: Distributions | None, temperature: float = 1.0) -> Tensor:
         assert isinstance(target, Tensor)
@@ -210,7 +210,7 @@ class LiveTarget(TextSignal):
         self, draft_logits: Tensor, target: Distributions | None, written: Written, setting: DecodingSetting
     ) -> Tensor:
         assert isinstance(target, Tensor)
-        model = unwrapped(self._model)
+        model = unwrapped(self.model)
         draft, p = (_processed(logits, written, setting, model) for logits in (draft_logits, target))
         # Where the recorded setting could not have written the token, a_t is undefined (0 / 0): counted as rejected.
         return token_scores(draft, p, written.tokens, is_greedy=setting.is_greedy).accepted
@@ -229,7 +229,7 @@ def make_signal(
         return LiveTarget(target_model, vocab_size, sharded=sharded)
     if cache is None:
         return TextSignal()
-    cache.vocab_size = vocab_size
+    cache.fit(vocab_size)
     return CachedTarget(facts, vocab_size)
 
 

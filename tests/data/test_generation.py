@@ -237,9 +237,16 @@ def test_shards_cover_the_prompts_once_in_whole_batches():
 )
 def test_bad_input_is_refused_before_the_target_runs(tokenizer, options, message):
     target = make_target()
-    target.forward = None  # a single call would fail with another error
+    target.generate = None  # a single call would fail with another error
     with pytest.raises(ValueError, match=message):
         generate_alignment_data(target, tokenizer, TEXTS[:5], **options)
+
+
+def test_settings_of_the_target_that_its_rows_are_written_without_are_named(target, tokenizer, caplog):
+    """`evaluate` said so, after the data was made."""
+    target.generation_config.update(no_repeat_ngram_size=7, top_k=11)
+    generate_alignment_data(target, tokenizer, TEXTS[:1], max_new_tokens=1, temperatures=(0,))
+    assert "carries no_repeat_ngram_size=7, which the settings asked for leave out or replace" in caplog.text
 
 
 @pytest.mark.parametrize("continuous", [False, True])

@@ -15,9 +15,11 @@ from transformers import (
     TextStreamer,
 )
 
+from examples.benchmarks.tiny_architectures import tiny_model
 from hf_draftkd import SpeculativeDecoding, count_acceptance
 from hf_draftkd.decoding.caches import GrowingLayer
 from hf_draftkd.evaluation.assisted import fixed_draft_length
+from hf_draftkd.models.forward import evaluating
 from tests.tiny import ARCHITECTURES, tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -320,3 +322,17 @@ def test_counts_are_those_of_transformers_own_loop() -> None:
         target.generate(prompt, max_new_tokens=30, do_sample=False, custom_generate=decoding)
     assert counts.num_spec_steps == decoding.counts.num_spec_steps
     assert counts.acceptance_histogram == decoding.counts.acceptance_histogram
+
+
+def test_a_batch_of_a_mixture_of_experts_that_was_published_with_its_routing_loss() -> None:
+    """The loss pairs the routing of new tokens with the mask of the whole text: a batch died in its second round."""
+    target = tiny_model("mixtral")
+    draft = tiny_model("mixtral", seed=1)
+    for model in (draft, target):
+        model.config.output_router_logits = True
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    with evaluating(target):
+        plain = target.generate(**padded(PROMPTS), **options)
+    written = target.generate(**padded(PROMPTS), custom_generate=SpeculativeDecoding(draft, 3), **options)
+    assert torch.equal(written, plain)
+    assert target.config.output_router_logits

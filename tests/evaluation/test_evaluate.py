@@ -463,7 +463,7 @@ def test_bad_input_is_refused_before_anything_runs(pair, monkeypatch, options, m
     def fail(*args, **kwargs):
         raise AssertionError("the target was asked to work")
 
-    monkeypatch.setattr(target, "forward", fail)
+    monkeypatch.setattr(target, "generate", fail)
     options = {"prompts": PROMPTS[:2], **options}
     with pytest.raises(ValueError, match=message):
         evaluate_draft(draft, target, tiny_tokenizer(), **options)

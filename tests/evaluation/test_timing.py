@@ -8,7 +8,7 @@ from hf_draftkd.evaluation import latency, timing
 from hf_draftkd.evaluation.latency import measure_latency
 from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, SPECULATIVE
 from hf_draftkd.evaluation.timing import PLAIN, generate_text, single_text_config, time_decoding
-from tests.tiny import tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
 
 
 @pytest.fixture
@@ -96,6 +96,15 @@ def test_sampled_texts_are_seeded_and_leave_the_random_state_alone(pair, prompts
     runs = time_decoding(target, draft, prompts, DecodingSetting(1.0), max_new_tokens=8)
     assert runs[SPECULATIVE].num_identical is None
     assert runs[SPECULATIVE].differences == []
+
+
+def test_an_end_token_that_has_no_row_pads_no_batch():
+    """Chat models name end tokens beyond their embedding: a batch of prompts died of an IndexError."""
+    draft, target = tiny_pair()
+    target.generation_config.eos_token_id = [VOCAB_SIZE + 5]
+    options = {"max_new_tokens": 3, "ways": [SPECULATIVE], "batch_size": 2}
+    runs = time_decoding(target, draft, [[5, 6, 7], [8]], DecodingSetting(), **options)
+    assert runs[SPECULATIVE].num_identical == 2
 
 
 def test_pad_ids_inside_a_text_do_not_confuse_the_draft():

@@ -304,6 +304,7 @@ def test_targets_that_cannot_be_copied_are_refused_with_the_remedy():
         intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
+        num_key_value_heads=2,
         num_local_experts=2,
     )
     with pytest.raises(ValueError, match="mixture of experts"):

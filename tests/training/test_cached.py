@@ -297,9 +297,9 @@ def test_what_would_lose_the_link_to_the_cache_is_refused(refused):
 def test_a_cache_of_another_vocabulary_is_refused(tmp_path, pair, tokenizer):
     rows = cached(alignment_rows(pair[1], tokenizer, count=2), pair[1], top_k=4)
     rows = rows.map(lambda row: {"target_token_ids": [[VOCAB_SIZE, *ids[1:]] for ids in row["target_token_ids"]]})
-    trainer = build(tmp_path, (pair[0], None), tokenizer, rows)
+    # Fault: it was seen in the first batch that named it, hours into a run perhaps.
     with pytest.raises(ValueError, match=f"name token {VOCAB_SIZE}, but"):
-        next(iter(trainer.get_train_dataloader()))
+        build(tmp_path, (pair[0], None), tokenizer, rows)
 
 
 def test_float16_stays_within_its_bound(tmp_path, pair, tokenizer):

@@ -36,11 +36,13 @@ def test_architectures_that_keep_texts_apart_are_not(kind):
 
 
 @pytest.mark.parametrize("options", [{"packing": True}, {"padding_free": True, "max_length": None}])
-@pytest.mark.parametrize("leaks", ["draft", "target"])
-def test_draft_and_target_are_tried_before_the_first_step(tmp_path, tokenizer, options, leaks):
-    pair = [
-        tiny_model("opt") if name == leaks else tiny_llama(seed=int(name == "target")) for name in ("draft", "target")
-    ]
+@pytest.mark.parametrize("leaks", ["draft", "target", "reference model"])
+def test_each_model_is_tried_before_the_first_step(tmp_path, tokenizer, options, leaks):
+    names = ("draft", "target", "reference model")
+    *pair, reference = (
+        tiny_model("opt") if name == leaks else tiny_llama(seed=seed) for seed, name in enumerate(names)
+    )
+    options = options | {"reference_model": reference, "token_selection": "adaspec"}
     trainer = build(tmp_path, pair, tokenizer, rows(4), **options)
     with pytest.raises(ValueError, match=rf"The {leaks} \(model type 'opt'\)"):
         trainer.train()
