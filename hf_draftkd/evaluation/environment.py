@@ -30,7 +30,7 @@ def hardware_info(model: PreTrainedModel) -> HardwareInfo:
     devices = {parameter.device for parameter in model.parameters()}
     return HardwareInfo(
         device=device.type,
-        name=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
+        name=torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         num_devices=len(devices),
         num_threads=torch.get_num_threads(),
         dtype=_dtype_name(model),
@@ -41,7 +41,7 @@ def _dtype_name(model: PreTrainedModel) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
     """The CPU's own name; `platform.processor()` is empty on most Linux systems."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.evaluation import plots
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.evaluation.tables import named_settings
+from hf_draftkd.evaluation.tables import engine_rows, named_settings
 from hf_draftkd.utils.files import write_text
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def render_page(report: SpeculationReport, log_history: Sequence[Mapping[str, An
                 for number, (heading, text, figure) in enumerate(figures)
             ],
             columns=named_settings(report),
+            engines=[(found, [row for row in engine_rows(found) if row[1]]) for found in report.engines or []],
             length=report.num_assistant_tokens,
         )
     )

@@ -97,12 +97,13 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
         reason = (
             f"Worth it for {name}: {_tokens(length)} a step give{'s' if length == 1 else ''} {efficiency[length]:.2f} "
             f"tokens per target call and {'is' if length == 1 else 'are'} predicted to decode "
-            f"{predicted:.2f} times as fast here; a draft step takes {cost:.0%} of a target step."
+            f"{predicted:.2f} times as fast in transformers on this machine; a draft step takes {cost:.0%} of a target "
+            "step."
         )
-    elif _is_faster(predicted):
+    elif is_faster(predicted):
         reason = (
-            f"Not worth it for {name}: {predicted:.2f} times the plain speed was predicted here for "
-            f"{_tokens(length)} a step, and real decoding did not gain."
+            f"Not worth it for {name}: {predicted:.2f} times the plain speed was predicted for transformers on this "
+            f"machine with {_tokens(length)} a step, and real decoding did not gain."
         )
     else:
         need = (
@@ -112,15 +113,12 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
         )
         reason = (
             f"Not worth it for {name}: even the best draft length ({length}) is predicted to reach "
-            f"{predicted:.2f} times the plain speed here. A draft step takes {cost:.0%} of a target step; "
-            f"of single drafted tokens {setting.acceptance_rate.value:.2f} are accepted, and {need}."
+            f"{predicted:.2f} times the plain speed in transformers on this machine. A draft step takes {cost:.0%} of "
+            f"a target step; of single drafted tokens {setting.acceptance_rate.value:.2f} are accepted, and {need}."
         )
     found = measured_run(setting, way)
     if found is not None and found.speedup is not None:
-        reason += (
-            f" Measured in transformers on this machine with {_tokens(found.num_assistant_tokens)}: "
-            f"{_all_measured(setting, way)}."
-        )
+        reason += f" Measured there with {_tokens(found.num_assistant_tokens)}: {_all_measured(setting, way)}."
         if _is_open(found.speedup):
             why = (
                 "One prompt gives no interval"
@@ -232,11 +230,12 @@ def _gains(setting: SettingResult, length: int, predicted: float, way: str) -> b
     """
     found = measured_run(setting, way)
     if found is None or found.speedup is None:
-        return _is_faster(predicted)
-    return _is_faster(found.speedup.value) or (found.num_assistant_tokens != length and _is_faster(predicted))
+        return is_faster(predicted)
+    return is_faster(found.speedup.value) or (found.num_assistant_tokens != length and is_faster(predicted))
 
 
-def _is_faster(speedup: float) -> bool:
+def is_faster(speedup: float) -> bool:
+    """Whether a speed-up is a gain."""
     # To the two digits that are shown: 1.00 times the plain speed is worth nobody's while.
     return round(speedup, 2) > 1
 
@@ -260,14 +259,15 @@ def _all_measured(setting: SettingResult, first: str) -> str:
     """The recommended way first: "1.50 times (1.40 to 1.60) by SpeculativeDecoding, 1.28 times by assistant_model="."""
     ways = sorted((ASSISTANT_MODEL, SPECULATIVE, PARALLEL), key=lambda way: way != first)
     found = [(way, each.speedup) for way in ways if (each := measured_run(setting, way)) and each.speedup]
-    return ", ".join(f"{_times(speedup)} by {way}" for way, speedup in found)
+    return ", ".join(f"{times_text(speedup)} by {way}" for way, speedup in found)
 
 
 def _tokens(count: int) -> str:
     return f"{count} draft token{'s' if count > 1 else ''}"
 
 
-def _times(speedup: Estimate) -> str:
+def times_text(speedup: Estimate) -> str:
+    """A speed-up with its interval: "1.50 times (1.40 to 1.60)"."""
     if speedup.low is None or speedup.high is None:
         return f"{speedup.value:.2f} times"
     return f"{speedup.value:.2f} times ({speedup.low:.2f} to {speedup.high:.2f})"

@@ -305,6 +305,45 @@ class PairedDifference:
 
 
 @dataclass(kw_only=True)
+class EngineResult:
+    """An engine that really served the pair, under one decoding setting, beside what was predicted of it."""
+
+    engine: str = key("`llama.cpp`, `vllm` or `openvino`.")
+    version: str = key("As the server says it.")
+    flags: str | None = key("The command that served the pair; absent where its user started it.", default=None)
+    threads: int | None = key("CPU threads given to it; absent where its user started it.", default=None)
+    hardware: str | None = key("The machine's processor; absent where a server's user started it.", default=None)
+    decoding: DecodingSetting = key("How it decoded.")
+    verification: str | None = key(
+        "The rule by which it accepts drafted tokens; absent where its user started it to sample.", default=None
+    )
+    num_assistant_tokens: int = key("Draft length γ.")
+    num_prompts: int = key("Prompts decoded plainly and with the draft.")
+    num_rounds: int = key("Times each of them was, in turns.")
+    num_identical: int | None = key(
+        "Greedy only: prompts whose text with the draft, in every round, equals the target's own in transformers.",
+        default=None,
+    )
+    num_plain_identical: int | None = key("Greedy only: the same without the draft.", default=None)
+    num_spec_steps: int = key("Target calls, those that read the prompts left out.")
+    num_draft_tokens: int = key("Tokens proposed by the draft.")
+    num_accepted_draft_tokens: int = key("Proposed tokens that were accepted.")
+    mean_acceptance_length: Estimate = key("Tokens written per target call, the prompt's call and its token left out.")
+    predicted_mean_acceptance_length: Estimate | None = key(
+        "Block efficiency at this draft length, computed from the target's own texts. Absent without the rule.",
+        default=None,
+    )
+    draft_acceptance_rate: float = key("Accepted ÷ drafted tokens, counted.")
+    predicted_draft_acceptance_rate: float | None = key("(block efficiency - 1) ÷ γ.", default=None)
+    tokens_per_second: float = key("With the draft, prompt reading included.")
+    plain_tokens_per_second: float = key("Plain, in the same rounds.")
+    speedup: Estimate = key("Tokens/s with the draft ÷ tokens/s plain; interval over prompts.")
+    target_step_seconds: float = key("One token of plain decoding in this engine, behind the prompt.")
+    call_seconds: dict[int, float] = key("Drafting and one target call in this engine, by draft length.")
+    recommendation: Recommendation = key("For this engine, this machine and this setting.")
+
+
+@dataclass(kw_only=True)
 class DraftResult:
     """A draft's own part of a report: the baseline, or one of several."""
 
@@ -358,6 +397,7 @@ class SpeculationReport:
     baseline: DraftResult | None = key("The draft compared against, usually the stock one.", default=None)
     paired_difference: list[PairedDifference] | None = key("Draft minus baseline.", default=None)
     warnings: list[str] = key("What a reader must know before trusting a number.", default_factory=list)
+    engines: list[EngineResult] | None = key("Engines that served the pair, by engine and setting.", default=None)
     groups: dict[str, list[SettingResult]] | None = key("The settings again, by domain or category.", default=None)
     drafts: list[DraftResult] | None = key("Several drafts, the best first.", default=None)
     self_check: SelfCheck | None = key("Computed numbers against counted ones.", default=None)

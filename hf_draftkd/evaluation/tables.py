@@ -14,7 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from hf_draftkd.acceptance import Estimate
-from hf_draftkd.evaluation.report import AssistedResult, SettingResult, SpeculationReport
+from hf_draftkd.evaluation.report import AssistedResult, EngineResult, SettingResult, SpeculationReport
 from hf_draftkd.utils.text import one_line
 
 
@@ -62,6 +62,10 @@ class ReportTable:
                 left = left[count:]
         if self.report.recommendation is not None:
             yield "\n" + escape(one_line(self.report.recommendation.reason))
+        for found in self.report.engines or []:
+            yield ""
+            yield _table([["", one_line(f"{found.engine} {found.version}, {found.decoding}")], *engine_rows(found)])
+            yield "\n" + escape(one_line(found.recommendation.reason))
 
 
 def report_cells(report: SpeculationReport) -> Iterator[list[str]]:
@@ -86,6 +90,23 @@ def report_cells(report: SpeculationReport) -> Iterator[list[str]]:
         for place, by_size in enumerate(setting.draft_vocabulary or []):
             cells = [_of_size(settings[index], place, length) for _, settings in columns]
             yield [f" {by_size.size:,} tokens proposed", *cells, *([""] if differences else [])]
+
+
+def engine_rows(found: EngineResult) -> list[list[str]]:
+    """What an engine counted beside what was predicted: labels and values, empty where there is none."""
+    predicted = found.predicted_draft_acceptance_rate
+    equal = found.num_identical
+    return [
+        ["draft length", str(found.num_assistant_tokens)],
+        ["tokens/call, counted", _interval(found.mean_acceptance_length)],
+        ["  predicted", _interval(found.predicted_mean_acceptance_length)],
+        ["accepted ÷ drafted, counted", f"{found.draft_acceptance_rate:.2f}"],
+        ["  predicted", "" if predicted is None else f"{predicted:.2f}"],
+        ["texts equal to the target's", "" if equal is None else f"{equal} of {found.num_prompts}"],
+        ["tokens/s", f"{found.tokens_per_second:.0f} (plain {found.plain_tokens_per_second:.0f})"],
+        ["speed-up", f"{found.speedup.value:.2f}x{_bounds(found.speedup)}"],
+        ["threads", "" if found.threads is None else str(found.threads)],
+    ]
 
 
 def _table(rows: list[list[str]]) -> Table:

@@ -147,7 +147,7 @@ class DraftModelCard(ModelCard):
 
 
 # What the template knows of a report beyond its fields.
-_MEASURED = ("parts", "prompts", "stock", "speed", "parallel", "vocabulary", "hardware", "domains", "tested")
+_MEASURED = ("parts", "prompts", "stock", "speed", "parallel", "engines", "vocabulary", "hardware", "domains", "tested")
 
 
 def _measured(report: SpeculationReport) -> dict[str, Any]:
@@ -167,6 +167,7 @@ def _measured(report: SpeculationReport) -> dict[str, Any]:
         "stock": _at(hub_link(stock.name), stock.revision) if stock else None,
         "speed": tables.speed_table(report.settings),
         "parallel": tables.parallel_table(report.settings),
+        "engines": tables.engine_table(report),
         "vocabulary": tables.vocabulary_table(report.settings, tables.shown_length(report, report.settings)),
         "hardware": tables.hardware_text(report.hardware),
         "domains": [name for name, _ in tables.by_domain(report) if name],

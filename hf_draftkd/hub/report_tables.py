@@ -164,6 +164,30 @@ def speed_table(settings: Sequence[SettingResult]) -> Markdown | None:
     )
 
 
+def engine_table(report: SpeculationReport) -> Markdown | None:
+    """What engines that served the pair counted, beside what was predicted of them."""
+    return records(
+        [
+            {
+                "Engine": f"{found.engine} {found.version}",
+                "Decoding": str(found.decoding),
+                "Verification": code(found.verification) if found.verification else None,
+                "Threads": found.threads,
+                "Draft length": found.num_assistant_tokens,
+                "Texts equal": None if found.num_identical is None else f"{found.num_identical} of {found.num_prompts}",
+                "Tokens per target call, counted": estimate_text(found.mean_acceptance_length, 2),
+                "Predicted": estimate_text(found.predicted_mean_acceptance_length, 2),
+                "Draft tokens accepted, counted": estimate_text(found.draft_acceptance_rate, 3),
+                "Plain, tokens/s": estimate_text(found.plain_tokens_per_second, 1),
+                "With the draft, tokens/s": estimate_text(found.tokens_per_second, 1),
+                "Speed-up": estimate_text(found.speedup, 2),
+                "Best draft length": found.recommendation.num_assistant_tokens,
+            }
+            for found in report.engines or []
+        ]
+    )
+
+
 def real_decoding(setting: SettingResult) -> list[tuple[str, AssistedResult]]:
     """What was measured of decoding with the draft under one setting, each with the way it was decoded in."""
     ways = {way: measured_run(setting, way) for way in (ASSISTANT_MODEL, SPECULATIVE, PARALLEL)}

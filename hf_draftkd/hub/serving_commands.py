@@ -6,6 +6,7 @@ Each engine has its own condition on the pair, taken from its source or document
   (`GenerationMixin._validate_assistant`); a pipeline also wants equal bos, eos and pad ids (`load_assistant_model`).
 - vLLM: `SpeculativeConfig.verify_equal_vocab_size_if_draft_model` wants equal vocabulary sizes. Drafts trained with
   `parallel_tokens` draft in one pass with `parallel_drafting` (docs, "Parallel Draft Models").
+- OpenVINO GenAI: hands token ids from one model to the other, as vLLM does.
 - SGLang: STANDALONE hands token ids from draft to target and has refused pairs with other vocabularies since
   sgl-project/sglang#23838.
 - llama.cpp: `common/speculative.cpp` wants the same vocabulary type and bos/eos handling, sizes at most 128 apart
@@ -21,6 +22,8 @@ from hf_draftkd.hub.provenance import PairFacts
 from hf_draftkd.models.draft_length import draft_length_settings
 
 LLAMA_CPP_MAX_VOCAB_DIFFERENCE = 128
+# Said of commands that `examples/engines.py` runs.
+_RUN = "Run with {} on a CPU by `examples/engines.py` of hf_draftkd, on its demo pair."
 # A starting point where no length was tuned; the card says that it is one.
 UNTUNED_LENGTH = 5
 
@@ -72,7 +75,11 @@ def serving_commands(
     pin = f" --revision {shlex.quote(target_revision)}" if target_revision else ""
     if same_size:
         at_once = None if one_by_one else pair.parallel_tokens
-        found += [_vllm(draft, target, pin, length, at_once), _sglang(draft, target, pin, length)]
+        found += [
+            _vllm(draft, target, pin, length, at_once),
+            _openvino(draft, target, pin, length),
+            _sglang(draft, target, pin, length),
+        ]
     distance = abs((pair.draft_vocab_size or 0) - (pair.target_vocab_size or 0))
     if distance <= LLAMA_CPP_MAX_VOCAB_DIFFERENCE and pair.same_special_ids:
         found.append(_llama_cpp(draft, target, pin, length))
@@ -159,10 +166,17 @@ def _vllm(draft: str, target: str, pin: str, length: int, parallel_tokens: int |
     config = json.dumps(options)
     content = f"vllm serve {shlex.quote(target)}{pin} \\\n    --speculative-config {shlex.quote(config)}"
     remark = (
-        "vLLM lets the draft propose its likeliest token: compare with the metrics for `greedy_draft` verification."
+        "By default the draft proposes its likeliest token: when sampling compare with the metrics for `greedy_draft`. "
+        '`"draft_sample_method": "probabilistic"` in the config lets it sample, which is `rejection_sampling`. The CPU '
+        "build of 0.32 is right for greedy decoding only: sampling with a draft reads a temperature that was never "
+        "set, and top-k or top-p end its engine core. "
     )
-    if parallel_tokens is not None:
-        remark = f"With `parallel_drafting` the draft proposes all tokens in one pass, from mask tokens. {remark}"
+    if parallel_tokens is None:
+        remark += _RUN.format("vLLM 0.32.0")
+    else:
+        remark += (
+            "With `parallel_drafting` the draft proposes all tokens in one pass, from mask tokens; that was not run."
+        )
     return Command("vLLM", "bash", content, remark)
 
 
@@ -172,7 +186,7 @@ def _sglang(draft: str, target: str, pin: str, length: int) -> Command:
         f"    --speculative-algorithm STANDALONE --speculative-draft-model-path {shlex.quote(draft)} \\\n"
         f"    --speculative-num-steps {length} --speculative-eagle-topk 1 --speculative-num-draft-tokens {length + 1}"
     )
-    return Command("SGLang", "bash", content)
+    return Command("SGLang", "bash", content, "Not run: as SGLang's documentation has it.")
 
 
 def _llama_cpp(draft: str, target: str, pin: str, length: int) -> Command:
@@ -181,11 +195,32 @@ def _llama_cpp(draft: str, target: str, pin: str, length: int) -> Command:
         f"hf download {shlex.quote(draft)} --local-dir draft-hf\n"
         "python convert_hf_to_gguf.py target-hf --outfile target.gguf\n"
         "python convert_hf_to_gguf.py draft-hf --outfile draft.gguf\n"
-        f"llama-server -m target.gguf -md draft.gguf --spec-type draft-simple --spec-draft-n-max {length}"
+        f"llama-server -m target.gguf -md draft.gguf --spec-type draft-simple --spec-draft-n-max {length} \\\n"
+        "    --spec-draft-sampling probabilistic --threads 2"
     )
     remark = (
-        "The converter must know the architecture and the tokenizer of both models. llama.cpp verifies by exact match: "
-        "compare with the metrics for `exact_match`. Builds from before mid-2026 call the last option `--draft-max` "
-        "and have no `draft-simple`."
+        "The converter must know the architecture and the tokenizer of both models: it refuses a pair whose "
+        "pre-tokenizer it does not recognize. Give `--threads` the cores there are. For greedy decoding leave "
+        "`--spec-draft-sampling` out; without it llama.cpp verifies sampled text by `exact_match`, with it by "
+        f"`rejection_sampling`. {_RUN.format('llama.cpp 0.6.0 (build 11434)')}"
     )
     return Command("llama.cpp", "bash", content, remark)
+
+
+def _openvino(draft: str, target: str, pin: str, length: int) -> Command:
+    export = "optimum-cli export openvino --task text-generation-with-past --model"
+    lines = [
+        "# Once, in a shell:",
+        f"#   hf download {shlex.quote(target)}{pin} --local-dir target-hf",
+        f"#   {export} target-hf target-ov",
+        f"#   {export} {shlex.quote(draft)} draft-ov",
+        "import openvino_genai",
+        "",
+        'draft = openvino_genai.draft_model("draft-ov", "CPU")',
+        'pipeline = openvino_genai.LLMPipeline("target-ov", "CPU", draft_model=draft)',
+        "config = pipeline.get_generation_config()",
+        f"config.num_assistant_tokens = {length}",
+        "config.max_new_tokens = 256",
+        'print(pipeline.generate("Your text.", config))',
+    ]
+    return Command("OpenVINO", "python", "\n".join(lines), _RUN.format("OpenVINO GenAI 2026.4.1"))

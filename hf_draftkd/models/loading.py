@@ -35,6 +35,7 @@ def load_target(
     quantization_config: Any = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    gguf_file: str | None = None,
 ) -> PreTrainedModel:
     """Load the big model: frozen, in eval mode.
 
@@ -47,6 +48,8 @@ def load_target(
         quantization_config: As in transformers, e.g. `BitsAndBytesConfig(load_in_4bit=True)`.
         attn_implementation: As in transformers, e.g. "sdpa".
         trust_remote_code: Whether code that comes with the model may run.
+        gguf_file: Name of a GGUF file in the directory or repository: it is read as transformers reads it, config
+            included, into a plain model, which `save_pretrained` saves. Quantised weights are expanded.
 
     Returns:
         The model; no parameter requires a gradient.
@@ -56,7 +59,7 @@ def load_target(
         ImportError: The quantisation asked for needs a package that is not installed.
     """
     model = _load(
-        resolve(name_or_path, revision=revision, trust_remote_code=trust_remote_code),
+        resolve(name_or_path, revision=revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file),
         dtype=dtype,
         device_map=device_map,
         quantization_config=quantization_config,
@@ -126,7 +129,9 @@ def _load(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
         model = _load_text_of(checkpoint, options)
     else:
         # Loading changes a config.
-        model = _load_plain(checkpoint, options | {"config": copy.deepcopy(config)})
+        model = _load_plain(checkpoint, options | {"config": copy.deepcopy(config), "gguf_file": checkpoint.gguf_file})
+        if checkpoint.gguf_file is not None:
+            _forget_quantization(model)
     remember_checkpoint(model, checkpoint)
     return model
 
@@ -160,6 +165,15 @@ def _load_plain(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedMo
             "missing. Give a model that was saved whole, head included."
         )
     return model
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """The weights of a GGUF file were expanded: what says that they are quantised keeps them from being saved."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
 
 
 def _load_text_of(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedModel:

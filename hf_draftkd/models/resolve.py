@@ -71,6 +71,7 @@ class Checkpoint:
         files: File names; of a directory those at its top level.
         is_local: Whether `name` is a directory on this machine.
         trust_remote_code: Whether code that comes with the model may run.
+        gguf_file: The file that holds everything, for a model that exists only as GGUF.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Checkpoint:
     files: frozenset[str]
     is_local: bool
     trust_remote_code: bool = False
+    gguf_file: str | None = None
 
     @property
     def has_weights(self) -> bool:
@@ -85,7 +87,7 @@ class Checkpoint:
 
     @property
     def is_adapter(self) -> bool:
-        return ADAPTER_CONFIG_NAME in self.files and not self.has_weights
+        return ADAPTER_CONFIG_NAME in self.files and not self.has_weights and self.gguf_file is None
 
     @property
     def is_multimodal(self) -> bool:
@@ -128,7 +130,7 @@ class Checkpoint:
         if self.is_multimodal and text_class(config) is not None:
             config = text_config(config, repr(self.name))  # what `load_target` takes out of it
         check_config(config, self.name)
-        if SAFE_WEIGHTS_NAME not in self.files:
+        if SAFE_WEIGHTS_NAME not in self.files and self.gguf_file is None:
             # transformers reads whatever file the index names, pickles too.
             read_index(Path(str(cached_file(self.name, SAFE_WEIGHTS_INDEX_NAME, revision=self.revision))))
         # transformers ignores a broken one, and with it the ids that end a chat model's answer.
@@ -144,7 +146,7 @@ class Checkpoint:
             ValueError: No tokenizer is among the files, or they cannot be read.
         """
         instead = "Save the target's there: `tokenizer.save_pretrained(directory)`; a draft shares its tokenizer."
-        if not self.files & set(TOKENIZER_FILES):
+        if not self.files & set(TOKENIZER_FILES) and self.gguf_file is None:
             if self.is_adapter:
                 return self.base.tokenizer
             raise ValueError(f"{self.name!r} has no tokenizer ({TOKENIZER_FILES[0]} or the like). {instead}")
@@ -153,7 +155,12 @@ class Checkpoint:
             config = self._config if CONFIG_NAME in self.files else None
         try:
             return AutoTokenizer.from_pretrained(
-                self.name, config=config, revision=self.revision, trust_remote_code=self.trust_remote_code
+                self.name,
+                config=config,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+                # Beside tokenizer files of its own, which are exact, the copy in a GGUF file is not read.
+                gguf_file=None if self.files & set(TOKENIZER_FILES) else self.gguf_file,
             )
         except ImportError:  # says which package is missing
             raise
@@ -165,7 +172,10 @@ class Checkpoint:
     def _config(self) -> PreTrainedConfig:
         try:
             return AutoConfig.from_pretrained(
-                self.name, revision=self.revision, trust_remote_code=self.trust_remote_code
+                self.name,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+                **({} if self.gguf_file is None else {"gguf_file": self.gguf_file}),
             )
         except (OSError, json.JSONDecodeError, StrictDataclassError) as error:
             raise ValueError(f"The {CONFIG_NAME} of {self.name!r} cannot be read: {error}") from error
@@ -174,7 +184,9 @@ class Checkpoint:
         return self  # a loaded model keeps its checkpoint, and models are copied
 
 
-def resolve(name_or_path: Any, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+def resolve(
+    name_or_path: Any, *, revision: str | None = None, trust_remote_code: bool = False, gguf_file: str | None = None
+) -> Checkpoint:
     """Find a local directory or a Hub repository, and list its files.
 
     Args:
@@ -182,6 +194,7 @@ def resolve(name_or_path: Any, *, revision: str | None = None, trust_remote_code
             a `Checkpoint`, which is returned as it is.
         revision: Branch, tag or commit on the Hub; wins over the object's own.
         trust_remote_code: Whether code that comes with the model may run.
+        gguf_file: Name of the GGUF file among the model's files, where that is to be read.
 
     Raises:
         ValueError: Nothing is there, or the Hub cannot be asked and the local cache does not hold it.
@@ -189,6 +202,8 @@ def resolve(name_or_path: Any, *, revision: str | None = None, trust_remote_code
     if isinstance(name_or_path, Checkpoint):
         if revision not in (None, name_or_path.revision):
             raise ValueError(f"{name_or_path.name!r} was looked up already: give `revision` to `resolve`.")
+        if gguf_file not in (None, name_or_path.gguf_file):
+            raise ValueError(f"{name_or_path.name!r} was looked up already: give `gguf_file` to `resolve`.")
         return name_or_path
     if hasattr(name_or_path, "repo_id"):
         revision = revision or getattr(name_or_path, "revision", None)
@@ -209,14 +224,30 @@ def resolve(name_or_path: Any, *, revision: str | None = None, trust_remote_code
                 f"revision={revision!r} was given for {name!r}, which is a local directory and has no revisions. Leave "
                 "the revision out, or give the Hub id."
             )
-        return Checkpoint(str(path), None, frozenset(os.listdir(path)), True, trust_remote_code)
+        return _with_gguf(str(path), None, frozenset(os.listdir(path)), True, trust_remote_code, gguf_file)
     if path.is_file():
         raise ValueError(f"{name!r} is a file; a model is a directory with {CONFIG_NAME} and safetensors. Give that.")
     if isinstance(name_or_path, os.PathLike) or not is_hub_id(name):
         similar = _similar_directory(path, " Did you mean {!r}?")
         raise ValueError(f"There is no directory {name!r}, and it is not a Hub id either.{similar}")
     commit, files = _look_up_on_hub(name, revision, path)
-    return Checkpoint(name, commit, frozenset(files), False, trust_remote_code)
+    return _with_gguf(name, commit, frozenset(files), False, trust_remote_code, gguf_file)
+
+
+def _with_gguf(
+    name: str,
+    revision: str | None,
+    files: frozenset[str],
+    is_local: bool,
+    trust_remote_code: bool,
+    gguf_file: str | None,
+) -> Checkpoint:
+    if gguf_file is not None and gguf_file not in files:
+        found = sorted(file for file in files if file.endswith(".gguf"))
+        raise ValueError(
+            f"{name!r} has no file {gguf_file!r}. Its GGUF files: {', '.join(found) or 'none'}. Name one of them."
+        )
+    return Checkpoint(name, revision, files, is_local, trust_remote_code, gguf_file)
 
 
 def check_config(config: PreTrainedConfig, name: str) -> None:
@@ -364,6 +395,8 @@ def _adapter_config(checkpoint: Checkpoint) -> Any:
 def _check_files(checkpoint: Checkpoint) -> None:
     """Refuse what shows in the names of the files."""
     name, files = checkpoint.name, checkpoint.files
+    if checkpoint.gguf_file is not None:
+        return
     if ADAPTER_CONFIG_NAME in files and checkpoint.has_weights:
         raise ValueError(
             f"{name!r} holds both a whole model and a PEFT adapter, and whether the adapter is already part of the "
@@ -381,7 +414,12 @@ def _check_files(checkpoint: Checkpoint) -> None:
         held = "GGUF files" if is_gguf else ", ".join([*sorted(files)[:4], *["..."][: len(files) > 4]]) or "nothing"
         raise ValueError(
             f"{name!r} is not a model: it has no {CONFIG_NAME} (it holds {held}). Give the directory that "
-            "`save_pretrained` wrote" + (", or the repository the GGUF files were made from." if is_gguf else ".")
+            "`save_pretrained` wrote"
+            + (
+                ", or the repository the GGUF files were made from; or name a target's GGUF file as `gguf_file`."
+                if is_gguf
+                else "."
+            )
         )
     if not checkpoint.has_weights and pickled:
         raise ValueError(

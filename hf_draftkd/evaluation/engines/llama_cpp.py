@@ -1,0 +1,65 @@
+"""llama.cpp: `llama-server` and its own `/completion`, which takes and gives token ids and counts per request."""
+
+from collections.abc import Sequence
+
+from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.evaluation.engines.protocol import Completion, ServedPair, fetch_json, part, timed_json
+
+
+class LlamaCpp:
+    """`llama-server`. Models are GGUF files."""
+
+    name = "llama.cpp"
+    tested_version = "b11434"
+    binary = "llama-server"
+
+    def command(self, pair: ServedPair, port: int) -> tuple[list[str], dict[str, str]]:
+        words = [pair.binary, "-m", pair.target, "-t", str(pair.threads), "-np", "1", "-c", str(pair.max_context)]
+        if pair.draft is not None:
+            sampling = "greedy" if pair.is_greedy else "probabilistic"
+            words += ["-md", pair.draft, "--spec-type", "draft-simple"]
+            words += ["--spec-draft-n-max", str(pair.num_assistant_tokens), "--spec-draft-sampling", sampling]
+        return [*words, "--port", str(port)], {}
+
+    def version(self, url: str) -> str:
+        answer = fetch_json(f"{url}/props")
+        return str(answer.get("build_info", "unknown")) if isinstance(answer, dict) else "unknown"
+
+    def tokenize(self, url: str, text: str) -> list[int]:
+        address = f"{url}/tokenize"
+        return part(
+            fetch_json(address, {"content": text, "parse_special": True, "add_special": False}), address, "tokens"
+        )
+
+    def complete(
+        self, url: str, prompt_ids: Sequence[int], setting: DecodingSetting, max_new_tokens: int, seed: int
+    ) -> Completion:
+        address = f"{url}/completion"
+        request = {
+            "prompt": list(prompt_ids),
+            "n_predict": max_new_tokens,
+            "temperature": setting.temperature,
+            "top_k": setting.top_k,
+            "top_p": setting.top_p,
+            "min_p": 0.0,
+            "repeat_penalty": 1.0,
+            "seed": seed,
+            "cache_prompt": False,
+            "return_tokens": True,
+        }
+        answer, seconds = timed_json(address, request)
+        timings = part(answer, address, "timings")
+        # Absent where nothing was drafted.
+        drafted, accepted = timings.get("draft_n", 0), timings.get("draft_n_accepted", 0)
+        return Completion(
+            token_ids=part(answer, address, "tokens"),
+            seconds=seconds,
+            # Every call adds one token of the target's own; the first is that of the prompt.
+            num_spec_steps=max(part(timings, address, "predicted_n") - 1 - accepted, 0),
+            num_draft_tokens=drafted,
+            num_accepted_draft_tokens=accepted,
+            is_cut=bool(answer.get("truncated")),
+        )
+
+    def verification(self, is_greedy: bool) -> str:
+        return "exact_match" if is_greedy else "rejection_sampling"

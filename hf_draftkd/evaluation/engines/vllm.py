@@ -1,0 +1,95 @@
+"""vLLM: its OpenAI-compatible `/v1/completions` with token ids; the counters are those of `/metrics`."""
+
+import json
+import re
+from collections.abc import Sequence
+
+from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.evaluation.engines.protocol import Completion, ServedPair, fetch, fetch_json, part, timed_json
+
+_COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+
+
+class VLLM:
+    """`vllm serve`. It reads the models' own folders, or ids on the Hub."""
+
+    name = "vllm"
+    tested_version = "0.32.0"
+    binary = "python"
+
+    def command(self, pair: ServedPair, port: int) -> tuple[list[str], dict[str, str]]:
+        # Not `vllm serve`: that asks for the metadata of a package named vllm, which the CPU build does not have.
+        words = [pair.binary, "-m", "vllm.entrypoints.openai.api_server", "--model", pair.target]
+        words += ["--max-model-len", str(pair.max_context), "--max-num-seqs", "1", "--no-enable-prefix-caching"]
+        if pair.draft is not None:
+            config = {
+                "method": "draft_model",
+                "model": pair.draft,
+                "num_speculative_tokens": pair.num_assistant_tokens,
+                "draft_sample_method": "greedy" if pair.is_greedy else "probabilistic",
+            }
+            words += ["--speculative-config", json.dumps(config)]
+        threads = str(pair.threads)
+        cpu = {
+            "OMP_NUM_THREADS": threads,
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        return [*words, "--port", str(port)], cpu
+
+    def version(self, url: str) -> str:
+        return str(part(fetch_json(f"{url}/version"), url, "version"))
+
+    def tokenize(self, url: str, text: str) -> list[int]:
+        address = f"{url}/tokenize"
+        answer = fetch_json(address, {"model": _model(url), "prompt": text, "add_special_tokens": False})
+        return part(answer, address, "tokens")
+
+    def complete(
+        self, url: str, prompt_ids: Sequence[int], setting: DecodingSetting, max_new_tokens: int, seed: int
+    ) -> Completion:
+        address = f"{url}/v1/completions"
+        request = {
+            "model": _model(url),
+            "prompt": list(prompt_ids),
+            "max_tokens": max_new_tokens,
+            "temperature": setting.temperature,
+            # Values that change nothing are still sent: a server applies the model's own sampling defaults otherwise.
+            "top_k": setting.top_k,
+            "top_p": setting.top_p,
+            "min_p": 0.0,
+            "repetition_penalty": setting.repetition_penalty,
+            "seed": seed,
+            "return_token_ids": True,
+        }
+        before = _counters(url)
+        answer, seconds = timed_json(address, request)
+        steps, drafted, accepted = (now - then for now, then in zip(_counters(url), before, strict=True))
+        choice = part(answer, address, "choices", 0)
+        ids = part(choice, address, "token_ids")
+        return Completion(
+            token_ids=ids,
+            seconds=seconds,
+            num_spec_steps=steps,
+            num_draft_tokens=drafted,
+            num_accepted_draft_tokens=accepted,
+            is_cut=choice.get("finish_reason") == "length" and len(ids) < max_new_tokens,
+        )
+
+    def verification(self, is_greedy: bool) -> str:
+        return "exact_match" if is_greedy else "rejection_sampling"
+
+
+def _model(url: str) -> str:
+    return part(fetch_json(f"{url}/v1/models"), url, "data", 0, "id")
+
+
+def _counters(url: str) -> tuple[int, int, int]:
+    """Blocks, drafted and accepted tokens since the server started; 0 where it has no draft."""
+    text = fetch(f"{url}/metrics")
+    found = []
+    for name in _COUNTERS:
+        values = re.findall(rf"^vllm:spec_decode_{name}_total(?:{{[^}}]*}})? (\S+)", text, re.MULTILINE)
+        found.append(int(sum(map(float, values))))
+    return found[0], found[1], found[2]

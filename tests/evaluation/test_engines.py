@@ -1,0 +1,286 @@
+"""Engines that serve a pair: what they answered when they were run, and everything that can be wrong there."""
+
+import json
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from datasets import Dataset
+
+from hf_draftkd.acceptance import Estimate
+from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.evaluation.engines import ENGINES, measure
+from hf_draftkd.evaluation.engines.config import EngineConfig
+from hf_draftkd.evaluation.engines.launch import launched
+from hf_draftkd.evaluation.engines.measure import evaluate_in_engine, recommend_in_engine
+from hf_draftkd.evaluation.engines.protocol import Completion, ServedPair
+from hf_draftkd.evaluation.html import render_page
+from hf_draftkd.evaluation.report import SpeculationReport
+from tests.evaluation import samples
+
+GREEDY = DecodingSetting()
+# Answers of llama-server 0.6.0-dev, vLLM 0.32.0 and OpenVINO GenAI 2026.4.1 to one prompt, shortened.
+LLAMA_CPP = {
+    "/completion": {
+        "tokens": list(range(40)),
+        "truncated": False,
+        "timings": {"prompt_n": 85, "predicted_n": 40, "predicted_ms": 135.7, "draft_n": 52, "draft_n_accepted": 24},
+    },
+    "/tokenize": {"tokens": [3, 62, 5]},
+    "/props": {"build_info": "b11434"},
+}
+METRICS = """# TYPE vllm:spec_decode_num_drafts_total counter
+vllm:spec_decode_num_drafts_total{{engine="0",model_name="target"}} {0}.0
+vllm:spec_decode_num_drafts_created{{engine="0",model_name="target"}} 1.79e+09
+vllm:spec_decode_num_draft_tokens_total{{engine="0",model_name="target"}} {1}.0
+vllm:spec_decode_num_accepted_tokens_total{{engine="0",model_name="target"}} {2}.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",model_name="target",position="0"}} 9.0
+"""
+VLLM = {
+    "/version": {"version": "0.32.0"},
+    "/v1/models": {"data": [{"id": "target"}]},
+    "/tokenize": {"count": 1, "tokens": [282]},
+    "/v1/completions": {"choices": [{"finish_reason": "length", "token_ids": list(range(40))}]},
+    "/metrics": [METRICS.format(15, 60, 26), METRICS.format(30, 120, 52)],
+}
+OPENVINO = {
+    "/version": {"version": "2026.4.1.0"},
+    "/tokenize": {"tokens": [3]},
+    "/complete": {"tokens": list(range(40)), "target_calls": 16, "draft_tokens": 59, "accepted": 24},
+}
+
+
+@contextmanager
+def serving(answers, status=200):
+    """A server that gives recorded answers by path; of a list one after the other."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(None)
+
+        def do_POST(self):
+            self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def answer(self, request):
+            asked.append((self.path, request))
+            found = answers[self.path]
+            found = found.pop(0) if isinstance(found, list) else found
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write((found if isinstance(found, str) else json.dumps(found)).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("name", "answers", "expected", "version"),
+    [
+        ("llama.cpp", LLAMA_CPP, (15, 52, 24), "b11434"),
+        ("vllm", VLLM, (15, 60, 26), "0.32.0"),
+        ("openvino", OPENVINO, (15, 59, 24), "2026.4.1.0"),
+    ],
+)
+def test_counters_are_read_from_recorded_answers(name, answers, expected, version):
+    """Catches counts taken from the wrong key, from all requests since the start, or with the prompt's call."""
+    with serving(json.loads(json.dumps(answers))) as (url, asked):
+        found = ENGINES[name].complete(url, [3, 62], DecodingSetting(1.0), 40, 7)
+        assert (found.num_spec_steps, found.num_draft_tokens, found.num_accepted_draft_tokens) == expected
+        assert found.token_ids == list(range(40))
+        assert not found.is_cut
+        assert ENGINES[name].version(url) == version
+        assert ENGINES[name].tokenize(url, "a")
+    (request,) = [sent for _, sent in asked if sent and "prompt" in sent and isinstance(sent["prompt"], list)]
+    # Nothing that a server would filter with by default may be left to it.
+    assert request["prompt"] == [3, 62]
+    assert (request["temperature"], request["top_k"], request["top_p"], request["seed"]) == (1.0, 0, 1.0, 7) or (
+        name == "openvino" and request["top_p"] == 1.0
+    )
+
+
+def test_answers_cut_by_the_context_are_seen():
+    answers = {**LLAMA_CPP, "/completion": {**LLAMA_CPP["/completion"], "truncated": True}}
+    with serving(answers) as (url, _):
+        assert ENGINES["llama.cpp"].complete(url, [3], GREEDY, 40, 0).is_cut
+    with serving(json.loads(json.dumps(VLLM))) as (url, _):
+        assert ENGINES["vllm"].complete(url, [3], GREEDY, 41, 0).is_cut
+
+
+def test_what_is_no_engine_says_so():
+    """A traceback of urllib, or a KeyError, in place of one message."""
+    engine = ENGINES["llama.cpp"]
+    with pytest.raises(ConnectionError, match=r"Nothing answers at http://127\.0\.0\.1:9/completion"):
+        engine.complete("http://127.0.0.1:9", [3], GREEDY, 4, 0)
+    with serving({"/completion": "<html>"}) as (url, _), pytest.raises(ValueError, match="did not answer in JSON"):
+        engine.complete(url, [3], GREEDY, 4, 0)
+    with serving({"/completion": {"choices": []}}) as (url, _), pytest.raises(ValueError, match="has no timings"):
+        engine.complete(url, [3], GREEDY, 4, 0)
+    with serving({"/completion": "bad"}, 400) as (url, _), pytest.raises(ValueError, match="status 400: bad"):
+        engine.complete(url, [3], GREEDY, 4, 0)
+
+
+def test_a_server_that_dies_quotes_what_it_said():
+    """`--launch` waited fifteen minutes for a program that had ended."""
+
+    class Dying:
+        name = "llama.cpp"
+        tokenize = ENGINES["llama.cpp"].tokenize
+
+        def command(self, pair, port):
+            return [sys.executable, "-c", "raise SystemExit('no such model')"], {}
+
+    pair = ServedPair("target", "draft", 4, True, 1, 64, "x")
+    with pytest.raises(ValueError, match="no such model"), launched(Dying(), pair):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"endpoint": "http://a"}, "needs `engine`"),
+        ({"engine": "vlm", "launch": True}, "vllm"),
+        ({"engine": "vllm"}, "or `launch`"),
+        ({"engine": "vllm", "endpoint": "http://a"}, "plain_endpoint"),
+        ({"engine": "llama.cpp", "launch": True}, "engine_models"),
+        ({"engine": "vllm", "launch": True, "engine_rounds": 0}, "engine_rounds"),
+    ],
+)
+def test_options_are_checked_before_the_work(options, message):
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**options)
+
+
+class Served:
+    """An engine in Python: time is simulated, the draft gets every second token right."""
+
+    name, tested_version, binary = "vllm", "1.0", "python"
+
+    def __init__(self, **faults):
+        self.faults = faults
+
+    def version(self, url):
+        return self.faults.get("version", "1.0")
+
+    def tokenize(self, url, text):
+        return [ord(letter) for letter in text] if "tokenize" not in self.faults else [9, 9]
+
+    def verification(self, is_greedy):
+        return "exact_match" if is_greedy else "rejection_sampling"
+
+    def complete(self, url, prompt_ids, setting, max_new_tokens, seed):
+        drafts = ("draft" in url) != self.faults.get("undrafted", False) or self.faults.get("drafting", False)
+        ids = [prompt_ids[0] + place + self.faults.get("shift", 0) for place in range(max_new_tokens)]
+        calls = (len(ids) - 1) // 2 if drafts else 0
+        seconds = 1.0 + (3.0 * calls if drafts else 2.0 * (len(ids) - 1))
+        return Completion(ids, seconds, calls, 4 * calls, calls, is_cut=self.faults.get("cut", False))
+
+
+class Letters:
+    eos_token_id = 0
+
+    def decode(self, ids, **_):
+        return "".join(map(chr, ids))
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+ROWS = Dataset.from_list(
+    [
+        {
+            "prompt_ids": [65 + number, 66],
+            "completion_ids": [65 + number + place for place in range(9)],
+            "ids_source": "generated",
+            **GREEDY.to_dict(),
+        }
+        for number in range(3)
+    ]
+)
+
+
+def run(monkeypatch, **faults):
+    monkeypatch.setitem(ENGINES, "vllm", Served(**faults))
+    report = samples.report()
+    report.max_new_tokens = 9
+    servers = {"engine": "vllm", "endpoint": "http://draft", "plain_endpoint": "http://plain", "engine_rounds": 2}
+    return report, evaluate_in_engine(report, ROWS, Letters(), num_assistant_tokens=4, **servers)
+
+
+def test_an_engine_is_measured_beside_the_prediction(monkeypatch):
+    """By hand: 9 tokens are one of the prompt and 8 of 4 calls; 17 seconds plain, 13 with the draft."""
+    report, (found,) = run(monkeypatch)
+    assert report.engines == [found]
+    assert (found.num_prompts, found.num_rounds, found.num_identical, found.num_plain_identical) == (3, 2, 3, 3)
+    assert found.mean_acceptance_length.value == 2.0
+    assert found.draft_acceptance_rate == 0.25
+    assert found.speedup.value == pytest.approx(17 / 13)
+    assert found.target_step_seconds == pytest.approx(2.0)
+    assert found.call_seconds == {4: pytest.approx(3.0)}
+    assert found.predicted_mean_acceptance_length == report.settings[0].block_efficiency[4]
+    assert found.recommendation.worth_it
+    assert found.recommendation.predicted_speedup == pytest.approx(2 * 2 / 3)
+    assert "in vllm on this machine" in found.recommendation.reason
+    assert SpeculationReport.from_json(report.to_json()) == report
+    assert "<h3>vllm 1.0, greedy</h3>" in render_page(report)
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ({"tokenize": True}, r"prompt 0 token 0 is \[9\] there and \[65\] here"),
+        ({"undrafted": True, "drafting": False}, "drafts: start it without"),
+        ({"drafting": True}, "drafts: start it without a draft"),
+        ({"cut": True}, "context of at least 12 tokens"),
+    ],
+)
+def test_servers_that_cannot_be_measured_are_refused(monkeypatch, faults, message):
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, **faults)
+
+
+def test_a_server_without_a_draft_is_refused(monkeypatch):
+    monkeypatch.setattr(Served, "complete", lambda self, url, ids, *_: Completion([1, 2], 1.0, 0, 0, 0))
+    with pytest.raises(ValueError, match="no draft loaded"):
+        run(monkeypatch)
+
+
+def test_another_model_and_another_version_are_noted(monkeypatch):
+    report, (found,) = run(monkeypatch, shift=1, version="2.0")
+    assert found.num_identical == 0
+    notes = " ".join(report.warnings)
+    assert "Only 0 of 3 plain greedy texts" in notes
+    assert "says it is version 2.0" in notes
+
+
+def test_vllm_is_not_started_for_what_it_gets_wrong(monkeypatch):
+    """VLLM 0.32 on a CPU samples with a draft from memory that nobody filled; top-k and top-p end its engine core."""
+    rows = ROWS.map(lambda _: DecodingSetting(1.0, top_p=0.9).to_dict())
+    monkeypatch.setattr(measure, "launched", None)
+    report = samples.report()
+    assert evaluate_in_engine(report, rows, Letters(), engine="vllm", launch=True) == []
+    assert "temperature 1, top-p 0.9 was not measured in vllm" in report.warnings[-1]
+
+
+def test_the_best_length_follows_from_times_in_the_engine():
+    """Calls of 3 + γ: with block efficiency 1 + γ/2 for γ ≤ 3 and 2.5 beyond, γ = 3 is best, by hand 2.5 · 3 ÷ 6."""
+    efficiency = {length: Estimate(min(1 + length / 2, 2.5), None, None) for length in range(1, 17)}
+    found = recommend_in_engine(
+        "vllm", GREEDY, 8, efficiency[8], efficiency, 3.0, {1: 4.0, 8: 11.0}, Estimate(0.75, 0.7, 0.8)
+    )
+    assert found.num_assistant_tokens == 3
+    assert found.predicted_speedup == pytest.approx(1.25)
+    assert found.worth_it
+    assert "3 would be best" in found.reason
