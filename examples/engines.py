@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="engines_run")
     parser.add_argument("--environments", default=".engines", help="what `make engines` installed")
-    parser.add_argument("--engines", nargs="+", default=["llama.cpp", "vllm", "openvino"])
+    parser.add_argument("--engines", nargs="*", default=["llama.cpp", "vllm", "openvino"])
     parser.add_argument("--target_model", default=demo_path("target"))
     parser.add_argument("--draft", help="a draft of it; by default that of `draftkd quickstart`, made here")
     parser.add_argument("--prompts", default=demo_path("test.jsonl"))
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     out, environments = Path(options.output_dir), Path(options.environments).resolve()
-    claim(out, options)
+    claim(out, argparse.Namespace(**{name: value for name, value in vars(options).items() if name != "engines"}))
     draft = Path(options.draft) if options.draft else quickstart(out)
     report, rows = evaluated(options, draft, out)
     for engine in options.engines:
