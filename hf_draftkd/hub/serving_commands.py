@@ -174,9 +174,7 @@ def _vllm(draft: str, target: str, pin: str, length: int, parallel_tokens: int |
     if parallel_tokens is None:
         remark += _RUN.format("vLLM 0.32.0")
     else:
-        remark += (
-            "With `parallel_drafting` the draft proposes all tokens in one pass, from mask tokens; that was not run."
-        )
+        remark += "With `parallel_drafting` it proposes all tokens in one pass, from mask tokens; that was not run."
     return Command("vLLM", "bash", content, remark)
 
 
