@@ -31,7 +31,7 @@ from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPai
 from hf_draftkd.evaluation.environment import processor_name
 from hf_draftkd.evaluation.recommendation import is_faster, times_text
 from hf_draftkd.evaluation.report import EngineResult, Recommendation, SettingResult, SpeculationReport
-from hf_draftkd.evaluation.texts import TextSet, recorded_texts
+from hf_draftkd.evaluation.texts import TextSet, is_recorded, recorded_texts
 
 _STEP_TIME_LENGTHS = (1, 8)
 _STEP_TIME_PROMPTS = 12
@@ -96,6 +96,11 @@ def evaluate_in_engine(
     config = replace(config or EngineConfig(), **options)
     if config.engine is None:
         raise ValueError("Name the `engine`: llama.cpp, vllm or openvino.")
+    if not is_recorded(texts):
+        raise ValueError(
+            "The texts do not say under which setting the target wrote them. Let it write them with "
+            "`generate_alignment_data`; on the command line, give prompts or `--regenerate`."
+        )
     engine = ENGINES[config.engine]
     length = num_assistant_tokens or report.num_assistant_tokens
     results = []
