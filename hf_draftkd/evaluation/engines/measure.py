@@ -339,6 +339,7 @@ class _Served:
             threads=config.engine_threads,
             max_context=max_context,
             binary=config.engine_binary or engine.binary,
+            dtype=report.target.dtype or "auto",
         )
         self.flags: str | None = None
 

@@ -46,6 +46,7 @@ class ServedPair:
         threads: CPU threads.
         max_context: Tokens of the longest prompt and completion together.
         binary: The program, or the Python of the environment where the engine is installed.
+        dtype: Number format that the target was evaluated in, for an engine that reads the models' own files.
     """
 
     target: str
@@ -55,6 +56,7 @@ class ServedPair:
     threads: int
     max_context: int
     binary: str
+    dtype: str = "auto"
 
 
 class Engine(Protocol):

@@ -19,7 +19,7 @@ class VLLM:
 
     def command(self, pair: ServedPair, port: int) -> tuple[list[str], dict[str, str]]:
         # Not `vllm serve`: that asks for the metadata of a package named vllm, which the CPU build does not have.
-        words = [pair.binary, "-m", "vllm.entrypoints.openai.api_server", "--model", pair.target]
+        words = [pair.binary, "-m", "vllm.entrypoints.openai.api_server", "--model", pair.target, "--dtype", pair.dtype]
         words += ["--max-model-len", str(pair.max_context), "--max-num-seqs", "1", "--no-enable-prefix-caching"]
         if pair.draft is not None:
             config = {
