@@ -113,7 +113,8 @@ def speed_figure(report: SpeculationReport) -> "Figure":
 def speed_by_length_figure(report: SpeculationReport) -> "Figure":
     """Predicted speed-up against draft length: a colour for each way of decoding, a line style for each setting.
 
-    What was measured stands beside it, with its 95% interval; 1 is plain decoding.
+    Engines that served the pair have lines of their own, from step times measured there. What was measured
+    stands beside it, with its 95% interval; 1 is plain decoding.
 
     Raises:
         ValueError: The report holds no step times.
@@ -141,6 +142,16 @@ def speed_by_length_figure(report: SpeculationReport) -> "Figure":
             if found is not None and found.speedup is not None:
                 at = found.num_assistant_tokens, found.speedup.value
                 axes.errorbar(*at, yerr=_bounds(found.speedup), fmt="o", capsize=3, color=_COLOURS[colour])
+    for place, served in enumerate(report.engines or []):
+        looks = {"color": _COLOURS[(3 + place) % len(_COLOURS)], "linestyle": _STYLES[place % len(_STYLES)]}
+        rule = (served.decoding, served.verification)
+        by_length = next((s.block_efficiency for s in report.settings if (s.decoding, s.verification) == rule), None)
+        lengths = sorted(served.call_seconds.keys() & (by_length or {}).keys())
+        speedups = [by_length[each].value * served.target_step_seconds / served.call_seconds[each] for each in lengths]
+        axes.plot(lengths, speedups, label=_literal(f"{served.engine}, {served.decoding}"), **looks)
+        at = served.num_assistant_tokens, served.speedup.value
+        axes.errorbar(*at, yerr=_bounds(served.speedup), fmt="s", capsize=3, color=looks["color"])
+        drawn += 1
     _require(range(drawn), "step times")
     axes.axhline(1, color="black", linewidth=1)
     axes.set_xticks([1, *range(2, 17, 2)])

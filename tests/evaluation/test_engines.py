@@ -17,6 +17,7 @@ from hf_draftkd.evaluation.engines.launch import launched
 from hf_draftkd.evaluation.engines.measure import evaluate_in_engine, recommend_in_engine
 from hf_draftkd.evaluation.engines.protocol import Completion, ServedPair
 from hf_draftkd.evaluation.html import render_page
+from hf_draftkd.evaluation.plots import speed_by_length_figure
 from hf_draftkd.evaluation.report import SpeculationReport
 from tests.evaluation import samples
 
@@ -235,6 +236,8 @@ def test_an_engine_is_measured_beside_the_prediction(monkeypatch):
     assert "in vllm on this machine" in found.recommendation.reason
     assert SpeculationReport.from_json(report.to_json()) == report
     assert "<h3>vllm 1.0, greedy</h3>" in render_page(report)
+    line = {each.get_label(): each for each in speed_by_length_figure(report).axes[0].lines}["vllm, greedy"]
+    assert line.get_xydata().tolist() == [[4, pytest.approx(found.predicted_mean_acceptance_length.value * 2 / 3)]]
 
 
 @pytest.mark.parametrize(
