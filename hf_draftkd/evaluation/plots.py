@@ -145,8 +145,11 @@ def speed_by_length_figure(report: SpeculationReport) -> "Figure":
     for place, served in enumerate(report.engines or []):
         looks = {"color": _COLOURS[(3 + place) % len(_COLOURS)], "linestyle": _STYLES[place % len(_STYLES)]}
         rule = (served.decoding, served.verification)
-        by_length = next((s.block_efficiency for s in report.settings if (s.decoding, s.verification) == rule), None)
-        lengths = sorted(served.call_seconds.keys() & (by_length or {}).keys())
+        of_rule = [
+            setting.block_efficiency for setting in report.settings if (setting.decoding, setting.verification) == rule
+        ]
+        by_length = (of_rule or [None])[0] or {}
+        lengths = sorted(served.call_seconds.keys() & by_length.keys())
         speedups = [by_length[each].value * served.target_step_seconds / served.call_seconds[each] for each in lengths]
         axes.plot(lengths, speedups, label=_literal(f"{served.engine}, {served.decoding}"), **looks)
         at = served.num_assistant_tokens, served.speedup.value
