@@ -198,8 +198,9 @@ def names_in(cell: str) -> set[str]:
 
 
 @pytest.mark.parametrize("title", ["GKD", "Distillation", "GOLD"])
-def test_options_of_trl_and_of_ours_exist(title):
+def test_options_of_trl_and_of_ours_exist(title, monkeypatch):
     """An option that trl renamed, or that we did."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     configs = {
         "GKD": "trl.experimental.gkd.GKDConfig",
         "Distillation": "trl.DistillationConfig",
