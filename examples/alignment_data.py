@@ -24,6 +24,7 @@ from datasets import Dataset, load_dataset
 
 import hf_draftkd
 from hf_draftkd import generate_alignment_data, load_target
+from hf_draftkd.cli.main import dispatch
 from hf_draftkd.data.curation import curate_prompts
 from hf_draftkd.data.synthesis import synthesize_prompts
 from hf_draftkd.data.target_cache import bytes_per_token
@@ -144,7 +145,7 @@ def main() -> None:
     command += ["--max_prompts", str(options.prompts), "--temperatures", "0", "1", "--dtype", "float32"]
     command += ["--max_new_tokens", str(options.max_new_tokens), "--batch_size", "8", "--shard_size", "8"]
     before = killed_and_resumed(options.output_dir / "killed", command, shards_before=2)
-    killed_and_resumed(options.output_dir / "undisturbed", command, shards_before=10**9)
+    dispatch(["generate", *command, "--output_dir", str(options.output_dir / "undisturbed")])
     killed, undisturbed = (
         load_dataset(str(options.output_dir / name), split="train") for name in ("killed", "undisturbed")
     )

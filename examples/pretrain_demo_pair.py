@@ -68,7 +68,7 @@ SMOKE = Plan(
     base=_TOY,
     draft=_TOY,
     tuning=(TuningPass(64, distractor_counts=(1, 2), disguise_share=0.5, warmup_steps=2, batch_size=16),),
-    documents=24,
+    documents=8,
     vocabulary=512,
     queries=(("train", 24), ("dev", 8), ("test", 8)),
     smoke=True,

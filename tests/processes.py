@@ -2,9 +2,13 @@
 
 import multiprocessing
 import os
+import runpy
 import socket
+import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -62,3 +66,79 @@ def in_two_processes(folder: Path, module: str, name: str, *arguments: Any, **en
     for process in processes:
         process.kill()
     assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+
+
+def python(*words: object, cwd: Path | None = None, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    """`python SCRIPT ...` or `python -m MODULE ...`, forked from the server, as scripts that it runs itself are."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, log = Path(folder) / "out", Path(folder) / "log"
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+        given = [str(word) for word in words], str(cwd or ROOT), str(out)
+        process = started(log, __name__, "_script", *given, **environment)
+        process.join(timeout)
+        process.kill()
+        process.join()
+        printed = out.read_text() if out.exists() else ""
+        return subprocess.CompletedProcess(given[0], process.exitcode, printed, log.read_text())
+
+
+def run(*words: object, cwd: Path) -> str:
+    """What such a process printed, once it has succeeded."""
+    done = python(*words, cwd=cwd)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def _script(words: list[str], cwd: str, out: str) -> None:
+    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stdout.fileno())
+    os.chdir(cwd)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] # it may have pools
+    subprocess.run = _forked(subprocess.run)
+    _execute(words)
+
+
+def _execute(words: list[str]) -> None:
+    """Be the Python that was started with these words."""
+    if words[0] == "-m":
+        sys.argv, sys.path[:0] = words[1:], [os.getcwd()]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[:0] = words, [str(Path(words[0]).resolve().parent)]
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _forked(run: Any) -> Any:
+    """`subprocess.run`, but for scripts, which are forked."""
+
+    def forking(command: list[str], *, env: dict[str, str] | None = None, check: bool = False, **options: Any) -> Any:
+        if command[0] != sys.executable or command[1] == "-m":
+            return run(command, env=env, check=check, **options)
+        sys.stdout.flush()
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
+            pid = os.fork()
+            if pid == 0:
+                code: Any = 0
+                try:
+                    os.environ |= env or {}
+                    os.dup2(out.fileno(), sys.stdout.fileno())
+                    os.dup2(log.fileno(), sys.stderr.fileno())
+                    _execute(command[1:])
+                except SystemExit as error:
+                    code = error.code if isinstance(error.code, int) else int(error.code is not None)
+                except BaseException:
+                    traceback.print_exc()
+                    code = 1
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            out.seek(0)
+            log.seek(0)
+            done = subprocess.CompletedProcess(command, code, out.read(), log.read())
+        if code:
+            sys.stderr.write(done.stderr)
+        if check:
+            done.check_returncode()
+        return done
+
+    return forking

@@ -8,10 +8,8 @@ weights from the Hub, another engine): of it only the names, arguments and optio
 import ast
 import inspect
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -24,6 +22,7 @@ import pytest
 from hf_draftkd.cli.main import COMMANDS, dispatch
 from hf_draftkd.models.demo import demo_path
 from tests.cli.run import ROOT
+from tests.processes import run
 
 GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))
 NOTEBOOK = ROOT / "examples" / "distill_a_draft.ipynb"
@@ -114,13 +113,6 @@ def check_options(command: str, options: list[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "parse", parse)
 
 
-def run(command: list[str], cwd: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     """The blocks belong to one session: later ones use what earlier ones made."""
@@ -181,9 +173,11 @@ def test_the_notebook_is_one_and_holds_no_outputs():
 
 
 def test_custom_divergence_example_is_short_and_helps(tmp_path):
-    script = ROOT / "examples" / "custom_divergence.py"
-    assert len(script.read_text(encoding="utf-8").splitlines()) < 40
-    output = run([sys.executable, str(script), "--max_steps", "10", "--output_dir", str(tmp_path)], tmp_path)
+    text = (ROOT / "examples" / "custom_divergence.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 40
+    script = tmp_path / "custom_divergence.py"
+    script.write_text(text.replace("limit=128", "limit=48").replace("max_new_tokens=96", "max_new_tokens=32"))
+    output = run(script, "--max_steps", 8, "--output_dir", tmp_path / "out", cwd=tmp_path)
     before, after = map(float, re.findall(r"(\d+\.\d+) (?:before|after)", output))
     assert after > before
 

@@ -4,6 +4,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from demo_pair.corpus import DEV_MODULES, TEST_MODULES, source_files
 
@@ -89,6 +90,7 @@ def _definitions(body: list[ast.stmt], prefix: str, *, method: bool) -> Iterator
             yield Function(f"{prefix}.{node.name}", parameters, sentence)
 
 
+@cache
 def functions_by_split() -> dict[str, list[Function]]:
     """Functions for training, development and test queries.
 

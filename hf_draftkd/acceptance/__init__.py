@@ -30,28 +30,3 @@ from hf_draftkd.acceptance.token_rates import (
     token_acceptance_rate,
     token_logprob,
 )
-
-__all__ = [
-    "DRAFT_LENGTHS",
-    "LENIENCE_FORMS",
-    "VERIFICATION_RULES",
-    "AcceptanceCounts",
-    "DraftLength",
-    "Estimate",
-    "Latency",
-    "acceptance_by_position",
-    "accepted_given_output",
-    "best_draft_length",
-    "block_efficiency",
-    "block_efficiency_by_length",
-    "bootstrap_paired_ratio_difference",
-    "bootstrap_paired_ratio_quotient",
-    "bootstrap_ratio",
-    "break_even_acceptance_rate",
-    "expected_block_efficiency",
-    "expected_target_calls",
-    "mbsu",
-    "predicted_speedup",
-    "token_acceptance_rate",
-    "token_logprob",
-]

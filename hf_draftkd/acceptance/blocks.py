@@ -68,12 +68,7 @@ def block_efficiency(accepted: torch.Tensor, num_assistant_tokens: int, mask: to
     """Return τ, the expected tokens per target call over all texts, the target's own token included: 1 ≤ τ ≤ γ + 1.
 
     A ratio of sums: tokens of all texts ÷ expected calls of all texts. To put an interval beside it, bootstrap over
-    texts with `bootstrap_ratio(num_tokens, expected_target_calls(...))`.
-
-    Args:
-        accepted: a_t `[B, T]`, probabilities.
-        num_assistant_tokens: Draft length γ ≥ 1.
-        mask: As in `expected_target_calls`.
+    texts with `bootstrap_ratio(num_tokens, expected_target_calls(...))`. a_t, γ and mask as in `expected_target_calls`.
 
     Raises:
         ValueError: As in `expected_target_calls`, and if there is no token at all.
@@ -97,18 +92,8 @@ def acceptance_by_position(
 ) -> PositionSums:
     """Return, for each place in a block, how often a drafted token gets there and how often it is accepted.
 
-    Drafted tokens that would stand beyond the end of the text are not counted.
-
-    Args:
-        accepted: a_t `[B, T]`, probabilities.
-        num_assistant_tokens: Draft length γ ≥ 1.
-        mask: As in `expected_target_calls`.
-
-    Returns:
-        Sums per text, float64, to be added up over texts before dividing.
-
-    Raises:
-        ValueError: As in `expected_target_calls`.
+    Sums per text, float64, to be added up over texts before dividing. Drafted tokens that would stand beyond the end of
+    the text are not counted. Arguments and errors as in `block_efficiency`.
     """
     lengths = (num_assistant_tokens,)
     accepted, mask = _check(accepted, lengths, mask)

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_draftkd.utils.checks import whole_number
-
+_NUM_RESAMPLES = 2000
 # Resampled texts held at once; bounds the memory of a bootstrap over many texts.
 _MAX_RESAMPLED = 2**22
 
@@ -33,19 +32,14 @@ class AcceptanceCounts:
     acceptance_histogram: list[int] = field(default_factory=list)
 
     def record(self, num_draft_tokens: int, num_accepted_draft_tokens: int, num_tokens: int | None = None) -> None:
-        """Count one target call.
-
-        Args:
-            num_draft_tokens: Tokens proposed to it.
-            num_accepted_draft_tokens: Of these, how many it accepted.
-            num_tokens: Tokens added to the output. None: the accepted ones and one of the target's own.
+        """Count one target call: tokens proposed, accepted, and added (None: the accepted and one of the target's own).
 
         Raises:
             ValueError: If the counts contradict each other.
         """
-        if num_tokens is None:
-            num_tokens = num_accepted_draft_tokens + 1
         accepted = num_accepted_draft_tokens
+        if num_tokens is None:
+            num_tokens = accepted + 1
         if not 0 <= accepted <= num_draft_tokens or not accepted <= num_tokens <= accepted + 1:
             raise ValueError(
                 f"A call adds the tokens that it accepts and at most one more, got {num_draft_tokens} drafted, "
@@ -53,11 +47,10 @@ class AcceptanceCounts:
             )
         self.num_spec_steps += 1
         self.num_draft_tokens += num_draft_tokens
-        self.num_accepted_draft_tokens += num_accepted_draft_tokens
+        self.num_accepted_draft_tokens += accepted
         self.num_tokens += num_tokens
-        missing = num_accepted_draft_tokens + 1 - len(self.acceptance_histogram)
-        self.acceptance_histogram.extend([0] * missing)
-        self.acceptance_histogram[num_accepted_draft_tokens] += 1
+        self.acceptance_histogram += [0] * (accepted + 1 - len(self.acceptance_histogram))
+        self.acceptance_histogram[accepted] += 1
 
     def __add__(self, other: "AcceptanceCounts") -> "AcceptanceCounts":
         """Return the counts of both together."""
@@ -118,78 +111,64 @@ class Estimate:
         """Return `{"value": ..., "low": ..., "high": ...}`; an unknown bound is absent."""
         return {name: number for name, number in asdict(self).items() if number is not None}
 
+    def interval(self, shape: str) -> str:
+        """Return the interval in words, such as `" [{:.2f}, {:.2f}]"` says them; nothing where there is none."""
+        return "" if self.low is None or self.high is None else shape.format(self.low, self.high)
+
+    def leaves_open(self, value: float) -> bool:
+        """Return whether less and more than `value` are both possible; without an interval everything is."""
+        return self.low is None or self.high is None or self.low <= value <= self.high
+
+    def lies_apart(self, other: "Estimate") -> bool:
+        """Return whether the intervals of two estimates do not meet; not where one of them has none."""
+        ends = (self.low, self.high, other.low, other.high)
+        return None not in ends and (self.low > other.high or other.low > self.high)  # type: ignore[operator]
+
 
 Column = Sequence[float] | torch.Tensor
 
 
-def bootstrap_ratio(
-    numerators: Column, denominators: Column, *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
-) -> Estimate:
-    """Return Σ numerators ÷ Σ denominators with a percentile bootstrap interval over texts.
+def bootstrap_ratio(numerators: Column, denominators: Column, *, confidence: float = 0.95) -> Estimate:
+    """Return Σ numerators ÷ Σ denominators with a percentile bootstrap interval over texts, the same for equal texts.
 
     Args:
         numerators: One per text, `[B]`, e.g. tokens.
         denominators: One per text, `[B]`, e.g. target calls. A text whose denominator is 0 is left out.
-        confidence: Coverage of the interval.
-        num_resamples: Bootstrap resamples.
-        seed: Equal seeds give equal intervals.
-
-    Returns:
-        The ratio and its interval; no interval for a single text.
+        confidence: Coverage of the interval. There is none for a single text.
 
     Raises:
         ValueError: If the columns differ in length, hold NaN or infinity, or no text is left.
     """
-    return _bootstrap(_ratio, (numerators, denominators), confidence, num_resamples, seed)
+    return _bootstrap(lambda sums: sums[0] / sums[1], (numerators, denominators), confidence)
 
 
 def bootstrap_paired_ratio_difference(
     numerators: Column, denominators: Column, baseline_numerators: Column, baseline_denominators: Column
 ) -> Estimate:
-    """Return the ratio minus the baseline's ratio on the same texts, with a paired 95% bootstrap interval.
+    """Return the ratio minus the baseline's ratio on the same texts, `[B]` each, with a paired 95% bootstrap interval.
 
-    Each resample draws texts once for both, so what makes a text hard for both cancels out.
-
-    Args:
-        numerators: One per text, `[B]`.
-        denominators: One per text, `[B]`.
-        baseline_numerators: The baseline's, for the same texts in the same order, `[B]`.
-        baseline_denominators: As above.
-
-    Raises:
-        ValueError: As in `bootstrap_ratio`.
+    Each resample draws texts once for both, so what makes a text hard for both cancels out. Errors as in
+    `bootstrap_ratio`.
     """
     columns = (numerators, denominators, baseline_numerators, baseline_denominators)
-    return _bootstrap(lambda sums: _ratio(sums[:2]) - _ratio(sums[2:]), columns)
+    return _bootstrap(lambda sums: sums[0] / sums[1] - sums[2] / sums[3], columns)
 
 
 def bootstrap_paired_ratio_quotient(
     numerators: Column, denominators: Column, baseline_numerators: Column, baseline_denominators: Column
 ) -> Estimate:
-    """Return the ratio divided by the baseline's ratio on the same texts, with a paired 95% bootstrap interval.
+    """Return the ratio divided by the baseline's, as in `bootstrap_paired_ratio_difference`.
 
     The measured speed-up: tokens and seconds of assisted decoding, then tokens and seconds of plain decoding.
-    Arguments and errors as in `bootstrap_paired_ratio_difference`.
     """
     columns = (numerators, denominators, baseline_numerators, baseline_denominators)
-    return _bootstrap(lambda sums: _ratio(sums[:2]) / _ratio(sums[2:]), columns)
-
-
-def _ratio(sums: torch.Tensor) -> torch.Tensor:
-    return sums[0] / sums[1]
+    return _bootstrap(lambda sums: (sums[0] / sums[1]) / (sums[2] / sums[3]), columns)
 
 
 def _bootstrap(
-    statistic: Callable[[torch.Tensor], torch.Tensor],
-    columns: Sequence[Column],
-    confidence: float = 0.95,
-    num_resamples: int = 2000,
-    seed: int = 0,
+    statistic: Callable[[torch.Tensor], torch.Tensor], columns: Sequence[Column], confidence: float = 0.95
 ) -> Estimate:
     """Return the statistic of the columns' sums `[C]`, and its percentile interval over resampled texts."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}.")
-    whole_number("num_resamples", num_resamples)
     rows = [torch.as_tensor(column, dtype=torch.float64, device="cpu").flatten() for column in columns]
     lengths = [len(row) for row in rows]
     if len(set(lengths)) > 1:
@@ -205,12 +184,11 @@ def _bootstrap(
     value = float(statistic(texts.sum(dim=1)))
     if num_texts == 1:
         return Estimate(value)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     resampled = []
     at_once = max(1, _MAX_RESAMPLED // num_texts)
-    for start in range(0, num_resamples, at_once):
-        count = min(at_once, num_resamples - start)
-        drawn = torch.randint(num_texts, (count, num_texts), generator=generator)
+    for start in range(0, _NUM_RESAMPLES, at_once):
+        drawn = torch.randint(num_texts, (min(at_once, _NUM_RESAMPLES - start), num_texts), generator=generator)
         resampled.append(statistic(torch.stack([row[drawn].sum(dim=1) for row in texts])))
     tail = (1 - confidence) / 2
     low, high = torch.cat(resampled).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()

@@ -36,11 +36,9 @@ class Latency:
 
     def __post_init__(self) -> None:
         """Refuse times that are not possible."""
-        times = {"target_step_seconds": self.target_step_seconds, "draft_step_seconds": self.draft_step_seconds}
-        times |= {f"verify_seconds[{length}]": seconds for length, seconds in self.verify_seconds.items()}
-        times |= {f"draft_pass_seconds[{length}]": seconds for length, seconds in self.draft_pass_seconds.items()}
-        for name, seconds in times.items():
-            in_range(name, seconds, 0, open_low=True)
+        for name, times in vars(self).items():
+            for length, seconds in times.items() if isinstance(times, Mapping) else [("", times)]:
+                in_range(f"{name}[{length}]" if length else name, seconds, 0, open_low=True)
 
     @property
     def relative_cost(self) -> float:
@@ -48,30 +46,23 @@ class Latency:
         return self.draft_step_seconds / self.target_step_seconds
 
     def verify(self, num_tokens: int) -> float:
-        """Return the seconds of one target pass over `num_tokens` new tokens.
-
-        Measured, or interpolated between the two nearest measurements.
-
-        Args:
-            num_tokens: New tokens the target reads at once, γ + 1 for a draft of γ.
+        """Return the seconds of one target pass over `num_tokens` new tokens (γ + 1), measured or interpolated.
 
         Raises:
             ValueError: If it lies outside what was measured.
         """
         if not self.verify_seconds:
             return self.target_step_seconds
-        if num_tokens in self.verify_seconds:
-            return self.verify_seconds[num_tokens]
         lengths = sorted(self.verify_seconds)
-        if not lengths[0] < num_tokens < lengths[-1]:
+        if not lengths[0] <= num_tokens <= lengths[-1]:
             raise ValueError(
                 f"Verification was timed for {lengths[0]} to {lengths[-1]} tokens, so nothing is known about "
                 f"{num_tokens}. Time that length too, or ask for draft lengths from {lengths[0] - 1} to "
                 f"{lengths[-1] - 1}."
             )
-        right = bisect_left(lengths, num_tokens)
-        below, above = lengths[right - 1], lengths[right]
-        share = (num_tokens - below) / (above - below)
+        above = lengths[bisect_left(lengths, num_tokens)]
+        below = max((length for length in lengths if length < num_tokens), default=above)
+        share = 1.0 if above == num_tokens else (num_tokens - below) / (above - below)
         return (1 - share) * self.verify_seconds[below] + share * self.verify_seconds[above]
 
     def block_seconds(self, num_assistant_tokens: int) -> float:
@@ -79,9 +70,8 @@ class Latency:
         and verification of γ + 1 tokens.
         """
         whole_number("num_assistant_tokens", num_assistant_tokens)
-        drafting = num_assistant_tokens * self.draft_step_seconds
-        if self.draft_pass_seconds:
-            drafting = self.draft_pass_seconds[num_assistant_tokens]
+        steps = num_assistant_tokens * self.draft_step_seconds
+        drafting = self.draft_pass_seconds[num_assistant_tokens] if self.draft_pass_seconds else steps
         return drafting + self.verify(num_assistant_tokens + 1)
 
 
@@ -102,9 +92,6 @@ def mbsu(block_efficiency: float, num_assistant_tokens: int, *, parameter_ratio:
         num_assistant_tokens: Draft length γ ≥ 1.
         parameter_ratio: c, draft parameters ÷ target parameters.
 
-    Returns:
-        The speed-up over decoding with the target alone (1.0: none).
-
     Raises:
         ValueError: If an argument is out of its range.
     """
@@ -114,19 +101,12 @@ def mbsu(block_efficiency: float, num_assistant_tokens: int, *, parameter_ratio:
 
 
 def expected_block_efficiency(acceptance_rate: float, num_assistant_tokens: int) -> float:
-    """Return τ if every token were accepted independently with the same chance: (1 − α^(γ+1))/(1 − α).
+    """Return τ in [1, γ + 1] if every token were accepted independently with the same α: (1 − α^(γ+1))/(1 − α).
 
     Source: Fast Inference from Transformers via Speculative Decoding, equation 1, https://arxiv.org/abs/2211.17192.
 
-    Args:
-        acceptance_rate: α in [0, 1].
-        num_assistant_tokens: Draft length γ ≥ 1.
-
-    Returns:
-        τ in [1, γ + 1].
-
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If α is outside [0, 1], or γ below 1.
     """
     whole_number("num_assistant_tokens", num_assistant_tokens)
     in_range("acceptance_rate", acceptance_rate, 0, 1)
@@ -135,15 +115,12 @@ def expected_block_efficiency(acceptance_rate: float, num_assistant_tokens: int)
 
 
 def predicted_speedup(block_efficiency: float, num_assistant_tokens: int, latency: Latency) -> float:
-    """Return the predicted speed-up τ·t_target ÷ (γ·t_draft + t_verify(γ + 1)).
+    """Return the predicted speed-up over plain decoding, τ·t_target ÷ (γ·t_draft + t_verify(γ + 1)).
 
     Args:
         block_efficiency: τ at this draft length.
         num_assistant_tokens: Draft length γ ≥ 1.
         latency: Measured times.
-
-    Returns:
-        Tokens per second with the draft ÷ without it.
 
     Raises:
         ValueError: If τ is impossible at γ, or verification of γ + 1 tokens was not timed.
@@ -155,9 +132,7 @@ def predicted_speedup(block_efficiency: float, num_assistant_tokens: int, latenc
 def best_draft_length(block_efficiency: Mapping[int, float], latency: Latency) -> DraftLength:
     """Return the draft length with the highest predicted speed-up, even if that is below 1; of equal ones the shortest.
 
-    Args:
-        block_efficiency: τ by γ, as from `block_efficiency_by_length`.
-        latency: Measured times.
+    `block_efficiency` is τ by γ, as from `block_efficiency_by_length`.
 
     Raises:
         ValueError: If no draft length is given, or as in `predicted_speedup`.
@@ -172,15 +147,9 @@ def best_draft_length(block_efficiency: Mapping[int, float], latency: Latency) -
 def break_even_acceptance_rate(latency: Latency, draft_lengths: Iterable[int] = DRAFT_LENGTHS) -> float | None:
     """Return the acceptance rate α at which the best draft length neither gains nor loses time.
 
-    τ is taken from `expected_block_efficiency`. On this machine a draft pays if its tokens are accepted more often.
-
-    Args:
-        latency: Measured times.
-        draft_lengths: The draft lengths to choose from.
-
-    Returns:
-        α in [0, 1]; 0.0 if a block costs no more than one plain step, None if no draft pays at any of these lengths,
-        not even one whose tokens are all accepted.
+    τ is taken from `expected_block_efficiency`. On this machine a draft pays if its tokens are accepted more often: 0.0
+    if a block costs no more than one plain step, None if no draft pays at any of `draft_lengths`, not even one whose
+    tokens are all accepted.
 
     Raises:
         ValueError: If no draft length is given, or verification was not timed that far.
@@ -188,10 +157,8 @@ def break_even_acceptance_rate(latency: Latency, draft_lengths: Iterable[int] = 
     lengths = list(draft_lengths)
     if not lengths:
         raise ValueError("draft_lengths is empty; name at least one draft length.")
-    rates = [
-        _solve_acceptance_rate(latency.block_seconds(length) / latency.target_step_seconds, length)
-        for length in lengths
-    ]
+    costs = {length: latency.block_seconds(length) / latency.target_step_seconds for length in lengths}
+    rates = [_solve_acceptance_rate(cost, length) for length, cost in costs.items()]
     # τ rises with α at every length, so the first length to break even decides.
     return min((rate for rate in rates if rate is not None), default=None)
 

@@ -4,11 +4,7 @@ import torch
 
 
 def check_same_shape(draft_logits: torch.Tensor, target_logits: torch.Tensor) -> None:
-    """Refuse two logits tensors that are not the same positions over the same vocabulary.
-
-    Args:
-        draft_logits: `[..., V]`.
-        target_logits: `[..., V]`.
+    """Refuse two logits tensors `[..., V]` that are not the same positions over the same vocabulary.
 
     Raises:
         ValueError: If the shapes differ, or there is no vocabulary dimension.

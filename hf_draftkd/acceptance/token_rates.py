@@ -100,14 +100,9 @@ def accepted_given_output(
 
 
 def token_logprob(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the log-probability of one token per position, without a log-softmax of the whole vocabulary.
+    """Return log p `[...]` of the `tokens` `[...]` under `logits` `[..., V]`, float32 or better.
 
-    Args:
-        logits: `[..., V]`.
-        tokens: `[...]`, integers in [0, V).
-
-    Returns:
-        Log-probabilities `[...]`, float32 or better.
+    Without a log-softmax of the whole vocabulary.
     """
     logits = at_least_float32(logits)
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)

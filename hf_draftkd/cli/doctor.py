@@ -50,9 +50,7 @@ def run(argv: list[str]) -> int:
     with usage_errors():
         trusted = {"trust_remote_code": options.trust_remote_code}
         target = resolve(options.target_model, revision=options.target_model_revision, **trusted)
-        draft = None
-        if options.model is not None:
-            draft = resolve(options.model, revision=options.model_revision, **trusted)
+        draft = resolve(options.model, revision=options.model_revision, **trusted) if options.model else None
         found = examine(target, draft)
     table = Table(box=SIMPLE, show_header=False, show_edge=False, padding=(0, 1), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -79,7 +77,7 @@ def _rows(
         share = found.cut_parameters / (found.target.num_parameters if found.target else 1)
         yield "draft", f"none; {found.cut_layers} of the target's layers: {_count(found.cut_parameters)} ({share:.1%})"
     if found.draft and found.target:
-        yield from _pair(found.draft, found.target, bool(found.refused))
+        yield "pair", "\n".join(_pair(found.draft, found.target, bool(found.refused)))
     if found.memory:
         lines = [f"{_size(free)} free on {where}; activations come on top"]
         for way, size in found.memory.items():
@@ -101,15 +99,13 @@ def _model(facts: ModelFacts) -> str:
     )
 
 
-def _pair(draft: ModelFacts, target: ModelFacts, refused: bool) -> Iterator[tuple[str, str]]:
-    lines = [f"the draft has {draft.num_parameters / target.num_parameters:.1%} of the target's parameters"]
+def _pair(draft: ModelFacts, target: ModelFacts, refused: bool) -> Iterator[str]:
+    yield f"the draft has {draft.num_parameters / target.num_parameters:.1%} of the target's parameters"
     if not refused:
         repair = "padded to other sizes: `train` and `init --model` repair the draft"
-        rows = "the same number of rows" if draft.rows == target.rows else repair
-        lines.append(f"the same tokenizer, {rows}")
+        yield f"the same tokenizer, {'the same number of rows' if draft.rows == target.rows else repair}"
     if draft.context and target.context and draft.context < target.context:
-        lines.append(f"texts beyond the draft's {draft.context:,} tokens cannot be trained on or measured")
-    yield "pair", "\n".join(lines)
+        yield f"texts beyond the draft's {draft.context:,} tokens cannot be trained on or measured"
 
 
 def _engines(draft: Checkpoint, target: Checkpoint, draft_facts: ModelFacts, target_facts: ModelFacts) -> str:
@@ -122,9 +118,8 @@ def _engines(draft: Checkpoint, target: Checkpoint, draft_facts: ModelFacts, tar
 
     repaired = replace(pair, draft_vocab_size=pair.target_vocab_size, same_special_ids=True)
     now = titles(pair)
-    later = [title for title in titles(repaired) if title not in now]
-    lines = [", ".join(now)] if now else []
-    return "\n".join([*lines, *([f"once the draft is repaired: {', '.join(later)}"] if later else [])])
+    later = ", ".join(title for title in titles(repaired) if title not in now)
+    return "\n".join(filter(None, [", ".join(now), later and f"once the draft is repaired: {later}"]))
 
 
 def _next(target: Checkpoint, draft: Checkpoint | None, found: Examination, free: int) -> Iterator[str]:

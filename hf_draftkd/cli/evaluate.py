@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from rich.console import Console
 from rich.markup import escape
-from transformers import PreTrainedModel
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
-from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import load_prompts
 from hf_draftkd.data.sources import open_dataset
 from hf_draftkd.decoding.setting import SETTING_COLUMNS
@@ -25,7 +22,7 @@ from hf_draftkd.evaluation.plots import figure_class
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
 from hf_draftkd.evaluation.tables import ReportTable
-from hf_draftkd.evaluation.texts import own_penalty
+from hf_draftkd.evaluation.texts import answers, own_penalty
 from hf_draftkd.evaluation.trackers import log_report, tracker_modules
 from hf_draftkd.models.draft_length import draft_length_settings, write_draft_settings
 from hf_draftkd.models.loading import load_draft, load_target
@@ -88,8 +85,9 @@ def run(argv: list[str]) -> int:
         models = [load_draft(draft, **loading) for draft in drafts]
         baseline = None if options.baseline is None else models.pop()
         if engine.engine and "prompts" in texts:  # the very texts are needed twice
-            config, rows = _answers(target_model, target, texts["prompts"], config)
-            texts = {"dataset": rows}
+            settings = config.settings(own_penalty(target_model))
+            texts = {"dataset": answers(target_model, target.tokenizer, texts["prompts"], settings, config)}
+            config = replace(config, temperatures=[setting.temperature for setting in settings])
         report = evaluate_draft(
             models if len(models) > 1 else models[0],
             target_model,
@@ -105,50 +103,22 @@ def run(argv: list[str]) -> int:
             best = None if report.recommendation is None else report.recommendation.num_assistant_tokens
             length = config.num_assistant_tokens or best
             with usage_errors():
-                evaluate_in_engine(
-                    report,
-                    texts["dataset"],
-                    target.tokenizer,
-                    num_assistant_tokens=length,
-                    config=engine,
-                )
+                given = report, texts["dataset"], target.tokenizer
+                evaluate_in_engine(*given, num_assistant_tokens=length, config=engine)
     finally:
         _write(report, options, out)
     return 0
 
 
-def _answers(
-    target_model: PreTrainedModel, target: Checkpoint, prompts: Dataset, config: EvaluationConfig
-) -> tuple[EvaluationConfig, Dataset]:
-    """The target's own texts under the config's settings, and the config that names these settings."""
-    settings = config.settings(own_penalty(target_model))
-    rows = generate_alignment_data(
-        target_model,
-        target.tokenizer,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        temperatures=[setting.temperature for setting in settings],
-        top_p=config.top_p,
-        top_k=config.top_k,
-        repetition_penalty=settings[0].repetition_penalty,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
-    return replace(config, temperatures=[setting.temperature for setting in settings]), rows
-
-
 def _look_up(options: EvaluateOptions) -> list[Checkpoint]:
     """The target, the drafts, and the baseline where there is one, once all of them fit together."""
-    named: list[tuple[str | None, str | None]] = [(path, options.model_revision) for path in options.model or ()]
-    named += [] if options.baseline is None else [(options.baseline, None)]
-    trusted = options.trust_remote_code
-    target = resolve(
-        options.target_model,
-        revision=options.target_model_revision,
-        trust_remote_code=trusted,
-        gguf_file=options.gguf_file,
-    )
-    found = [target, *(resolve(name, revision=at, trust_remote_code=trusted) for name, at in named)]
+
+    def look(name: str | None, revision: str | None = None, **more: Any) -> Checkpoint:
+        return resolve(name, revision=revision, trust_remote_code=options.trust_remote_code, **more)
+
+    found = [look(options.target_model, options.target_model_revision, gguf_file=options.gguf_file)]
+    found += [look(path, options.model_revision) for path in options.model or ()]
+    found += [] if options.baseline is None else [look(options.baseline)]
     for checkpoint in found:
         checkpoint.config  # noqa: B018 - raises where it is not a usable causal LM
         check_own_tokenizer(checkpoint, found[0].tokenizer)
@@ -191,13 +161,8 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
     finally:  # hours of measuring are shown even if the disk is full
         console.print(ReportTable(report))
     if options.report_to:
-        log_report(
-            report,
-            options.report_to,
-            project=options.project,
-            run_name=options.run_name,
-            logging_dir=out / "runs",
-        )
+        names: dict[str, Any] = {"project": options.project, "run_name": options.run_name}
+        log_report(report, options.report_to, **names, logging_dir=out / "runs")
     for warning in report.warnings:
         console.print(f"[yellow]note:[/yellow] {escape(printable(warning))}", highlight=False)
     if report.self_check is not None:

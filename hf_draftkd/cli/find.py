@@ -71,9 +71,11 @@ def table(found: list[FoundDraft], target: str) -> Table:
         typical, setting = draft.typical, "-"
         if typical is not None:
             setting = "greedy" if typical.decoding.is_greedy else f"T {typical.decoding.temperature:g}"
+        cost = None if draft.relative_cost is None else f"cost {draft.relative_cost:.3f}"
+        details = "; ".join(filter(None, (draft.license, cost, *draft.remarks)))
         shown.add_row(
             # Names and texts of strangers: square brackets are markup to rich.
-            escape("\n".join(filter(None, (draft.repo_id, _details(draft))))),
+            escape("\n".join(filter(None, (draft.repo_id, details)))),
             _text(draft.acceptance_rate, ".3f"),
             _text(draft.block_efficiency, ".2f"),
             _text(typical.num_assistant_tokens if typical else None, "d"),
@@ -82,11 +84,6 @@ def table(found: list[FoundDraft], target: str) -> Table:
             _short(draft.downloads),
         )
     return shown
-
-
-def _details(draft: FoundDraft) -> str:
-    cost = None if draft.relative_cost is None else f"cost {draft.relative_cost:.3f}"
-    return "; ".join(filter(None, (draft.license, cost, *draft.remarks)))
 
 
 def _short(count: int | None) -> str:

@@ -4,11 +4,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
-from datasets import Dataset
 from huggingface_hub import is_offline_mode
-from transformers import PreTrainedModel
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
@@ -21,7 +18,7 @@ from hf_draftkd.hub.dataset_card import push_alignment_data, write_card
 from hf_draftkd.models.context import context_length
 from hf_draftkd.models.loading import load_target
 from hf_draftkd.models.pairing import check_own_tokenizer
-from hf_draftkd.models.resolve import Checkpoint, resolve
+from hf_draftkd.models.resolve import resolve
 from hf_draftkd.utils.fields import option
 from hf_draftkd.utils.text import printable
 
@@ -65,14 +62,17 @@ def run(argv: list[str]) -> int:
         if config.draft_model is not None:
             draft = resolve(config.draft_model, trust_remote_code=options.trust_remote_code)
             check_own_tokenizer(draft, tokenizer)
-        if config.endpoint is None:
-            context = context_length(checkpoint.config)
-        else:
-            context = served_context(str(options.target_model), tokenizer)
+        served = served_context(str(options.target_model), tokenizer) if config.endpoint else None
+        context = served if config.endpoint else context_length(checkpoint.config)
         prompts, counts = read_prompts(config, tokenizer, config.context_length or context)
+    device, device_map = this_process().device, options.device_map
+    if device_map is None and device.type != "cpu":
+        device_map = {"": device}  # each process its own device
     try:
         rows = generate_alignment_data(
-            str(options.target_model) if config.endpoint else _load(checkpoint, options),
+            str(options.target_model)
+            if config.endpoint
+            else load_target(checkpoint, dtype=options.dtype, device_map=device_map),
             tokenizer,
             prompts,
             config=config,
@@ -90,12 +90,17 @@ def run(argv: list[str]) -> int:
         return 0
     with usage_errors():  # what somebody wrote into the card cannot be read
         write_card(Path(str(config.output_dir)), rows)
-    _print_summary(rows, options, config, perf_counter() - start)
+    tokens, stopped = sum(map(len, rows["completion_ids"])), list(rows["finish_reason"]).count("stop")
+    print(
+        f"{len(rows)} completions, {tokens} tokens ({tokens / len(rows):.1f} each; {stopped} ended on their own) in "
+        f"{config.output_dir}, {perf_counter() - start:.0f} s in all.\n"
+        f"Train on them: draftkd train --model DRAFT --target_model {options.target_model} "
+        f"--dataset {config.output_dir} --output_dir OUT"
+    )
     if options.push_to_hub:
         with usage_errors():
-            # Without the option the organisation's default decides.
-            private = options.private or None
-            address = push_alignment_data(str(config.output_dir), options.push_to_hub, rows=rows, private=private)
+            how = {"rows": rows, "private": options.private or None}  # without it the organisation's default decides
+            address = push_alignment_data(str(config.output_dir), options.push_to_hub, **how)
         print(f"Published at {address}")
     return 0
 
@@ -108,8 +113,9 @@ def _check(options: GenerateOptions, config: AlignmentDataConfig) -> None:
         raise UsageError("the scenario `synthetic` takes no --dataset: the target writes the queries itself.")
     elif config.endpoint is not None:
         raise UsageError("a target behind --endpoint cannot be fed an open turn exactly; synthesize with a local one.")
-    for idle, wanted in (("tokenizer", "endpoint"), ("private", "push_to_hub")):
-        if getattr(options, idle) and not (config.endpoint if wanted == "endpoint" else options.push_to_hub):
+    needed = {"tokenizer": ("endpoint", config.endpoint), "private": ("push_to_hub", options.push_to_hub)}
+    for idle, (wanted, given) in needed.items():
+        if getattr(options, idle) and not given:
             raise UsageError(f"`{idle}` would do nothing without `{wanted}`. Leave it out, or add that.")
     with usage_errors():
         check_shard_folder(new_directory(str(config.output_dir), overwrite=True))
@@ -118,22 +124,3 @@ def _check(options: GenerateOptions, config: AlignmentDataConfig) -> None:
             if is_offline_mode():
                 raise ValueError("`--push_to_hub` needs the Hub, but HF_HUB_OFFLINE is set. Unset it, or leave it out.")
             writing_token()
-
-
-def _load(checkpoint: Checkpoint, options: GenerateOptions) -> PreTrainedModel:
-    device = this_process().device
-    device_map: Any = options.device_map
-    if device_map is None and device.type != "cpu":
-        device_map = {"": device}  # each process its own device
-    return load_target(checkpoint, dtype=options.dtype, device_map=device_map)
-
-
-def _print_summary(rows: Dataset, options: GenerateOptions, config: AlignmentDataConfig, seconds: float) -> None:
-    tokens = sum(len(ids) for ids in rows["completion_ids"])
-    stopped = sum(reason == "stop" for reason in rows["finish_reason"])
-    print(
-        f"{len(rows)} completions, {tokens} tokens ({tokens / len(rows):.1f} each; {stopped} ended on their own) in "
-        f"{config.output_dir}, {seconds:.0f} s in all.\n"
-        f"Train on them: draftkd train --model DRAFT --target_model {options.target_model} "
-        f"--dataset {config.output_dir} --output_dir OUT"
-    )

@@ -1,7 +1,6 @@
 """`draftkd init`: a draft that fits a target, made from the target, from a config, or from a stock draft."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.models.building import build_draft, check_plan
 from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
-from hf_draftkd.models.resolve import Checkpoint, resolve
+from hf_draftkd.models.resolve import resolve
 from hf_draftkd.models.text_model import extract_text_model
 from hf_draftkd.utils.fields import option
 
@@ -55,7 +54,11 @@ def run(argv: list[str]) -> int:
         directory = new_directory(options.output_dir, overwrite=options.overwrite_output_dir, target_model=source)
         checkpoint = resolve(source, revision=options.target_model_revision, **trusted)
         if options.text_of is not None:
-            return _write_text_model(checkpoint, directory)
+            text = extract_text_model(checkpoint.name, revision=checkpoint.revision)
+            text.save_pretrained(directory)
+            checkpoint.tokenizer.save_pretrained(directory)
+            print(f"Wrote {directory}: the text model of {checkpoint.name}, {text.num_parameters():,} parameters.")
+            return 0
         if options.model is not None:
             stock = resolve(options.model, **trusted)
             check_tokenizers(stock.tokenizer, checkpoint.tokenizer)
@@ -77,13 +80,4 @@ def run(argv: list[str]) -> int:
         f"Wrote {directory}: {draft.num_parameters():,} parameters, {share:.2%} of the target's. Next:\n"
         f"  draftkd train --model {directory} --target_model {options.target_model} --dataset DATA --output_dir OUT"
     )
-    return 0
-
-
-def _write_text_model(checkpoint: Checkpoint, directory: Path) -> int:
-    tokenizer = checkpoint.tokenizer
-    text = extract_text_model(checkpoint.name, revision=checkpoint.revision)
-    text.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    print(f"Wrote {directory}: the text model of {checkpoint.name}, {text.num_parameters():,} parameters.")
     return 0

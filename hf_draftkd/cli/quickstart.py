@@ -74,30 +74,16 @@ def run(argv: list[str]) -> int:
 
     console.rule("1/3  the target answers")
     console.print(f"A target of {target.num_parameters():,} parameters answers {len(train_prompts)} training queries.")
-    answers = generate_alignment_data(
-        target,
-        tokenizer,
-        train_prompts,
-        max_new_tokens=options.max_new_tokens,
-        temperatures=(1.0,),
-        batch_size=32,
-        seed=options.seed,
-    )
+    how = {"max_new_tokens": options.max_new_tokens, "temperatures": (1.0,), "batch_size": 32, "seed": options.seed}
+    answers = generate_alignment_data(target, tokenizer, train_prompts, **how)
     console.rule("2/3  the draft learns")
     console.print(f"A stock draft of {stock.num_parameters():,} parameters learns from the target's distributions.")
     trainer = distil(target, answers, tokenizer, options)
 
     console.rule("3/3  both drafts are measured")
     draft = load_draft(trainer.args.output_dir, dtype=torch.float32)
-    report = evaluate_draft(
-        draft,
-        target,
-        tokenizer,
-        test_prompts,
-        baseline=stock,
-        config=config,
-        source="the demo pair's test queries",
-    )
+    source = "the demo pair's test queries"
+    report = evaluate_draft(draft, target, tokenizer, test_prompts, baseline=stock, config=config, source=source)
     write(report, trainer, draft, out)
     console.print(ReportTable(report))
     for warning in report.warnings:

@@ -60,12 +60,11 @@ def run(argv: list[str]) -> int:
         if trainer.is_world_process_zero():
             with only_run(args.output_dir):  # asked now: with `--overwrite_output_dir` its checkpoints would go next
                 pass
-    if options.overwrite_output_dir and trainer.is_world_process_zero():
+    if trainer.is_world_process_zero():
         # Checkpoints of an earlier run would be taken for this run's own when it is resumed. They go only now, when
         # nothing more can be refused.
-        for old in Path(args.output_dir).glob("checkpoint-*"):
+        for old in Path(args.output_dir).glob("checkpoint-*") if options.overwrite_output_dir else ():
             shutil.rmtree(old, ignore_errors=True)
-    if trainer.is_world_process_zero():
         processes = trainer.accelerator.num_processes
         print(f"Training on {processes} process{'es' if processes > 1 else ''}.")
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -73,15 +73,14 @@ def count_acceptance(target_model: PreTrainedModel) -> Iterator[AcceptanceCounts
     counts = AcceptanceCounts()
     lock = threading.Lock()
 
-    def add(step: AssistedStep) -> None:
+    def add(*numbers: int) -> None:
         with lock:
-            counts.record(step.num_draft_tokens, step.num_accepted_tokens, step.num_new_tokens)
+            counts.record(*numbers)
 
-    def add_round(num_draft_tokens: int, num_accepted_tokens: int, num_new_tokens: int) -> None:
-        with lock:
-            counts.record(num_draft_tokens, num_accepted_tokens, num_new_tokens)
+    def add_step(step: AssistedStep) -> None:
+        add(step.num_draft_tokens, step.num_accepted_tokens, step.num_new_tokens)
 
-    with observe_steps(target_model, add), listening(unwrapped(target_model), add_round):
+    with observe_steps(target_model, add_step), listening(unwrapped(target_model), add):
         yield counts
 
 
@@ -132,10 +131,6 @@ def observe_steps(
 def fixed_draft_length(draft_model: PreTrainedModel, num_assistant_tokens: int) -> Iterator[None]:
     """Make the draft propose exactly `num_assistant_tokens` tokens a step, and put its settings back afterwards.
 
-    Args:
-        draft_model: The model passed as `assistant_model`.
-        num_assistant_tokens: γ, at least 1.
-
     Raises:
         ValueError: γ is not a positive whole number.
     """
@@ -161,7 +156,12 @@ def _listen(
     """Shadow the two methods on this one object: it keeps its class (the loop asks), and dies with the call."""
     get_candidates = generator.get_candidates
     update_candidate_strategy = generator.update_candidate_strategy
-    clock = _synchronized_clock if synchronize else perf_counter
+
+    def clock() -> float:
+        if synchronize:
+            synchronize_accelerator()
+        return perf_counter()
+
     prefix_length = 0
     candidates: torch.Tensor | None = None
     started = drafted = 0.0
@@ -209,8 +209,3 @@ def _length_of_common_prefix(candidates: torch.Tensor, new_tokens: torch.Tensor)
     length = min(candidates.numel(), new_tokens.numel())
     same = candidates[:length].to(new_tokens.device) == new_tokens[:length]
     return int(same.long().cumprod(0).sum())
-
-
-def _synchronized_clock() -> float:
-    synchronize_accelerator()
-    return perf_counter()

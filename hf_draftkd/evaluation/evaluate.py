@@ -1,6 +1,6 @@
 """Is this draft worth using? One call: the target's own text, exact rates, measured times, a recommendation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.environment import hardware_info, model_info
 from hf_draftkd.evaluation.latency import draft_step_seconds, measure_latency
-from hf_draftkd.evaluation.parallel import parallel_result
+from hf_draftkd.evaluation.parallel import joined, parallel_result
 from hf_draftkd.evaluation.recommendation import (
     ASSISTANT_MODEL,
     PARALLEL,
@@ -54,12 +54,7 @@ from hf_draftkd.evaluation.texts import (
 )
 from hf_draftkd.evaluation.timing import PLAIN, refused_by_speculative_decoding, time_decoding
 from hf_draftkd.evaluation.tokens import add_token_results, show_answers, token_kinds
-from hf_draftkd.evaluation.vocabulary import (
-    lists_to_report,
-    predict_by_size,
-    vocabulary_result,
-    whole_vocabulary,
-)
+from hf_draftkd.evaluation.vocabulary import lists_to_report, predict_by_size, whole_vocabulary
 from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.forward import evaluating
 from hf_draftkd.models.identity import loaded_checksum
@@ -123,7 +118,19 @@ def evaluate_draft(
         raise ValueError("Give either `temperatures` or `settings`, not both: a setting has its own temperature.")
     if settings is not None and (not settings or len(set(settings)) < len(settings)):
         raise ValueError("`settings` must name at least one decoding setting, and none twice.")
-    _check(drafts, target_model, tokenizer, prompts, dataset)
+    if (prompts is None) == (dataset is None):
+        raise ValueError("Give `prompts` for the target to answer, or a `dataset` it wrote: one of them, not both.")
+    if dataset is not None and not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`dataset` must be one `datasets.Dataset`, got {type(dataset).__name__}: load it, or a split."
+        )
+    if not drafts:
+        raise ValueError("`draft_model` is an empty list: give at least one draft.")
+    for draft in drafts:
+        if draft.config.is_encoder_decoder:
+            raise ValueError(f"{draft.name_or_path!r} is an encoder-decoder model; a draft must be a causal LM.")
+        check_own_tokenizer(draft, tokenizer)
+    check_own_tokenizer(target_model, tokenizer, is_target=True)
     # Before a vocabulary is padded: that is the draft as it lies in its folder.
     checksums = [loaded_checksum(draft) for draft in drafts]
     for draft in drafts:
@@ -188,14 +195,17 @@ class _Evaluation:
             "suppress_tokens": ids_without_token(target_model, tokenizer),
             "seed": config.seed,
         }
-        self.context = shared_context(target_model, *drafts)
         self.warnings = texts.warnings
         self.passes: list[PassResult] = []
         self.kinds = [[token_kinds(tokenizer, text.completion_ids) for text in each.texts] for each in texts.sets]
 
+    @property
+    def scored(self) -> Iterator[tuple[TextSet, PassResult]]:
+        return zip(self.texts.sets, self.passes, strict=True)
+
     def score(self) -> list[DraftResult]:
         """One pass of target and drafts over every text set."""
-        vocab_size = min(shared_vocab_size(draft, self.target_model, self.tokenizer) for draft in self.drafts)
+        vocab_size = min(map(self._vocab_size, self.drafts))
         self.warnings += suppressed_token_warnings(self.drafts, self.target_model, vocab_size)
         total = sum(len(texts.texts) for texts in self.texts.sets)
         with logging.tqdm(total=total, desc="Scoring texts", unit="text") as bar:
@@ -221,18 +231,13 @@ class _Evaluation:
 
     def differences(self, index: int, baseline: int) -> list[PairedDifference]:
         """One draft minus another on the same texts, an entry for each of their settings."""
-        return [
-            paired_difference(
-                texts.setting,
-                rule,
-                scored.drafts[index][rule],
-                scored.drafts[baseline][rule],
-                texts.prompts,
-                has_blocks=_has_blocks(texts, scored),
-            )
-            for texts, scored in zip(self.texts.sets, self.passes, strict=True)
-            for rule in self._rules(texts)
-        ]
+        found = []
+        for texts, scored in self.scored:
+            for rule in self._rules(texts):
+                both = scored.drafts[index][rule], scored.drafts[baseline][rule]
+                has_blocks = _has_blocks(texts, scored)
+                found.append(paired_difference(texts.setting, rule, *both, texts.prompts, has_blocks=has_blocks))
+        return found
 
     def groups(self, index: int) -> dict[str, list[SettingResult]] | None:
         """One draft's results by domain or category; None where the data has no such column."""
@@ -241,15 +246,12 @@ class _Evaluation:
 
     def answers(self, index: int) -> list[Answer] | None:
         """A few texts of the first setting that the target wrote itself, token by token for one draft."""
-        draft = self.drafts[index]
-        for texts, scored in zip(self.texts.sets, self.passes, strict=True):
+        for texts, scored in self.scored:
             if self.config.num_answers and _has_blocks(texts, scored):
-                rule = self._rules(texts)[0]
-                vocab_size = shared_vocab_size(draft, self.target_model, self.tokenizer)
+                draft, rule = self.drafts[index], self._rules(texts)[0]
                 models = draft, self.target_model, self.tokenizer
-                return show_answers(
-                    self.config.num_answers, *models, texts, rule, scored.drafts[index][rule], vocab_size
-                )
+                sums = scored.drafts[index][rule]
+                return show_answers(self.config.num_answers, *models, texts, rule, sums, self._vocab_size(draft))
         return None
 
     def time(self, draft: PreTrainedModel, result: DraftResult) -> None:
@@ -261,21 +263,24 @@ class _Evaluation:
         length = self.config.num_assistant_tokens or lengths.get(ASSISTANT_MODEL, _DEFAULT_LENGTH)
         # Real decoding is transformers': it does not apply to a rule of another engine.
         timed = [setting for setting in result.settings if setting.is_transformers_rule]
-        sizes = self._speed_batch_sizes(len(prompts)) if SPECULATIVE in ways else []
-        one_by_one = [way for way in ways if way != PARALLEL]
+        asked = self.config.speed_batch_sizes if SPECULATIVE in ways else []
+        sizes = [size for size in asked if size <= len(prompts)]
+        # There may be few prompts, or some are alike, or too long to be timed.
+        too_large = [size for size in asked if size not in sizes]
+        self.warnings += [
+            f"No batch of {size} was timed: there are {len(prompts)} prompts for it." for size in too_large
+        ]
         runs = [1, *sizes, *([1] if PARALLEL in lengths else [])]
         total = sum(len(prompts) // size * size for size in runs) * len(timed)
         with logging.tqdm(total=total, desc="Timing decoding", unit="prompt") as bar:
             for setting in timed:
-                measure = partial(self._decode, draft, prompts, setting.decoding, length, bar.update)
-                found = measure(one_by_one)
-                if PARALLEL in lengths and setting.parallel is not None:
-                    given = draft, prompts, setting.decoding, lengths[PARALLEL], bar.update, [PARALLEL]
-                    setting.parallel.speculative = self._decode(*given)[PARALLEL]
+                measure = partial(self._decode, draft, prompts, setting.decoding, bar.update)
+                found = measure(length, [way for way in ways if way != PARALLEL])
                 setting.assisted, setting.speculative = found[ASSISTANT_MODEL], found.get(SPECULATIVE)
-                setting.speculative_batches = {
-                    size: measure([SPECULATIVE], size)[SPECULATIVE] for size in sizes
-                } or None
+                if PARALLEL in lengths and setting.parallel is not None:
+                    setting.parallel.speculative = measure(lengths[PARALLEL], [PARALLEL])[PARALLEL]
+                batches = {size: measure(length, [SPECULATIVE], size)[SPECULATIVE] for size in sizes}
+                setting.speculative_batches = batches or None
                 compare_with_prediction(setting, latency)
         for setting in result.settings:
             setting.recommendation = recommend(setting, latency)
@@ -283,6 +288,39 @@ class _Evaluation:
         if lists:
             predict_by_size(result.settings, latency, draft_step_seconds(draft, lists, latency.context_length))
         result.recommendation = recommend_overall(result.settings, latency)
+
+    def _decode(
+        self,
+        draft: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        setting: DecodingSetting,
+        on_prompts: Callable[[int], Any],
+        length: int,
+        ways: Sequence[str],
+        batch_size: int = 1,
+    ) -> dict[str, AssistedResult]:
+        """Time real decoding in some ways, beside plain decoding."""
+        how: dict[str, Any] = {"ways": ways, "num_assistant_tokens": length, "batch_size": batch_size}
+        how |= self.decoding | {"on_prompts": on_prompts}
+        runs = time_decoding(self.target_model, draft, prompts, setting, **how)
+        decoded = len(prompts) // batch_size * batch_size
+        return {way: assisted_result(runs[way], runs[PLAIN], decoded, length) for way in ways}
+
+    def check_itself(self, draft: PreTrainedModel) -> SelfCheck:
+        """Computed against counted numbers, on a few of the prompts."""
+        prompts = self._spread_prompts(self.config.verify)
+        settings = [texts.setting for texts in self.texts.sets]
+        ways = self._ways(draft, prompts[0])
+        total = len(prompts) * len(settings) * len(ways) * len(CHECKED_LENGTHS)
+        with logging.tqdm(total=total, desc="Checking against real decoding", unit="text") as bar:
+            how = {"ways": ways, "vocab_size": self._vocab_size(draft), "on_prompt": bar.update}
+            found = self_check(self.target_model, draft, prompts, settings, **how, **self.decoding)
+        if not found.equal:
+            self.warnings.append(
+                "The self-check found computed numbers that real decoding does not confirm (see `self_check`). In low "
+                "precision near-ties do this; in float32 it is a fault worth reporting."
+            )
+        return found
 
     def _ways(self, draft: PreTrainedModel, prompt: Sequence[int]) -> list[str]:
         """How transformers can decode with this draft; a warning says where SpeculativeDecoding cannot."""
@@ -294,116 +332,54 @@ class _Evaluation:
             self.warnings.append(warning)
         return [ASSISTANT_MODEL]
 
-    def _decode(
-        self,
-        draft: PreTrainedModel,
-        prompts: Sequence[Sequence[int]],
-        setting: DecodingSetting,
-        num_assistant_tokens: int,
-        on_prompts: Callable[[int], Any],
-        ways: Sequence[str],
-        batch_size: int = 1,
-    ) -> dict[str, AssistedResult]:
-        """Time real decoding in some ways, beside plain decoding."""
-        runs = time_decoding(
-            self.target_model,
-            draft,
-            prompts,
-            setting,
-            ways=ways,
-            num_assistant_tokens=num_assistant_tokens,
-            batch_size=batch_size,
-            on_prompts=on_prompts,
-            **self.decoding,
-        )
-        decoded = len(prompts) // batch_size * batch_size
-        return {way: assisted_result(runs[way], runs[PLAIN], decoded, num_assistant_tokens) for way in ways}
-
-    def _speed_batch_sizes(self, num_prompts: int) -> list[int]:
-        asked = self.config.speed_batch_sizes
-        for size in asked:
-            if size > num_prompts:  # there are so few, or some are alike, or too long to be timed
-                self.warnings.append(f"No batch of {size} was timed: there are {num_prompts} prompts for it.")
-        return [size for size in asked if size <= num_prompts]
-
-    def check_itself(self, draft: PreTrainedModel) -> SelfCheck:
-        """Computed against counted numbers, on a few of the prompts."""
-        prompts = self._spread_prompts(self.config.verify)
-        settings = [texts.setting for texts in self.texts.sets]
-        ways = self._ways(draft, prompts[0])
-        total = len(prompts) * len(settings) * len(ways) * len(CHECKED_LENGTHS)
-        with logging.tqdm(total=total, desc="Checking against real decoding", unit="text") as bar:
-            found = self_check(
-                self.target_model,
-                draft,
-                prompts,
-                settings,
-                ways=ways,
-                vocab_size=shared_vocab_size(draft, self.target_model, self.tokenizer),
-                on_prompt=bar.update,
-                **self.decoding,
-            )
-        if not found.equal:
-            self.warnings.append(
-                "The self-check found computed numbers that real decoding does not confirm (see `self_check`). In low "
-                "precision near-ties do this; in float32 it is a fault worth reporting."
-            )
-        return found
-
     def _settings(self, index: int, group: str | None = None) -> list[SettingResult]:
-        ratio = self.drafts[index].num_parameters() / self.target_model.num_parameters()
+        draft = self.drafts[index]
+        ratio = draft.num_parameters() / self.target_model.num_parameters()
         results: list[SettingResult] = []
-        for texts, kinds, scored in zip(self.texts.sets, self.kinds, self.passes, strict=True):
+        for (texts, scored), kinds in zip(self.scored, self.kinds, strict=True):
             sums, prompts = scored.drafts[index], texts.prompts
             if group is not None:
                 chosen = [text for text, name in enumerate(texts.groups or []) if name == group]
                 if not chosen:
                     continue
-                sums = {rule: of_rule.select(chosen) for rule, of_rule in sums.items()}
+                sums = {rule: joined([of_rule], chosen) for rule, of_rule in sums.items()}
                 prompts = [prompts[text] for text in chosen]
             for rule in self._rules(texts):
-                found = setting_result(
+                result_of = partial(
+                    setting_result,
                     texts.setting,
                     rule,
-                    sums[rule],
-                    prompts,
+                    prompts=prompts,
                     num_assistant_tokens=self.reported_length,
                     parameter_ratio=ratio,
-                    as_transformers=sums.get(AS_TRANSFORMERS) if rule == "rejection_sampling" else None,
                     has_blocks=_has_blocks(texts, scored),
                 )
-                if group is None:
-                    by_depth = scored.parallel[index].get(rule)
-                    if by_depth is not None and found.block_efficiency:
-                        found.parallel = parallel_result(by_depth, partial(by_prompt, prompts))
-                    found.draft_vocabulary = self._by_vocabulary(index, texts, scored, rule, found)
-                    if found.block_efficiency:
-                        add_token_results(found, sums[rule], texts, kinds)
+                as_transformers = sums.get(AS_TRANSFORMERS) if rule == "rejection_sampling" else None
+                found = result_of(sums[rule], as_transformers=as_transformers)
                 results.append(found)
+                if group is not None:
+                    continue
+                listed = [
+                    (len(ids), result_of(of_list[rule]))
+                    for (of_draft, ids), of_list in zip(self.listed, scored.listed, strict=True)
+                    if of_draft == index
+                ]
+                if listed:  # the whole vocabulary last
+                    listed.append((draft.config.get_text_config().vocab_size, found))
+                    found.draft_vocabulary = [
+                        VocabularyResult(
+                            size=size, acceptance_rate=of.acceptance_rate, block_efficiency=of.block_efficiency
+                        )
+                        for size, of in listed
+                    ]
+                if found.block_efficiency:
+                    add_token_results(found, sums[rule], texts, kinds)
+                    if by_depth := scored.parallel[index].get(rule):
+                        found.parallel = parallel_result(by_depth, partial(by_prompt, prompts))
         return results
 
-    def _by_vocabulary(
-        self, index: int, texts: TextSet, scored: PassResult, rule: str, whole: SettingResult
-    ) -> list[VocabularyResult] | None:
-        """One draft's results by the size of its vocabulary, the whole of it last."""
-        found = [
-            vocabulary_result(
-                len(ids),
-                setting_result(
-                    texts.setting,
-                    rule,
-                    sums[rule],
-                    texts.prompts,
-                    num_assistant_tokens=self.reported_length,
-                    parameter_ratio=1.0,  # of MBSU, which is not taken over
-                    has_blocks=_has_blocks(texts, scored),
-                ),
-            )
-            for (draft, ids), sums in zip(self.listed, scored.listed, strict=True)
-            if draft == index
-        ]
-        vocab_size = self.drafts[index].config.get_text_config().vocab_size
-        return [*found, vocabulary_result(vocab_size, whole)] if found else None
+    def _vocab_size(self, draft: PreTrainedModel) -> int:
+        return shared_vocab_size(draft, self.target_model, self.tokenizer)
 
     def _rules(self, texts: TextSet) -> Sequence[str]:
         return (EXACT,) if texts.setting.is_greedy else self.config.verification
@@ -411,12 +387,12 @@ class _Evaluation:
     def _spread_prompts(self, count: int) -> list[Sequence[int]]:
         """Prompts at even distances, so that sorted data is not timed on one kind of prompt alone."""
         found = {tuple(text.prompt_ids): text.prompt_ids for text in self.texts.sets[0].texts}
-        room = self.context - self.texts.max_new_tokens
+        context = shared_context(self.target_model, *self.drafts)
         # Recorded prompts need not leave room for the longest recorded completion.
-        unique = [prompt for prompt in found.values() if len(prompt) <= room]
+        unique = [prompt for prompt in found.values() if len(prompt) <= context - self.texts.max_new_tokens]
         if not unique:
             raise ValueError(
-                f"No prompt leaves room for {self.texts.max_new_tokens} new tokens in a context of {self.context}, so "
+                f"No prompt leaves room for {self.texts.max_new_tokens} new tokens in a context of {context}, so "
                 "decoding cannot be timed. Turn `measure_speed` and `verify` off."
             )
         count = min(count, len(unique))
@@ -441,26 +417,3 @@ def _ranking(results: Sequence[DraftResult], length: int) -> list[int]:
         return speedup, sum(rates) / len(rates)
 
     return sorted(range(len(results)), key=worth, reverse=True)
-
-
-def _check(
-    drafts: Sequence[PreTrainedModel],
-    target_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Any,
-    dataset: Dataset | None,
-) -> None:
-    """Everything that can be known to be wrong before any long work."""
-    if (prompts is None) == (dataset is None):
-        raise ValueError("Give `prompts` for the target to answer, or a `dataset` it wrote: one of them, not both.")
-    if dataset is not None and not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"`dataset` must be one `datasets.Dataset`, got {type(dataset).__name__}: load it, or a split."
-        )
-    if not drafts:
-        raise ValueError("`draft_model` is an empty list: give at least one draft.")
-    for draft in drafts:
-        if draft.config.is_encoder_decoder:
-            raise ValueError(f"{draft.name_or_path!r} is an encoder-decoder model; a draft must be a causal LM.")
-        check_own_tokenizer(draft, tokenizer)
-    check_own_tokenizer(target_model, tokenizer, is_target=True)

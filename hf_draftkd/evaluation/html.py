@@ -58,11 +58,7 @@ _PLOTS: list[tuple[str, str, Callable[[SpeculationReport], "Figure"]]] = [
 
 
 def render_page(report: SpeculationReport, log_history: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The page as HTML text.
-
-    Args:
-        report: What to show.
-        log_history: What the draft's trainer logged (`training_log`), for a plot of its training.
+    """The page as HTML text, with a plot of what the draft's trainer logged (`training_log`).
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -75,25 +71,23 @@ def render_page(report: SpeculationReport, log_history: Sequence[Mapping[str, An
             continue
     if training := plots.training_figure(log_history):
         figures.append(("Training", "What was logged while the draft was trained.", training))
-    return (
-        _environment()
-        .get_template("report.html.jinja")
-        .render(
-            report=report,
-            figures=[
-                {"heading": heading, "text": text, "svg": _inline_svg(figure, heading, str(number))}
-                for number, (heading, text, figure) in enumerate(figures)
-            ],
-            columns=named_settings(report),
-            engines=[(found, [row for row in engine_rows(found) if row[1]]) for found in report.engines or []],
-            length=report.num_assistant_tokens,
-        )
+    drawn = [
+        {"heading": heading, "text": text, "svg": _inline_svg(figure, heading, str(number))}
+        for number, (heading, text, figure) in enumerate(figures)
+    ]
+    return _render(
+        "report",
+        report=report,
+        figures=drawn,
+        columns=named_settings(report),
+        engines=[(found, [row for row in engine_rows(found) if row[1]]) for found in report.engines or []],
+        length=report.num_assistant_tokens,
     )
 
 
 def render_answers(report: SpeculationReport) -> str:
     """The report's answers as coloured text, an HTML fragment: `IPython.display.HTML(render_answers(report))`."""
-    return _environment().get_template("answers.html.jinja").render(report=report)
+    return _render("answers", report=report)
 
 
 def save_page(
@@ -109,14 +103,18 @@ def training_log(draft: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["log_history"] if path.is_file() else []
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("hf_draftkd.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters.update(
-        interval=_interval, number=_number, visible=_visible, short=lambda name: PurePath(name).name
-    )
-    return environment
+def _render(template: str, **context: Any) -> str:
+    loader = PackageLoader("hf_draftkd.evaluation")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    filters: dict[str, Callable[..., Any]] = {
+        "interval": _interval,
+        "number": lambda value, digits=2: "–" if value is None or value == "" else f"{value:.{digits}f}",
+        # A token whose line breaks can be seen: a break of the text behind its sign, or the sign alone.
+        "visible": lambda token, keep_lines=False: token.replace("\n", "⏎\n" if keep_lines else "⏎"),
+        "short": lambda name: PurePath(name).name,
+    }
+    environment.filters |= filters
+    return environment.get_template(f"{template}.html.jinja").render(context)
 
 
 def _inline_svg(figure: "Figure", title: str, salt: str) -> Markup:
@@ -137,20 +135,10 @@ def _inline_svg(figure: "Figure", title: str, salt: str) -> Markup:
     return Markup(f'{head} role="img" aria-label="{Markup.escape(title)}" fill="currentColor">{body}')
 
 
-def _visible(token: str, keep_lines: bool = False) -> str:
-    """A token whose line breaks can be seen: a break of the text behind its sign, or the sign alone."""
-    return token.replace("\n", "⏎\n" if keep_lines else "⏎")
-
-
-def _number(value: float | Literal[""] | None, digits: int = 2) -> str:
-    return "–" if value is None or value == "" else f"{value:.{digits}f}"
-
-
 def _interval(estimate: Estimate | Literal[""] | None, digits: int = 2) -> Any:
     if not estimate:
         return "–"
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.{digits}f}"
-    return Markup('{} <span class="interval">{} to {}</span>').format(
-        f"{estimate.value:.{digits}f}", f"{estimate.low:.{digits}f}", f"{estimate.high:.{digits}f}"
+    form = f"{{:.{digits}f}}"
+    return Markup(
+        f"{estimate.value:.{digits}f}" + estimate.interval(f' <span class="interval">{form} to {form}</span>')
     )

@@ -1,6 +1,6 @@
 """What a step of each model costs on this machine: forward passes, and what the ways of decoding add to them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from time import perf_counter
 
@@ -39,7 +39,7 @@ def measure_latency(
     num_repeats: int = 7,
     seed: int = 0,
 ) -> LatencyResult:
-    """What one step of each model costs here: forward passes with a filled cache, and what `generate` adds to them.
+    """What one step of each model costs here: forward passes with a filled cache, and what each way adds to them.
 
     Args:
         target_model: The target.
@@ -86,12 +86,12 @@ def measure_latency(
     config = single_text_config(
         target_model, DecodingSetting(temperature=1.0), min(max_new_tokens, 48), suppress_tokens=suppress_tokens
     )
-    found.generate_overhead = _generate_overhead(target_model, draft_model, prompts[:8], found, config, seed)
+    given = target_model, draft_model, prompts[:8], found, config, seed
+    found.generate_overhead = _generate_overhead(*given)
     if SPECULATIVE in ways:
-        found.speculative_overhead = _speculative_overhead(target_model, draft_model, prompts[:8], found, config, seed)
+        found.speculative_overhead = _speculative_overhead(*given)
     if parallel is not None:
         found.parallel_draft_seconds = {each: _cost(times) for each, times in drafting.items()}
-        given = target_model, draft_model, prompts[:8], found, config, seed
         found.parallel_overhead = _speculative_overhead(*given, parallel=True)
     return found
 
@@ -100,13 +100,8 @@ def measure_latency(
 def draft_step_seconds(
     draft: PreTrainedModel, lists: Sequence[Sequence[int]], context_length: int, num_repeats: int = 15
 ) -> list[float]:
-    """Seconds of one token through a draft, with its whole head and with its head cut to each list, taken in turns.
-
-    Args:
-        draft: The draft.
-        lists: Ids of its vocabulary.
-        context_length: Tokens in the cache.
-        num_repeats: Times each number is taken.
+    """Seconds of one token through a draft behind so much context, with its whole head and with its head cut to each
+    list of ids, taken in turns.
     """
     twins = [draft, *(with_sliced_head(draft, list(ids)) for ids in lists)]
     clocks = [_StepClock(twin, [0] * context_length) for twin in twins]
@@ -130,31 +125,28 @@ def _generate_overhead(
     """Time of real `generate` calls beyond their forward passes; None where texts are too short to say."""
     ticks = _TickStreamer()
     steps: list[AssistedStep] = []
-    for number, prompt in enumerate(prompts):
-        generate_text(target_model, prompt, config, seed=seed + number, streamer=ticks)
+    for number, prompt in enumerate(prompts, start=seed):
+        generate_text(target_model, prompt, config, seed=number, streamer=ticks)
         for length in _CALIBRATION_LENGTHS:
             with (
                 fixed_draft_length(draft_model, length),
                 observe_steps(target_model, steps.append, synchronize=True),
             ):
-                generate_text(target_model, prompt, config, seed=seed + number, assistant_model=draft_model)
-    later = [step for step in steps if not step.is_first and step.num_draft_tokens + 1 in latency.verify_seconds]
-    by_length = {
-        length: [step for step in later if step.num_draft_tokens == length]
-        for length in {step.num_draft_tokens for step in later}
-    }
-    if len(by_length) < 2 or not ticks.intervals:
+                generate_text(target_model, prompt, config, seed=number, assistant_model=draft_model)
+    drafting: dict[int, list[float]] = {}
+    checking = []
+    for step in steps:
+        passes = latency.verify_seconds.get(step.num_draft_tokens + 1)
+        if passes is not None and not step.is_first:
+            drafting.setdefault(step.num_draft_tokens, []).append(step.draft_seconds)
+            checking.append(step.seconds - step.draft_seconds - passes)
+    if len(drafting) < 2 or not ticks.intervals:
         return None
-    lengths = sorted(by_length)
-    drafting = [_cost([step.draft_seconds for step in by_length[length]]) for length in lengths]
-    weights = [len(by_length[length]) ** 0.5 for length in lengths]
-    per_token, per_call = np.polyfit(lengths, drafting, deg=1, w=weights)
-    passes = latency.verify_seconds
-    checking = [step.seconds - step.draft_seconds - passes[step.num_draft_tokens + 1] for step in later]
+    per_token, per_call = _fit(drafting)
     return GenerateOverhead(
         plain_step_seconds=max(0.0, _cost(ticks.intervals) - latency.target_step_seconds),
-        draft_step_seconds=max(0.0, float(per_token) - latency.draft_step_seconds),
-        block_seconds=max(0.0, max(0.0, float(per_call)) + _cost(checking)),
+        draft_step_seconds=max(0.0, per_token - latency.draft_step_seconds),
+        block_seconds=max(0.0, per_call + _cost(checking)),
     )
 
 
@@ -177,31 +169,34 @@ def _speculative_overhead(
         # a text also reads the prompt.
         nonlocal last
         now = perf_counter()
-        if last is not None:
-            rounds.setdefault(num_drafted, []).append(now - last)
+        if last is not None and num_drafted + 1 in latency.verify_seconds:
+            drafting = passes[num_drafted] if parallel else num_drafted * latency.draft_step_seconds
+            beyond = now - last - drafting - latency.verify_seconds[num_drafted + 1]
+            rounds.setdefault(num_drafted, []).append(beyond)
         last = now
 
     passes = (latency.parallel_draft_seconds or {}) if parallel else {}
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, start=seed):
         for length in {min(each, max(passes)) if passes else each for each in _CALIBRATION_LENGTHS}:
             last = None
             with listening(unwrapped(target_model), note):
                 decoding = SpeculativeDecoding(draft_model, length, parallel=parallel)
-                generate_text(target_model, prompt, config, seed=seed + number, custom_generate=decoding)
-    lengths = sorted(length for length in rounds if length + 1 in latency.verify_seconds)
-    if len(lengths) < 2 or latency.generate_overhead is None:
+                generate_text(target_model, prompt, config, seed=number, custom_generate=decoding)
+    if len(rounds) < 2 or latency.generate_overhead is None:
         return None
-    drafting = [passes[each] if parallel else each * latency.draft_step_seconds for each in lengths]
-    beyond = [
-        _cost(rounds[each]) - seconds - latency.verify_seconds[each + 1]
-        for each, seconds in zip(lengths, drafting, strict=True)
-    ]
-    per_token, per_round = np.polyfit(lengths, beyond, deg=1, w=[len(rounds[each]) ** 0.5 for each in lengths])
+    per_token, per_round = _fit(rounds)
     return GenerateOverhead(
         plain_step_seconds=latency.generate_overhead.plain_step_seconds,
-        draft_step_seconds=max(0.0, float(per_token)),
-        block_seconds=max(0.0, float(per_round)),
+        draft_step_seconds=per_token,
+        block_seconds=per_round,
     )
+
+
+def _fit(seconds: Mapping[int, Sequence[float]]) -> tuple[float, float]:
+    """Times by draft length as so much a token and so much a call, neither below 0."""
+    costs, weights = map(_cost, seconds.values()), [len(times) ** 0.5 for times in seconds.values()]
+    per_token, per_call = np.polyfit(list(seconds), list(costs), deg=1, w=weights)
+    return max(0.0, float(per_token)), max(0.0, float(per_call))
 
 
 def _cost(seconds: Sequence[float]) -> float:

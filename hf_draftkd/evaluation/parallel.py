@@ -7,7 +7,7 @@ its own position and itself.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,11 +47,18 @@ class ParallelSums:
             expected_target_calls(accepted * can_be, lengths_of(depths), mask),
         )
 
-    @classmethod
-    def join(cls, parts: Sequence["ParallelSums"], order: Sequence[int]) -> "ParallelSums":
-        """The sums of several batches, in the order named."""
-        columns = zip(*(vars(part).values() for part in parts), strict=True)
-        return cls(*(torch.cat(column)[list(order)] for column in columns))
+
+Sums = TypeVar("Sums")
+
+
+def joined(parts: Sequence[Sums], order: Sequence[int]) -> Sums:
+    """Sums per text of several batches as one, its texts in the order named."""
+    columns: list[Any] = []
+    for column in zip(*(vars(part).values() for part in parts), strict=True):
+        rows = [row for rows in column for row in rows]
+        chosen = [rows[text] for text in order]
+        columns.append(torch.stack(chosen) if isinstance(column[0], Tensor) else chosen)
+    return type(parts[0])(*columns)
 
 
 def lengths_of(num_tokens: int) -> tuple[int, ...]:
@@ -60,17 +67,11 @@ def lengths_of(num_tokens: int) -> tuple[int, ...]:
 
 
 def deeper_logits(reader: Any, begin: int, end: int, first: int, draft: ParallelDraft) -> Tensor:
-    """What a draft says at depth 2 to K of the tokens behind positions `begin` to `end`, which it has just read.
-
-    Args:
-        reader: Holds the draft and its cache of the texts up to `end`, which is left as it was.
-        begin: The first position.
-        end: One behind the last.
-        first: The first position that is ever drafted from.
-        draft: Its mask token and K.
+    """What a draft says at depth 2 to K of the tokens behind positions `begin` to `end`, which `reader` has just read.
 
     Returns:
-        `[B, end − begin, K − 1, V]`; meaningless where a block would begin before `first`.
+        `[B, end − begin, K − 1, V]`; meaningless where a block would begin before `first`, the first position that is
+        ever drafted from.
     """
     model, device = reader.model, reader.device
     steps = draft.num_tokens - 1
@@ -96,12 +97,7 @@ def deeper_logits(reader: Any, begin: int, end: int, first: int, draft: Parallel
 
 
 def parallel_result(sums: ParallelSums, by_prompt: Any) -> ParallelResult:
-    """Estimates from sums.
-
-    Args:
-        sums: Per text.
-        by_prompt: Adds columns up over the texts of a prompt.
-    """
+    """Estimates from sums per text; `by_prompt` adds columns up over the texts of a prompt."""
 
     def ratio(numerator: Tensor, denominator: Tensor) -> Any:
         return bootstrap_ratio(*by_prompt(numerator, denominator))

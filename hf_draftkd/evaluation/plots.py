@@ -2,24 +2,19 @@
 
     block_efficiency_figure(report).savefig("block_efficiency.png")
 
-Needs matplotlib: `pip install "hf_draftkd[plots]"`.
+Needs matplotlib: `pip install "hf_draftkd[plots]"`; without it each raises `ImportError`. A plot of a report raises
+`ValueError` where the report does not hold what it shows. Shaded bands are 95% intervals.
 """
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_draftkd.acceptance import Estimate, predicted_speedup
-from hf_draftkd.evaluation.recommendation import (
-    ASSISTANT_MODEL,
-    PARALLEL,
-    SPECULATIVE,
-    expected_efficiency,
-    measured_run,
-    way_latency,
-)
+from hf_draftkd.evaluation.recommendation import WAYS, expected_efficiency, measured_run, way_latency, way_overhead
 from hf_draftkd.evaluation.report import SettingResult, SpeculationReport
 from hf_draftkd.evaluation.tables import named_settings
 from hf_draftkd.utils.files import replacing
@@ -34,73 +29,51 @@ _STYLES = ("-", "--", ":", "-.")
 
 
 def block_efficiency_figure(report: SpeculationReport) -> "Figure":
-    """Tokens per target call against draft length: a colour for each draft, a line style for each setting.
-
-    The shaded bands are the 95% intervals.
-
-    Raises:
-        ValueError: The report holds no block efficiency.
-        ImportError: matplotlib is not installed.
-    """
-    figure, axes = _figure("draft length γ", "tokens per target call")
-    curves = [(setting.block_efficiency, looks) for setting, looks in _lines(report) if setting.block_efficiency]
-    _require(curves, "block efficiency")
-    for curve, looks in curves:
-        lengths = sorted(curve)
-        axes.plot(lengths, [curve[length].value for length in lengths], **looks)
-        low, high = zip(*(_interval(curve[length]) for length in lengths), strict=True)
-        axes.fill_between(lengths, low, high, color=looks["color"], alpha=0.15, linewidth=0)
+    """Tokens per target call against draft length: a colour for each draft, a line style for each setting."""
+    figure, axes = _curves(
+        report, "draft length γ", "tokens per target call", "block efficiency", lambda of: of.block_efficiency
+    )
     axes.set_xticks([1, *range(2, 17, 2)])
     axes.set_ylim(bottom=1)
-    _legend(figure, axes)
     return figure
 
 
 def acceptance_by_position_figure(report: SpeculationReport) -> "Figure":
-    """The chance that a step keeps its 1st, 2nd, ... drafted token.
+    """The chance that a step keeps its 1st, 2nd, ... drafted token."""
 
-    Raises:
-        ValueError: The report holds no acceptance by position.
-        ImportError: matplotlib is not installed.
-    """
-    figure, axes = _figure("position in the draft", "share of steps that keep the token")
-    lines = _lines(report)
-    curves = [(setting.acceptance_by_position, looks) for setting, looks in lines if setting.acceptance_by_position]
-    _require(curves, "acceptance by position")
-    for shares, looks in curves:
-        axes.plot(range(1, len(shares) + 1), shares, marker="o", markersize=4, **looks)
+    def shares(of: SettingResult) -> dict[int, Estimate]:
+        return {place: Estimate(share) for place, share in enumerate(of.acceptance_by_position or [], start=1)}
+
+    labels = "position in the draft", "share of steps that keep the token", "acceptance by position"
+    figure, axes = _curves(report, *labels, shares, marker="o", markersize=4)
     axes.set_xticks(range(1, report.num_assistant_tokens + 1))
     axes.set_ylim(-0.02, 1.02)
-    _legend(figure, axes)
+    return figure
+
+
+def acceptance_by_place_figure(report: SpeculationReport) -> "Figure":
+    """Acceptance by place in the answer: a colour for each draft, a line style for each setting."""
+    labels = "place in the answer, in tokens", "acceptance rate", "acceptance by place"
+    figure, axes = _curves(report, *labels, lambda of: of.acceptance_by_place, marker="o", markersize=4)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda place, _: f"{place:.0f}")
+    axes.set_ylim(-0.02, 1.02)
     return figure
 
 
 def speed_figure(report: SpeculationReport) -> "Figure":
-    """Predicted beside measured speed-up for every draft and setting that was timed; 1 is plain decoding.
-
-    Raises:
-        ValueError: The report holds no measured speed-up.
-        ImportError: matplotlib is not installed.
-    """
+    """Predicted beside measured speed-up for every draft and setting that was timed; 1 is plain decoding."""
     figure, axes = _figure("times the plain speed", "")
     names: list[str] = []
     for name, settings in named_settings(report):
-        runs = [
-            (setting, way, run)
-            for setting in settings
-            for way in (ASSISTANT_MODEL, SPECULATIVE, PARALLEL)
-            if (run := measured_run(setting, way))
-        ]
-        for measured, decoded, found in runs:
-            if found.speedup is None:
-                continue
-            place, speedup = len(names), found.speedup
-            if found.predicted_speedup is not None:
-                axes.barh(place - 0.2, found.predicted_speedup, 0.38, color=_COLOURS[5], label="predicted")
-            axes.barh(
-                place + 0.2, speedup.value, 0.38, xerr=_bounds(speedup), capsize=3, color=_COLOURS[0], label="measured"
-            )
-            names.append(f"{_label(report, name, measured)}\n{decoded} γ = {found.num_assistant_tokens}")
+        for setting, way in product(settings, WAYS):
+            if run := measured_run(setting, way):
+                names.append(f"{_label(report, name, setting)}\n{way} γ = {run.num_assistant_tokens}")
+                place = len(names) - 1
+                if run.predicted_speedup is not None:
+                    axes.barh(place - 0.2, run.predicted_speedup, 0.38, color=_COLOURS[5], label="predicted")
+                looks = {"color": _COLOURS[0], "label": "measured"}
+                axes.barh(place + 0.2, run.speedup.value, 0.38, xerr=_bounds(run.speedup), capsize=3, **looks)
     _require(names, "measured speed-up")
     axes.axvline(1, color="black", linewidth=1)
     figure.set_figheight(1.0 + 0.42 * len(names))
@@ -113,42 +86,28 @@ def speed_figure(report: SpeculationReport) -> "Figure":
 def speed_by_length_figure(report: SpeculationReport) -> "Figure":
     """Predicted speed-up against draft length: a colour for each way of decoding, a line style for each setting.
 
-    Engines that served the pair have lines of their own, from step times measured there. What was measured
-    stands beside it, with its 95% interval; 1 is plain decoding.
-
-    Raises:
-        ValueError: The report holds no step times.
-        ImportError: matplotlib is not installed.
+    Engines that served the pair have lines of their own, from step times measured there. What was measured stands
+    beside it, with its 95% interval; 1 is plain decoding.
     """
     figure, axes = _figure("draft length γ", "times the plain speed")
     latency, drawn = report.latency, 0
-    for style, setting in enumerate(report.settings):
-        if latency is None or not setting.is_transformers_rule:
+    for (style, setting), way in product(enumerate(report.settings), WAYS):
+        efficiency = expected_efficiency(setting, way)
+        if not (latency and setting.is_transformers_rule and way_overhead(latency, way) and efficiency):
             continue
-        runs = [
-            (ASSISTANT_MODEL, latency.generate_overhead),
-            (SPECULATIVE, latency.speculative_overhead),
-            (PARALLEL, latency.parallel_overhead),
-        ]
-        for colour, (way, overhead) in enumerate(runs):
-            found, efficiency = measured_run(setting, way), expected_efficiency(setting, way)
-            if overhead is None or not efficiency:
-                continue
-            lengths = sorted(length for length in efficiency if length + 1 in latency.verify_seconds)
-            speedups = [predicted_speedup(efficiency[each], each, way_latency(latency, way)) for each in lengths]
-            label = _literal(f"{way}, {setting.words}")
-            axes.plot(lengths, speedups, color=_COLOURS[colour], linestyle=_STYLES[style % len(_STYLES)], label=label)
-            drawn += 1
-            if found is not None and found.speedup is not None:
-                at = found.num_assistant_tokens, found.speedup.value
-                axes.errorbar(*at, yerr=_bounds(found.speedup), fmt="o", capsize=3, color=_COLOURS[colour])
+        colour = _COLOURS[WAYS.index(way)]
+        lengths = sorted(length for length in efficiency if length + 1 in latency.verify_seconds)
+        speedups = [predicted_speedup(efficiency[each], each, way_latency(latency, way)) for each in lengths]
+        label = _literal(f"{way}, {setting.words}")
+        axes.plot(lengths, speedups, color=colour, linestyle=_STYLES[style % len(_STYLES)], label=label)
+        drawn += 1
+        if run := measured_run(setting, way):
+            at = run.num_assistant_tokens, run.speedup.value
+            axes.errorbar(*at, yerr=_bounds(run.speedup), fmt="o", capsize=3, color=colour)
+    known = {(setting.decoding, setting.verification): setting.block_efficiency or {} for setting in report.settings}
     for place, served in enumerate(report.engines or []):
         looks = {"color": _COLOURS[(3 + place) % len(_COLOURS)], "linestyle": _STYLES[place % len(_STYLES)]}
-        rule = (served.decoding, served.verification)
-        of_rule = [
-            setting.block_efficiency for setting in report.settings if (setting.decoding, setting.verification) == rule
-        ]
-        by_length = (of_rule or [None])[0] or {}
+        by_length = known.get((served.decoding, str(served.verification)), {})
         lengths = sorted(served.call_seconds.keys() & by_length.keys())
         speedups = [by_length[each].value * served.target_step_seconds / served.call_seconds[each] for each in lengths]
         axes.plot(lengths, speedups, label=_literal(f"{served.engine}, {served.decoding}"), **looks)
@@ -162,57 +121,19 @@ def speed_by_length_figure(report: SpeculationReport) -> "Figure":
     return figure
 
 
-def acceptance_by_place_figure(report: SpeculationReport) -> "Figure":
-    """Acceptance by place in the answer: a colour for each draft, a line style for each setting, bands of 95%.
-
-    Raises:
-        ValueError: The report does not hold it.
-        ImportError: matplotlib is not installed.
-    """
-    figure, axes = _figure("place in the answer, in tokens", "acceptance rate")
-    curves = [(found, looks) for setting, looks in _lines(report) if (found := setting.acceptance_by_place)]
-    _require(curves, "acceptance by place")
-    for curve, looks in curves:
-        places = sorted(curve)
-        axes.plot(places, [curve[place].value for place in places], marker="o", markersize=4, **looks)
-        low, high = zip(*(_interval(curve[place]) for place in places), strict=True)
-        axes.fill_between(places, low, high, color=looks["color"], alpha=0.15, linewidth=0)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda place, _: f"{place:.0f}")
-    axes.set_ylim(-0.02, 1.02)
-    _legend(figure, axes)
-    return figure
-
-
 def kind_figure(report: SpeculationReport) -> "Figure":
-    """Acceptance by kind of token, with 95% intervals.
-
-    Raises:
-        ValueError: The report does not hold it.
-        ImportError: matplotlib is not installed.
-    """
+    """Acceptance by kind of token, with 95% intervals."""
     lines = [(found, looks) for setting, looks in _lines(report) if (found := setting.acceptance_by_kind)]
     _require(lines, "acceptance by kind of token")
     kinds = list(dict.fromkeys(kind for found, _ in lines for kind in found))
     figure, axes = _figure("acceptance rate", "", height=len(kinds) * (0.2 + 0.12 * len(lines)))
-    for number, (found, looks) in enumerate(lines):
-        for place, kind in enumerate(kinds):
-            if kind in found:
-                rate = found[kind].acceptance_rate
-                axes.errorbar(
-                    rate.value,
-                    place + 0.6 * number / len(lines),
-                    xerr=_bounds(rate),
-                    fmt="os^D"[number % 4],
-                    markersize=5,
-                    capsize=2,
-                    color=looks["color"],
-                    label=looks["label"],
-                )
+    for (number, (found, looks)), (place, kind) in product(enumerate(lines), enumerate(kinds)):
+        if kind in found:
+            at, marks = place + 0.6 * number / len(lines), {"fmt": "os^D"[number % 4], "markersize": 5, "capsize": 2}
+            _range(axes, found[kind].acceptance_rate, at, color=looks["color"], label=looks["label"], **marks)
     first, _ = lines[-1]
-    axes.set_yticks(
-        range(len(kinds)), [f"{kind}\n{first[kind].num_tokens:,}" if kind in first else kind for kind in kinds]
-    )
+    names = [f"{kind}\n{first[kind].num_tokens:,}" if kind in first else kind for kind in kinds]
+    axes.set_yticks(range(len(kinds)), names)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(len(kinds) - 0.2, -0.4)
     _legend(figure, axes)
@@ -220,31 +141,17 @@ def kind_figure(report: SpeculationReport) -> "Figure":
 
 
 def group_figure(report: SpeculationReport) -> "Figure":
-    """Tokens per target call by group, at the report's draft length, with 95% intervals.
-
-    Raises:
-        ValueError: The report holds no groups.
-        ImportError: matplotlib is not installed.
-    """
+    """Tokens per target call by group, at the report's draft length, with 95% intervals."""
     groups = report.groups or {}
     figure, axes = _figure(f"tokens per target call, γ = {report.num_assistant_tokens}", "", height=0.5 * len(groups))
     # Not every group need have texts under every setting.
     styles: dict[str, int] = {}
     for place, settings in enumerate(groups.values()):
         for setting in settings:
-            if not setting.block_efficiency:
-                continue
-            estimate = setting.block_efficiency[report.num_assistant_tokens]
-            style = styles.setdefault(setting.words, len(styles))
-            axes.errorbar(
-                estimate.value,
-                place + 0.15 * style,
-                xerr=_bounds(estimate),
-                fmt="o",
-                capsize=3,
-                color=_COLOURS[style % len(_COLOURS)],
-                label=setting.words,
-            )
+            if setting.block_efficiency:
+                style = styles.setdefault(setting.words, len(styles))
+                looks = {"color": _COLOURS[style % len(_COLOURS)], "label": setting.words, "fmt": "o", "capsize": 3}
+                _range(axes, setting.block_efficiency[report.num_assistant_tokens], place + 0.15 * style, **looks)
     _require(styles, "block efficiency by group")
     axes.set_yticks(range(len(groups)), [_literal(name) for name in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
@@ -269,9 +176,6 @@ def training_figure(log_history: Sequence[Mapping[str, Any]]) -> "Figure | None"
 
     Returns:
         The figure; None if nothing was logged. With several evaluation datasets each has its own line.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for entry in log_history:
@@ -351,14 +255,8 @@ def _lines(report: SpeculationReport) -> Iterator[tuple[SettingResult, dict[str,
     """Every setting of every draft, with how its line is drawn: a colour for the draft, a style for the setting."""
     for colour, (name, settings) in enumerate(named_settings(report)):
         for style, setting in enumerate(settings):
-            yield (
-                setting,
-                {
-                    "color": _COLOURS[colour % len(_COLOURS)],
-                    "linestyle": _STYLES[style % len(_STYLES)],
-                    "label": _label(report, name, setting),
-                },
-            )
+            looks = {"color": _COLOURS[colour % len(_COLOURS)], "linestyle": _STYLES[style % len(_STYLES)]}
+            yield setting, looks | {"label": _label(report, name, setting)}
 
 
 def _label(report: SpeculationReport, name: str, setting: SettingResult) -> str:
@@ -370,16 +268,40 @@ def _literal(name: str) -> str:
     return one_line(name).replace("$", r"\$")
 
 
-def _interval(estimate: Estimate) -> tuple[float, float]:
+def _curves(
+    report: SpeculationReport,
+    x_label: str,
+    y_label: str,
+    what: str,
+    pick: Callable[[SettingResult], Mapping[int, Estimate] | None],
+    **marks: Any,
+) -> tuple["Figure", Any]:
+    """A line for each setting of each draft that holds what is picked, in a band of its intervals."""
+    figure, axes = _figure(x_label, y_label)
+    curves = [(sorted(curve.items()), looks) for setting, looks in _lines(report) if (curve := pick(setting))]
+    _require(curves, what)
+    for points, looks in curves:
+        places, estimates = zip(*points, strict=True)
+        axes.plot(places, [estimate.value for estimate in estimates], **looks, **marks)
+        low, high = zip(*map(_ends, estimates), strict=True)
+        axes.fill_between(places, low, high, color=looks["color"], alpha=0.15, linewidth=0)
+    _legend(figure, axes)
+    return figure, axes
+
+
+def _range(axes: Any, estimate: Estimate, place: float, **looks: Any) -> None:
+    axes.errorbar(estimate.value, place, xerr=_bounds(estimate), **looks)
+
+
+def _ends(estimate: Estimate) -> tuple[float, float]:
     """Both ends of the interval; the value itself where none was estimated."""
-    if estimate.low is None or estimate.high is None:
-        return estimate.value, estimate.value
-    return estimate.low, estimate.high
+    low, high = estimate.low, estimate.high
+    return (estimate.value, estimate.value) if low is None or high is None else (low, high)
 
 
 def _bounds(estimate: Estimate) -> list[list[float]]:
     """The interval as distances from the value, as matplotlib's error bars want it."""
-    low, high = _interval(estimate)
+    low, high = _ends(estimate)
     return [[estimate.value - low], [high - estimate.value]]
 
 

@@ -10,19 +10,30 @@ from hf_draftkd.acceptance import (
     break_even_acceptance_rate,
     predicted_speedup,
 )
-from hf_draftkd.evaluation.report import AssistedResult, LatencyResult, Recommendation, SettingResult
+from hf_draftkd.evaluation.report import (
+    AssistedResult,
+    GenerateOverhead,
+    LatencyResult,
+    Recommendation,
+    SettingResult,
+)
 
 ASSISTANT_MODEL, SPECULATIVE = "assistant_model=", "SpeculativeDecoding"
 """The two ways to decode with a draft in transformers: its own loop, and `custom_generate=` with this package's."""
 PARALLEL = "SpeculativeDecoding in parallel"
 """The third, for a draft trained with `parallel_tokens`: one pass of the draft a round."""
+WAYS = (ASSISTANT_MODEL, SPECULATIVE, PARALLEL)
+
+
+def way_overhead(measured: LatencyResult, way: str) -> GenerateOverhead | None:
+    """What a way of decoding adds to the forward passes, where it was measured."""
+    found = measured.generate_overhead, measured.speculative_overhead, measured.parallel_overhead
+    return found[WAYS.index(way)]
 
 
 def way_latency(measured: LatencyResult, way: str = ASSISTANT_MODEL) -> Latency:
     """Step times as one way of decoding has them: forward passes and what it adds to each of them."""
-    overheads = {SPECULATIVE: measured.speculative_overhead, PARALLEL: measured.parallel_overhead}
-    overhead = overheads.get(way, measured.generate_overhead)
-    passes = forward_latency(measured, way)
+    overhead, passes = way_overhead(measured, way), forward_latency(measured, way)
     if overhead is None:
         return passes
     return Latency(
@@ -52,15 +63,24 @@ def expected_efficiency(setting: SettingResult, way: str = ASSISTANT_MODEL) -> d
     return {length: estimate.value for length, estimate in estimates.items()}
 
 
+def measured_run(setting: SettingResult, way: str) -> AssistedResult | None:
+    """Real decoding in one of the ways, where it was timed."""
+    if way == PARALLEL:
+        return None if setting.parallel is None else setting.parallel.speculative
+    return setting.speculative if way == SPECULATIVE else setting.assisted
+
+
 def overall_draft_lengths(settings: Sequence[SettingResult], latency: LatencyResult) -> dict[str, int]:
     """For each way the one draft length under which the setting that gains least gains most; nothing without block
     efficiencies.
 
-    Both ways of drafting one by one have the same: that of the one that gains more.
+    Both ways of drafting one by one have the same: that of the one that gains more. `SpeculativeDecoding` is left out
+    where its times are not known, since it refuses a few models that transformers' loop takes.
     """
     judged = [setting for setting in settings if setting.is_transformers_rule and expected_efficiency(setting)]
+    one_by_one = [ASSISTANT_MODEL, *([SPECULATIVE] if latency.speculative_overhead is not None else [])]
     found: dict[str, int] = {}
-    for ways in ([way for way in _ways(latency) if (way == PARALLEL) == is_parallel] for is_parallel in (False, True)):
+    for ways in (one_by_one, [PARALLEL] if latency.parallel_draft_seconds is not None else []):
         if judged and ways:
             lengths = expected_efficiency(judged[0], ways[0])
             best = max(lengths, key=lambda length: max(_least_gain(judged, latency, length, way) for way in ways))
@@ -69,18 +89,13 @@ def overall_draft_lengths(settings: Sequence[SettingResult], latency: LatencyRes
 
 
 def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation | None:
-    """Judge one setting.
+    """Judge one setting by its block efficiency and the step times of this machine.
 
     Where real decoding was timed, its speed-up decides; but a loss with another draft length than the recommended one
     leaves it to the prediction.
-
-    Args:
-        setting: With block efficiency, and `assisted` and `speculative` where they were measured.
-        latency: Measured on this machine.
     """
     if not expected_efficiency(setting):
         return None
-    name = setting.words
     lengths = overall_draft_lengths([setting], latency)
     if not setting.is_transformers_rule:
         # The ways are transformers': they do not apply to a rule of another engine.
@@ -92,7 +107,7 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
     predicted = predicted_speedup(efficiency[length], length, times)
     break_even = break_even_acceptance_rate(times, efficiency)
     worth_it = _gains(setting, length, predicted, way)
-    cost = times.relative_cost
+    name, cost = setting.words, times.relative_cost
     if worth_it:
         reason = (
             f"Worth it for {name}: {_tokens(length)} a step give{'s' if length == 1 else ''} {efficiency[length]:.2f} "
@@ -106,26 +121,20 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
             f"machine with {_tokens(length)} a step, and real decoding did not gain."
         )
     else:
-        need = (
-            "no acceptance rate would make up for that"
-            if break_even is None
-            else f"{break_even:.2f} would be needed to break even"
-        )
+        need = "no acceptance rate would make up for that"
+        if break_even is not None:
+            need = f"{break_even:.2f} would be needed to break even"
         reason = (
             f"Not worth it for {name}: even the best draft length ({length}) is predicted to reach "
             f"{predicted:.2f} times the plain speed in transformers on this machine. A draft step takes {cost:.0%} of "
             f"a target step; of single drafted tokens {setting.acceptance_rate.value:.2f} are accepted, and {need}."
         )
-    found = measured_run(setting, way)
-    if found is not None and found.speedup is not None:
+    if found := measured_run(setting, way):
         reason += f" Measured there with {_tokens(found.num_assistant_tokens)}: {_all_measured(setting, way)}."
-        if _is_open(found.speedup):
-            why = (
-                "One prompt gives no interval"
-                if found.speedup.low is None
-                else "A gain and a loss both lie within this interval"
-            )
-            reason += f" {why}: more prompts would decide."
+        if found.speedup.low is None:
+            reason += " One prompt gives no interval: more prompts would decide."
+        elif found.speedup.leaves_open(1):
+            reason += " A gain and a loss both lie within this interval: more prompts would decide."
     return Recommendation(
         worth_it=worth_it,
         num_assistant_tokens=length,
@@ -137,11 +146,8 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
 
 
 def recommend_overall(settings: Sequence[SettingResult], latency: LatencyResult) -> Recommendation | None:
-    """One verdict, one draft length and one way of decoding over all settings: the setting that gains least decides.
-
-    Args:
-        settings: With their own recommendations.
-        latency: Measured on this machine.
+    """One verdict, one draft length and one way of decoding over all settings, which have recommendations of their own:
+    the setting that gains least decides.
     """
     lengths = overall_draft_lengths(settings, latency)
     if not lengths:
@@ -158,25 +164,21 @@ def recommend_overall(settings: Sequence[SettingResult], latency: LatencyResult)
     weakest = judged[least][1]
     if len(judged) == 1:
         return replace(weakest, num_assistant_tokens=length, way=way, predicted_speedup=speedups[0])
-    gains = [_gains(setting, length, each, way) for (setting, _), each in zip(judged, speedups, strict=True)]
-    good = [setting.words for (setting, _), is_good in zip(judged, gains, strict=True) if is_good]
-    bad = [setting.words for (setting, _), is_good in zip(judged, gains, strict=True) if not is_good]
-    if not bad:
-        verdict = "Worth it"
-    elif not good:
-        verdict = "Not worth it"
-    else:
-        verdict = f"Worth it for {' and '.join(good)}, not for {' and '.join(bad)}"
-    parts = [
-        f"{setting.words} {_speedup_words(setting, each, length, way)}"
-        for (setting, _), each in zip(judged, speedups, strict=True)
-    ]
+    good: list[str] = []
+    bad: list[str] = []
+    undecided, parts = [], []
+    for (setting, _), predicted in zip(judged, speedups, strict=True):
+        name, found = setting.words, measured_run(setting, way)
+        (good if _gains(setting, length, predicted, way) else bad).append(name)
+        parts.append(f"{name} predicted {predicted:.2f} times the plain speed")
+        if found is not None:
+            other = "" if found.num_assistant_tokens == length else f" with {_tokens(found.num_assistant_tokens)}"
+            parts[-1] += f", measured {_all_measured(setting, way)}{other}"
+            undecided += [name] if found.speedup.leaves_open(1) else []
+    verdict = f"Worth it for {' and '.join(good)}, not for {' and '.join(bad)}"
+    if not (good and bad):
+        verdict = "Worth it" if good else "Not worth it"
     reason = f"{verdict}. By {way} with {_tokens(length)} a step, in transformers on this machine: {'; '.join(parts)}."
-    undecided = [
-        setting.words
-        for setting, _ in judged
-        if (found := measured_run(setting, way)) is not None and found.speedup is not None and _is_open(found.speedup)
-    ]
     if undecided:
         reason += f" More prompts would be needed to be sure for {' and '.join(undecided)}."
     return Recommendation(
@@ -187,19 +189,6 @@ def recommend_overall(settings: Sequence[SettingResult], latency: LatencyResult)
         break_even_acceptance_rate=weakest.break_even_acceptance_rate,
         reason=reason,
     )
-
-
-def _ways(latency: LatencyResult) -> list[str]:
-    """The ways whose times are known: `SpeculativeDecoding` refuses a few models that transformers' loop takes."""
-    known = {SPECULATIVE: latency.speculative_overhead, PARALLEL: latency.parallel_draft_seconds}
-    return [ASSISTANT_MODEL, *(way for way, times in known.items() if times is not None)]
-
-
-def measured_run(setting: SettingResult, way: str) -> AssistedResult | None:
-    """Real decoding in one of the ways, where it was timed."""
-    if way == PARALLEL:
-        return None if setting.parallel is None else setting.parallel.speculative
-    return setting.speculative if way == SPECULATIVE else setting.assisted
 
 
 def _predicted(setting: SettingResult, latency: LatencyResult, length: int, way: str) -> float:
@@ -214,12 +203,9 @@ def _better_way(settings: Sequence[SettingResult], latency: LatencyResult, lengt
     """The way whose least gain is largest, each at its draft length: as measured, where every way was, otherwise as
     predicted.
     """
-    measured: dict[str, list[float]] = {
-        way: [run.speedup.value for each in settings if (run := measured_run(each, way)) and run.speedup]
-        for way in lengths
-    }
-    if all(len(speedups) == len(settings) for speedups in measured.values()):
-        return max(lengths, key=lambda way: min(measured[way]))
+    runs = {way: [run.speedup.value for each in settings if (run := measured_run(each, way))] for way in lengths}
+    if all(len(speedups) == len(settings) for speedups in runs.values()):
+        return max(lengths, key=lambda way: min(runs[way]))
     return max(lengths, key=lambda way: _least_gain(settings, latency, lengths[way], way))
 
 
@@ -229,7 +215,7 @@ def _gains(setting: SettingResult, length: int, predicted: float, way: str) -> b
     A gain measured with another length is a gain; a loss with another length does not apply to this one.
     """
     found = measured_run(setting, way)
-    if found is None or found.speedup is None:
+    if found is None:
         return is_faster(predicted)
     return is_faster(found.speedup.value) or (found.num_assistant_tokens != length and is_faster(predicted))
 
@@ -240,26 +226,10 @@ def is_faster(speedup: float) -> bool:
     return round(speedup, 2) > 1
 
 
-def _is_open(measured: Estimate) -> bool:
-    """Whether a measured speed-up leaves both a gain and a loss possible; that of one prompt has no interval."""
-    return measured.low is None or measured.high is None or measured.low <= 1 <= measured.high
-
-
-def _speedup_words(setting: SettingResult, predicted: float, length: int, way: str) -> str:
-    words = f"predicted {predicted:.2f} times the plain speed"
-    found = measured_run(setting, way)
-    if found is not None and found.speedup is not None:
-        words += f", measured {_all_measured(setting, way)}"
-        if found.num_assistant_tokens != length:
-            words += f" with {_tokens(found.num_assistant_tokens)}"
-    return words
-
-
 def _all_measured(setting: SettingResult, first: str) -> str:
     """The recommended way first: "1.50 times (1.40 to 1.60) by SpeculativeDecoding, 1.28 times by assistant_model="."""
-    ways = sorted((ASSISTANT_MODEL, SPECULATIVE, PARALLEL), key=lambda way: way != first)
-    found = [(way, each.speedup) for way in ways if (each := measured_run(setting, way)) and each.speedup]
-    return ", ".join(f"{times_text(speedup)} by {way}" for way, speedup in found)
+    ways = sorted(WAYS, key=lambda way: way != first)
+    return ", ".join(f"{times_text(run.speedup)} by {way}" for way in ways if (run := measured_run(setting, way)))
 
 
 def _tokens(count: int) -> str:
@@ -268,6 +238,4 @@ def _tokens(count: int) -> str:
 
 def times_text(speedup: Estimate) -> str:
     """A speed-up with its interval: "1.50 times (1.40 to 1.60)"."""
-    if speedup.low is None or speedup.high is None:
-        return f"{speedup.value:.2f} times"
-    return f"{speedup.value:.2f} times ({speedup.low:.2f} to {speedup.high:.2f})"
+    return f"{speedup.value:.2f} times{speedup.interval(' ({:.2f} to {:.2f})')}"

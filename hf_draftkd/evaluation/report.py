@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.schema import from_plain, key, to_plain
+from hf_draftkd.evaluation.schema import from_plain, key, optional, read_json, to_plain
 from hf_draftkd.utils.files import write_text
 
 SCHEMA_VERSION = 1
@@ -23,16 +23,15 @@ class ModelInfo:
     """Which model was measured."""
 
     name: str = key("Hub id or path the model was loaded from.")
-    is_local: bool | None = key(
-        "Whether `name` was a folder where it was measured: `models/draft` may also be an id on the Hub.", default=None
+    is_local: bool | None = optional(
+        "Whether `name` was a folder where it was measured: `models/draft` may also be an id on the Hub."
     )
-    revision: str | None = key("Commit on the Hub; absent for a local path.", default=None)
+    revision: str | None = optional("Commit on the Hub; absent for a local path.")
     num_parameters: int = key("Parameters, tied weights counted once.")
-    dtype: str | None = key("Number format of the weights that were measured.", default=None)
-    weights_sha256: str | None = key(
+    dtype: str | None = optional("Number format of the weights that were measured.")
+    weights_sha256: str | None = optional(
         "Of a draft: checksum of the weights that were measured, as `hf_draftkd.models.identity.weights_checksum` of "
-        "their folder gives it in this number format. `push` compares it. Absent for quantised weights.",
-        default=None,
+        "their folder gives it in this number format. `push` compares it. Absent for quantised weights."
     )
 
 
@@ -41,9 +40,9 @@ class PromptInfo:
     """Which prompts were answered."""
 
     source: str = key("Dataset id, file, or `given` for prompts passed in Python.")
-    is_local: bool | None = key("Whether `source` was a file or folder where it was measured.", default=None)
+    is_local: bool | None = optional("Whether `source` was a file or folder where it was measured.")
     count: int = key("Number of prompts.")
-    domain: str | None = key("What the prompts are about, where the user said so.", default=None)
+    domain: str | None = optional("What the prompts are about, where the user said so.")
     sha256: str = key("Hash of the prompts' contents, in order: equal hashes are the same prompts.")
 
 
@@ -64,16 +63,14 @@ class Recommendation:
 
     worth_it: bool = key("Whether decoding with the draft is expected to be faster than plain decoding.")
     num_assistant_tokens: int = key("Draft length with the highest predicted speed-up on the measured machine.")
-    way: str | None = key(
+    way: str | None = optional(
         "The faster way of decoding there: `SpeculativeDecoding` (`custom_generate=`), the same `in parallel` (one "
-        "pass of the draft a round), or `assistant_model=`.",
-        default=None,
+        "pass of the draft a round), or `assistant_model=`."
     )
     predicted_speedup: float = key("Predicted tokens/s at that length ÷ plain tokens/s.")
-    break_even_acceptance_rate: float | None = key(
-        "Acceptance rate at which the best draft length would just reach the speed of plain decoding. Absent where "
-        "no acceptance rate is enough.",
-        default=None,
+    break_even_acceptance_rate: float | None = optional(
+        "Acceptance rate at which the best draft length would just reach the speed of plain decoding. Absent where no "
+        "acceptance rate is enough."
     )
     reason: str = key("The same in one sentence.")
 
@@ -103,31 +100,25 @@ class AssistedResult:
     num_accepted_draft_tokens: int = key("Proposed tokens that stayed in the text.")
     num_tokens: int = key("Tokens written, the target's own included.")
     mean_acceptance_length: float = key("Tokens written per target call: the counted block efficiency.")
-    draft_acceptance_rate: float | None = key(
-        "Accepted ÷ drafted tokens. Absent where nothing was drafted.", default=None
-    )
+    draft_acceptance_rate: float | None = optional("Accepted ÷ drafted tokens. Absent where nothing was drafted.")
     acceptance_histogram: list[int] = key("Target calls that accepted 0, 1, 2, ... drafted tokens.")
-    tokens_per_second: float | None = key("Decoding with the draft, prompt reading included.", default=None)
-    plain_tokens_per_second: float | None = key("Plain decoding of the same prompts in the same run.", default=None)
-    speedup: Estimate | None = key(
-        "Measured tokens/s with the draft ÷ tokens/s plain, sums over prompts; interval over prompts.", default=None
+    tokens_per_second: float = key("Decoding with the draft, prompt reading included.")
+    plain_tokens_per_second: float = key("Plain decoding of the same prompts in the same run.")
+    speedup: Estimate = key(
+        "Measured tokens/s with the draft ÷ tokens/s plain, sums over prompts; interval over prompts."
     )
-    median_speedup: float | None = key("Median over prompts of the paired ratio.", default=None)
-    predicted_speedup: float | None = key(
+    median_speedup: float | None = optional("Median over prompts of the paired ratio.")
+    predicted_speedup: float | None = optional(
         "What block efficiency and measured step times predict for this draft length, the overhead of this way "
-        "included. Absent in batches.",
-        default=None,
+        "included. Absent in batches."
     )
-    share_of_limit: float | None = key(
-        "Measured speed-up ÷ τ·t ÷ (γ·t_draft + t_verify), which forward passes alone would allow at this draft "
-        "length (τ the block efficiency). Absent in batches.",
-        default=None,
+    share_of_limit: float | None = optional(
+        "Measured speed-up ÷ τ·t ÷ (γ·t_draft + t_verify), which forward passes alone would allow at this draft length "
+        "(τ the block efficiency). Absent in batches."
     )
-    num_identical: int | None = key(
-        "Greedy only: prompts whose text with the draft equals the plain one.", default=None
-    )
-    differences: list[DecodingDifference] | None = key(
-        "Greedy only: the first difference of every prompt that has one; absent where all are equal.", default=None
+    num_identical: int | None = optional("Greedy only: prompts whose text with the draft equals the plain one.")
+    differences: list[DecodingDifference] | None = optional(
+        "Greedy only: the first difference of every prompt that has one; absent where all are equal."
     )
 
 
@@ -149,20 +140,18 @@ class LatencyResult:
     draft_step_seconds: float = key("One token through the draft.")
     verify_seconds: dict[int, float] = key("n tokens at once through the target, by n = γ + 1.")
     relative_cost: float = key("Draft step ÷ target step.")
-    generate_overhead: GenerateOverhead | None = key(
-        "What `generate(assistant_model=...)` adds to the forward passes.", default=None
+    generate_overhead: GenerateOverhead | None = optional(
+        "What `generate(assistant_model=...)` adds to the forward passes."
     )
-    speculative_overhead: GenerateOverhead | None = key(
-        "What `SpeculativeDecoding` adds to the forward passes; `plain_step_seconds` is that of plain `generate`.",
-        default=None,
+    speculative_overhead: GenerateOverhead | None = optional(
+        "What `SpeculativeDecoding` adds to the forward passes; `plain_step_seconds` is that of plain `generate`."
     )
-    parallel_draft_seconds: dict[int, float] | None = key(
-        "One pass of a parallel draft by the tokens γ that it drafts: over γ + 1 tokens, two of them of the text and "
-        "γ - 1 mask tokens.",
-        default=None,
+    parallel_draft_seconds: dict[int, float] | None = optional(
+        "One pass of a parallel draft by the tokens γ that it drafts: over γ + 1 tokens, two of them of the text and γ "
+        "- 1 mask tokens."
     )
-    parallel_overhead: GenerateOverhead | None = key(
-        "What `SpeculativeDecoding` adds to the forward passes when it drafts in one pass.", default=None
+    parallel_overhead: GenerateOverhead | None = optional(
+        "What `SpeculativeDecoding` adds to the forward passes when it drafts in one pass."
     )
 
 
@@ -172,11 +161,11 @@ class VocabularyResult:
 
     size: int = key("Tokens that the draft proposes; the last entry is the whole vocabulary.")
     acceptance_rate: Estimate = key("As the setting's.")
-    block_efficiency: dict[int, Estimate] | None = key("As the setting's.", default=None)
-    draft_step_seconds: float | None = key("One token through the draft with its head cut to the list.", default=None)
-    num_assistant_tokens: int | None = key("Draft length with the highest predicted speed-up.", default=None)
-    predicted_speedup: float | None = key(
-        "Predicted tokens/s of `SpeculativeDecoding` at that length ÷ plain tokens/s.", default=None
+    block_efficiency: dict[int, Estimate] | None = optional("As the setting's.")
+    draft_step_seconds: float | None = optional("One token through the draft with its head cut to the list.")
+    num_assistant_tokens: int | None = optional("Draft length with the highest predicted speed-up.")
+    predicted_speedup: float | None = optional(
+        "Predicted tokens/s of `SpeculativeDecoding` at that length ÷ plain tokens/s."
     )
 
 
@@ -190,10 +179,9 @@ class ParallelResult:
         "be. At depth 1 it is that of an ordinary draft."
     )
     block_efficiency: dict[int, Estimate] = key("As the setting's, for as many draft tokens as it predicts.")
-    speculative: AssistedResult | None = key(
+    speculative: AssistedResult | None = optional(
         "Real decoding with `SpeculativeDecoding(draft)`, one pass of the draft a round, at the draft length that "
-        "suits it best.",
-        default=None,
+        "suits it best."
     )
 
 
@@ -229,53 +217,45 @@ class SettingResult:
     num_texts: int = key("Texts measured.")
     num_tokens: int = key("Completion tokens measured.")
     acceptance_rate: Estimate = key("Expected acceptance of one drafted token, averaged over tokens.")
-    block_efficiency: dict[int, Estimate] | None = key(
-        "Tokens per target call by draft length, bonus token included. Absent where the target did not write the "
-        "text under this very setting.",
-        default=None,
+    block_efficiency: dict[int, Estimate] | None = optional(
+        "Tokens per target call by draft length, bonus token included. Absent where the target did not write the text "
+        "under this very setting."
     )
-    acceptance_by_position: list[float] | None = key(
+    acceptance_by_position: list[float] | None = optional(
         "Chance that a step accepts its 1st, 2nd, ... drafted token (all before it included), at the report's "
-        "`num_assistant_tokens`.",
-        default=None,
+        "`num_assistant_tokens`."
     )
-    acceptance_by_place: dict[int, Estimate] | None = key(
+    acceptance_by_place: dict[int, Estimate] | None = optional(
         "Acceptance of tokens by their place in the answer, counted from 1: places 1, 2 to 3, 4 to 7, 8 to 15, ..., by "
-        "the first of them.",
-        default=None,
+        "the first of them."
     )
-    acceptance_by_kind: dict[str, KindResult] | None = key(
-        "Acceptance by kind of token: `word`, `rest of a word`, `number`, `punctuation`, `white space`, `special`.",
-        default=None,
+    acceptance_by_kind: dict[str, KindResult] | None = optional(
+        "Acceptance by kind of token: `word`, `rest of a word`, `number`, `punctuation`, `white space`, `special`."
     )
-    mbsu: dict[int, float] | None = key(
-        "Memory-bound speed-up by draft length: block efficiency ÷ (cγ + 1), c = draft ÷ target parameters.",
-        default=None,
+    mbsu: dict[int, float] | None = optional(
+        "Memory-bound speed-up by draft length: block efficiency ÷ (cγ + 1), c = draft ÷ target parameters."
     )
-    transformers_block_efficiency: dict[int, Estimate] | None = key(
-        "Block efficiency of transformers' own `generate`, where it differs: it warps the draft's distribution "
-        "twice (temperature, top-p), the target's once.",
-        default=None,
+    transformers_block_efficiency: dict[int, Estimate] | None = optional(
+        "Block efficiency of transformers' own `generate`, where it differs: it warps the draft's distribution twice "
+        "(temperature, top-p), the target's once."
     )
-    draft_vocabulary: list[VocabularyResult] | None = key(
-        "Where the draft records a `draft_vocabulary`: the results by its size, the smallest first.", default=None
+    draft_vocabulary: list[VocabularyResult] | None = optional(
+        "Where the draft records a `draft_vocabulary`: the results by its size, the smallest first."
     )
-    parallel: ParallelResult | None = key(
+    parallel: ParallelResult | None = optional(
         "Of a draft trained with `parallel_tokens`: drafting in one pass. All other results are those of drafting one "
-        "token at a time.",
-        default=None,
+        "token at a time."
     )
-    assisted: AssistedResult | None = key(
-        "Real decoding under this setting with `generate(assistant_model=draft)`, transformers' own loop.", default=None
+    assisted: AssistedResult | None = optional(
+        "Real decoding under this setting with `generate(assistant_model=draft)`, transformers' own loop."
     )
-    speculative: AssistedResult | None = key(
-        "The same prompts in the same run with `generate(custom_generate=SpeculativeDecoding(draft))`.", default=None
+    speculative: AssistedResult | None = optional(
+        "The same prompts in the same run with `generate(custom_generate=SpeculativeDecoding(draft))`."
     )
-    speculative_batches: dict[int, AssistedResult] | None = key(
-        "`SpeculativeDecoding` on batches beside plain batches, by batch size; `assistant_model=` takes none.",
-        default=None,
+    speculative_batches: dict[int, AssistedResult] | None = optional(
+        "`SpeculativeDecoding` on batches beside plain batches, by batch size; `assistant_model=` takes none."
     )
-    recommendation: Recommendation | None = key("For this setting.", default=None)
+    recommendation: Recommendation | None = optional("For this setting.")
 
     @property
     def words(self) -> str:
@@ -299,9 +279,7 @@ class PairedDifference:
     decoding: DecodingSetting = key("As in the setting.")
     verification: str = key("As in the setting.")
     acceptance_rate: Estimate = key("Difference of acceptance rates.")
-    block_efficiency: dict[int, Estimate] | None = key(
-        "Difference of block efficiencies by draft length.", default=None
-    )
+    block_efficiency: dict[int, Estimate] | None = optional("Difference of block efficiencies by draft length.")
 
 
 @dataclass(kw_only=True)
@@ -310,31 +288,29 @@ class EngineResult:
 
     engine: str = key("`llama.cpp`, `vllm` or `openvino`.")
     version: str = key("As the server says it.")
-    flags: str | None = key("The command that served the pair; absent where its user started it.", default=None)
-    threads: int | None = key("CPU threads given to it; absent where its user started it.", default=None)
-    hardware: str | None = key("The machine's processor; absent where a server's user started it.", default=None)
+    flags: str | None = optional("The command that served the pair; absent where its user started it.")
+    threads: int | None = optional("CPU threads given to it; absent where its user started it.")
+    hardware: str | None = optional("The machine's processor; absent where a server's user started it.")
     decoding: DecodingSetting = key("How it decoded.")
-    verification: str | None = key(
-        "The rule by which it accepts drafted tokens; absent where its user started it to sample.", default=None
+    verification: str | None = optional(
+        "The rule by which it accepts drafted tokens; absent where its user started it to sample."
     )
     num_assistant_tokens: int = key("Draft length γ.")
     num_prompts: int = key("Prompts decoded plainly and with the draft.")
     num_rounds: int = key("Times each of them was, in turns.")
-    num_identical: int | None = key(
-        "Greedy only: prompts whose text with the draft, in every round, equals the target's own in transformers.",
-        default=None,
+    num_identical: int | None = optional(
+        "Greedy only: prompts whose text with the draft, in every round, equals the target's own in transformers."
     )
-    num_plain_identical: int | None = key("Greedy only: the same without the draft.", default=None)
+    num_plain_identical: int | None = optional("Greedy only: the same without the draft.")
     num_spec_steps: int = key("Target calls, those that read the prompts left out.")
     num_draft_tokens: int = key("Tokens proposed by the draft.")
     num_accepted_draft_tokens: int = key("Proposed tokens that were accepted.")
     mean_acceptance_length: Estimate = key("Tokens written per target call, the prompt's call and its token left out.")
-    predicted_mean_acceptance_length: Estimate | None = key(
-        "Block efficiency at this draft length, computed from the target's own texts. Absent without the rule.",
-        default=None,
+    predicted_mean_acceptance_length: Estimate | None = optional(
+        "Block efficiency at this draft length, computed from the target's own texts. Absent without the rule."
     )
     draft_acceptance_rate: float = key("Accepted ÷ drafted tokens, counted.")
-    predicted_draft_acceptance_rate: float | None = key("(block efficiency - 1) ÷ γ.", default=None)
+    predicted_draft_acceptance_rate: float | None = optional("(block efficiency - 1) ÷ γ.")
     tokens_per_second: float = key("With the draft, prompt reading included.")
     plain_tokens_per_second: float = key("Plain, in the same rounds.")
     speedup: Estimate = key("Tokens/s with the draft ÷ tokens/s plain; interval over prompts.")
@@ -349,10 +325,10 @@ class DraftResult:
 
     draft: ModelInfo = key("The draft.")
     settings: list[SettingResult] = key("As the report's.")
-    latency: LatencyResult | None = key("As the report's.", default=None)
-    recommendation: Recommendation | None = key("As the report's.", default=None)
-    paired_difference: list[PairedDifference] | None = key(
-        "Of several drafts: this one minus the first of the ranking.", default=None
+    latency: LatencyResult | None = optional("As the report's.")
+    recommendation: Recommendation | None = optional("As the report's.")
+    paired_difference: list[PairedDifference] | None = optional(
+        "Of several drafts: this one minus the first of the ranking."
     )
 
 
@@ -390,21 +366,18 @@ class SpeculationReport:
     num_assistant_tokens: int = key("Draft length γ the user asked about.")
     max_new_tokens: int = key("Longest completion measured, in tokens.")
     settings: list[SettingResult] = key("One entry per decoding setting and verification rule.")
-    latency: LatencyResult | None = key("Step times on this machine.", default=None)
-    recommendation: Recommendation | None = key(
-        "Overall: the setting where the draft helps least decides.", default=None
-    )
-    baseline: DraftResult | None = key("The draft compared against, usually the stock one.", default=None)
-    paired_difference: list[PairedDifference] | None = key("Draft minus baseline.", default=None)
+    latency: LatencyResult | None = optional("Step times on this machine.")
+    recommendation: Recommendation | None = optional("Overall: the setting where the draft helps least decides.")
+    baseline: DraftResult | None = optional("The draft compared against, usually the stock one.")
+    paired_difference: list[PairedDifference] | None = optional("Draft minus baseline.")
     warnings: list[str] = key("What a reader must know before trusting a number.", default_factory=list)
-    engines: list[EngineResult] | None = key("Engines that served the pair, by engine and setting.", default=None)
-    groups: dict[str, list[SettingResult]] | None = key("The settings again, by domain or category.", default=None)
-    drafts: list[DraftResult] | None = key("Several drafts, the best first.", default=None)
-    self_check: SelfCheck | None = key("Computed numbers against counted ones.", default=None)
-    answers: list[Answer] | None = key(
+    engines: list[EngineResult] | None = optional("Engines that served the pair, by engine and setting.")
+    groups: dict[str, list[SettingResult]] | None = optional("The settings again, by domain or category.")
+    drafts: list[DraftResult] | None = optional("Several drafts, the best first.")
+    self_check: SelfCheck | None = optional("Computed numbers against counted ones.")
+    answers: list[Answer] | None = optional(
         "A few texts, from the one of which the draft foresees least to the one of which it foresees most. They are "
-        "published with the report.",
-        default=None,
+        "published with the report."
     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -442,11 +415,7 @@ class SpeculationReport:
         Raises:
             ValueError: Not JSON, or as `from_dict`.
         """
-        try:
-            data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:  # the latter: brackets within brackets, by thousands
-            raise ValueError(f"`{where}` is not JSON: {error}. Expected the contents of a `report.json`.") from None
-        return cls.from_dict(data, where)
+        return cls.from_dict(read_json(text, where), where)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SpeculationReport":

@@ -3,6 +3,7 @@
 The dataclasses are the schema: their fields say which keys exist, which are required, and of what type.
 """
 
+import json
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
@@ -16,6 +17,11 @@ T = TypeVar("T")
 def key(help: str, **options: Any) -> Any:
     """A documented dataclass field."""
     return field(metadata={"help": help}, **options)
+
+
+def optional(help: str) -> Any:
+    """A documented field that is None, and absent from the JSON, where nothing is known of it."""
+    return key(help, default=None)
 
 
 def to_plain(value: Any) -> Any:
@@ -36,21 +42,24 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def from_plain(cls: type[T], data: Any, where: str) -> T:
-    """The inverse of `to_plain`, checking every key and type on the way.
-
-    Args:
-        cls: The dataclass expected.
-        data: Plain data, as read from JSON.
-        where: What the data is, for error messages ("report.json").
-
-    Raises:
-        ValueError: A key is missing, unknown or of the wrong type; the message names it and where it stands.
-    """
-    return _read(cls, data, where)
+def read_json(text: str, where: str) -> Any:
+    """Plain data from JSON text that a stranger may have written; a `ValueError` says `where` it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter: brackets within brackets, by thousands
+        raise ValueError(f"`{where}` is not JSON: {error}. Expected what hf_draftkd writes into such a file.") from None
 
 
 _WORDS = {int: "a whole number", str: "a string", bool: "true or false"}
+
+
+def from_plain(expected: type[T], data: Any, where: str) -> T:
+    """The inverse of `to_plain`: an instance of the dataclass (or other type) that is expected.
+
+    Raises:
+        ValueError: A key is missing, unknown or of the wrong type; the message names it, and `where` it stands.
+    """
+    return _read(expected, data, where)
 
 
 def _read(expected: Any, data: Any, where: str) -> Any:

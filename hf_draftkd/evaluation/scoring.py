@@ -7,6 +7,7 @@ memory grows neither with vocabulary times text length nor with the number of te
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,15 +23,14 @@ from hf_draftkd.acceptance import (
 from hf_draftkd.acceptance.tensors import only_listed
 from hf_draftkd.decoding.processors import logits_processors, process_logits, transformers_draft_processors
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.parallel import ParallelSums, deeper_logits
+from hf_draftkd.evaluation.parallel import ParallelSums, deeper_logits, joined
 from hf_draftkd.models.parallel import parallel_draft
 
 EXACT = "exact_match"  # how greedy text is verified, whatever the engine
 AS_TRANSFORMERS = "as_transformers"
 
 # Logits held at once by a model, in numbers: 64 MB in float32 on a CPU, 256 MB on an accelerator.
-_LOGITS_AT_ONCE = {"cpu": 2**24}
-_LOGITS_AT_ONCE_ACCELERATOR = 2**26
+_LOGITS_AT_ONCE, _LOGITS_AT_ONCE_ACCELERATOR = 2**24, 2**26
 
 
 class Text(NamedTuple):
@@ -67,16 +67,6 @@ class TextSums:
     acceptance: torch.Tensor
     target_calls: torch.Tensor
     accepted: list[torch.Tensor]
-
-    def select(self, indices: Sequence[int]) -> "TextSums":
-        """The sums of some of the texts, in the order named."""
-        chosen = torch.tensor(indices, dtype=torch.long)
-        return TextSums(
-            num_tokens=self.num_tokens[chosen],
-            acceptance=self.acceptance[chosen],
-            target_calls=self.target_calls[chosen],
-            accepted=[self.accepted[index] for index in indices],
-        )
 
 
 @dataclass(frozen=True)
@@ -115,9 +105,6 @@ def token_scores(
         tokens: `[...]`, below V: the tokens the target wrote.
         is_greedy: Whether the texts were decoded greedily; drafts are then verified exactly, whatever the rule.
         verification: How a sampled text is verified, one of `VERIFICATION_RULES`.
-
-    Returns:
-        Two tensors `[...]`.
     """
     if is_greedy:
         proposed = draft_logits.argmax(-1)
@@ -129,14 +116,7 @@ def token_scores(
 
 
 def sum_texts(scores: TokenScores, mask: torch.Tensor) -> TextSums:
-    """Add up scores over the tokens of each text.
-
-    Args:
-        scores: Two tensors `[B, T]`.
-        mask: `[B, T]`, true at completion tokens: one run from the left, padding behind it.
-
-    Returns:
-        Sums in float64 on the CPU.
+    """Add up scores `[B, T]` over the tokens of each text, where `mask` is true: one run from the left.
 
     Raises:
         ValueError: The mask has gaps, or scores are no probabilities.
@@ -169,7 +149,7 @@ def score_texts(
     Args:
         target_model: The target, in evaluation mode.
         draft_models: Drafts with the target's token ids, in evaluation mode.
-        texts: The texts, of ids below `vocab_size`; their completion tokens are scored.
+        texts: Of ids below `vocab_size`; their completion tokens are scored, and sums are in their order.
         setting: How the target decoded them; applied to target and drafts alike.
         vocab_size: Shared vocabulary: ids from here on are padding in one of the models and left out of both.
         verification: Rules for sampled text. Greedy text is always verified exactly: the one rule `exact_match`.
@@ -177,9 +157,6 @@ def score_texts(
             distribution is masked to them and renormalised before anything else, the target's never is.
         batch_size: Texts per forward pass.
         on_texts: Called with the number of texts done, after every batch.
-
-    Returns:
-        Sums per text, in the order of `texts`.
 
     Raises:
         FloatingPointError: A model returned NaN or inf.
@@ -202,9 +179,9 @@ def score_texts(
         total += int(mask.sum())
         on_texts(len(batch))
     back = sorted(range(len(order)), key=order.__getitem__)
-    sums = [{name: _join(parts[draft, name]).select(back) for name in scorer.names} for draft in drafts]
+    sums = [{name: joined(parts[draft, name], back) for name in scorer.names} for draft in drafts]
     depths = [
-        {rule: ParallelSums.join(part, back) for (draft, rule), part in parallel.items() if draft == index}
+        {rule: joined(part, back) for (draft, rule), part in parallel.items() if draft == index}
         for index in range(len(draft_models))
     ]
     return PassResult(sums[: len(draft_models)], plausible / max(total, 1), sums[len(draft_models) :], depths)
@@ -257,18 +234,16 @@ class _Scorer:
 
         `logits` are those of the target, then of each draft, `[N, V]`; D counts each draft once more for each list.
         """
-        is_greedy = self.setting.is_greedy
         target = process_logits(logits[0], prefixes, prefix_lengths, self.processors)
         written = target.gather(-1, tokens[:, None]).squeeze(-1)
-        plausible = written == target.amax(-1) if is_greedy else written > float("-inf")
+        plausible = written == target.amax(-1) if self.setting.is_greedy else written > float("-inf")
         scores = []
         for raw in (*logits[1:], *(only_listed(logits[1 + draft], ids) for draft, ids in self.listed)):
-            draft = process_logits(raw, prefixes, prefix_lengths, self.processors)
-            found = [token_scores(draft, target, tokens, is_greedy=is_greedy, verification=rule) for rule in self.rules]
+            scores.append(self._by_rule(target, raw, tokens, prefixes, prefix_lengths))
             if self.draft_processors is not None:
                 warped = process_logits(raw, prefixes, prefix_lengths, self.draft_processors)
-                found.append(token_scores(warped, target, tokens, is_greedy=False))
-            scores.append(torch.stack([torch.stack(pair) for pair in found]))
+                as_transformers = torch.stack(token_scores(warped, target, tokens, is_greedy=False))
+                scores[-1] = torch.cat([scores[-1], as_transformers[None]])
         return torch.stack(scores), int(plausible.sum())
 
     def score_deeper(
@@ -281,15 +256,21 @@ class _Scorer:
     ) -> torch.Tensor:
         """The same of a parallel draft at depth 2 to K, from its logits `[N, K − 1, V]`: `[rules, 2, N, K − 1]`."""
         target = process_logits(target, prefixes, prefix_lengths, self.processors)
-        by_depth = []
-        for raw in deeper.unbind(1):
-            draft = process_logits(raw, prefixes, prefix_lengths, self.processors)
-            found = [
-                token_scores(draft, target, tokens, is_greedy=self.setting.is_greedy, verification=rule)
-                for rule in self.rules
-            ]
-            by_depth.append(torch.stack([torch.stack(pair) for pair in found]))
+        by_depth = [self._by_rule(target, raw, tokens, prefixes, prefix_lengths) for raw in deeper.unbind(1)]
         return torch.stack(by_depth, -1)
+
+    def _by_rule(
+        self,
+        target: torch.Tensor,
+        raw: torch.Tensor,
+        tokens: torch.Tensor,
+        prefixes: torch.Tensor,
+        prefix_lengths: torch.Tensor,
+    ) -> torch.Tensor:
+        """`[rules, 2, N]` from a draft's logits and the processed ones of the target, `[N, V]`."""
+        draft = process_logits(raw, prefixes, prefix_lengths, self.processors)
+        score = partial(token_scores, draft, target, tokens, is_greedy=self.setting.is_greedy)
+        return torch.stack([torch.stack(score(verification=rule)) for rule in self.rules])
 
 
 def _score_batch(
@@ -302,7 +283,8 @@ def _score_batch(
     prompt_lengths, completion_lengths = (
         torch.tensor([len(part) for part in parts], device=device) for parts in zip(*texts, strict=True)
     )
-    tokens = _pad([[*prompt, *completion] for prompt, completion in texts]).to(device)
+    # Filled up on the right with an id that no completion token ever looks at.
+    tokens = pad_sequence([torch.tensor([*prompt, *completion]) for prompt, completion in texts], True).to(device)
     places = torch.arange(tokens.shape[1], device=device)
     is_completion = (places >= prompt_lengths[:, None]) & (places < (prompt_lengths + completion_lengths)[:, None])
     mask = torch.arange(int(completion_lengths.max()), device=device) < completion_lengths[:, None]
@@ -320,7 +302,8 @@ def _score_batch(
     for reader in readers:
         reader.skip(tokens[:, :start])
     depths = max((each.num_tokens for each in parallel.values()), default=1)
-    per_slice = max(1, _logits_at_once(device) // (tokens.shape[0] * scorer.vocab_size * depths))
+    at_once = _LOGITS_AT_ONCE if device.type == "cpu" else _LOGITS_AT_ONCE_ACCELERATOR
+    per_slice = max(1, at_once // (tokens.shape[0] * scorer.vocab_size * depths))
     for begin in range(start, stop, per_slice):
         end = min(begin + per_slice, stop)
         rows, offsets = is_completion[:, begin + 1 : end + 1].nonzero(as_tuple=True)
@@ -339,10 +322,9 @@ def _score_batch(
         for place, each in parallel.items():
             deeper = deeper_logits(readers[place + 1], begin, end, start, each)[rows, offsets]
             deeper = deeper[..., : scorer.vocab_size].to(device, torch.float32)
-            there = by_depth[place][:, :, rows, positions - prompt_lengths[rows]]
-            there[..., :1] = found[place, : len(scorer.rules), :, :, None]
-            there[..., 1:] = scorer.score_deeper(logits[0], deeper, tokens[rows, positions], tokens[rows], positions)
-            by_depth[place][:, :, rows, positions - prompt_lengths[rows]] = there
+            deeper = scorer.score_deeper(logits[0], deeper, tokens[rows, positions], tokens[rows], positions)
+            all_depths = torch.cat([found[place, : len(scorer.rules), :, :, None], deeper], -1)
+            by_depth[place][:, :, rows, positions - prompt_lengths[rows]] = all_depths.float()
     # A token the target could not have written has no defined a_t; `share_plausible` reports it.
     by_depth = {place: deeper.nan_to_num(0.0) for place, deeper in by_depth.items()}
     return scores.nan_to_num(0.0), by_depth, mask, num_plausible
@@ -360,7 +342,7 @@ class _Reader:
         self.length += tokens.shape[1]
         self.batch_size = len(tokens)
         # Texts are padded on the right, where no completion token looks: every position may be attended to.
-        attention_mask = torch.ones((tokens.shape[0], self.length), dtype=torch.long, device=self.device)
+        attention_mask = torch.ones((self.batch_size, self.length), dtype=torch.long, device=self.device)
         output = self.model(
             input_ids=tokens.to(self.device),
             attention_mask=attention_mask,
@@ -376,21 +358,3 @@ class _Reader:
         """Read without needing the logits."""
         if tokens.shape[1]:
             self.read(tokens, **({"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}))
-
-
-def _pad(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """`[B, L]`, filled up on the right with an id that no completion token ever looks at."""
-    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
-
-
-def _logits_at_once(device: torch.device) -> int:
-    return _LOGITS_AT_ONCE.get(device.type, _LOGITS_AT_ONCE_ACCELERATOR)
-
-
-def _join(parts: Sequence[TextSums]) -> TextSums:
-    return TextSums(
-        num_tokens=torch.cat([part.num_tokens for part in parts]),
-        acceptance=torch.cat([part.acceptance for part in parts]),
-        target_calls=torch.cat([part.target_calls for part in parts]),
-        accepted=[row for part in parts for row in part.accepted],
-    )

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_draftkd.acceptance import DRAFT_LENGTHS, Estimate, bootstrap_ratio
+from hf_draftkd.acceptance import DRAFT_LENGTHS, bootstrap_ratio
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.decoding.speculative import SpeculativeDecoding
 from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length
 from hf_draftkd.evaluation.parallel import lengths_of
 from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE
 from hf_draftkd.evaluation.report import Comparison, SelfCheck
 from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, Text, score_texts
-from hf_draftkd.evaluation.timing import generate_text, single_text_config
+from hf_draftkd.evaluation.timing import generate_text, single_text_config, way_options
 
 CHECKED_LENGTHS = (1, 3, 5)
 # Sampled numbers are compared over at least so many texts: an interval from a handful means nothing.
@@ -40,28 +39,17 @@ def self_check(
 ) -> SelfCheck:
     """Write texts plainly, compute block efficiency from them, and count it again with real decoding in each way.
 
-    Args:
-        target_model: The target.
-        draft_model: The draft.
-        prompts: Token ids of the prompts to check on.
-        settings: Greedy numbers must be equal to the last digit; sampled ones agree where their 99% intervals overlap.
-            Few prompts are answered several times over when sampling.
-        ways: Ways of decoding with the draft.
-        vocab_size: Shared vocabulary of the pair.
-        max_new_tokens: Longest completion, in tokens.
-        suppress_tokens: Ids never to write.
-        seed: Of sampling.
-        on_prompt: Called after every prompt of every setting, way and draft length, however often it was answered.
+    Greedy numbers must be equal to the last digit; sampled ones agree where their 99% intervals overlap. Few prompts
+    are answered several times over when sampling. Arguments as in `time_decoding` and `score_texts`; `on_prompt` is
+    called after every prompt of every setting, way and draft length, however often it was answered.
     """
     comparisons = []
     for setting in settings:
         config = single_text_config(target_model, setting, max_new_tokens, suppress_tokens=suppress_tokens)
         repeats = 1 if setting.is_greedy else -(-_SAMPLED_TEXTS // len(prompts))
         runs = [prompt for prompt in prompts for _ in range(repeats)]
-        texts = []
-        for number, prompt in enumerate(runs):
-            tokens, _ = generate_text(target_model, prompt, config, seed=seed + number)
-            texts.append(Text(prompt, tokens))
+        written = (generate_text(target_model, prompt, config, seed=at) for at, prompt in enumerate(runs, start=seed))
+        texts = [Text(prompt, tokens) for prompt, (tokens, _) in zip(runs, written, strict=True)]
         found = score_texts(target_model, [draft_model], texts, setting, vocab_size=vocab_size)
         sums, rule = found.drafts[0], EXACT if setting.is_greedy else "rejection_sampling"
         exact = sums[rule]
@@ -71,10 +59,7 @@ def self_check(
         for way, length in product(ways, CHECKED_LENGTHS):
             if way == PARALLEL and length not in lengths_of(computed[PARALLEL].counts.shape[1]):
                 continue
-            options: dict[str, Any] = {"assistant_model": draft_model}
-            if way != ASSISTANT_MODEL:
-                options = {"custom_generate": SpeculativeDecoding(draft_model, length, parallel=way == PARALLEL)}
-            per_text = []
+            options, per_text = way_options(way, draft_model, length), []
             # Other random numbers than the plain texts had: two independent samples are compared.
             for number, prompt in enumerate(runs, start=len(runs)):
                 with fixed_draft_length(draft_model, length), count_acceptance(target_model) as counts:
@@ -85,6 +70,7 @@ def self_check(
             calls = computed[way].target_calls[:, DRAFT_LENGTHS.index(length)]
             expected = bootstrap_ratio(computed[way].num_tokens, calls, confidence=_CONFIDENCE)
             counted = bootstrap_ratio(*zip(*per_text, strict=True), confidence=_CONFIDENCE)
+            agree = expected.value == counted.value if setting.is_greedy else not expected.lies_apart(counted)
             comparisons.append(
                 Comparison(
                     decoding=setting,
@@ -92,16 +78,7 @@ def self_check(
                     way=way,
                     computed=expected,
                     counted=counted,
-                    agree=_agree(expected, counted, is_greedy=setting.is_greedy),
+                    agree=agree,
                 )
             )
-    return SelfCheck(
-        prompts=len(prompts), equal=all(comparison.agree for comparison in comparisons), comparisons=comparisons
-    )
-
-
-def _agree(computed: Estimate, counted: Estimate, *, is_greedy: bool) -> bool:
-    if is_greedy:
-        return computed.value == counted.value
-    # At least 32 texts: there always is an interval.
-    return computed.low <= counted.high and counted.low <= computed.high  # type: ignore[operator]
+    return SelfCheck(prompts=len(prompts), equal=all(each.agree for each in comparisons), comparisons=comparisons)

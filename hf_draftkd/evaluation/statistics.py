@@ -18,11 +18,12 @@ from hf_draftkd.acceptance import (
 )
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.recommendation import (
-    ASSISTANT_MODEL,
     PARALLEL,
     SPECULATIVE,
+    WAYS,
     expected_efficiency,
     forward_latency,
+    measured_run,
     way_latency,
 )
 from hf_draftkd.evaluation.report import AssistedResult, LatencyResult, PairedDifference, SettingResult
@@ -41,31 +42,32 @@ def setting_result(
     as_transformers: TextSums | None = None,
     has_blocks: bool = True,
 ) -> SettingResult:
-    """The results of one draft under one setting and rule.
+    """The results of one draft under one setting and rule, by which the sums per text were made.
 
     Args:
         setting: How the texts were decoded.
-        verification: The rule the sums were made with.
+        verification: The rule.
         sums: Per text.
         prompts: Which prompt each text answers: texts of one prompt are resampled together.
         num_assistant_tokens: Draft length of acceptance by position.
         parameter_ratio: Draft ÷ target parameters.
         as_transformers: Sums of the draft as transformers warps it, where that differs.
-        has_blocks: Whether the target wrote the texts under this very setting; without that only the acceptance rate
-            means anything.
+        has_blocks: Whether the target wrote the texts under this very setting; if not, only acceptance is given.
     """
-    rate = bootstrap_ratio(*by_prompt(prompts, sums.acceptance, sums.num_tokens))
     result = SettingResult(
         decoding=setting,
         verification=verification,
         num_texts=len(sums.num_tokens),
         num_tokens=int(sums.num_tokens.sum()),
-        acceptance_rate=rate,
+        acceptance_rate=bootstrap_ratio(*by_prompt(prompts, sums.acceptance, sums.num_tokens)),
     )
     if not has_blocks:
         return result
     result.block_efficiency = _block_efficiency(sums, prompts)
-    result.acceptance_by_position = _by_position(sums, num_assistant_tokens)
+    accepted = pad_sequence(sums.accepted, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in sums.accepted], batch_first=True)
+    positions = acceptance_by_position(accepted, num_assistant_tokens, mask)
+    result.acceptance_by_position = (positions.accepted.sum(0) / positions.blocks.sum()).tolist()
     result.mbsu = {
         length: mbsu(estimate.value, length, parameter_ratio=parameter_ratio)
         for length, estimate in result.block_efficiency.items()
@@ -92,18 +94,10 @@ def paired_difference(
         acceptance_rate=bootstrap_paired_ratio_difference(*by_prompt(prompts, *columns)),
     )
     if has_blocks:
-        difference.block_efficiency = {
-            length: bootstrap_paired_ratio_difference(
-                *by_prompt(
-                    prompts,
-                    draft.num_tokens,
-                    draft.target_calls[:, index],
-                    baseline.num_tokens,
-                    baseline.target_calls[:, index],
-                )
-            )
-            for index, length in enumerate(DRAFT_LENGTHS)
-        }
+        difference.block_efficiency = {}
+        for length, ours, theirs in zip(DRAFT_LENGTHS, draft.target_calls.T, baseline.target_calls.T, strict=True):
+            columns = (draft.num_tokens, ours, baseline.num_tokens, theirs)
+            difference.block_efficiency[length] = bootstrap_paired_ratio_difference(*by_prompt(prompts, *columns))
     return difference
 
 
@@ -114,28 +108,20 @@ def _block_efficiency(sums: TextSums, prompts: Sequence[int]) -> dict[int, Estim
     }
 
 
-def _by_position(sums: TextSums, num_assistant_tokens: int) -> list[float]:
-    accepted = pad_sequence(sums.accepted, batch_first=True)
-    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in sums.accepted], batch_first=True)
-    positions = acceptance_by_position(accepted, num_assistant_tokens, mask)
-    return (positions.accepted.sum(0) / positions.blocks.sum()).tolist()
-
-
 def assisted_result(
     run: DecodingRun, plain: DecodingRun, num_prompts: int, num_assistant_tokens: int
 ) -> AssistedResult:
     """Counts and speed of real decoding in one way, beside plain decoding of the same prompts."""
-    speedup = bootstrap_paired_ratio_quotient(run.tokens, run.seconds, plain.tokens, plain.seconds)
-    rates = torch.tensor(run.tokens) / torch.tensor(run.seconds, dtype=torch.float64)
-    plain_rates = torch.tensor(plain.tokens) / torch.tensor(plain.seconds, dtype=torch.float64)
+    columns = (run.tokens, run.seconds, plain.tokens, plain.seconds)
+    tokens, seconds, plain_tokens, plain_seconds = torch.tensor(columns, dtype=torch.float64)
     return AssistedResult(
         num_assistant_tokens=num_assistant_tokens,
         num_prompts=num_prompts,
         **run.counts.to_dict(),
         tokens_per_second=sum(run.tokens) / sum(run.seconds),
         plain_tokens_per_second=sum(plain.tokens) / sum(plain.seconds),
-        speedup=speedup,
-        median_speedup=median((rates / plain_rates).tolist()),
+        speedup=bootstrap_paired_ratio_quotient(*columns),
+        median_speedup=median((tokens / seconds / (plain_tokens / plain_seconds)).tolist()),
         num_identical=run.num_identical,
         differences=run.differences or None,
     )
@@ -149,16 +135,13 @@ def compare_with_prediction(setting: SettingResult, latency: LatencyResult) -> N
     """
     if not expected_efficiency(setting):
         return
-    runs = [(ASSISTANT_MODEL, SPECULATIVE, setting.assisted), (SPECULATIVE, SPECULATIVE, setting.speculative)]
-    if setting.parallel is not None:
-        runs.append((PARALLEL, PARALLEL, setting.parallel.speculative))
-    for way, limit, found in runs:
-        if found is None or found.speedup is None:
-            continue
-        length = found.num_assistant_tokens
-        efficiency, most = expected_efficiency(setting, way)[length], expected_efficiency(setting, limit)[length]
-        found.predicted_speedup = predicted_speedup(efficiency, length, way_latency(latency, way))
-        found.share_of_limit = found.speedup.value / predicted_speedup(most, length, forward_latency(latency, way))
+    for way in WAYS:
+        if found := measured_run(setting, way):
+            length = found.num_assistant_tokens
+            efficiency = expected_efficiency(setting, way)[length]
+            most = expected_efficiency(setting, PARALLEL if way == PARALLEL else SPECULATIVE)[length]
+            found.predicted_speedup = predicted_speedup(efficiency, length, way_latency(latency, way))
+            found.share_of_limit = found.speedup.value / predicted_speedup(most, length, forward_latency(latency, way))
 
 
 def by_prompt(prompts: Sequence[int], *columns: torch.Tensor) -> list[torch.Tensor]:

@@ -1,9 +1,8 @@
 """The report as a console table: one column a draft, one block of rows a decoding setting."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import PurePath
 from textwrap import fill
 
@@ -14,8 +13,18 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from hf_draftkd.acceptance import Estimate
-from hf_draftkd.evaluation.report import AssistedResult, EngineResult, SettingResult, SpeculationReport
+from hf_draftkd.evaluation.recommendation import WAYS, measured_run
+from hf_draftkd.evaluation.report import (
+    AssistedResult,
+    EngineResult,
+    Recommendation,
+    SettingResult,
+    SpeculationReport,
+    VocabularyResult,
+)
 from hf_draftkd.utils.text import one_line
+
+_BOUNDS = " [{:.2f}, {:.2f}]"
 
 
 def named_settings(report: SpeculationReport) -> list[tuple[str, list[SettingResult]]]:
@@ -85,7 +94,7 @@ def report_cells(report: SpeculationReport) -> Iterator[list[str]]:
         yield [one_line(setting.words)]
         for place, (label, show) in enumerate(_rows(length, batch_sizes)):
             cells = [show(settings[index]) for _, settings in columns]
-            change = [_signed(changes[place]) if place < len(changes) else ""] if differences else []
+            change = [_interval(changes[place], "+.2f") if place < len(changes) else ""] if differences else []
             yield [f" {label}", *cells, *change]
         for place, by_size in enumerate(setting.draft_vocabulary or []):
             cells = [_of_size(settings[index], place, length) for _, settings in columns]
@@ -104,7 +113,7 @@ def engine_rows(found: EngineResult) -> list[list[str]]:
         ["  predicted", "" if predicted is None else f"{predicted:.2f}"],
         ["texts equal to the target's", "" if equal is None else f"{equal} of {found.num_prompts}"],
         ["tokens/s", f"{found.tokens_per_second:.0f} (plain {found.plain_tokens_per_second:.0f})"],
-        ["speed-up", f"{found.speedup.value:.2f}x{_bounds(found.speedup)}"],
+        ["speed-up", f"{found.speedup.value:.2f}x{found.speedup.interval(_BOUNDS)}"],
         ["threads", "" if found.threads is None else str(found.threads)],
     ]
 
@@ -130,31 +139,35 @@ def _folded(cell: str) -> str:
 
 def _rows(length: int, batch_sizes: Iterable[int]) -> list[tuple[str, Callable[[SettingResult], str]]]:
     """The rows of a setting; the first two have a paired difference."""
+
+    def tokens(efficiency: Mapping[int, Estimate] | None) -> str:
+        return _interval((efficiency or {}).get(length))
+
+    def share(run: AssistedResult | None) -> str:
+        return "" if run is None or run.share_of_limit is None else f"{run.share_of_limit:.0%}"
+
+    def parallel(of: SettingResult) -> str:
+        run = of.parallel and of.parallel.speculative
+        return f"{_measured(run)} at {run.num_assistant_tokens}" if run else ""
+
     return [
-        ("acceptance rate", lambda result: _interval(result.acceptance_rate)),
-        (f"tokens/call, γ={length}", lambda result: _interval((result.block_efficiency or {}).get(length))),
-        (f"  in one pass, γ={length}", lambda result: _in_one_pass(result, length)),
-        (f"MBSU, γ={length}", lambda result: _times((result.mbsu or {}).get(length))),
-        ("predicted, at γ", _prediction),
-        ("measured at γ", lambda result: str(result.assisted.num_assistant_tokens) if result.assisted else ""),
-        ("assistant_model=", lambda result: _measured(result.assisted)),
-        ("  of the limit", lambda result: _share(result.assisted)),
-        ("SpeculativeDecoding", lambda result: _measured(result.speculative)),
-        ("  of the limit", lambda result: _share(result.speculative)),
-        ("  in parallel, at γ", _parallel),
+        ("acceptance rate", lambda of: _interval(of.acceptance_rate)),
+        (f"tokens/call, γ={length}", lambda of: tokens(of.block_efficiency)),
+        (f"  in one pass, γ={length}", lambda of: tokens(of.parallel and of.parallel.block_efficiency)),
+        (f"MBSU, γ={length}", lambda of: f"{of.mbsu[length]:.2f}x" if of.mbsu and length in of.mbsu else ""),
+        ("predicted, at γ", lambda of: _prediction(of.recommendation)),
+        ("measured at γ", lambda of: str(of.assisted.num_assistant_tokens) if of.assisted else ""),
+        ("assistant_model=", lambda of: _measured(of.assisted)),
+        ("  of the limit", lambda of: share(of.assisted)),
+        ("SpeculativeDecoding", lambda of: _measured(of.speculative)),
+        ("  of the limit", lambda of: share(of.speculative)),
+        ("  in parallel, at γ", parallel),
         ("tokens/s", _rate),
-        *[(f"in batches of {size}", partial(_in_batches, size)) for size in batch_sizes],
+        *[
+            (f"in batches of {size}", lambda of, size=size: _measured((of.speculative_batches or {}).get(size)))
+            for size in batch_sizes
+        ],
     ]
-
-
-def _in_one_pass(result: SettingResult, length: int) -> str:
-    """Tokens per target call of a parallel draft that predicts so many tokens."""
-    return "" if result.parallel is None else _interval(result.parallel.block_efficiency.get(length))
-
-
-def _parallel(result: SettingResult) -> str:
-    run = None if result.parallel is None else result.parallel.speculative
-    return "" if run is None else f"{_measured(run)} at {run.num_assistant_tokens}"
 
 
 def _of_size(result: SettingResult, place: int, length: int) -> str:
@@ -162,53 +175,25 @@ def _of_size(result: SettingResult, place: int, length: int) -> str:
     if place >= len(result.draft_vocabulary or []):
         return ""
     found = (result.draft_vocabulary or [])[place]
-    efficiency = _interval((found.block_efficiency or {}).get(length))
-    speed = (
-        "" if found.predicted_speedup is None else f", {found.predicted_speedup:.2f}x at {found.num_assistant_tokens}"
-    )
-    return f"{efficiency}{speed}"
+    return ", ".join(filter(None, [_interval((found.block_efficiency or {}).get(length)), _prediction(found)]))
 
 
-def _interval(estimate: Estimate | None) -> str:
-    return "" if estimate is None else f"{estimate.value:.2f}{_bounds(estimate)}"
-
-
-def _signed(estimate: Estimate | None) -> str:
-    return "" if estimate is None else f"{estimate.value:+.2f}{_bounds(estimate)}"
-
-
-def _bounds(estimate: Estimate) -> str:
-    if estimate.low is None or estimate.high is None:
-        return ""
-    return f" [{estimate.low:.2f}, {estimate.high:.2f}]"
-
-
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
-
-
-def _prediction(result: SettingResult) -> str:
-    found = result.recommendation
-    return "" if found is None else f"{found.predicted_speedup:.2f}x at {found.num_assistant_tokens}"
+def _interval(estimate: Estimate | None, form: str = ".2f") -> str:
+    return "" if estimate is None else f"{estimate.value:{form}}{estimate.interval(_BOUNDS)}"
 
 
 def _measured(run: AssistedResult | None) -> str:
-    return "" if run is None or run.speedup is None else f"{run.speedup.value:.2f}x{_bounds(run.speedup)}"
+    return "" if run is None else f"{run.speedup.value:.2f}x{run.speedup.interval(_BOUNDS)}"
 
 
-def _share(run: AssistedResult | None) -> str:
-    return "" if run is None or run.share_of_limit is None else f"{run.share_of_limit:.0%}"
-
-
-def _in_batches(size: int, result: SettingResult) -> str:
-    return _measured((result.speculative_batches or {}).get(size))
+def _prediction(found: Recommendation | VocabularyResult | None) -> str:
+    if found is None or found.predicted_speedup is None:
+        return ""
+    return f"{found.predicted_speedup:.2f}x at {found.num_assistant_tokens}"
 
 
 def _rate(result: SettingResult) -> str:
-    """Tokens per second of the faster way."""
-    parallel = None if result.parallel is None else result.parallel.speculative
-    runs = [run for run in (result.assisted, result.speculative, parallel) if run is not None and run.tokens_per_second]
-    if not runs:
-        return ""
-    best = max(runs, key=lambda run: run.tokens_per_second or 0)
-    return f"{best.tokens_per_second:.0f} (plain {best.plain_tokens_per_second:.0f})"
+    """Tokens per second of the fastest way."""
+    runs = [run for way in WAYS if (run := measured_run(result, way))]
+    best = max(runs, key=lambda run: run.tokens_per_second, default=None)
+    return f"{best.tokens_per_second:.0f} (plain {best.plain_tokens_per_second:.0f})" if best else ""

@@ -91,17 +91,22 @@ def take_texts(
         lengths = list(map(len, render_prompts(loaded, tokenizer)))
         for model in (target_model, *draft_models):
             fitting_rows(lengths, context_length(model), max_new_tokens)
-        sets = [_generated_texts(target_model, tokenizer, loaded, setting, config) for setting in asked]
-        contents = _contents(loaded)
+        sets = [_text_set(answers(target_model, tokenizer, loaded, [each], config), each) for each in asked]
+        # What tells prompts apart: their text, and what a chat template writes beside it.
+        beside = [name for name in ("tools", "chat_template_kwargs") if name in loaded.column_names]
+        contents = loaded.select_columns(["prompt", *beside]) if beside else loaded["prompt"]
         source = source or (str(prompts) if isinstance(prompts, str | Path) else None)
     else:
         if is_recorded(dataset):
-            if settings is None and config.temperatures is None:
-                _refuse_other_settings(config)
-                sets = recorded_texts(dataset)
-            else:
-                sets = recorded_texts(dataset, asked)
-            sets, warnings = by_this_target(target_model, sets)
+            as_recorded = settings is None and config.temperatures is None
+            for name in ("top_p", "top_k", "repetition_penalty") if as_recorded else ():
+                # Recorded answers were written under the settings in their rows, whatever is asked for beside them.
+                if getattr(config, name) != getattr(EvaluationConfig, name):
+                    raise ValueError(
+                        f"`{name}` would do nothing: the data records the settings its answers were written under. "
+                        "Leave it out, or let the target answer again (`--regenerate`, or give `prompts`)."
+                    )
+            sets, warnings = by_this_target(target_model, recorded_texts(dataset, None if as_recorded else asked))
             left_out = sum(source != "generated" for source in dataset["ids_source"])
             if left_out:
                 warnings.append(
@@ -116,9 +121,19 @@ def take_texts(
         # Each prompt once, and only those whose answers are measured.
         contents = dict.fromkeys(tuple(text.prompt_ids) for texts in sets for text in texts.texts)
         max_new_tokens = max(len(text.completion_ids) for texts in sets for text in texts.texts)
+    longest = max(sum(map(len, text)) for texts in sets for text in texts.texts)
     for model in (target_model, *draft_models):
-        _check_lengths(model, sets)
-    warnings += _inherited_setting_warnings(target_model, sets)
+        context = context_length(model)
+        if context is not None and longest > context:
+            raise ValueError(
+                f"The longest text has {longest} tokens, but {model.name_or_path or type(model).__name__!r} reads at "
+                f"most {context}. Leave such texts out."
+            )
+    if penalty != 1 and all(texts.setting.repetition_penalty == penalty for texts in sets):
+        warnings.append(
+            f"The target's generation config carries repetition_penalty={penalty:g}: applied to draft and target alike."
+        )
+    warnings += left_out_warning(target_model, [texts.setting for texts in sets])
     count = max(len(set(texts.prompts)) for texts in sets)
     if count < _FEW_PROMPTS:
         warnings.append(
@@ -140,62 +155,47 @@ def own_penalty(target_model: PreTrainedModel) -> float:
     return target_model.generation_config.repetition_penalty or 1.0
 
 
-def _refuse_other_settings(config: EvaluationConfig) -> None:
-    """Recorded answers were written under the settings in their rows, whatever is asked for beside them."""
-    for name in ("top_p", "top_k", "repetition_penalty"):
-        if getattr(config, name) != getattr(EvaluationConfig, name):
-            raise ValueError(
-                f"`{name}` would do nothing: the data records the settings its answers were written under. Leave it "
-                "out, or let the target answer again (`--regenerate`, or give `prompts`)."
-            )
-
-
-def _generated_texts(
+def answers(
     target_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Dataset,
-    setting: DecodingSetting,
+    settings: Sequence[DecodingSetting],
     config: EvaluationConfig,
-) -> TextSet:
-    """Have the target answer every prompt once under a setting."""
-    rows = generate_alignment_data(
+) -> Dataset:
+    """Have the target answer every prompt once under settings that differ in temperature: alignment data."""
+    sampled = max(settings, key=lambda setting: setting.temperature)
+    return generate_alignment_data(
         target_model,
         tokenizer,
         prompts,
         max_new_tokens=config.max_new_tokens,
-        temperatures=(setting.temperature,),
-        top_p=setting.top_p,
-        top_k=setting.top_k,
-        repetition_penalty=setting.repetition_penalty,
+        temperatures=[setting.temperature for setting in settings],
+        top_p=sampled.top_p,
+        top_k=sampled.top_k,
+        repetition_penalty=sampled.repetition_penalty,
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    return _text_set(rows, setting)
 
 
 def recorded_texts(dataset: Dataset, settings: Sequence[DecodingSetting] | None = None) -> list[TextSet]:
-    """Texts of alignment data, by the setting each row records.
+    """Texts of alignment data, by the setting each row records: of the settings asked for, or of every one found.
 
-    Args:
-        dataset: Alignment data whose rows `is_recorded`; those whose ids were made from text again are left out.
-        settings: Settings to take; by default every one found.
+    Rows whose ids were made from text again are left out.
 
     Raises:
         ValueError: A setting asked for is not there, or a row records none.
     """
     dataset = dataset.select([row for row, source in enumerate(dataset["ids_source"]) if source == "generated"])
-    columns = zip(*(dataset[name] for name in SETTING_COLUMNS), strict=True)
     rows: dict[DecodingSetting, list[int]] = {}
-    for row, values in enumerate(columns):
-        found = DecodingSetting.from_row(dict(zip(SETTING_COLUMNS, values, strict=True)))
-        rows.setdefault(found, []).append(row)
+    for row, columns in enumerate(dataset.select_columns(list(SETTING_COLUMNS))):
+        rows.setdefault(DecodingSetting.from_row(columns), []).append(row)
     if settings is not None:
         absent = [setting for setting in settings if setting not in rows]
         if absent:
             raise ValueError(
-                f"No row was written under {absent[0]}; the dataset has: "
-                f"{'; '.join(map(str, rows))}. Block efficiency holds only for text written "
-                "under the very setting reported. Ask for one of these, or give prompts."
+                f"No row was written under {absent[0]}; the dataset has: {'; '.join(map(str, rows))}. Block efficiency "
+                "holds only for text written under the very setting reported. Ask for one of these, or give prompts."
             )
         rows = {setting: rows[setting] for setting in settings}
     return [_text_set(dataset.select(indices), setting) for setting, indices in rows.items()]
@@ -206,10 +206,7 @@ def other_texts(
 ) -> list[TextSet]:
     """Texts that do not record how they were written: they give acceptance rates, and nothing else.
 
-    Args:
-        dataset: Rows with `prompt` and `completion`, or with `prompt_ids` and `completion_ids`.
-        tokenizer: Encodes the former, with the end token.
-        settings: Settings to report acceptance under.
+    Rows hold `prompt` and `completion`, which are encoded with the end token, or `prompt_ids` and `completion_ids`.
 
     Raises:
         ValueError: The columns are missing, there are no rows, or a chat template renders a conversation so that it
@@ -236,42 +233,29 @@ def is_recorded(dataset: Dataset) -> bool:
 
 
 def _text_set(dataset: Dataset, setting: DecodingSetting) -> TextSet:
-    by_prompt: dict[tuple[int, ...], int] = {}
-    texts, prompts, kept = [], [], []
-    for row, (prompt, completion) in enumerate(zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)):
-        if completion:
-            texts.append(Text(prompt, completion))
-            prompts.append(by_prompt.setdefault(tuple(prompt), len(by_prompt)))
-            kept.append(row)
-    if not texts:
+    rows = [row for row, completion in enumerate(dataset["completion_ids"]) if completion]
+    if not rows:
         raise ValueError(f"Every completion written under {setting} is empty: there is nothing to measure.")
+    dataset = dataset.select(rows)
+    texts = [Text(*ids) for ids in zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)]
+    by_prompt: dict[tuple[int, ...], int] = {}
+
+    def column(name: str | None) -> list[Any]:
+        return list(dataset[name]) if name in dataset.column_names else [None] * len(dataset)
+
     group = next((name for name in _GROUP_COLUMNS if name in dataset.column_names), None)
-    columns: list[Any] = [
-        dataset[name] if name in dataset.column_names else [None] * len(dataset)
-        for name in (group, "target", "target_revision")
-    ]
-    groups, names, commits = columns
+    named = zip(column("target"), column("target_revision"), strict=True)
     return TextSet(
         setting=setting,
         texts=texts,
-        prompts=prompts,
-        groups=None if group is None else [str(groups[row]) for row in kept],
-        written_by=frozenset((names[row], commits[row]) for row in kept if names[row] is not None),
+        prompts=[by_prompt.setdefault(tuple(text.prompt_ids), len(by_prompt)) for text in texts],
+        groups=None if group is None else [str(name) for name in column(group)],
+        written_by=frozenset((name, commit) for name, commit in named if name is not None),
     )
 
 
-def _contents(prompts: Dataset) -> Iterable[Any]:
-    """What tells prompts apart: their text, and what a chat template writes beside it."""
-    beside = [name for name in ("tools", "chat_template_kwargs") if name in prompts.column_names]
-    return prompts.select_columns(["prompt", *beside]) if beside else prompts["prompt"]
-
-
 def check_ids(texts: TextSet, vocab_size: int) -> None:
-    """Refuse texts with ids outside the pair's shared vocabulary.
-
-    Raises:
-        ValueError: Such an id is found.
-    """
+    """Raises: ValueError: a text holds an id outside the pair's shared vocabulary."""
     for number, text in enumerate(texts.texts):
         if max(max(text.prompt_ids), max(text.completion_ids)) >= vocab_size:
             raise ValueError(
@@ -280,27 +264,9 @@ def check_ids(texts: TextSet, vocab_size: int) -> None:
             )
 
 
-def _check_lengths(model: PreTrainedModel, text_sets: Sequence[TextSet]) -> None:
-    """Refuse texts longer than a model can read.
-
-    Raises:
-        ValueError: Such a text is found.
-    """
-    context = context_length(model)
-    longest = max(sum(map(len, text)) for texts in text_sets for text in texts.texts)
-    if context is not None and longest > context:
-        raise ValueError(
-            f"The longest text has {longest} tokens, but {model.name_or_path or type(model).__name__!r} reads at most "
-            f"{context}. Leave such texts out."
-        )
-
-
 def by_this_target(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) -> tuple[list[TextSet], list[str]]:
-    """Texts of another author give acceptance rates alone: they do not tell this target's block efficiency.
-
-    Returns:
-        The text sets, those of which a row names another target, or another commit of this one, no longer exact; and
-        what to say about them.
+    """The text sets, those of which a row names another target, or another commit of this one, no longer exact, and
+    what to say about them: such texts do not tell this target's block efficiency.
     """
     own, commit = target_model.name_or_path, model_revision(target_model)
     judged, others = [], set()
@@ -326,10 +292,7 @@ def _at(name: str, commit: str | None) -> str:
 def plausibility_warnings(target_model: PreTrainedModel, texts: TextSet, share: float) -> list[str]:
     """Tokens that the target would not have written under the setting they are recorded with.
 
-    Args:
-        target_model: The target.
-        texts: The texts; those that claim nothing are not judged.
-        share: Of their tokens, those that the target could have written.
+    Texts that claim nothing are not judged. `share` is that of the tokens that the target could have written.
     """
     if not texts.is_exact or share == 1:
         return []
@@ -343,17 +306,6 @@ def plausibility_warnings(target_model: PreTrainedModel, texts: TextSet, share: 
         f"{1 - share:.2%} of the tokens written under {texts.setting} are not what one forward pass of the target "
         f"gives: near-ties that rounding in {target_model.dtype} decides."
     ]
-
-
-def _inherited_setting_warnings(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) -> list[str]:
-    """Which entries of the target's generation config were applied, and which were not."""
-    penalty, settings = own_penalty(target_model), [texts.setting for texts in text_sets]
-    found = []
-    if penalty != 1 and all(setting.repetition_penalty == penalty for setting in settings):
-        found.append(
-            f"The target's generation config carries repetition_penalty={penalty:g}: applied to draft and target alike."
-        )
-    return found + left_out_warning(target_model, settings)
 
 
 def suppressed_token_warnings(

@@ -17,11 +17,7 @@ from hf_draftkd.acceptance import AcceptanceCounts
 from hf_draftkd.decoding.processors import logits_processors, process_logits
 from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
 from hf_draftkd.decoding.speculative import SpeculativeDecoding
-from hf_draftkd.evaluation.assisted import (
-    count_acceptance,
-    fixed_draft_length,
-    synchronize_accelerator,
-)
+from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length, synchronize_accelerator
 from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE
 from hf_draftkd.evaluation.report import DecodingDifference
 from hf_draftkd.models.forward import seeded
@@ -83,17 +79,11 @@ def time_decoding(
         seed: Sampled batches are seeded one by one with this and their number.
         on_prompts: Called after every batch with its number of prompts.
 
-    Returns:
-        What each way did, "plain" among them.
-
     Raises:
         ValueError: A way refuses to decode these models.
     """
     config = single_text_config(target_model, setting, max_new_tokens, suppress_tokens=suppress_tokens)
-    options: dict[str, dict[str, Any]] = {PLAIN: {}, ASSISTANT_MODEL: {"assistant_model": draft_model}}
-    for way in {SPECULATIVE, PARALLEL} & {*ways}:
-        decoding = SpeculativeDecoding(draft_model, num_assistant_tokens, parallel=way == PARALLEL)
-        options[way] = {"custom_generate": decoding}
+    options = {way: way_options(way, draft_model, num_assistant_tokens) for way in ways} | {PLAIN: {}}
     names = [PLAIN, *ways]
     groups = [prompts[at : at + batch_size] for at in range(0, len(prompts) - batch_size + 1, batch_size)]
     runs = {way: DecodingRun() for way in names}
@@ -121,6 +111,13 @@ def time_decoding(
             ]
             runs[way].num_identical = len(texts[way]) - len(runs[way].differences)
     return runs
+
+
+def way_options(way: str, draft_model: PreTrainedModel, num_assistant_tokens: int) -> dict[str, Any]:
+    """What `generate` is given to decode with a draft in one of the ways."""
+    if way == ASSISTANT_MODEL:
+        return {"assistant_model": draft_model}
+    return {"custom_generate": SpeculativeDecoding(draft_model, num_assistant_tokens, parallel=way == PARALLEL)}
 
 
 def refused_by_speculative_decoding(
@@ -172,17 +169,9 @@ def generate_texts(
     seed: int = 0,
     **options: Any,
 ) -> tuple[list[list[int]], float]:
-    """One `generate` call for prompts that are decoded together.
+    """The completions of prompts that are decoded together, and the seconds of that `generate` call.
 
-    Args:
-        model: The target.
-        prompts: Token ids of each.
-        config: As `single_text_config` makes it.
-        seed: Of sampling; the global random state is left alone.
-        **options: Passed to `generate`, such as `assistant_model`.
-
-    Returns:
-        The completions' tokens, and the wall-clock of the call in seconds.
+    The config is as `single_text_config` makes it. The global random state is left alone.
     """
     rows = [torch.tensor(list(prompt)) for prompt in prompts]
     pad = pad_id(model, config.pad_token_id)
@@ -194,14 +183,10 @@ def generate_texts(
         output = model.generate(ids, attention_mask=mask, generation_config=config, **options)
         synchronize_accelerator()
         elapsed = perf_counter() - started
-    ends = end_token_ids(model)
-    return [_cut(row, ends) for row in output[:, ids.shape[1] :].tolist()], elapsed
-
-
-def _cut(tokens: list[int], ends: frozenset[int]) -> list[int]:
-    """The text up to its end token: what stands behind it in a batch is padding."""
-    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens) - 1)
-    return tokens[: end + 1]
+    ends, texts = end_token_ids(model), output[:, ids.shape[1] :].tolist()
+    # What stands behind a text's end token is padding of its batch.
+    lengths = (next((place for place, token in enumerate(text) if token in ends), len(text)) for text in texts)
+    return [text[: length + 1] for text, length in zip(texts, lengths, strict=True)], elapsed
 
 
 def _first_difference(

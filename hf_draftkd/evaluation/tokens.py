@@ -1,12 +1,13 @@
 """Which tokens does a draft miss? By their kind, by their place in the answer, and in a few answers token by token."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_draftkd.acceptance import Estimate, bootstrap_ratio
+from hf_draftkd.acceptance import bootstrap_ratio
 from hf_draftkd.evaluation.report import Answer, KindResult, SettingResult
 from hf_draftkd.evaluation.scoring import Text, TextSums, proposed_tokens
 from hf_draftkd.evaluation.statistics import by_prompt
@@ -55,39 +56,33 @@ def _kind(piece: str, before: str) -> str:
 
 
 def add_token_results(result: SettingResult, sums: TextSums, texts: TextSet, kinds: Sequence[Sequence[str]]) -> None:
-    """Put acceptance by kind and by place into the results of one setting.
-
-    Args:
-        result: Of text that the target wrote under this very setting.
-        sums: What the draft scored on it, in the order of `texts`.
-        texts: The texts.
-        kinds: The kind of each of their tokens.
+    """Put acceptance by kind and by place into the results of one setting, from what the draft scored on texts that the
+    target wrote under this very setting, and the kind of each of their tokens.
     """
     by_kind = _rates(kinds, sums, texts.prompts)
-    result.acceptance_by_kind = {
-        kind: KindResult(acceptance_rate=by_kind[kind][0], num_tokens=by_kind[kind][1])
-        for kind in KINDS
-        if kind in by_kind
-    }
+    result.acceptance_by_kind = {kind: by_kind[kind] for kind in KINDS if kind in by_kind}
     # Places 1, 2 to 3, 4 to 7, ...: by the power of two below.
     places = [[1 << (place.bit_length() - 1) for place in range(1, len(each) + 1)] for each in kinds]
-    by_place = _rates(places, sums, texts.prompts)
-    result.acceptance_by_place = {place: by_place[place][0] for place in sorted(by_place)}
+    by_place = sorted(_rates(places, sums, texts.prompts).items())
+    result.acceptance_by_place = {place: found.acceptance_rate for place, found in by_place}
 
 
-def _rates(labels: Sequence[Sequence[T]], sums: TextSums, prompts: Sequence[int]) -> dict[T, tuple[Estimate, int]]:
+def _rates(labels: Sequence[Sequence[T]], sums: TextSums, prompts: Sequence[int]) -> dict[T, KindResult]:
     """For each label: the acceptance of its tokens, and how many there are."""
-    counted: dict[T, tuple[torch.Tensor, torch.Tensor]] = {}
+    total: Counter[tuple[T, int]] = Counter()
+    count: Counter[tuple[T, int]] = Counter()
     for text, (each, accepted) in enumerate(zip(labels, sums.accepted, strict=True)):
         for label, value in zip(each, accepted.tolist(), strict=True):
-            if label not in counted:
-                counted[label] = tuple(torch.zeros(2, len(labels), dtype=torch.float64))
-            counted[label][0][text] += value
-            counted[label][1][text] += 1
-    return {
-        label: (bootstrap_ratio(*by_prompt(prompts, *columns)), int(columns[1].sum()))
-        for label, columns in counted.items()
-    }
+            total[label, text] += value
+            count[label, text] += 1
+    rates = {}
+    for label in dict.fromkeys(label for label, _ in count):
+        columns = torch.tensor(
+            [[of[label, text] for text in range(len(labels))] for of in (total, count)], dtype=torch.float64
+        )
+        rate = bootstrap_ratio(*by_prompt(prompts, *columns))
+        rates[label] = KindResult(acceptance_rate=rate, num_tokens=int(columns[1].sum()))
+    return rates
 
 
 def show_answers(

@@ -51,7 +51,13 @@ def log_report(
         ValueError: A name is not a tracker's.
         ImportError: A tracker is not installed.
     """
-    figures = _figures(report)
+    figures: dict[str, float] = {}
+    for setting in report.settings:
+        efficiency = (setting.block_efficiency or {}).get(report.num_assistant_tokens)
+        named = {"acceptance_rate": setting.acceptance_rate, "block_efficiency": efficiency}
+        runs = {"speedup": setting.assisted, "speedup_speculative_decoding": setting.speculative}
+        named |= {key: run.speedup for key, run in runs.items() if run}
+        figures |= {f"report/{setting.words}/{key}": each.value for key, each in named.items() if each}
     (_, *names), *cells = report_cells(report)
     headings = ["setting", *names]
     rows = [[*row, *[""] * (len(headings) - len(row))] for row in cells]
@@ -69,14 +75,3 @@ def log_report(
         module.log(figures | {"report/table": module.Table(columns=headings, data=rows)})
         if not is_active:
             module.finish()
-
-
-def _figures(report: SpeculationReport) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    for setting in report.settings:
-        efficiency = (setting.block_efficiency or {}).get(report.num_assistant_tokens)
-        runs = {"speedup": setting.assisted, "speedup_speculative_decoding": setting.speculative}
-        named = {"acceptance_rate": setting.acceptance_rate, "block_efficiency": efficiency}
-        named |= {key: run.speedup for key, run in runs.items() if run is not None}
-        figures |= {f"report/{setting.words}/{key}": each.value for key, each in named.items() if each is not None}
-    return figures

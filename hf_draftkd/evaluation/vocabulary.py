@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from hf_draftkd.acceptance import best_draft_length
 from hf_draftkd.decoding.drafting import checked_vocabulary, with_sliced_head
 from hf_draftkd.evaluation.recommendation import SPECULATIVE, way_latency
-from hf_draftkd.evaluation.report import LatencyResult, SettingResult, VocabularyResult
+from hf_draftkd.evaluation.report import LatencyResult, SettingResult
 from hf_draftkd.models.draft_length import recorded_vocabulary
 from hf_draftkd.utils.checks import whole_number
 
@@ -32,10 +32,8 @@ def whole_vocabulary(drafts: Sequence[PreTrainedModel]) -> Iterator[None]:
 def lists_to_report(draft: PreTrainedModel, sizes: Sequence[int] | None, vocab_size: int) -> list[list[int]]:
     """The first ids of the draft's recorded list, a list for each size, the smallest first.
 
-    Args:
-        draft: The draft.
-        sizes: None: the whole list, its half and its quarter; nothing where the draft records none.
-        vocab_size: Tokens that the pair shares.
+    Without sizes: the whole list, its half and its quarter; nothing where the draft records none. `vocab_size` is the
+    number of tokens that the pair shares.
 
     Raises:
         ValueError: Sizes are given, but the draft records no list, or a shorter one; or its head cannot be cut.
@@ -57,12 +55,9 @@ def lists_to_report(draft: PreTrainedModel, sizes: Sequence[int] | None, vocab_s
 
 
 def predict_by_size(settings: Sequence[SettingResult], latency: LatencyResult, draft_seconds: Sequence[float]) -> None:
-    """Fill in the predicted speed-up of every size with `SpeculativeDecoding`.
+    """Fill in the predicted speed-up of every size with `SpeculativeDecoding`, from seconds of a draft step by size.
 
-    Args:
-        settings: With `draft_vocabulary`, whose last entry is the whole vocabulary.
-        latency: Measured on this machine.
-        draft_seconds: As `draft_step_seconds` gives them: the whole head first.
+    The whole vocabulary comes last in the settings, and first in `draft_seconds`.
     """
     whole, *listed = draft_seconds
     for setting in settings:
@@ -71,11 +66,4 @@ def predict_by_size(settings: Sequence[SettingResult], latency: LatencyResult, d
             if result.block_efficiency:
                 times = way_latency(replace(latency, draft_step_seconds=seconds), SPECULATIVE)
                 curve = {length: estimate.value for length, estimate in result.block_efficiency.items()}
-                best = best_draft_length(curve, times)
-                result.num_assistant_tokens = best.num_assistant_tokens
-                result.predicted_speedup = best.predicted_speedup
-
-
-def vocabulary_result(size: int, found: SettingResult) -> VocabularyResult:
-    """The part of a setting's results that a size of vocabulary changes."""
-    return VocabularyResult(size=size, acceptance_rate=found.acceptance_rate, block_efficiency=found.block_efficiency)
+                result.num_assistant_tokens, result.predicted_speedup = best_draft_length(curve, times)

@@ -9,13 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub import get_token
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 # The forms of access tokens; `hf_draftkd` and names like it are shorter, or hold dots.
@@ -91,21 +85,18 @@ def _from_response(error: HfHubHTTPError, doing: str, afterwards: str, token: st
     status = error.response.status_code
     said = redacted(error.server_message or "", token)[:300].rstrip(".")
     said = f" It says: {said}." if said else ""
+    answers = {
+        400: f"The Hub refused the request while {doing}.{said} {afterwards}",
+        401: f"The Hub does not accept the token (401) while {doing}.{said} {LOGIN}",
+        403: f"The token has no right to do this ({status}) while {doing}.{said} Check the name of the user or "
+        f"organisation. {LOGIN}",
+        404: f"The Hub has no such repository, or it is private (while {doing}).{said} {afterwards}",
+        409: f"Somebody else changed the repository at the same time ({status}).{said} {afterwards}",
+    }
     if isinstance(error, GatedRepoError):
         return ValueError(f"The repository is gated: ask for access on its page first. {afterwards}")
-    if status == 400:
-        return ValueError(f"The Hub refused the request while {doing}.{said} {afterwards}")
-    if status == 401:
-        return ValueError(f"The Hub does not accept the token (401) while {doing}.{said} {LOGIN}")
-    if status in (402, 403):
-        return ValueError(
-            f"The token has no right to do this ({status}) while {doing}.{said} Check the name of the user or "
-            f"organisation. {LOGIN}"
-        )
-    if status == 404:
-        return ValueError(f"The Hub has no such repository, or it is private (while {doing}).{said} {afterwards}")
-    if status in (409, 412):
-        return ValueError(f"Somebody else changed the repository at the same time ({status}).{said} {afterwards}")
+    if answer := answers.get({402: 403, 412: 409}.get(status, status)):
+        return ValueError(answer)
     if status == 429:
         wait = error.response.headers.get("Retry-After", "")
         when = f"in {wait} seconds" if wait.isdecimal() else "later"

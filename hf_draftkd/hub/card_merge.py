@@ -48,13 +48,10 @@ def prose_of(text: str) -> str:
 
 
 def with_sections(prose: str, fresh: str) -> str:
-    """The prose of one card with the sections of another.
+    """The prose of one card, whose words and order of sections are kept, with the sections of a fresh one.
 
-    Args:
-        prose: Text of the card whose words, and order of sections, are kept. Without words (the Hub's form for a new
-            repository writes metadata alone) `fresh` is the whole text.
-        fresh: Text of the card whose sections are taken. A section that `prose` lacks is put at the end; one that
-            `fresh` lacks is emptied: it described other weights.
+    Without words (the Hub's form for a new repository writes metadata alone) `fresh` is the whole text. A section that
+    `prose` lacks is put at the end; one that `fresh` lacks is emptied: it described other weights.
     """
     if not prose_of(prose):
         return fresh
@@ -111,7 +108,7 @@ def merged(
     prose: Place | None = None,
     given: Collection[str] = (),
 ) -> tuple[Card, Place | None]:
-    """The card to publish, and where its words come from (None: nobody wrote any).
+    """The card to publish, with the sections of `fresh`, and where its words come from (None: nobody wrote any).
 
     Args:
         fresh: With the new sections.

@@ -1,6 +1,7 @@
 """The dataset card of alignment data, and its way to the Hub."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,15 +26,10 @@ _BARS = 20  # characters of the longest bar in the histogram
 
 
 def alignment_card(rows: Dataset, manifest: dict[str, Any], repo_id: str | None = None) -> DatasetCard:
-    """The card of finished alignment data.
+    """The card of finished alignment data, from the rows and the manifest beside their shards.
 
     Names of columns, targets and sources are data that somebody else may have written: the template escapes all that
-    is not marked as `Markdown`, as the cards of drafts do.
-
-    Args:
-        rows: The data.
-        manifest: The manifest beside its shards.
-        repo_id: Where it is published, for the example.
+    is not marked as `Markdown`, as the cards of drafts do. `repo_id` is where it is published, for the example.
     """
     sizes: list[int] = []
     for part in rows.select_columns(["completion_ids"]).with_format("arrow").iter(10_000):
@@ -74,13 +70,11 @@ def length_histogram(sizes: list[int], bins: int = 8) -> list[tuple[int, int, in
     """Rows by length: (shortest, longest, how many, a bar), in intervals of equal width."""
     low, high = min(sizes), max(sizes)
     width = max(1, -(-(high - low + 1) // bins))
-    counts = [0] * -(-(high - low + 1) // width)
-    for size in sizes:
-        counts[(size - low) // width] += 1
-    most = max(counts)
+    counts = Counter((size - low) // width for size in sizes)
+    most = max(counts.values())
     return [
-        (low + number * width, low + (number + 1) * width - 1, count, "█" * round(_BARS * count / most))
-        for number, count in enumerate(counts)
+        (start, start + width - 1, count := counts[number], "█" * round(_BARS * count / most))
+        for number, start in enumerate(range(low, high + 1, width))
     ]
 
 
@@ -153,7 +147,5 @@ def push_alignment_data(
 
 
 def _size(rows: int) -> str:
-    for limit, name in ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M")):
-        if rows < limit:
-            return name
-    return "n>1M" if rows >= 10**7 else "1M<n<10M"
+    names = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "n>1M")
+    return names[min(max(len(str(rows)) - 3, 0), len(names) - 1)]

@@ -10,7 +10,7 @@ Metrics are read from the `model-index` in the answer of one listing; no file of
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.evaluation.schema import to_plain
 from hf_draftkd.hub.access import hub_errors
 from hf_draftkd.hub.metadata import draft_for_tag
 from hf_draftkd.hub.upload_files import REPORT_FILE
@@ -71,12 +72,9 @@ class RecordedSetting:
 class FoundDraft:
     """A draft on the Hub. Whatever loads a model by `repo_id` and `revision` takes it, `load_draft` for one.
 
-    Args:
-        repo_id, revision: Where it is; the revision is the commit that was listed.
-        target: The model it is tagged for: the one asked about, or one that it derives from.
-        settings: What was measured, per decoding setting.
-        num_parameters, relative_cost, license, downloads, likes, private: As recorded.
-        remarks: What a person should know: missing metrics, another revision of the target, another target.
+    `revision` is the commit that was listed, `target` the model it is tagged for: the one asked about, or one that it
+    derives from. `remarks` says what a person should know: missing metrics, another revision of the target, another
+    target. All else is as recorded.
     """
 
     repo_id: str
@@ -107,9 +105,7 @@ class FoundDraft:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; absent where not recorded."""
-        plain = asdict(self)
-        plain["settings"] = [{k: v for k, v in setting.items() if v is not None} for setting in plain["settings"]]
-        return {name: value for name, value in plain.items() if value is not None}
+        return to_plain(self)
 
     def load_report(self, token: str | None = None) -> SpeculationReport:
         """Download and check the whole report.
@@ -194,10 +190,7 @@ def _commit(api: HfApi, name: str, revision: str) -> str | None:
     """The commit that a revision means; cards record commits, so a branch's name would never equal one.
 
     What the Hub does not resolve stands for itself if it is a commit or the beginning of one. None where a branch of a
-    repository that is not visible from here could mean any commit.
-
-    Raises:
-        ValueError: The repository has no such revision.
+    repository that is not visible from here could mean any commit; a `ValueError` where there is no such revision.
     """
     is_commit = _COMMIT.fullmatch(revision)
     try:

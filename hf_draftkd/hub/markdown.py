@@ -74,10 +74,8 @@ def estimate_text(estimate: Estimate | float | None, digits: int, *, signed: boo
         return None
     form = f"{'+' if signed else ''}.{digits}f"
     if not isinstance(estimate, Estimate):
-        return Markdown(f"{estimate:{form}}")
-    if estimate.low is None or estimate.high is None:
-        return Markdown(f"{estimate.value:{form}}")
-    return Markdown(f"{estimate.value:{form}} \\[{estimate.low:{form}}, {estimate.high:{form}}\\]")
+        estimate = Estimate(estimate)
+    return Markdown(f"{estimate.value:{form}}" + estimate.interval(rf" \[{{:{form}}}, {{:{form}}}\]"))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown | None:

@@ -1,5 +1,6 @@
 """The YAML block of a draft's card: what the Hub indexes, and what `find_drafts` reads back."""
 
+from functools import partial
 from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry
@@ -27,41 +28,23 @@ def eval_results(report: SpeculationReport | None) -> list[EvalResult]:
     """
     if report is None:
         return []
-    found = []
+    found, hardware = [], hardware_text(report.hardware)
     for domain, settings in by_domain(report):
         length = shown_length(report, settings)
         for setting in settings:
-            found += [
-                _result(report, domain, kind, label, estimate, args, setting)
-                for kind, label, estimate, args in _measured(report, setting, length)
-                if estimate is not None
-            ]
+            result = partial(_result, report, domain, setting=setting)
+            found.append(result("acceptance_rate", "Acceptance rate", setting.acceptance_rate, {}))
+            if efficiency := at_length(setting.block_efficiency, length):
+                label = f"Tokens per target call, draft length {length}"
+                found.append(result("block_efficiency", label, efficiency, {"num_assistant_tokens": length}))
+            for way, run in (("assistant_model=", setting.assisted), ("SpeculativeDecoding", setting.speculative)):
+                if run:
+                    args = {"num_assistant_tokens": run.num_assistant_tokens, "hardware": hardware, "way": way}
+                    found.append(result("speedup", f"Measured speed-up, {way}", run.speedup, args))
     if report.latency is not None:
-        args = {"hardware": hardware_text(report.hardware)}
         cost, label = report.latency.relative_cost, "Draft step ÷ target step"
-        found.append(_result(report, report.prompts.domain, "relative_cost", label, cost, args))
+        found.append(_result(report, report.prompts.domain, "relative_cost", label, cost, {"hardware": hardware}))
     return found
-
-
-def _measured(
-    report: SpeculationReport, setting: SettingResult, length: int | None
-) -> list[tuple[str, str, Estimate | None, dict[str, Any]]]:
-    """(type, label, value, arguments) of what one setting holds."""
-    efficiency = at_length(setting.block_efficiency, length)
-    measured: list[tuple[str, str, Estimate | None, dict[str, Any]]] = [
-        ("acceptance_rate", "Acceptance rate", setting.acceptance_rate, {}),
-        (
-            "block_efficiency",
-            f"Tokens per target call, draft length {length}",
-            efficiency,
-            {"num_assistant_tokens": length},
-        ),
-    ]
-    for way, run in (("assistant_model=", setting.assisted), ("SpeculativeDecoding", setting.speculative)):
-        if run:
-            args = {"num_assistant_tokens": run.num_assistant_tokens, "hardware": hardware_text(report.hardware)}
-            measured.append(("speedup", f"Measured speed-up, {way}", run.speedup, args | {"way": way}))
-    return measured
 
 
 def _result(
@@ -107,12 +90,9 @@ def _is_dataset(source: str) -> bool:
 def benchmark_entries(report: SpeculationReport | None, task_id: str) -> list[EvalResultEntry]:
     """The report's tokens per target call for a benchmark's leaderboard (`.eval_results/*.yaml`).
 
-    These files belong to data sets on the Hub that define tasks, and hold one value per task; they apply where the
-    prompts are such a benchmark's, which only the person who measured knows.
-
-    Args:
-        report: The report.
-        task_id: The task, as the benchmark's repository calls it.
+    These files belong to data sets on the Hub that define tasks, and hold one value per task, by the id that the
+    benchmark's repository gives it; they apply where the prompts are such a benchmark's, which only the person who
+    measured knows.
 
     Raises:
         ValueError: The prompts are not from a data set on the Hub, or no block efficiency was measured.

@@ -137,11 +137,7 @@ class DraftModelCard(ModelCard):
         return str(self)
 
     def save(self, filepath: str | os.PathLike) -> Path:
-        """Write the card, whole or not at all.
-
-        Args:
-            filepath: The file, or a folder in which it becomes `README.md`.
-        """
+        """Write the card, whole or not at all, into a file, or into a folder as `README.md`."""
         path = Path(filepath)
         return write_text(path / CARD_FILE if path.is_dir() else path, self.render())
 
@@ -239,6 +235,7 @@ def _summary(
         origin = _at(hub_link(str(training.public_name("draft"))), training.draft_revision)
     elif training and training.built_from:
         origin = text(training.built_from)
+    proposed, rows = pair.draft_vocabulary_size, pair.draft_vocab_size
     return _rows(
         {
             "Target": target,
@@ -247,14 +244,9 @@ def _summary(
             "Parameters of the target": _count(target_size),
             "Tokenizer": code(pair.tokenizer_fingerprint) if pair.tokenizer_fingerprint else None,
             "Tuned draft length": length,
-            "Tokens it proposes with SpeculativeDecoding": _vocabulary(pair),
+            "Tokens it proposes with SpeculativeDecoding": f"{proposed:,} of {rows:,}" if proposed and rows else None,
         }
     )
-
-
-def _vocabulary(pair: PairFacts) -> str | None:
-    size = pair.draft_vocabulary_size
-    return f"{size:,} of {pair.draft_vocab_size:,}" if size and pair.draft_vocab_size else None
 
 
 def _training_table(training: TrainingSummary) -> Markdown | None:
@@ -263,15 +255,26 @@ def _training_table(training: TrainingSummary) -> Markdown | None:
     if divergence and training.divergence_options:
         options = ", ".join(f"{name} = {value}" for name, value in training.divergence_options.items())
         divergence = Markdown(f"{divergence}, {text(options)}")
+    mixed = None
+    if training.num_mixed_rows:
+        share = training.num_mixed_rows / (training.num_mixed_rows + (training.num_rows or 0))
+        mixed = f"{training.num_mixed_rows:,} rows of other text" + (
+            f" ({share:.0%} of all)" if training.num_rows else ""
+        )
+    writer = COMPLETIONS[training.completions] if training.completions else None
+    if writer and training.lmbda is not None and training.lmbda < 1:
+        writer += f"; the draft writes a fraction of {training.lmbda:g}"
+    if writer and training.skd_top_k is not None:
+        writer += f"; of its tokens, those outside the target's top {training.skd_top_k} are replaced by the target's"
     return _rows(
         {
             "Data set": _at(hub_link(dataset, "datasets/"), training.dataset_revision) if dataset else None,
             "Scenario": ", ".join(training.scenarios) if training.scenarios else None,
             "Rows": _count(training.num_rows),
-            "Mixed in": _mixed_in(training),
+            "Mixed in": mixed,
             "Completion tokens": _count(training.num_tokens),
             "Decoding of the data": "; ".join(map(str, training.sampling or ())) or None,
-            "Who wrote the completions": _writer(training),
+            "Who wrote the completions": writer,
             "Signal": SIGNALS[training.signal] if training.signal else None,
             "Divergence": divergence,
             "Loss temperature": training.loss_temperature,
@@ -283,27 +286,6 @@ def _training_table(training: TrainingSummary) -> Markdown | None:
     )
 
 
-def _writer(training: TrainingSummary) -> str | None:
-    if training.completions is None:
-        return None
-    writer = COMPLETIONS[training.completions]
-    if training.lmbda is not None and training.lmbda < 1:
-        writer += f"; the draft writes a fraction of {training.lmbda:g}"
-    if training.skd_top_k is not None:
-        writer += f"; of its tokens, those outside the target's top {training.skd_top_k} are replaced by the target's"
-    return writer
-
-
-def _mixed_in(training: TrainingSummary) -> str | None:
-    if not training.num_mixed_rows:
-        return None
-    share = training.num_mixed_rows / (training.num_mixed_rows + (training.num_rows or 0))
-    return f"{training.num_mixed_rows:,} rows of other text" + (f" ({share:.0%} of all)" if training.num_rows else "")
-
-
 def _values(header: str, values: Mapping[str, Any] | None) -> Markdown | None:
-    rows = [
-        (code(name), text(f"{value:.4g}" if isinstance(value, float) else value))
-        for name, value in (values or {}).items()
-    ]
-    return table((header, "Value"), rows)
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in (values or {}).items()}
+    return table((header, "Value"), [(code(name), text(value)) for name, value in shown.items()])

@@ -14,7 +14,7 @@ from typing import Any, Self
 from transformers import GenerationConfig, PreTrainedConfig
 
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.schema import from_plain, key, to_plain
+from hf_draftkd.evaluation.schema import from_plain, optional, read_json, to_plain
 from hf_draftkd.hub.access import redacted
 from hf_draftkd.hub.public_names import public_name, without_paths
 from hf_draftkd.models.draft_length import recorded_vocabulary
@@ -47,41 +47,39 @@ class TrainingSummary:
         ValueError: `signal` or `completions` is not a known one.
     """
 
-    target: str | None = key("The model it was aligned with: Hub id or path.", default=None)
-    target_is_local: bool | None = key("Whether `target` was a folder where it was trained.", default=None)
-    target_revision: str | None = key("The target's commit.", default=None)
-    draft: str | None = key("Where the draft's weights started: Hub id or path.", default=None)
-    draft_is_local: bool | None = key("Whether `draft` was a folder where it was trained.", default=None)
-    draft_revision: str | None = key("Its commit.", default=None)
-    built_from: str | None = key("How a new draft was made, in words: `layers 0 and 7 of the target`.", default=None)
-    signal: str | None = key("What was learned from: `white_box`, `cached` or `black_box`.", default=None)
-    divergence: str | None = key("Name of the loss as in `hf_draftkd.losses`.", default=None)
-    divergence_options: dict[str, Any] | None = key("Its options: `beta`, `eta`, ...", default=None)
-    loss_temperature: float | None = key("Loss temperature (not a sampling temperature).", default=None)
-    completions: str | None = key(
-        "Who wrote the completions: `data`, `target`, `draft`, `mixed` or `data_and_draft`.", default=None
+    target: str | None = optional("The model it was aligned with: Hub id or path.")
+    target_is_local: bool | None = optional("Whether `target` was a folder where it was trained.")
+    target_revision: str | None = optional("The target's commit.")
+    draft: str | None = optional("Where the draft's weights started: Hub id or path.")
+    draft_is_local: bool | None = optional("Whether `draft` was a folder where it was trained.")
+    draft_revision: str | None = optional("Its commit.")
+    built_from: str | None = optional("How a new draft was made, in words: `layers 0 and 7 of the target`.")
+    signal: str | None = optional("What was learned from: `white_box`, `cached` or `black_box`.")
+    divergence: str | None = optional("Name of the loss as in `hf_draftkd.losses`.")
+    divergence_options: dict[str, Any] | None = optional("Its options: `beta`, `eta`, ...")
+    loss_temperature: float | None = optional("Loss temperature (not a sampling temperature).")
+    completions: str | None = optional(
+        "Who wrote the completions: `data`, `target`, `draft`, `mixed` or `data_and_draft`."
     )
-    lmbda: float | None = key("Fraction of batches whose completions the draft wrote.", default=None)
-    skd_top_k: int | None = key(
-        "SKD: tokens of the draft outside the target's so many likeliest were the target's own.", default=None
+    lmbda: float | None = optional("Fraction of batches whose completions the draft wrote.")
+    skd_top_k: int | None = optional(
+        "SKD: tokens of the draft outside the target's so many likeliest were the target's own."
     )
-    dataset: str | None = key("Training data: Hub id or path.", default=None)
-    dataset_is_local: bool | None = key("Whether `dataset` was a file or folder there.", default=None)
-    dataset_revision: str | None = key("Its commit.", default=None)
-    scenarios: list[str] | None = key("`queries`, `curated`, `synthetic`.", default=None)
-    num_rows: int | None = key("Rows of training data.", default=None)
-    num_mixed_rows: int | None = key("Rows of other text that were mixed in.", default=None)
-    num_tokens: int | None = key("Completion tokens of training data.", default=None)
-    sampling: list[DecodingSetting] | None = key("Decoding settings under which the data was written.", default=None)
-    peft: str | None = key("The adapter that was trained and merged, in words: `LoRA, rank 16`.", default=None)
-    num_steps: int | None = key("Optimiser steps.", default=None)
-    num_epochs: float | None = key("Passes over the data.", default=None)
-    seed: int | None = key("Random seed.", default=None)
-    hyperparameters: dict[str, Any] | None = key("Training arguments that differ from their defaults.", default=None)
-    metrics: dict[str, float] | None = key(
-        "The last `trainer.evaluate()`; shown as measured in training.", default=None
-    )
-    online: bool | None = key("Whether the draft learned from served traffic.", default=None)
+    dataset: str | None = optional("Training data: Hub id or path.")
+    dataset_is_local: bool | None = optional("Whether `dataset` was a file or folder there.")
+    dataset_revision: str | None = optional("Its commit.")
+    scenarios: list[str] | None = optional("`queries`, `curated`, `synthetic`.")
+    num_rows: int | None = optional("Rows of training data.")
+    num_mixed_rows: int | None = optional("Rows of other text that were mixed in.")
+    num_tokens: int | None = optional("Completion tokens of training data.")
+    sampling: list[DecodingSetting] | None = optional("Decoding settings under which the data was written.")
+    peft: str | None = optional("The adapter that was trained and merged, in words: `LoRA, rank 16`.")
+    num_steps: int | None = optional("Optimiser steps.")
+    num_epochs: float | None = optional("Passes over the data.")
+    seed: int | None = optional("Random seed.")
+    hyperparameters: dict[str, Any] | None = optional("Training arguments that differ from their defaults.")
+    metrics: dict[str, float] | None = optional("The last `trainer.evaluate()`; shown as measured in training.")
+    online: bool | None = optional("Whether the draft learned from served traffic.")
 
     def __post_init__(self) -> None:
         if self.signal is not None:
@@ -100,19 +98,19 @@ class TrainingSummary:
 class PairFacts:
     """What decides which engines can run a pair. Serving commands appear on a card only where these are known."""
 
-    draft_vocab_size: int | None = key("Rows of the draft's output layer, padding included.", default=None)
-    target_vocab_size: int | None = key("Rows of the target's.", default=None)
-    same_special_ids: bool | None = key("Whether bos, eos and pad ids agree in both configs.", default=None)
-    draft_parameters: int | None = key("Parameters of the draft.", default=None)
-    target_parameters: int | None = key("Parameters of the target.", default=None)
-    tokenizer_fingerprint: str | None = key("As `hf_draftkd.models.tokenizer_fingerprint` gives it.", default=None)
-    has_chat_template: bool | None = key("Whether the tokenizer carries a chat template.", default=None)
-    num_assistant_tokens: int | None = key("Draft length in the draft's generation config, if tuned.", default=None)
-    draft_vocabulary_size: int | None = key(
-        "Ids in the `draft_vocabulary` of the draft's generation config, if there is one.", default=None
+    draft_vocab_size: int | None = optional("Rows of the draft's output layer, padding included.")
+    target_vocab_size: int | None = optional("Rows of the target's.")
+    same_special_ids: bool | None = optional("Whether bos, eos and pad ids agree in both configs.")
+    draft_parameters: int | None = optional("Parameters of the draft.")
+    target_parameters: int | None = optional("Parameters of the target.")
+    tokenizer_fingerprint: str | None = optional("As `hf_draftkd.models.tokenizer_fingerprint` gives it.")
+    has_chat_template: bool | None = optional("Whether the tokenizer carries a chat template.")
+    num_assistant_tokens: int | None = optional("Draft length in the draft's generation config, if tuned.")
+    draft_vocabulary_size: int | None = optional(
+        "Ids in the `draft_vocabulary` of the draft's generation config, if there is one."
     )
-    parallel_tokens: int | None = key(
-        "Tokens that the draft was trained to predict in one pass; absent for an ordinary draft.", default=None
+    parallel_tokens: int | None = optional(
+        "Tokens that the draft was trained to predict in one pass; absent for an ordinary draft."
     )
 
     @classmethod
@@ -150,15 +148,15 @@ def tuned_length(config: GenerationConfig | None) -> int | None:
 class Provenance:
     """Where the files of a draft come from; stored beside them as `provenance.json`."""
 
-    command: str | None = key("Command line or script that made the draft, without secrets.", default=None)
-    created: str | None = key("ISO date and time.", default=None)
-    versions: dict[str, str] | None = key("Package to version.", default=None)
-    commit: str | None = key("Commit of the code, when it ran from a git checkout.", default=None)
-    hardware: str | None = key("What it was trained on, in words.", default=None)
-    weights_sha256: str | None = key("`weights_checksum` of the folder: ties a report to the weights.", default=None)
-    training: TrainingSummary | None = key("How the draft was trained.", default=None)
-    pair: PairFacts | None = key("How the draft fits its target.", default=None)
-    notes: list[str] | None = key("Sentences that the card must carry.", default=None)
+    command: str | None = optional("Command line or script that made the draft, without secrets.")
+    created: str | None = optional("ISO date and time.")
+    versions: dict[str, str] | None = optional("Package to version.")
+    commit: str | None = optional("Commit of the code, when it ran from a git checkout.")
+    hardware: str | None = optional("What it was trained on, in words.")
+    weights_sha256: str | None = optional("`weights_checksum` of the folder: ties a report to the weights.")
+    training: TrainingSummary | None = optional("How the draft was trained.")
+    pair: PairFacts | None = optional("How the draft fits its target.")
+    notes: list[str] | None = optional("Sentences that the card must carry.")
 
     def to_json(self) -> str:
         """JSON text without absent fields."""
@@ -178,11 +176,7 @@ class Provenance:
         path = Path(folder) / PROVENANCE_FILE
         if not path.is_file():
             return None
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}.") from None
-        return from_plain(cls, data, PROVENANCE_FILE)
+        return from_plain(cls, read_json(path.read_text(encoding="utf-8"), str(path)), PROVENANCE_FILE)
 
     def public(self) -> Self:
         """The same as strangers may read it: without paths of this machine and without tokens."""

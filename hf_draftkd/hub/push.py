@@ -22,6 +22,7 @@ from huggingface_hub.errors import HTTPError
 from transformers import AutoConfig, GenerationConfig
 
 from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.hub import upload_files
 from hf_draftkd.hub.access import check_repo_id, hub_errors, redacted, writing_token
 from hf_draftkd.hub.card_merge import CARD_FILE, Place, local_card, merged, prose_of, read_card
 from hf_draftkd.hub.metadata import benchmark_entries
@@ -29,19 +30,7 @@ from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.provenance import PROVENANCE_FILE, PairFacts, TrainingSummary
 from hf_draftkd.hub.public_names import public_report
 from hf_draftkd.hub.repository import Remote, commit, look, stale
-from hf_draftkd.hub.upload_files import (
-    CUSTOM_GENERATE_FOLDER,
-    PLOT_FOLDER,
-    REPORT_FILE,
-    DraftFolder,
-    PlannedFile,
-    custom_generate_files,
-    generation_config_file,
-    look_at_folder,
-    model_files,
-    plot_files,
-    refuse_secrets,
-)
+from hf_draftkd.hub.upload_files import CUSTOM_GENERATE_FOLDER, PLOT_FOLDER, REPORT_FILE, DraftFolder, PlannedFile
 from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
 from hf_draftkd.utils.text import one_line
@@ -65,17 +54,9 @@ _WORDS_OF = {"hub": "the card on the Hub", "local": f"the {CARD_FILE} in the fol
 
 @dataclass(frozen=True)
 class Upload:
-    """What is, or was, published.
+    """What is, or was, published: files, the model card among them, and in the same commit paths that are deleted.
 
-    Args:
-        repo_id: The repository, with its owner.
-        files: What goes in, in order.
-        deleted: Paths of an older version in the repository that go out in the same commit.
-        card: The model card among `files`.
-        remarks: What a person should know before (or after) it happens.
-        private: Whether the repository is private, or will be; None before a new one is made by its owner's default.
-        revision, create_pr: As passed to `push_draft`.
-        commit, url: The commit and where to see it; None in a dry run.
+    `private` is None before a new repository is made by its owner's default. `commit` and `url` are None in a dry run.
     """
 
     repo_id: str
@@ -94,10 +75,8 @@ class Upload:
         where = f" (revision {self.revision})" if self.revision else ""
         kind = "pull request on" if self.create_pr else "commit to"
         lines = [f"{kind} {self.repo_id}{where}, {_VISIBILITY[self.private]}:"]
-        lines += [
-            f"  {file.path:<{width}}  {file.size:>13,} bytes{f'  {file.remark}' if file.remark else ''}"
-            for file in self.files
-        ]
+        files = (f"{file.path:<{width}}  {file.size:>13,} bytes  {file.remark}" for file in self.files)
+        lines += [f"  {line.rstrip()}" for line in files]
         lines += [f"  {path:<{width}}  deleted: belongs to an older version" for path in self.deleted]
         lines += [f"note: {remark}" for remark in self.remarks]
         return "\n".join(lines)
@@ -158,7 +137,7 @@ def push_draft(
     check_repo_id(repo_id)
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"A pull request is opened against main; leave out revision={revision!r} or `create_pr`.")
-    draft = look_at_folder(folder, report)
+    draft = upload_files.look_at_folder(folder, report)
     if draft.contradictions and not allow_mismatch:
         raise ValueError(
             f"Report, provenance and weights do not belong together. {' '.join(draft.contradictions)} Evaluate this "
@@ -182,7 +161,7 @@ def push_draft(
         )
     wanted = {"license": license, "language": language, "tags": tags}
     card, files = _contents(api, draft, repo_id, remote, wanted, prose, benchmark_task, custom_generate)
-    refuse_secrets(files, token)
+    upload_files.refuse_secrets(files, token)
     if draft.report is None:
         remarks.append(f"There is no {REPORT_FILE} of this draft: the card says that nothing was measured.")
     plan = Upload(
@@ -217,7 +196,7 @@ def _contents(
     """The card, and all files of the upload."""
     report = public_report(draft.report) if draft.report else None
     advice = report.recommendation if report else None
-    generation = generation_config_file(draft.path, advice.num_assistant_tokens if advice else None)
+    generation = upload_files.generation_config_file(draft.path, advice.num_assistant_tokens if advice else None)
     notes = [*(draft.provenance.notes or ()), *(f"Published although: {words}" for words in draft.contradictions)]
     provenance = dataclasses.replace(
         draft.provenance,
@@ -225,7 +204,7 @@ def _contents(
         pair=_pair(draft, generation, api.token),
         notes=list(dict.fromkeys(notes)) or None,
     ).public()
-    plots = plot_files(draft.pictures)
+    plots = upload_files.plot_files(draft.pictures)
     fresh = DraftModelCard.from_report(
         report,
         provenance=provenance,
@@ -234,44 +213,33 @@ def _contents(
         custom_generate=custom_generate,
         plots={Path(plot.path).stem.replace("_", " ").capitalize(): plot.path for plot in plots},
     )
-    card, remark = _merged_card(api, fresh, local_card(DraftModelCard, draft.path), repo_id, remote, wanted, prose)
-    if not custom_generate and card.data.get("tags"):  # an earlier version may have had it
-        card.data["tags"] = [tag for tag in card.data["tags"] if tag != CUSTOM_GENERATE_FOLDER]
-    files = [PlannedFile(CARD_FILE, card.render().encode(), remark)]
-    if report:
-        files.append(PlannedFile(REPORT_FILE, report.to_json().encode()))
-    files.append(PlannedFile(PROVENANCE_FILE, provenance.to_json().encode()))
-    files += [*model_files(draft.path), *([generation] if generation else []), *plots]
-    if custom_generate:
-        files += custom_generate_files()
-    if task is not None:
-        entries = eval_result_entries_to_yaml(benchmark_entries(report, task))
-        files.append(PlannedFile(_BENCHMARK_FILE, yaml.safe_dump(entries, sort_keys=False).encode()))
-    return card, files
-
-
-def _merged_card(
-    api: HfApi,
-    fresh: DraftModelCard,
-    local: DraftModelCard | None,
-    repo_id: str,
-    remote: Remote,
-    wanted: dict[str, Any],
-    prose: Place | None,
-) -> tuple[DraftModelCard, str]:
-    """The fresh card in the words that a person wrote, wherever those are, and a licence; what was done, in words."""
+    local = local_card(DraftModelCard, draft.path)
     if local and _without_title(local) == _without_title(fresh):
         # In the folder a title is the folder's name or the run's. On the Hub another one was chosen by a person.
         local.text = fresh.text
     held = read_card(DraftModelCard, remote.card, f"the card of {repo_id}") if remote.card else None
     given = {key: fresh.data[key] for key in ("license", "language") if wanted[key] is not None}
+    # The fresh card in the words that a person wrote, wherever those are.
     card, place = merged(fresh, local, held, prose, given)
-    for key, value in given.items():
+    settled = given
+    if not (card.data.to_dict() | given).get("license"):
+        settled = given | _inherited_license(api, fresh.data.get("base_model"))
+    for key, value in settled.items():
         card.data[key] = value
-    if not card.data.get("license"):
-        for key, value in _inherited_license(api, fresh.data.get("base_model")).items():
-            card.data[key] = value
-    return card, f"with the words of {_WORDS_OF[place]}" if place else "updated" if held else ""
+    if not custom_generate and card.data.get("tags"):  # an earlier version may have had it
+        card.data["tags"] = [tag for tag in card.data["tags"] if tag != CUSTOM_GENERATE_FOLDER]
+    remark = f"with the words of {_WORDS_OF[place]}" if place else "updated" if held else ""
+    files = [PlannedFile(CARD_FILE, card.render().encode(), remark)]
+    if report:
+        files.append(PlannedFile(REPORT_FILE, report.to_json().encode()))
+    files.append(PlannedFile(PROVENANCE_FILE, provenance.to_json().encode()))
+    files += [*upload_files.model_files(draft.path), *([generation] if generation else []), *plots]
+    if custom_generate:
+        files += upload_files.custom_generate_files()
+    if task is not None:
+        entries = eval_result_entries_to_yaml(benchmark_entries(report, task))
+        files.append(PlannedFile(_BENCHMARK_FILE, yaml.safe_dump(entries, sort_keys=False).encode()))
+    return card, files
 
 
 def _without_title(card: DraftModelCard) -> str:
@@ -303,11 +271,8 @@ def _pair(draft: DraftFolder, generation: PlannedFile | None, token: str | bool 
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         has_chat_template=tokenizer.chat_template is not None,
     )
-    if target_config is not None:
-        return facts
-    return dataclasses.replace(
-        facts, target_vocab_size=stored.target_vocab_size, same_special_ids=stored.same_special_ids
-    )
+    known = {} if target_config else {key: getattr(stored, key) for key in ("target_vocab_size", "same_special_ids")}
+    return dataclasses.replace(facts, **known)
 
 
 def _inherited_license(api: HfApi, base_model: Any) -> dict[str, str]:

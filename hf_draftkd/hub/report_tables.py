@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from hf_draftkd.acceptance import Estimate
-from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE, measured_run
+from hf_draftkd.evaluation.recommendation import WAYS, measured_run
 from hf_draftkd.evaluation.report import (
     AssistedResult,
     HardwareInfo,
@@ -127,17 +127,14 @@ def vocabulary_table(settings: Sequence[SettingResult], length: int | None) -> M
 def parallel_table(settings: Sequence[SettingResult]) -> Markdown | None:
     """What drafting in one pass gives at each draft length, beside drafting one by one."""
     rows = []
-    for setting in settings:
-        if setting.parallel is None:
-            continue
-        depths = enumerate(setting.parallel.acceptance_by_depth, start=1)
-        rates = {f"{depth}": estimate_text(rate.value, 3) for depth, rate in depths}
-        rows.append({"Decoding": str(setting.decoding), "": "α at depth", **rates})
-        for name, found in (
-            ("τ, one by one", setting.block_efficiency or {}),
-            ("τ, in one pass", setting.parallel.block_efficiency),
+    for setting, found in ((each, each.parallel) for each in settings if each.parallel):
+        efficiency = {length: (setting.block_efficiency or {})[length] for length in found.block_efficiency}
+        for name, digits, estimates in (
+            ("α at depth", 3, dict(enumerate(found.acceptance_by_depth, start=1))),
+            ("τ, one by one", 2, efficiency),
+            ("τ, in one pass", 2, found.block_efficiency),
         ):
-            cells = {f"{each}": estimate_text(found[each].value, 2) for each in setting.parallel.block_efficiency}
+            cells = {f"{place}": estimate_text(estimate.value, digits) for place, estimate in estimates.items()}
             rows.append({"Decoding": str(setting.decoding), "": name, **cells})
     return records(rows)
 
@@ -190,7 +187,7 @@ def engine_table(report: SpeculationReport) -> Markdown | None:
 
 def real_decoding(setting: SettingResult) -> list[tuple[str, AssistedResult]]:
     """What was measured of decoding with the draft under one setting, each with the way it was decoded in."""
-    ways = {way: measured_run(setting, way) for way in (ASSISTANT_MODEL, SPECULATIVE, PARALLEL)}
+    ways = {way: measured_run(setting, way) for way in WAYS}
     ways |= {
         f"SpeculativeDecoding, batches of {size}": run for size, run in (setting.speculative_batches or {}).items()
     }

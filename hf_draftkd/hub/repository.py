@@ -43,38 +43,33 @@ def look(
     with hub_errors(f"looking at {repo_id}", afterwards=afterwards, token=api.token):
         if "/" not in repo_id and api.token is not None:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
-        remote = _remote(api, repo_id, repo_type, revision)
-    if private and remote.private is False:
-        raise ValueError(_public_refusal(repo_id))
-    return repo_id, remote
+        # Without `cardData`: huggingface_hub may be unable to take what somebody wrote there. The card itself is read.
+        expand: Any = ["private", "sha", "siblings", "tags"]
+        info: Any
+        try:
+            info = api.repo_info(repo_id, repo_type=repo_type, revision=revision, expand=expand)
+        except RevisionNotFoundError:  # a branch that will be made from main
+            info = api.repo_info(repo_id, repo_type=repo_type, expand=expand)
+        except RepositoryNotFoundError as error:
+            # The Hub answers 401 for a repository that does not exist to anybody whose token it does not know.
+            if error.response.status_code == 401 and api.token:
+                raise
+            return repo_id, Remote()
+        _check_private(repo_id, private, info)
+        files, card = tuple(sibling.rfilename for sibling in info.siblings or ()), None
+        if CARD_FILE in files:
+            path = api.hf_hub_download(repo_id, CARD_FILE, revision=info.sha, repo_type=repo_type)
+            card = Path(path).read_text(encoding="utf-8-sig")
+    return repo_id, Remote(info.sha, bool(info.private), files, tuple(info.tags or ()), card)
 
 
-def _remote(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> Remote:
-    # Without `cardData`: huggingface_hub may be unable to take what somebody wrote there. The card itself is read.
-    expand: Any = ["private", "sha", "siblings", "tags"]
-    info: Any
-    try:
-        info = api.repo_info(repo_id, repo_type=repo_type, revision=revision, expand=expand)
-    except RevisionNotFoundError:  # a branch that will be made from main
-        info = api.repo_info(repo_id, repo_type=repo_type, expand=expand)
-    except RepositoryNotFoundError as error:
-        # The Hub answers 401 for a repository that does not exist to anybody whose token it does not know.
-        if error.response.status_code == 401 and api.token:
-            raise
-        return Remote()
-    files = tuple(sibling.rfilename for sibling in info.siblings or ())
-    card = None
-    if CARD_FILE in files:
-        path = api.hf_hub_download(repo_id, CARD_FILE, revision=info.sha, repo_type=repo_type)
-        card = Path(path).read_text(encoding="utf-8-sig")
-    return Remote(info.sha, bool(info.private), files, tuple(info.tags or ()), card)
-
-
-def _public_refusal(repo_id: str) -> str:
-    return (
-        f"{repo_id} exists and is public, so what should be private would be seen by everybody; nothing was uploaded. "
-        "Make it private in its settings on the Hub first, name another repository, or leave `private` out."
-    )
+def _check_private(repo_id: str, private: bool | None, info: Any) -> None:
+    if private and not info.private:
+        raise ValueError(
+            f"{repo_id} exists and is public, so what should be private would be seen by everybody; nothing was "
+            "uploaded. Make it private in its settings on the Hub first, name another repository, or leave `private` "
+            "out."
+        )
 
 
 def stale(remote: Remote, patterns: list[str], files: Sequence[PlannedFile]) -> tuple[str, ...]:
@@ -96,18 +91,14 @@ def commit(
 ) -> tuple[RepoUrl, bool, CommitInfo]:
     url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
     # `exist_ok` takes a public repository for a private one: what it is, only the Hub knows.
-    expand: Any = ["private"]
-    is_private = bool(api.repo_info(repo_id, repo_type=repo_type, expand=expand).private)
-    if private and not is_private:
-        raise ValueError(_public_refusal(repo_id))
+    info: Any = api.repo_info(repo_id, repo_type=repo_type, expand=["private"])  # type: ignore[arg-type]
+    _check_private(repo_id, private, info)
     if revision and revision != "main":
         api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+    added = [CommitOperationAdd(file.path, file.source) for file in files]
     done = api.create_commit(
         repo_id,
-        [
-            *(CommitOperationDelete(path) for path in deleted),
-            *(CommitOperationAdd(file.path, file.source) for file in files),
-        ],
+        [*map(CommitOperationDelete, deleted), *added],
         commit_message=message,
         repo_type=repo_type,
         revision=revision,
@@ -115,4 +106,4 @@ def commit(
         # The card was merged with what was there: if somebody edits it meanwhile, nothing is overwritten.
         parent_commit=remote.sha if not create_pr else None,
     )
-    return url, is_private, done
+    return url, bool(info.private), done

@@ -17,15 +17,25 @@ import json
 import shlex
 from dataclasses import dataclass
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from hf_draftkd.hub.markdown import python_string
 from hf_draftkd.hub.provenance import PairFacts
 from hf_draftkd.models.draft_length import draft_length_settings
 
 LLAMA_CPP_MAX_VOCAB_DIFFERENCE = 128
-# Said of commands that `examples/engines.py` runs.
-_RUN = "Run with {} on a CPU by `examples/engines.py` of hf_draftkd, on its demo pair."
 # A starting point where no length was tuned; the card says that it is one.
 UNTUNED_LENGTH = 5
+# Block of templates/serving_commands.txt -> title and language.
+_TITLES = {
+    "generate": ("transformers: `generate`", "python"),
+    "custom_generate": ("transformers: `generate` with the code in this repository", "python"),
+    "pipeline": ("transformers: `pipeline`", "python"),
+    "vllm": ("vLLM", "bash"),
+    "openvino": ("OpenVINO", "python"),
+    "sglang": ("SGLang", "bash"),
+    "llama_cpp": ("llama.cpp", "bash"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,165 +70,45 @@ def serving_commands(
         custom_generate: Whether the draft's repository holds code for `generate(custom_generate=...)`.
         one_by_one: Whether a parallel draft is recommended to draft one token at a time all the same.
     """
-    found = []
     same_size = pair.draft_vocab_size == pair.target_vocab_size
     sizes_known = None not in (pair.draft_vocab_size, pair.target_vocab_size)
-    if same_size or not sizes_known:
-        found.append(_generate(draft, target, target_revision, pair, num_assistant_tokens))
-        if custom_generate:
-            found.append(_custom_generate(draft))
-        if pair.same_special_ids is not False:
-            found.append(_pipeline(draft, target, target_revision, pair, num_assistant_tokens))
-    if not sizes_known:
-        return found
-    length = num_assistant_tokens or UNTUNED_LENGTH
-    pin = f" --revision {shlex.quote(target_revision)}" if target_revision else ""
-    if same_size:
-        at_once = None if one_by_one else pair.parallel_tokens
-        found += [
-            _vllm(draft, target, pin, length, at_once),
-            _openvino(draft, target, pin, length),
-            _sglang(draft, target, pin, length),
-        ]
     distance = abs((pair.draft_vocab_size or 0) - (pair.target_vocab_size or 0))
-    if distance <= LLAMA_CPP_MAX_VOCAB_DIFFERENCE and pair.same_special_ids:
-        found.append(_llama_cpp(draft, target, pin, length))
-    return found
+    can = dict.fromkeys(("vllm", "openvino", "sglang"), sizes_known and same_size) | {
+        "generate": same_size or not sizes_known,
+        "custom_generate": custom_generate and (same_size or not sizes_known),
+        "pipeline": pair.same_special_ids is not False and (same_size or not sizes_known),
+        "llama_cpp": sizes_known and distance <= LLAMA_CPP_MAX_VOCAB_DIFFERENCE and pair.same_special_ids,
+    }
+    length = num_assistant_tokens or UNTUNED_LENGTH
+    vllm = {"method": "draft_model", "model": draft, "num_speculative_tokens": length}
+    at_once = None if one_by_one else pair.parallel_tokens
+    if at_once is not None:
+        vllm |= {"num_speculative_tokens": min(length, at_once), "parallel_drafting": True}
+    # To be set by hand where the draft's generation config does not carry the tuned length.
+    by_hand = {} if num_assistant_tokens in (None, pair.num_assistant_tokens) else draft_length_settings(length)
+    context = {
+        "draft": draft,
+        "target": target,
+        "pair": pair,
+        "length": length,
+        "is_tuned": num_assistant_tokens is not None,
+        "length_options": [f"{key}={json.dumps(value)}" for key, value in by_hand.items()],
+        "revision": [f"revision={python_string(target_revision)}"] if target_revision else [],
+        "pin": f" --revision {shlex.quote(target_revision)}" if target_revision else "",
+        "placement": ['dtype="auto"', 'device_map="auto"'],
+        "vllm_config": json.dumps(vllm),
+        "at_once": at_once,
+        "call": lambda function, *arguments: "\n".join([f"{function}(", *(f"    {each}," for each in arguments), ")"]),
+        "run_with": "Run with {} on a CPU by `examples/engines.py` of hf_draftkd, on its demo pair.".format,
+    }
+    loader = PackageLoader("hf_draftkd.hub", "templates")
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"python": python_string, "shell": shlex.quote}
+    template = environment.get_template("serving_commands.txt")
 
+    def command(name: str) -> Command:
+        text = "".join(template.blocks[name](template.new_context(context)))
+        content, _, remark = text.partition("\n---\n")
+        return Command(*_TITLES[name], content.strip("\n"), remark.strip("\n"))
 
-def _call(function: str, *arguments: str) -> str:
-    """A call with one argument a line: how formatters leave it, however long the names are."""
-    return "\n".join([f"{function}(", *(f"    {argument}," for argument in arguments), ")"])
-
-
-def _load(name: str, *options: str) -> str:
-    return _call("AutoModelForCausalLM.from_pretrained", python_string(name), *options, *_PLACEMENT)
-
-
-_PLACEMENT = ('dtype="auto"', 'device_map="auto"')
-
-
-def _revision(revision: str | None) -> list[str]:
-    return [f"revision={python_string(revision)}"] if revision else []
-
-
-def _length_lines(name: str, pair: PairFacts, length: int | None) -> list[str]:
-    """Set the length by hand where the draft's generation config does not carry it."""
-    if length is None or pair.num_assistant_tokens == length:
-        return []
-    options = (f"{key}={json.dumps(value)}" for key, value in draft_length_settings(length).items())
-    return [_call(f"{name}.generation_config.update", *options)]
-
-
-def _generate(draft: str, target: str, revision: str | None, pair: PairFacts, length: int | None) -> Command:
-    if pair.has_chat_template:
-        options = ("messages", "add_generation_prompt=True", "return_dict=True", 'return_tensors="pt"')
-        inputs = [
-            'messages = [{"role": "user", "content": "Your question."}]',
-            f"inputs = {_call('tokenizer.apply_chat_template', *options)}.to(target.device)",
-        ]
-    else:
-        inputs = ['inputs = tokenizer("Your text.", return_tensors="pt").to(target.device)']
-    lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"tokenizer = {_call('AutoTokenizer.from_pretrained', python_string(target), *_revision(revision))}",
-        f"target = {_load(target, *_revision(revision))}",
-        f"draft = {_load(draft)}",
-        *_length_lines("draft", pair, length),
-        *inputs,
-        "output = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-    ]
-    remark = "Batch size 1 only: transformers refuses assisted generation for larger batches."
-    if length is not None and pair.num_assistant_tokens == length:
-        remark = f"The tuned draft length ({length}) is read from the draft's `generation_config.json`. {remark}"
-    return Command("transformers: `generate`", "python", "\n".join(lines), remark)
-
-
-def _custom_generate(draft: str) -> Command:
-    options = ("assistant_model=draft", f"custom_generate={python_string(draft)}", "trust_remote_code=True")
-    remark = (
-        "With the models and inputs above. It runs `custom_generate/generate.py` of this repository, a few lines that "
-        "hand the draft to `hf_draftkd.SpeculativeDecoding`: that package must be installed. Batches work too."
-    )
-    call = _call("output = target.generate", "**inputs", *options, "max_new_tokens=256")
-    return Command("transformers: `generate` with the code in this repository", "python", call, remark)
-
-
-def _pipeline(draft: str, target: str, revision: str | None, pair: PairFacts, length: int | None) -> Command:
-    prompt = '[{"role": "user", "content": "Your question."}]' if pair.has_chat_template else '"Your text."'
-    models = (f"model={python_string(target)}", *_revision(revision), f"assistant_model={python_string(draft)}")
-    lines = [
-        "from transformers import pipeline",
-        "",
-        f"generator = {_call('pipeline', python_string('text-generation'), *models, *_PLACEMENT)}",
-        *_length_lines("generator.assistant_model", pair, length),
-        f'print(generator({prompt}, max_new_tokens=256)[0]["generated_text"])',
-    ]
-    return Command("transformers: `pipeline`", "python", "\n".join(lines))
-
-
-def _vllm(draft: str, target: str, pin: str, length: int, parallel_tokens: int | None) -> Command:
-    options = {"method": "draft_model", "model": draft, "num_speculative_tokens": length}
-    if parallel_tokens is not None:
-        options |= {"num_speculative_tokens": min(length, parallel_tokens), "parallel_drafting": True}
-    config = json.dumps(options)
-    content = f"vllm serve {shlex.quote(target)}{pin} \\\n    --speculative-config {shlex.quote(config)}"
-    remark = (
-        "By default the draft proposes its likeliest token: when sampling compare with the metrics for `greedy_draft`. "
-        '`"draft_sample_method": "probabilistic"` in the config lets it sample, which is `rejection_sampling`. The CPU '
-        "build of 0.32 is right for greedy decoding only: sampling with a draft reads a temperature that was never "
-        "set, and top-k or top-p end its engine core. "
-    )
-    if parallel_tokens is None:
-        remark += _RUN.format("vLLM 0.32.0")
-    else:
-        remark += "With `parallel_drafting` it proposes all tokens in one pass, from mask tokens; that was not run."
-    return Command("vLLM", "bash", content, remark)
-
-
-def _sglang(draft: str, target: str, pin: str, length: int) -> Command:
-    content = (
-        f"python -m sglang.launch_server --model-path {shlex.quote(target)}{pin} \\\n"
-        f"    --speculative-algorithm STANDALONE --speculative-draft-model-path {shlex.quote(draft)} \\\n"
-        f"    --speculative-num-steps {length} --speculative-eagle-topk 1 --speculative-num-draft-tokens {length + 1}"
-    )
-    return Command("SGLang", "bash", content, "Not run: as SGLang's documentation has it.")
-
-
-def _llama_cpp(draft: str, target: str, pin: str, length: int) -> Command:
-    content = (
-        f"hf download {shlex.quote(target)}{pin} --local-dir target-hf\n"
-        f"hf download {shlex.quote(draft)} --local-dir draft-hf\n"
-        "python convert_hf_to_gguf.py target-hf --outfile target.gguf\n"
-        "python convert_hf_to_gguf.py draft-hf --outfile draft.gguf\n"
-        f"llama-server -m target.gguf -md draft.gguf --spec-type draft-simple --spec-draft-n-max {length} \\\n"
-        "    --spec-draft-sampling probabilistic --threads 2"
-    )
-    remark = (
-        "The converter must know the architecture and the tokenizer of both models: it refuses a pair whose "
-        "pre-tokenizer it does not recognize. Give `--threads` the cores there are. For greedy decoding leave "
-        "`--spec-draft-sampling` out; without it llama.cpp verifies sampled text by `exact_match`, with it by "
-        f"`rejection_sampling`. {_RUN.format('llama.cpp 0.6.0 (build 11434)')}"
-    )
-    return Command("llama.cpp", "bash", content, remark)
-
-
-def _openvino(draft: str, target: str, pin: str, length: int) -> Command:
-    export = "optimum-cli export openvino --task text-generation-with-past --model"
-    lines = [
-        "# Once, in a shell:",
-        f"#   hf download {shlex.quote(target)}{pin} --local-dir target-hf",
-        f"#   {export} target-hf target-ov",
-        f"#   {export} {shlex.quote(draft)} draft-ov",
-        "import openvino_genai",
-        "",
-        'draft = openvino_genai.draft_model("draft-ov", "CPU")',
-        'pipeline = openvino_genai.LLMPipeline("target-ov", "CPU", draft_model=draft)',
-        "config = pipeline.get_generation_config()",
-        f"config.num_assistant_tokens = {length}",
-        "config.max_new_tokens = 256",
-        'print(pipeline.generate("Your text.", config))',
-    ]
-    return Command("OpenVINO", "python", "\n".join(lines), _RUN.format("OpenVINO GenAI 2026.4.1"))
+    return [command(name) for name in _TITLES if can[name]]

@@ -48,12 +48,8 @@ _TEXT_SUFFIXES = {".json", ".jinja", ".md", ".txt", ""}
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One file of an upload.
-
-    Args:
-        path: Path in the repository.
-        source: The file on disk, or the bytes themselves where they were made for the upload.
-        remark: Why it differs from what lies on disk, if it does.
+    """One file of an upload: its path in the repository, the file on disk or bytes made for the upload, and why they
+    differ from what lies on disk, if they do.
     """
 
     path: str
@@ -72,15 +68,8 @@ class PlannedFile:
 class DraftFolder:
     """A folder that was found fit to be published, and what is known about it.
 
-    Args:
-        checkpoint: What is in it: config and tokenizer.
-        parameters: Parameters stored in it.
-        weights_sha256: Checksum of its weights.
-        provenance: Its `provenance.json`, empty where there is none.
-        report: Its report, if any.
-        pictures: Where plots may lie.
-        contradictions: Where these do not fit together, one sentence each.
-        remarks: What a person should know besides.
+    `provenance` is empty where there is no file of it; plots may lie in the `pictures` folders; `contradictions` says
+    where all this does not fit together, one sentence each, and `remarks` what a person should know besides.
     """
 
     checkpoint: Checkpoint
@@ -181,23 +170,17 @@ def _contradictions(
             f"The report is about a draft of {draft.num_parameters:,} parameters, the folder holds {parameters:,}."
         )
     if training is not None:
-        pairs = {
-            "target": (training.target, target.name),
-            "target revision": (training.target_revision, target.revision),
-        }
-        for what, (trained, measured) in pairs.items():
-            if trained and measured and not _is_same(trained, measured):
+        names, revisions = (training.target, target.name), (training.target_revision, target.revision)
+        for what, (trained, measured) in {"target": names, "target revision": revisions}.items():
+            same_folder = os.path.isdir(str(trained)) and os.path.isdir(str(measured))
+            same_folder = same_folder and os.path.samefile(str(trained), str(measured))  # one has many paths
+            if trained and measured and trained != measured and not same_folder:
                 found.append(f"The draft was trained for the {what} {trained!r}, the report is about {measured!r}.")
     return found
 
 
 def _changed(since: str, expected: str | None, checksum: str) -> str:
     return f"The weights are not those from when {since}: sha256 {str(expected)[:12]}… then, {checksum[:12]}… now."
-
-
-def _is_same(one: str, other: str) -> bool:
-    """Whether two names of a target mean the same; one folder has many paths."""
-    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))
 
 
 def model_files(folder: Path) -> list[PlannedFile]:
@@ -229,12 +212,7 @@ def custom_generate_files() -> list[PlannedFile]:
 
 
 def generation_config_file(folder: Path, num_assistant_tokens: int | None) -> PlannedFile | None:
-    """`generation_config.json` with the tuned draft length; a length that was set by hand is left alone.
-
-    Args:
-        folder: The draft's folder.
-        num_assistant_tokens: The length that a report recommends, None where there is none.
-    """
+    """`generation_config.json` with the draft length that a report recommends; one set by hand is left alone."""
     path = folder / "generation_config.json"
     held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if num_assistant_tokens is None or tuned_length(GenerationConfig.from_dict(held)) is not None:
@@ -255,14 +233,9 @@ def plot_files(folders: Iterable[Path]) -> list[PlannedFile]:
 
 
 def shard_files(folder: Path, count: int, target: str, public: str, scratch: Path) -> list[PlannedFile]:
-    """The shards of finished alignment data, whose rows name a local target by the last part of its path.
+    """The shards of finished alignment data, in whose rows strangers read the `public` name of the target.
 
-    Args:
-        folder: The data; not changed.
-        count: Its shards.
-        target: Name of the target in its rows.
-        public: What strangers read instead. Where that is the same, the shards themselves are uploaded.
-        scratch: An empty folder for rewritten shards; as much as the data have must fit on its disk.
+    Where that is another than theirs, shards are written again into the `scratch` folder, on whose disk they must fit.
     """
     paths = [shard_path(folder, number, count) for number in range(count)]
     if public != target:

@@ -40,23 +40,12 @@ def saved(tmp_path):
     return tmp_path / "target", prompts
 
 
-def test_queries_are_answered_resumed_and_carded(tmp_path, saved):
+def test_queries_are_answered_resumed_and_carded(tmp_path, saved, capsys):
     path, prompts = saved
     out = tmp_path / "out"
     command = ["generate", "--target_model", path, "--dataset", prompts, "--output_dir", out, "--max_new_tokens", 6]
-    command += [
-        "--temperatures",
-        0,
-        1,
-        "--num_completions",
-        2,
-        "--shard_size",
-        2,
-        "--batch_size",
-        2,
-        "--cache_distributions",
-        "top_k=5",
-    ]
+    command += ["--temperatures", 0, 1, "--num_completions", 2, "--shard_size", 2, "--batch_size", 2]
+    command += ["--cache_distributions", "top_k=5"]
     done = draftkd(*command)
     assert done.returncode == 0, done.stderr
     rows = load_dataset(str(out), split="train")
@@ -66,12 +55,10 @@ def test_queries_are_answered_resumed_and_carded(tmp_path, saved):
     assert "# Alignment data" in (out / "README.md").read_text()
     assert rows["target"][0] == str(path)
     next(out.glob("data/train-00001*")).unlink()
-    again = draftkd(*command)
-    assert again.returncode == 0, again.stderr
+    assert run(*command) == 0
     assert load_dataset(str(out), split="train").to_list() == rows.to_list()
-    other = draftkd(*command, "--seed", 1)
-    assert other.returncode == 2
-    assert "seed: 0 there, 1 now" in other.stderr
+    assert run(*command, "--seed", 1) == 2
+    assert "seed: 0 there, 1 now" in capsys.readouterr().err
 
 
 def run(*argv):

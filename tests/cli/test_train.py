@@ -11,8 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from hf_draftkd.cli.main import dispatch
 from hf_draftkd.data.target_cache import cache_target_distributions
-from hf_draftkd.training.checkpoints import last_complete_checkpoint
-from tests.cli.run import draftkd
 from tests.training.rows import alignment_rows
 
 
@@ -183,28 +181,3 @@ def test_init_refuses_a_directory_that_is_not_empty(files, tmp_path, capsys):
     argv = ["init", "--target_model", str(files["target_model"]), "--num_layers", "1", "--output_dir", str(tmp_path)]
     assert dispatch(argv) == 2
     assert "is not empty" in capsys.readouterr().err
-
-
-def test_two_processes_take_the_steps_of_one(files, tmp_path):
-    """A loss that changes with the number of processes; each of two took itself for the only one, without `use_cpu`."""
-    more = {"max_steps": 3, "optim": "sgd", "eval_dataset": files["dataset"], "save_strategy": "steps", "save_steps": 2}
-    one = draftkd("train", *options(files, tmp_path / "one", per_device_train_batch_size=4, **more))
-    assert one.returncode == 0, one.stderr
-    assert "1 process" in one.stdout
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    two = draftkd(
-        "train",
-        *options(files, tmp_path / "two", per_device_train_batch_size=2, **more),
-        launcher=launcher,
-    )
-    assert two.returncode == 0, two.stderr
-    assert "2 processes" in two.stdout
-    # A checkpoint that takes its name while another process still writes into it.
-    assert last_complete_checkpoint(tmp_path / "two") == (str(tmp_path / "two" / "checkpoint-3"), [])
-    assert all((tmp_path / "two" / "checkpoint-2" / f"rng_state_{rank}.pth").is_file() for rank in range(2))
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=0)
-    metrics = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two")]
-    for name in ("eval_loss", "eval_acceptance_rate", "eval_block_efficiency"):
-        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-5)

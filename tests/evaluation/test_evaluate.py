@@ -32,19 +32,21 @@ def measured():
     )
     before = draft.generation_config.to_dict(), target.generation_config.to_dict()
     draft.train()
-    report = evaluate_draft(
-        draft,
-        target,
-        tiny_tokenizer(),
-        rows,
-        baseline=stock,
-        max_new_tokens=20,
-        num_speed_prompts=3,
-        speed_batch_sizes=[2],
-        verify=2,
-        source="tests",
-        domain="nothing in particular",
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_draftkd.evaluation.self_check._SAMPLED_TEXTS", 12)
+        report = evaluate_draft(
+            draft,
+            target,
+            tiny_tokenizer(),
+            rows,
+            baseline=stock,
+            max_new_tokens=20,
+            num_speed_prompts=3,
+            speed_batch_sizes=[2],
+            verify=2,
+            source="tests",
+            domain="nothing in particular",
+        )
     after = draft.generation_config.to_dict(), target.generation_config.to_dict()
     return report, (draft, target), before == after
 
@@ -383,9 +385,8 @@ def test_a_pair_that_speculative_decoding_refuses_is_timed_without_it(pair, monk
 def test_padded_vocabularies_are_aligned_first(tmp_path):
     draft, target = tiny_pair("qwen3", draft_vocab_size=304, target_vocab_size=320, real_vocab_size=300)
     draft.save_pretrained(tmp_path)
-    report = evaluate_draft(
-        draft, target, tiny_tokenizer(), PROMPTS[:3], max_new_tokens=12, num_speed_prompts=2, verify=2
-    )
+    options = {"temperatures": [0.0], "max_new_tokens": 12, "num_speed_prompts": 2, "verify": 2}
+    report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:3], **options)
     assert draft.config.vocab_size == 320
     assert report.draft.weights_sha256 == weights_checksum(tmp_path), "the draft as it lies in its folder"
     assert report.self_check.equal

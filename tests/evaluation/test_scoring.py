@@ -147,7 +147,7 @@ def test_order_batches_and_slices_do_not_matter(setting, texts, monkeypatch):
     """Results that depend on who shares a batch, or on where a slice of positions ends."""
     draft, target = tiny_pair("gpt2")
     whole = score_texts(target, [draft], texts, setting, vocab_size=VOCAB_SIZE, batch_size=5)
-    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", {"cpu": 3 * VOCAB_SIZE})
+    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 3 * VOCAB_SIZE)
     pieces = score_texts(target, [draft], texts[::-1], setting, vocab_size=VOCAB_SIZE, batch_size=2)
     for name, sums in whole.drafts[0].items():
         other = pieces.drafts[0][name]
@@ -160,7 +160,7 @@ def test_a_slice_holds_no_more_logits_than_allowed(texts, monkeypatch):
     """Memory that grows with the length of a text times the vocabulary."""
     draft, target = tiny_pair("llama")
     allowed = 4 * VOCAB_SIZE
-    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", {"cpu": allowed})
+    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", allowed)
     sizes = []
     target.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
     score_texts(target, [draft], texts, SETTINGS[2], vocab_size=VOCAB_SIZE, batch_size=2)

@@ -2,14 +2,12 @@
 
 import importlib
 import shlex
-import subprocess
-import sys
 
 import pytest
 
 from hf_draftkd.models.demo import demo_path
 from tests.cli.run import ROOT
-from tests.test_docs import run
+from tests.processes import python, run
 
 BENCHMARKS = ROOT / "examples" / "benchmarks"
 
@@ -35,13 +33,12 @@ BENCHMARKS = ROOT / "examples" / "benchmarks"
 )
 def test_the_benchmark_runs(script, options, tmp_path):
     """A script behind a number that no longer runs, so that nobody can measure it again."""
-    assert run([sys.executable, str(BENCHMARKS / script), *shlex.split(options)], tmp_path).strip()
+    assert run(BENCHMARKS / script, *shlex.split(options), cwd=tmp_path).strip()
 
 
 def test_the_table_of_architectures_says_what_works_and_what_is_refused(tmp_path):
     """A fault of one step that is printed as a success, or the reverse."""
-    command = [sys.executable, str(BENCHMARKS / "architectures.py"), "--only", "llama", "mamba"]
-    printed = run(command, tmp_path)
+    printed = run(BENCHMARKS / "architectures.py", "--only", "llama", "mamba", cwd=tmp_path)
     assert "1 of 2 architectures pass every step: llama." in printed
     assert "| model | refused: keeps a running state" in printed
     assert "does not decode with it speculatively | mamba |" in printed
@@ -58,8 +55,7 @@ def test_the_table_of_architectures_says_what_works_and_what_is_refused(tmp_path
 )
 def test_what_cannot_work_is_said_before_anything_runs(script, options, said, tmp_path):
     """A table of nothing under sizes that nobody ran, or a traceback after minutes of decoding."""
-    command = [sys.executable, str(BENCHMARKS / script), *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    done = python(BENCHMARKS / script, *options, cwd=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr
     assert not list(tmp_path.iterdir())
@@ -68,8 +64,8 @@ def test_what_cannot_work_is_said_before_anything_runs(script, options, said, tm
 def test_a_draft_that_needs_no_interval_is_compared(tmp_path):
     """A division by the width 0, after everything was measured."""
     sizes = shlex.split("--temperature 0 --num_texts 2 --max_new_tokens 4")
-    command = [sys.executable, str(BENCHMARKS / "exact_vs_counted.py"), "--model", demo_path("target"), *sizes]
-    assert "times as fast" in run(command, tmp_path)
+    script = BENCHMARKS / "exact_vs_counted.py"
+    assert "times as fast" in run(script, "--model", demo_path("target"), *sizes, cwd=tmp_path)
 
 
 TINY = "--vocab_size 300 --batch_size 2 --prompt_tokens 4 --completion_tokens 4 --draft_width 64 --steps 1 --rounds 1"
@@ -87,10 +83,9 @@ TINY = "--vocab_size 300 --batch_size 2 --prompt_tokens 4 --completion_tokens 4 
 )
 def test_a_throughput_benchmark_prints_its_ratio(script, options, tmp_path):
     """A trainer that no longer runs beside ours, or a table without the ratio it is made for."""
-    path, results = str(BENCHMARKS / script), tmp_path / "results.jsonl"
-    assert "times the throughput of" in run(
-        [sys.executable, path, *TINY.split(), *options, "--results", str(results)], tmp_path
-    )
+    results = tmp_path / "results.jsonl"
+    printed = run(BENCHMARKS / script, *TINY.split(), *options, "--results", results, cwd=tmp_path)
+    assert "times the throughput of" in printed
     assert len(results.read_text().splitlines()) == 2
 
 

@@ -2,15 +2,13 @@
 
 import importlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, run
+
 DEMO = ROOT / "hf_draftkd" / "assets" / "demo"
 SPLITS = ("train", "dev", "test")
 
@@ -83,16 +81,7 @@ def test_pair_fits_into_the_package():
 
 
 def test_every_stage_runs_at_toy_size(tmp_path):
-    command = [
-        sys.executable,
-        "examples/pretrain_demo_pair.py",
-        "--smoke",
-        "--threads",
-        "1",
-        "--work_dir",
-        str(tmp_path),
-    ]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
+    run(ROOT / "examples" / "pretrain_demo_pair.py", "--smoke", "--threads", 1, "--work_dir", tmp_path, cwd=ROOT)
     provenance = json.loads((tmp_path / "assets" / "provenance.json").read_text())
     assert provenance["figures"]["calls"]["test"]["queries"] == 8
     assert (tmp_path / "assets" / "target" / "model.safetensors").exists()

@@ -1,13 +1,11 @@
 """Every example runs as its docstring says, at a size that shows nothing but that it does."""
 
 import importlib
-import subprocess
-import sys
 
 import pytest
 
 from tests.cli.run import ROOT
-from tests.test_docs import run
+from tests.processes import python, run
 
 
 @pytest.mark.parametrize(
@@ -40,14 +38,13 @@ from tests.test_docs import run
 def test_the_example_runs(script, options, tmp_path):
     """A script behind a number that no longer runs, so that nobody can measure it again."""
     where = ["--output_dir", str(tmp_path / "out")]
-    assert run([sys.executable, str(ROOT / "examples" / script), *options.split(), *where], tmp_path).strip()
+    assert run(ROOT / "examples" / script, *options.split(), *where, cwd=tmp_path).strip()
 
 
 def test_alignment_data_is_timed_while_it_is_written(tmp_path):
     """Rows of an earlier run read from the disk, and that called the target's speed."""
     (tmp_path / "queries").mkdir()
-    command = [sys.executable, str(ROOT / "examples" / "alignment_data.py"), "--output_dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = python(ROOT / "examples" / "alignment_data.py", "--output_dir", tmp_path)
     assert done.returncode == 2
     assert "is not empty" in done.stderr
 

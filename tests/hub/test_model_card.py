@@ -409,13 +409,13 @@ def test_summary_and_provenance_survive_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not valid JSON"),
+        ("{", "is not JSON"),
         ('{"commandd": "x"}', "Did you mean"),
         ('{"command": 3}', "must be a string"),
         ('{"training": {"num_rows": "many"}}', "must be a whole number"),
         ('{"training": {"signal": "whitebox"}}', "Did you mean 'white_box'"),
         ('{"training": {"loss_temperature": NaN}}', "must be a number"),
-        ("[" * 100_000, "not valid JSON"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_strangers_provenance_is_checked(tmp_path, content, message):

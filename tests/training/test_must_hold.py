@@ -10,6 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file
 
 from hf_draftkd.training.callbacks import PLOT
+from hf_draftkd.training.checkpoints import last_complete_checkpoint
 from tests.processes import in_two_processes
 from tests.tiny import CHAT_TEMPLATE, tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
@@ -42,10 +43,11 @@ def train_twice(out, world):
             max_steps=3,
             optim="sgd",
             learning_rate=0.1,
-            use_cpu=True,
             token_selection=selection,
             eval_strategy="steps",
             eval_steps=3,
+            save_strategy="steps" if selection == "all" else "no",
+            save_steps=2,
         )
         assert trainer.accelerator.num_processes == world
         trainer.train()
@@ -59,9 +61,14 @@ def train_twice(out, world):
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    """Losses normalised per process, rows counted twice, metrics of one process alone, a plot drawn by both."""
+    """Losses normalised per process, rows counted twice, metrics of one process alone, a plot drawn by both; two that
+    take themselves for the only one without `use_cpu`; a checkpoint named while another process still writes into it.
+    """
     train_twice(tmp_path / "1", 1)
     in_two_processes(tmp_path, __name__, "train_twice", tmp_path / "2", 2)
+    saved = tmp_path / "2" / "all"
+    assert last_complete_checkpoint(saved) == (str(saved / "checkpoint-3"), [])
+    assert all((saved / "checkpoint-2" / f"rng_state_{rank}.pth").is_file() for rank in range(2))
     for selection in SELECTIONS:
         one, two = (torch.load(tmp_path / world / f"{selection}.pt") for world in "12")
         assert_same(one, two, atol=2e-5)

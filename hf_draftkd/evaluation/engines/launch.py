@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from hf_draftkd.evaluation.engines.protocol import Engine, ServedPair
 
@@ -64,11 +64,6 @@ def _answers(engine: Engine, url: str) -> bool:
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """With what it started itself: vLLM has workers."""
     for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, how)
-        except ProcessLookupError:
-            return
-        try:
             process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            continue

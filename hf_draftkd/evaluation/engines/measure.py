@@ -2,10 +2,10 @@
 
 import os
 import shutil
-import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -30,32 +30,13 @@ from hf_draftkd.evaluation.engines.launch import launched
 from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair
 from hf_draftkd.evaluation.environment import processor_name
 from hf_draftkd.evaluation.recommendation import is_faster, times_text
-from hf_draftkd.evaluation.report import EngineResult, Recommendation, SettingResult, SpeculationReport
+from hf_draftkd.evaluation.report import EngineResult, Recommendation, SpeculationReport
 from hf_draftkd.evaluation.texts import TextSet, is_recorded, recorded_texts
 
 _STEP_TIME_LENGTHS = (1, 8)
 _STEP_TIME_PROMPTS = 12
 # Rounding decides near-ties in another engine; another model agrees with hardly any text.
 _FEW_EQUAL = 0.5
-
-
-@dataclass
-class _Runs:
-    """What one prompt's requests gave, over the rounds."""
-
-    completions: list[Completion] = field(default_factory=list)
-
-    def total(self, name: str) -> float:
-        return sum(getattr(completion, name) for completion in self.completions)
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(completion.token_ids) for completion in self.completions)
-
-    @property
-    def later_tokens(self) -> int:
-        """Those behind the first, which the prompt's own call writes."""
-        return sum(max(len(completion.token_ids) - 1, 0) for completion in self.completions)
 
 
 def evaluate_in_engine(
@@ -147,64 +128,83 @@ def _measure(
     length: int,
     config: EngineConfig,
 ) -> EngineResult:
-    chosen = texts.texts[: config.engine_prompts]
+    setting, chosen = texts.setting, texts.texts[: config.engine_prompts]
     prompts = [list(text.prompt_ids) for text in chosen]
     longest = max(len(text.completion_ids) for text in chosen)
     limit = max(report.max_new_tokens, longest)
-    served = _Served(engine, report, config, texts.setting, max(map(len, prompts)) + limit + max(DRAFT_LENGTHS) + 1)
-    plain, assisted = [_Runs() for _ in prompts], [_Runs() for _ in prompts]
-    with ExitStack() as stack:
-        plain_url = stack.enter_context(served.plain())
-        url = stack.enter_context(served.with_draft(length))
+    target, draft = config.engine_models or [report.target.name, report.draft.name]
+    pair = ServedPair(
+        target=target,
+        draft=draft,
+        num_assistant_tokens=length,
+        is_greedy=setting.is_greedy,
+        threads=config.engine_threads,
+        max_context=max(map(len, prompts)) + limit + max(DRAFT_LENGTHS) + 1,
+        binary=config.engine_binary or engine.binary,
+        dtype=report.target.dtype or "auto",
+    )
+
+    def served(pair: ServedPair) -> AbstractContextManager[str]:
+        running = config.endpoint if pair.draft else config.plain_endpoint
+        return launched(engine, pair) if config.launch else nullcontext(str(running).rstrip("/"))
+
+    def ask(url: str, place: int, seed: int = 0, limit: int = limit) -> Completion:
+        found, size = engine.complete(url, prompts[place], setting, limit, seed), len(prompts[place])
+        if found.is_cut:
+            raise ValueError(
+                f"{engine.name} at {url} cut an answer to a prompt of {size} tokens, since its context is full. Start "
+                f"it with a context of at least {size + limit + 1} tokens."
+            )
+        if not found.token_ids:
+            raise ValueError(f"{engine.name} at {url} gave no token ids: it is too old, or another server.")
+        return found
+
+    plain: list[list[Completion]] = [[] for _ in prompts]
+    assisted: list[list[Completion]] = [[] for _ in prompts]
+    with served(replace(pair, draft=None)) as plain_url, served(pair) as url:
         for address in (plain_url, url):
             _check_tokens(engine, address, tokenizer, prompts)
         version = engine.version(url)
-        ask = _Asking(engine, texts.setting, limit)
         # The first requests of a server pay for compilation and memory.
-        if ask(plain_url, prompts[0], 0).num_draft_tokens:
+        if ask(plain_url, 0).num_draft_tokens:
             raise ValueError(f"The server of plain decoding at {plain_url} drafts: start it without a draft.")
-        if not ask(url, prompts[0], 0).num_draft_tokens:
+        if not ask(url, 0).num_draft_tokens:
             raise ValueError(
                 f"{engine.name} at {url} drafted nothing, or does not count: it has no draft loaded. Start it with the "
                 "draft, as the card's command shows."
             )
         total = config.engine_rounds * len(prompts)
-        with logging.tqdm(total=total, desc=f"{engine.name}, {texts.setting}", unit="prompt") as bar:
-            for number in range(total):
-                turn, place = divmod(number, len(prompts))
-                ways = [(plain, plain_url), (assisted, url)]
-                for runs, address in ways if number % 2 else reversed(ways):
-                    runs[place].completions.append(ask(address, prompts[place], turn * len(prompts) + place))
-                bar.update()
-        steps = _StepTimes(ask, prompts[:_STEP_TIME_PROMPTS])
-        target_step = steps.plain(plain_url, plain)
-        calls = {length: steps.call(url, assisted)}
+        for number in logging.tqdm(range(total), desc=f"{engine.name}, {setting}", unit="prompt"):
+            ways = [(plain, plain_url), (assisted, url)]
+            for runs, address in ways if number % 2 else reversed(ways):
+                runs[number % len(prompts)].append(ask(address, number % len(prompts), number))
+        target_step = _step_seconds(ask, plain_url, plain, "num_later_tokens")
+        calls = {length: _step_seconds(ask, url, assisted, "num_spec_steps")}
     for other in _STEP_TIME_LENGTHS if config.launch else ():
         if other != length:
-            with served.with_draft(other) as url:
-                ask(url, prompts[0], 0)
-                calls[other] = steps.call(url)
-    setting = _predicted(report, engine, texts.setting, config)
-    efficiency = None if setting is None else setting.block_efficiency
+            with served(replace(pair, num_assistant_tokens=other)) as url:
+                ask(url, 0)
+                answers = [[ask(url, place, place)] for place in range(len(prompts[:_STEP_TIME_PROMPTS]))]
+                calls[other] = _step_seconds(ask, url, answers, "num_spec_steps")
+    # When sampling only the server's user knows how its draft does.
+    rule = engine.verification(setting.is_greedy) if setting.is_greedy or config.launch else None
+    known = next((each for each in report.settings if (each.decoding, each.verification) == (setting, rule)), None)
+    efficiency = None if known is None else known.block_efficiency
     predicted = None if efficiency is None else efficiency[length]
-    speedup = bootstrap_paired_ratio_quotient(
-        [runs.tokens for runs in assisted],
-        [runs.total("seconds") for runs in assisted],
-        [runs.tokens for runs in plain],
-        [runs.total("seconds") for runs in plain],
-    )
-    drafted = int(sum(runs.total("num_draft_tokens") for runs in assisted))
-    accepted = int(sum(runs.total("num_accepted_draft_tokens") for runs in assisted))
-    counted = bootstrap_ratio(
-        [runs.later_tokens for runs in assisted], [runs.total("num_spec_steps") for runs in assisted]
-    )
+    tokens, seconds = _sums(assisted, "num_tokens"), _sums(assisted, "seconds")
+    plain_tokens, plain_seconds = _sums(plain, "num_tokens"), _sums(plain, "seconds")
+    speedup = bootstrap_paired_ratio_quotient(tokens, seconds, plain_tokens, plain_seconds)
+    steps, drafted = _sums(assisted, "num_spec_steps"), int(sum(_sums(assisted, "num_draft_tokens")))
+    accepted = int(sum(_sums(assisted, "num_accepted_draft_tokens")))
+    counted = bootstrap_ratio(_sums(assisted, "num_later_tokens"), steps)
     identical = plain_identical = None
-    if texts.setting.is_greedy:
+    if setting.is_greedy:
         ends = {text.completion_ids[-1] for text in chosen if len(text.completion_ids) < longest}
-        own = [_without_end(text.completion_ids, ends | {tokenizer.eos_token_id}) for text in chosen]
+        ends |= {tokenizer.eos_token_id}
+        own = [_without_end(text.completion_ids, ends) for text in chosen]
         identical, plain_identical = (
             sum(
-                all(_without_end(each.token_ids, ends | {tokenizer.eos_token_id}) == text for each in found.completions)
+                all(_without_end(each.token_ids, ends) == text for each in found)
                 for found, text in zip(runs, own, strict=True)
             )
             for runs in (assisted, plain)
@@ -214,53 +214,52 @@ def _measure(
                 f"Only {plain_identical} of {len(prompts)} plain greedy texts of {engine.name} are the target's own: "
                 "it serves another model, number format or quantisation than the one that was evaluated."
             )
-    if predicted is not None and _differ(counted, predicted):
+    if predicted is not None and counted.lies_apart(predicted):
         report.warnings.append(
-            f"{engine.name} counted {counted.value:.2f} tokens per target call for {texts.setting}, "
+            f"{engine.name} counted {counted.value:.2f} tokens per target call for {setting}, "
             f"{predicted.value:.2f} were predicted: more than their intervals apart. It does not verify drafts by "
-            f"{setting.verification if setting else 'that rule'}, or serves another model."
+            f"{rule}, or serves another model."
         )
     note = f"{engine.name} says it is version {version}; this package was tested with {engine.tested_version}."
     # Builds from source packages may not know their own version.
     if engine.tested_version not in version and "unknown" not in version and note not in report.warnings:
         report.warnings.append(note)
+    flags = None
+    if config.launch:
+        words, variables = engine.command(pair, 0)
+        flags = " ".join([*(f"{name}={value}" for name, value in variables.items()), *words[:-2]])  # without its port
     result = EngineResult(
         engine=engine.name,
         version=version,
-        flags=served.flags,
+        flags=flags,
         threads=config.engine_threads if config.launch else None,
         hardware=processor_name() if config.launch else None,
-        decoding=texts.setting,
-        verification=_verification(engine, texts.setting, config),
+        decoding=setting,
+        verification=rule,
         num_assistant_tokens=length,
         num_prompts=len(prompts),
         num_rounds=config.engine_rounds,
         num_identical=identical,
         num_plain_identical=plain_identical,
-        num_spec_steps=int(sum(runs.total("num_spec_steps") for runs in assisted)),
+        num_spec_steps=int(sum(steps)),
         num_draft_tokens=drafted,
         num_accepted_draft_tokens=accepted,
         mean_acceptance_length=counted,
         predicted_mean_acceptance_length=predicted,
         draft_acceptance_rate=accepted / drafted,
         predicted_draft_acceptance_rate=None if predicted is None else (predicted.value - 1) / length,
-        tokens_per_second=sum(runs.tokens for runs in assisted) / sum(runs.total("seconds") for runs in assisted),
-        plain_tokens_per_second=sum(runs.tokens for runs in plain) / sum(runs.total("seconds") for runs in plain),
+        tokens_per_second=sum(tokens) / sum(seconds),
+        plain_tokens_per_second=sum(plain_tokens) / sum(plain_seconds),
         speedup=speedup,
         target_step_seconds=target_step,
         call_seconds=dict(sorted(calls.items())),
         recommendation=recommend_in_engine(
-            engine.name, texts.setting, length, counted, efficiency, target_step, calls, speedup
+            engine.name, setting, length, counted, efficiency, target_step, calls, speedup
         ),
     )
-    report.engines = [
-        *(
-            each
-            for each in report.engines or []
-            if (each.engine, each.decoding, each.flags) != (result.engine, result.decoding, result.flags)
-        ),
-        result,
-    ]
+    same = (result.engine, result.decoding, result.flags)
+    others = [each for each in report.engines or [] if (each.engine, each.decoding, each.flags) != same]
+    report.engines = [*others, result]
     return result
 
 
@@ -274,7 +273,7 @@ def recommend_in_engine(
     calls: dict[int, float],
     speedup: Estimate,
 ) -> Recommendation:
-    """The verdict for one engine, on the machine that served it.
+    """The verdict for one engine, on the machine that served it with drafts of `length` tokens.
 
     Args:
         engine: Its name.
@@ -307,7 +306,7 @@ def recommend_in_engine(
             f"; by step times measured in {engine}, {best} would be best, predicted {expected:.2f} times behind the "
             "prompt"
         )
-    if speedup.low is not None and speedup.high is not None and speedup.low <= 1 <= speedup.high:
+    if speedup.low is not None and speedup.leaves_open(1):
         reason += ". A gain and a loss both lie within this interval: more prompts would decide"
     return Recommendation(
         worth_it=worth_it,
@@ -318,94 +317,20 @@ def recommend_in_engine(
     )
 
 
-class _Served:
-    """The servers of one setting: those that run already, or started here."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        report: SpeculationReport,
-        config: EngineConfig,
-        setting: DecodingSetting,
-        max_context: int,
-    ) -> None:
-        self.engine, self.config = engine, config
-        models = config.engine_models or [report.target.name, report.draft.name]
-        self.pair = ServedPair(
-            target=models[0],
-            draft=models[1],
-            num_assistant_tokens=report.num_assistant_tokens,
-            is_greedy=setting.is_greedy,
-            threads=config.engine_threads,
-            max_context=max_context,
-            binary=config.engine_binary or engine.binary,
-            dtype=report.target.dtype or "auto",
-        )
-        self.flags: str | None = None
-
-    @contextmanager
-    def plain(self) -> Iterator[str]:
-        yield from self._open(self.config.plain_endpoint, replace(self.pair, draft=None))
-
-    @contextmanager
-    def with_draft(self, length: int) -> Iterator[str]:
-        pair = replace(self.pair, num_assistant_tokens=length)
-        if self.config.launch and self.flags is None:
-            words, variables = self.engine.command(pair, 0)
-            self.flags = " ".join([*(f"{name}={value}" for name, value in variables.items()), *words[:-2]])
-        yield from self._open(self.config.endpoint, pair)
-
-    def _open(self, url: str | None, pair: ServedPair) -> Iterator[str]:
-        if not self.config.launch:
-            assert url is not None
-            yield url.rstrip("/")
-            return
-        with launched(self.engine, pair) as address:
-            yield address
+def _sums(runs: Sequence[Sequence[Completion]], name: str) -> list[float]:
+    """A number of each prompt's answers, added up over the rounds."""
+    return [sum(getattr(each, name) for each in found) for found in runs]
 
 
-@dataclass(frozen=True)
-class _Asking:
-    """Requests of one setting, whose answers are checked."""
-
-    engine: Engine
-    setting: DecodingSetting
-    max_new_tokens: int
-
-    def __call__(self, url: str, prompt: Sequence[int], seed: int, max_new_tokens: int | None = None) -> Completion:
-        found = self.engine.complete(url, prompt, self.setting, max_new_tokens or self.max_new_tokens, seed)
-        if found.is_cut:
-            raise ValueError(
-                f"{self.engine.name} at {url} cut an answer to a prompt of {len(prompt)} tokens, since its context is "
-                f"full. Start it with a context of at least {len(prompt) + self.max_new_tokens + 1} tokens."
-            )
-        if not found.token_ids:
-            raise ValueError(f"{self.engine.name} at {url} gave no token ids: it is too old, or another server.")
-        return found
-
-
-class _StepTimes:
-    """Times behind the prompt: of a whole answer, less those of an answer of one token."""
-
-    def __init__(self, ask: _Asking, prompts: Sequence[Sequence[int]]) -> None:
-        self.ask, self.prompts = ask, prompts
-
-    def plain(self, url: str, runs: Sequence[_Runs]) -> float:
-        return self._seconds(url, runs, "later_tokens")
-
-    def call(self, url: str, runs: Sequence[_Runs] | None = None) -> float:
-        runs = runs or [_Runs([self.ask(url, prompt, place)]) for place, prompt in enumerate(self.prompts)]
-        return self._seconds(url, runs, "num_spec_steps")
-
-    def _seconds(self, url: str, runs: Sequence[_Runs], per: str) -> float:
-        first = [statistics.median(self.ask(url, prompt, 0, 1).seconds for _ in range(3)) for prompt in self.prompts]
-        seconds = steps = 0.0
-        for found, start in zip(runs, first, strict=False):
-            seconds += found.total("seconds") - start * len(found.completions)
-            steps += found.later_tokens if per == "later_tokens" else found.total(per)
-        if steps == 0:
-            raise ValueError("Every answer has one token, so no step could be timed. Give prompts with longer answers.")
-        return max(seconds / steps, 1e-9)
+def _step_seconds(ask: Callable[..., Completion], url: str, runs: Sequence[Sequence[Completion]], per: str) -> float:
+    """Seconds of a step behind the prompt: those of whole answers, less those of an answer of one token."""
+    timed = runs[:_STEP_TIME_PROMPTS]
+    first = [median(ask(url, place, limit=1).seconds for _ in range(3)) for place in range(len(timed))]
+    seconds = sum(_sums(timed, "seconds")) - sum(len(found) * one for found, one in zip(timed, first, strict=True))
+    steps = sum(_sums(timed, per))
+    if steps == 0:
+        raise ValueError("Every answer has one token, so no step could be timed. Give prompts with longer answers.")
+    return max(seconds / steps, 1e-9)
 
 
 def _unusable(engine: Engine, setting: DecodingSetting, config: EngineConfig) -> str | None:
@@ -430,10 +355,7 @@ def _check_tokens(
         mine = tokenizer(text, add_special_tokens=False)["input_ids"]
         theirs = engine.tokenize(url, text)
         if mine != theirs:
-            place = next(
-                (at for at, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]),
-                min(len(mine), len(theirs)),
-            )
+            place = len(os.path.commonprefix([mine, theirs]))  # noqa: RUF071 - of lists
             raise ValueError(
                 f"{engine.name} at {url} has another tokenizer: of prompt {number} token {place} is "
                 f"{theirs[place : place + 1]} there and {mine[place : place + 1]} here, behind "
@@ -441,27 +363,6 @@ def _check_tokens(
             )
 
 
-def _verification(engine: Engine, setting: DecodingSetting, config: EngineConfig) -> str | None:
-    """None where only the server's user knows how it samples drafts."""
-    if setting.is_greedy or config.launch:
-        return engine.verification(setting.is_greedy)
-    return None
-
-
-def _predicted(
-    report: SpeculationReport, engine: Engine, setting: DecodingSetting, config: EngineConfig
-) -> SettingResult | None:
-    rule = _verification(engine, setting, config)
-    return next((each for each in report.settings if (each.decoding, each.verification) == (setting, rule)), None)
-
-
-def _differ(mine: Estimate, other: Estimate) -> bool:
-    """Whether two estimates' intervals lie apart."""
-    if None in (mine.low, mine.high, other.low, other.high):
-        return False
-    return mine.low > other.high or other.low > mine.high  # type: ignore[operator]
-
-
-def _without_end(tokens: Sequence[int], ends: set[int | None]) -> list[int]:
+def _without_end(tokens: Sequence[int], ends: Collection[int | None]) -> list[int]:
     tokens = list(tokens)
     return tokens[:-1] if tokens and tokens[-1] in ends else tokens

@@ -6,6 +6,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from typing import Any, Protocol
 
 from hf_draftkd.decoding.setting import DecodingSetting
@@ -32,6 +34,15 @@ class Completion:
     num_draft_tokens: int
     num_accepted_draft_tokens: int
     is_cut: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_later_tokens(self) -> int:
+        """Those behind the first, which the prompt's own call writes."""
+        return max(len(self.token_ids) - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -106,12 +117,7 @@ def fetch(url: str, data: dict[str, Any] | None = None) -> str:
 
 
 def fetch_json(url: str, data: dict[str, Any] | None = None) -> Any:
-    """The same, read as JSON.
-
-    Raises:
-        ValueError: As `fetch`, or the answer is not JSON.
-        ConnectionError: As `fetch`.
-    """
+    """The same, read as JSON; a `ValueError` too where the answer is none."""
     answer = fetch(url, data)
     try:
         return json.loads(answer)
@@ -127,17 +133,10 @@ def timed_json(url: str, data: dict[str, Any]) -> tuple[Any, float]:
 
 
 def part(answer: Any, url: str, *path: Any) -> Any:
-    """A part of an answer by keys and indices.
-
-    Raises:
-        ValueError: It is not there.
-    """
-    found = answer
-    for step in path:
-        try:
-            found = found[step]
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(
-                f"The answer of {url} has no {'.'.join(map(str, path))}: another engine or version? {answer!s:.200}"
-            ) from error
-    return found
+    """A part of an answer by keys and indices; a `ValueError` where it is not there."""
+    try:
+        return reduce(getitem, path, answer)
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"The answer of {url} has no {'.'.join(map(str, path))}: another engine or version? {answer!s:.200}"
+        ) from error

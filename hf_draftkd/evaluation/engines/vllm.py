@@ -85,11 +85,10 @@ def _model(url: str) -> str:
     return part(fetch_json(f"{url}/v1/models"), url, "data", 0, "id")
 
 
-def _counters(url: str) -> tuple[int, int, int]:
+def _counters(url: str) -> list[int]:
     """Blocks, drafted and accepted tokens since the server started; 0 where it has no draft."""
     text = fetch(f"{url}/metrics")
-    found = []
-    for name in _COUNTERS:
-        values = re.findall(rf"^vllm:spec_decode_{name}_total(?:{{[^}}]*}})? (\S+)", text, re.MULTILINE)
-        found.append(int(sum(map(float, values))))
-    return found[0], found[1], found[2]
+    lines = (
+        re.findall(rf"^vllm:spec_decode_{name}_total(?:{{[^}}]*}})? (\S+)", text, re.MULTILINE) for name in _COUNTERS
+    )
+    return [int(sum(map(float, values))) for values in lines]
