@@ -4,6 +4,7 @@ Whatever sizes a config class has are set by name; what it derives from them, su
 derives itself. Weights are random and large enough for peaked distributions.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -166,12 +167,16 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def architectures() -> list[str]:
-    """The model types of text-only causal LMs, encoder-decoders and whole multimodal models left out."""
+    """The model types of text-only causal LMs, encoder-decoders and whole multimodal models left out.
+
+    A config that cannot be made without arguments is named on standard error and left out.
+    """
     found = []
     for config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
         try:
             config = config_class()
-        except Exception:
+        except Exception as error:  # a config's validators raise whatever they like
+            print(f"left out: {config_class.__name__}: {type(error).__name__}", file=sys.stderr)
             continue
         if config.get_text_config(decoder=True) is config and not config.is_encoder_decoder:
             found.append(config.model_type)
