@@ -14,8 +14,9 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.engines import ENGINES, measure
 from hf_draftkd.evaluation.engines.config import EngineConfig
 from hf_draftkd.evaluation.engines.launch import launched
+from hf_draftkd.evaluation.engines.llama_cpp import LlamaCpp
 from hf_draftkd.evaluation.engines.measure import evaluate_in_engine, recommend_in_engine
-from hf_draftkd.evaluation.engines.protocol import Completion, ServedPair
+from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair
 from hf_draftkd.evaluation.html import render_page
 from hf_draftkd.evaluation.plots import speed_by_length_figure
 from hf_draftkd.evaluation.report import SpeculationReport
@@ -136,10 +137,7 @@ def test_what_is_no_engine_says_so():
 def test_a_server_that_dies_quotes_what_it_said():
     """`--launch` waited fifteen minutes for a program that had ended."""
 
-    class Dying:
-        name = "llama.cpp"
-        tokenize = ENGINES["llama.cpp"].tokenize
-
+    class Dying(LlamaCpp):
         def command(self, pair, port):
             return [sys.executable, "-c", "raise SystemExit('no such model')"], {}
 
@@ -164,10 +162,10 @@ def test_options_are_checked_before_the_work(options, message):
         EngineConfig(**options)
 
 
-class Served:
+class Served(Engine):
     """An engine in Python: time is simulated, the draft gets every second token right."""
 
-    name, tested_version, binary = "vllm", "1.0", "python"
+    name, tested_version = "vllm", "1.0"
 
     def __init__(self, **faults):
         self.faults = faults
@@ -177,9 +175,6 @@ class Served:
 
     def tokenize(self, url, text):
         return [ord(letter) for letter in text] if "tokenize" not in self.faults else [9, 9]
-
-    def verification(self, is_greedy):
-        return "exact_match" if is_greedy else "rejection_sampling"
 
     def complete(self, url, prompt_ids, setting, max_new_tokens, seed):
         drafts = ("draft" in url) != self.faults.get("undrafted", False) or self.faults.get("drafting", False)

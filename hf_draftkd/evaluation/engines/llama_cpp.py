@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.engines.protocol import Completion, ServedPair, fetch_json, part, timed_json
+from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair, ask
 
 
-class LlamaCpp:
+class LlamaCpp(Engine):
     """`llama-server`. Models are GGUF files."""
 
     name = "llama.cpp"
@@ -22,19 +22,14 @@ class LlamaCpp:
         return [*words, "--port", str(port)], {}
 
     def version(self, url: str) -> str:
-        answer = fetch_json(f"{url}/props")
-        return str(answer.get("build_info", "unknown")) if isinstance(answer, dict) else "unknown"
+        return str(ask(f"{url}/props").get("build_info", "unknown"))
 
     def tokenize(self, url: str, text: str) -> list[int]:
-        address = f"{url}/tokenize"
-        return part(
-            fetch_json(address, {"content": text, "parse_special": True, "add_special": False}), address, "tokens"
-        )
+        return ask(f"{url}/tokenize", {"content": text, "parse_special": True, "add_special": False})["tokens"]
 
     def complete(
         self, url: str, prompt_ids: Sequence[int], setting: DecodingSetting, max_new_tokens: int, seed: int
     ) -> Completion:
-        address = f"{url}/completion"
         request = {
             "prompt": list(prompt_ids),
             "n_predict": max_new_tokens,
@@ -47,19 +42,16 @@ class LlamaCpp:
             "cache_prompt": False,
             "return_tokens": True,
         }
-        answer, seconds = timed_json(address, request)
-        timings = part(answer, address, "timings")
+        answer = ask(f"{url}/completion", request)
+        timings = answer["timings"]
         # Absent where nothing was drafted.
         drafted, accepted = timings.get("draft_n", 0), timings.get("draft_n_accepted", 0)
         return Completion(
-            token_ids=part(answer, address, "tokens"),
-            seconds=seconds,
+            token_ids=answer["tokens"],
+            seconds=answer.seconds,
             # Every call adds one token of the target's own; the first is that of the prompt.
-            num_spec_steps=max(part(timings, address, "predicted_n") - 1 - accepted, 0),
+            num_spec_steps=max(timings["predicted_n"] - 1 - accepted, 0),
             num_draft_tokens=drafted,
             num_accepted_draft_tokens=accepted,
             is_cut=bool(answer.get("truncated")),
         )
-
-    def verification(self, is_greedy: bool) -> str:
-        return "exact_match" if is_greedy else "rejection_sampling"

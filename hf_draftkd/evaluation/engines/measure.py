@@ -187,25 +187,26 @@ def _measure(
                 answers = [[ask(url, place, place)] for place in range(len(prompts[:_STEP_TIME_PROMPTS]))]
                 calls[other] = _step_seconds(ask, url, answers, "num_spec_steps")
     # When sampling only the server's user knows how its draft does.
-    rule = engine.verification(setting.is_greedy) if setting.is_greedy or config.launch else None
-    known = next((each for each in report.settings if (each.decoding, each.verification) == (setting, rule)), None)
-    efficiency = None if known is None else known.block_efficiency
+    rule = "exact_match" if setting.is_greedy else engine.sampled_rule if config.launch else None
+    same = (each for each in report.settings if (each.decoding, each.verification) == (setting, rule))
+    efficiency = next((each.block_efficiency for each in same), None)
     predicted = None if efficiency is None else efficiency[length]
-    tokens, seconds = _sums(assisted, "num_tokens"), _sums(assisted, "seconds")
-    plain_tokens, plain_seconds = _sums(plain, "num_tokens"), _sums(plain, "seconds")
-    speedup = bootstrap_paired_ratio_quotient(tokens, seconds, plain_tokens, plain_seconds)
-    steps, drafted = _sums(assisted, "num_spec_steps"), int(sum(_sums(assisted, "num_draft_tokens")))
-    accepted = int(sum(_sums(assisted, "num_accepted_draft_tokens")))
+    columns = [_sums(runs, name) for runs in (assisted, plain) for name in ("num_tokens", "seconds")]
+    tokens, seconds, plain_tokens, plain_seconds = map(sum, columns)
+    speedup = bootstrap_paired_ratio_quotient(*columns)
+    steps, drafted, accepted = (
+        _sums(assisted, name) for name in ("num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens")
+    )
     counted = bootstrap_ratio(_sums(assisted, "num_later_tokens"), steps)
     identical = plain_identical = None
     if setting.is_greedy:
         ends = {text.completion_ids[-1] for text in chosen if len(text.completion_ids) < longest}
         ends |= {tokenizer.eos_token_id}
-        own = [_without_end(text.completion_ids, ends) for text in chosen]
         identical, plain_identical = (
             sum(
-                all(_without_end(each.token_ids, ends) == text for each in found)
-                for found, text in zip(runs, own, strict=True)
+                {tuple(_without_end(each.token_ids, ends)) for each in found}
+                == {tuple(_without_end(text.completion_ids, ends))}
+                for found, text in zip(runs, chosen, strict=True)
             )
             for runs in (assisted, plain)
         )
@@ -241,15 +242,15 @@ def _measure(
         num_rounds=config.engine_rounds,
         num_identical=identical,
         num_plain_identical=plain_identical,
-        num_spec_steps=int(sum(steps)),
-        num_draft_tokens=drafted,
-        num_accepted_draft_tokens=accepted,
+        num_spec_steps=sum(steps),
+        num_draft_tokens=sum(drafted),
+        num_accepted_draft_tokens=sum(accepted),
         mean_acceptance_length=counted,
         predicted_mean_acceptance_length=predicted,
-        draft_acceptance_rate=accepted / drafted,
+        draft_acceptance_rate=sum(accepted) / sum(drafted),
         predicted_draft_acceptance_rate=None if predicted is None else (predicted.value - 1) / length,
-        tokens_per_second=sum(tokens) / sum(seconds),
-        plain_tokens_per_second=sum(plain_tokens) / sum(plain_seconds),
+        tokens_per_second=tokens / seconds,
+        plain_tokens_per_second=plain_tokens / plain_seconds,
         speedup=speedup,
         target_step_seconds=target_step,
         call_seconds=dict(sorted(calls.items())),
@@ -257,9 +258,8 @@ def _measure(
             engine.name, setting, length, counted, efficiency, target_step, calls, speedup
         ),
     )
-    same = (result.engine, result.decoding, result.flags)
-    others = [each for each in report.engines or [] if (each.engine, each.decoding, each.flags) != same]
-    report.engines = [*others, result]
+    by_kind = {(each.engine, each.decoding, each.flags): each for each in (*(report.engines or []), result)}
+    report.engines = list(by_kind.values())
     return result
 
 
@@ -285,9 +285,10 @@ def recommend_in_engine(
         calls: Seconds of drafting and one target call there, by draft length.
         speedup: Measured.
     """
-    best, expected = length, counted.value * target_step / calls[length]
-    break_even = None
-    if efficiency is not None and len(calls) > 1:
+    if len(calls) == 1:  # what a drafted token takes is not known
+        efficiency = None
+    best, expected, break_even = length, counted.value * target_step / calls[length], None
+    if efficiency is not None:
         # A call takes a fixed time and one for every drafted token.
         slope, fixed = np.polyfit(list(calls), list(calls.values()), deg=1)
         fixed, slope = max(float(fixed), 1e-9), max(float(slope), 1e-9)
@@ -301,7 +302,7 @@ def recommend_in_engine(
         f"{'Worth it' if worth_it else 'Not worth it'} in {engine} on this machine, {setting}: measured "
         f"{times_text(speedup)} the plain speed with {length} draft tokens a step"
     )
-    if len(calls) > 1 and efficiency is not None:
+    if efficiency is not None:
         reason += (
             f"; by step times measured in {engine}, {best} would be best, predicted {expected:.2f} times behind the "
             "prompt"
@@ -317,7 +318,7 @@ def recommend_in_engine(
     )
 
 
-def _sums(runs: Sequence[Sequence[Completion]], name: str) -> list[float]:
+def _sums(runs: Sequence[Sequence[Completion]], name: str) -> list[Any]:
     """A number of each prompt's answers, added up over the rounds."""
     return [sum(getattr(each, name) for each in found) for found in runs]
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.engines import openvino_server
-from hf_draftkd.evaluation.engines.protocol import Completion, ServedPair, fetch_json, part, timed_json
+from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair, ask
 
 
-class OpenVINO:
+class OpenVINO(Engine):
     """`openvino_genai.LLMPipeline` with `draft_model`. Models are folders of `optimum-cli export openvino`."""
 
     name = "openvino"
     tested_version = "2026.4.1"
-    binary = "python"
+    sampled_rule = "exact_match"
 
     def command(self, pair: ServedPair, port: int) -> tuple[list[str], dict[str, str]]:
         # By its path, since the environment of OpenVINO need not hold this package.
@@ -26,31 +26,18 @@ class OpenVINO:
             words += ["--draft_model", pair.draft, "--num_assistant_tokens", str(pair.num_assistant_tokens)]
         return words, {}
 
-    def version(self, url: str) -> str:
-        return str(part(fetch_json(f"{url}/version"), url, "version"))
-
     def tokenize(self, url: str, text: str) -> list[int]:
-        return part(fetch_json(f"{url}/tokenize", {"text": text}), url, "tokens")
+        return ask(f"{url}/tokenize", {"text": text})["tokens"]
 
     def complete(
         self, url: str, prompt_ids: Sequence[int], setting: DecodingSetting, max_new_tokens: int, seed: int
     ) -> Completion:
-        address = f"{url}/complete"
-        request = {
-            "prompt": list(prompt_ids),
-            "max_new_tokens": max_new_tokens,
-            "seed": seed,
-            **setting.to_dict(),
-        }
-        answer, seconds = timed_json(address, request)
+        request = {"prompt": list(prompt_ids), "max_new_tokens": max_new_tokens, "seed": seed, **setting.to_dict()}
+        answer = ask(f"{url}/complete", request)
         return Completion(
-            token_ids=part(answer, address, "tokens"),
-            seconds=seconds,
-            # One call reads the prompt.
-            num_spec_steps=max(part(answer, address, "target_calls") - 1, 0),
-            num_draft_tokens=part(answer, address, "draft_tokens"),
-            num_accepted_draft_tokens=part(answer, address, "accepted"),
+            token_ids=answer["tokens"],
+            seconds=answer.seconds,
+            num_spec_steps=max(answer["target_calls"] - 1, 0),  # one call reads the prompt
+            num_draft_tokens=answer["draft_tokens"],
+            num_accepted_draft_tokens=answer["accepted"],
         )
-
-    def verification(self, is_greedy: bool) -> str:
-        return "exact_match"

@@ -6,9 +6,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import getitem
-from typing import Any, Protocol
+from typing import Any
 
 from hf_draftkd.decoding.setting import DecodingSetting
 
@@ -70,38 +68,74 @@ class ServedPair:
     dtype: str = "auto"
 
 
-class Engine(Protocol):
-    """One engine: how it is started, and how it is asked. Every method may raise as `fetch_json` does."""
+class Engine:
+    """One engine: how it is started, and how it is asked. Every question may raise as `fetch` and `ask` do.
+
+    Attributes:
+        name: As `--engine` calls it.
+        tested_version: The version that this was written for.
+        binary: What `command` runs unless the user names another.
+        sampled_rule: The verification rule of a launched server when sampling; greedy text is matched exactly.
+    """
 
     name: str
     tested_version: str
-    binary: str
+    binary = "python"
+    sampled_rule = "rejection_sampling"
 
     def command(self, pair: ServedPair, port: int) -> tuple[list[str], dict[str, str]]:
         """The words of the command that serves a pair on this machine, and its environment variables."""
+        raise NotImplementedError
 
     def version(self, url: str) -> str:
         """The version that a server says it is."""
+        return str(ask(f"{url}/version")["version"])
 
     def tokenize(self, url: str, text: str) -> list[int]:
         """Token ids of a text, special tokens read as such and none added."""
+        raise NotImplementedError
 
     def complete(
         self, url: str, prompt_ids: Sequence[int], setting: DecodingSetting, max_new_tokens: int, seed: int
     ) -> Completion:
         """Answer one prompt."""
+        raise NotImplementedError
 
-    def verification(self, is_greedy: bool) -> str:
-        """The verification rule by which a launched server accepts drafted tokens."""
+
+class Answer(dict[str, Any]):
+    """An object in an engine's answer: a key that is not there is a `ValueError`, of another engine or version."""
+
+    seconds: float
+    """Wall-clock of the request."""
+
+    def __init__(self, url: str, pairs: dict[str, Any]) -> None:
+        super().__init__(pairs)
+        self.url = url
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"The answer of {self.url} has no {key}: another engine or version? {dict(self)!s:.200}")
+
+
+def ask(url: str, data: dict[str, Any] | None = None) -> Answer:
+    """The JSON object that GET, or POST of JSON, is answered with.
+
+    Raises:
+        ValueError: It answers with an error or something else, or this is no address.
+        ConnectionError: Nothing answers there.
+    """
+    started = time.perf_counter()
+    text = fetch(url, data)
+    seconds = time.perf_counter() - started
+    try:
+        answer = json.loads(text, object_hook=lambda pairs: Answer(url, pairs))
+        answer.seconds = seconds
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{url} did not answer in JSON but: {text:.120}. Is it another program?") from error
+    return answer
 
 
 def fetch(url: str, data: dict[str, Any] | None = None) -> str:
-    """The body of an answer to GET, or to POST of JSON.
-
-    Raises:
-        ValueError: It answers with an error, or this is no address.
-        ConnectionError: Nothing answers there.
-    """
+    """The same as text, whatever it is."""
     body = None if data is None else json.dumps(data).encode()
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     try:
@@ -113,30 +147,4 @@ def fetch(url: str, data: dict[str, Any] | None = None) -> str:
     except OSError as error:
         raise ConnectionError(
             f"Nothing answers at {url} ({error}). Start the server first, or let `--launch` start it."
-        ) from error
-
-
-def fetch_json(url: str, data: dict[str, Any] | None = None) -> Any:
-    """The same, read as JSON; a `ValueError` too where the answer is none."""
-    answer = fetch(url, data)
-    try:
-        return json.loads(answer)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{url} did not answer in JSON but: {answer:.120}. Is it another program?") from error
-
-
-def timed_json(url: str, data: dict[str, Any]) -> tuple[Any, float]:
-    """An answer, and the seconds it took."""
-    started = time.perf_counter()
-    answer = fetch_json(url, data)
-    return answer, time.perf_counter() - started
-
-
-def part(answer: Any, url: str, *path: Any) -> Any:
-    """A part of an answer by keys and indices; a `ValueError` where it is not there."""
-    try:
-        return reduce(getitem, path, answer)
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"The answer of {url} has no {'.'.join(map(str, path))}: another engine or version? {answer!s:.200}"
         ) from error

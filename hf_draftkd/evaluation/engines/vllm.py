@@ -5,17 +5,16 @@ import re
 from collections.abc import Sequence
 
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.engines.protocol import Completion, ServedPair, fetch, fetch_json, part, timed_json
+from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair, ask, fetch
 
 _COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 
 
-class VLLM:
+class VLLM(Engine):
     """`vllm serve`. It reads the models' own folders, or ids on the Hub."""
 
     name = "vllm"
     tested_version = "0.32.0"
-    binary = "python"
 
     def command(self, pair: ServedPair, port: int) -> tuple[list[str], dict[str, str]]:
         # Not `vllm serve`: that asks for the metadata of a package named vllm, which the CPU build does not have.
@@ -38,51 +37,39 @@ class VLLM:
         }
         return [*words, "--port", str(port)], cpu
 
-    def version(self, url: str) -> str:
-        return str(part(fetch_json(f"{url}/version"), url, "version"))
-
     def tokenize(self, url: str, text: str) -> list[int]:
-        address = f"{url}/tokenize"
-        answer = fetch_json(address, {"model": _model(url), "prompt": text, "add_special_tokens": False})
-        return part(answer, address, "tokens")
+        request = {"model": _model(url), "prompt": text, "add_special_tokens": False}
+        return ask(f"{url}/tokenize", request)["tokens"]
 
     def complete(
         self, url: str, prompt_ids: Sequence[int], setting: DecodingSetting, max_new_tokens: int, seed: int
     ) -> Completion:
-        address = f"{url}/v1/completions"
         request = {
             "model": _model(url),
             "prompt": list(prompt_ids),
             "max_tokens": max_new_tokens,
-            "temperature": setting.temperature,
             # Values that change nothing are still sent: a server applies the model's own sampling defaults otherwise.
-            "top_k": setting.top_k,
-            "top_p": setting.top_p,
+            **setting.to_dict(),
             "min_p": 0.0,
-            "repetition_penalty": setting.repetition_penalty,
             "seed": seed,
             "return_token_ids": True,
         }
         before = _counters(url)
-        answer, seconds = timed_json(address, request)
+        answer = ask(f"{url}/v1/completions", request)
         steps, drafted, accepted = (now - then for now, then in zip(_counters(url), before, strict=True))
-        choice = part(answer, address, "choices", 0)
-        ids = part(choice, address, "token_ids")
+        (choice,) = answer["choices"]
         return Completion(
-            token_ids=ids,
-            seconds=seconds,
+            token_ids=choice["token_ids"],
+            seconds=answer.seconds,
             num_spec_steps=steps,
             num_draft_tokens=drafted,
             num_accepted_draft_tokens=accepted,
-            is_cut=choice.get("finish_reason") == "length" and len(ids) < max_new_tokens,
+            is_cut=choice.get("finish_reason") == "length" and len(choice["token_ids"]) < max_new_tokens,
         )
-
-    def verification(self, is_greedy: bool) -> str:
-        return "exact_match" if is_greedy else "rejection_sampling"
 
 
 def _model(url: str) -> str:
-    return part(fetch_json(f"{url}/v1/models"), url, "data", 0, "id")
+    return ask(f"{url}/v1/models")["data"][0]["id"]
 
 
 def _counters(url: str) -> list[int]:
