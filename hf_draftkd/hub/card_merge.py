@@ -71,12 +71,13 @@ def with_sections(prose: str, fresh: str) -> str:
     return result.rstrip("\n") + "\n\n" + "\n".join(missing) if missing else result
 
 
-def read_card(kind: type[Card], text: str, where: str) -> Card:
-    """A card that somebody may have edited; results in its metadata that cannot be read are dropped.
+def read_card(kind: type[Card], text: str | None, where: str) -> Card | None:
+    """A card that somebody may have edited, if there is one; results in its metadata that cannot be read are dropped.
 
-    Raises:
-        ValueError: Its metadata is not YAML, or not a mapping; the message says `where` it is.
+    A `ValueError` says `where` it is, if its metadata is not a YAML mapping.
     """
+    if not text:
+        return None
     try:
         return kind(text, ignore_metadata_errors=True)
     except (yaml.YAMLError, ValueError, TypeError) as error:
@@ -85,26 +86,15 @@ def read_card(kind: type[Card], text: str, where: str) -> Card:
 
 
 def local_card(kind: type[Card], folder: Path) -> Card | None:
-    """The card in a folder; None where there is none.
-
-    Raises:
-        ValueError: Its metadata cannot be read.
-    """
+    """As `read_card`, of the card in a folder."""
     path = folder / CARD_FILE
-    return read_card(kind, path.read_text(encoding="utf-8-sig"), str(path)) if path.is_file() else None
-
-
-def updated(held: RepoCard | None, fresh: Card) -> Card:
-    """The sections of a fresh card in the words, and with the metadata, of one that people may have edited."""
-    if held is None:
-        return fresh
-    return _card(fresh, _metadata(held, fresh.data.to_dict()), with_sections(held.text, fresh.text))
+    return read_card(kind, path.read_text(encoding="utf-8-sig") if path.is_file() else None, str(path))
 
 
 def merged(
     fresh: Card,
     local: Card | None,
-    remote: Card | None,
+    remote: Card | None = None,
     prose: Place | None = None,
     given: Collection[str] = (),
 ) -> tuple[Card, Place | None]:

@@ -11,11 +11,11 @@ from datasets import Dataset
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from hf_draftkd.data.shards import MANIFEST, unfinished_shards
-from hf_draftkd.hub.access import check_repo_id, hub_errors, writing_token
-from hf_draftkd.hub.card_merge import CARD_FILE, Place, local_card, merged, read_card, updated
+from hf_draftkd.hub.access import check_repo_id, writing_token
+from hf_draftkd.hub.card_merge import CARD_FILE, Place, local_card, merged, read_card
 from hf_draftkd.hub.markdown import code, hub_link, render_card
 from hf_draftkd.hub.public_names import is_public, public_name, public_source
-from hf_draftkd.hub.repository import commit, look, stale
+from hf_draftkd.hub.repository import Repository
 from hf_draftkd.hub.upload_files import PlannedFile, shard_files
 from hf_draftkd.utils.files import write_text
 
@@ -85,7 +85,7 @@ def write_card(folder: Path, rows: Dataset, repo_id: str | None = None) -> None:
         ValueError: There is a README whose metadata cannot be read.
     """
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    card = updated(local_card(DatasetCard, folder), alignment_card(rows, manifest, repo_id))
+    card, _ = merged(alignment_card(rows, manifest, repo_id), local_card(DatasetCard, folder))
     write_text(folder / CARD_FILE, str(card))
 
 
@@ -126,23 +126,20 @@ def push_alignment_data(
     if unfinished := unfinished_shards(folder, count):
         raise ValueError(f"{len(unfinished)} of {count} shards in {folder} are not finished. Resume the run first.")
     write_card(folder, rows, repo_id)
-    token = writing_token(token)
-    api = HfApi(token=token)
     afterwards = f"Nothing was published; the data are finished in {folder}: the same command publishes them."
-    repo_id, remote = look(api, repo_id, repo_type="dataset", private=private, afterwards=afterwards)
+    api = HfApi(token=writing_token(token))
+    there = Repository.look(api, repo_id, private=private, afterwards=afterwards, repo_type="dataset")
     card, _ = merged(
-        alignment_card(rows, manifest, repo_id),
+        alignment_card(rows, manifest, there.repo_id),
         local_card(DatasetCard, folder),
-        read_card(DatasetCard, remote.card, f"the card of {repo_id}") if remote.card else None,
+        read_card(DatasetCard, there.card, f"the card of {there.repo_id}"),
         prose,
     )
     with TemporaryDirectory(prefix=".publishing-", dir=folder) as scratch:
         # The manifest names paths of this machine and stays here; the card says what concerns others.
         files = [PlannedFile(CARD_FILE, str(card).encode())]
         files += shard_files(folder, count, manifest["target"], public_target(manifest), Path(scratch))
-        old = stale(remote, _SHARDS, files)
-        with hub_errors(f"publishing {repo_id}", afterwards=afterwards, token=token):
-            url, _, _ = commit(api, repo_id, files, old, remote, private, "Alignment data", repo_type="dataset")
+        url, _, _ = there.commit(files, there.stale(_SHARDS, files), "Alignment data", private=private)
     return str(url)
 
 

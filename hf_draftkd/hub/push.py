@@ -23,13 +23,13 @@ from transformers import AutoConfig, GenerationConfig
 
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub import upload_files
-from hf_draftkd.hub.access import check_repo_id, hub_errors, redacted, writing_token
+from hf_draftkd.hub.access import check_repo_id, redacted, writing_token
 from hf_draftkd.hub.card_merge import CARD_FILE, Place, local_card, merged, prose_of, read_card
 from hf_draftkd.hub.metadata import benchmark_entries
 from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.provenance import PROVENANCE_FILE, PairFacts, TrainingSummary
 from hf_draftkd.hub.public_names import public_report
-from hf_draftkd.hub.repository import Remote, commit, look, stale
+from hf_draftkd.hub.repository import Repository
 from hf_draftkd.hub.upload_files import CUSTOM_GENERATE_FOLDER, PLOT_FOLDER, REPORT_FILE, DraftFolder, PlannedFile
 from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.models.tokenizers import tokenizer_fingerprint
@@ -147,47 +147,42 @@ def push_draft(
     api = HfApi(token=token)
     remarks = list(draft.remarks)
     try:
-        repo_id, remote = look(api, repo_id, revision=revision, private=private, afterwards=_AGAIN)
+        there = Repository.look(api, repo_id, private=private, afterwards=_AGAIN, revision=revision)
     except ConnectionError as error:
         if not dry_run:
             raise
-        remote = Remote()
+        there = Repository(api, repo_id, _AGAIN)
         remarks.append(f"{error} The card is shown as for a new repository.")
-    holds_weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in remote.files)
-    if holds_weights and "draft-model" not in remote.tags and not allow_mismatch:
+    holds_weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in there.files)
+    if holds_weights and "draft-model" not in there.tags and not allow_mismatch:
         raise ValueError(
-            f"{repo_id} exists and holds a model that is not a draft (its card lacks the tag `draft-model`). Name "
-            "another repository, or pass `allow_mismatch` to overwrite it."
+            f"{there.repo_id} exists and holds a model that is not a draft (its card lacks the tag `draft-model`). "
+            "Name another repository, or pass `allow_mismatch` to overwrite it."
         )
     wanted = {"license": license, "language": language, "tags": tags}
-    card, files = _contents(api, draft, repo_id, remote, wanted, prose, benchmark_task, custom_generate)
+    card, files = _contents(draft, there, wanted, prose, benchmark_task, custom_generate)
     upload_files.refuse_secrets(files, token)
     if draft.report is None:
         remarks.append(f"There is no {REPORT_FILE} of this draft: the card says that nothing was measured.")
     plan = Upload(
-        repo_id,
+        there.repo_id,
         tuple(files),
-        deleted=stale(remote, _STALE, files),
+        deleted=there.stale(_STALE, files),
         card=card,
         remarks=tuple(remarks),
-        private=private if remote.private is None else remote.private,
+        private=private if there.private is None else there.private,
         revision=revision,
         create_pr=create_pr,
     )
     if dry_run:
         return plan
-    with hub_errors(f"publishing {repo_id}", afterwards=_AGAIN, token=token):
-        _, is_private, done = commit(
-            api, repo_id, files, plan.deleted, remote, plan.private, commit_message, revision, create_pr
-        )
+    _, is_private, done = there.commit(files, plan.deleted, commit_message, private=plan.private, create_pr=create_pr)
     return dataclasses.replace(plan, private=is_private, commit=done.oid, url=done.pr_url or done.commit_url)
 
 
 def _contents(
-    api: HfApi,
     draft: DraftFolder,
-    repo_id: str,
-    remote: Remote,
+    there: Repository,
     wanted: dict[str, Any],
     prose: Place | None,
     task: str | None,
@@ -201,14 +196,14 @@ def _contents(
     provenance = dataclasses.replace(
         draft.provenance,
         weights_sha256=draft.weights_sha256,
-        pair=_pair(draft, generation, api.token),
+        pair=_pair(draft, generation, there.api.token),
         notes=list(dict.fromkeys(notes)) or None,
     ).public()
     plots = upload_files.plot_files(draft.pictures)
     fresh = DraftModelCard.from_report(
         report,
         provenance=provenance,
-        name=repo_id,
+        name=there.repo_id,
         **wanted,
         custom_generate=custom_generate,
         plots={Path(plot.path).stem.replace("_", " ").capitalize(): plot.path for plot in plots},
@@ -217,13 +212,13 @@ def _contents(
     if local and _without_title(local) == _without_title(fresh):
         # In the folder a title is the folder's name or the run's. On the Hub another one was chosen by a person.
         local.text = fresh.text
-    held = read_card(DraftModelCard, remote.card, f"the card of {repo_id}") if remote.card else None
+    held = read_card(DraftModelCard, there.card, f"the card of {there.repo_id}")
     given = {key: fresh.data[key] for key in ("license", "language") if wanted[key] is not None}
     # The fresh card in the words that a person wrote, wherever those are.
     card, place = merged(fresh, local, held, prose, given)
     settled = given
     if not (card.data.to_dict() | given).get("license"):
-        settled = given | _inherited_license(api, fresh.data.get("base_model"))
+        settled = given | _inherited_license(there.api, fresh.data.get("base_model"))
     for key, value in settled.items():
         card.data[key] = value
     if not custom_generate and card.data.get("tags"):  # an earlier version may have had it

@@ -20,47 +20,87 @@ from hf_draftkd.hub.upload_files import PlannedFile
 
 
 @dataclass(frozen=True)
-class Remote:
-    """A repository as it is: its last commit, who can see it, its files and card; empty where there is none."""
+class Repository:
+    """A repository as it is: its last commit, who can see it, its files and card; empty where there is none.
 
+    `afterwards` says what a failure leaves behind, and what to do then.
+    """
+
+    api: HfApi
+    repo_id: str
+    afterwards: str
+    repo_type: str = "model"
+    revision: str | None = None
     sha: str | None = None
     private: bool | None = None
     files: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     card: str | None = None
 
+    @classmethod
+    def look(cls, api: HfApi, repo_id: str, *, private: bool | None, afterwards: str, **which: Any) -> "Repository":
+        """Look it up, `which` being its `repo_type` and `revision`. A public one is refused where it is to be private.
 
-def look(
-    api: HfApi,
-    repo_id: str,
-    *,
-    private: bool | None,
-    afterwards: str,
-    repo_type: str = "model",
-    revision: str | None = None,
-) -> tuple[str, Remote]:
-    """The repository's full name, and what it holds. Refuses a public one where a private one is wanted."""
-    with hub_errors(f"looking at {repo_id}", afterwards=afterwards, token=api.token):
-        if "/" not in repo_id and api.token is not None:
-            repo_id = f"{api.whoami()['name']}/{repo_id}"
-        # Without `cardData`: huggingface_hub may be unable to take what somebody wrote there. The card itself is read.
-        expand: Any = ["private", "sha", "siblings", "tags"]
-        info: Any
-        try:
-            info = api.repo_info(repo_id, repo_type=repo_type, revision=revision, expand=expand)
-        except RevisionNotFoundError:  # a branch that will be made from main
-            info = api.repo_info(repo_id, repo_type=repo_type, expand=expand)
-        except RepositoryNotFoundError as error:
-            # The Hub answers 401 for a repository that does not exist to anybody whose token it does not know.
-            if error.response.status_code == 401 and api.token:
-                raise
-            return repo_id, Remote()
-        _check_private(repo_id, private, info)
-        files, card = tuple(sibling.rfilename for sibling in info.siblings or ()), None
-        if CARD_FILE in files:
-            path = api.hf_hub_download(repo_id, CARD_FILE, revision=info.sha, repo_type=repo_type)
-            card = Path(path).read_text(encoding="utf-8-sig")
-    return repo_id, Remote(info.sha, bool(info.private), files, tuple(info.tags or ()), card)
+        A name without an owner is that of the user who is logged in.
+        """
+        with hub_errors(f"looking at {repo_id}", afterwards=afterwards, token=api.token):
+            if "/" not in repo_id and api.token is not None:
+                repo_id = f"{api.whoami()['name']}/{repo_id}"
+            # Without `cardData`: huggingface_hub may be unable to take what somebody wrote there. The card is read.
+            asked: Any = which | {"expand": ["private", "sha", "siblings", "tags"]}
+            info: Any
+            try:
+                info = api.repo_info(repo_id, **asked)
+            except RevisionNotFoundError:  # a branch that will be made from main
+                info = api.repo_info(repo_id, **asked | {"revision": None})
+            except RepositoryNotFoundError as error:
+                # The Hub answers 401 for a repository that does not exist to anybody whose token it does not know.
+                if error.response.status_code == 401 and api.token:
+                    raise
+                return cls(api, repo_id, afterwards, **which)
+            _check_private(repo_id, private, info)
+            files, card = tuple(sibling.rfilename for sibling in info.siblings or ()), None
+            if CARD_FILE in files:
+                path = api.hf_hub_download(repo_id, CARD_FILE, **which | {"revision": info.sha})
+                card = Path(path).read_text(encoding="utf-8-sig")
+        now: Any = {"sha": info.sha, "private": bool(info.private), "files": files, "tags": tuple(info.tags or ())}
+        return cls(api, repo_id, afterwards, **which, **now, card=card)
+
+    def stale(self, patterns: list[str], files: Sequence[PlannedFile]) -> tuple[str, ...]:
+        """What is there, fits one of the patterns and is not among the new files."""
+        new = {file.path for file in files}
+        return tuple(name for name in filter_repo_objects(self.files, allow_patterns=patterns) if name not in new)
+
+    def commit(
+        self,
+        files: Sequence[PlannedFile],
+        deleted: Sequence[str],
+        message: str,
+        *,
+        private: bool | None,
+        create_pr: bool = False,
+    ) -> tuple[RepoUrl, bool, CommitInfo]:
+        """Make it if need be, and change it; returns its address, whether it is private, and the commit."""
+        api = self.api
+        here: dict[str, Any] = {"repo_id": self.repo_id, "repo_type": self.repo_type}
+        with hub_errors(f"publishing {self.repo_id}", afterwards=self.afterwards, token=api.token):
+            url = api.create_repo(**here, private=private, exist_ok=True)
+            # `exist_ok` takes a public repository for a private one: what it is, only the Hub knows.
+            info: Any = api.repo_info(**here, expand=["private"])  # type: ignore[arg-type]
+            _check_private(self.repo_id, private, info)
+            if self.revision and self.revision != "main":
+                api.create_branch(**here, branch=self.revision, exist_ok=True)
+            added = [CommitOperationAdd(file.path, file.source) for file in files]
+            done = api.create_commit(
+                **here,
+                operations=[*map(CommitOperationDelete, deleted), *added],
+                commit_message=message,
+                revision=self.revision,
+                create_pr=create_pr,
+                # The card was merged with what was there: if somebody edits it meanwhile, nothing is overwritten.
+                parent_commit=self.sha if not create_pr else None,
+            )
+        return url, bool(info.private), done
 
 
 def _check_private(repo_id: str, private: bool | None, info: Any) -> None:
@@ -70,40 +110,3 @@ def _check_private(repo_id: str, private: bool | None, info: Any) -> None:
             "uploaded. Make it private in its settings on the Hub first, name another repository, or leave `private` "
             "out."
         )
-
-
-def stale(remote: Remote, patterns: list[str], files: Sequence[PlannedFile]) -> tuple[str, ...]:
-    new = {file.path for file in files}
-    return tuple(name for name in filter_repo_objects(remote.files, allow_patterns=patterns) if name not in new)
-
-
-def commit(
-    api: HfApi,
-    repo_id: str,
-    files: Sequence[PlannedFile],
-    deleted: Sequence[str],
-    remote: Remote,
-    private: bool | None,
-    message: str,
-    revision: str | None = None,
-    create_pr: bool = False,
-    repo_type: str = "model",
-) -> tuple[RepoUrl, bool, CommitInfo]:
-    url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-    # `exist_ok` takes a public repository for a private one: what it is, only the Hub knows.
-    info: Any = api.repo_info(repo_id, repo_type=repo_type, expand=["private"])  # type: ignore[arg-type]
-    _check_private(repo_id, private, info)
-    if revision and revision != "main":
-        api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
-    added = [CommitOperationAdd(file.path, file.source) for file in files]
-    done = api.create_commit(
-        repo_id,
-        [*map(CommitOperationDelete, deleted), *added],
-        commit_message=message,
-        repo_type=repo_type,
-        revision=revision,
-        create_pr=create_pr,
-        # The card was merged with what was there: if somebody edits it meanwhile, nothing is overwritten.
-        parent_commit=remote.sha if not create_pr else None,
-    )
-    return url, bool(info.private), done

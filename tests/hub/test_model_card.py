@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_draftkd.hub.card_merge import updated
+from hf_draftkd.hub.card_merge import merged
 from hf_draftkd.hub.citations import papers_used
 from hf_draftkd.hub.metadata import eval_results
 from hf_draftkd.hub.model_card import DraftModelCard
@@ -463,7 +463,7 @@ class TestEditedByHand:
         better = samples.report()
         better["settings"][0]["acceptance_rate"]["value"] = 0.8125
         fresh = DraftModelCard.from_report(better, name="me/draft-115m", license="apache-2.0")
-        result = updated(edited, fresh)
+        result = merged(fresh, edited)[0]
         text = result.render()
         assert "My own words." in text
         assert "## Thanks\n\nTo everybody." in text
@@ -479,19 +479,19 @@ class TestEditedByHand:
 
     def test_a_card_without_marks_is_kept_whole_and_gets_the_sections(self):
         written = DraftModelCard("---\nlicense: mit\n---\n# By hand\n\nAll mine.\n")
-        result = updated(written, full_card())
+        result = merged(full_card(), written)[0]
         assert result.text.startswith("# By hand\n\nAll mine.")
         assert "## How much it helps" in result.text
         assert result.data.license == "mit"
 
     def test_updating_twice_changes_nothing_more(self):
-        once = updated(full_card(), full_card())
-        assert updated(once, full_card()).render() == once.render()
+        once = merged(full_card(), full_card())[0]
+        assert merged(full_card(), once)[0].render() == once.render()
 
     def test_an_old_target_tag_does_not_linger(self):
         """Catches a draft that is still found for the target it was made for before."""
         other = samples.report(target={"name": "org/other", "revision": samples.REVISION, "num_parameters": 7})
-        result = updated(full_card(), DraftModelCard.from_report(other, name="me/draft-115m"))
+        result = merged(DraftModelCard.from_report(other, name="me/draft-115m"), full_card())[0]
         assert [tag for tag in result.data.tags if tag.startswith("draft-for:")] == ["draft-for:org/other"]
 
 
