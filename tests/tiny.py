@@ -12,8 +12,10 @@ scaled so that distributions are peaked (as a trained model's are) but greedy te
 
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -154,6 +156,35 @@ def tiny_llama(
         )
     )
     return _finish(model, seed, real_vocab_size or vocab_size, eos_scale)
+
+
+def save_gguf(model: LlamaForCausalLM, path: Path) -> None:
+    """Write a `tiny_llama` as llama.cpp's converter does, without its tokenizer."""
+    gguf = pytest.importorskip("gguf", reason="pip install gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        values = weight
+        if "q_proj" in name or "k_proj" in name:  # GGUF pairs neighbouring rows where transformers pairs halves
+            heads = config.num_attention_heads
+            halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1)
+            values = halves.transpose(1, 2).reshape(weight.shape)
+        stem = name.removesuffix(".weight")
+        writer.add_tensor(names.get_name(stem) + ".weight", values.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def tiny_qwen3(

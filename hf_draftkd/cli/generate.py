@@ -32,6 +32,7 @@ class GenerateOptions:
     tokenizer: str | None = option(
         None, "endpoint: the target's tokenizer, where --target_model is only a name at the server."
     )
+    gguf_file: str | None = option(None, "Read the target from this GGUF file among its files.")
     dtype: str = option("auto", "dtype the target is loaded in.")
     device_map: str | None = option(None, "Device map of the target, such as auto; by default one device per process.")
     trust_remote_code: bool = option(False, "Run code that a model repository brings.")
@@ -56,6 +57,7 @@ def run(argv: list[str]) -> int:
             options.tokenizer or options.target_model,
             revision=None if options.tokenizer else options.target_model_revision,
             trust_remote_code=options.trust_remote_code,
+            gguf_file=options.gguf_file,
         )
         tokenizer = checkpoint.tokenizer
         draft = None
@@ -91,10 +93,11 @@ def run(argv: list[str]) -> int:
     with usage_errors():  # what somebody wrote into the card cannot be read
         write_card(Path(str(config.output_dir)), rows)
     tokens, stopped = sum(map(len, rows["completion_ids"])), list(rows["finish_reason"]).count("stop")
+    gguf = f" --gguf_file {options.gguf_file}" if options.gguf_file else ""
     print(
         f"{len(rows)} completions, {tokens} tokens ({tokens / len(rows):.1f} each; {stopped} ended on their own) in "
         f"{config.output_dir}, {perf_counter() - start:.0f} s in all.\n"
-        f"Train on them: draftkd train --model DRAFT --target_model {options.target_model} "
+        f"Train on them: draftkd train --model DRAFT --target_model {options.target_model}{gguf} "
         f"--dataset {config.output_dir} --output_dir OUT"
     )
     if options.push_to_hub:

@@ -22,6 +22,7 @@ class InitOptions:
 
     target_model: str | None = option(None, "The target: a Hub id or a local path.")
     target_model_revision: str | None = option(None, "Revision of the target.")
+    gguf_file: str | None = option(None, "Read the target from this GGUF file among its files.")
     output_dir: str | None = option(None, "Where the draft is written.")
     model: str | None = option(None, "A stock draft to repair: it gets the target's vocabulary size and special ids.")
     num_layers: int | None = option(None, "Copy this many of the target's layers, evenly spread.")
@@ -47,12 +48,15 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"give exactly one of {', '.join(f'--{name}' for name in ways)}; {given}")
     if options.text_of is not None and options.target_model is not None:
         raise UsageError("`--text_of` makes a target; leave out `--target_model`.")
+    if options.text_of is not None and options.gguf_file is not None:
+        raise UsageError("`--text_of` reads a whole multimodal model, not a GGUF file; leave out `--gguf_file`.")
     source = options.text_of or options.target_model
     required(target_model=source, output_dir=options.output_dir)
     trusted = {"trust_remote_code": options.trust_remote_code}
     with usage_errors():
         directory = new_directory(options.output_dir, overwrite=options.overwrite_output_dir, target_model=source)
-        checkpoint = resolve(source, revision=options.target_model_revision, **trusted)
+        at = {"revision": options.target_model_revision, "gguf_file": options.gguf_file}
+        checkpoint = resolve(source, **at, **trusted)
         if options.text_of is not None:
             text = extract_text_model(checkpoint.name, revision=checkpoint.revision)
             text.save_pretrained(directory)
@@ -76,8 +80,10 @@ def run(argv: list[str]) -> int:
     draft.save_pretrained(directory)
     checkpoint.tokenizer.save_pretrained(directory)
     share = draft.num_parameters() / target.num_parameters()
+    gguf = f" --gguf_file {options.gguf_file}" if options.gguf_file else ""
     print(
         f"Wrote {directory}: {draft.num_parameters():,} parameters, {share:.2%} of the target's. Next:\n"
-        f"  draftkd train --model {directory} --target_model {options.target_model} --dataset DATA --output_dir OUT"
+        f"  draftkd train --model {directory} --target_model {options.target_model}{gguf} "
+        "--dataset DATA --output_dir OUT"
     )
     return 0

@@ -24,6 +24,7 @@ class TrainOptions:
     target_model: str | None = option(
         None, "The target. Not needed where the data holds its distributions, or for cross_entropy."
     )
+    gguf_file: str | None = option(None, "Read the target from this GGUF file among its files.")
     reference_model: str | None = option(
         None, "A draft distilled before, for --token_selection adaspec: a Hub id or a local path."
     )
@@ -91,6 +92,12 @@ def build_trainer(options: TrainOptions, args: DraftDistillConfig, model_config:
         "attn_implementation": model_config.attn_implementation,
         **(args.model_init_kwargs or {}),
     }
+
+    if options.gguf_file is not None:
+        if options.target_model is None:
+            raise UsageError("`--gguf_file` names a file of the target: give `--target_model` too.")
+        given: Any = args.target_model_init_kwargs
+        args.target_model_init_kwargs = {**(given or {}), "gguf_file": options.gguf_file}
 
     def opened(name: str | None, split: str, config: str | None) -> Any:
         return None if name is None else open_dataset(name, split=split, config=config)

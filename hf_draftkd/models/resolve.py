@@ -11,6 +11,7 @@ Everything that can be seen without the weights is checked here, so that a long 
 import inspect
 import json
 import os
+import struct
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -170,6 +171,8 @@ class Checkpoint:
 
     @cached_property
     def _config(self) -> PreTrainedConfig:
+        # Of a GGUF file that was cut off the two parsers say only that bytes are missing.
+        other = () if self.gguf_file is None else (ValueError, struct.error)
         try:
             return AutoConfig.from_pretrained(
                 self.name,
@@ -177,8 +180,8 @@ class Checkpoint:
                 trust_remote_code=self.trust_remote_code,
                 **({} if self.gguf_file is None else {"gguf_file": self.gguf_file}),
             )
-        except (OSError, json.JSONDecodeError, StrictDataclassError) as error:
-            raise ValueError(f"The {CONFIG_NAME} of {self.name!r} cannot be read: {error}") from error
+        except (OSError, json.JSONDecodeError, StrictDataclassError, *other) as error:
+            raise ValueError(f"The {self.gguf_file or CONFIG_NAME} of {self.name!r} cannot be read: {error}") from error
 
     def __deepcopy__(self, memo: Any) -> "Checkpoint":
         return self  # a loaded model keeps its checkpoint, and models are copied

@@ -51,6 +51,7 @@ class DraftDistillConfig(SFTConfig):
 
         target_model_init_kwargs (`dict[str, Any]`):
             For [`load_target`], when the target is given as an id. `dtype` defaults to `"auto"`: it is only read.
+            `gguf_file` names the file of a target that exists only as GGUF.
         shard_target (`bool`):
             `False` keeps the target whole on each process under FSDP: faster where it fits, and its logits are then
             computed a chunk of positions at a time. ZeRO-3 always shards it.
@@ -164,7 +165,7 @@ class DraftDistillConfig(SFTConfig):
 
     target_model_revision: str | None = option(None, "Revision of the target, when given as an id: the draft fits it.")
     target_model_init_kwargs: dict[str, Any] | str | None = option(
-        None, "Keyword arguments for loading the target, as JSON: dtype, device_map, quantization_config."
+        None, "Keyword arguments for loading the target, as JSON: dtype, device_map, quantization_config, gguf_file."
     )
     shard_target: bool = option(True, "Whether FSDP shards the target too; False keeps it whole on each process.")
     divergence: str = option(

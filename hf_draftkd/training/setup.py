@@ -35,7 +35,7 @@ from hf_draftkd.training.signals import NO_PLAIN_HEAD, WHOLE_LOGITS
 
 logger = logging.getLogger(__name__)
 
-# What `model_init_kwargs` and `target_model_init_kwargs` may hold.
+# What `model_init_kwargs` and `target_model_init_kwargs` may hold; the target's also `gguf_file`.
 _LOADING = ("dtype", "revision", "device_map", "quantization_config", "attn_implementation", "trust_remote_code")
 # An adapter folded into quantised weights is rounded away: the draft that is saved would not be the one trained.
 _QUANTISED_DRAFT = (
@@ -134,12 +134,13 @@ def prepare_pair(
             is quantised (`quantization_config` included), has nothing to train, or shares weights with the target.
     """
     draft_kwargs = {"dtype": "float32", **_loading_options(args, args.model_init_kwargs)}
-    target_kwargs = _loading_options(args, args.target_model_init_kwargs)
+    target_kwargs = _loading_options(args, args.target_model_init_kwargs, "gguf_file")
     if quantization_config is not None or draft_kwargs.get("quantization_config") is not None:
         raise ValueError(_QUANTISED_DRAFT.format(name=model_name(model)))
     # Whatever shows without the weights is looked at first: a pair that does not fit is refused in seconds.
     draft = _looked_up(model, draft_kwargs.pop("revision", None), args)
-    target = None if target_model is None else _looked_up(target_model, args.target_model_revision, args)
+    gguf_file = target_kwargs.pop("gguf_file", None)
+    target = None if target_model is None else _looked_up(target_model, args.target_model_revision, args, gguf_file)
     if draft is target:
         raise ValueError("`model` and `target_model` are the same object; the target is frozen. Load the model twice.")
     if tokenizer is None:
@@ -165,17 +166,19 @@ def prepare_pair(
     return draft, target, tokenizer
 
 
-def _loading_options(args: DraftDistillConfig, given: Any) -> dict[str, Any]:
+def _loading_options(args: DraftDistillConfig, given: Any, *further: str) -> dict[str, Any]:
+    known = (*_LOADING, *further)
     for option in given or {}:
-        if option not in _LOADING:
-            raise ValueError(f"Models are loaded with {', '.join(_LOADING)}; not with {option!r}.")
+        if option not in known:
+            raise ValueError(f"Models are loaded with {', '.join(known)}; not with {option!r}.")
     return {"trust_remote_code": args.trust_remote_code, **(given or {})}
 
 
-def _looked_up(model: Any, revision: str | None, args: DraftDistillConfig) -> Any:
+def _looked_up(model: Any, revision: str | None, args: DraftDistillConfig, gguf_file: str | None = None) -> Any:
     """The checkpoint of that name, or the loaded model; refused if it is not a causal LM."""
     if isinstance(model, str):
-        checkpoint = resolve(model, revision=revision, trust_remote_code=args.trust_remote_code)
+        trusted = args.trust_remote_code
+        checkpoint = resolve(model, revision=revision, trust_remote_code=trusted, gguf_file=gguf_file)
         checkpoint.config  # noqa: B018 - raises where it is not a usable causal LM
         return checkpoint
     check_config(model.config, model.name_or_path or type(model).__name__)

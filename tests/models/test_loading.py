@@ -28,7 +28,7 @@ from hf_draftkd.models.identity import model_revision
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import check_own_tokenizer
 from hf_draftkd.models.resolve import resolve
-from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.tiny import save_gguf, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture
@@ -449,40 +449,16 @@ class TestAdapters:
             load_draft(path)
 
 
-def test_a_target_that_exists_only_as_gguf(tmp_path):
-    """Transformers reads it as a quantised model, and then refuses to save it."""
-    gguf = pytest.importorskip("gguf", reason="pip install gguf")
-    model = tiny_llama()
-    config = model.config
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in model.state_dict().items():
-        values = weight
-        if "q_proj" in name or "k_proj" in name:  # GGUF pairs neighbouring rows where transformers pairs halves
-            heads = config.num_attention_heads
-            halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1)
-            values = halves.transpose(1, 2).reshape(weight.shape)
-        stem = name.removesuffix(".weight")
-        writer.add_tensor(names.get_name(stem) + ".weight", values.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    tiny_tokenizer().save_pretrained(tmp_path)
-
-    with pytest.raises(ValueError, match=r"no file 'other.gguf'. Its GGUF files: tiny.gguf"):
-        load_target(tmp_path, gguf_file="other.gguf")
-    found = load_target(tmp_path, gguf_file="tiny.gguf")
-    found.save_pretrained(tmp_path / "plain")
-    again = load_target(tmp_path / "plain")
-    ids = torch.arange(10)[None]
-    torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
+class TestGGUF:
+    def test_a_target_that_exists_only_as_gguf(self, tmp_path):
+        """Transformers reads it as a quantised model, and then refuses to save it."""
+        model = tiny_llama()
+        save_gguf(model, tmp_path / "tiny.gguf")
+        tiny_tokenizer().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"no file 'other.gguf'. Its GGUF files: tiny.gguf"):
+            load_target(tmp_path, gguf_file="other.gguf")
+        found = load_target(tmp_path, gguf_file="tiny.gguf")
+        found.save_pretrained(tmp_path / "plain")
+        again = load_target(tmp_path / "plain")
+        ids = torch.arange(10)[None]
+        torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
