@@ -27,12 +27,7 @@ from tests.processes import python, run
             "--prompts 4 --test_prompts 2 --answer_tokens 8 --seconds 0.1 --speed_prompts 1 --seeds 1 --layers 1 "
             "--parallel_tokens 3 --runs 1",
         ),
-        ("lenience.py", "--prompts 2 --strengths 0.5 --max_new_tokens 8"),
         ("online_serving.py", "--requests 4 --update_every 1 --max_new_tokens 8"),
-        (
-            "target_then_draft.py",
-            "--prompts 4 --queries 2 --max_new_tokens 8 --target_epochs 1 --draft_epochs 1 --layers 2",
-        ),
     ],
 )
 def test_the_example_runs(script, options, tmp_path):

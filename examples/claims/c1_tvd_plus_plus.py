@@ -1,0 +1,64 @@
+"""C1: is TVD++ better than total variation and than KL?
+
+From a draft that already agrees somewhat, since total variation has no gradient where draft and target hardly overlap,
+with a rate that falls to 0. The paper leaves open how advantages are normalised, so TVD++ comes in four readings:
+
+- full expectation: the policy gradient over the whole vocabulary, mean and deviation over the batch. Its gradient is
+  exactly total variation's, divided by the deviation;
+- sampled: one token a position, drawn from the draft; the closest to the paper, and this package's default;
+- per position: sampled, with the mean and deviation of each position alone;
+- unweighted: the reading of a third-party trainer. Rewards are normalised over the vocabulary of each position, and
+  every token's log q is pushed by its advantage, without the weight q of a policy gradient.
+"""
+
+from dataclasses import replace
+
+from harness import Arm, Claim, main
+from recipes import TUNED_DRAFT, WHITE_BOX, recipe
+from verdicts import Arms, Comparison, Finding, level
+
+KLD, TVD, START = "KLD", "TVD", "the tuned draft"
+READINGS = {
+    "TVD++, full expectation": recipe("queries_tvd_plus_plus_full", divergence="tvd_plus_plus", tvd_estimator="full"),
+    "TVD++, sampled": recipe("queries_tvd_plus_plus", divergence="tvd_plus_plus"),
+    "TVD++, per position": recipe("queries_tvd_plus_plus_token", divergence="tvd_plus_plus", tvd_statistics="token"),
+    "TVD++, unweighted": recipe("queries_unweighted_rewards", loss="unweighted_rewards"),
+}
+
+AGREES = (0.4, 0.7)  # acceptance at temperature 1 of a draft that agrees somewhat
+
+
+class FromAgreement(Claim):
+    """A claim about drafts that agree with their target somewhat before they are trained."""
+
+    def findings(self, arms: Arms) -> list[Finding]:
+        """The comparisons, unless the start is another than they suppose."""
+        if not arms.get(START):
+            return []
+        start = level(arms[START], "test", "T=1", "acceptance").value
+        found = super().findings(arms)
+        if AGREES[0] <= start <= AGREES[1]:
+            return found
+        reason = f"not comparable (acceptance before training {start:.2f}, not {AGREES[0]} to {AGREES[1]})"
+        return [replace(row, verdict=reason) for row in found]
+
+
+CLAIM = FromAgreement(
+    name="C1",
+    says="TVD++ gives more tokens per target call than TVD and than KLD.",
+    source="arXiv 2403.00858",
+    arms={
+        START: Arm(TUNED_DRAFT, (), is_seeded=False),
+        KLD: Arm(WHITE_BOX),
+        TVD: Arm(recipe("queries_total_variation", divergence="total_variation")),
+    }
+    | {label: Arm(what) for label, what in READINGS.items()},
+    comparisons=tuple(
+        Comparison(f"{label} against {other}", label, other, "block_efficiency", 3, relative=False)
+        for label in READINGS
+        for other in (TVD, KLD)
+    ),
+)
+
+if __name__ == "__main__":
+    main([CLAIM])

@@ -1,0 +1,35 @@
+"""C2: what does each stage of making a draft from nothing bring?
+
+Random weights, pretraining on plain text (the stock draft), tuning on given answers, and distillation behind each.
+"""
+
+from functools import partial
+
+from harness import Arm, Claim, main
+from recipes import RANDOM, STOCK, STOCK_DRAFT, TUNED_DRAFT, WHITE_BOX, recipe
+from verdicts import Comparison
+
+compared = partial(Comparison, metric="block_efficiency", gamma=3, relative=False)  # the paper's measure
+
+CLAIM = Claim(
+    name="C2",
+    says="Pretraining, then distillation: each stage adds to the draft.",
+    source="arXiv 2403.00858",
+    arms={
+        "pretrained": Arm(STOCK_DRAFT, (), is_seeded=False),
+        "pretrained, tuned": Arm(TUNED_DRAFT, (), is_seeded=False),
+        "random, distilled": Arm(recipe("random_forward_kl", start=RANDOM)),
+        "pretrained, distilled": Arm(recipe("stock_forward_kl", start=STOCK)),
+        "pretrained, tuned, distilled": Arm(WHITE_BOX),
+    },
+    comparisons=(
+        compared("distillation, behind pretraining", "pretrained, distilled", "pretrained"),
+        compared("pretraining, before distillation", "pretrained, distilled", "random, distilled"),
+        compared("tuning on given answers, behind pretraining", "pretrained, tuned", "pretrained"),
+        compared("distillation, behind tuning", "pretrained, tuned, distilled", "pretrained, tuned"),
+        compared("tuning, before distillation", "pretrained, tuned, distilled", "pretrained, distilled"),
+    ),
+)
+
+if __name__ == "__main__":
+    main([CLAIM])

@@ -1,0 +1,155 @@
+"""Make README.md of this folder from the results alone: every figure in it is one that a cell stored.
+
+python examples/claims/render.py [--results_dir DIR] [--pair DIR] [--output README.md]
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness import HERE, RATES, Claim, Results
+from lab import pair_weights
+from recipes import FULL, KEPT_TOKENS, SMOKE, TEMPERATURES
+from run import CLAIMS
+from verdicts import RULES, Arms, Estimate, level
+
+from hf_draftkd.models.demo import DEMO
+from hf_draftkd.models.identity import count_parameters
+from hf_draftkd.utils.files import write_text
+
+HEAD = """\
+# What the papers claim, tried on a small pair
+
+Made by `render.py` from the files under `results/`; no figure here is typed by hand. Each claim has its script, which
+says how it was tried; `run.py` runs them all and resumes over days:
+
+    python examples/claims/run.py --list
+    python examples/claims/run.py --only A3 --budget_seconds 3600
+    python examples/claims/render.py
+
+A "reproduced" or "refuted" is about this pair: a target of {target} parameters and a draft of {draft}. It says whether
+the effect shows there, not what a pair a thousand times as large does.
+
+τ(γ) is the number of tokens per target call where γ are drafted. Scores are exact, over {prompts} held-out queries
+that the target answered greedily and at temperature 1 (up to {answer_tokens} tokens); both temperatures are scored
+from the same drafts. Unless a claim says otherwise, a draft is trained for three epochs over the answers to {training}
+queries (batches of {batch_size}, the rate falling to 0) from the tuned draft: the stock draft after {tuning_steps}
+steps on given answers to other queries. White-box training reads the {kept} likeliest tokens of each of the target's
+distributions and the sum of the rest. Each arm's rate is the best of {rates}, or of those that its script names, on
+the dev queries with the first seed. Brackets are 95% intervals over prompts and seeds, resampled together for both
+arms; three seeds say little of the spread between seeds.
+
+Verdicts follow from these rules:
+
+{rules}
+"""
+
+
+def page(results: Results, claims: Sequence[Claim], seeds: int, pair: Path) -> str:
+    """The whole page."""
+    rows, sections = [], []
+    for claim in claims:
+        found = {label: results.of_arm(arm, seeds) for label, arm in claim.arms.items()}
+        arms = {label: each for label, each in found.items() if each}
+        findings = claim.findings(arms)
+        rows += [f"| {claim.name} | {row.says} | {row.paper} | {row.here} | {row.verdict} |" for row in findings]
+        if not findings:
+            rows.append(f"| {claim.name} | {claim.says} | | | not run yet |")
+        if arms:
+            sections.append(section(claim, arms))
+    sizes = results.sizes
+    head = HEAD.format(
+        target=f"{count_parameters(pair / 'target'):,}",
+        draft=f"{count_parameters(pair / 'draft'):,}",
+        prompts=sizes.test,
+        answer_tokens=sizes.answer_tokens,
+        training=sizes.prompts,
+        batch_size=sizes.batch_size,
+        tuning_steps=sizes.tuning_steps,
+        kept=KEPT_TOKENS,
+        rates=", ".join(f"{rate:g}" for rate in RATES),
+        rules=RULES,
+    )
+    verdicts = ["## Verdicts", "", "| claim | compared | paper | here | verdict |", "|---|---|---|---|---|", *rows]
+    return "\n".join([head, *verdicts, "", *sections, provenance(results)]) + "\n"
+
+
+def section(claim: Claim, arms: Arms) -> str:
+    """A claim's arms: at which rate, how often, how good."""
+    lines = [f"## {claim.name}", "", f"{claim.says} ({claim.source})", ""]
+    gamma = next((each.gamma for each in claim.comparisons if each.metric == "block_efficiency"), 5)
+    metrics = {"acceptance": "acceptance", f"τ({gamma})": "block_efficiency"}
+    heads = [f"{name}, {setting}" for name in metrics for setting in TEMPERATURES]
+    tables = sorted({on for results in arms.values() for on in results[0].get("scores", ())} - {"dev"}, reverse=True)
+    for on in tables:
+        if on != "test" and not any(each.on == on for each in claim.comparisons):
+            continue
+        lines += [f"| {ON[on]} | rate | seeds | {' | '.join(heads)} |", f"|{'---|' * (len(heads) + 3)}"]
+        for label, results in arms.items():
+            if on not in results[0]["scores"]:
+                continue
+            rate = results[0]["cell"]["rate"]
+            cells = [
+                _interval(level(results, on, setting, metric, gamma))
+                for metric in metrics.values()
+                for setting in TEMPERATURES
+            ]
+            lines.append(f"| {label} | {'' if rate is None else rate} | {len(results)} | {' | '.join(cells)} |")
+        lines.append("")
+    if table := claim.table(arms):
+        lines += [table, ""]
+    if claim.notes:
+        lines += [claim.notes, ""]
+    return "\n".join(lines)
+
+
+ON = {"test": "test queries", "general": "documentation"}
+
+
+def _interval(found: Estimate) -> str:
+    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def provenance(results: Results) -> str:
+    """What made the results, as they say themselves."""
+    stored = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.folder.glob("*.json"))]
+    if not stored:
+        return "No cell has been run.\n"
+    made = sorted(each["provenance"]["made"][:10] for each in stored)
+    versions = sorted({_words(each["provenance"]["versions"]) for each in stored})
+    machines = sorted(
+        {f"{each['provenance']['processor']}, {each['provenance']['threads']} thread(s)" for each in stored}
+    )
+    hours = sum(each["seconds"] for each in stored) / 3600
+    weights = ", ".join(f"{name} `{checksum}`" for name, checksum in results.weights.items())
+    return "\n".join(
+        [
+            "## Provenance",
+            "",
+            f"- {len(stored)} cells, made {made[0]} to {made[-1]}, {hours:.1f} hours of training; sha256 of the "
+            f"weights: {weights}.",
+            f"- {'; '.join(machines)}.",
+            *(f"- {each}." for each in versions),
+        ]
+    )
+
+
+def _words(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results_dir", type=Path, default=HERE / "results")
+    parser.add_argument("--pair", type=Path, default=DEMO)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--smoke", action="store_true", help="the results are of toy sizes")
+    parser.add_argument("--output", type=Path, default=HERE / "README.md")
+    options = parser.parse_args()
+    results = Results(options.results_dir, pair_weights(options.pair), SMOKE if options.smoke else FULL)
+    write_text(options.output, page(results, CLAIMS, options.seeds, options.pair))
+
+
+if __name__ == "__main__":
+    main()

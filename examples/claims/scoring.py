@@ -1,0 +1,61 @@
+"""How good drafts are: exact scores on text of the target, and their own loss on the task."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from lab import Lab, with_references
+from recipes import TEMPERATURES
+from transformers import PreTrainedModel
+
+from hf_draftkd.data.rows import with_token_ids
+from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.evaluation.scoring import Text, score_texts
+
+GAMMAS = (3, 5, 7)  # the draft lengths of the three papers' tables
+
+
+def scores(lab: Lab, drafts: Sequence[PreTrainedModel], name: str) -> list[dict[str, Any]]:
+    """`score_drafts` on one of the pair's evaluation texts."""
+    return score_drafts(lab.target, drafts, lab.asked(name))
+
+
+def score_drafts(target: PreTrainedModel, drafts: Sequence[PreTrainedModel], rows: Dataset) -> list[dict[str, Any]]:
+    """Exact scores of several drafts on the target's own text, which the target reads once for all of them.
+
+    Returns:
+        For each draft: temperature -> columns by prompt, in the order of the prompts: `tokens`, `acceptance` (the sum
+        of their acceptance rates) and for each draft length the expected target `calls`.
+    """
+    found: list[dict[str, Any]] = [{} for _ in drafts]
+    for setting, temperature in TEMPERATURES.items():
+        chosen = rows.filter(lambda at, wanted=temperature: at == wanted, input_columns="temperature")
+        texts = [Text(*ids) for ids in zip(chosen["prompt_ids"], chosen["completion_ids"], strict=True)]
+        result = score_texts(
+            target, drafts, texts, DecodingSetting(temperature=temperature), vocab_size=target.config.vocab_size
+        )
+        for columns, by_rule in zip(found, result.drafts, strict=True):
+            sums = next(iter(by_rule.values()))
+            columns[setting] = {
+                "tokens": [int(each) for each in sums.num_tokens],
+                "acceptance": _rounded(sums.acceptance),
+                "calls": {str(gamma): _rounded(sums.target_calls[:, gamma - 1]) for gamma in GAMMAS},
+            }
+    return found
+
+
+def _rounded(values: torch.Tensor) -> list[float]:
+    return [round(each, 3) for each in values.tolist()]
+
+
+@torch.inference_mode()
+def own_loss(lab: Lab, draft: PreTrainedModel) -> dict[str, float]:
+    """How well the draft itself knows the task: the summed loss on the right answers in nats, and their tokens."""
+    nats, count = 0.0, 0
+    rows = with_token_ids(with_references(lab.questions("test")), lab.tokenizer)
+    for prompt, completion in zip(rows["prompt_ids"], rows["completion_ids"], strict=True):
+        logits = draft(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+        nats += torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="sum").item()
+        count += len(completion)
+    return {"nats": round(nats, 3), "tokens": count}

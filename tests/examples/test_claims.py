@@ -1,0 +1,247 @@
+"""The claims: their harness runs each cell once, their verdicts follow from the numbers, their scripts run."""
+
+import importlib
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.cli.run import ROOT
+from tests.processes import python, run
+
+CLAIMS = ROOT / "examples" / "claims"
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    """The modules of the folder, as its scripts import each other."""
+    monkeypatch.syspath_prepend(str(CLAIMS))
+    monkeypatch.syspath_prepend(str(CLAIMS.parent))
+    names = ("harness", "lab", "verdicts", "b8_own_loss", "run")
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+def smoke(tmp_path, *options):
+    return ["--smoke", "--work_dir", str(tmp_path / "work"), "--results_dir", str(tmp_path / "results"), *options]
+
+
+def table(tokens, acceptance):
+    return {"tokens": tokens, "acceptance": acceptance, "calls": {"5": [1.0] * len(tokens)}}
+
+
+def result(tokens, acceptance, epochs=3):
+    return {"cell": {"what": {"epochs": epochs}}, "scores": {"test": {"greedy": table(tokens, acceptance)}}}
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "claimed", "falls", "expected"),
+    [
+        (0.01, 0.03, (0.02, 0.10), False, "reproduced"),
+        (0.001, 0.01, (0.02, 0.10), False, "reproduced, smaller"),
+        (0.2, 0.3, (0.02, 0.10), False, "reproduced, larger"),
+        (-0.03, -0.01, (0.02, 0.10), False, "refuted"),
+        (-0.01, 0.01, (0.02, 0.10), False, "refuted (no such effect)"),
+        (-0.01, 0.03, (0.02, 0.10), False, "undecided"),
+        (-0.01, 0.01, (0.0, None), False, "undecided"),
+        (-0.3, -0.2, (0.1, 0.4), True, "reproduced"),
+        (0.1, 0.2, (0.1, 0.4), True, "refuted"),
+    ],
+)
+def test_a_verdict_follows_from_the_interval(claims, low, high, claimed, falls, expected):
+    """A direction turned round, or an effect of no size that is called reproduced."""
+    found = claims.verdicts.Estimate((low + high) / 2, low, high, seeds=3, prompts=200)
+    assert claims.verdicts.verdict(found, claims.verdicts.Claimed(*claimed), falls=falls) == expected
+
+
+@pytest.mark.parametrize(("seeds", "prompts"), [(2, 200), (3, 149)])
+def test_too_little_decides_nothing(claims, seeds, prompts):
+    """A winner among few prompts: a public replication got opposite ones from 32 and from 164."""
+    found = claims.verdicts.Estimate(1.0, 0.9, 1.1, seeds, prompts)
+    assert claims.verdicts.verdict(found) == f"undecided ({seeds} of 3 seeds, {prompts} prompts)"
+
+
+def test_an_interval_covers_what_resampling_by_hand_covers(claims):
+    """Prompts or seeds resampled apart for each arm, or ratios averaged instead of counts."""
+    generator = np.random.default_rng(1)
+    ours, theirs = (generator.uniform(1, 2, (2, 3, 40)) * np.array([gain, 1])[:, None, None] for gain in (1.1, 1.0))
+    found = claims.verdicts.bootstrap(
+        [ours, theirs], lambda a, b: claims.verdicts.ratio_of_sums(a) - claims.verdicts.ratio_of_sums(b)
+    )
+    drawn = []
+    for _ in range(4000):
+        seeds, prompts = generator.integers(3, size=3), generator.integers(40, size=40)
+        sums = [[sum(arm[c, s, p] for s in seeds for p in prompts) for c in (0, 1)] for arm in (ours, theirs)]
+        drawn.append(sums[0][0] / sums[0][1] - sums[1][0] / sums[1][1])
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    assert found.value == pytest.approx(ours[0].sum() / ours[1].sum() - theirs[0].sum() / theirs[1].sum())
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.1 * (high - low))
+
+
+def test_arms_are_compared_over_the_seeds_that_both_have(claims):
+    """The third seed of one arm against nothing, or an untrained draft that costs all seeds but one."""
+    one, two = [result([4, 4], [1.0, 2.0])] * 3, [result([4, 4], [2.0, 2.0])] * 2
+    untrained = [result([4, 4], [1.0, 1.0], epochs=0)]
+    comparison = claims.verdicts.Comparison("", "a", "b", relative=False)
+    assert claims.verdicts.effect(comparison, {"a": two, "b": one}, "greedy").seeds == 2
+    found = claims.verdicts.effect(comparison, {"a": one, "b": untrained}, "greedy")
+    assert (found.seeds, found.value) == (3, pytest.approx(1 / 8))
+
+
+def test_rank_correlation_is_spearmans(claims):
+    """Ranks of another axis: a correlation of prompts instead of states."""
+    acceptance = np.array([[0.1, 0.4], [0.2, 0.3], [0.3, 0.1]])
+    found = claims.b8_own_loss.rank_correlation(acceptance, np.array([3.0, 2.0, 1.0]))
+    assert found == pytest.approx([-1.0, 1.0])
+
+
+# Harness
+
+
+@dataclass
+class Counted:
+    """An experiment that says how often it ran."""
+
+    runs: list[int]
+    name: str = "counted"
+    needs_data: bool = False
+    predicted_seconds: float = 7.0
+
+    def measure(self, lab: Any, seed: int) -> dict[str, Any]:
+        self.runs.append(seed)
+        if seed == 1 and len(self.runs) == 2:
+            raise KeyboardInterrupt
+        return {"figure": seed}
+
+
+def claim_of(claims, what):
+    return claims.harness.Claim("X", "says", "source", {"arm": claims.harness.Arm(what, ())})
+
+
+def test_a_killed_run_resumes_and_repeats_nothing(claims, tmp_path, capsys):
+    """Hours of cells that are run again, or half a file that counts as done."""
+    what = Counted([])
+    claim = claim_of(claims, what)
+    with pytest.raises(KeyboardInterrupt):
+        claims.harness.main([claim], smoke(tmp_path))
+    claims.harness.main([claim], smoke(tmp_path, "--list"))
+    assert "X: 1 cells done, 2 left, about 0 s" in capsys.readouterr().out
+    claims.harness.main([claim], smoke(tmp_path))
+    claims.harness.main([claim], smoke(tmp_path))
+    assert what.runs == [0, 1, 1, 2]
+    (folder,) = (tmp_path / "results").iterdir()
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == ["counted_seed0.json", "counted_seed1.json", "counted_seed2.json"]
+    stored = json.loads((folder / "counted_seed2.json").read_text())
+    assert stored["figure"] == 2
+    assert {"made", "versions", "processor", "threads"} <= stored["provenance"].keys()
+
+
+def test_results_of_another_pair_or_script_are_not_mixed_in(claims, tmp_path):
+    """Figures of the pair before, or of another number of steps, in the table of today's."""
+    claim = claim_of(claims, Counted([]))
+    claims.harness.main([claim], smoke(tmp_path, "--seeds", "1"))
+    (folder,) = (tmp_path / "results").iterdir()
+    results = claims.harness.Results(tmp_path / "results", {"target": "0" * 64, "draft": "1" * 64}, claims.lab.SMOKE)
+    cell = claims.harness.Cell(claim.arms["arm"].what, None, 0)
+    assert results.get(cell) is None
+    path = folder / "counted_seed0.json"
+    stored = json.loads(path.read_text())
+    stored["sizes"]["test"] = 200
+    path.write_text(json.dumps(stored))
+    with pytest.raises(SystemExit, match="another sizes than the scripts say now"):
+        claims.harness.main([claim], smoke(tmp_path, "--seeds", "1"))
+
+
+def test_nothing_is_started_after_the_budget(claims, tmp_path):
+    """A night's budget that is taken for advice."""
+    what = Counted([])
+    claims.harness.main([claim_of(claims, what)], smoke(tmp_path, "--budget_seconds", "-1"))
+    assert what.runs == []
+
+
+def test_the_best_rate_by_the_dev_queries_gets_the_other_seeds(claims, tmp_path):
+    """A rate chosen on the test queries, or seeds spent on a rate that lost."""
+    arm = claims.harness.Arm(claims.lab.recipe("r"), (1e-3, 1e-4))
+    claim = claims.harness.Claim("X", "says", "source", {"arm": arm})
+    results = claims.harness.Results(tmp_path, {"target": "0" * 64, "draft": "1" * 64}, claims.lab.SMOKE)
+
+    def store(rate, dev, test):
+        tables = {"dev": {"greedy": table([4], [dev])}, "test": {"greedy": table([4], [test])}}
+        results.put(claims.harness.Cell(arm.what, rate, 0), {"seconds": 1.0, "scores": tables})
+
+    names = lambda: [cell.name for cell in claims.harness.cells([claim], results, 2)]  # noqa: E731
+    store(1e-3, dev=3.0, test=1.0)
+    assert names() == ["r_rate0.001_seed0", "r_rate0.0001_seed0"]
+    store(1e-4, dev=2.0, test=4.0)
+    assert names() == ["r_rate0.001_seed0", "r_rate0.0001_seed0", "r_rate0.001_seed1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--smoke"], "give a --results_dir"), (["--only", "A9"], "no claim is called 'A9'")],
+)
+def test_what_cannot_work_is_said(options, said, tmp_path):
+    """Toy results among the real ones, or a typo that runs nothing."""
+    done = python(CLAIMS / "run.py", *options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+# Scripts
+
+
+def test_kept_live_and_written_cells_run_and_are_rendered(tmp_path):
+    """A recipe that no longer trains, or a page that does not find its results."""
+    options = smoke(tmp_path, "--seeds", "1")
+    run(CLAIMS / "run.py", *options, "--only", "A3", "C3", "B8", cwd=tmp_path)
+    page = tmp_path / "page.md"
+    where = ("--results_dir", tmp_path / "results", "--smoke", "--output", page)
+    run(CLAIMS / "render.py", *where, cwd=tmp_path)
+    text = page.read_text()
+    assert "| A3 | white box against black box (greedy) | +2% to +10% |" in text
+    assert "undecided (1 of 3 seeds, 3 prompts)" in text
+    assert "| A2 | Offline distillation beats online distillation by 11 to 25%. | | | not run yet |" in text
+
+
+def test_claims_about_seconds_run(tmp_path):
+    """Decoding in several ways, and quality of what was decoded."""
+    options = smoke(tmp_path, "--seeds", "1")
+    run(CLAIMS / "run.py", *options, "--only", "B4", "B6", "B7", cwd=tmp_path)
+    assert len(list((tmp_path / "results").glob("*/*.json"))) == 3
+
+
+def test_a_target_drifts_on_public_prompts(tmp_path):
+    """Rows read as another file has them, or both states of the target scored on one text."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = {
+        "gsm8k_train": {"question": "1 + 1?", "answer": "2"},
+        "gsm8k_test": {"question": "2 + 2?", "answer": "4"},
+        "chinese_instructions": {"prompt": "问", "answer": "答"},
+        "function_calls": {
+            "messages": [{"role": "user", "content": "add"}],
+            "functions": [{"name": "add", "description": "adds"}],
+            "ground_truth": [{"add": {"a": [1]}}],
+        },
+    }
+    for name, row in rows.items():
+        (data / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    run(CLAIMS / "a1_drift.py", *smoke(tmp_path, "--seeds", "1", "--data_dir", str(data)), cwd=tmp_path)
+    found = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("*/drift_*.json")]
+    assert len(found) == 3
+    assert all(each["scores"].keys() == {"before", "after"} for each in found)
+
+
+def test_a_name_stands_for_one_recipe(claims):
+    """Two recipes under one name: the result of one would be taken for the other's."""
+    by_name = {}
+    for claim in claims.run.CLAIMS:
+        for arm in claim.arms.values():
+            assert by_name.setdefault(arm.what.name, arm.what) == arm.what
+    assert len(by_name) > 20
