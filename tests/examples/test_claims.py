@@ -20,7 +20,7 @@ def claims(monkeypatch):
     """The modules of the folder, as its scripts import each other."""
     monkeypatch.syspath_prepend(str(CLAIMS))
     monkeypatch.syspath_prepend(str(CLAIMS.parent))
-    names = ("harness", "lab", "verdicts", "b8_own_loss", "run")
+    names = ("harness", "recipes", "verdicts", "b8_own_loss", "run")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -76,7 +76,7 @@ def test_an_interval_covers_what_resampling_by_hand_covers(claims):
     drawn = []
     for _ in range(4000):
         seeds, prompts = generator.integers(3, size=3), generator.integers(40, size=40)
-        sums = [[sum(arm[c, s, p] for s in seeds for p in prompts) for c in (0, 1)] for arm in (ours, theirs)]
+        sums = [arm[:, seeds][:, :, prompts].sum((1, 2)) for arm in (ours, theirs)]
         drawn.append(sums[0][0] / sums[0][1] - sums[1][0] / sums[1][1])
     low, high = np.percentile(drawn, [2.5, 97.5])
     assert found.value == pytest.approx(ours[0].sum() / ours[1].sum() - theirs[0].sum() / theirs[1].sum())
@@ -147,7 +147,7 @@ def test_results_of_another_pair_or_script_are_not_mixed_in(claims, tmp_path):
     claim = claim_of(claims, Counted([]))
     claims.harness.main([claim], smoke(tmp_path, "--seeds", "1"))
     (folder,) = (tmp_path / "results").iterdir()
-    results = claims.harness.Results(tmp_path / "results", {"target": "0" * 64, "draft": "1" * 64}, claims.lab.SMOKE)
+    results = claims.harness.Results(tmp_path / "results", {"target": "0" * 64, "draft": "1" * 64}, claims.recipes.SMOKE)
     cell = claims.harness.Cell(claim.arms["arm"].what, None, 0)
     assert results.get(cell) is None
     path = folder / "counted_seed0.json"
@@ -167,9 +167,9 @@ def test_nothing_is_started_after_the_budget(claims, tmp_path):
 
 def test_the_best_rate_by_the_dev_queries_gets_the_other_seeds(claims, tmp_path):
     """A rate chosen on the test queries, or seeds spent on a rate that lost."""
-    arm = claims.harness.Arm(claims.lab.recipe("r"), (1e-3, 1e-4))
+    arm = claims.harness.Arm(claims.recipes.recipe("r"), (1e-3, 1e-4))
     claim = claims.harness.Claim("X", "says", "source", {"arm": arm})
-    results = claims.harness.Results(tmp_path, {"target": "0" * 64, "draft": "1" * 64}, claims.lab.SMOKE)
+    results = claims.harness.Results(tmp_path, {"target": "0" * 64, "draft": "1" * 64}, claims.recipes.SMOKE)
 
     def store(rate, dev, test):
         tables = {"dev": {"greedy": table([4], [dev])}, "test": {"greedy": table([4], [test])}}
