@@ -1,7 +1,8 @@
 """C1: is TVD++ better than total variation and than KL?
 
 From a draft that already agrees somewhat, since total variation has no gradient where draft and target hardly overlap,
-with a rate that falls to 0. The paper leaves open how advantages are normalised, so TVD++ comes in four readings:
+with a rate that falls to 0, the better of two. The paper leaves open how advantages are normalised, so TVD++ comes in
+four readings:
 
 - full expectation: the policy gradient over the whole vocabulary, mean and deviation over the batch. Its gradient is
   exactly total variation's, divided by the deviation;
@@ -13,7 +14,7 @@ with a rate that falls to 0. The paper leaves open how advantages are normalised
 
 from dataclasses import replace
 
-from harness import Arm, Claim, main
+from harness import RATES, Arm, Claim, main
 from recipes import TUNED_DRAFT, WHITE_BOX, recipe
 from verdicts import Arms, Comparison, Finding, level
 
@@ -49,10 +50,10 @@ CLAIM = FromAgreement(
     source="arXiv 2403.00858",
     arms={
         START: Arm(TUNED_DRAFT, (), is_seeded=False),
-        KLD: Arm(WHITE_BOX),
-        TVD: Arm(recipe("queries_total_variation", divergence="total_variation")),
+        KLD: Arm(WHITE_BOX, RATES[::2]),
+        TVD: Arm(recipe("queries_total_variation", divergence="total_variation"), RATES[::2]),
     }
-    | {label: Arm(what) for label, what in READINGS.items()},
+    | {label: Arm(what, RATES[::2]) for label, what in READINGS.items()},
     comparisons=tuple(
         Comparison(f"{label} against {other}", label, other, "block_efficiency", 3, relative=False)
         for label in READINGS

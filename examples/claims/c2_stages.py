@@ -1,11 +1,12 @@
 """C2: what does each stage of making a draft from nothing bring?
 
-Random weights, pretraining on plain text (the stock draft), tuning on given answers, and distillation behind each.
+Random weights, pretraining on plain text (the stock draft), tuning on given answers, and distillation behind each, at
+the better of two rates.
 """
 
 from functools import partial
 
-from harness import Arm, Claim, main
+from harness import RATES, Arm, Claim, main
 from recipes import RANDOM, STOCK, STOCK_DRAFT, TUNED_DRAFT, WHITE_BOX, recipe
 from verdicts import Comparison
 
@@ -18,9 +19,9 @@ CLAIM = Claim(
     arms={
         "pretrained": Arm(STOCK_DRAFT, (), is_seeded=False),
         "pretrained, tuned": Arm(TUNED_DRAFT, (), is_seeded=False),
-        "random, distilled": Arm(recipe("random_forward_kl", start=RANDOM)),
-        "pretrained, distilled": Arm(recipe("stock_forward_kl", start=STOCK)),
-        "pretrained, tuned, distilled": Arm(WHITE_BOX),
+        "random, distilled": Arm(recipe("random_forward_kl", start=RANDOM), RATES[::2]),
+        "pretrained, distilled": Arm(recipe("stock_forward_kl", start=STOCK), RATES[::2]),
+        "pretrained, tuned, distilled": Arm(WHITE_BOX, RATES[::2]),
     },
     comparisons=(
         compared("distillation, behind pretraining", "pretrained, distilled", "pretrained"),

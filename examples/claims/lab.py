@@ -67,7 +67,8 @@ class Lab:
     """One pair and everything made from it.
 
     Args:
-        pair: Folder with `target`, `draft`, `train.jsonl`, `dev.jsonl` and `test.jsonl`.
+        pair: Folder with `target`, `draft`, and queries, `train.jsonl`, `dev.jsonl` and `test.jsonl`: with the columns
+            `prompt`, `reference` (the right answer) and, for claims that judge answers, `function`.
         work_dir: Where what is made is kept.
         sizes: How much of everything.
         data_dir: Folder with public prompts, for the claims that need them.

@@ -17,6 +17,7 @@ import b6_lenience
 import b7_chain
 import b8_own_loss
 import beyond
+import beyond_vocabulary
 import c1_tvd_plus_plus
 import c2_stages
 import c3_forgetting
@@ -26,14 +27,15 @@ CLAIMS = [
     module.CLAIM
     for module in (
         a3_white_box,
-        c1_tvd_plus_plus,
-        c2_stages,
-        b1_who_writes,
         a4_synthetic,
-        a2_offline_online,
+        c2_stages,
+        c1_tvd_plus_plus,
         a5_scaling,
+        a2_offline_online,
         c3_forgetting,
+        b1_who_writes,
         beyond,
+        beyond_vocabulary,
         b8_own_loss,
         b5_transfer,
         b7_chain,

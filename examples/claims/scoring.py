@@ -21,21 +21,35 @@ def scores(lab: Lab, drafts: Sequence[PreTrainedModel], name: str) -> list[dict[
     return score_drafts(lab.target, drafts, lab.asked(name))
 
 
-def score_drafts(target: PreTrainedModel, drafts: Sequence[PreTrainedModel], rows: Dataset) -> list[dict[str, Any]]:
+def score_drafts(
+    target: PreTrainedModel, drafts: Sequence[PreTrainedModel], rows: Dataset, vocabulary: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
     """Exact scores of several drafts on the target's own text, which the target reads once for all of them.
+
+    Args:
+        target: The target that wrote the rows.
+        drafts: The drafts.
+        rows: Alignment data, one answer to each prompt at each temperature.
+        vocabulary: Score the first draft once more, last, as if it proposed these ids only.
 
     Returns:
         For each draft: temperature -> columns by prompt, in the order of the prompts: `tokens`, `acceptance` (the sum
         of their acceptance rates) and for each draft length the expected target `calls`.
     """
-    found: list[dict[str, Any]] = [{} for _ in drafts]
+    lists = [] if vocabulary is None else [(0, vocabulary)]
+    found: list[dict[str, Any]] = [{} for _ in range(len(drafts) + len(lists))]
     for setting, temperature in TEMPERATURES.items():
         chosen = rows.filter(lambda at, wanted=temperature: at == wanted, input_columns="temperature")
         texts = [Text(*ids) for ids in zip(chosen["prompt_ids"], chosen["completion_ids"], strict=True)]
         result = score_texts(
-            target, drafts, texts, DecodingSetting(temperature=temperature), vocab_size=target.config.vocab_size
+            target,
+            drafts,
+            texts,
+            DecodingSetting(temperature=temperature),
+            vocab_size=target.config.vocab_size,
+            draft_vocabularies=lists,
         )
-        for columns, by_rule in zip(found, result.drafts, strict=True):
+        for columns, by_rule in zip(found, [*result.drafts, *result.listed], strict=True):
             sums = next(iter(by_rule.values()))
             columns[setting] = {
                 "tokens": [int(each) for each in sums.num_tokens],
