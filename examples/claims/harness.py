@@ -21,7 +21,7 @@ from statistics import mean, median
 from typing import Any, Protocol
 
 import torch
-from lab import Lab, pair_id
+from lab import FACTS, Lab, pair_id
 from recipes import FULL, SMOKE, TEMPERATURES, Recipe, Sizes, cell_name
 from scoring import own_loss, scores
 from verdicts import Comparison, Finding, findings
@@ -249,7 +249,8 @@ def run_cells(lab: Lab, batch: Sequence[Cell], results: Results, deadline: float
     for (cell, recipe, folder), draft, table in zip(trained, drafts, tables, strict=True):
         result: dict[str, Any] = {"kind": recipe.kind, "steps": 0, "seconds": 0.0}
         if recipe.epochs:
-            result |= json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+            facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+            result |= {name: facts[name] for name in ("steps", "rows", "seconds")}
         result |= {"scores": table, "own_loss": own_loss(lab, draft)}
         if recipe.keep_at:
             result["states"] = _states(lab, folder)
@@ -275,9 +276,7 @@ def main(claims: Sequence[Claim], argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work_dir", type=Path, default=Path("claims_work"), help="texts and drafts; may be removed")
     parser.add_argument("--results_dir", type=Path, default=HERE / "results")
     parser.add_argument("--pair", type=Path, default=DEMO, help="folder of the pair; the bundled one by default")
-    parser.add_argument(
-        "--data_dir", type=Path, help="public prompts (GSM8K, BFCL, Chinese): claims A1 and B5 need them"
-    )
+    parser.add_argument("--data_dir", type=Path, help="public prompts (GSM8K, BFCL, Chinese), which claim A1 needs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", metavar="CLAIM", help="these claims, as A3")
     parser.add_argument("--list", action="store_true", help="only say what is done, and what is left")

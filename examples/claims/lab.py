@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ from hf_draftkd.models.identity import weights_checksum
 
 # The examples beside this folder: the demo pair's queries, documents to be continued.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+FACTS = "facts.json"  # what training a draft took, beside its weights
 
 
 def pair_weights(pair: Path) -> dict[str, str]:
@@ -233,6 +236,7 @@ class Lab:
         loss: str | None = None,
         keep_at: Sequence[int] = (),
         extras: dict[str, Any] | None = None,
+        made_as: Any = None,
         **options: Any,
     ) -> None:
         """Train a draft (or a target) in float32 with a rate that falls to 0, and save it.
@@ -240,13 +244,14 @@ class Lab:
         Args:
             draft: Trained in place.
             rows: What it learns from.
-            folder: Where it is saved at last, whole or not at all, with `facts.json`. Its `seconds` are processor time
-                of this process, of which other programs take none.
+            folder: Where it is saved at last, whole or not at all, with its facts. `seconds` are processor time of
+                this process, of which other programs take none.
             rate: The first learning rate.
             seed: Of the order of the rows.
             loss: One of `LOSSES`.
             keep_at: Steps after which the draft is saved too, in `step_N`.
             extras: Further arguments of the trainer.
+            made_as: Kept among the facts.
             **options: Further arguments of `DraftDistillConfig`.
         """
         scratch = Path(tempfile.mkdtemp(dir=self.folder))
@@ -275,20 +280,27 @@ class Lab:
         trainer.remove_callback(PrinterCallback)
         began = time.process_time()
         trainer.train()
-        facts = {"steps": trainer.state.global_step, "rows": len(rows)}
+        facts = {"steps": trainer.state.global_step, "rows": len(rows), "made_as": made_as}
         facts["seconds"] = round(time.process_time() - began, 2)
         trainer.model.save_pretrained(scratch)
-        (scratch / "facts.json").write_text(json.dumps(facts))
+        (scratch / FACTS).write_text(json.dumps(facts))
         shutil.rmtree(scratch / "trainer", ignore_errors=True)
         folder.parent.mkdir(exist_ok=True)
         scratch.rename(folder)
 
     def trained(self, recipe: Recipe, rate: float | None, seed: int) -> Path:
-        """The folder of a draft, which is trained where it is not there. A draft that is left alone is where it was."""
+        """The folder of a draft, which is trained where it is not there. A draft that is left alone is where it was.
+
+        Raises:
+            SystemExit: The draft that is there was trained by another recipe of that name.
+        """
         if not recipe.epochs:
             return self.pair / "draft" if recipe.start == STOCK else self.tuned
         folder = self.folder / "drafts" / cell_name(recipe, rate, seed)
+        made_as = json.loads(json.dumps(asdict(recipe)))
         if folder.exists():
+            if json.loads((folder / FACTS).read_text(encoding="utf-8"))["made_as"] != made_as:
+                raise SystemExit(f"{folder} was trained by another recipe than the scripts say now: remove it.")
             return folder
         assert rate is not None, "an arm that is trained has a rate"
         rows, options = self.text(recipe.text, recipe.prompts), dict(recipe.options)
@@ -312,6 +324,7 @@ class Lab:
             loss=recipe.loss,
             keep_at=[max(1, round(share * steps)) for share in recipe.keep_at],
             extras=extras,
+            made_as=made_as,
             max_steps=steps,
             **options,
         )
