@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.cli.run import ROOT
-from tests.processes import python, run
+from tests.processes import python
 
 CLAIMS = ROOT / "examples" / "claims"
 
@@ -20,7 +20,7 @@ def claims(monkeypatch):
     """The modules of the folder, as its scripts import each other."""
     monkeypatch.syspath_prepend(str(CLAIMS))
     monkeypatch.syspath_prepend(str(CLAIMS.parent))
-    names = ("harness", "recipes", "verdicts", "b8_own_loss", "run")
+    names = ("harness", "recipes", "verdicts", "b8_own_loss", "run", "render")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -147,7 +147,9 @@ def test_results_of_another_pair_or_script_are_not_mixed_in(claims, tmp_path):
     claim = claim_of(claims, Counted([]))
     claims.harness.main([claim], smoke(tmp_path, "--seeds", "1"))
     (folder,) = (tmp_path / "results").iterdir()
-    results = claims.harness.Results(tmp_path / "results", {"target": "0" * 64, "draft": "1" * 64}, claims.recipes.SMOKE)
+    results = claims.harness.Results(
+        tmp_path / "results", {"target": "0" * 64, "draft": "1" * 64}, claims.recipes.SMOKE
+    )
     cell = claims.harness.Cell(claim.arms["arm"].what, None, 0)
     assert results.get(cell) is None
     path = folder / "counted_seed0.json"
@@ -196,27 +198,44 @@ def test_what_cannot_work_is_said(options, said, tmp_path):
 # Scripts
 
 
-def test_kept_live_and_written_cells_run_and_are_rendered(tmp_path):
+def test_kept_live_and_written_cells_run_and_are_rendered(claims, tmp_path):
     """A recipe that no longer trains, or a page that does not find its results."""
-    options = smoke(tmp_path, "--seeds", "1")
-    run(CLAIMS / "run.py", *options, "--only", "A3", "C3", "B8", cwd=tmp_path)
-    page = tmp_path / "page.md"
-    where = ("--results_dir", tmp_path / "results", "--smoke", "--output", page)
-    run(CLAIMS / "render.py", *where, cwd=tmp_path)
-    text = page.read_text()
-    assert "| A3 | white box against black box (greedy) | +2% to +10% |" in text
-    assert "undecided (1 of 3 seeds, 3 prompts)" in text
-    assert "| A2 | Offline distillation beats online distillation by 11 to 25%. | | | not run yet |" in text
+    recipe, arm = claims.recipes.recipe, claims.harness.Arm
+    start = arm(claims.recipes.TUNED_DRAFT, (), is_seeded=False)
+    kept = arm(recipe("kept", epochs=0.5, keep_at=(0.5, 1.0)), (1e-3, 1e-4))
+    live = arm(recipe("live", epochs=0.25, loss="unweighted_rewards"), (1e-3,))
+    written = arm(recipe("written", epochs=0.25, lmbda=1.0), (1e-3,))
+    arms = {"start": start, "kept": kept, "live": live, "written": written}
+    comparison = claims.verdicts.Comparison("kept against start", "kept", "start")
+    claim = claims.harness.Claim("X", "says", "source", arms, (comparison,))
+    claims.harness.main([claim], smoke(tmp_path, "--seeds", "2"))
+    pair = claims.render.DEMO
+    weights = claims.render.pair_weights(pair)
+    results = claims.harness.Results(tmp_path / "results", weights, claims.recipes.SMOKE)
+    assert len(list(results.folder.glob("*.json"))) == 1 + 3 + 2 + 2
+    states = results.of_arm(kept, 1)[0]["states"]
+    assert [state["step"] for state in states] == [1, 2]
+    page = claims.render.page(results, [claim], 3, pair)
+    assert "| X | kept against start (greedy) | higher |" in page
+    assert "undecided (2 of 3 seeds, 3 prompts)" in page
+    assert "8 cells, made" in page
+    unrun = claims.harness.Claim("Y", "says more", "source", {"arm": arm(recipe("never"))})
+    assert "| Y | says more | | | not run yet |" in claims.render.page(results, [unrun], 3, pair)
 
 
-def test_claims_about_seconds_run(tmp_path):
+def test_claims_about_seconds_run(claims, tmp_path):
     """Decoding in several ways, and quality of what was decoded."""
-    options = smoke(tmp_path, "--seeds", "1")
-    run(CLAIMS / "run.py", *options, "--only", "B4", "B6", "B7", cwd=tmp_path)
-    assert len(list((tmp_path / "results").glob("*/*.json"))) == 3
+    wanted = [claim for claim in claims.run.CLAIMS if claim.name in ("B4", "B6", "B7", "Vocabulary")]
+    claims.harness.main(wanted, smoke(tmp_path, "--seeds", "1"))
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*/*.json")}
+    assert found.keys() == {"speed_gamma7_seed0", "lenience_seed0", "chain_seed0", "vocabulary_list_seed0"}
+    for claim in wanted:
+        arms = {label: [found[f"{arm.what.name}_seed0"]] for label, arm in claim.arms.items()}
+        assert claim.findings(arms)
+        assert claim.table(arms) or claim.name == "Vocabulary"
 
 
-def test_a_target_drifts_on_public_prompts(tmp_path):
+def test_a_target_drifts_on_public_prompts(claims, tmp_path):
     """Rows read as another file has them, or both states of the target scored on one text."""
     data = tmp_path / "data"
     data.mkdir()
@@ -232,7 +251,8 @@ def test_a_target_drifts_on_public_prompts(tmp_path):
     }
     for name, row in rows.items():
         (data / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 8)
-    run(CLAIMS / "a1_drift.py", *smoke(tmp_path, "--seeds", "1", "--data_dir", str(data)), cwd=tmp_path)
+    (drift,) = (claim for claim in claims.run.CLAIMS if claim.name == "A1")
+    claims.harness.main([drift], smoke(tmp_path, "--seeds", "1", "--data_dir", str(data)))
     found = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("*/drift_*.json")]
     assert len(found) == 3
     assert all(each["scores"].keys() == {"before", "after"} for each in found)
