@@ -43,27 +43,20 @@ def conversations(lab: Lab, domain: str) -> tuple[Dataset, Dataset]:
     """Rows to tune the target on, and rows whose prompts both targets answer."""
     train, test, read = DOMAINS[domain]
     assert lab.data_dir is not None, "the harness leaves this claim out without it"
-    files = [
-        [read(json.loads(line)) for line in (lab.data_dir / name).open(encoding="utf-8")]
-        for name in (train, test)
-        if name
-    ]
-    files = [
-        [pair for pair in pairs if len(pair[0]) <= LONGEST // (4 if domain == "Chinese" else 1)] for pairs in files
-    ]
-    held_out = files[-1][-lab.sizes.test :]
+    longest = LONGEST // 4 if domain == "Chinese" else LONGEST
+    files = []
+    for name in filter(None, (train, test)):
+        lines = (lab.data_dir / name).read_text(encoding="utf-8").split("\n")
+        pairs = [read(json.loads(line)) for line in lines if line]
+        files.append([pair for pair in pairs if len(pair[0]) <= longest])
     learned = files[0] if test else files[0][: -lab.sizes.test]
-    found = []
-    for pairs in (learned[: 4 * lab.sizes.tuning_prompts], held_out):
-        found.append(
-            Dataset.from_dict(
-                {
-                    "prompt": [[{"role": "user", "content": prompt}] for prompt, _ in pairs],
-                    "completion": [[{"role": "assistant", "content": answer}] for _, answer in pairs],
-                }
-            )
-        )
-    return found[0], found[1]
+    return _messages(learned[: 4 * lab.sizes.tuning_prompts]), _messages(files[-1][-lab.sizes.test :])
+
+
+def _messages(pairs: list[tuple[str, str]]) -> Dataset:
+    prompts = [[{"role": "user", "content": prompt}] for prompt, _ in pairs]
+    answers = [[{"role": "assistant", "content": answer}] for _, answer in pairs]
+    return Dataset.from_dict({"prompt": prompts, "completion": answers})
 
 
 @dataclass(frozen=True)
