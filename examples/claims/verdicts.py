@@ -113,7 +113,7 @@ def bootstrap(arms: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], 
         for count in (num_prompts, num_seeds)
     )
     drawn = [np.einsum("rk,ckp,rp->cr", of_seeds, arm, of_prompts, optimize=True) for arm in whole]
-    # Where nothing was accepted there is nothing to divide by: the interval then says inf or nan, which decides nothing.
+    # Where nothing was accepted there is nothing to divide by: an interval of inf or nan decides nothing.
     with np.errstate(divide="ignore", invalid="ignore"):
         low, high = np.percentile(statistic(*drawn), [2.5, 97.5])
         value = statistic(*(arm.sum((1, 2)) for arm in whole))
