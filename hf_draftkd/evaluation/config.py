@@ -30,7 +30,8 @@ class EvaluationConfig:
     )
     verification: list[str] = option(
         ["rejection_sampling"],
-        "Rules for sampled text: rejection_sampling, greedy_draft (vLLM), exact_match (llama.cpp).",
+        "Rules for sampled text: rejection_sampling, greedy_draft (vLLM), exact_match (llama.cpp), top_10_draft "
+        "(llama.cpp where its draft samples).",
     )
     max_new_tokens: int = option(
         128, "Longest completion, in tokens. Of alignment data, the longest completion there counts."

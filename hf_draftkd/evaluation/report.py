@@ -212,7 +212,7 @@ class SettingResult:
     decoding: DecodingSetting = key("How the texts were decoded; applied to target and draft alike.")
     verification: str = key(
         "`rejection_sampling` (transformers when sampling), `greedy_draft` (vLLM's default draft), `exact_match` "
-        "(greedy decoding everywhere, llama.cpp)."
+        "(greedy decoding everywhere, llama.cpp), `top_10_draft` (llama.cpp where its draft samples)."
     )
     num_texts: int = key("Texts measured.")
     num_tokens: int = key("Completion tokens measured.")

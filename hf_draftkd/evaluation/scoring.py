@@ -7,7 +7,6 @@ memory grows neither with vocabulary times text length nor with the number of te
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +99,8 @@ def token_scores(
     """Score positions of texts that the target wrote.
 
     Args:
-        draft_logits: `[..., V]`, over the shared vocabulary only, processed like the target's.
+        draft_logits: `[..., V]`, over the shared vocabulary only, processed like the target's; for `top_10_draft` by
+            temperature alone.
         target_logits: `[..., V]`, processed. The logits of a position are those that chose its token.
         tokens: `[...]`, below V: the tokens the target wrote.
         is_greedy: Whether the texts were decoded greedily; drafts are then verified exactly, whatever the rule.
@@ -222,6 +222,9 @@ class _Scorer:
         self.setting, self.vocab_size = setting, vocab_size
         self.rules = (EXACT,) if setting.is_greedy else tuple(verification)
         self.processors = logits_processors(setting, target_model)
+        # llama.cpp's draft is given the temperature alone.
+        temperature = DecodingSetting(setting.temperature)
+        self.rule_processors = {"top_10_draft": logits_processors(temperature, target_model)}
         self.draft_processors: LogitsProcessorList | None = None
         if "rejection_sampling" in self.rules:
             self.draft_processors = transformers_draft_processors(setting, target_model)
@@ -268,9 +271,12 @@ class _Scorer:
         prefix_lengths: torch.Tensor,
     ) -> torch.Tensor:
         """`[rules, 2, N]` from a draft's logits and the processed ones of the target, `[N, V]`."""
-        draft = process_logits(raw, prefixes, prefix_lengths, self.processors)
-        score = partial(token_scores, draft, target, tokens, is_greedy=self.setting.is_greedy)
-        return torch.stack([torch.stack(score(verification=rule)) for rule in self.rules])
+        scores = []
+        for rule in self.rules:
+            draft = process_logits(raw, prefixes, prefix_lengths, self.rule_processors.get(rule, self.processors))
+            found = token_scores(draft, target, tokens, is_greedy=self.setting.is_greedy, verification=rule)
+            scores.append(torch.stack(found))
+        return torch.stack(scores)
 
 
 def _score_batch(

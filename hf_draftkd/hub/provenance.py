@@ -105,6 +105,12 @@ class PairFacts:
     target_parameters: int | None = optional("Parameters of the target.")
     tokenizer_fingerprint: str | None = optional("As `hf_draftkd.models.tokenizer_fingerprint` gives it.")
     has_chat_template: bool | None = optional("Whether the tokenizer carries a chat template.")
+    llama_cpp_converts: bool | None = optional(
+        "Whether llama.cpp's converter knows the tokenizer; absent where only trying it tells."
+    )
+    llama_cpp_pre_tokenizer: str | None = optional(
+        "llama.cpp's name for how a tokenizer that its converter does not know splits text, where it has one."
+    )
     num_assistant_tokens: int | None = optional("Draft length in the draft's generation config, if tuned.")
     draft_vocabulary_size: int | None = optional(
         "Ids in the `draft_vocabulary` of the draft's generation config, if there is one."

@@ -25,6 +25,7 @@ from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub import upload_files
 from hf_draftkd.hub.access import check_repo_id, redacted, writing_token
 from hf_draftkd.hub.card_merge import CARD_FILE, Place, local_card, merged, prose_of, read_card
+from hf_draftkd.hub.llama_cpp import conversion_facts
 from hf_draftkd.hub.metadata import benchmark_entries
 from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.provenance import PROVENANCE_FILE, PairFacts, TrainingSummary
@@ -265,6 +266,7 @@ def _pair(draft: DraftFolder, generation: PlannedFile | None, token: str | bool 
         target_parameters=size,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         has_chat_template=tokenizer.chat_template is not None,
+        **conversion_facts(tokenizer),
     )
     known = {} if target_config else {key: getattr(stored, key) for key in ("target_vocab_size", "same_special_ids")}
     return dataclasses.replace(facts, **known)

@@ -10,7 +10,9 @@ Each engine has its own condition on the pair, taken from its source or document
 - SGLang: STANDALONE hands token ids from draft to target and has refused pairs with other vocabularies since
   sgl-project/sglang#23838.
 - llama.cpp: `common/speculative.cpp` wants the same vocabulary type and bos/eos handling, sizes at most 128 apart
-  (SPEC_VOCAB_MAX_SIZE_DIFFERENCE) and equal token texts.
+  (SPEC_VOCAB_MAX_SIZE_DIFFERENCE) and equal token texts. Its converter wants a tokenizer that it knows
+  (`hf_draftkd.hub.llama_cpp`): for another its name for the split rules has to be given, and without one a pair gets
+  the reason instead of a command.
 """
 
 import json
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from hf_draftkd.hub.llama_cpp import converter
 from hf_draftkd.hub.markdown import python_string
 from hf_draftkd.hub.provenance import PairFacts
 from hf_draftkd.models.draft_length import draft_length_settings
@@ -40,7 +43,10 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Command:
-    """One way to start the pair: a title, the language of the block, the block, and a remark or none."""
+    """One way to start the pair: a title, the language of the block, the block, and a remark or none.
+
+    A block without content is no way: the remark says why.
+    """
 
     title: str
     language: str
@@ -90,6 +96,7 @@ def serving_commands(
         "draft": draft,
         "target": target,
         "pair": pair,
+        "llama_cpp_build": converter()["build"],
         "length": length,
         "is_tuned": num_assistant_tokens is not None,
         "length_options": [f"{key}={json.dumps(value)}" for key, value in by_hand.items()],
@@ -108,7 +115,7 @@ def serving_commands(
 
     def command(name: str) -> Command:
         text = "".join(template.blocks[name](template.new_context(context)))
-        content, _, remark = text.partition("\n---\n")
+        content, _, remark = f"\n{text}".partition("\n---\n")
         return Command(*_TITLES[name], content.strip("\n"), remark.strip("\n"))
 
     return [command(name) for name in _TITLES if can[name]]

@@ -11,6 +11,7 @@ from datasets import Dataset
 from hf_draftkd.data.mixing import split_by_format
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.environment import hardware_info
+from hf_draftkd.hub.llama_cpp import conversion_facts
 from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.identity import model_revision, weights_checksum
@@ -153,6 +154,7 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
             target_parameters=target.num_parameters(),
             tokenizer_fingerprint=tokenizer_fingerprint(trainer.processing_class),
             has_chat_template=bool(trainer.processing_class.chat_template),
+            **conversion_facts(trainer.processing_class),
         )
     folder = Path(args.output_dir)
     return Provenance(

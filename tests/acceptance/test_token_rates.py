@@ -54,7 +54,7 @@ def test_a_self_draft_is_exactly_one(rule, dtype):
     for processed in (same, filtered, greedy_logits(same)):
         likeliest = processed.argmax(-1)
         drawn = processed.float().softmax(-1).multinomial(1, generator=torch.Generator().manual_seed(0))[:, 0]
-        tokens = drawn if rule == "rejection_sampling" else likeliest
+        tokens = drawn if rule == "rejection_sampling" else likeliest  # the other rules draft the likeliest ones only
         assert (accepted_given_output(processed, processed, tokens, rule) == 1).all()
     assert (token_acceptance_rate(same, same) == 1).all()
     assert (token_acceptance_rate(filtered, filtered) == 1).all()
@@ -89,11 +89,11 @@ def test_a_uniform_draft():
 
 def test_expectation_over_the_targets_output_is_the_acceptance_rate():
     """Σ_x p(x) a(x) must be α: the bridge between scoring a text and the rate of a token."""
-    draft, target = logits(20, 12, seed=6).double(), logits(20, 12, seed=7).double()
+    draft, target = logits(20, 14, seed=6).double(), logits(20, 14, seed=7).double()
     p = target.softmax(-1)
     for rule in VERIFICATION_RULES:
         per_token = torch.stack(
-            [accepted_given_output(draft, target, torch.full((20,), x), rule) for x in range(12)], dim=-1
+            [accepted_given_output(draft, target, torch.full((20,), x), rule) for x in range(14)], dim=-1
         )
         torch.testing.assert_close((p * per_token).sum(-1), token_acceptance_rate(draft, target, rule))
 
@@ -115,6 +115,20 @@ def test_rejection_sampling_simulated():
         counted = kept[chosen].double().mean().item()
         computed = accepted_given_output(draft, target, torch.tensor(token)).item()
         assert counted == pytest.approx(computed, abs=4 / chosen.sum().item() ** 0.5)
+
+
+def test_a_draft_that_samples_from_its_ten_likeliest():
+    """llama.cpp's: `min(p, q)` with the rest of q cut off and its mass given to the ten."""
+    draft, target = logits(50, 30, seed=16).double(), logits(50, 30, seed=17).double()
+    rates = token_acceptance_rate(draft, target, "top_10_draft")
+    for row, rate in zip(zip(draft, target, strict=True), rates, strict=True):
+        q, p = (each.softmax(-1).tolist() for each in row)
+        ten = sorted(range(30), key=q.__getitem__)[-10:]
+        expected = sum(min(p[token], q[token] / sum(q[each] for each in ten)) for token in ten)
+        assert rate.item() == pytest.approx(expected)
+    assert not torch.allclose(rates, token_acceptance_rate(draft, target))
+    few = draft[:, :9], target[:, :9]
+    assert torch.equal(token_acceptance_rate(*few, "top_10_draft"), token_acceptance_rate(*few))
 
 
 def test_half_precision_is_computed_in_float32():

@@ -263,13 +263,15 @@ def test_another_model_and_another_version_are_noted(monkeypatch):
     assert "says it is version 2.0" in notes
 
 
-def test_vllm_is_not_started_for_what_it_gets_wrong(monkeypatch):
-    """VLLM 0.32 on a CPU samples with a draft from memory that nobody filled; top-k and top-p end its engine core."""
+@pytest.mark.parametrize("engine", ["vllm", "openvino"])
+def test_an_engine_is_not_started_for_what_it_gets_wrong(monkeypatch, engine):
+    """VLLM 0.32 on a CPU samples with a draft from memory that nobody filled; OpenVINO loses tokens."""
     rows = ROWS.map(lambda _: DecodingSetting(1.0, top_p=0.9).to_dict())
     monkeypatch.setattr(measure, "launched", None)
     report = samples.report()
-    assert evaluate_in_engine(report, rows, Letters(), engine="vllm", launch=True) == []
-    assert "temperature 1, top-p 0.9 was not measured in vllm" in report.warnings[-1]
+    models = ["target", "draft"]
+    assert evaluate_in_engine(report, rows, Letters(), engine=engine, launch=True, engine_models=models) == []
+    assert f"temperature 1, top-p 0.9 was not measured in {engine}" in report.warnings[-1]
 
 
 def test_the_best_length_follows_from_times_in_the_engine():

@@ -223,6 +223,23 @@ def test_rules_differ_as_they_should():
     assert sums[RULE].acceptance > sums["greedy_draft"].acceptance
 
 
+def test_a_draft_of_ten_tokens_is_given_the_temperature_alone():
+    """llama.cpp's: the target's own filter stays with the target."""
+    draft, target = tiny_pair("llama", agreement=0.7)
+    texts = [Text([0, 10, 20], torch.randint(6, VOCAB_SIZE, (30,)).tolist())]
+    rule, setting = "top_10_draft", DecodingSetting(0.7, top_k=3)
+    scored = score_texts(target, [draft], texts, setting, vocab_size=VOCAB_SIZE, verification=(rule,))
+    ids = torch.tensor([[*texts[0].prompt_ids, *texts[0].completion_ids]])
+    with torch.inference_mode():
+        p, q = (model(ids).logits[0, 2:-1].float() / 0.7 for model in (target, draft))
+    p, q = (
+        logits.masked_fill(logits < logits.topk(kept).values[:, -1:], -math.inf).softmax(-1)
+        for logits, kept in ((p, 3), (q, 10))
+    )
+    expected = float(torch.minimum(p, q).sum())
+    assert float(scored.drafts[0][rule].acceptance) == pytest.approx(expected, rel=1e-5)
+
+
 def test_text_of_another_setting_is_noticed():
     """Random text is neither the likeliest nor within a top-k; only unfiltered sampling could have written it."""
     target = tiny_llama()

@@ -364,6 +364,19 @@ class TestCommands:
     def test_other_special_ids_keep_pipeline_and_llama_cpp_out(self):
         assert self.titles(same_special_ids=False) == {"transformers: `generate`", "vLLM", "SGLang"}
 
+    def test_a_tokenizer_that_llama_cpp_refuses_gets_the_reason(self):
+        """Its converter looks byte-level vocabularies up by a hash: the command would end in an error."""
+        refused = full_card(pair=samples.pair(llama_cpp_converts=False), provenance=None).text
+        assert "### llama.cpp\n\nNo command:" in refused
+        assert "llama-server" not in refused
+        named = samples.pair(llama_cpp_converts=False, llama_cpp_pre_tokenizer="smollm")
+        named = full_card(pair=named, provenance=None).text
+        assert 'get_vocab_base_pre = lambda self, tokenizer: "smollm"' in named
+        assert "python convert.py target-hf --outfile target.gguf" in named
+        plain = full_card(pair=samples.pair(llama_cpp_converts=True), provenance=None).text
+        assert "python convert_hf_to_gguf.py target-hf" in plain
+        assert "knows this tokenizer" in plain
+
     def test_unknown_sizes_promise_nothing_about_other_engines(self):
         transformers = {"transformers: `generate`", "transformers: `pipeline`"}
         assert self.titles(draft_vocab_size=None, target_vocab_size=None) == transformers

@@ -12,6 +12,7 @@ class LlamaCpp(Engine):
     name = "llama.cpp"
     tested_version = "b11434"
     binary = "llama-server"
+    sampled_rule = "top_10_draft"
 
     def command(self, pair: ServedPair, port: int) -> tuple[list[str], dict[str, str]]:
         words = [pair.binary, "-m", pair.target, "-t", str(pair.threads), "-np", "1", "-c", str(pair.max_context)]
@@ -33,11 +34,11 @@ class LlamaCpp(Engine):
         request = {
             "prompt": list(prompt_ids),
             "n_predict": max_new_tokens,
+            # In transformers' order: by default the temperature comes last here.
+            "samplers": ["temperature", "top_k", "top_p"],
             "temperature": setting.temperature,
             "top_k": setting.top_k,
             "top_p": setting.top_p,
-            "min_p": 0.0,
-            "repeat_penalty": 1.0,
             "seed": seed,
             "cache_prompt": False,
             "return_tokens": True,

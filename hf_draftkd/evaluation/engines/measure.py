@@ -86,7 +86,7 @@ def evaluate_in_engine(
     length = num_assistant_tokens or report.num_assistant_tokens
     results = []
     for found in recorded_texts(texts):
-        reason = _unusable(engine, found.setting, config)
+        reason = engine.fault(found.setting, config.launch)
         if reason is None:
             try:
                 results.append(_measure(engine, report, found, tokenizer, length, config))
@@ -332,19 +332,6 @@ def _step_seconds(ask: Callable[..., Completion], url: str, runs: Sequence[Seque
     if steps == 0:
         raise ValueError("Every answer has one token, so no step could be timed. Give prompts with longer answers.")
     return max(seconds / steps, 1e-9)
-
-
-def _unusable(engine: Engine, setting: DecodingSetting, config: EngineConfig) -> str | None:
-    """Why an engine cannot decode under a setting; None where it can."""
-    if engine.name == "vllm" and config.launch and not setting.is_greedy:
-        # `_expand_kernel_impl` in vllm/utils/cpu_triton_utils.py fills an int64 copy of a float tensor and drops it.
-        return (
-            f"vLLM {engine.tested_version} on a CPU samples with a draft from an uninitialised temperature "
-            "(and ends its engine core for top-k and top-p): its texts would not be the target's"
-        )
-    if setting.repetition_penalty != 1 and engine.name != "openvino":
-        return f"{engine.name} applies a repetition penalty differently from transformers"
-    return None
 
 
 def _check_tokens(

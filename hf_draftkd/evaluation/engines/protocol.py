@@ -75,17 +75,24 @@ class Engine:
         name: As `--engine` calls it.
         tested_version: The version that this was written for.
         binary: What `command` runs unless the user names another.
-        sampled_rule: The verification rule of a launched server when sampling; greedy text is matched exactly.
+        sampled_rule: The verification rule of a launched server when sampling; greedy text is matched exactly. None
+            where a launched server does not sample rightly (`fault`).
     """
 
     name: str
     tested_version: str
     binary = "python"
-    sampled_rule = "rejection_sampling"
+    sampled_rule: str | None = None
 
     def command(self, pair: ServedPair, port: int) -> tuple[list[str], dict[str, str]]:
         """The words of the command that serves a pair on this machine, and its environment variables."""
         raise NotImplementedError
+
+    def fault(self, setting: DecodingSetting, is_launched: bool) -> str | None:
+        """Why its texts under a setting would not be the target's, as a clause; None where they are."""
+        if setting.repetition_penalty != 1:
+            return f"{self.name} applies a repetition penalty differently from transformers"
+        return None
 
     def version(self, url: str) -> str:
         """The version that a server says it is."""

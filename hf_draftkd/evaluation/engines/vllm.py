@@ -37,6 +37,16 @@ class VLLM(Engine):
         }
         return [*words, "--port", str(port)], cpu
 
+    def fault(self, setting: DecodingSetting, is_launched: bool) -> str | None:
+        if is_launched and not setting.is_greedy:
+            # `_expand_kernel_impl` in vllm/utils/cpu_triton_utils.py fills an int64 copy of a
+            # float tensor and drops it.
+            return (
+                f"vLLM {self.tested_version} on a CPU samples with a draft from an uninitialised temperature (and ends "
+                "its engine core for top-k and top-p): its texts would not be the target's"
+            )
+        return super().fault(setting, is_launched)
+
     def tokenize(self, url: str, text: str) -> list[int]:
         request = {"model": _model(url), "prompt": text, "add_special_tokens": False}
         return ask(f"{url}/tokenize", request)["tokens"]
