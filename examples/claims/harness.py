@@ -34,9 +34,9 @@ from hf_draftkd.utils.versions import package_versions
 
 HERE = Path(__file__).resolve().parent
 RATES = (3e-3, 1.5e-3, 6e-4)  # 1, 1/2 and 1/5
-SCORED_TOGETHER = 6
+SCORED_TOGETHER = 10
 # Processor seconds before any cell was run: a step of each kind, and the scores of a draft.
-_GUESS, _SCORING = {"kept": 0.15, "live": 0.7, "written": 1.5}, 15.0
+_GUESS, _SCORING = {"kept": 0.08, "live": 0.4, "written": 0.75}, 10.0
 
 
 class Experiment(Protocol):

@@ -27,12 +27,12 @@ CLAIMS = [
     module.CLAIM
     for module in (
         a3_white_box,
+        c3_forgetting,
         a4_synthetic,
         c2_stages,
         c1_tvd_plus_plus,
         a5_scaling,
         a2_offline_online,
-        c3_forgetting,
         b1_who_writes,
         beyond,
         beyond_vocabulary,
