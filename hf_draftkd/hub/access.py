@@ -20,17 +20,11 @@ LOGIN = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may wri
 def redacted(message: object, token: str | bool | None = None) -> str:
     """A text without anything that is, or looks like, an access token; `token` is one, as `HfApi` holds it."""
     text = str(message)
-    if token and isinstance(token, str):
-        text = text.replace(token, "hf_***")
-    return _TOKEN.sub("hf_***", text)
+    return _TOKEN.sub("hf_***", text.replace(token, "hf_***") if isinstance(token, str) and token else text)
 
 
 def writing_token(token: str | None = None) -> str:
-    """The token to publish with.
-
-    Raises:
-        ValueError: There is none, or it cannot be sent in a header.
-    """
+    """The token to publish with; a `ValueError` if there is none, or none that can be sent in a header."""
     found = token or get_token()
     if not found:
         raise ValueError(f"Nobody is logged in to the Hugging Face Hub. {LOGIN}")
@@ -41,7 +35,7 @@ def writing_token(token: str | None = None) -> str:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises: ValueError: this cannot be the name of a repository."""
+    """Raise a `ValueError` for what cannot be the name of a repository."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

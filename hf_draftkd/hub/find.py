@@ -168,47 +168,37 @@ def find_drafts(
 
 
 def _family(api: HfApi, target: str, revision: str | None) -> Iterator[tuple[str, str | None, int | None]]:
-    """(name, commit, parameters) of the target and of what it derives from, nearest first."""
+    """(name, commit, parameters) of the target at a revision and of what it derives from, nearest first.
+
+    Cards record commits, so a branch's name would never equal one. A revision that the Hub does not resolve stands for
+    itself if it is a commit or the beginning of one; a branch that cannot be seen from here could mean any commit.
+    """
     name: str | None = target
     seen: set[str] = set()
     while name and name not in seen and len(seen) < _MAX_GENERATIONS:
         seen.add(name)
-        info = None
+        asked = revision if name == target else None
+        info, sha = None, asked if asked and _COMMIT.fullmatch(asked) else None
         try:
             info = api.model_info(name, expand=["safetensors", "sha", "tags"])
+            sha = info.sha if asked is None else api.model_info(name, revision=asked, expand=["sha"]).sha
+        except RevisionNotFoundError:
+            if sha is None:
+                raise ValueError(
+                    f"{name} has no revision {asked!r}. Give a branch, a tag or a commit (7 digits or more)."
+                ) from None
         except HfHubHTTPError as error:
             # A target that is not, or not visibly, on the Hub can have drafts there nevertheless.
             if error.response.status_code not in (401, 403, 404):
                 raise
-        sha = _commit(api, target, revision) if name == target and revision else info.sha if info else None
         yield name, sha, _parameters(info) if info else None
         bases = [match[1] for tag in (info.tags if info else None) or () if (match := _BASE_TAG.fullmatch(str(tag)))]
         name = next(filter(is_hub_id, bases), None)
 
 
-def _commit(api: HfApi, name: str, revision: str) -> str | None:
-    """The commit that a revision means; cards record commits, so a branch's name would never equal one.
-
-    What the Hub does not resolve stands for itself if it is a commit or the beginning of one. None where a branch of a
-    repository that is not visible from here could mean any commit; a `ValueError` where there is no such revision.
-    """
-    is_commit = _COMMIT.fullmatch(revision)
-    try:
-        return api.model_info(name, revision=revision, expand=["sha"]).sha
-    except RevisionNotFoundError:
-        if not is_commit:
-            raise ValueError(
-                f"{name} has no revision {revision!r}. Give a branch, a tag or a commit (7 digits or more)."
-            ) from None
-    except HfHubHTTPError as error:
-        if error.response.status_code not in (401, 403, 404):
-            raise
-    return revision if is_commit else None
-
-
 def _is_about(recorded: str | None, commit: str | None) -> bool:
     """Whether a recorded commit is the one asked about, which may be shortened."""
-    return bool(recorded and commit) and str(recorded).startswith(str(commit))
+    return bool(recorded and commit and recorded.startswith(commit))
 
 
 def _parameters(info: ModelInfo) -> int | None:
@@ -287,7 +277,7 @@ def _text(value: object) -> str | None:
 
 def _rank(draft: FoundDraft, generation: int, sha: str | None, target_parameters: int | None) -> tuple:
     """Smaller is better."""
-    typical, cost, speedup = draft.typical, draft.relative_cost, None
+    typical, cost, speedup = draft.typical, draft.relative_cost, 0.0
     if draft.num_parameters and target_parameters:
         cost = draft.num_parameters / target_parameters
     if cost is not None and typical and typical.block_efficiency and typical.num_assistant_tokens:
@@ -296,8 +286,7 @@ def _rank(draft: FoundDraft, generation: int, sha: str | None, target_parameters
         generation,
         typical is None,
         typical is None or not _is_about(typical.target_revision, sha),
-        speedup is None,
-        -(speedup or 0.0),
+        -speedup,  # never 0 where it is known
         -(draft.acceptance_rate or 0.0),
         -(draft.downloads or 0),
         draft.repo_id,

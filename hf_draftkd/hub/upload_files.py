@@ -261,7 +261,7 @@ def _renamed(source: Path, destination: Path, old: str, new: str) -> Path:
 
 
 def refuse_secrets(files: Iterable[PlannedFile], token: str | None) -> None:
-    """Raises: ValueError: a text file holds something that looks like an access token."""
+    """Raise a `ValueError` for a text file that holds something that looks like an access token."""
     for file in files:
         is_text = Path(file.path).suffix in _TEXT_SUFFIXES
         content = file.read().decode("utf-8", errors="replace") if is_text else ""
