@@ -1,15 +1,17 @@
-"""Acceptance while training: metrics at several draft lengths, and a plot at the end."""
+"""What happens around training: models are tried before the first step, acceptance is measured and plotted."""
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from hf_draftkd.data.parallel import check_reads_mask_tokens
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.pairing import copy_special_ids
+from hf_draftkd.training.packing import check_packing, longest_packed_row
 from hf_draftkd.utils.checks import in_range, whole_number
 from hf_draftkd.utils.files import replacing
 
@@ -38,20 +40,31 @@ def asked_metrics(callbacks: list[TrainerCallback], usual_length: int) -> tuple[
     return tuple(sorted(lengths - {usual_length})), tuple(sorted(temperatures))
 
 
-class KeepSpecialIds(TrainerCallback):
-    """Gives the draft the target's bos, eos and pad ids back, which transformers replaces by the tokenizer's.
+class BeforeFirstStep(TrainerCallback):
+    """Done when the models lie where they are trained.
 
-    Assisted decoding compares draft and target by theirs, and a target may end its texts with other tokens than the
-    tokenizer names, or with none.
+    - The draft gets the target's bos, eos and pad ids back, which transformers replaces by the tokenizer's. Assisted
+      decoding compares draft and target by theirs, and a target may end its texts with other tokens than the tokenizer
+      names, or with none.
+    - Models that cannot read packed rows as separate texts, or blocks of mask tokens, are refused where they have to.
     """
 
-    def __init__(self, target: PreTrainedModel) -> None:
-        self._target = target
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        copy_special_ids(unwrapped(model), self._target)
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer = self._trainer
+        draft, target, parallel = trainer.model_wrapped, trainer.target_model, trainer.parallel
+        if target is not None:
+            copy_special_ids(unwrapped(draft), unwrapped(target))
+        if trainer.padding_free:
+            length = longest_packed_row(trainer.train_dataset, args.train_batch_size, args.max_length)
+            reference = getattr(trainer.reference_signal, "model", None)
+            for name, model in (("draft", draft), ("target", target), ("reference model", reference)):
+                if model is not None:
+                    check_packing(model, name, length)
+        if parallel is not None:
+            check_reads_mask_tokens(draft, parallel.mask_token_id, parallel.num_tokens, args.max_length or 0)
 
 
 class AcceptanceCallback(TrainerCallback):

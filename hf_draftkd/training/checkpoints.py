@@ -44,13 +44,10 @@ def last_complete_checkpoint(output_dir: str | Path) -> tuple[str | None, list[s
 
 @contextmanager
 def only_run(directory: str | Path) -> Iterator[None]:
-    """Keep other runs out of a folder until this one ends, however it ends. Call it on one process of a run.
+    """Keep other runs out of a folder until this one ends, however it ends; a `ValueError` if one is in it already.
 
-    The system's lock on the folder leaves no file behind. Where there is no such lock (Windows, some network disks),
-    nothing is kept out.
-
-    Raises:
-        ValueError: Another run is in the folder.
+    Call it on one process of a run. The system's lock on the folder leaves no file behind. Where there is no such lock
+    (Windows, some network disks), nothing is kept out.
     """
     os.makedirs(directory, exist_ok=True)
     try:
@@ -82,11 +79,7 @@ def only_run(directory: str | Path) -> Iterator[None]:
 
 
 def checkpoint_to_resume(output_dir: str | Path, *, warns: bool = True) -> str:
-    """The newest complete checkpoint; what was passed over is logged where `warns`.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The newest complete checkpoint, or a `ValueError`; what was passed over is logged where `warns`."""
     checkpoint, skipped = last_complete_checkpoint(output_dir)
     for reason in skipped if warns else ():
         logger.warning("Not resumed from %s", reason)

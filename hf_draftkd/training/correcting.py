@@ -13,10 +13,9 @@ from hf_draftkd.models.forward import unwrapped
 
 
 def corrected_distribution(draft: Tensor, target: Tensor, allowed: Tensor) -> Tensor:
-    """How a token [..., V] is distributed that the draft proposes and the target replaces where it does not allow it.
+    """How a token [..., V] is distributed that the draft proposes and the target replaces where it is not `allowed`.
 
-    With q the draft [..., V], p the target [..., V], and `allowed` [..., V] it is
-    q(v)·[v allowed] + (1 − Σ_allowed q)·p(v).
+    With q the draft and p the target it is q(v)·[v allowed] + (1 − Σ_allowed q)·p(v), all [..., V].
     """
     kept = draft * allowed
     return kept + (1 - kept.sum(-1, keepdim=True)).clamp(min=0) * target

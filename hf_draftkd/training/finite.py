@@ -23,13 +23,10 @@ _REMEDY = "Lower `learning_rate`, or train in float32."
 def check_loss(
     loss: Tensor, model: nn.Module, step: int, rows: Callable[[], list[str]], *, evaluates: bool = False
 ) -> None:
-    """Refuse the loss of one batch if it is NaN or infinite.
+    """Raise a `FloatingPointError` with step, process and rows if the loss of one batch is NaN or infinite.
 
     `step` counts the optimizer steps taken so far; `rows` says how the rows of the batch begin; `evaluates` where
     nothing is learned from it. Whether the model's weights are still finite tells what is to blame.
-
-    Raises:
-        FloatingPointError: The message names step, process and rows.
     """
     if torch.isfinite(loss):
         return
@@ -57,14 +54,9 @@ class StopOnNonFiniteGradient(TrainerCallback):
         self._rows = rows
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        parameters = (parameter for group in kwargs["optimizer"].param_groups for parameter in group["params"])
         gradients = [held_here(parameter.grad) for parameter in parameters if parameter.grad is not None]
         # A norm with a NaN or Inf in it is one; clipping has bounded all others.
         stops = torch.tensor(not math.isfinite(get_total_norm(gradients)), dtype=torch.int32, device=args.device)
@@ -81,10 +73,9 @@ class StopOnNonFiniteGradient(TrainerCallback):
 
 
 def check_weights(trainer: Trainer) -> None:
-    """Refuse a draft with a NaN or infinite weight. Where processes hold parts of it, call it on all of them.
+    """Raise a `FloatingPointError` with the name of the first weight that is NaN or infinite.
 
-    Raises:
-        FloatingPointError: The message names the first such parameter.
+    Where processes hold parts of the draft, call it on all of them.
     """
     ruined: Iterable[str | None] = [nonfinite_weight(trainer.model)]
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled

@@ -46,11 +46,7 @@ class TrainingSums:
         self._sums += torch.tensor([int(read), rated, accepted], dtype=torch.float64)
 
     def close(self, accelerator: Any) -> tuple[int, float | None]:
-        """Sum over all processes and start again.
-
-        Returns:
-            Tokens read, and the mean acceptance rate if it could be told.
-        """
+        """Sum over all processes and start again: tokens read, and the mean acceptance rate if it could be told."""
         sums = self._sums.to(accelerator.device) if accelerator.num_processes > 1 else self._sums
         read, rated, accepted = accelerator.reduce(sums).tolist()
         self._sums.zero_()
@@ -84,8 +80,7 @@ class EvaluationSums:
         signal: What the draft learns from: it names the acceptance rate, and says which text it can judge.
         num_assistant_tokens: Draft length γ of the metric called `block_efficiency`.
         more_lengths: Further draft lengths, each reported as `block_efficiency_at_γ`.
-        temperatures: At which the acceptance rate is reported, beside 1; and of which settings block efficiency is
-            reported on its own.
+        temperatures: Of the acceptance rates beside that at 1, and of the settings whose block efficiency is reported.
         vocabulary: Ids that the draft may propose; None for all.
     """
 
@@ -239,10 +234,6 @@ def check_best_metric(args: DraftDistillConfig, eval_dataset: Any, signal: TextS
 
     transformers would find out after the first evaluation. Names that it does not know are left to it. `eval_dataset`
     holds prepared rows, several sets of them by name, or None; nothing is known of a stream.
-
-    Raises:
-        ValueError: The evaluation data cannot give this metric, it does not say which data it is of, or it is the value
-            of `tvd_plus_plus`.
     """
     given = args.metric_for_best_model
     if given is None or eval_dataset is None or args.eval_strategy == IntervalStrategy.NO:

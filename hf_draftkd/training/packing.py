@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_draftkd.models.context import context_length
@@ -24,26 +23,6 @@ _TEXT_LENGTH = 16
 _ROUNDING, _SHARE = 0.02, 0.1
 
 
-class CheckPacking(TrainerCallback):
-    """Refuses, before the first step, packed rows that one of the trainer's models cannot read as separate texts."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        trainer = self._trainer
-        if not trainer.padding_free:
-            return
-        length = longest_packed_row(trainer.train_dataset, args.train_batch_size, getattr(args, "max_length", None))
-        reference = getattr(trainer.reference_signal, "model", None)
-        models = {"draft": trainer.model_wrapped, "target": trainer.target_model, "reference model": reference}
-        for name, model in models.items():
-            if model is not None:
-                check_packing(model, name, length)
-
-
 def longest_packed_row(dataset: Any, batch_size: int, max_length: int | None) -> int:
     """Tokens of the longest row that the padding-free collator makes: all rows of a batch, one behind the other."""
     if not isinstance(dataset, Dataset):
@@ -54,12 +33,9 @@ def longest_packed_row(dataset: Any, batch_size: int, max_length: int | None) ->
 
 @torch.no_grad()
 def check_packing(model: torch.nn.Module, name: str, row_length: int) -> None:
-    """Compare a text's logits behind another text in a packed row with those of the text alone.
+    """Compare a text's logits behind another text in a packed row with those of the text alone; else a `ValueError`.
 
     If the longest packed row has more tokens (`row_length`) than the model's context, such a row is tried as well.
-
-    Raises:
-        ValueError: They differ, or the model cannot read such a row at all.
     """
     inner = unwrapped(model)
     generator = torch.Generator().manual_seed(0)

@@ -5,24 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.acceptance import token_logprob
 from hf_draftkd.acceptance.tensors import widest_float
-from hf_draftkd.data.parallel import (
-    attention_mask_for,
-    check_reads_mask_tokens,
-    draw_depths,
-    parallel_rows,
-    retained,
-)
+from hf_draftkd.data.parallel import attention_mask_for, draw_depths, parallel_rows, retained
 from hf_draftkd.losses import DistillationLoss, Unprojected
 from hf_draftkd.losses.chunked import scan
 from hf_draftkd.models.forward import unwrapped
@@ -60,15 +47,9 @@ class Lesson(NamedTuple):
 
 
 class ParallelTraining:
-    """Turns the lesson of an ordinary draft into that of a parallel one.
+    """Turns the lesson of an ordinary draft into that of a parallel one; the draft's config records mask token and K.
 
-    Args:
-        draft: The draft, in whose config the mask token and K are recorded.
-        args: The configuration.
-        tokenizer: The draft's.
-
-    Raises:
-        ValueError: The vocabulary has no token to spare, or the draft's attention takes no mask.
+    A `ValueError` if the vocabulary has no token to spare, or the draft's attention takes no mask.
     """
 
     def __init__(self, draft: PreTrainedModel, args: DraftDistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -127,33 +108,10 @@ class ParallelTraining:
         return (before[source] - before[source - depth + 1]).exp()
 
 
-class CheckParallel(TrainerCallback):
-    """Refuses, before the first step, a draft whose architecture cannot read blocks of mask tokens.
-
-    Args:
-        trainer: Whose draft is tried, as it lies when training begins.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        model, parallel = self._trainer.model_wrapped, self._trainer.parallel
-        if parallel is not None:
-            length = getattr(args, "max_length", None) or 0
-            check_reads_mask_tokens(model, parallel.mask_token_id, parallel.num_tokens, length)
-
-
 def parallel_training(
     draft: PreTrainedModel, args: DraftDistillConfig, tokenizer: PreTrainedTokenizerBase
 ) -> ParallelTraining | None:
-    """What `parallel_tokens` asks for; None for an ordinary draft.
-
-    Raises:
-        ValueError: As `ParallelTraining`.
-    """
+    """What `parallel_tokens` asks for; None for an ordinary draft."""
     if args.parallel_tokens > 1:
         return ParallelTraining(draft, args, tokenizer)
     known = parallel_draft(draft.config)

@@ -79,11 +79,7 @@ def last_prompt(labels: list[int]) -> int:
 
 
 def check_writer(args: DraftDistillConfig, *, has_target: bool) -> None:
-    """Refuse, before anything is loaded, to have completions written where there is no target to write or judge them.
-
-    Raises:
-        ValueError: The message says what to give.
-    """
+    """Refuse, before anything is loaded, completions written while training without a target to write or judge them."""
     if args.writes_completions and not has_target:
         raise ValueError(
             f"{_asked(args)} has completions written while training, which only the target can write or judge, but "
@@ -93,13 +89,9 @@ def check_writer(args: DraftDistillConfig, *, has_target: bool) -> None:
 
 def check_writing(trainer: Any, context: int, columns: Collection[str]) -> None:
     """Refuse completions that cannot be written: of the trainer's prepared data (a stream is not read ahead), or by its
-    models.
+    models, of which processes may hold parts.
 
     `context` is the longest text that both models read, in tokens; `columns` are those of the rows as they were given.
-
-    Raises:
-        ValueError: No row has a prompt, one leaves no room for a completion, or the target cannot correct since
-            processes hold parts of the models.
     """
     args, dataset = trainer.args, trainer.train_dataset
     if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and args.skd_top_k is not None:
@@ -188,9 +180,6 @@ class CompletionWriter:
 
         `step` counts the optimizer steps taken before; the draft may be wrapped; `collator` makes a batch of rows with
         `input_ids` and `labels`.
-
-        Raises:
-            ValueError: Rows cannot be taken from the batches, or a prompt leaves no room for a completion.
         """
         check_batch(batches[0], self._args)
         who = writer(self._args, step)

@@ -11,11 +11,7 @@ from transformers import Trainer
 
 
 def check_saving(trainer: Trainer) -> None:
-    """Refuse settings under which a sharded draft would end in no file that others can load.
-
-    Raises:
-        ValueError: FSDP or ZeRO-3 keep the weights in shards when the draft is saved.
-    """
+    """Raise a `ValueError` for settings under which a sharded draft would end in no file that others can load."""
     state, reason = trainer.accelerator.state, None
     if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type):
         reason = "FSDP. Set `fsdp_state_dict_type: FULL_STATE_DICT` in the accelerate configuration"
@@ -33,9 +29,6 @@ def check_adapter(model: Any) -> None:
 
     peft ties some such adapters (`ensure_weight_tying=True`), but then puts one on the head as well, which TRL refuses.
     Whole copies (`modules_to_save`) and `trainable_token_indices` come out right.
-
-    Raises:
-        ValueError: The message names the module.
     """
     if not is_peft_model(model):
         return

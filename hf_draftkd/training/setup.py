@@ -63,10 +63,9 @@ def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
 def check_datasets(
     train_dataset: Any, eval_dataset: Any, args: DraftDistillConfig, *, format_known: bool
 ) -> dict[str, Any]:
-    """The data sets by name, once it is clear that they can be read; `format_known` is False with a `formatting_func`.
+    """The data sets by name, once it is clear that there is something to learn from each; else a `ValueError`.
 
-    Raises:
-        ValueError: There is no data, or nothing can be learned from it.
+    `format_known` is False with a `formatting_func`.
     """
     datasets = named_datasets(train_dataset, eval_dataset)
     if not datasets:
@@ -128,10 +127,6 @@ def prepare_pair(
 
     Returns:
         The draft, the frozen target (None without one), and the tokenizer they share.
-
-    Raises:
-        ValueError: A model cannot be loaded, is not a causal LM, its tokenizer differs from the other's, or the draft
-            is quantised (`quantization_config` included), has nothing to train, or shares weights with the target.
     """
     draft_kwargs = {"dtype": "float32", **_loading_options(args, args.model_init_kwargs)}
     target_kwargs = _loading_options(args, args.target_model_init_kwargs, "gguf_file")
@@ -186,11 +181,7 @@ def _looked_up(model: Any, revision: str | None, args: DraftDistillConfig, gguf_
 
 
 def _shared_tokenizer(draft: Any, target: Any) -> PreTrainedTokenizerBase:
-    """The target's, if it has one: chats are put to the target in its own template, and end with its own token.
-
-    Raises:
-        ValueError: The target was named and has none; or there is no target, and the draft has none.
-    """
+    """The target's, if it has one: chats are put to the target in its own template, and end with its own token."""
     if isinstance(target, Checkpoint):
         return target.tokenizer
     if target is not None and target.name_or_path:
@@ -205,8 +196,7 @@ def fit_to_data(
 ) -> None:
     """Give the draft the vocabulary of the target that the caches in use are of (none where the target is at hand).
 
-    Raises:
-        ValueError: The two vocabularies differ by more than padding, or a row holds an id that the draft lacks.
+    A `ValueError` if the two differ by more than padding, or a row holds an id that the draft lacks.
     """
     model = unwrapped(draft)
     sizes = [fact.vocab_size for fact in facts if fact.vocab_size is not None]
@@ -224,8 +214,7 @@ def prepare_reference(
 ) -> PreTrainedModel | None:
     """The frozen model that `token_weights` compares the draft with; None without one.
 
-    Raises:
-        ValueError: It is one of the pair itself, cannot be loaded, or has another tokenizer or vocabulary.
+    A `ValueError` if it is one of the pair itself, or has another tokenizer or vocabulary.
     """
     if reference_model is None:
         return None
@@ -250,11 +239,7 @@ def prepare_reference(
 
 
 def draft_vocabulary(draft: PreTrainedModel, args: DraftDistillConfig, vocab_size: int) -> torch.Tensor | None:
-    """The ids that the draft may propose, kept in its generation config so that it is saved with them; None for all.
-
-    Raises:
-        ValueError: The draft records no list, or one of the ids is not a token of the pair.
-    """
+    """The ids that the draft may propose, kept in its generation config so that it is saved with them; None for all."""
     ids = args.draft_vocabulary
     if ids is None:
         return None
@@ -271,11 +256,7 @@ def draft_vocabulary(draft: PreTrainedModel, args: DraftDistillConfig, vocab_siz
 
 
 def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Module | None:
-    """The target where the trainer runs it: on its device, sharded as the draft is, in evaluation mode.
-
-    Raises:
-        ValueError: `shard_target=False` with ZeRO-3, which shards every model as it is loaded.
-    """
+    """The target where the trainer runs it: on its device, sharded as the draft is, in evaluation mode."""
     if target is None:
         return None
     if trainer.is_deepspeed_enabled:
@@ -332,11 +313,7 @@ def draft_arithmetic(trainer: Any) -> HeadArithmetic | None:
 
 
 def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftDistillConfig) -> None:
-    """Refuse prepared data that leaves nothing to learn, or that is longer than a model can read.
-
-    Raises:
-        ValueError: Every token of a dataset is masked, or a row exceeds the context of a model.
-    """
+    """Refuse prepared data of which every token is masked, or with a row that exceeds the context of a model."""
     context = shared_context(*models)
     for name, dataset in datasets.items():
         check_labels(dataset, name, args.max_length)

@@ -165,13 +165,7 @@ class CachedTarget(TextSignal):
 
 
 class LiveTarget(TextSignal):
-    """The target itself, run beside the draft.
-
-    Args:
-        model: The prepared target, wrapped or not.
-        vocab_size: Tokens that draft and target share.
-        sharded: Whether its weights are whole only inside its own forward.
-    """
+    """The prepared target, run beside the draft; `sharded`: its weights are whole only inside its own forward."""
 
     name = "white_box"
     knows_distributions = True
@@ -242,13 +236,8 @@ def check_cached(
 ) -> list[CacheFacts]:
     """Make sure, before anything is loaded, that the loss asked for can be computed from cached distributions.
 
-    `custom_loss`: `token_loss` is overridden; `custom_collator`: the user gave a collator.
-
-    Returns:
-        What the caches say of themselves, one entry a data set.
-
-    Raises:
-        ValueError: There are none, or they were made for another loss.
+    `custom_loss`: `token_loss` is overridden; `custom_collator`: the user gave a collator. Returns what the caches say
+    of themselves, one entry a data set.
     """
     for name, dataset in datasets.items():
         if missing := missing_cache_columns(dataset):

@@ -156,13 +156,10 @@ def select_tokens(metrics: TokenMetrics, selection: str, share: float) -> Tensor
 def check_selection(
     args: Any, *, has_reference: bool, custom_weights: bool, knows_distributions: bool, from_draws: bool
 ) -> None:
-    """Make sure, before anything is loaded, that the tokens asked for can be chosen.
+    """Make sure, before anything is loaded, that the tokens asked for can be chosen; else a `ValueError`.
 
     `custom_weights`: `token_weights` is overridden; `knows_distributions`: the loss reads the target's; `from_draws`:
     sampled tokens are all that is known of them.
-
-    Raises:
-        ValueError: They cannot.
     """
     selection = args.token_selection
     if custom_weights and args.parallel_tokens > 1:

@@ -40,13 +40,12 @@ from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.forward import in_head, predicting_positions, unwrapped
 from hf_draftkd.models.pairing import copy_special_ids, shared_vocab_size
 from hf_draftkd.training import setup
-from hf_draftkd.training.callbacks import KeepSpecialIds, asked_metrics, with_acceptance
+from hf_draftkd.training.callbacks import BeforeFirstStep, asked_metrics, with_acceptance
 from hf_draftkd.training.checkpoints import batches_read, checkpoint_to_resume, only_run
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.finite import StopOnNonFiniteGradient, check_loss, check_weights
 from hf_draftkd.training.metrics import EvaluationSums, FilledUp, TrainingSums, check_best_metric, not_exact
-from hf_draftkd.training.packing import CheckPacking
-from hf_draftkd.training.parallel import CheckParallel, Lesson, parallel_training
+from hf_draftkd.training.parallel import Lesson, parallel_training
 from hf_draftkd.training.rollouts import CompletionWriter, check_writer, check_writing
 from hf_draftkd.training.run_provenance import author, data_facts, describe_run
 from hf_draftkd.training.saving import check_adapter, check_saving, merged
@@ -227,11 +226,9 @@ class DraftDistillTrainer(SFTTrainer):
         if target is not None:
             # SFTTrainer gave the draft the tokenizer's pad and eos; assisted decoding compares them with the target's.
             copy_special_ids(unwrapped(self.model), target)
-            self.add_callback(KeepSpecialIds(target))
         if not self.is_deepspeed_enabled and self.accelerator.scaler is None:
             self.add_callback(StopOnNonFiniteGradient(lambda: self._row_starts(self._step_batches)))
-        self.add_callback(CheckPacking(self))
-        self.add_callback(CheckParallel(self))
+        self.add_callback(BeforeFirstStep(self))
 
         # What each model says is settled, now that it lies where it runs.
         models = [unwrapped(draft), *([] if target is None else [target])]
