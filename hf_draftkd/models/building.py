@@ -73,20 +73,22 @@ def build_draft(
     require_loaded(target_model)
     _check_request(num_layers, layers, config, share, tie_word_embeddings)
     check_plan(target_model.config, num_layers=num_layers, layers=layers, config=config, share=share)
-    depth = target_model.config.num_hidden_layers
+    given, chosen = target_model.config, None
     if share is not None:
         new_config = sized_config(target_model, share, num_layers=num_layers, tie_word_embeddings=tie_word_embeddings)
     elif config is not None:
         new_config = copy.deepcopy(config)
     else:
         _check_copyable(target_model)
-        given = target_model.config
-        chosen = spread_layers(given, num_layers) if num_layers is not None else _checked_layers(layers or [], depth)
+        if num_layers is not None:
+            chosen = spread_layers(given, num_layers)
+        else:
+            chosen = _checked_layers(layers or [], given.num_hidden_layers)
         _check_sources(given, chosen)
         new_config = cut_layers(given, chosen)
 
     draft = _new_model(new_config, target_model, dtype, seed)
-    if share is None and config is None:
+    if chosen is not None:
         _copy_weights(draft, target_model, chosen)
     draft.generation_config = GenerationConfig()
     _check_runs(draft)
@@ -279,16 +281,12 @@ def _check_given_config(config: PreTrainedConfig, target_config: PreTrainedConfi
 
 
 def _check_copyable(target_model: PreTrainedModel) -> None:
-    instead = "or make a draft of random weights with `share` or `config`."
+    reason = None
     if getattr(target_model.config, "quantization_config", None) is not None:
-        raise ValueError(
-            "The target is quantised, and packed weights are no start for training. Load it without quantisation, "
-            + instead
-        )
-    if getattr(target_model, "peft_config", None):
-        raise ValueError(f"The target carries a PEFT adapter. Merge it first: `target.merge_and_unload()`, {instead}")
-    if any(p.is_meta for p in target_model.parameters()):
-        raise ValueError(
-            "Part of the target is offloaded, so its layers cannot be copied. Load it with `device_map='cpu'`, "
-            + instead
-        )
+        reason = "is quantised, and packed weights are no start for training. Load it without quantisation"
+    elif getattr(target_model, "peft_config", None):
+        reason = "carries a PEFT adapter. Merge it first: `target.merge_and_unload()`"
+    elif any(p.is_meta for p in target_model.parameters()):
+        reason = "is partly offloaded, so its layers cannot be copied. Load it with `device_map='cpu'`"
+    if reason is not None:
+        raise ValueError(f"The target {reason}, or make a draft of random weights with `share` or `config`.")

@@ -6,11 +6,7 @@ DEMO = Path(__file__).resolve().parent.parent / "assets" / "demo"
 
 
 def demo_path(name: str) -> str:
-    """Path of a part of the demo pair: `target`, `draft`, `train.jsonl`, `dev.jsonl` or `test.jsonl`.
-
-    Raises:
-        FileNotFoundError: The installation lacks the part.
-    """
+    """Path of a part of the demo pair: `target`, `draft`, `train.jsonl`, `dev.jsonl` or `test.jsonl`."""
     path = DEMO / name
     if not path.exists():
         raise FileNotFoundError(

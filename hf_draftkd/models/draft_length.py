@@ -16,9 +16,6 @@ def draft_length_settings(num_assistant_tokens: int) -> dict[str, Any]:
 
     transformers' defaults (20 tokens, given up early below a confidence of 0.4, which adapts itself where scikit-learn
     is installed) do not give a fixed length.
-
-    Raises:
-        ValueError: γ is not a positive whole number.
     """
     return {
         "num_assistant_tokens": whole_number("num_assistant_tokens", num_assistant_tokens),

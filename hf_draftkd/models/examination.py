@@ -26,10 +26,8 @@ class ModelFacts:
 
     Attributes:
         config: Of the causal LM; of a multimodal model that of its text part.
-        num_parameters: Parameters, tied ones once.
-        table_share: The share of embedding and head in them.
-        rows: Rows of the head, padding included.
-        num_tokens: Ids that the tokenizer knows; None without a tokenizer.
+        num_parameters: Parameters, tied ones once, of which `table_share` are in embedding and head.
+        rows: Rows of the head, padding included, of which the tokenizer knows `num_tokens`; None without one.
         context: The longest text it can read, in tokens, where the config says so.
         stored: Number formats of the stored weights, with their counts; empty where the headers cannot be read.
     """
@@ -77,13 +75,7 @@ class Examination:
 
 
 def examine(target: Checkpoint, draft: Checkpoint | None = None, *, num_layers: int = 2) -> Examination:
-    """Look at a target, and at a draft for it, without their weights.
-
-    Args:
-        target: The target.
-        draft: A draft for it; None asks what one made of the target's layers would be.
-        num_layers: How many layers that one would have.
-    """
+    """Look at a target, and at a draft for it or at one of `num_layers` of its layers, without their weights."""
     found = Examination()
     with _refusals_go_to(found.refused):
         found.target = _facts(target, found.refused)

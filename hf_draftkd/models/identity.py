@@ -36,11 +36,7 @@ def remember_checkpoint(model: Any, checkpoint: Checkpoint) -> None:
 
 
 def checkpoint_of(model: Any) -> Checkpoint:
-    """Where a loaded model comes from: remembered by `load_target` and `load_draft`, else looked up by its name.
-
-    Raises:
-        ValueError: There is nothing under its name any more.
-    """
+    """Where a loaded model comes from: remembered by `load_target` and `load_draft`, else looked up by its name."""
     return getattr(model, _ATTRIBUTE, None) or resolve(model.name_or_path)
 
 
@@ -65,11 +61,7 @@ def resolved_revision(name_or_path: str, revision: str | None = None) -> str | N
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, and the index where there are several.
-
-    Raises:
-        ValueError: A file that the index names is missing, or the index cannot be read.
-    """
+    """The safetensors files of a model folder, and the index where there are several; all of them are there."""
     single = folder / SAFE_WEIGHTS_NAME
     if single.is_file():
         return [single]
@@ -83,11 +75,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def count_parameters(folder: Path) -> int:
-    """The number of parameters stored, after checking that they are dense and merged.
-
-    Raises:
-        ValueError: A file is damaged, weights are quantised, or an adapter was not merged.
-    """
+    """The number of parameters stored; a `ValueError` if weights are damaged, quantised, or of an adapter."""
     total = 0
     for path, name, file in _tensors(folder):
         piece = file.get_slice(name)

@@ -86,20 +86,17 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer by local directory, Hub id, an object with `repo_id` and `revision`, or `Checkpoint`.
 
-    For a PEFT adapter that was saved without one it is the tokenizer of its base model.
-
-    Raises:
-        ValueError: Nothing is there, no tokenizer is among the files, or they cannot be read.
+    For a PEFT adapter that was saved without one it is the tokenizer of its base model. A `ValueError` if there is
+    none.
     """
     return resolve(name_or_path, revision=revision, trust_remote_code=trust_remote_code).tokenizer
 
 
 def require_loaded(*models: Any) -> None:
-    """Make sure that models in memory can be target or draft: the checks that loading makes of a checkpoint.
+    """Refuse what cannot be target or draft: the checks that loading makes of a checkpoint, of models in memory.
 
-    Raises:
-        ValueError: One is a name or a path, or not a decoder-only language model that transformers decodes with
-            speculatively (see `check_config`), or reads text in both directions though no config says so.
+    A `ValueError` if one is a name or a path, is not a decoder-only language model that transformers decodes with
+    speculatively (see `check_config`), or reads text in both directions though no config says so.
     """
     for model in models:
         if isinstance(model, str | Path):
@@ -130,8 +127,6 @@ def _load(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
     else:
         # Loading changes a config.
         model = _load_plain(checkpoint, options | {"config": copy.deepcopy(config), "gguf_file": checkpoint.gguf_file})
-        if checkpoint.gguf_file is not None:
-            _forget_quantization(model)
     remember_checkpoint(model, checkpoint)
     return model
 
@@ -164,16 +159,12 @@ def _load_plain(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedMo
             f"The weights of {name!r} are incomplete and would be filled with random numbers: {_first(missing, 3)} "
             "missing. Give a model that was saved whole, head included."
         )
+    if checkpoint.gguf_file is not None:
+        # Its weights were expanded: what says that they are quantised keeps them from being saved.
+        model.hf_quantizer, model.is_quantized = None, False
+        for key in ("quantization_config", "_pre_quantization_dtype"):
+            vars(model.config).pop(key, None)
     return model
-
-
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """The weights of a GGUF file were expanded: what says that they are quantised keeps them from being saved."""
-    model.hf_quantizer = None
-    model.is_quantized = False
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
 
 
 def _load_text_of(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedModel:

@@ -51,11 +51,8 @@ def check_own_tokenizer(
 ) -> None:
     """Make sure that `tokenizer` is the one a model was trained with, by the files the model was loaded from.
 
-    The model is the draft, or with `is_target` the target: the message then speaks of `tokenizer` as the draft's.
-
-    Raises:
-        ValueError: The two differ, or a checkpoint has no tokenizer. A loaded model may come from a place that has
-            none: that is logged.
+    The model is the draft, or with `is_target` the target: the message then speaks of `tokenizer` as the draft's. A
+    loaded model may come from a place that has no tokenizer: that is logged.
     """
     if isinstance(model, Checkpoint):
         own = model.tokenizer
@@ -71,11 +68,7 @@ def check_own_tokenizer(
 
 
 def check_weights_apart(draft: nn.Module, other: nn.Module, what: str = "target") -> None:
-    """Make sure that training the draft does not change the other model, and that freezing that does not freeze it.
-
-    Raises:
-        ValueError: They have a weight in common; the message names it, and calls the other model `what`.
-    """
+    """Refuse a draft that has a weight in common with the `other` model: training it would change that."""
     theirs = {place for parameter in other.parameters() for place in _places(parameter)}
     shared = next((name for name, parameter in draft.named_parameters() if theirs & _places(parameter)), None)
     if shared is not None:

@@ -49,10 +49,7 @@ def store_parallel_draft(config: Any, mask_token_id: int, num_tokens: int) -> No
 
 def choose_mask_token(draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """An id that no text holds: the one in the draft's config, else a row that pads the vocabulary, else a token that
-    the vocabulary keeps in reserve, else its padding token.
-
-    Raises:
-        ValueError: There is none.
+    the vocabulary keeps in reserve, else its padding token; a `ValueError` if there is none.
     """
     known = parallel_draft(draft.config)
     if known is not None:

@@ -82,6 +82,13 @@ class Checkpoint:
     trust_remote_code: bool = False
     gguf_file: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.gguf_file is not None and self.gguf_file not in self.files:
+            found = ", ".join(sorted(file for file in self.files if file.endswith(".gguf"))) or "none"
+            raise ValueError(
+                f"{self.name!r} has no file {self.gguf_file!r}. Its GGUF files: {found}. Name one of them."
+            )
+
     @property
     def has_weights(self) -> bool:
         return bool(self.files & {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME})
@@ -96,12 +103,7 @@ class Checkpoint:
 
     @cached_property
     def base(self) -> "Checkpoint":
-        """Of a PEFT adapter: the model it was trained on.
-
-        Raises:
-            ValueError: The adapter does not say, its config cannot be read, it cannot become part of the base's
-                weights, or there is no base under that name.
-        """
+        """Of a PEFT adapter: the model it was trained on; a `ValueError` if it cannot be found, or merged with."""
         config = _adapter_config(self)
         try:
             base = resolve(
@@ -119,10 +121,8 @@ class Checkpoint:
     def config(self) -> PreTrainedConfig:
         """The config of this model, of an adapter's base, or of a multimodal model's text part.
 
-        It is read once it is clear that a causal LM can be loaded.
-
-        Raises:
-            ValueError: The weights are missing or only a pickle, or this is not a decoder-only language model.
+        It is read once it is clear that a causal LM can be loaded: a `ValueError` if the weights are missing or only a
+        pickle, or this is not a decoder-only language model.
         """
         _check_files(self)
         if self.is_adapter:
@@ -141,11 +141,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; of an adapter that was saved without one, that of its base.
-
-        Raises:
-            ValueError: No tokenizer is among the files, or they cannot be read.
-        """
+        """The tokenizer; of an adapter that was saved without one, that of its base."""
         instead = "Save the target's there: `tokenizer.save_pretrained(directory)`; a draft shares its tokenizer."
         if not self.files & set(TOKENIZER_FILES) and self.gguf_file is None:
             if self.is_adapter:
@@ -203,10 +199,9 @@ def resolve(
         ValueError: Nothing is there, or the Hub cannot be asked and the local cache does not hold it.
     """
     if isinstance(name_or_path, Checkpoint):
-        if revision not in (None, name_or_path.revision):
-            raise ValueError(f"{name_or_path.name!r} was looked up already: give `revision` to `resolve`.")
-        if gguf_file not in (None, name_or_path.gguf_file):
-            raise ValueError(f"{name_or_path.name!r} was looked up already: give `gguf_file` to `resolve`.")
+        for option, given in {"revision": revision, "gguf_file": gguf_file}.items():
+            if given not in (None, getattr(name_or_path, option)):
+                raise ValueError(f"{name_or_path.name!r} was looked up already: give `{option}` to `resolve`.")
         return name_or_path
     if hasattr(name_or_path, "repo_id"):
         revision = revision or getattr(name_or_path, "revision", None)
@@ -227,50 +222,28 @@ def resolve(
                 f"revision={revision!r} was given for {name!r}, which is a local directory and has no revisions. Leave "
                 "the revision out, or give the Hub id."
             )
-        return _with_gguf(str(path), None, frozenset(os.listdir(path)), True, trust_remote_code, gguf_file)
+        return Checkpoint(str(path), None, frozenset(os.listdir(path)), True, trust_remote_code, gguf_file)
     if path.is_file():
         raise ValueError(f"{name!r} is a file; a model is a directory with {CONFIG_NAME} and safetensors. Give that.")
     if isinstance(name_or_path, os.PathLike) or not is_hub_id(name):
         similar = _similar_directory(path, " Did you mean {!r}?")
         raise ValueError(f"There is no directory {name!r}, and it is not a Hub id either.{similar}")
     commit, files = _look_up_on_hub(name, revision, path)
-    return _with_gguf(name, commit, frozenset(files), False, trust_remote_code, gguf_file)
-
-
-def _with_gguf(
-    name: str,
-    revision: str | None,
-    files: frozenset[str],
-    is_local: bool,
-    trust_remote_code: bool,
-    gguf_file: str | None,
-) -> Checkpoint:
-    if gguf_file is not None and gguf_file not in files:
-        found = sorted(file for file in files if file.endswith(".gguf"))
-        raise ValueError(
-            f"{name!r} has no file {gguf_file!r}. Its GGUF files: {', '.join(found) or 'none'}. Name one of them."
-        )
-    return Checkpoint(name, revision, files, is_local, trust_remote_code, gguf_file)
+    return Checkpoint(name, commit, frozenset(files), False, trust_remote_code, gguf_file)
 
 
 def check_config(config: PreTrainedConfig, name: str) -> None:
-    """Refuse a config that is not a decoder-only language model's.
-
-    Raises:
-        ValueError: An encoder or encoder-decoder, a multimodal model, a classifier, or a model from whose cache tokens
-            cannot be taken back.
+    """Refuse a config that is not a decoder-only language model's, or of a model from whose cache tokens cannot be
+    taken back.
     """
     instead = "Speculative decoding needs two decoder-only causal language models: choose one."
     kind = f"{name!r} (model type {config.model_type!r})"
     if config.is_encoder_decoder:
         raise ValueError(f"{kind} is an encoder-decoder model. {instead}")
     if is_multimodal(config):
-        way = (
-            " Its text model alone will do: `extract_text_model(model)`, or `draftkd init --text_of NAME`."
-            if text_class(config)
-            else ""
-        )
-        raise ValueError(f"{kind} is a model with other input than text. {instead}{way}")
+        if text_class(config):
+            instead += " Its text model alone will do: `extract_text_model(model)`, or `draftkd init --text_of NAME`."
+        raise ValueError(f"{kind} is a model with other input than text. {instead}")
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return  # The model brings its own code, and trust_remote_code was given or the config would not have loaded.
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -304,11 +277,7 @@ def _no_rollback(model_class: type[PreTrainedModel]) -> str | None:
 
 
 def read_index(index: Path) -> list[str]:
-    """The names of a sharded model's weight files.
-
-    Raises:
-        ValueError: The index cannot be read, or names a file that is not safetensors.
-    """
+    """The names of a sharded model's weight files; a `ValueError` if one is not safetensors, or the index is broken."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         other = [name for name in names if not name.endswith(".safetensors")]
@@ -413,16 +382,13 @@ def _check_files(checkpoint: Checkpoint) -> None:
             raise ValueError(f"{name!r} is a PEFT adapter with {found}; {ADAPTER_SAFE_WEIGHTS_NAME} is needed.")
         return
     if CONFIG_NAME not in files:
-        is_gguf = any(f.endswith(".gguf") for f in files)
-        held = "GGUF files" if is_gguf else ", ".join([*sorted(files)[:4], *["..."][: len(files) > 4]]) or "nothing"
+        held, instead = ", ".join([*sorted(files)[:4], *["..."][: len(files) > 4]]) or "nothing", ""
+        if any(f.endswith(".gguf") for f in files):
+            held = "GGUF files"
+            instead = ", or the repository they were made from; or name a target's GGUF file as `gguf_file`"
         raise ValueError(
             f"{name!r} is not a model: it has no {CONFIG_NAME} (it holds {held}). Give the directory that "
-            "`save_pretrained` wrote"
-            + (
-                ", or the repository the GGUF files were made from; or name a target's GGUF file as `gguf_file`."
-                if is_gguf
-                else "."
-            )
+            f"`save_pretrained` wrote{instead}."
         )
     if not checkpoint.has_weights and pickled:
         raise ValueError(

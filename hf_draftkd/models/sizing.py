@@ -28,11 +28,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 
 def evenly_spread(count: int, depth: int) -> list[int]:
-    """`count` layer indices out of `depth`, first and last included (the first alone where one is wanted).
-
-    Raises:
-        ValueError: `count` is not a whole number from 1 to `depth`.
-    """
+    """`count` layer indices out of `depth`, first and last included (the first alone where one is wanted)."""
     if whole_number("num_layers", count, 1, depth) == 1:
         return [0]
     # Rounded half up in whole numbers: distinct and ascending because the step is at least 1.
@@ -51,11 +47,7 @@ def spread_layers(config: PreTrainedConfig, count: int) -> list[int]:
 
 
 def cut_layers(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConfig:
-    """The same config with only these layers; what it says layer by layer is cut with them.
-
-    Raises:
-        ValueError: The architecture describes its layers in a way that cannot be cut.
-    """
+    """The same config with only these layers; what it says layer by layer is cut with them."""
     depth = config.num_hidden_layers
     kept = set(layers)
     values = plain_copy(config).to_dict()

@@ -96,11 +96,7 @@ def text_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def text_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
-    """The config of a multimodal model's text part, for the class that `text_class` says.
-
-    Raises:
-        ValueError: There is no such class.
-    """
+    """The config of a multimodal model's text part, for the class that `text_class` says, which it must have."""
     text, found = config.get_text_config(decoder=True), text_class(config)
     if found is None:
         raise ValueError(

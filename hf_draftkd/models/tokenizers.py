@@ -48,14 +48,11 @@ def pad_id(model: PreTrainedModel, *wanted: int | None) -> int:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what maps text to token ids and back.
+    """A hash, 64 hexadecimal digits, of what maps text to token ids and back.
 
     Every token with its id, merges or scores, normaliser, pre-tokeniser, decoder and added tokens enter it. The chat
     template, the choice of bos, eos and pad among the tokens, truncation and padding, and the formatting of files do
     not: they can be changed without changing what an id means.
-
-    Returns:
-        SHA-256, 64 hexadecimal digits.
     """
     text = json.dumps(_contents(tokenizer), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return sha256([text])
