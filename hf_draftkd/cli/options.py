@@ -22,8 +22,7 @@ class _Parser(TrlParser):
 def parse(command: str, dataclass_types: Sequence[type], argv: list[str], description: str) -> tuple[Any, ...]:
     """One instance of each dataclass, from `argv` and the YAML file it may name.
 
-    Raises:
-        UsageError: A value is refused, the file cannot be read, or an option does not exist (the nearest is named).
+    A `UsageError` says which value is refused, or which option does not exist and which is nearest.
     """
     parser = _Parser(dataclass_types, prog=f"draftkd {command}", description=description, allow_abbrev=False)
     file_parser = _Parser(add_help=False, allow_abbrev=False)
@@ -112,15 +111,10 @@ def required(**options: Any) -> None:
 
 
 def new_directory(path: str, *, overwrite: bool = False, target_model: str | None = None) -> Path:
-    """A directory that results may be written to.
+    """The directory, of that path, that results may be written to, if it holds something only with `overwrite`.
 
-    Args:
-        path: Where the user wants them.
-        overwrite: Whether it may hold something.
-        target_model: The target, where a draft is written: it must not be replaced by its own draft.
-
-    Raises:
-        UsageError: It is a file or the target, it cannot be written, or it holds something and `overwrite` is off.
+    A `UsageError` if it is a file, cannot be written, or is the `target_model`, which must not be replaced by its
+    draft.
     """
     directory = Path(path)
     existing = next(part for part in (directory, *directory.absolute().parents) if part.exists())

@@ -47,10 +47,8 @@ class CachedDistributions:
         return self._first_rows[-2]
 
     def fit(self, vocab_size: int) -> None:
-        """Say how many tokens draft and tokenizer share.
-
-        Raises:
-            ValueError: A cache names others. So does `add` from now on.
+        """Say how many tokens draft and tokenizer share; a `ValueError` if a cache, also one that comes later, names
+        others.
         """
         self._vocab_size = vocab_size
         for dataset in self._datasets:

@@ -45,11 +45,7 @@ _READ = {"prompt_ids", "completion_ids", "ids_source", "target", *SETTING_COLUMN
 
 
 def check_format(dataset: Dataset | IterableDataset, name: str, *, text_field: str = "text") -> None:
-    """Refuse a dataset that nothing can be learnt from, before anything else happens.
-
-    Raises:
-        ValueError: The dataset is empty, holds images, or has none of the column sets that are understood.
-    """
+    """Refuse a dataset that nothing can be learnt from, before anything else happens."""
     if next(iter(dataset), None) is None:
         raise ValueError(f"The {name} dataset is empty. Give one with at least one row.")
     columns = get_dataset_column_names(dataset)
@@ -80,10 +76,7 @@ def formats_of(dataset: Dataset | IterableDataset, text_field: str = "text") -> 
 
 def check_token_ids(dataset: Dataset | IterableDataset, name: str, vocab_size: int) -> None:
     """Refuse ids that the draft, of `vocab_size` rows, has no row for, before an embedding does in the middle of
-    training. Not of a stream.
-
-    Raises:
-        ValueError: There is such an id; its row is named, as given by the user.
+    training; the row is named. Not of a stream.
     """
     if not isinstance(dataset, Dataset):
         return
@@ -127,10 +120,7 @@ def normalize_rows(
 
     Messages, tools and template options come as the chat template reads them (see `messages.py`), and as JSON, in which
     rows that differ do not lend each other their keys. A `formatting_func` makes the text of a row that holds no token
-    ids. `numbers` are those of the rows, where these are not a data set of their own.
-
-    Raises:
-        ValueError: A message holds what a draft cannot read, or a mask is not as long as its ids; the row is named.
+    ids. `numbers` are those of the rows, for messages, where these are not a data set of their own.
     """
     first = next(iter(dataset), None)
     if first is None:
@@ -212,12 +202,9 @@ def exact_features(
 
     Alignment rows (`prompt_ids`, `completion_ids`) become their concatenation with the prompt masked. A
     `completion_mask` that comes with `input_ids` becomes `labels`, which `SFTTrainer` would ignore. Only rows that the
-    target in use wrote keep their decoding setting: block efficiency is exact for such text and for no other.
-
-    Returns:
-        The dataset, with its setting [temperature, top_p, top_k, repetition_penalty], nan where unknown, as
-        `SETTING_COLUMN`; and where a cache is in use, in which `first_row` is the number of the first row, with
-        `INDEX_COLUMN`, aligned with `input_ids`.
+    target in use wrote keep their decoding setting: block efficiency is exact for such text and for no other. It is
+    [temperature, top_p, top_k, repetition_penalty], nan where unknown, in `SETTING_COLUMN`. Where a cache is in use, in
+    which `first_row` is the number of the first row, `INDEX_COLUMN` is aligned with `input_ids`.
     """
     columns = get_dataset_column_names(dataset)
     if {"prompt_ids", "completion_ids"} <= set(columns):
@@ -255,10 +242,8 @@ def packed(dataset: Dataset, length: int | None, map_kwargs: dict[str, Any]) -> 
 
 
 def check_labels(dataset: Dataset | IterableDataset, name: str, max_length: int | None) -> None:
-    """Refuse prepared rows of which no token is learned from. A stream is read until the first that is.
-
-    Raises:
-        ValueError: Every token is masked (the first of a row, which nothing predicts, counts as masked).
+    """Refuse prepared rows of which no token is learned from (the first of a row, which nothing predicts, counts as
+    masked). A stream is read until the first that is.
     """
     if not any(label != -100 for labels in _column(dataset, "labels") for label in labels[1:]):
         raise ValueError(

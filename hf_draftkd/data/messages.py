@@ -28,11 +28,8 @@ _AROUND: dict[str, tuple[list[Any], list[Any]]] = {
 class TemplateForm:
     """The form in which a chat template takes messages.
 
-    Attributes:
-        part_roles: Roles whose content it reads as a list of parts.
-        arguments: Whether it writes the arguments of a tool call from an `object` or from `text` (their JSON); None
-            where it shows none.
-        source: The template itself, which names the kinds of parts it knows.
+    `part_roles` are the roles whose content it reads as a list of parts. It writes the `arguments` of a tool call from
+    an `object` or from `text` (their JSON); None where it shows none. The `source` names the kinds of parts it knows.
     """
 
     part_roles: frozenset[str]
@@ -82,11 +79,9 @@ def read_messages(messages: Iterable[Mapping[str, Any]], form: TemplateForm) -> 
     """Messages in the form that a template takes, without the nulls that Arrow adds.
 
     Nulls go from tool calls as well, where one that was meant cannot be told from one of Arrow's: arguments given as
-    JSON keep theirs. Parts of text are joined, without anything between them, where the template does not read parts.
-
-    Raises:
-        ValueError: A part is not text, and the template does not know its kind; or it is an image, audio or video,
-            which no draft reads.
+    JSON keep theirs. Parts of text are joined, without anything between them, where the template does not read parts. A
+    `ValueError` if a part is an image, audio or video, which no draft reads, or of a kind that the template does not
+    know.
     """
     return [_read_message(message, form) for message in messages]
 

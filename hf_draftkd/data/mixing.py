@@ -32,14 +32,10 @@ def parse_mix(mix: str) -> tuple[float, float]:
 
 
 def mix_datasets(alignment: Dataset, pretraining: Dataset, *, mix: str = "9:1", seed: int = 0) -> Dataset:
-    """Interleave two data sets at random, in given parts.
+    """Interleave two data sets at random, `mix` being the parts of the first and of the second, `seed` the order.
 
     Every row of `alignment` comes once, in its order. Rows of `pretraining` come in its order and are repeated if there
-    are too few of them. Columns that one of them lacks are None in its rows. `mix` says the parts of the first and of
-    the second, `seed` the order.
-
-    Raises:
-        ValueError: The mix cannot be read, a data set is empty or a stream, or a column has another type in each.
+    are too few of them. Columns that one of them lacks are None in its rows. A `ValueError` if they do not go together.
     """
     first, second = parse_mix(mix)
     if isinstance(alignment, IterableDataset) or isinstance(pretraining, IterableDataset):
@@ -77,12 +73,7 @@ def _with_types_of(alignment: Dataset, pretraining: Dataset) -> Dataset:
 
 def mixed_in(train_dataset: Any, mix_dataset: Any, mix: str | None, seed: int, *, text_field: str = "text") -> Any:
     """The training data with the rows of `mix_dataset` interleaved, if there is one; `mix` is 9:1 unless said
-    otherwise.
-
-    What is not needed to read the rows that are mixed in is left behind.
-
-    Raises:
-        ValueError: One of the two is given without the other, or they cannot be mixed.
+    otherwise. What is not needed to read the rows that are mixed in is left behind.
     """
     if mix_dataset is None:
         if mix is not None:
@@ -104,13 +95,9 @@ def mixed_in(train_dataset: Any, mix_dataset: Any, mix: str | None, seed: int, *
 
 
 def split_by_format(dataset: Dataset, name: str, *, text_field: str = "text") -> list[tuple[Dataset, np.ndarray]]:
-    """Mixed rows, apart: each read by the first of `FORMATS` whose columns it fills.
+    """Mixed rows, apart: each read by the first of `FORMATS` whose columns it fills; a `ValueError` if there is none.
 
-    Returns:
-        A data set a format that occurs, with the numbers of its rows. Data of one format come back as they are.
-
-    Raises:
-        ValueError: A row fills the columns of no format; messages call the data set `name`.
+    Returns a data set a format that occurs, with the numbers of its rows. Data of one format come back as they are.
     """
     present = formats_of(dataset, text_field)
     if not present:  # a `formatting_func` reads it

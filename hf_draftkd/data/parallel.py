@@ -114,11 +114,7 @@ def parallel_rows(batch: dict[str, Tensor], keep: Tensor, depths: Tensor, mask_t
 
 
 def attention_mask_for(model: PreTrainedModel, sees: Tensor) -> Tensor:
-    """The mask [B, 1, Q, K] bool in the form that the model's attention takes.
-
-    Raises:
-        ValueError: It takes none.
-    """
+    """The mask [B, 1, Q, K] bool in the form that the model's attention takes; a `ValueError` if it takes none."""
     kind = unwrapped(model).config._attn_implementation
     if kind == "sdpa":
         return sees
@@ -133,17 +129,11 @@ def attention_mask_for(model: PreTrainedModel, sees: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_reads_mask_tokens(model: torch.nn.Module, mask_token_id: int, num_tokens: int, row_length: int) -> None:
-    """Compare what a draft says in rows of `parallel_rows` with separate passes, one for each block.
+    """Compare what a draft, wrapped or not, says in rows of `parallel_rows` with separate passes, one for each block.
 
-    Args:
-        model: A causal LM, wrapped or not.
-        mask_token_id: Its mask token.
-        num_tokens: K.
-        row_length: Tokens of the longest row.
-
-    Raises:
-        ValueError: They differ, since the architecture makes nothing of such a mask or of positions (Bloom, MPT), or
-            has layers with a window that is shorter than a row; or the model cannot read such a row.
+    A `ValueError` if they differ, since the architecture makes nothing of such a mask or of positions (Bloom, MPT), or
+    has layers with a window that is shorter than the longest row, of `row_length` tokens; or if it cannot read such a
+    row.
     """
     inner = unwrapped(model)
     config = inner.config.get_text_config()

@@ -63,12 +63,9 @@ def fitting_rows(
     beginning: Callable[[int], str] | None = None,
 ) -> list[int]:
     """The numbers of the prompts, of these lengths, that leave room for `max_new_tokens` in the context (None: no
-    limit).
+    limit). `beginning` says how the prompt of a row begins, for messages.
 
-    `beginning` says how the prompt of a row begins, for messages.
-
-    Raises:
-        ValueError: Prompts are empty or, unless `skip_too_long`, too long; their row numbers are listed.
+    A `ValueError` lists prompts that are empty or, unless `skip_too_long`, too long.
     """
     empty = [row for row, length in enumerate(lengths) if length == 0]
     if empty:

@@ -13,8 +13,7 @@ from hf_draftkd.models.tokenizers import tokenizer_size
 class FaultyAnswerError(Exception):
     """A server answered 200, and the answer cannot be used.
 
-    Attributes:
-        about_prompt: Whether the answer to this one prompt is at fault, and not what lies between server and client.
+    `about_prompt`: the answer to this one prompt is at fault, and not what lies between server and client.
     """
 
     def __init__(self, message: str, *, about_prompt: bool = False) -> None:

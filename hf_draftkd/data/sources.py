@@ -21,12 +21,9 @@ def open_dataset(
     source: Any, *, split: str | None = None, config: str | None = None, text_column: str = "text"
 ) -> Dataset:
     """Rows of any kind (see `load_prompts`): a Hub id, a JSONL, JSON, Parquet, CSV or text file, a folder, a `Dataset`,
-    a list.
+    a list; a `ValueError` if there are none, or none that can be read.
 
     `text_column` is the name that the lines of a text file, or a list's strings, get; `split` is `train` by default.
-
-    Raises:
-        ValueError: Nothing there, no such split, or a line that is not JSON.
     """
     if isinstance(source, Dataset):
         return source

@@ -46,13 +46,7 @@ _INSTEAD = "Give prompts instead (scenario queries or curated)."
 
 @dataclass(frozen=True)
 class OpenTurn:
-    """What a chat template puts around a user's text.
-
-    Attributes:
-        prefix_ids: Tokens up to where the user's text begins.
-        suffix_ids: Tokens that follow it.
-        suffix: The same as text.
-    """
+    """What a chat template puts around a user's text: tokens before it and behind it, and the latter as text."""
 
     prefix_ids: list[int]
     suffix_ids: list[int]
@@ -62,11 +56,7 @@ class OpenTurn:
 def open_user_turn(
     tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, template_options: dict[str, Any] | None = None
 ) -> OpenTurn:
-    """Open a user's turn in any chat template, by rendering it around different texts and keeping what stays.
-
-    Raises:
-        ValueError: The template refuses a single user message, or does not show the user's text as it is.
-    """
+    """Open a user's turn in any chat template, by rendering it around different texts and keeping what stays."""
     refused = "The chat template cannot be opened for a user's turn"
     options = {"add_generation_prompt": False, **(template_options or {})}
     rendered, texts = [], []

@@ -33,11 +33,8 @@ logger = logging.get_logger(__name__)
 class Target:
     """The target that answers, wherever it runs.
 
-    Attributes:
-        backend: Answers prompts.
-        identity: What the manifest says of it.
-        brought: Columns that its completions bring along.
-        cache: What is computed from the finished rows: the model, what to keep, and V.
+    `identity` is what the manifest says of it, `brought` the columns that its completions bring along, and `cache` what
+    is computed from the finished rows: the model, what to keep, and V.
     """
 
     backend: Backend
@@ -92,10 +89,8 @@ def local_target(
 def missing_turn_end(target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, wanted: bool) -> int | None:
     """The end of turn at which answers to messages are to stop, beside the target's own end tokens; usually None.
 
-    Where that is not `wanted`, and texts would run on, it is warned of.
-
-    Raises:
-        ValueError: It is wanted, and the template ends its turns with no special token.
+    Where that is not `wanted`, and texts would run on, it is warned of. A `ValueError` if it is wanted, and the
+    template ends its turns with no special token.
     """
     turn_end, own = turn_end_id(tokenizer), end_token_ids(target_model)
     if turn_end is None:

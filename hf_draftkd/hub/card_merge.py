@@ -100,15 +100,8 @@ def merged(
 ) -> tuple[Card, Place | None]:
     """The card to publish, with the sections of `fresh`, and where its words come from (None: nobody wrote any).
 
-    Args:
-        fresh: With the new sections.
-        local: In the folder.
-        remote: On the Hub.
-        prose: Whose words and metadata win where both were edited; None refuses to choose.
-        given: Keys of the metadata that the caller settled.
-
-    Raises:
-        ValueError: Both were edited, differently; or `prose` is not a place.
+    `local` is the card in the folder, `remote` that on the Hub. Where both were edited, differently, `prose` says whose
+    words and metadata win; None refuses to choose. `given` are keys of the metadata that the caller settled.
     """
     if prose is not None:
         one_of("`prose`", prose, ("hub", "local"))

@@ -19,11 +19,9 @@ def papers() -> dict[str, str]:
 
 
 def papers_used(training: TrainingSummary | None, report: SpeculationReport | None = None) -> list[str]:
-    """Keys of `papers()` for the methods of a training, in order and without repetition.
+    """Keys of `papers()` for the methods of a training (None: speculative decoding alone), without repetition.
 
-    Args:
-        training: What was done; None gives the papers of speculative decoding alone.
-        report: A report whose metrics are quoted brings the papers that define them.
+    A report whose metrics are quoted brings the papers that define them.
     """
     used = ["leviathan2023", "chen2023", *(_of_training(training) if training else ())]
     if report is not None and any(setting.mbsu for setting in report.settings):

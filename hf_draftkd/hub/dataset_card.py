@@ -79,11 +79,7 @@ def length_histogram(sizes: list[int], bins: int = 8) -> list[tuple[int, int, in
 
 
 def write_card(folder: Path, rows: Dataset, repo_id: str | None = None) -> None:
-    """Put the card beside finished shards, as their README; words and metadata that people added to it are kept.
-
-    Raises:
-        ValueError: There is a README whose metadata cannot be read.
-    """
+    """Put the card beside finished shards, as their README; words and metadata that people added to it are kept."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     card, _ = merged(alignment_card(rows, manifest, repo_id), local_card(DatasetCard, folder))
     write_text(folder / CARD_FILE, str(card))

@@ -94,15 +94,11 @@ def records(rows: Sequence[Mapping[str, Any]]) -> Markdown | None:
 
 
 def render_card(template: str, sections: Sequence[str], context: Mapping[str, Any], source: str | None = None) -> str:
-    """A card's body from a template of this package: its title, and its sections between their marks.
+    """A card's body from a template of this package: its title, and its sections, in order, between their marks.
 
-    Templates run in a sandbox that escapes every value that is not `Markdown`.
-
-    Args:
-        template: The file, with one block `title` and one for each section.
-        sections: In order; one that comes out empty is left out.
-        context: Values for the template.
-        source: Jinja source to use instead, which may extend `template`. One without such blocks is the whole body.
+    Templates run in a sandbox that escapes every value that is not `Markdown`. The file `template` has a block `title`
+    and one for each section; a section that comes out empty is left out. `source` is Jinja to use instead, which may
+    extend it; one without such blocks is the whole body.
     """
     environment = ImmutableSandboxedEnvironment(
         loader=PackageLoader("hf_draftkd.hub", "templates"),

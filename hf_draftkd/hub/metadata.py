@@ -92,10 +92,7 @@ def benchmark_entries(report: SpeculationReport | None, task_id: str) -> list[Ev
 
     These files belong to data sets on the Hub that define tasks, and hold one value per task, by the id that the
     benchmark's repository gives it; they apply where the prompts are such a benchmark's, which only the person who
-    measured knows.
-
-    Raises:
-        ValueError: The prompts are not from a data set on the Hub, or no block efficiency was measured.
+    measured knows. A `ValueError` if they are not from a data set on the Hub, or no block efficiency was measured.
     """
     if report is None or not _is_dataset(report.prompts.source):
         source = f"the report's are from {report.prompts.source!r}" if report else "there is no report"

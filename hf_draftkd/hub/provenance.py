@@ -41,11 +41,7 @@ COMPLETIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
-    """How a draft came to be.
-
-    Raises:
-        ValueError: `signal` or `completions` is not a known one.
-    """
+    """How a draft came to be; a `ValueError` for an unknown `signal` or `completions`."""
 
     target: str | None = optional("The model it was aligned with: Hub id or path.")
     target_is_local: bool | None = optional("Whether `target` was a folder where it was trained.")
@@ -174,11 +170,7 @@ class Provenance:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Self | None:
-        """Read `provenance.json` of a folder; None where there is none.
-
-        Raises:
-            ValueError: The file is not JSON, a key is unknown, or a value has the wrong type.
-        """
+        """Read `provenance.json` of a folder; None where there is none, a `ValueError` where it is not one."""
         path = Path(folder) / PROVENANCE_FILE
         if not path.is_file():
             return None

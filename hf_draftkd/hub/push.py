@@ -273,11 +273,7 @@ def _pair(draft: DraftFolder, generation: PlannedFile | None, token: str | bool 
 
 
 def _inherited_license(api: HfApi, base_model: Any) -> dict[str, str]:
-    """The base model's licence as metadata: `license`, and which it is where that is "other".
-
-    Raises:
-        ValueError: It cannot be found out, so a person has to say one.
-    """
+    """The base model's licence as metadata: `license`, and which it is where that is "other"; else a `ValueError`."""
     reason = "the draft does not start from a model on the Hub that it could inherit one from"
     if isinstance(base_model, str):
         try:

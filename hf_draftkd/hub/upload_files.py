@@ -89,14 +89,9 @@ class DraftFolder:
 def look_at_folder(folder: str | Path, report: str | Path | SpeculationReport | None = None) -> DraftFolder:
     """Check a draft's folder and read what describes it; nothing is loaded and nothing is asked of the Hub.
 
-    Args:
-        folder: The draft's folder.
-        report: The report or its file. None looks for `report.json` in the folder, and beside it, where the quickstart
-            puts it. What lies beside the folder nobody named: it may be a neighbour's, and is left out if it does not
-            fit, and of the pictures there those in `plots` count.
-
-    Raises:
-        ValueError: It holds no draft that could be published, or the report is not one.
+    Without `report`, the report or its file, one is looked for in the folder, and beside it, where the quickstart puts
+    it. What lies beside the folder nobody named: it may be a neighbour's, and is left out if it does not fit, and of
+    the pictures there those in `plots` count.
     """
     checkpoint = _check_folder(folder)
     path = Path(checkpoint.name)
