@@ -40,25 +40,22 @@ def build_draft(
     layers: list[int] | None = None,
     config: PreTrainedConfig | None = None,
     share: float | None = None,
-    tie_word_embeddings: bool | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Make a new draft with the target's vocabulary and special ids. The target is not changed.
 
-    Exactly one of `num_layers`, `layers`, `config` and `share` says how; `num_layers` may go with `share`.
+    Exactly one of `num_layers`, `layers`, `config` and `share` says how.
 
     Args:
         target_model: The target, in plain (not quantised) weights where layers of it are copied.
-        num_layers: Copy this many of the target's layers, evenly spread, first and last included. With `share`: the
-            depth of the new model.
+        num_layers: Copy this many of the target's layers, evenly spread, first and last included.
         layers: Copy these layers, by ascending index; negative indices count from the end. Embeddings, final norm and
             head are copied too, bit for bit.
         config: Config of the new model, with the target's `vocab_size`.
         share: Size of the new model as a fraction of the target's parameters, embeddings counted: the config of the
             target's own architecture that comes closest, few layers preferred (see `sized_config`).
-        tie_word_embeddings: With `share`: one matrix for embedding and head. Default: as the target does.
         tokenizer: With it, ids that the target pads are suppressed in the draft's generation config.
         dtype: Of the draft's weights. Default: the target's.
         seed: Decides the random weights; the global random state is left alone.
@@ -71,11 +68,17 @@ def build_draft(
         ValueError: No way or several were named, a value is out of range, or the target cannot be copied from.
     """
     require_loaded(target_model)
-    _check_request(num_layers, layers, config, share, tie_word_embeddings)
-    check_plan(target_model.config, num_layers=num_layers, layers=layers, config=config, share=share)
+    ways: dict[str, Any] = {"num_layers": num_layers, "layers": layers, "config": config, "share": share}
+    named = [name for name, value in ways.items() if value is not None]
+    if len(named) != 1:
+        raise ValueError(
+            f"Say how the draft is to be made by exactly one of {', '.join(f'`{name}`' for name in ways)}, got "
+            f"{' and '.join(named) or 'none of them'}."
+        )
+    check_plan(target_model.config, **ways)
     given, chosen = target_model.config, None
     if share is not None:
-        new_config = sized_config(target_model, share, num_layers=num_layers, tie_word_embeddings=tie_word_embeddings)
+        new_config = sized_config(target_model, share)
     elif config is not None:
         new_config = copy.deepcopy(config)
     else:
@@ -104,15 +107,21 @@ def check_plan(
     share: float | None = None,
 ) -> None:
     """Raise a `ValueError` for what of `build_draft`'s arguments is known to be wrong before the target is loaded."""
-    depth = target_config.get_text_config().num_hidden_layers
+    text = target_config.get_text_config()
     if num_layers is not None:
-        evenly_spread(num_layers, depth)
+        evenly_spread(num_layers, text.num_hidden_layers)
     if layers is not None:
-        _checked_layers(layers, depth)
+        _checked_layers(layers, text.num_hidden_layers)
     if share is not None:
         check_share(share)
     if config is not None:
-        _check_given_config(config, target_config)
+        check_config(config, "config")
+        given = config.get_text_config().vocab_size
+        if given != text.vocab_size:
+            raise ValueError(
+                f"`config` has vocab_size={given} and the target {text.vocab_size}: a draft needs the target's "
+                f"tokenizer and so its vocabulary. Set `config.vocab_size = {text.vocab_size}`."
+            )
 
 
 def _new_model(
@@ -245,21 +254,6 @@ def _check_runs(draft: PreTrainedModel) -> None:
         ) from error
 
 
-def _check_request(num_layers: Any, layers: Any, config: Any, share: Any, tie_word_embeddings: Any) -> None:
-    ways = {"num_layers": num_layers, "layers": layers, "config": config, "share": share}
-    given = [name for name, value in ways.items() if value is not None]
-    if len(given) != 1 and set(given) != {"num_layers", "share"}:
-        raise ValueError(
-            "Say how the draft is to be made by exactly one of `num_layers`, `layers`, `config` and `share` "
-            f"(`num_layers` may go with `share`), got {' and '.join(given) or 'none of them'}."
-        )
-    if tie_word_embeddings is not None and share is None:
-        raise ValueError(
-            "`tie_word_embeddings` shapes a draft sized by `share`; copied weights are tied as the target's are, and a "
-            "`config` says it itself. Leave it out."
-        )
-
-
 def _checked_layers(layers: list[int], depth: int) -> list[int]:
     chosen = [whole_number("layers", layer, -depth, depth - 1) % depth for layer in layers]
     if not chosen or chosen != sorted(set(chosen)):
@@ -268,16 +262,6 @@ def _checked_layers(layers: list[int], depth: int) -> list[int]:
             "layers evenly spread give `num_layers`."
         )
     return chosen
-
-
-def _check_given_config(config: PreTrainedConfig, target_config: PreTrainedConfig) -> None:
-    check_config(config, "config")
-    given, wanted = (c.get_text_config().vocab_size for c in (config, target_config))
-    if given != wanted:
-        raise ValueError(
-            f"`config` has vocab_size={given} and the target {wanted}: a draft needs the target's tokenizer and so its "
-            f"vocabulary. Set `config.vocab_size = {wanted}`."
-        )
 
 
 def _check_copyable(target_model: PreTrainedModel) -> None:

@@ -5,7 +5,6 @@ architecture, tied or not.
 """
 
 import copy
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -83,13 +82,7 @@ def cut_layers(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConfig:
     return new
 
 
-def sized_config(
-    target_model: PreTrainedModel,
-    share: float,
-    *,
-    num_layers: int | None = None,
-    tie_word_embeddings: bool | None = None,
-) -> PreTrainedConfig:
+def sized_config(target_model: PreTrainedModel, share: float) -> PreTrainedConfig:
     """The config of the target's architecture whose parameter count comes closest to a share of the target's.
 
     The proportions of attention and MLP and everything that is not a size stay as in the target, and so does the head
@@ -100,38 +93,35 @@ def sized_config(
     Args:
         target_model: The target; only its config and its size matter.
         share: Fraction of the target's parameters, embeddings counted, between 0 and 1.
-        num_layers: Fixes the depth.
-        tie_word_embeddings: One matrix for embedding and head. Default: as the target does.
 
     Raises:
-        ValueError: `share` is out of range or beyond `num_layers`, or the embeddings alone are larger.
+        ValueError: The embeddings alone are larger.
     """
-    check_share(share)
     base = _of_equal_layers(plain_copy(target_model.config))
     text = base.get_text_config()
+    if getattr(text, "num_kv_shared_layers", None):
+        text.num_kv_shared_layers = 0  # which layer has whose keys depends on the depth
     if any((getattr(text, name, None) or 0) > 1 for name in _EXPERTS):
         raise ValueError(
             f"The target ({base.model_type!r}) is a mixture of experts, whose draft should be a dense model. Pass "
             f"the `config` of a dense model of the same family with vocab_size={text.vocab_size}."
         )
-    depth = text.num_hidden_layers
-    if num_layers is not None:
-        evenly_spread(num_layers, depth)  # checks the number
-    if tie_word_embeddings is not None:
-        base.tie_word_embeddings = text.tie_word_embeddings = tie_word_embeddings
-
     budget = share * target_model.num_parameters()
     _check_embeddings_fit(text, budget, share)
-    best: tuple[float, PreTrainedConfig] | None = None
-    for layers, unit, head_dim in _searches(text, _depths(base, num_layers, budget)):
-        candidate = cut_layers(base, spread_layers(base, layers))
-        error, config = _closest_width(candidate, budget, unit, head_dim)
-        if best is None or error < best[0]:
-            best = error, config
-        if best[0] <= _CLOSE_ENOUGH:
-            break
-    assert best is not None
-    return best[1]
+    # Few layers, unless the size asked for is beyond them.
+    depths = [n for n in _DEPTHS if n <= text.num_hidden_layers]
+    if count_parameters(cut_layers(base, spread_layers(base, max(depths)))) < (1 - _CLOSE_ENOUGH) * budget:
+        depths = list(range(max(depths), text.num_hidden_layers + 1))
+    found: list[tuple[float, PreTrainedConfig]] = []
+    # The likeliest shapes first.
+    for steps in sorted({_steps_for_whole_groups(text, _head_dim(text)), 1}, reverse=True):
+        for head_dim in _head_sizes(text):
+            for layers in depths:
+                candidate = cut_layers(base, spread_layers(base, layers))
+                found.append(_closest_width(candidate, budget, steps * head_dim, head_dim))
+                if found[-1][0] <= _CLOSE_ENOUGH:
+                    return found[-1][1]
+    return min(found, key=lambda each: each[0])[1]
 
 
 def check_share(share: float) -> None:
@@ -166,29 +156,6 @@ def _of_equal_layers(config: PreTrainedConfig) -> PreTrainedConfig:
     return type(config).from_dict(values)
 
 
-def _depths(base: PreTrainedConfig, num_layers: int | None, budget: float) -> list[int]:
-    """The depths to try, best first: few layers, unless the size asked for is beyond them."""
-    depth = base.get_text_config().num_hidden_layers
-    depths = [num_layers] if num_layers is not None else [n for n in _DEPTHS if n <= depth]
-    largest = count_parameters(cut_layers(base, spread_layers(base, max(depths))))
-    if largest >= (1 - _CLOSE_ENOUGH) * budget:
-        return depths
-    if num_layers is not None:
-        raise ValueError(
-            f"{num_layers} layers as wide as the target's are {largest:,} parameters, and `share` asks for "
-            f"{budget:,.0f}. Ask for more layers or a smaller share."
-        )
-    return list(range(max(depths), depth + 1))
-
-
-def _searches(text: PreTrainedConfig, depths: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(layers, step of the width, head size), the likeliest shapes first."""
-    for steps in sorted({_steps_for_whole_groups(text, _head_dim(text)), 1}, reverse=True):
-        for size in _head_sizes(text):
-            for layers in depths:
-                yield layers, steps * size, size
-
-
 def _steps_for_whole_groups(text: PreTrainedConfig, head_dim: int) -> int:
     """How many head sizes the width must grow by so that a key-value head serves as many heads as in the target."""
     heads_per_step = Fraction(text.num_attention_heads * head_dim, text.hidden_size)
@@ -220,7 +187,8 @@ def _with_width(config: PreTrainedConfig, width: int, head_dim: int) -> PreTrain
     heads = max(1, round(attention_width / head_dim))
     values: dict[str, Any] = {"hidden_size": width, "num_attention_heads": heads}
     if getattr(old, "num_key_value_heads", None):
-        values["num_key_value_heads"] = _key_value_heads(heads, old)
+        wanted = max(1, round(heads * old.num_key_value_heads / old.num_attention_heads))
+        values["num_key_value_heads"] = max(n for n in range(1, wanted + 1) if heads % n == 0)
     if vars(old).get("head_dim"):  # elsewhere it is computed from the other two
         values["head_dim"] = head_dim
     for name in _WIDTH_OF_MLP:
@@ -246,20 +214,15 @@ def _head_dim(text: PreTrainedConfig) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def _key_value_heads(heads: int, old: PreTrainedConfig) -> int:
-    wanted = max(1, round(heads * old.num_key_value_heads / old.num_attention_heads))
-    return max(n for n in range(1, wanted + 1) if heads % n == 0)
-
-
 def _check_embeddings_fit(text: PreTrainedConfig, budget: float, share: float) -> None:
     """Refuse a budget that is spent on the vocabulary before the first layer."""
     narrowest = min(_head_sizes(text))
     tied = getattr(text, "tie_word_embeddings", False)
     embeddings = text.vocab_size * narrowest * (1 if tied else 2)
     if embeddings > budget:
-        hint = "" if tied else " `tie_word_embeddings=True` halves that."
+        hint = "" if tied else " with `tie_word_embeddings=True`, which halves that"
         raise ValueError(
             f"share={share} of the target is {budget:,.0f} parameters, and the embeddings of its {text.vocab_size:,} "
-            f"tokens alone take {embeddings:,} at the narrowest width ({narrowest}).{hint} Ask for a larger "
-            "share, or pass a `config`."
+            f"tokens alone take {embeddings:,} at the narrowest width ({narrowest}). Ask for a larger share, or pass a "
+            f"`config`{hint}."
         )

@@ -198,7 +198,6 @@ def test_the_published_shape():
     shape = (config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads)
     assert shape == (4, 1024, 2816, 8)
     assert count_parameters(config) == 2 * 32000 * 1024 + 4 * (4 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024) + 1024
-    assert sized_config(target, 0.0164, num_layers=1).num_hidden_layers == 1
 
 
 def test_a_large_share_takes_more_layers():
@@ -208,12 +207,10 @@ def test_a_large_share_takes_more_layers():
     assert abs(count_parameters(config) / target.num_parameters() / 0.8 - 1) < 0.1
 
 
-def test_share_keeps_grouped_heads_and_can_tie():
+def test_share_keeps_grouped_heads():
     target = tiny_llama(num_layers=8, hidden_size=128, num_attention_heads=16, num_key_value_heads=4, head_dim=8)
-    draft = build_draft(target, share=0.2, num_layers=2, tie_word_embeddings=True)
+    draft = build_draft(target, share=0.2)
     assert draft.config.num_attention_heads == 4 * draft.config.num_key_value_heads
-    assert draft.get_input_embeddings().weight is draft.get_output_embeddings().weight
-    assert draft.config.num_hidden_layers == 2
 
 
 def test_random_weights_depend_on_the_seed_alone():
@@ -270,8 +267,7 @@ def test_evenly_spread_has_both_ends_and_no_layer_twice():
         ({"share": 1.64}, "between 0 and 1"),
         ({"share": float("nan")}, "between 0 and 1"),
         ({"share": 0.001}, "embeddings of its 300 tokens alone take 4,800"),
-        ({"share": 0.99, "num_layers": 1}, "Ask for more layers or a smaller share"),
-        ({"layers": [0], "tie_word_embeddings": True}, "Leave it out"),
+        ({"share": 0.99, "num_layers": 1}, "got num_layers and share"),
         ({"config": tiny_llama(vocab_size=310).config}, "vocab_size=310 and the target 300"),
         ({"config": T5Config(vocab_size=300)}, "encoder-decoder"),
         ({"share": 0.5, "dtype": torch.int8}, "floating"),
@@ -383,8 +379,7 @@ def test_few_layers_of_a_model_that_shares_keys_have_keys_of_their_own():
 
 def test_a_share_of_a_model_whose_layers_differ_in_size():
     target = tiny_model("gemma4_text")
-    draft = build_draft(target, share=0.3, num_layers=2)
-    assert draft.config.num_hidden_layers == 2
+    draft = build_draft(target, share=0.3)
     assert draft.num_parameters() < target.num_parameters()
     assert draft.generate(PROMPT, max_new_tokens=4).shape[1] > PROMPT.shape[1]
 
