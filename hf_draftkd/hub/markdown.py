@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import PackageLoader, StrictUndefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.hub.card_merge import marked
@@ -93,14 +92,13 @@ def records(rows: Sequence[Mapping[str, Any]]) -> Markdown | None:
     return table(list(rows[0]), [list(row.values()) for row in rows]) if rows else None
 
 
-def render_card(template: str, sections: Sequence[str], context: Mapping[str, Any], source: str | None = None) -> str:
+def render_card(template: str, sections: Sequence[str], context: Mapping[str, Any]) -> str:
     """A card's body from a template of this package: its title, and its sections, in order, between their marks.
 
-    Templates run in a sandbox that escapes every value that is not `Markdown`. The file `template` has a block `title`
-    and one for each section; a section that comes out empty is left out. `source` is Jinja to use instead, which may
-    extend it; one without such blocks is the whole body.
+    Every value that is not `Markdown` is escaped. The file `template` has a block `title` and one for each section; a
+    section that comes out empty is left out.
     """
-    environment = ImmutableSandboxedEnvironment(
+    environment = Environment(
         loader=PackageLoader("hf_draftkd.hub", "templates"),
         undefined=StrictUndefined,
         finalize=text,
@@ -111,14 +109,10 @@ def render_card(template: str, sections: Sequence[str], context: Mapping[str, An
     environment.filters |= {"code": code, "estimate": estimate_text, "fenced": fenced, "python": python_string}
     # For texts of this package only (titles and remarks of commands); data never goes through it.
     environment.filters["markdown"] = Markdown
-    ours = environment.get_template(template)
-    used = ours if source is None else environment.from_string(source)
-    if not set(used.blocks) & {"title", *sections}:
-        return used.render(context).strip("\n") + "\n"
+    card = environment.get_template(template)
 
     def render(name: str) -> str:
-        block = used.blocks.get(name) or ours.blocks[name]
-        return "".join(block(used.new_context(dict(context)))).strip("\n")
+        return "".join(card.blocks[name](card.new_context(dict(context)))).strip("\n")
 
     parts = [render("title") + "\n", *(marked(name, content) for name in sections if (content := render(name)))]
     return "\n".join(parts)

@@ -1,8 +1,8 @@
 """The model card of a draft: data in, text out.
 
 Nothing here touches the network, measures anything or fills a gap: the report, the training summary and the provenance
-say what is known, and what they do not say does not appear. Names and texts in them may come from strangers; they are
-escaped, and the templates run in a sandbox.
+say what is known, and what they do not say does not appear. Names and texts in them may come from strangers, and are
+escaped.
 
     card = DraftModelCard.from_report(report, training=summary, pair=facts, name="org/draft")
     card.save("draft")                       # draft/README.md
@@ -31,7 +31,6 @@ from hf_draftkd.utils.files import write_text
 from hf_draftkd.utils.text import one_line
 
 SECTIONS = ("summary", "use", "metrics", "training", "limits", "citation")
-TEMPLATE = "draft_model_card.md"
 
 
 class DraftModelCard(ModelCard):
@@ -58,7 +57,6 @@ class DraftModelCard(ModelCard):
         plots: Mapping[str, str] | None = None,
         notes: Sequence[str] = (),
         custom_generate: bool = False,
-        template: str | None = None,
     ) -> Self:
         """Write a card from what is known.
 
@@ -74,8 +72,6 @@ class DraftModelCard(ModelCard):
             plots: Caption to path within the repository.
             notes: Sentences that stand at the top of the card.
             custom_generate: Whether the repository holds code for `generate(custom_generate=...)`.
-            template: Jinja source to use instead of the package's, run in a sandbox. It may say
-                `{% extends "draft_model_card.md" %}` and override blocks.
 
         Raises:
             ValueError: The report is not one, or nothing at all is given.
@@ -119,9 +115,8 @@ class DraftModelCard(ModelCard):
             "title": shown if is_public(shown) else PurePath(shown).name,
             "notes": [*(provenance.notes or ()), *notes],
             "plots": [(caption, Markdown(quote(one_line(path)))) for caption, path in (plots or {}).items()],
-            # The fields alone: a template from others must not call what writes files.
-            "report": vars(known) if known else None,
-            "provenance": vars(provenance),
+            "report": known,
+            "provenance": provenance,
             "versions": ", ".join(f"{name} {version}" for name, version in (provenance.versions or {}).items()),
             **(_measured(known) if known else dict.fromkeys(_MEASURED)),
             "training_table": _training_table(training) if training else None,
@@ -130,7 +125,7 @@ class DraftModelCard(ModelCard):
             **_pair(shown, target, known, training, pair, custom_generate),
             "citations": [fenced(papers()[key], "bibtex") for key in papers_used(training, known)],
         }
-        return cls(f"---\n{data.to_yaml()}\n---\n\n{render_card(TEMPLATE, SECTIONS, context, template)}")
+        return cls(f"---\n{data.to_yaml()}\n---\n\n{render_card('draft_model_card.md', SECTIONS, context)}")
 
     def render(self) -> str:
         """The whole card as text."""
