@@ -15,18 +15,12 @@ _SIMILAR = 0.7  # estimated share of common shingles from which two queries are 
 class QueryFilter:
     """Decides on one query after the other, and counts the reasons.
 
-    Args:
-        min_characters: Shortest query.
-        max_characters: Longest query.
-        script: Unicode script that at least 80% of the letters must have, such as `latin`, `cyrillic` or `cjk`.
-        keep: Any further test, such as a language detector: queries for which it is false are left out.
+    `min_characters` and `max_characters` bound a query, at least 80% of whose letters must have the Unicode `script`,
+    such as `latin`, `cyrillic` or `cjk`; `keep` is any further test, such as a language detector.
 
     Attributes:
         counts: `kept`, and one count for each of `empty`, `unfinished`, `too_short`, `too_long`, `script`, `rejected`,
             `repeated` and `near_duplicate`.
-
-    Raises:
-        ValueError: There is no such script, or no length between the limits.
     """
 
     def __init__(

@@ -44,16 +44,10 @@ def check_repo_id(repo_id: str) -> None:
 
 @contextmanager
 def hub_errors(doing: str, *, afterwards: str, token: str | bool | None = None) -> Iterator[None]:
-    """Say what a failed request means.
+    """Say what a failed request means: a `ValueError` where the user has to change something, else a `ConnectionError`.
 
-    Args:
-        doing: What was being done, to complete "The Hub ... while ...".
-        afterwards: What has and has not happened, and what to do next.
-        token: Kept out of every message.
-
-    Raises:
-        ValueError: The user has to change something (login, rights, name, metadata).
-        ConnectionError: The Hub or the network failed.
+    `doing` completes "The Hub ... while ...", `afterwards` says what has and has not happened and what to do next, and
+    `token` is kept out of every message.
     """
     try:
         yield

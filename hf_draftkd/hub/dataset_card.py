@@ -98,20 +98,8 @@ def push_alignment_data(
 
     The shards of an earlier push go out in the same commit. What people wrote into the card, on the Hub or in the
     folder, is kept, its licence above all. Paths of this machine stay here: rows of a local target are uploaded with
-    its public name, from copies in a temporary folder beside the data, whose disk must hold them.
-
-    Args:
-        folder: What `generate_alignment_data` wrote.
-        repo_id: `user/name`, or `name` for the user who is logged in.
-        rows: The data in it.
-        private: As in `push_draft`.
-        prose: Whose words win where the card was edited on the Hub and in the folder: "hub" or "local".
-        token: Access token; by default the one that is logged in.
-
-    Raises:
-        ValueError: The folder is not finished, what should be private would be public, or the card was edited on the
-            Hub and in the folder, differently. Nothing was published then.
-        ConnectionError: The Hub or the network failed; nothing was published.
+    its public name, from copies in a temporary folder beside the data, whose disk must hold them. Arguments and errors
+    are as in `push_draft`; `rows` are the data in the folder.
     """
     check_repo_id(repo_id)
     folder = Path(folder)

@@ -98,9 +98,6 @@ def weights_checksum(folder: Path, dtype: str | torch.dtype | None = None) -> st
 
     It does not depend on how the tensors are spread over files, nor on metadata in them, so that a folder and its copy
     on the Hub agree. With `dtype` (`bfloat16`) it is of the numbers as they are after loading in this format.
-
-    Raises:
-        ValueError: There are no weights, a file is damaged, or `dtype` is not a floating format of torch.
     """
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):

@@ -24,14 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_tokenizers(draft_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure that a token id means the same to both models.
+    """Make sure that a token id means the same to both models; else a `ValueError` names the first difference.
 
     Contents are compared, not sizes: every token with its id, the merges, and how text is cut up and put together
     again. Different bos, eos and pad tokens are no obstacle (`align_vocabulary` repairs them in the models) and only
     logged; chat templates do not matter.
-
-    Raises:
-        ValueError: The tokenizers differ; the message names the first difference and what to do.
     """
     difference = vocabulary_difference(draft_tokenizer, target_tokenizer)
     if difference is not None:

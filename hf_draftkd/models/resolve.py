@@ -66,13 +66,9 @@ _HUB_TIMEOUT_SECONDS = 10
 class Checkpoint:
     """A model that was looked up: where its files are and what they are called. Config and tokenizer are read once.
 
-    Args:
-        name: Local directory or Hub id.
-        revision: The commit on the Hub; None for a local directory.
-        files: File names; of a directory those at its top level.
-        is_local: Whether `name` is a directory on this machine.
-        trust_remote_code: Whether code that comes with the model may run.
-        gguf_file: The file that holds everything, for a model that exists only as GGUF.
+    `name` is a local directory or a Hub id, of which `revision` is the commit; `files` of a directory are those at its
+    top level. `trust_remote_code` says whether code that comes with the model may run, and `gguf_file` is the file that
+    holds everything, for a model that exists only as GGUF.
     """
 
     name: str
