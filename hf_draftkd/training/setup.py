@@ -1,6 +1,5 @@
 """Everything that is checked, loaded and repaired before a trainer is built."""
 
-import logging
 import warnings
 from contextlib import suppress
 from typing import Any
@@ -18,7 +17,7 @@ from hf_draftkd.data.target_cache import CacheFacts
 from hf_draftkd.decoding.drafting import checked_vocabulary
 from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.draft_length import recorded_vocabulary, store_draft_settings
-from hf_draftkd.models.forward import HeadArithmetic, head_arithmetic, unwrapped
+from hf_draftkd.models.forward import HeadArithmetic, unwrapped
 from hf_draftkd.models.identity import checkpoint_of
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
 from hf_draftkd.models.pairing import (
@@ -31,9 +30,7 @@ from hf_draftkd.models.pairing import (
 from hf_draftkd.models.resolve import Checkpoint, check_config, resolve
 from hf_draftkd.models.tokenizers import pad_id
 from hf_draftkd.training.config import DraftDistillConfig
-from hf_draftkd.training.signals import NO_PLAIN_HEAD, WHOLE_LOGITS
-
-logger = logging.getLogger(__name__)
+from hf_draftkd.training.signals import arithmetic_of
 
 # What `model_init_kwargs` and `target_model_init_kwargs` may hold; the target's also `gguf_file`.
 _LOADING = ("dtype", "revision", "device_map", "quantization_config", "attn_implementation", "trust_remote_code")
@@ -299,17 +296,13 @@ def warn_of_lost_updates(trainer: Any) -> None:
 
 
 def draft_arithmetic(trainer: Any) -> HeadArithmetic | None:
-    """How the draft's logits follow from its hidden states; None, and a word on why, where they must be whole."""
-    arithmetic, reason = None, NO_PLAIN_HEAD
+    """As `arithmetic_of`, for the draft of a trainer."""
+    obstacle = None
     if trainer.args.torch_compile:
-        reason = "`torch_compile` takes the model's forward as it is"
+        obstacle = "`torch_compile` takes the model's forward as it is"
     elif trainer.is_deepspeed_enabled:
-        reason = "DeepSpeed gathers the head's weights for the head's own forward alone"
-    else:
-        arithmetic = head_arithmetic(trainer.model)
-    if arithmetic is None and trainer.is_world_process_zero():
-        logger.warning(WHOLE_LOGITS, "draft", reason)
-    return arithmetic
+        obstacle = "DeepSpeed gathers the head's weights for the head's own forward alone"
+    return arithmetic_of(trainer.model, "draft", obstacle, warns=trainer.is_world_process_zero())
 
 
 def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftDistillConfig) -> None:

@@ -27,7 +27,7 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.scoring import token_scores
 from hf_draftkd.losses import SampledTarget, SparseTarget, Unprojected, acceptance_upper_bound
 from hf_draftkd.losses.sparse import check_sampled
-from hf_draftkd.models.forward import head_arithmetic, hidden_at, logits_at, unwrapped
+from hf_draftkd.models.forward import HeadArithmetic, head_arithmetic, hidden_at, logits_at, unwrapped
 from hf_draftkd.training.config import DraftDistillConfig
 
 Distributions = Tensor | SparseTarget | SampledTarget
@@ -35,11 +35,11 @@ Distributions = Tensor | SparseTarget | SampledTarget
 # Features of a batch that no model's forward takes.
 _OWN_FEATURES = frozenset({"labels", "decoding", *CACHE_COLUMNS})
 _UNFILTERED = DecodingSetting(temperature=1.0)
-WHOLE_LOGITS = (
+_WHOLE_LOGITS = (
     "The logits of the %s are held for all completion tokens of a batch at once, [tokens, vocabulary], not a chunk at "
     "a time: %s. Should memory run out, lower `per_device_train_batch_size`."
 )
-NO_PLAIN_HEAD = "its logits are not a plain linear layer's (an adapter, quantised or offloaded weights, other code)"
+_NO_PLAIN_HEAD = "its logits are not a plain linear layer's (an adapter, quantised or offloaded weights, other code)"
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,16 @@ logger = logging.getLogger(__name__)
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What a model's forward takes of a batch."""
     return {name: value for name, value in batch.items() if name not in _OWN_FEATURES}
+
+
+def arithmetic_of(
+    model: torch.nn.Module, name: str, obstacle: str | None = None, *, warns: bool = True
+) -> HeadArithmetic | None:
+    """How a model's logits follow from its hidden states; None, and a word on why, where they must be whole."""
+    found = head_arithmetic(model) if obstacle is None else None
+    if found is None and warns:
+        logger.warning(_WHOLE_LOGITS, name, obstacle or _NO_PLAIN_HEAD)
+    return found
 
 
 class Written(NamedTuple):
@@ -174,9 +184,7 @@ class LiveTarget(TextSignal):
     def __init__(self, model: torch.nn.Module, vocab_size: int, *, sharded: bool = False) -> None:
         self.model = model
         self._vocab_size = vocab_size
-        self.head_arithmetic = None if sharded else head_arithmetic(model)
-        if self.head_arithmetic is None:
-            logger.warning(WHOLE_LOGITS, "target", "its weights are sharded" if sharded else NO_PLAIN_HEAD)
+        self.head_arithmetic = arithmetic_of(model, "target", "its weights are sharded" if sharded else None)
 
     @torch.no_grad()
     def distributions(self, batch: dict[str, Any], keep: Tensor) -> Tensor | Unprojected:
@@ -184,7 +192,7 @@ class LiveTarget(TextSignal):
         if self.head_arithmetic is not None and lies_on != keep.device:
             # From another device it hands over logits: moving its head in each step would cost more.
             self.head_arithmetic = None
-            logger.warning(WHOLE_LOGITS, "target", f"it lies on {lies_on}, the draft on {keep.device}")
+            logger.warning(_WHOLE_LOGITS, "target", f"it lies on {lies_on}, the draft on {keep.device}")
         if self.head_arithmetic is None:
             return logits_at(self.model, model_inputs(batch), keep)[:, : self._vocab_size].to(keep.device)
         return hidden_at(self.model, model_inputs(batch), keep, self.head_arithmetic, self._vocab_size)
