@@ -22,7 +22,7 @@ class _Parser(TrlParser):
 def parse(command: str, dataclass_types: Sequence[type], argv: list[str], description: str) -> tuple[Any, ...]:
     """One instance of each dataclass, from `argv` and the YAML file it may name.
 
-    A `UsageError` says which value is refused, or which option does not exist and which is nearest.
+    A `UsageError` names a value that is refused, or an option that does not exist and the nearest one.
     """
     parser = _Parser(dataclass_types, prog=f"draftkd {command}", description=description, allow_abbrev=False)
     file_parser = _Parser(add_help=False, allow_abbrev=False)
@@ -111,10 +111,9 @@ def required(**options: Any) -> None:
 
 
 def new_directory(path: str, *, overwrite: bool = False, target_model: str | None = None) -> Path:
-    """The directory, of that path, that results may be written to, if it holds something only with `overwrite`.
+    """The directory at `path` for results, which may hold something already only with `overwrite`.
 
-    A `UsageError` if it is a file, cannot be written, or is the `target_model`, which must not be replaced by its
-    draft.
+    A `UsageError` if it is a file, cannot be written, or is the `target_model`, which its draft must not replace.
     """
     directory = Path(path)
     existing = next(part for part in (directory, *directory.absolute().parents) if part.exists())

@@ -47,9 +47,7 @@ class CachedDistributions:
         return self._first_rows[-2]
 
     def fit(self, vocab_size: int) -> None:
-        """Say how many tokens draft and tokenizer share; a `ValueError` if a cache, also one that comes later, names
-        others.
-        """
+        """Say how many tokens draft and tokenizer share: a cache that names others is refused, also later by `add`."""
         self._vocab_size = vocab_size
         for dataset in self._datasets:
             self._check_ids(dataset)

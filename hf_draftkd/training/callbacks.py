@@ -41,12 +41,13 @@ def asked_metrics(callbacks: list[TrainerCallback], usual_length: int) -> tuple[
 
 
 class BeforeFirstStep(TrainerCallback):
-    """Done when the models lie where they are trained.
+    """What has to wait until the models lie where they are trained.
 
     - The draft gets the target's bos, eos and pad ids back, which transformers replaces by the tokenizer's. Assisted
       decoding compares draft and target by theirs, and a target may end its texts with other tokens than the tokenizer
       names, or with none.
-    - Models that cannot read packed rows as separate texts, or blocks of mask tokens, are refused where they have to.
+    - A model that cannot read packed rows as separate texts is refused where rows are packed, and one that cannot read
+      blocks of mask tokens where it is to learn several tokens in one pass.
     """
 
     def __init__(self, trainer: Any) -> None:
