@@ -89,9 +89,9 @@ class DraftDistillConfig(SFTConfig):
             `"9:1"` where a `mix_dataset` is given: nine rows of alignment data to one of pretraining text, as for the
             Llama 2 chat drafter (arXiv 2403.00858).
         lmbda (`float`):
-            As in [`~trl.experimental.gkd.GKDConfig`]: 0 learns from the data as it is, 1 is fully on-policy. See the
-            table of the papers' methods in [`hf_draftkd.training.rollouts`](rollouts.py). Ablation: the target's text
-            is ahead by far while the draft is poor.
+            As in [`~trl.experimental.gkd.GKDConfig`]: 0 learns from the data as it is, 1 is fully on-policy. The guide
+            `examples/guides/papers.md` has the settings of the papers' methods. Ablation: the target's text is ahead by
+            far while the draft is poor.
         seq_kd (`bool`):
             The target writes again in each epoch. Text that it wrote once and kept ([`generate_alignment_data`]) costs
             its seconds once, and is as good in the ablation.

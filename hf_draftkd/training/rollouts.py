@@ -5,23 +5,10 @@ probability. The rows of the whole accumulation window, on every process, are th
 they are before that step: so a step does not depend on how it was cut into batches, and the draft is never a mixture of
 before and after. The choice follows from `args.seed` and the number of the step, so a resumed run makes it again.
 
-What the papers call their methods, and the settings that make them:
-
-| method | settings |
-|---|---|
-| supervised fine-tuning | `divergence="cross_entropy"`, your own data |
-| SeqKD (arXiv 1606.07947) | `divergence="cross_entropy"`, on the target's text: `draftkd generate`, or `seq_kd=True` |
-| supervised KD | `divergence="forward_kl"`, `lmbda=0` |
-| ImitKD (arXiv 2009.07253) | `divergence="forward_kl"`, `lmbda=0.5` |
-| f-Distill (arXiv 2307.15190) | `divergence="total_variation"`, `lmbda=0.5`, `seq_kd=True` |
-| on-policy GKD (arXiv 2306.13649) | `divergence="generalized_jsd"` (with `beta`) or `"reverse_kl"`, `lmbda=1` |
-| GKD, mixed | the same with `lmbda` between 0 and 1 |
-| DistillSpec (arXiv 2310.08461) | any divergence; `lmbda=1` (draft's text), `0.5`, or `0` on the target's |
-| SKD (arXiv 2410.11325) | `lmbda=1`, `skd_top_k=25` |
-
-Text that the target wrote once and keeps (`generate_alignment_data`) costs its seconds once; `seq_kd` costs them in
-every epoch. What the papers do besides: SeqKD takes beam search, ImitKD lowers its share of data while it trains. Here
-text is greedy or sampled and shares stay as they are; gradients stop at the text, as in GKD.
+`examples/guides/papers.md` says which settings are SeqKD, ImitKD, f-Distill, GKD, DistillSpec and SKD. Text that the
+target wrote once and keeps (`generate_alignment_data`) costs its seconds once; `seq_kd` costs them in every epoch. What
+the papers do besides: SeqKD takes beam search, ImitKD lowers its share of data while it trains. Here text is greedy or
+sampled and shares stay as they are; gradients stop at the text, as in GKD.
 
 Only prompts are taken from the data: all that stands before a row's last answer. Rows without a prompt, such as plain
 text that was mixed in, stay as they are, and so does the text that `evaluate()` reads.
