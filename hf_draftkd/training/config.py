@@ -43,8 +43,8 @@ class DraftDistillConfig(SFTConfig):
     Every parameter of [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] works as there, except those listed
     at the end.
 
-    The help text of a field says what it does; here stands what takes more words. "Ablation": one on the bundled demo
-    pair, three seeds, each value beside others (`examples/benchmarks/ablation.py`; table in `examples/README.md`).
+    The help text of a field says what it does; here stands what takes more words. What the values of most of them cost
+    and bring in an ablation is said in the guide `examples/guides/choosing.md`.
 
     Parameters:
         > The models and the loss
@@ -56,14 +56,11 @@ class DraftDistillConfig(SFTConfig):
             `False` keeps the target whole on each process under FSDP: faster where it fits, and its logits are then
             computed a chunk of positions at a time. ZeRO-3 always shards it.
         divergence (`str`):
-            `cross_entropy` on the completion's own tokens is black box: it needs no target. Ablation: none is ahead but
-            `negative_log_acceptance`, by 1% (greedy) and 3% (T=1) at this learning rate, and not at ten times as much.
-        loss_temperature (`float`):
-            Ablation: 0.5 serves greedy decoding a little and costs sampling much, 2 the other way round.
+            `cross_entropy` on the completion's own tokens is black box: it needs no target.
         tvd_estimator (`str`):
             `"sampled"` draws from the draft, as the paper does; `"full"` takes the expectation over the vocabulary.
         cross_entropy_weight (`float`):
-            w in (1 - w) * divergence + w * cross-entropy. Ablation: no value makes a difference.
+            w in (1 - w) * divergence + w * cross-entropy.
         draft_vocabulary (`list[int]` or `str`):
             Ids that the draft may propose, as [`choose_draft_vocabulary`] finds them, or `"recorded"`: those that the
             draft's generation config holds. The draft's distribution is masked to them and renormalised, the target's
@@ -90,11 +87,10 @@ class DraftDistillConfig(SFTConfig):
             Llama 2 chat drafter (arXiv 2403.00858).
         lmbda (`float`):
             As in [`~trl.experimental.gkd.GKDConfig`]: 0 learns from the data as it is, 1 is fully on-policy. The guide
-            `examples/guides/papers.md` has the settings of the papers' methods. Ablation: the target's text is ahead by
-            far while the draft is poor.
+            `examples/guides/papers.md` has the settings of the papers' methods.
         seq_kd (`bool`):
             The target writes again in each epoch. Text that it wrote once and kept ([`generate_alignment_data`]) costs
-            its seconds once, and is as good in the ablation.
+            its seconds once.
         skd_top_k (`int`):
             How strictly the target corrects the draft while it writes (SKD, arXiv 2410.11325, with 25).
         generation_temperature, generation_top_p, generation_top_k:
@@ -103,7 +99,7 @@ class DraftDistillConfig(SFTConfig):
         > Which tokens are learned from
 
         token_selection (`str`):
-            - `"all"` completion tokens alike. Ablation: no selection is ahead of it.
+            - `"all"` completion tokens alike.
             - `"adaspec"` (arXiv 2510.19779): the `selected_share` of tokens where the draft's loss exceeds that of the
               trainer's `reference_model` most, a copy of the draft that was distilled before. Chosen again in each
               batch, as in the paper: so here, unlike elsewhere, batch size × accumulation steps changes the result.
