@@ -55,9 +55,6 @@ def render_prompts(
         first_row: Number of the first prompt, for messages.
         **template_options: Further arguments of the chat template, such as `enable_thinking=False`.
 
-    Returns:
-        One list of token ids per prompt.
-
     Raises:
         ValueError: Messages are given and the tokenizer has no chat template, the template refuses them, or they hold
             what a draft cannot read, such as images.
