@@ -32,6 +32,7 @@ LLAMA_CPP = {
     },
     "/tokenize": {"tokens": [3, 62, 5]},
     "/props": {"build_info": "b11434"},
+    "/metrics": ["llamacpp:spec_decode_num_drafts_total 90\n", "llamacpp:spec_decode_num_drafts_total 107\n"],
 }
 METRICS = """# TYPE vllm:spec_decode_num_drafts_total counter
 vllm:spec_decode_num_drafts_total{{engine="0",model_name="target"}} {0}.0
@@ -68,6 +69,9 @@ def serving(answers, status=200):
 
         def answer(self, request):
             asked.append((self.path, request))
+            if self.path not in answers:
+                self.send_error(501)
+                return
             found = answers[self.path]
             found = found.pop(0) if isinstance(found, list) else found
             self.send_response(status)
@@ -91,7 +95,7 @@ def serving(answers, status=200):
 @pytest.mark.parametrize(
     ("name", "answers", "expected", "version"),
     [
-        ("llama.cpp", LLAMA_CPP, (15, 52, 24), "b11434"),
+        ("llama.cpp", LLAMA_CPP, (17, 52, 22), "b11434"),
         ("vllm", VLLM, (15, 60, 26), "0.32.0"),
         ("openvino", OPENVINO, (15, 59, 24), "2026.4.1.0"),
     ],
@@ -111,6 +115,18 @@ def test_counters_are_read_from_recorded_answers(name, answers, expected, versio
     assert (request["temperature"], request["top_k"], request["top_p"], request["seed"]) == (1.0, 0, 1.0, 7) or (
         name == "openvino" and request["top_p"] == 1.0
     )
+
+
+def test_tokens_behind_the_end_are_no_accepted_ones():
+    """llama.cpp counts them where its draft samples: 17 verified drafts cannot be 15 target calls."""
+    with serving({**LLAMA_CPP, "/metrics": "llamacpp:spec_decode_num_drafts_total 3\n"}) as (url, _):
+        # Less than by the tokens: those of a text that was not ended by its model, without a draft at its last token.
+        assert ENGINES["llama.cpp"].complete(url, [3], DecodingSetting(1.0), 40, 0).num_spec_steps == 15
+    unmetered = {path: answer for path, answer in LLAMA_CPP.items() if path != "/metrics"}
+    with serving(unmetered) as (url, _):
+        assert ENGINES["llama.cpp"].complete(url, [3], GREEDY, 40, 0).num_spec_steps == 15
+        with pytest.raises(ValueError, match="Start it with `--metrics`"):
+            ENGINES["llama.cpp"].complete(url, [3], DecodingSetting(1.0), 40, 0)
 
 
 def test_answers_cut_by_the_context_are_seen():

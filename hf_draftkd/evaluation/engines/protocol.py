@@ -1,6 +1,7 @@
 """What is asked of an engine, whichever it is: completions by token ids, with what its draft did."""
 
 import json
+import re
 import time
 import urllib.error
 import urllib.request
@@ -139,6 +140,12 @@ def ask(url: str, data: dict[str, Any] | None = None) -> Answer:
     except (json.JSONDecodeError, AttributeError) as error:
         raise ValueError(f"{url} did not answer in JSON but: {text:.120}. Is it another program?") from error
     return answer
+
+
+def counter(metrics: str, name: str) -> int:
+    """A counter in what Prometheus would read, added up over its labels; 0 where it is not."""
+    found = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)", metrics, re.MULTILINE)
+    return int(sum(map(float, found)))
 
 
 def fetch(url: str, data: dict[str, Any] | None = None) -> str:

@@ -1,11 +1,10 @@
 """vLLM: its OpenAI-compatible `/v1/completions` with token ids; the counters are those of `/metrics`."""
 
 import json
-import re
 from collections.abc import Sequence
 
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair, ask, fetch
+from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair, ask, counter, fetch
 
 _COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 
@@ -84,8 +83,5 @@ def _model(url: str) -> str:
 
 def _counters(url: str) -> list[int]:
     """Blocks, drafted and accepted tokens since the server started; 0 where it has no draft."""
-    text = fetch(f"{url}/metrics")
-    lines = (
-        re.findall(rf"^vllm:spec_decode_{name}_total(?:{{[^}}]*}})? (\S+)", text, re.MULTILINE) for name in _COUNTERS
-    )
-    return [int(sum(map(float, values))) for values in lines]
+    metrics = fetch(f"{url}/metrics")
+    return [counter(metrics, f"vllm:spec_decode_{name}_total") for name in _COUNTERS]
