@@ -1,6 +1,8 @@
 """Engines that serve a pair: what they answered when they were run, and everything that can be wrong there."""
 
 import json
+import os
+import signal
 import sys
 import threading
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from hf_draftkd.evaluation.report import SpeculationReport
 from tests.evaluation import samples
 
 GREEDY = DecodingSetting()
+PAIR = ServedPair("target", "draft", 4, True, 1, 64, "x")
 # Answers of llama-server 0.6.0-dev, vLLM 0.32.0 and OpenVINO GenAI 2026.4.1 to one prompt, shortened.
 LLAMA_CPP = {
     "/completion": {
@@ -157,9 +160,29 @@ def test_a_server_that_dies_quotes_what_it_said():
         def command(self, pair, port):
             return [sys.executable, "-c", "raise SystemExit('no such model')"], {}
 
-    pair = ServedPair("target", "draft", 4, True, 1, 64, "x")
-    with pytest.raises(ValueError, match="no such model"), launched(Dying(), pair):
+    with pytest.raises(ValueError, match="no such model"), launched(Dying(), PAIR):
         pass
+
+
+def test_a_command_that_is_told_to_end_leaves_no_server(tmp_path):
+    """`timeout draftkd evaluate --launch` left two servers that held the cores from then on."""
+
+    class Answering(LlamaCpp):
+        def command(self, pair, port):
+            code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+            return [sys.executable, "-c", code], {}
+
+        def tokenize(self, url, text):
+            if not (pid.exists() and pid.read_text()):
+                raise ConnectionError
+            return [1]
+
+    pid = tmp_path / "pid"
+    with pytest.raises(SystemExit), launched(Answering(), PAIR):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize(

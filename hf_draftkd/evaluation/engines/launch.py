@@ -5,9 +5,11 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from hf_draftkd.evaluation.engines.protocol import Engine, ServedPair
 
@@ -26,7 +28,7 @@ def launched(engine: Engine, pair: ServedPair) -> Iterator[str]:
         port = probe.getsockname()[1]
     words, variables = engine.command(pair, port)
     url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log, _terminated_like_interrupted():
         try:
             process = subprocess.Popen(
                 words,
@@ -51,6 +53,23 @@ def launched(engine: Engine, pair: ServedPair) -> Iterator[str]:
             yield url
         finally:
             _stop(process)
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """A command that is told to end stops its servers first, as Ctrl-C makes it: they are sessions of their own."""
+    if threading.current_thread() is not threading.main_thread():  # only there can a signal be handled
+        yield
+        return
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _answers(engine: Engine, url: str) -> bool:

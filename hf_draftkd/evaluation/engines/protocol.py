@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.utils.text import one_line
 
 _TIMEOUT_SECONDS = 600
 
@@ -156,7 +157,7 @@ def fetch(url: str, data: dict[str, Any] | None = None) -> str:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:
             return answer.read().decode()
     except urllib.error.HTTPError as error:
-        said = error.read().decode(errors="replace")
+        said = one_line(error.read().decode(errors="replace"))
         raise ValueError(f"{url} answered with status {error.code}: {said:.300}") from error
     except OSError as error:
         raise ConnectionError(
