@@ -35,7 +35,7 @@ from hf_draftkd.evaluation.report import (
     VocabularyResult,
 )
 from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, PassResult, score_texts
-from hf_draftkd.evaluation.self_check import CHECKED_LENGTHS, self_check
+from hf_draftkd.evaluation.self_check import checked_decodings, self_check
 from hf_draftkd.evaluation.statistics import (
     assisted_result,
     by_prompt,
@@ -311,7 +311,7 @@ class _Evaluation:
         prompts = self._spread_prompts(self.config.verify)
         settings = [texts.setting for texts in self.texts.sets]
         ways = self._ways(draft, prompts[0])
-        total = len(prompts) * len(settings) * len(ways) * len(CHECKED_LENGTHS)
+        total = len(prompts) * len(settings) * (1 + len(checked_decodings(ways, draft)))
         with logging.tqdm(total=total, desc="Checking against real decoding", unit="text") as bar:
             how = {"ways": ways, "vocab_size": self._vocab_size(draft), "on_prompt": bar.update}
             found = self_check(self.target_model, draft, prompts, settings, **how, **self.decoding)

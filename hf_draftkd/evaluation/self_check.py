@@ -10,17 +10,27 @@ from transformers import PreTrainedModel
 from hf_draftkd.acceptance import DRAFT_LENGTHS, bootstrap_ratio
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length
-from hf_draftkd.evaluation.parallel import lengths_of
 from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE
 from hf_draftkd.evaluation.report import Comparison, SelfCheck
 from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, Text, score_texts
 from hf_draftkd.evaluation.timing import generate_text, single_text_config, way_options
+from hf_draftkd.models.parallel import parallel_draft
 
 CHECKED_LENGTHS = (1, 3, 5)
 # Sampled numbers are compared over at least so many texts: an interval from a handful means nothing.
 _SAMPLED_TEXTS = 32
 # Several comparisons are made; at 95% one in a few runs would raise a false alarm.
 _CONFIDENCE = 0.99
+
+
+def checked_decodings(ways: Sequence[str], draft_model: PreTrainedModel) -> list[tuple[str, int]]:
+    """Each way of decoding with each draft length that is checked; a parallel draft has a longest one."""
+    parallel = parallel_draft(draft_model.config)
+    return [
+        (way, length)
+        for way, length in product(ways, CHECKED_LENGTHS)
+        if way != PARALLEL or (parallel is not None and length <= parallel.num_tokens)
+    ]
 
 
 @torch.inference_mode()
@@ -41,24 +51,26 @@ def self_check(
 
     Greedy numbers must be equal to the last digit; sampled ones agree where their 99% intervals overlap. Few prompts
     are answered several times over when sampling. Arguments as in `time_decoding` and `score_texts`; `on_prompt` is
-    called after every prompt of every setting, way and draft length, however often it was answered.
+    called after every prompt of every setting, however often it was answered: once written plainly, and once for each
+    of `checked_decodings`.
     """
     comparisons = []
     for setting in settings:
         config = single_text_config(target_model, setting, max_new_tokens, suppress_tokens=suppress_tokens)
         repeats = 1 if setting.is_greedy else -(-_SAMPLED_TEXTS // len(prompts))
         runs = [prompt for prompt in prompts for _ in range(repeats)]
-        written = (generate_text(target_model, prompt, config, seed=at) for at, prompt in enumerate(runs, start=seed))
-        texts = [Text(prompt, tokens) for prompt, (tokens, _) in zip(runs, written, strict=True)]
+        texts = []
+        for number, prompt in enumerate(runs):
+            texts.append(Text(prompt, generate_text(target_model, prompt, config, seed=seed + number)[0]))
+            if (number + 1) % repeats == 0:
+                on_prompt()
         found = score_texts(target_model, [draft_model], texts, setting, vocab_size=vocab_size)
         sums, rule = found.drafts[0], EXACT if setting.is_greedy else "rejection_sampling"
         exact = sums[rule]
         # For transformers' own loop its warping of the draft is what is computed.
         computed: dict[str, Any] = {ASSISTANT_MODEL: sums.get(AS_TRANSFORMERS, exact), SPECULATIVE: exact}
         computed[PARALLEL] = found.parallel[0].get(rule)
-        for way, length in product(ways, CHECKED_LENGTHS):
-            if way == PARALLEL and length not in lengths_of(computed[PARALLEL].counts.shape[1]):
-                continue
+        for way, length in checked_decodings(ways, draft_model):
             options, per_text = way_options(way, draft_model, length), []
             # Other random numbers than the plain texts had: two independent samples are compared.
             for number, prompt in enumerate(runs, start=len(runs)):

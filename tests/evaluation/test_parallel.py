@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from rich.console import Console
+from tqdm import tqdm
 
 from hf_draftkd import SpeculativeDecoding, evaluate_draft
 from hf_draftkd.acceptance import acceptance_by_position, expected_target_calls
@@ -114,11 +115,22 @@ def test_rates_at_every_depth_are_those_of_separate_passes():
 
 
 def test_the_report_knows_both_ways_and_its_check_agrees(monkeypatch):
+    """Its bars go all the way: that of the check stood still while texts were written, minutes on a real model."""
     monkeypatch.setattr("hf_draftkd.evaluation.self_check._SAMPLED_TEXTS", 4)  # greedy numbers are looked at
+    bars = []
+
+    def bar(*of, **how):
+        bars.append(tqdm(*of, **{**how, "file": StringIO()}))
+        return bars[-1]
+
+    monkeypatch.setattr("transformers.utils.logging.tqdm", bar)
     draft, target, tokenizer = parallel_pair("llama")
     prompts = [tokenizer.decode(prompt[0], skip_special_tokens=True) for prompt in tiny_prompts(tokenizer, 4)]
     options = {"max_new_tokens": 16, "num_speed_prompts": 2, "verify": 2, "temperatures": [0.0, 1.0]}
     report = evaluate_draft(draft, target, tokenizer, prompts, **options)
+    check = 2 * 2 * (1 + 3 * 3)  # prompts and settings, once plainly and in three ways with three draft lengths
+    assert [each.n for each in bars] == [each.total for each in bars]
+    assert [each.total for each in bars if each.desc == "Checking against real decoding"] == [check]
     assert SpeculationReport.from_json(report.to_json()).to_json() == report.to_json()
     for each in report.settings:
         assert len(each.parallel.acceptance_by_depth) == 5
