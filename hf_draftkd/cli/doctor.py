@@ -19,6 +19,7 @@ from hf_draftkd.models.examination import Examination, ModelFacts, examine
 from hf_draftkd.models.resolve import Checkpoint, resolve
 from hf_draftkd.utils.fields import option
 from hf_draftkd.utils.text import one_line, printable
+from hf_draftkd.utils.threads import shared_cores
 
 _GB = 10**9
 _WAYS = {
@@ -86,6 +87,8 @@ def _rows(
         yield "memory", "\n".join(lines)
     if draft is not None and found.draft and found.target and not found.refused:
         yield "engines", _engines(draft, target, found.draft, found.target)
+    if not torch.accelerator.is_available() and (advice := shared_cores()):
+        yield "cores", advice
     yield "refused", "\n".join(found.refused) or "nothing that can be seen without the weights"
 
 

@@ -10,18 +10,23 @@ Only safetensors are read, and code that comes with a model runs only when asked
 import copy
 import json
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from hf_draftkd.models.forward import reads_left_to_right
 from hf_draftkd.models.identity import remember_checkpoint
 from hf_draftkd.models.resolve import ADAPTER_CONFIG_NAME, Checkpoint, check_config, resolve
 from hf_draftkd.models.text_model import extract_text_model
 from hf_draftkd.utils.checks import one_of
+from hf_draftkd.utils.threads import shared_cores
+
+logger = logging.get_logger(__name__)
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -113,7 +118,14 @@ def require_loaded(*models: Any) -> None:
             )
 
 
+@cache  # only before this process has worked is the load that of others
+def _advise_on_threads() -> None:
+    if not torch.accelerator.is_available() and (advice := shared_cores()):
+        logger.warning(advice)
+
+
 def _load(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
+    _advise_on_threads()
     dtype = options["dtype"]
     if not isinstance(dtype, torch.dtype):
         options["dtype"] = dtype = getattr(torch, one_of("`dtype`", dtype, _DTYPES), dtype)

@@ -462,3 +462,17 @@ class TestGGUF:
         again = load_target(tmp_path / "plain")
         ids = torch.arange(10)[None]
         torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
+
+
+def test_threads_on_shared_cores_are_advised_against_once(saved_pair, caplog, monkeypatch):
+    """Two threads of which one waits for another program's turn were ten times slower than one."""
+    monkeypatch.setattr(loading, "shared_cores", lambda: "too many threads")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    loading._advise_on_threads.cache_clear()
+    for name in saved_pair:
+        load_target(name)
+    assert caplog.text.count("too many threads") == 1
+    loading._advise_on_threads.cache_clear()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    load_target(saved_pair[0])
+    assert caplog.text.count("too many threads") == 1
