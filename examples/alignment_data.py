@@ -26,8 +26,8 @@ import hf_draftkd
 from hf_draftkd import generate_alignment_data, load_target
 from hf_draftkd.cli.main import dispatch
 from hf_draftkd.data.curation import curate_prompts
+from hf_draftkd.data.kept_distributions import bytes_per_token
 from hf_draftkd.data.synthesis import synthesize_prompts
-from hf_draftkd.data.target_cache import bytes_per_token
 from hf_draftkd.hub.dataset_card import write_card
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.loading import load_tokenizer

@@ -99,7 +99,7 @@ def with_cached_distributions(rows: Dataset, vocab_size: int, top_k: int, seed: 
 
     So that no target is ever loaded where memory is measured.
     """
-    from hf_draftkd.data.target_cache import CacheOptions
+    from hf_draftkd.data.kept_distributions import CacheOptions
 
     generator = torch.Generator().manual_seed(seed)
     cached = CacheOptions().features(vocab_size)

@@ -1,30 +1,39 @@
 """Who runs the target: a batched `transformers` pipeline, or continuous batching.
 
-A backend is a function `(prompt_ids, setting, seed, on_finished) -> completions`, in the order of the prompts. It gives
-the same completions for the same first three arguments; continuous batching alone is excused from that. A prompt that
-it cannot have answered is a `PromptFailedError`.
+A backend is a function `(prompt_ids, setting, seed, on_finished, finished) -> completions`, in the order of the
+prompts. It gives the same completions for the same first three arguments; continuous batching alone is excused from
+that. It calls `on_finished` with each group of completions, by the numbers of their prompts, as soon as they are there,
+and does not write again what an earlier call for the same had `finished`. A prompt that it cannot have answered is a
+`PromptFailedError`.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import (
     ContinuousBatchingConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TextGenerationPipeline,
     pipeline,
 )
 from transformers.pipelines.pt_utils import KeyDataset
 
+from hf_draftkd.data.kept_distributions import CacheOptions, KeptDistributions
+from hf_draftkd.data.target_cache import cache_columns, num_rows
 from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
 from hf_draftkd.decoding.speculative import SpeculativeDecoding
-from hf_draftkd.models.forward import evaluating, seeded
+from hf_draftkd.models.forward import evaluating, seeded, unwrapped
 from hf_draftkd.models.tokenizers import pad_id
+from hf_draftkd.utils.hashing import derived_seed
 
 STOP, LENGTH = "stop", "length"
 _DRAFT_LENGTH = 5  # of a draft that records none
@@ -40,7 +49,7 @@ class Completion:
         text: The text as an endpoint returned it; None where the ids are the source.
         ids_source: `generated` where these are exactly the tokens the target wrote; `retokenized` where an endpoint
             returned text only, or hid the end token.
-        distributions: The row's cache columns, where an endpoint returned log-probabilities.
+        distributions: The row's cache columns, where they were asked for; a server may have withheld them.
     """
 
     token_ids: list[int]
@@ -62,7 +71,8 @@ class PromptFailedError(Exception):
         self.number = number
 
 
-Backend = Callable[[list[list[int]], DecodingSetting, int, Callable[[Completion], None]], list[Completion]]
+OnFinished = Callable[[Mapping[int, Completion]], None]
+Backend = Callable[[list[list[int]], DecodingSetting, int, OnFinished, Mapping[int, Completion]], list[Completion]]
 
 
 class AlignmentPipeline(TextGenerationPipeline):
@@ -84,6 +94,33 @@ class AlignmentPipeline(TextGenerationPipeline):
     def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> list[int]:
         # With left padding every completion of a batch starts at the same place.
         return model_outputs["generated_sequence"][0, 0, model_outputs["input_ids"].shape[-1] :].tolist()
+
+
+class StepRecorder(StoppingCriteria):
+    """Hands the target's logits and the token chosen from them to `kept` at each step of `generate`, and stops nothing.
+
+    `generate` returns logits only after the last step, all of them, in float32. A forward hook sees those of one step,
+    before any processor, and a stopping criterion is what `generate` calls once their token is known.
+    """
+
+    kept: KeptDistributions
+
+    @contextmanager
+    def watching(self, target_model: PreTrainedModel) -> Iterator[None]:
+        """Look at every forward pass of the target."""
+
+        def see(_module: Any, _inputs: Any, output: Any) -> None:
+            self._logits = output.logits[:, -1].clone()  # a view would keep those of a whole prompt
+
+        hook = unwrapped(target_model).register_forward_hook(see)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.kept.add_step(input_ids[:, -1], self._logits.to(input_ids.device))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def cut_completion(generated: list[int], end_ids: frozenset[int]) -> tuple[list[int], str]:
@@ -112,6 +149,7 @@ def local_backend(
     suppress_tokens: list[int] | None = None,
     turn_end: int | None = None,
     draft_model: PreTrainedModel | None = None,
+    cache: tuple[CacheOptions, int] | None = None,
 ) -> Backend:
     """Answers from a local target, in batches of prompts of similar length.
 
@@ -119,16 +157,23 @@ def local_backend(
         target_model: The target, where it is to run.
         tokenizer: Its tokenizer; left as it is.
         max_new_tokens: Longest completion, in tokens.
-        batch_size: Prompts per batch. Sampled completions depend on it, since a batch shares one random stream.
+        batch_size: Prompts per batch. Sampled completions depend on it, since a batch shares one random stream; each
+            batch has its own, so that it can be written without those before it.
         suppress_tokens: Ids that must not be written, such as padded rows of the vocabulary.
         turn_end: An id that ends a text beside those of the target's generation config.
         draft_model: A draft that helps to decode. Greedy answers are the same (near-ties of low precision apart);
             sampled ones are others of the same distribution.
+        cache: What to keep of the distributions that the tokens were chosen from, before any processor, and V.
     """
     end_ids, overrides = _endings(target_model, turn_end, suppress_tokens)
     options: dict[str, Any] = {"batch_size": batch_size}
+    recorder = decoding = None
     if draft_model is not None:
-        options["custom_generate"] = SpeculativeDecoding(draft_model, helping_length(draft_model), parallel=False)
+        decoding = SpeculativeDecoding(draft_model, helping_length(draft_model), parallel=False)
+        options["custom_generate"] = decoding
+    elif cache is not None:
+        recorder = StepRecorder()
+        options["stopping_criteria"] = StoppingCriteriaList([recorder])
     # On a copy, so that the caller's stays as it is. Any id pads: it is masked in front, and cut off behind.
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "left"
@@ -145,19 +190,39 @@ def local_backend(
     overrides["pad_token_id"] = tokenizer.pad_token_id
 
     def answer(
-        prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, on_finished: Callable[[Completion], None]
+        prompt_ids: list[list[int]],
+        setting: DecodingSetting,
+        seed: int,
+        on_finished: OnFinished,
+        finished: Mapping[int, Completion],
     ) -> list[Completion]:
         config = setting.generation_config(target_model, max_new_tokens, **overrides)
         # Prompts of similar length share a batch, so that little is spent on padding; the sort is stable, so the
         # batches follow from the prompts alone.
         order = sorted(range(len(prompt_ids)), key=lambda number: len(prompt_ids[number]))
-        rows = Dataset.from_dict({"prompt_ids": [prompt_ids[number] for number in order]})
-        completions = {}
-        with seeded(seed, target_model.device), evaluating(target_model):
-            written = pipe(KeyDataset(rows, "prompt_ids"), generation_config=config, **options)
-            for number, ids in zip(order, written, strict=True):
-                completions[number] = Completion(*cut_completion(ids, end_ids))
-                on_finished(completions[number])
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        left = {at: batch for at, batch in enumerate(batches) if not finished.keys() >= set(batch)}
+        rows = Dataset.from_dict({"prompt_ids": [prompt_ids[number] for batch in left.values() for number in batch]})
+        completions = dict(finished)
+        watching = nullcontext() if recorder is None else recorder.watching(target_model)
+        with seeded(seed, target_model.device), evaluating(target_model), watching:
+            # The pipeline answers a batch when its first answer is asked for.
+            written = iter(pipe(KeyDataset(rows, "prompt_ids"), generation_config=config, **options) if left else ())
+            for at, batch in left.items():
+                torch.manual_seed(derived_seed(seed, at))
+                if cache is not None:
+                    kept = KeptDistributions(*cache, [prompt_ids[number] for number in batch])
+                    if recorder is not None:
+                        recorder.kept = kept
+                    elif decoding is not None:
+                        decoding.on_logits = kept.add
+                answers = {}
+                for place, number in enumerate(batch):
+                    ids, reason = cut_completion(next(written), end_ids)
+                    distributions = None if cache is None else kept.columns(place, len(ids), num_rows(target_model))
+                    answers[number] = Completion(ids, reason, distributions=distributions)
+                completions |= answers
+                on_finished(answers)
         return [completions[number] for number in range(len(prompt_ids))]
 
     return answer
@@ -168,36 +233,53 @@ def continuous_backend(
     *,
     max_new_tokens: int,
     suppress_tokens: list[int] | None = None,
+    batch_size: int = 8,
     turn_end: int | None = None,
     config: ContinuousBatchingConfig | None = None,
+    cache: tuple[CacheOptions, int] | None = None,
 ) -> Backend:
     """Answers through transformers' continuous batching: new prompts join as others finish.
 
     The ids are exact. Which random numbers a prompt gets depends on the order of arrival, so a sampled run cannot be
     repeated row for row. Arguments as in `local_backend`; `config` sizes the paged cache, which by default takes most
-    of the free memory.
+    of the free memory. It shows no logits: for a cache the target reads the answers again, `batch_size` at a time.
     """
     end_ids, overrides = _endings(target_model, turn_end, suppress_tokens)
 
     def answer(
-        prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, on_finished: Callable[[Completion], None]
+        prompt_ids: list[list[int]],
+        setting: DecodingSetting,
+        seed: int,
+        on_finished: OnFinished,
+        finished: Mapping[int, Completion],
     ) -> list[Completion]:
+        left = [number for number in range(len(prompt_ids)) if number not in finished]
         with seeded(seed, target_model.device), evaluating(target_model):
             outputs = target_model.generate_batch(
-                inputs=prompt_ids,
+                inputs=[prompt_ids[number] for number in left],
                 generation_config=setting.generation_config(target_model, max_new_tokens, **overrides),
                 continuous_batching_config=config,
             )
         # In the order of the prompts; a request that failed is missing or carries its error, and only a log says so.
         failed = [output.error for output in outputs.values() if output.error]
-        if failed or len(outputs) < len(prompt_ids):
-            reason = failed[0] if failed else f"{len(prompt_ids) - len(outputs)} prompts got no answer"
+        if failed or len(outputs) < len(left):
+            reason = failed[0] if failed else f"{len(left) - len(outputs)} prompts got no answer"
             raise RuntimeError(f"Continuous batching failed: {reason}. Leave it off, or give it a smaller cache.")
-        completions = []
-        for output in outputs.values():
-            completions.append(Completion(*cut_completion(list(output.generated_tokens), end_ids)))
-            on_finished(completions[-1])
-        return completions
+        written = [cut_completion(list(output.generated_tokens), end_ids) for output in outputs.values()]
+        completions = dict(finished)
+        for start in range(0, len(left), batch_size):
+            batch, texts = left[start : start + batch_size], written[start : start + batch_size]
+            distributions: list[Any] = [None] * len(batch)
+            if cache is not None:
+                prompts = [prompt_ids[number] for number in batch]
+                distributions = cache_columns(target_model, *cache, prompts, [ids for ids, _ in texts])
+            answers = {
+                number: Completion(ids, reason, distributions=columns)
+                for number, (ids, reason), columns in zip(batch, texts, distributions, strict=True)
+            }
+            completions |= answers
+            on_finished(answers)
+        return [completions[number] for number in range(len(prompt_ids))]
 
     return answer
 

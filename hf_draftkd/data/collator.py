@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hf_draftkd.data.target_cache import CACHE_COLUMNS
+from hf_draftkd.data.kept_distributions import CACHE_COLUMNS
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
 
 # Columns of prepared rows beside SFTTrainer's, named as no user names theirs: how a row was decoded, and where the

@@ -3,7 +3,7 @@
 import os
 from dataclasses import asdict, dataclass, fields
 
-from hf_draftkd.data.target_cache import CacheOptions
+from hf_draftkd.data.kept_distributions import CacheOptions
 from hf_draftkd.decoding.setting import DecodingSetting, settings_at
 from hf_draftkd.utils.checks import in_range, one_of, whole_number
 from hf_draftkd.utils.fields import option
@@ -85,7 +85,9 @@ class AlignmentDataConfig:
     continuous_batching: bool = option(
         False, "transformers' continuous batching: exact ids, but sampled rows cannot be repeated."
     )
-    cache_distributions: dict | str | None = option(None, "Keep the target's distributions: top_k=64 or sampled=50.")
+    cache_distributions: dict | str | None = option(
+        None, "Keep the distributions that the target's tokens were chosen from: top_k=64 or sampled=50."
+    )
     cache_loss_temperature: float = option(1.0, "Loss temperature of the kept distributions; train at the same one.")
     cache_dtype: str = option("float16", "Type of the kept log-probabilities: float16 or float32.")
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
 from typing import Any
@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
+from hf_draftkd.data.backends import Backend, Completion, OnFinished, PromptFailedError
 from hf_draftkd.data.server_answers import FaultyAnswerError, TokenTexts, read_completion, require_usable
 from hf_draftkd.data.shards import StoppedError
 from hf_draftkd.decoding.setting import DecodingSetting
@@ -77,10 +77,15 @@ def endpoint_backend(
     ends = frozenset(token for token in [tokenizer.eos_token_id, *(end_ids or [])] if token is not None)
 
     def answer(
-        prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, on_finished: Callable[[Completion], None]
+        prompt_ids: list[list[int]],
+        setting: DecodingSetting,
+        seed: int,
+        on_finished: OnFinished,
+        finished: Mapping[int, Completion],
     ) -> list[Completion]:
         sent: list[Any] = prompt_ids if send_ids else [prompt_text(ids, tokenizer) for ids in prompt_ids]
-        completions: dict[int, Completion] = {}
+        completions = dict(finished)
+        left = [number for number in range(len(sent)) if number not in finished]
 
         def ask(number: int) -> tuple[int, Any]:
             try:
@@ -91,11 +96,11 @@ def endpoint_backend(
         # These threads are daemons: an error or Ctrl-C drops what is queued and waits for no answer in flight, as an
         # executor would, even at the end of the process.
         with ThreadPool(concurrency) as pool:
-            for number, got in pool.imap_unordered(ask, range(len(sent))):
+            for number, got in pool.imap_unordered(ask, left):
                 if isinstance(got, Exception):
                     raise server.failure(got, number) from None
                 completions[number] = read_completion(got, tokenizer, ids_of, top_logprobs, ends)
-                on_finished(completions[number])
+                on_finished({number: completions[number]})
         if top_logprobs is not None:
             _warn_of_gaps(list(completions.values()))
         return [completions[number] for number in range(len(prompt_ids))]

@@ -1,8 +1,9 @@
 """The target answers the prompts: alignment data, one row per completion, with the exact tokens it read and wrote."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from hf_draftkd.data.backends import Backend, Completion, PromptFailedError
 from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.curation import curate_prompts
 from hf_draftkd.data.filters import QueryFilter
+from hf_draftkd.data.journal import Journal
 from hf_draftkd.data.prompts import fitting_rows, load_prompts
 from hf_draftkd.data.rows import alignment_rows, dated, render_prompts, template_hash
 from hf_draftkd.data.shards import DAY, StoppedError, cut_shards, day_begun, run_shards
 from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
-from hf_draftkd.data.target_cache import with_cache
 from hf_draftkd.data.targets import local_target, missing_turn_end, remote_target, served_context
 from hf_draftkd.decoding.setting import DecodingSetting, left_out_warning
 from hf_draftkd.models.context import context_length
@@ -147,11 +148,11 @@ def generate_alignment_data(
     }
     origin |= {name: target.identity[name] for name in ("target", "target_revision")}
 
-    def make_shard(number: int, on_finished: Callable[[Completion], None]) -> Dataset:
+    def make_shard(number: int, journal: Journal) -> Dataset:
         part = asked.select(shards[number])
         ids = render_prompts(part, tokenizer, **(clock | template_options))
         try:
-            answers = answer_shard(ids, config.requests, target.backend, (config.seed, number), on_finished)
+            answers = answer_shard(ids, config.requests, target.backend, (config.seed, number), journal)
         except PromptFailedError as error:
             row = shards[number][error.number]
             raise StoppedError(
@@ -159,11 +160,10 @@ def generate_alignment_data(
                 f"{_beginning(asked[row]['prompt'])}. The same command would stop there again: take this prompt out, "
                 "and name another folder, since other prompts make other shards."
             ) from None
-        rows = alignment_rows(part, ids, answers, tokenizer, origin, target.brought)
-        return rows if target.cache is None else with_cache(rows, *target.cache, config.batch_size)
+        return alignment_rows(part, ids, answers, tokenizer, origin, target.brought)
 
     sizes = [len(shard) * sum(config.requests.values()) for shard in shards]
-    return run_shards(make_shard, sizes, manifest, folder)
+    return run_shards(make_shard, sizes, manifest, folder, target.brought)
 
 
 def _helping_draft(
@@ -299,15 +299,17 @@ def answer_shard(
     requests: Mapping[DecodingSetting, int],
     backend: Backend,
     seed: tuple[int, ...],
-    on_finished: Callable[[Completion], None],
+    journal: Journal,
 ) -> dict[DecodingSetting, list[list[Completion]]]:
     """Every prompt answered as often as each setting asks: per setting one list of completions per prompt."""
     answers = {}
-    for setting, count in requests.items():
+    for place, (setting, count) in enumerate(requests.items()):
         repeated = [ids for ids in prompt_ids for _ in range(count)]
         # The setting and not its position is hashed, so that one more temperature leaves the others' rows alone.
         try:
-            completions = backend(repeated, setting, derived_seed(*seed, setting), on_finished)
+            completions = backend(
+                repeated, setting, derived_seed(*seed, setting), partial(journal.add, place), journal.finished(place)
+            )
         except PromptFailedError as error:
             error.number //= count
             raise

@@ -13,8 +13,8 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_draftkd.data.backends import Completion, cut_completion
+from hf_draftkd.data.kept_distributions import CACHE_COLUMNS, TEMPERATURE_COLUMN, VOCAB_COLUMN, as_stored
 from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
-from hf_draftkd.data.target_cache import CACHE_COLUMNS, TEMPERATURE_COLUMN, VOCAB_COLUMN
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.utils.checks import one_of
 from hf_draftkd.utils.hashing import list_hash
@@ -186,7 +186,8 @@ def alignment_rows(
     completions. `origin` holds `scenario`, `target`, `target_revision` and `seed` of every row, `brought` the columns
     that each completion brings along as its `distributions`.
     """
-    features = Features({**alignment_features(prompts.features), **(brought or {})})
+    brought = brought or Features()
+    features = Features({**alignment_features(prompts.features), **brought})
     columns: dict[str, list[Any]] = {name: [] for name in features}
     for number, (row, ids) in enumerate(zip(prompts, prompt_ids, strict=True)):
         for setting, completion in ((s, each) for s, lists in answers.items() for each in lists[number]):
@@ -204,7 +205,7 @@ def alignment_rows(
                 "completion_ids": completion.token_ids,
                 "ids_source": completion.ids_source,
                 "finish_reason": completion.finish_reason,
-                **(completion.distributions or dict.fromkeys(brought or {})),
+                **as_stored(completion.distributions, brought),
             }
             for name, column in columns.items():
                 column.append(values[name])

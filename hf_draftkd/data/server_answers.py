@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hf_draftkd.data.backends import LENGTH, STOP, Completion
-from hf_draftkd.data.target_cache import TEMPERATURE_COLUMN, VOCAB_COLUMN
+from hf_draftkd.data.kept_distributions import TEMPERATURE_COLUMN, VOCAB_COLUMN
 from hf_draftkd.models.tokenizers import tokenizer_size
 
 

@@ -2,6 +2,7 @@
 
     OUT/manifest.json                          what was asked for, and of which target
     OUT/data/train-00003-of-00016.parquet      a finished shard
+    OUT/data/.train-00004-of-00016.journal     what was answered of a shard that is not finished
     OUT/data/.train-00004-of-00016.parquet.17  a shard that process 17 is writing, or was when it was killed
 
 A shard has its final name only when it is whole. `datasets` recognises these names as the split `train` and ignores
@@ -12,7 +13,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -21,11 +22,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets, disable_progress_bars, enable_progress_bars, load_dataset
+from datasets import Dataset, Features, concatenate_datasets, disable_progress_bars, enable_progress_bars, load_dataset
 from datasets.utils import are_progress_bars_disabled
 from transformers.utils import logging
 
 from hf_draftkd.data.backends import Completion
+from hf_draftkd.data.journal import Journal
 from hf_draftkd.utils.files import replacing, write_text
 
 logger = logging.get_logger(__name__)
@@ -72,24 +74,27 @@ def cut_shards(num_prompts: int, batch_size: int, shard_size: int | None = None)
 
 
 def run_shards(
-    make_shard: Callable[[int, Callable[[Completion], None]], Dataset],
+    make_shard: Callable[[int, Journal], Dataset],
     sizes: Sequence[int],
     manifest: dict[str, Any],
     output_dir: Path | None,
+    brought: Features | None = None,
 ) -> Dataset:
     """Make every shard that is not there yet, this process's share of them, and return all rows.
 
     Args:
-        make_shard: (number of the shard, what to call after each completion) -> its rows.
+        make_shard: (number of the shard, what was answered of it and where answers are noted) -> its rows.
         sizes: Completions of each shard.
         manifest: Everything that decides the rows.
         output_dir: Where the shards go; None keeps them in memory.
+        brought: Columns that completions bring along.
     """
     count = len(sizes)
     state = check_processes(output_dir)
     if output_dir is None:
         with completion_progress(sum(sizes)) as on_finished:
-            return concatenate_datasets([make_shard(number, on_finished) for number in range(count)])
+            journal = Journal(None, brought, on_finished)
+            return concatenate_datasets([make_shard(number, journal) for number in range(count)])
     open_folder(output_dir, manifest, write=state.is_main_process)
     unfinished = unfinished_shards(output_dir, count)
     if len(unfinished) < count:
@@ -97,9 +102,15 @@ def run_shards(
     mine = [number for number in unfinished if number % state.num_processes == state.process_index]
     with completion_progress(sum(sizes[number] for number in mine), not state.is_main_process) as on_finished:
         for number in mine:
-            rows, path = make_shard(number, on_finished), shard_path(output_dir, number, count)
-            with full_disk_is_reported(f"shard {number}", output_dir), replacing(path) as temporary:
-                write_parquet(rows, temporary)
+            path = shard_path(output_dir, number, count)
+            unfinished_path = path.with_name(f".{path.stem}.journal")
+            with (
+                full_disk_is_reported(f"shard {number}", output_dir),
+                Journal(unfinished_path, brought, on_finished) as journal,
+            ):
+                rows = make_shard(number, journal)
+                with replacing(path) as temporary:
+                    write_parquet(rows, temporary)
     # The other processes' shards: by looking at the folder, since a barrier would time out.
     wait_until(lambda: not unfinished_shards(output_dir, count))
     if state.is_main_process:
@@ -112,15 +123,15 @@ def run_shards(
 @contextmanager
 def completion_progress(
     total: int, disable: bool = False, desc: str = "Target answers", unit: str = "completion"
-) -> Iterator[Callable[[Completion], None]]:
+) -> Iterator[Callable[..., None]]:
     """A progress bar over completions that shows tokens per second and the time left."""
     tokens, start = 0, perf_counter()
     with logging.tqdm(total=total, desc=desc, unit=unit, disable=disable) as bar:
 
-        def on_finished(completion: Completion) -> None:
+        def on_finished(completions: Mapping[Any, Completion], *, written: bool = True) -> None:
             nonlocal tokens
-            tokens += len(completion.token_ids)
-            bar.update(1)
+            tokens += sum(len(each.token_ids) for each in completions.values()) if written else 0
+            bar.update(len(completions))
             bar.set_postfix_str(f"{tokens / (perf_counter() - start):.0f} tokens/s", refresh=False)
 
         yield on_finished
@@ -143,6 +154,9 @@ def open_folder(folder: Path, manifest: dict[str, Any], *, write: bool = True) -
     if write and not (path.exists() and holds_rows()):  # nothing that other settings could be mixed with
         check_shard_folder(folder)
         (folder / "data").mkdir(parents=True, exist_ok=True)
+        if path.exists() and _differences(folder, manifest):
+            for answered_otherwise in (folder / "data").glob(".*.journal"):
+                answered_otherwise.unlink()
         write_text(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         return
     # A manifest of other settings is about to be replaced where nothing was finished.

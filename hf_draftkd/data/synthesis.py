@@ -150,7 +150,7 @@ def synthesize_prompts(
     with completion_progress(num_prompts, not state.is_main_process, desc="Target's queries", unit="query") as advance:
 
         def sample(number: int) -> list[tuple[str, bool]]:
-            completions = backend([start] * size, setting, derived_seed(seed, "queries", number), advance)
+            completions = backend([start] * size, setting, derived_seed(seed, "queries", number), advance, {})
             return [query_text(completion, tokenizer, turn) for completion in completions]
 
         for queries in _in_turn(sample, rounds, folder, state):

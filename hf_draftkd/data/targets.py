@@ -19,7 +19,7 @@ from hf_draftkd.data.backends import Backend, continuous_backend, helping_length
 from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.endpoint import endpoint_backend, without_login
 from hf_draftkd.data.messages import turn_end_id
-from hf_draftkd.data.target_cache import CacheOptions, real_vocab_size
+from hf_draftkd.data.target_cache import real_vocab_size
 from hf_draftkd.decoding.setting import end_token_ids
 from hf_draftkd.models.context import context_length
 from hf_draftkd.models.identity import model_revision, resolved_revision, weights_fingerprint
@@ -33,14 +33,12 @@ logger = logging.get_logger(__name__)
 class Target:
     """The target that answers, wherever it runs.
 
-    `identity` is what the manifest says of it, `brought` the columns that its completions bring along, and `cache` what
-    is computed from the finished rows: the model, what to keep, and V.
+    `identity` is what the manifest says of it, and `brought` the columns that its completions bring along.
     """
 
     backend: Backend
     identity: dict[str, Any]
     brought: Features | None = None
-    cache: tuple[PreTrainedModel, CacheOptions, int] | None = None
 
 
 def local_target(
@@ -54,14 +52,17 @@ def local_target(
 ) -> Target:
     """A target on this machine; `turn_end` ends its texts beside what its generation config names, a draft helps it."""
     name, suppressed = target_model.name_or_path, ids_without_token(target_model, tokenizer)
-    limits: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "suppress_tokens": suppressed}
-    limits["turn_end"] = turn_end
+    how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+    how |= {"suppress_tokens": suppressed, "turn_end": turn_end}
+    brought = None
+    if config.cache is not None:
+        vocab_size = real_vocab_size(target_model, tokenizer)
+        how["cache"] = config.cache.within(vocab_size), vocab_size
+        brought = config.cache.features(vocab_size)
     if config.continuous_batching:
-        backend = continuous_backend(target_model, config=continuous_batching_config, **limits)
+        backend = continuous_backend(target_model, config=continuous_batching_config, **how)
     else:
-        backend = local_backend(
-            target_model, tokenizer, batch_size=config.batch_size, draft_model=draft_model, **limits
-        )
+        backend = local_backend(target_model, tokenizer, draft_model=draft_model, **how)
     identity = {
         "target": name,
         "target_revision": resolved_revision(name, revision) if revision else model_revision(target_model),
@@ -80,10 +81,7 @@ def local_target(
         }
     if is_hub_id(name) and Path(name).is_dir():
         identity["target_is_local"] = True  # or a card, written elsewhere, would take it for an id on the Hub
-    if config.cache is None:
-        return Target(backend, identity)
-    vocab_size = real_vocab_size(target_model, tokenizer)
-    return Target(backend, identity, cache=(target_model, config.cache.within(vocab_size), vocab_size))
+    return Target(backend, identity, brought)
 
 
 def missing_turn_end(target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, wanted: bool) -> int | None:

@@ -49,8 +49,8 @@ from hf_draftkd.utils.checks import in_range, one_of, whole_number
 
 OnRound = Callable[[int, int, int], None]
 """Drafted, accepted and new tokens of one text in one round."""
-OnLogits = Callable[[int, Tensor], None]
-"""A text's number in the batch, and the target's logits [K, V] from which its K new tokens were chosen."""
+OnLogits = Callable[[int, Tensor, Tensor], None]
+"""A text's number in the batch, its new tokens [K], and the target's logits [K, V] from which they were chosen."""
 
 _LISTENERS: WeakKeyDictionary[PreTrainedModel, list[OnRound]] = WeakKeyDictionary()
 
@@ -82,8 +82,8 @@ class SpeculativeDecoding:
             `assistant_ensemble_weight`, which is honoured too). Greedy decoding knows "ensemble" only.
         streamer: Receives the prompt and the tokens of a single text, a round at a time.
         tokenizer: The target's; only `stop_strings` need it.
-        on_logits: Called every round for each text with the target's logits of its new tokens, before any processor;
-            for a copy or a digest, since the memory is the round's.
+        on_logits: Called every round for each text with its new tokens and the target's logits of them, before any
+            processor; for a copy or a digest, since the memory is the round's.
         compile: Compile both models with static caches and fixed shapes, by `compile_config` of the call where it is
             given. The first call with a new batch size or length compiles for some minutes. Eager is faster on CPUs
             for small models; accelerators gain.
@@ -241,7 +241,7 @@ class SpeculativeDecoding:
                 kept, is_done = stopping.kept(texts, row, tokens[: n + 1])
                 outputs.add(row, scores[place, :kept], logits[place, :kept])
                 if self.on_logits is not None:
-                    self.on_logits(row, logits[place, :kept])
+                    self.on_logits(row, verdict[place, :kept], logits[place, :kept])
                 for listen in listeners:
                     listen(num_drafted, min(n, kept), kept)
                 texts.lengths[row] += kept

@@ -92,11 +92,13 @@ def top_k_target(logits: torch.Tensor, k: int, temperature: float = 1.0) -> Spar
     """
     whole_number("k", k, 1, logits.shape[-1])
     in_range("temperature", temperature, 0, open_low=True)
-    logprobs = (at_least_float32(logits) / temperature).log_softmax(dim=-1)
-    kept, token_ids = logprobs.topk(k, dim=-1)
+    logits = at_least_float32(logits)
+    logits = logits if temperature == 1 else logits / temperature
+    kept, token_ids = logits.topk(k, dim=-1)
+    total = logits.logsumexp(dim=-1)
     # Summing what is left, not 1 − Σ kept: a tail of 1e-9 would drown in the rounding of the difference.
-    tail = logprobs.scatter(-1, token_ids, -torch.inf).logsumexp(dim=-1)
-    return SparseTarget(token_ids, kept, tail)
+    tail = logits.scatter(-1, token_ids, -torch.inf).logsumexp(dim=-1)
+    return SparseTarget(token_ids, kept - total.unsqueeze(-1), tail - total)
 
 
 def sample_target(

@@ -1,8 +1,8 @@
 """One served request, and the target's distribution at every token it wrote.
 
 The target computed a distribution for each token of the text while it checked the draft. `SpeculativeDecoding` hands
-them over round by round, and they are cut to the k likeliest tokens at once, so that learning needs no further pass of
-the target and `[tokens, vocabulary]` is never held.
+them over round by round, and `KeptDistributions` cuts them to the k likeliest tokens at once, so that learning needs no
+further pass of the target and `[tokens, vocabulary]` is never held.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.losses import SparseTarget, top_k_target
+from hf_draftkd.losses import SparseTarget
 from hf_draftkd.utils.hashing import hash_number
 
 
@@ -36,33 +36,6 @@ class ServedRequest:
     def is_held_out(self, share: float, seed: int) -> bool:
         """Whether its prompt belongs to the share of prompts that is never learnt from."""
         return hash_number(f"{seed}:{self.prompt_ids.tolist()}") < share * 2**64
-
-
-class KeptDistributions:
-    """The target's distributions at the tokens of one `generate` call, text by text.
-
-    Of each the `top_k` likeliest tokens (of the `vocab_size` that draft and target share) are kept, at the loss
-    temperature.
-    """
-
-    def __init__(self, *, top_k: int, loss_temperature: float, vocab_size: int) -> None:
-        self._top_k, self._loss_temperature, self._vocab_size = top_k, loss_temperature, vocab_size
-        self._parts: dict[int, list[SparseTarget]] = {}
-
-    def add(self, text: int, logits: Tensor) -> None:
-        """Keep what is likeliest by logits [K, V] of the next K tokens of a text."""
-        kept = top_k_target(logits[:, : self._vocab_size], self._top_k, self._loss_temperature)
-        self._parts.setdefault(text, []).append(kept)
-
-    def num_tokens(self, text: int) -> int:
-        """Tokens of a text so far."""
-        return sum(len(part.token_ids) for part in self._parts[text])
-
-    def target(self, text: int, num_tokens: int) -> SparseTarget:
-        """The distributions of a text's first tokens, on the CPU."""
-        kept = SparseTarget.concatenate(self._parts[text])[:num_tokens]
-        # int32 takes half the bytes of int64; no vocabulary has more than 2**31 tokens.
-        return SparseTarget(kept.token_ids.int().cpu(), kept.logprobs.cpu(), kept.tail_logprob.cpu())
 
 
 def served_setting(config: GenerationConfig, kwargs: Mapping[str, Any]) -> DecodingSetting | None:

@@ -23,6 +23,7 @@ from torch import Tensor, distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.acceptance import AcceptanceCounts
+from hf_draftkd.data.kept_distributions import CacheOptions, KeptDistributions
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.decoding.speculative import SpeculativeDecoding
 from hf_draftkd.losses import SparseTarget
@@ -31,7 +32,7 @@ from hf_draftkd.models.identity import weights_fingerprint
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, check_weights_apart, shared_vocab_size
 from hf_draftkd.online.buffer import ReplayBuffer
-from hf_draftkd.online.capture import KeptDistributions, ServedRequest, prompt_of, served_setting
+from hf_draftkd.online.capture import ServedRequest, prompt_of, served_setting
 from hf_draftkd.online.config import OnlineDistillConfig
 from hf_draftkd.online.learner import Learner, acceptance_of
 from hf_draftkd.online.state import check_same, load_tensors, read_facts, save_state
@@ -156,9 +157,8 @@ class OnlineDraftDistiller:
         self._check_resumed()
         # How `generate` will decode, the target's own defaults filled in.
         config, _ = unwrapped(self.target_model)._prepare_generation_config(generation_config, **kwargs)
-        kept = KeptDistributions(
-            top_k=self._top_k, loss_temperature=self.args.loss_temperature, vocab_size=self._vocab_size
-        )
+        options = CacheOptions(self._top_k, loss_temperature=self.args.loss_temperature, dtype="float32")
+        kept = KeptDistributions(options, self._vocab_size)
         decoding = self._decoding
         decoding.counts, decoding.on_logits = AcceptanceCounts(), kept.add
         decoding.tokenizer = kwargs.get("tokenizer") or self.tokenizer

@@ -15,13 +15,8 @@ from transformers import PreTrainedModel
 
 from hf_draftkd.acceptance import token_acceptance_rate, token_logprob
 from hf_draftkd.data.collator import CachedDistributions
-from hf_draftkd.data.target_cache import (
-    CACHE_COLUMNS,
-    CacheFacts,
-    cache_facts,
-    missing_cache_columns,
-    rows_with_distributions,
-)
+from hf_draftkd.data.kept_distributions import CACHE_COLUMNS
+from hf_draftkd.data.target_cache import CacheFacts, cache_facts, missing_cache_columns, rows_with_distributions
 from hf_draftkd.decoding.processors import logits_processors, process_logits
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.scoring import token_scores

@@ -6,7 +6,7 @@ import pytest
 
 from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.generation import generate_alignment_data
-from hf_draftkd.data.target_cache import CacheOptions
+from hf_draftkd.data.kept_distributions import CacheOptions
 from hf_draftkd.decoding.setting import DecodingSetting
 
 

@@ -113,6 +113,20 @@ def test_broken_answers_stop_the_run_and_not_with_a_bare_error(tmp_path, readabl
         assert len(ask(server.url, tokenizer, **options)) == len(CHATS)
 
 
+def test_answers_of_an_unfinished_shard_are_not_paid_for_twice(tmp_path, readable_target, tokenizer):
+    """Their distributions included."""
+    options = {"cache_distributions": "top_k=3", "endpoint_options": {**FAST, "concurrency": 1}}
+    with serving(readable_target, tokenizer, "ids") as server:
+        expected = ask(server.url, tokenizer, **options)
+        server.faults = ["none", "none", "none", "404"]
+        with pytest.raises(StoppedError, match="run the same command again"):
+            ask(server.url, tokenizer, output_dir=tmp_path, **options)
+        before = len(server.requests)
+        resumed = ask(server.url, tokenizer, output_dir=tmp_path, **options)
+        assert len(server.requests) == before + 1 + 3
+    assert resumed.to_list() == expected.to_list()
+
+
 @pytest.mark.parametrize("fault", BROKEN)
 def test_an_address_that_never_answers_properly_is_said_at_once(readable_target, tokenizer, fault):
     """Without /v1, a server often shows a page: no waiting for it to pass."""
@@ -141,7 +155,7 @@ def test_an_interruption_waits_for_nothing(readable_target, tokenizer):
         start = time.monotonic()
         try:
             with pytest.raises(KeyboardInterrupt):
-                backend(render_prompts(CHATS, tokenizer), DecodingSetting(), 0, lambda _: None)
+                backend(render_prompts(CHATS, tokenizer), DecodingSetting(), 0, lambda _: None, {})
         finally:
             interrupt.cancel()  # or it would end the whole test run
             signal.signal(signal.SIGINT, handler)

@@ -58,6 +58,57 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_rows(tmp_path, target, to
     assert loaded.features == undisturbed.features
 
 
+LONG = OPTIONS | {"shard_size": 20, "cache_distributions": "top_k=4"}
+
+
+def answer_a_long_shard_slowly(folder: Path) -> None:
+    """What a killed process runs: the target's batches, one line in a file as each begins."""
+    target = make_target()
+    generate = target.generate
+
+    def slow(*args, **kwargs):
+        with Path(f"{folder}.batches").open("a") as file:
+            file.write("batch\n")
+        time.sleep(0.2)
+        return generate(*args, **kwargs)
+
+    target.generate = slow
+    datasets.config.HF_DATASETS_CACHE = str(folder.parent / "cache")
+    generate_alignment_data(target, make_tokenizer(), TEXTS, output_dir=folder, **LONG)
+
+
+def test_a_killed_run_loses_a_batch_of_a_long_shard(tmp_path, target, tokenizer, monkeypatch):
+    """`kill -9` in the middle of the only shard, of 20 batches; the rows are those of an undisturbed run."""
+    undisturbed = generate_alignment_data(target, tokenizer, TEXTS, **LONG)
+    folder, batches = tmp_path / "out", tmp_path / "out.batches"
+    process = started(tmp_path / "log", __name__, "answer_a_long_shard_slowly", folder)
+    while not batches.exists() or batches.read_text().count("batch") < 14:  # beyond the first setting's ten
+        assert process.is_alive(), (tmp_path / "log").read_text()
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert [path.name for path in folder.glob("data/*")] == [".train-00000-of-00001.journal"]
+    begun, generate, asked = batches.read_text().count("batch"), target.generate, []
+    monkeypatch.setattr(target, "generate", lambda *args, **kwargs: asked.append(1) or generate(*args, **kwargs))
+    resumed = generate_alignment_data(target, tokenizer, TEXTS, output_dir=folder, **LONG)
+    assert len(asked) <= 20 - begun + 1
+    assert resumed.to_list() == undisturbed.to_list()
+    assert not list(folder.glob("data/.*"))
+
+
+def test_answers_under_other_settings_are_not_taken_over(tmp_path, target, tokenizer, monkeypatch):
+    """A run that stopped in its first shard, begun again with a smaller length."""
+    write = shards.write_parquet
+    monkeypatch.setattr(shards, "write_parquet", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **LONG)
+    assert list(tmp_path.glob("data/.*.journal"))
+    monkeypatch.setattr(shards, "write_parquet", write)
+    other = LONG | {"max_new_tokens": 3}
+    found = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **other)
+    assert found.to_list() == generate_alignment_data(target, tokenizer, TEXTS, **other).to_list()
+
+
 def test_two_processes_write_the_rows_of_one(tmp_path, target, tokenizer):
     """Torchrun on CPU: each process takes its share of whole shards, and both see all of them at the end."""
     in_two_processes(tmp_path, __name__, "answer_slowly", tmp_path / "out", 0.0)
@@ -159,7 +210,7 @@ def test_a_full_disk_leaves_the_finished_shards_valid(tmp_path, target, tokenize
     monkeypatch.setattr(shards, "write_parquet", onto_a_full_device)
     with pytest.raises(RuntimeError, match=r"disk is full.* 2 shards are finished"):
         generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
-    assert len(list(tmp_path.glob("data/*"))) == 2
+    assert len(list(tmp_path.glob("data/train-*"))) == 2
     monkeypatch.undo()
     resumed = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
     assert resumed.to_list() == generate_alignment_data(target, tokenizer, TEXTS, **OPTIONS).to_list()

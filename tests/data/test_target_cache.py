@@ -6,7 +6,8 @@ import torch
 from datasets import Dataset, load_dataset
 
 from hf_draftkd.data.generation import generate_alignment_data
-from hf_draftkd.data.target_cache import CacheOptions, bytes_per_token, cache_target_distributions
+from hf_draftkd.data.kept_distributions import CacheOptions, bytes_per_token
+from hf_draftkd.data.target_cache import cache_target_distributions
 from tests.data.small import make_target
 from tests.tiny import ARCHITECTURES
 

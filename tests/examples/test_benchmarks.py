@@ -19,6 +19,7 @@ BENCHMARKS = ROOT / "examples" / "benchmarks"
         ("exact_vs_counted.py", "--num_texts 4 --max_new_tokens 16 --max_seconds 5"),
         ("decoding.py", "--prompts 2 --max_new_tokens 4 --batch_sizes 1 2 --temperatures 0"),
         ("generation_memory.py", "--prompts 16 32"),
+        ("kept_distributions.py", "--num_prompts 4 --batch_size 2 --max_new_tokens 8 --repeats 1"),
         (
             "ablation.py",
             "--jobs 0 --steps 1 --batch_size 2 --seeds 1 --train 2 --held_out 2 --max_new_tokens 4 "
