@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 
+from hf_draftkd.models.demo import demo_path
 from tests.cli.run import ROOT
 from tests.processes import python, run
 
@@ -27,6 +28,8 @@ from tests.processes import python, run
             "--prompts 4 --test_prompts 2 --answer_tokens 8 --seconds 0.1 --speed_prompts 1 --seeds 1 --layers 1 "
             "--parallel_tokens 3 --runs 1",
         ),
+        # Nothing but transformers: the engines are not here.
+        ("engines.py", f"--engines --num_prompts 2 --max_new_tokens 8 --draft {demo_path('draft')}"),
         ("online_serving.py", "--requests 4 --update_every 1 --max_new_tokens 8"),
     ],
 )
