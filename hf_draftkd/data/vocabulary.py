@@ -17,12 +17,13 @@ from hf_draftkd.utils.checks import whole_number
 def choose_draft_vocabulary(dataset: Dataset, size: int, *, keep: Iterable[int] = ()) -> list[int]:
     """The tokens that occur most in text that the target wrote: in the `completion_ids` of alignment data.
 
-    `size` is the length of the list; fewer come back where fewer different tokens occur. The ids in `keep`, such as
-    those that end a text, come first whether they occur or not.
+    Where fewer than `size` different tokens occur there, those of its `prompt_ids` follow: answers repeat the names in
+    their questions. Fewer come back where both are used up. The ids in `keep`, such as those that end a text, come
+    first whether they occur or not.
 
     Returns:
-        Ids in the order of how often they occur (the smaller id first where they tie), so that the first n of them are
-        the list of size n.
+        Ids in the order of how often they occur (the smaller id first where they tie), those of completions before
+        those of prompts, so that the first n of them are the list of size n.
 
     Raises:
         ValueError: The size is out of range, or the data has no `completion_ids`, or no tokens in them.
@@ -33,16 +34,22 @@ def choose_draft_vocabulary(dataset: Dataset, size: int, *, keep: Iterable[int] 
             "The tokens to keep are counted in text that the target wrote, as exact ids, but the data has no column "
             f"`completion_ids` (it has {', '.join(dataset.column_names)}). Make it with `draftkd generate`."
         )
+    written = _by_count(dataset, "completion_ids")
+    if not written:
+        raise ValueError("The data holds no completion tokens to count.")
+    asked = _by_count(dataset, "prompt_ids") if "prompt_ids" in dataset.column_names else []
+    return list(dict.fromkeys([*keep, *written, *asked]))[:size]
+
+
+def _by_count(dataset: Dataset, column: str) -> list[int]:
+    """The ids in a column, the most frequent first."""
     counts: Any = np.zeros(0, dtype=np.int64)
-    for batch in dataset.select_columns("completion_ids").iter(batch_size=1000):
-        found = np.bincount(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in batch["completion_ids"]]))
+    for batch in dataset.select_columns(column).iter(batch_size=1000):
+        found = np.bincount(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in batch[column]]))
         counts, found = sorted((counts, found), key=len)
         found[: len(counts)] += counts
         counts = found
-    if not counts.any():
-        raise ValueError("The data holds no completion tokens to count.")
-    by_count = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist()
-    return list(dict.fromkeys([*keep, *by_count]))[:size]
+    return np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist()
 
 
 def vocabulary_coverage(dataset: Dataset, ids: Iterable[int]) -> float:

@@ -24,6 +24,14 @@ def test_the_likeliest_come_first_and_prefixes_are_the_smaller_lists():
     assert choose_draft_vocabulary(many, 2) == [6, 5]
 
 
+def test_tokens_of_prompts_fill_the_list():
+    """Catches a short list where answers will repeat names from prompts, and prompts that displace what was written."""
+    rows = Dataset.from_list([{"completion_ids": [7, 2], "prompt_ids": [5, 5, 7, 1]}] * 2)
+    assert choose_draft_vocabulary(rows, 2) == [2, 7]
+    assert choose_draft_vocabulary(rows, 3) == [2, 7, 5]
+    assert choose_draft_vocabulary(rows, 9) == [2, 7, 5, 1]
+
+
 def test_data_without_exact_ids_is_refused():
     with pytest.raises(ValueError, match="completion_ids"):
         choose_draft_vocabulary(Dataset.from_list([{"text": "a"}]), 3)
