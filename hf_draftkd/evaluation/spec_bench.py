@@ -5,7 +5,7 @@ from typing import Any
 from datasets import Dataset
 
 # MT-Bench's own categories; the other five tasks carry their name.
-_MT_BENCH = frozenset({"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"})
+MT_BENCH = frozenset({"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"})
 
 
 def is_spec_bench(dataset: Dataset) -> bool:
@@ -28,7 +28,7 @@ def spec_bench_prompts(dataset: Dataset) -> Dataset:
             raise ValueError(
                 f"Question {number} (counted from 0) has no first turn: `turns` must be a list of strings."
             )
-        task = "mt_bench" if row["category"] in _MT_BENCH else row["category"]
+        task = "mt_bench" if row["category"] in MT_BENCH else row["category"]
         return {"prompt": [{"role": "user", "content": turns[0]}], "category": task}
 
     return dataset.map(convert, with_indices=True, remove_columns=dataset.column_names)

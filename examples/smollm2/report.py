@@ -1,0 +1,138 @@
+"""Step 8: the tables of the README, from the results that the steps left.
+
+python examples/smollm2/report.py --results_dir WORK/results
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl import TrlParser
+
+LENGTHS = (1, 3, 5, 8)
+GOAL, SHARE = 2.4, 0.12
+
+
+@dataclass
+class Options:
+    """Where the results lie."""
+
+    results_dir: str = field(
+        default=str(Path(__file__).with_name("results")), metadata={"help": "Folder of the results."}
+    )
+
+
+def read(folder: Path, name: str) -> dict[str, Any] | None:
+    """A result, or None where its step was not run."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def cell(estimate: dict[str, float]) -> str:
+    """A value with its 95% interval, where there are several texts."""
+    between = f" ({estimate['low']:.2f} to {estimate['high']:.2f})" if "low" in estimate else ""
+    return f"{estimate['value']:.2f}{between}"
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def setting_name(setting: dict[str, Any]) -> str:
+    return "greedy" if setting["decoding"]["temperature"] == 0 else f"T = {setting['decoding']['temperature']:g}"
+
+
+def candidates(folder: Path) -> str:
+    found = read(folder, "candidates")
+    if found is None:
+        return ""
+    rows = [
+        [name, *(f"{of[key]:.3f}" for key in ("share_of_bytes", "acceptance_rate", "block_efficiency", "seconds"))]
+        for name, of in found["candidates"].items()
+    ]
+    return table(["layers, list", "bytes read ÷ target's", "α", "τ(5)", "seconds of training"], rows)
+
+
+def domain(folder: Path, names: list[str]) -> str:
+    """Every draft on GSM8K: acceptance, and tokens per target call by draft length."""
+    rows = []
+    results = {name: read(folder, f"{name}-gsm8k_test") for name in names}
+    reports = {name: result["report"] for name, result in results.items() if result}
+    if not reports:
+        return ""
+    first = next(iter(reports.values()))["baseline"]
+    for name, report in {"not distilled": first, **reports}.items():
+        for setting in report["settings"]:
+            efficiency = [cell(setting["block_efficiency"][str(length)]) for length in LENGTHS]
+            rows.append([name, setting_name(setting), cell(setting["acceptance_rate"]), *efficiency])
+            if "parallel" in setting:
+                tau = setting["parallel"]["block_efficiency"]
+                found = [cell(tau[str(length)]) if str(length) in tau else "" for length in LENGTHS]
+                rows.append([f"{name}, in one pass", setting_name(setting), "", *found])
+    return table(["draft", "setting", "α", *(f"τ({length})" for length in LENGTHS)], rows)
+
+
+def by_task(folder: Path, name: str) -> str:
+    """Mean accepted tokens with 5 drafted ones by task of Spec-Bench, the target's own token counted."""
+    result = read(folder, f"{name}-spec_bench")
+    if result is None:
+        return ""
+    tasks = result["report"]["groups"] | {"all": result["report"]["settings"]}
+    rows = [
+        [task, str(settings[0]["num_texts"])] + [cell(each["block_efficiency"]["5"]) for each in settings]
+        for task, settings in tasks.items()
+    ]
+    return table(["task", "questions", *(setting_name(each) for each in result["report"]["settings"])], rows)
+
+
+def speed(folder: Path) -> str:
+    rows = []
+    for path in sorted(folder.glob("speed-*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        report = result["report"]
+        cost, threads = report["latency"]["relative_cost"], report["hardware"]["num_threads"]
+        for setting in report["settings"]:
+            ways = {"`assistant_model=`": setting.get("assisted"), "`SpeculativeDecoding`": setting.get("speculative")}
+            ways["`SpeculativeDecoding`, in one pass"] = setting.get("parallel", {}).get("speculative")
+            for way, found in ways.items():
+                if found is not None:
+                    counted = f"{found['num_assistant_tokens']}", f"{found['mean_acceptance_length']:.2f}"
+                    times = f"{found['plain_tokens_per_second']:.0f}", cell(found["speedup"]), f"{cost:.2f}"
+                    name = path.stem.removeprefix("speed-")
+                    rows.append([name, str(threads), setting_name(setting), way, *counted, *times])
+    heads = ["draft", "threads", "setting", "way", "γ", "counted tokens per call", "plain tokens/s", "speed-up"]
+    return table([*heads, "draft step ÷ target step, whole head"], rows) if rows else ""
+
+
+def verdict(folder: Path, name: str) -> str:
+    """The goal, and which of acceptance and cost is to blame where it is missed."""
+    result = read(folder, f"{name}-gsm8k_test")
+    cost = read(folder, "draft")
+    if result is None or cost is None:
+        return ""
+    tau = result["report"]["settings"][0]["block_efficiency"]["5"]
+    listed = [read(folder, f"{name}-{rows}-coverage") for rows in ("gsm8k_test", "spec_bench")]
+    covered = " and ".join(f"{each['coverage']:.1%}" for each in listed if each)
+    reached = "reached" if tau["value"] >= GOAL else f"missed by {GOAL - tau['value']:.2f}"
+    share = cost["share_of_bytes"]
+    cheap = "kept" if share <= SHARE else f"exceeded by {share - SHARE:.3f}"
+    return (
+        f"Goal: τ(5) of {GOAL} greedy on GSM8K: {cell(tau)}, {reached}. Bytes read a step, at most {SHARE} of the "
+        f"target's: {share:.3f}, {cheap}. The list of tokens covers {covered} of the answers to GSM8K and Spec-Bench.\n"
+    )
+
+
+def main() -> None:
+    (options,) = TrlParser(Options).parse_args_and_config()
+    folder = Path(options.results_dir)
+    print(candidates(folder))
+    print(verdict(folder, "distilled"))
+    print(domain(folder, ["distilled", "parallel"]))
+    print(by_task(folder, "distilled"))
+    print(speed(folder))
+
+
+if __name__ == "__main__":
+    main()

