@@ -44,7 +44,8 @@ def logits_at(model: nn.Module, inputs: Mapping[str, Any], keep: Tensor) -> Tens
     head = unwrapped(model).get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, args: (args[0][keep.to(args[0].device)], *args[1:]))
     try:
-        return model(**_placed(model, inputs), use_cache=False).logits
+        with _without_routing_loss(model):
+            return model(**_placed(model, inputs), use_cache=False).logits
     finally:
         handle.remove()
 
@@ -157,7 +158,7 @@ def in_head(
         # The model's output is part of the graph, as wrappers that watch it expect.
         return output.reshape(1, 1, -1)
 
-    with _instead_of_head(head, forward):
+    with _instead_of_head(head, forward), _without_routing_loss(model):
         model(**_placed(model, inputs), use_cache=False)
     (result,) = results
     return result
@@ -183,16 +184,27 @@ def unwrapped(model: nn.Module) -> Any:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Dropout and load-balancing losses off, and every model put back afterwards as it was.
-
-    The loss that a mixture of experts adds (`output_router_logits`) takes the routing of the tokens that are read and
-    the mask of the whole text: with a cache, which holds the rest of the text, it fails.
-    """
+    """Dropout and load-balancing losses off, and every model put back afterwards as it was."""
     modes = [model.training for model in models]
-    configs = {id(config): config for model in models if (config := getattr(unwrapped(model), "config", None))}
-    routed = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
     for model in models:
         model.eval()
+    try:
+        with _without_routing_loss(*models):
+            yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+@contextmanager
+def _without_routing_loss(*models: nn.Module) -> Iterator[None]:
+    """No load-balancing loss of a mixture of experts (`output_router_logits`), which distillation has no use for.
+
+    It takes the routing of the tokens that are read and a mask [B, L] of the whole text: with a cache, which holds the
+    rest of the text, or with the mask of a parallel draft's blocks it fails.
+    """
+    configs = {id(config): config for model in models if (config := getattr(unwrapped(model), "config", None))}
+    routed = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
     for config in routed:
         config.output_router_logits = False
     try:
@@ -200,8 +212,6 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for config in routed:
             config.output_router_logits = True
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
 
 
 @contextmanager

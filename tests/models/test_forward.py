@@ -212,3 +212,18 @@ def test_batches_are_decoded_without_load_balancing_losses():
         assert torch.equal(model.generate(**batch), expected)
     assert model.config.output_router_logits
     assert model.training
+
+
+def test_a_mixture_of_experts_reads_a_mask_of_blocks():
+    """A parallel draft published with `output_router_logits` died in its first step, for a loss that nobody adds."""
+    model = tiny_model("mixtral")
+    ids, keep = torch.randint(3, 60, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
+    sees = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    vocab_size = model.config.vocab_size
+    expected = logits_at(model, {"input_ids": ids}, keep)
+    model.config.output_router_logits = True
+    inputs = {"input_ids": ids, "attention_mask": sees}
+    torch.testing.assert_close(logits_at(model, inputs, keep), expected)
+    unprojected = hidden_at(model, inputs, keep, head_arithmetic(model), vocab_size)
+    torch.testing.assert_close(unprojected.hidden @ model.lm_head.weight.T, expected)
+    assert model.config.output_router_logits
