@@ -322,4 +322,16 @@ def test_the_best_length_follows_from_times_in_the_engine():
     assert found.num_assistant_tokens == 3
     assert found.predicted_speedup == pytest.approx(1.25)
     assert found.worth_it
+    assert "Worth it by prediction, with 3 draft tokens a step, in vllm" in found.reason
     assert "3 would be best" in found.reason
+
+
+def test_no_length_is_best_by_times_that_a_busy_machine_took():
+    """By steps of 7, 20 and 11 ms a draft of 11 tokens would have been best."""
+    efficiency = {length: Estimate(1 + length / 4, None, None) for length in range(1, 17)}
+    found = recommend_in_engine(
+        "vllm", GREEDY, 4, efficiency[4], efficiency, 9.0, {1: 7.0, 4: 20.0, 8: 11.0}, Estimate(1.25, 1.1, 1.4)
+    )
+    assert found.num_assistant_tokens == 4
+    assert found.worth_it
+    assert "with 1, 4, 8 draft tokens do not grow" in found.reason

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -285,7 +286,10 @@ def recommend_in_engine(
         calls: Seconds of drafting and one target call there, by draft length.
         speedup: Measured.
     """
-    if len(calls) == 1:  # what a drafted token takes is not known
+    lengths = sorted(calls)
+    # A longer draft takes longer: where it did not, something else used the machine meanwhile.
+    is_steady = all(calls[shorter] < calls[longer] for shorter, longer in pairwise(lengths))
+    if len(calls) == 1 or not is_steady:  # what a drafted token takes is not known
         efficiency = None
     best, expected, break_even = length, counted.value * target_step / calls[length], None
     if efficiency is not None:
@@ -298,10 +302,18 @@ def recommend_in_engine(
         expected = predicted_speedup(values[best], best, times)
         break_even = break_even_acceptance_rate(times, tuple(values))
     worth_it = is_faster(speedup.value) or (best != length and is_faster(expected))
+    verdict = "Worth it" if worth_it else "Not worth it"
+    if worth_it and not is_faster(speedup.value):
+        verdict = f"Worth it by prediction, with {best} draft tokens a step,"
     reason = (
-        f"{'Worth it' if worth_it else 'Not worth it'} in {engine} on this machine, {setting}: measured "
-        f"{times_text(speedup)} the plain speed with {length} draft tokens a step"
+        f"{verdict} in {engine} on this machine, {setting}: measured {times_text(speedup)} the plain speed with "
+        f"{length} draft tokens a step"
     )
+    if not is_steady:
+        reason += (
+            f"; the times of steps with {', '.join(map(str, lengths))} draft tokens do not grow, since the machine was "
+            "not quiet, so no best length follows"
+        )
     if efficiency is not None:
         reason += (
             f"; by step times measured in {engine}, {best} would be best, predicted {expected:.2f} times behind the "
