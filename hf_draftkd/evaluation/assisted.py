@@ -10,10 +10,8 @@ token. The target carries the listener only inside the `with` block; results are
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -21,33 +19,12 @@ from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
 
 from hf_draftkd.acceptance import AcceptanceCounts
-from hf_draftkd.decoding.speculative import listening
+from hf_draftkd.decoding.speculative import OnRound, listening
 from hf_draftkd.models.draft_length import draft_length_settings
 from hf_draftkd.models.forward import unwrapped
 
 # The private method of `GenerationMixin` that returns the candidate generator of one `generate` call.
 _FACTORY = "_get_candidate_generator"
-
-
-@dataclass(frozen=True)
-class AssistedStep:
-    """One target call of an assisted `generate`: a draft, its verification, and the tokens it brought.
-
-    Attributes:
-        num_draft_tokens: Tokens proposed. Zero where nothing could be drafted, as for the last token before a limit.
-        num_accepted_tokens: Proposed tokens that are now part of the text, an accepted end of sequence included.
-        num_new_tokens: Tokens added to the text: the accepted ones, and the target's own unless the text ended.
-        draft_seconds: Wall-clock inside `get_candidates`.
-        seconds: Wall-clock of the whole step: drafting, verifying and choosing.
-        is_first: The first step of a call; it also reads the prompt, so it does not tell a step's cost.
-    """
-
-    num_draft_tokens: int
-    num_accepted_tokens: int
-    num_new_tokens: int
-    draft_seconds: float
-    seconds: float
-    is_first: bool
 
 
 @contextmanager
@@ -70,34 +47,23 @@ def count_acceptance(target_model: PreTrainedModel) -> Iterator[AcceptanceCounts
     Raises:
         ValueError: The target has no `generate`, or its calls are being counted already.
     """
-    counts = AcceptanceCounts()
-    lock = threading.Lock()
+    counts, lock = AcceptanceCounts(), threading.Lock()
 
     def add(*numbers: int) -> None:
         with lock:
             counts.record(*numbers)
 
-    def add_step(step: AssistedStep) -> None:
-        add(step.num_draft_tokens, step.num_accepted_tokens, step.num_new_tokens)
-
-    with observe_steps(target_model, add_step), listening(unwrapped(target_model), add):
+    with observe_rounds(target_model, add):
         yield counts
 
 
 @contextmanager
-def observe_steps(
-    target_model: PreTrainedModel, on_step: Callable[[AssistedStep], None], *, synchronize: bool = False
-) -> Iterator[None]:
-    """Call `on_step` after every target call of an assisted `generate`.
+def observe_rounds(target_model: PreTrainedModel, on_round: OnRound) -> Iterator[None]:
+    """Call `on_round(drafted, accepted, new)` for every text and target call of a `generate` with a draft, in the
+    thread that generates.
 
-    Args:
-        target_model: The model whose `generate` is called.
-        on_step: Receives each `AssistedStep`, in the thread that generates.
-        synchronize: Wait for the accelerator before reading the clock, so that the seconds of a step are its own.
-            Costs a little speed; counting does not need it.
-
-    Raises:
-        ValueError: As `count_acceptance`.
+    Accepted tokens are those that are now part of the text, an end of sequence included; new ones are the accepted and
+    the target's own. A `ValueError` as in `count_acceptance`.
     """
     target = unwrapped(target_model)
     if not hasattr(target, _FACTORY):
@@ -114,12 +80,13 @@ def observe_steps(
     build = getattr(target, _FACTORY)
 
     def build_and_listen(*args: Any, **kwargs: Any) -> CandidateGenerator:
-        return _listen(build(*args, **kwargs), on_step, synchronize)
+        return _listen(build(*args, **kwargs), on_round)
 
     build_and_listen._draftkd_observer = True  # type: ignore[attr-defined]
     setattr(target, _FACTORY, build_and_listen)
     try:
-        yield
+        with listening(target, on_round):
+            yield
     finally:
         if outer is None:
             delattr(target, _FACTORY)
@@ -150,48 +117,23 @@ def synchronize_accelerator() -> None:
         torch.accelerator.synchronize()
 
 
-def _listen(
-    generator: CandidateGenerator, on_step: Callable[[AssistedStep], None], synchronize: bool
-) -> CandidateGenerator:
+def _listen(generator: CandidateGenerator, on_round: OnRound) -> CandidateGenerator:
     """Shadow the two methods on this one object: it keeps its class (the loop asks), and dies with the call."""
     get_candidates = generator.get_candidates
     update_candidate_strategy = generator.update_candidate_strategy
-
-    def clock() -> float:
-        if synchronize:
-            synchronize_accelerator()
-        return perf_counter()
-
-    prefix_length = 0
-    candidates: torch.Tensor | None = None
-    started = drafted = 0.0
-    is_first = True
+    length = 0
+    candidates = torch.empty(0)
 
     def counting_get(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        nonlocal prefix_length, candidates, started, drafted
-        started = clock()
-        prefix_length = input_ids.shape[1]
-        candidate_ids, candidate_logits = get_candidates(input_ids, *args, **kwargs)
-        candidates = candidate_ids[0, prefix_length:]
-        drafted = clock()
-        return candidate_ids, candidate_logits
+        nonlocal length, candidates
+        found = get_candidates(input_ids, *args, **kwargs)
+        length = input_ids.shape[1]
+        candidates = found[0][0, length:]
+        return found
 
     def counting_update(input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
-        nonlocal candidates, is_first
-        finished = clock()
-        if candidates is not None:
-            new_tokens = input_ids[0, prefix_length:]
-            on_step(
-                AssistedStep(
-                    num_draft_tokens=candidates.numel(),
-                    num_accepted_tokens=_length_of_common_prefix(candidates, new_tokens),
-                    num_new_tokens=new_tokens.numel(),
-                    draft_seconds=drafted - started,
-                    seconds=finished - started,
-                    is_first=is_first,
-                )
-            )
-            candidates, is_first = None, False
+        new_tokens = input_ids[0, length:]
+        on_round(candidates.numel(), _length_of_common_prefix(candidates, new_tokens), new_tokens.numel())
         update_candidate_strategy(input_ids, scores, num_matches)
 
     generator.get_candidates = counting_get

@@ -8,7 +8,7 @@ import torch
 from transformers import TextIteratorStreamer, pipeline
 
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.assisted import AssistedStep, count_acceptance, fixed_draft_length, observe_steps
+from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length, observe_rounds
 from hf_draftkd.evaluation.timing import single_text_config
 from tests.tiny import tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
 
@@ -56,15 +56,14 @@ def test_counts_equal_a_reference_written_from_the_definition(gamma, eos_scale):
     """An accepted end of sequence counted one short, or a draft shortened by the length limit counted in full."""
     draft, target = tiny_pair("llama", eos_scale=eos_scale)
     prompts = tiny_prompts(tiny_tokenizer(), 6)
-    steps: list[AssistedStep] = []
+    rounds = []
     with torch.no_grad():
         expected = [greedy_reference(target, draft, prompt, gamma) for prompt in prompts]
-        with fixed_draft_length(draft, gamma), observe_steps(target, steps.append):
+        with fixed_draft_length(draft, gamma), observe_rounds(target, lambda *numbers: rounds.append(numbers)):
             texts = [generate(target, draft, prompt) for prompt in prompts]
     assert texts == [text for text, _ in expected]
     assert any(text[-1] == 1 for text in texts) == (eos_scale > 0)
-    found = [(step.num_draft_tokens, step.num_accepted_tokens, step.num_new_tokens) for step in steps]
-    assert found == [step for _, of_text in expected for step in of_text]
+    assert rounds == [step for _, of_text in expected for step in of_text]
 
 
 def test_an_accepted_end_of_sequence_is_an_accepted_token():
@@ -216,12 +215,12 @@ def test_prompt_lookup_is_counted(pair):
     _, target = pair
     prompt = tiny_prompts(tiny_tokenizer(), 1)[0].repeat(1, 3)
     config = single_text_config(target, GREEDY, NEW_TOKENS, prompt_lookup_num_tokens=4)
-    steps: list[AssistedStep] = []
-    with observe_steps(target, steps.append):
+    rounds = []
+    with observe_rounds(target, lambda *numbers: rounds.append(numbers)):
         output = target.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
-    assert sum(step.num_new_tokens for step in steps) == output.shape[1] - prompt.shape[1]
-    assert all(step.num_new_tokens <= step.num_accepted_tokens + 1 for step in steps)
-    assert {step.num_draft_tokens for step in steps} <= set(range(5))
+    assert sum(new for _, _, new in rounds) == output.shape[1] - prompt.shape[1]
+    assert all(new <= accepted + 1 for _, accepted, new in rounds)
+    assert {drafted for drafted, _, _ in rounds} <= set(range(5))
 
 
 @pytest.mark.parametrize("setting", [GREEDY, DecodingSetting(1.0)], ids=["greedy", "sampled"])
@@ -234,13 +233,13 @@ def test_a_draft_with_another_tokenizer_is_counted(setting):
     )
     draft, target = tiny_llama(3, 280), tiny_llama(0, 300)
     prompt = tiny_prompts(target_tokenizer, 1)[0]
-    steps: list[AssistedStep] = []
-    with fixed_draft_length(draft, 3), observe_steps(target, steps.append):
+    rounds = []
+    with fixed_draft_length(draft, 3), observe_rounds(target, lambda *numbers: rounds.append(numbers)):
         text = generate(target, draft, prompt, setting, tokenizer=target_tokenizer, assistant_tokenizer=draft_tokenizer)
-    assert sum(step.num_new_tokens for step in steps) == len(text)
-    for step in steps:
-        assert 0 <= step.num_accepted_tokens <= step.num_draft_tokens
-        assert step.num_accepted_tokens <= step.num_new_tokens <= step.num_accepted_tokens + 1
+    assert sum(new for _, _, new in rounds) == len(text)
+    for drafted, accepted, new in rounds:
+        assert 0 <= accepted <= drafted
+        assert accepted <= new <= accepted + 1
 
 
 # peft 0.21 asks transformers 5.23 for an attribute under its old name.
