@@ -1,6 +1,6 @@
 """Is this draft worth using? One call: the target's own text, exact rates, measured times, a recommendation."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.environment import hardware_info, model_info
 from hf_draftkd.evaluation.latency import draft_step_seconds, measure_latency
-from hf_draftkd.evaluation.parallel import joined, parallel_result
 from hf_draftkd.evaluation.recommendation import (
     ASSISTANT_MODEL,
     PARALLEL,
@@ -34,13 +33,13 @@ from hf_draftkd.evaluation.report import (
     SpeculationReport,
     VocabularyResult,
 )
-from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, PassResult, score_texts
+from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, PassResult, TextSums, in_one_pass, score_texts
 from hf_draftkd.evaluation.self_check import checked_decodings, self_check
 from hf_draftkd.evaluation.statistics import (
     assisted_result,
-    by_prompt,
     compare_with_prediction,
     paired_difference,
+    parallel_result,
     setting_result,
 )
 from hf_draftkd.evaluation.texts import (
@@ -196,12 +195,8 @@ class _Evaluation:
             "seed": config.seed,
         }
         self.warnings = texts.warnings
-        self.passes: list[PassResult] = []
+        self.scored: list[tuple[TextSet, PassResult]] = []
         self.kinds = [[token_kinds(tokenizer, text.completion_ids) for text in each.texts] for each in texts.sets]
-
-    @property
-    def scored(self) -> Iterator[tuple[TextSet, PassResult]]:
-        return zip(self.texts.sets, self.passes, strict=True)
 
     def score(self) -> list[DraftResult]:
         """One pass of target and drafts over every text set."""
@@ -222,8 +217,9 @@ class _Evaluation:
                     batch_size=self.config.batch_size,
                     on_texts=bar.update,
                 )
-                self.passes.append(scored)
                 self.warnings += plausibility_warnings(self.target_model, texts, scored.share_plausible)
+                is_exact = texts.is_exact and scored.share_plausible >= PLAUSIBLE
+                self.scored.append((replace(texts, is_exact=is_exact), scored))
         return [
             DraftResult(draft=model_info(draft), settings=self._settings(index))
             for index, draft in enumerate(self.drafts)
@@ -235,8 +231,7 @@ class _Evaluation:
         for texts, scored in self.scored:
             for rule in self._rules(texts):
                 both = scored.drafts[index][rule], scored.drafts[baseline][rule]
-                has_blocks = _has_blocks(texts, scored)
-                found.append(paired_difference(texts.setting, rule, *both, texts.prompts, has_blocks=has_blocks))
+                found.append(paired_difference(texts.setting, rule, *both, texts.prompts, has_blocks=texts.is_exact))
         return found
 
     def groups(self, index: int) -> dict[str, list[SettingResult]] | None:
@@ -247,7 +242,7 @@ class _Evaluation:
     def answers(self, index: int) -> list[Answer] | None:
         """A few texts of the first setting that the target wrote itself, token by token for one draft."""
         for texts, scored in self.scored:
-            if self.config.num_answers and _has_blocks(texts, scored):
+            if self.config.num_answers and texts.is_exact:
                 draft, rule = self.drafts[index], self._rules(texts)[0]
                 models = draft, self.target_model, self.tokenizer
                 sums = scored.drafts[index][rule]
@@ -342,7 +337,7 @@ class _Evaluation:
                 chosen = [text for text, name in enumerate(texts.groups or []) if name == group]
                 if not chosen:
                     continue
-                sums = {rule: joined([of_rule], chosen) for rule, of_rule in sums.items()}
+                sums = {name: TextSums.joined([of], chosen) for name, of in sums.items()}
                 prompts = [prompts[text] for text in chosen]
             for rule in self._rules(texts):
                 result_of = partial(
@@ -352,7 +347,7 @@ class _Evaluation:
                     prompts=prompts,
                     num_assistant_tokens=self.reported_length,
                     parameter_ratio=ratio,
-                    has_blocks=_has_blocks(texts, scored),
+                    has_blocks=texts.is_exact,
                 )
                 as_transformers = sums.get(AS_TRANSFORMERS) if rule == "rejection_sampling" else None
                 found = result_of(sums[rule], as_transformers=as_transformers)
@@ -365,17 +360,16 @@ class _Evaluation:
                     if of_draft == index
                 ]
                 if listed:  # the whole vocabulary last
-                    listed.append((draft.config.get_text_config().vocab_size, found))
                     found.draft_vocabulary = [
                         VocabularyResult(
                             size=size, acceptance_rate=of.acceptance_rate, block_efficiency=of.block_efficiency
                         )
-                        for size, of in listed
+                        for size, of in (*listed, (draft.config.get_text_config().vocab_size, found))
                     ]
                 if found.block_efficiency:
                     add_token_results(found, sums[rule], texts, kinds)
-                    if by_depth := scored.parallel[index].get(rule):
-                        found.parallel = parallel_result(by_depth, partial(by_prompt, prompts))
+                    if by_depth := sums.get(in_one_pass(rule)):
+                        found.parallel = parallel_result(by_depth, prompts)
         return results
 
     def _vocab_size(self, draft: PreTrainedModel) -> int:
@@ -397,11 +391,6 @@ class _Evaluation:
             )
         count = min(count, len(unique))
         return [unique[place * len(unique) // count] for place in range(count)]
-
-
-def _has_blocks(texts: TextSet, scored: PassResult) -> bool:
-    """Whether the target itself wrote these texts under the setting they are reported for."""
-    return texts.is_exact and scored.share_plausible >= PLAUSIBLE
 
 
 def _ranking(results: Sequence[DraftResult], length: int) -> list[int]:

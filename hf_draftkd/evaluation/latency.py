@@ -14,9 +14,9 @@ from hf_draftkd.acceptance import DRAFT_LENGTHS
 from hf_draftkd.decoding.drafting import with_sliced_head
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.assisted import fixed_draft_length, observe_rounds, synchronize_accelerator
-from hf_draftkd.evaluation.parallel import lengths_of
 from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE, WAYS, forward_latency
 from hf_draftkd.evaluation.report import GenerateOverhead, LatencyResult
+from hf_draftkd.evaluation.scoring import lengths_of
 from hf_draftkd.evaluation.timing import generate_text, single_text_config, way_options
 from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.parallel import parallel_draft

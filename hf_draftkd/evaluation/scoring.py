@@ -5,6 +5,7 @@ Two halves. `token_scores` and `sum_texts` are pure functions on tensors, which 
 memory grows neither with vocabulary times text length nor with the number of texts.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,13 +21,24 @@ from hf_draftkd.acceptance import (
     token_acceptance_rate,
 )
 from hf_draftkd.acceptance.tensors import only_listed
+from hf_draftkd.data.parallel import attention_mask_for
 from hf_draftkd.decoding.processors import logits_processors, process_logits, transformers_draft_processors
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.parallel import ParallelSums, deeper_logits, joined
-from hf_draftkd.models.parallel import parallel_draft
+from hf_draftkd.models.parallel import ParallelDraft, parallel_draft
 
 EXACT = "exact_match"  # how greedy text is verified, whatever the engine
 AS_TRANSFORMERS = "as_transformers"
+
+
+def in_one_pass(rule: str) -> str:
+    """The name of a parallel draft's sums under a verification rule, with all tokens of a block from one pass of it."""
+    return f"{rule}_in_one_pass"
+
+
+def lengths_of(num_tokens: int) -> tuple[int, ...]:
+    """The draft lengths that are reported of a parallel draft of K tokens."""
+    return tuple(length for length in DRAFT_LENGTHS if length <= num_tokens)
+
 
 # Logits held at once by a model, in numbers: 64 MB in float32 on a CPU, 256 MB on an accelerator.
 _LOGITS_AT_ONCE, _LOGITS_AT_ONCE_ACCELERATOR = 2**24, 2**26
@@ -57,8 +69,9 @@ class TextSums:
 
     Attributes:
         num_tokens: `[N]`, float64: completion tokens.
-        acceptance: `[N]`, float64: α summed over tokens.
-        target_calls: `[N, 16]`, float64: expected target calls for γ = 1…16.
+        acceptance: `[N]`, float64: α summed over tokens; of a parallel draft `[N, K]`, at each depth over those that
+            can be drafted there.
+        target_calls: `[N, 16]`, float64: expected target calls for γ = 1…16, of a parallel draft for γ = 1…min(K, 16).
         accepted: a_t of every token, one float64 tensor per text.
     """
 
@@ -67,6 +80,16 @@ class TextSums:
     target_calls: torch.Tensor
     accepted: list[torch.Tensor]
 
+    @classmethod
+    def joined(cls, parts: Sequence["TextSums"], order: Sequence[int]) -> "TextSums":
+        """Sums of several batches as one, its texts in the order named."""
+        columns: list[Any] = []
+        for column in zip(*(vars(part).values() for part in parts), strict=True):
+            rows = [row for rows in column for row in rows]
+            chosen = [rows[text] for text in order]
+            columns.append(torch.stack(chosen) if isinstance(column[0], torch.Tensor) else chosen)
+        return cls(*columns)
+
 
 @dataclass(frozen=True)
 class PassResult:
@@ -74,18 +97,16 @@ class PassResult:
 
     Attributes:
         drafts: For each draft, in the order given: verification rule → sums. `as_transformers` stands beside the rules
-            where transformers' `generate` warps the draft's distribution differently (`transformers_draft_processors`).
+            where transformers' `generate` warps the draft's distribution differently (`transformers_draft_processors`),
+            and `in_one_pass` of each rule for a parallel draft.
         share_plausible: Share of the tokens that this target could have written under the setting: its likeliest one
             when greedy, any with a chance above 0 when sampling.
         listed: The same as `drafts`, for each of the `draft_vocabularies` asked for.
-        parallel: For each draft the sums of drafting in one pass a block, by verification rule; none of a draft that is
-            not a parallel one.
     """
 
     drafts: list[dict[str, TextSums]]
     share_plausible: float
     listed: list[dict[str, TextSums]]
-    parallel: list[dict[str, ParallelSums]]
 
 
 def token_scores(
@@ -116,17 +137,24 @@ def token_scores(
 
 
 def sum_texts(scores: TokenScores, mask: torch.Tensor) -> TextSums:
-    """Add up scores `[B, T]` over the tokens of each text, where `mask` is true: one run from the left.
+    """Add up scores `[B, T]`, or `[B, T, K]` by depth, over the tokens of each text, where `mask` `[B, T]` is true: one
+    run from the left.
 
     Raises:
         ValueError: The mask has gaps, or scores are no probabilities.
     """
-    mask = mask.bool().cpu()
-    accepted = scores.accepted.cpu().double()
+    counted = mask = mask.bool().cpu()
+    acceptance, accepted = scores.acceptance.cpu().double(), scores.accepted.cpu().double()
+    lengths = DRAFT_LENGTHS
+    if accepted.ndim == 3:
+        depths = torch.arange(accepted.shape[2])
+        # The first token of a text cannot be the second of a block.
+        counted = mask[..., None] & (depths <= torch.arange(mask.shape[1])[:, None])
+        lengths = lengths_of(len(depths))
     return TextSums(
         num_tokens=mask.sum(1).double(),
-        acceptance=(scores.acceptance.cpu().double() * mask).sum(1),
-        target_calls=expected_target_calls(accepted, DRAFT_LENGTHS, mask),
+        acceptance=(acceptance * counted).sum(1),
+        target_calls=expected_target_calls(accepted, lengths, mask),
         accepted=[row[keep] for row, keep in zip(accepted, mask, strict=True)],
     )
 
@@ -163,28 +191,19 @@ def score_texts(
     """
     order = sorted(range(len(texts)), key=lambda index: sum(map(len, texts[index])))
     scorer = _Scorer(target_model, setting, verification, vocab_size, draft_vocabularies)
-    drafts = range(len(draft_models) + len(draft_vocabularies))
-    parts: dict[tuple[int, str], list[TextSums]] = {(draft, name): [] for draft in drafts for name in scorer.names}
-    parallel: dict[tuple[int, str], list[ParallelSums]] = {}
+    parts: dict[int, dict[str, list[TextSums]]] = defaultdict(lambda: defaultdict(list))
     plausible = total = 0
     for start in range(0, len(order), batch_size):
         batch = [texts[index] for index in order[start : start + batch_size]]
-        scores, by_depth, mask, num_plausible = _score_batch(target_model, draft_models, batch, scorer)
-        for part, (acceptance, accepted) in zip(parts.values(), scores.flatten(0, 1), strict=True):
-            part.append(sum_texts(TokenScores(acceptance, accepted), mask))
-        for draft, deep in by_depth.items():
-            for place, rule in enumerate(scorer.rules):
-                parallel.setdefault((draft, rule), []).append(ParallelSums.of(deep[place, 0], deep[place, 1], mask))
+        scores, mask, num_plausible = _score_batch(target_model, draft_models, batch, scorer)
+        for (draft, name), (acceptance, accepted) in scores.items():
+            parts[draft][name].append(sum_texts(TokenScores(acceptance, accepted), mask))
         plausible += num_plausible
         total += int(mask.sum())
         on_texts(len(batch))
     back = sorted(range(len(order)), key=order.__getitem__)
-    sums = [{name: joined(parts[draft, name], back) for name in scorer.names} for draft in drafts]
-    depths = [
-        {rule: joined(part, back) for (draft, rule), part in parallel.items() if draft == index}
-        for index in range(len(draft_models))
-    ]
-    return PassResult(sums[: len(draft_models)], plausible / max(total, 1), sums[len(draft_models) :], depths)
+    sums = [{name: TextSums.joined(found, back) for name, found in parts[draft].items()} for draft in sorted(parts)]
+    return PassResult(sums[: len(draft_models)], plausible / max(total, 1), sums[len(draft_models) :])
 
 
 @torch.inference_mode()
@@ -203,6 +222,17 @@ def proposed_tokens(
     places = torch.arange(start, tokens.shape[1], device=draft_model.device)
     processors = logits_processors(setting, target_model)
     return process_logits(logits, tokens.expand(len(places), -1), places, processors).argmax(-1).tolist()
+
+
+class _Positions(NamedTuple):
+    """N positions of written texts."""
+
+    tokens: torch.Tensor
+    """`[N]`: the token that was written there."""
+    texts: torch.Tensor
+    """`[N, L]`: the text it belongs to."""
+    places: torch.Tensor
+    """`[N]`: where in that text."""
 
 
 class _Scorer:
@@ -228,62 +258,52 @@ class _Scorer:
         self.draft_processors: LogitsProcessorList | None = None
         if "rejection_sampling" in self.rules:
             self.draft_processors = transformers_draft_processors(setting, target_model)
-        self.names = (*self.rules, *((AS_TRANSFORMERS,) if self.draft_processors is not None else ()))
 
     def score(
-        self, logits: list[torch.Tensor], tokens: torch.Tensor, prefixes: torch.Tensor, prefix_lengths: torch.Tensor
-    ) -> tuple[torch.Tensor, int]:
-        """Acceptance and accepted of N positions, `[D, names, 2, N]`, and how many of their tokens are plausible.
+        self, target: torch.Tensor, drafts: Sequence[torch.Tensor], deeper: dict[int, torch.Tensor], at: _Positions
+    ) -> tuple[dict[tuple[int, str], torch.Tensor], int]:
+        """Acceptance and accepted of N positions, and how many of their tokens are plausible.
 
-        `logits` are those of the target, then of each draft, `[N, V]`; D counts each draft once more for each list.
+        Args:
+            target: Its logits `[N, V]`.
+            drafts: Logits `[N, V]` of each.
+            deeper: Of each parallel draft the logits at depth 2 to K, `[N, K − 1, V]`.
+            at: The positions.
+
+        Returns:
+            `[2, N]`, in one pass `[2, N, K]`, by draft and name; each list of ids counts as a further draft.
         """
-        target = process_logits(logits[0], prefixes, prefix_lengths, self.processors)
-        written = target.gather(-1, tokens[:, None]).squeeze(-1)
-        plausible = written == target.amax(-1) if self.setting.is_greedy else written > float("-inf")
-        scores = []
-        for raw in (*logits[1:], *(only_listed(logits[1 + draft], ids) for draft, ids in self.listed)):
-            scores.append(self._by_rule(target, raw, tokens, prefixes, prefix_lengths))
+        p = process_logits(target, at.texts, at.places, self.processors)
+        written = p.gather(-1, at.tokens[:, None]).squeeze(-1)
+        plausible = written == p.amax(-1) if self.setting.is_greedy else written > float("-inf")
+        found: dict[tuple[int, str], torch.Tensor] = {}
+        for number, raw in enumerate((*drafts, *(only_listed(drafts[draft], ids) for draft, ids in self.listed))):
+            for rule, scores in self._by_rule(p, raw, at).items():
+                found[number, rule] = scores
             if self.draft_processors is not None:
-                warped = process_logits(raw, prefixes, prefix_lengths, self.draft_processors)
-                as_transformers = torch.stack(token_scores(warped, target, tokens, is_greedy=False))
-                scores[-1] = torch.cat([scores[-1], as_transformers[None]])
-        return torch.stack(scores), int(plausible.sum())
+                q = process_logits(raw, at.texts, at.places, self.draft_processors)
+                found[number, AS_TRANSFORMERS] = torch.stack(token_scores(q, p, at.tokens, is_greedy=False))
+        for number, by_depth in deeper.items():
+            depths = [self._by_rule(p, raw, at) for raw in by_depth.unbind(1)]
+            for rule in self.rules:
+                found[number, in_one_pass(rule)] = torch.stack([found[number, rule], *(of[rule] for of in depths)], -1)
+        return found, int(plausible.sum())
 
-    def score_deeper(
-        self,
-        target: torch.Tensor,
-        deeper: torch.Tensor,
-        tokens: torch.Tensor,
-        prefixes: torch.Tensor,
-        prefix_lengths: torch.Tensor,
-    ) -> torch.Tensor:
-        """The same of a parallel draft at depth 2 to K, from its logits `[N, K − 1, V]`: `[rules, 2, N, K − 1]`."""
-        target = process_logits(target, prefixes, prefix_lengths, self.processors)
-        by_depth = [self._by_rule(target, raw, tokens, prefixes, prefix_lengths) for raw in deeper.unbind(1)]
-        return torch.stack(by_depth, -1)
-
-    def _by_rule(
-        self,
-        target: torch.Tensor,
-        raw: torch.Tensor,
-        tokens: torch.Tensor,
-        prefixes: torch.Tensor,
-        prefix_lengths: torch.Tensor,
-    ) -> torch.Tensor:
-        """`[rules, 2, N]` from a draft's logits and the processed ones of the target, `[N, V]`."""
-        scores = []
+    def _by_rule(self, p: torch.Tensor, raw: torch.Tensor, at: _Positions) -> dict[str, torch.Tensor]:
+        """`[2, N]` by rule, from a draft's logits and the processed ones of the target, `[N, V]`."""
+        found = {}
         for rule in self.rules:
-            draft = process_logits(raw, prefixes, prefix_lengths, self.rule_processors.get(rule, self.processors))
-            found = token_scores(draft, target, tokens, is_greedy=self.setting.is_greedy, verification=rule)
-            scores.append(torch.stack(found))
-        return torch.stack(scores)
+            q = process_logits(raw, at.texts, at.places, self.rule_processors.get(rule, self.processors))
+            scores = token_scores(q, p, at.tokens, is_greedy=self.setting.is_greedy, verification=rule)
+            found[rule] = torch.stack(scores)
+        return found
 
 
 def _score_batch(
     target_model: PreTrainedModel, draft_models: Sequence[PreTrainedModel], texts: Sequence[Text], scorer: _Scorer
-) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor, int]:
-    """The scorer's scores, `[D, names, 2, B, T]` and 0 where a text has ended; those of parallel drafts by depth,
-    `[rules, 2, B, T, K]`; which have not; plausible tokens.
+) -> tuple[dict[tuple[int, str], torch.Tensor], torch.Tensor, int]:
+    """The scorer's scores, `[2, B, T]` or `[2, B, T, K]` and 0 where a text has ended; which have not; plausible
+    tokens.
     """
     device = target_model.device
     prompt_lengths, completion_lengths = (
@@ -295,14 +315,10 @@ def _score_batch(
     is_completion = (places >= prompt_lengths[:, None]) & (places < (prompt_lengths + completion_lengths)[:, None])
     mask = torch.arange(int(completion_lengths.max()), device=device) < completion_lengths[:, None]
 
-    scores = torch.zeros(len(draft_models) + len(scorer.listed), len(scorer.names), 2, *mask.shape, device=device)
-    parallel = {place: each for place, draft in enumerate(draft_models) if (each := parallel_draft(draft.config))}
-    by_depth = {
-        place: torch.zeros(len(scorer.rules), 2, *mask.shape, each.num_tokens, device=device)
-        for place, each in parallel.items()
-    }
+    scores: dict[tuple[int, str], torch.Tensor] = {}
     num_plausible = 0
     readers = [_Reader(model) for model in (target_model, *draft_models)]
+    parallel = {place: each for place, draft in enumerate(draft_models) if (each := parallel_draft(draft.config))}
     # The token at t is chosen by the logits at t - 1; nothing before the shortest prompt's last token is needed.
     start, stop = int(prompt_lengths.min()) - 1, tokens.shape[1] - 1
     for reader in readers:
@@ -321,19 +337,22 @@ def _score_batch(
                 raise FloatingPointError(
                     f"The {name}'s logits hold NaN or inf: its weights or its number format are broken."
                 )
+        deeper = {
+            place: readers[place + 1]
+            .deeper(begin, end, start, each)[rows, offsets, :, : scorer.vocab_size]
+            .to(device, torch.float32)
+            for place, each in parallel.items()
+        }
         positions = begin + 1 + offsets
-        found, plausible = scorer.score(logits, tokens[rows, positions], tokens[rows], positions)
-        scores[..., rows, positions - prompt_lengths[rows]] = found.float()
+        at = _Positions(tokens[rows, positions], tokens[rows], positions)
+        found, plausible = scorer.score(logits[0], logits[1:], deeper, at)
+        for key, of in found.items():
+            if key not in scores:
+                scores[key] = torch.zeros(2, *mask.shape, *of.shape[2:], device=device)
+            scores[key][:, rows, positions - prompt_lengths[rows]] = of.float()
         num_plausible += plausible
-        for place, each in parallel.items():
-            deeper = deeper_logits(readers[place + 1], begin, end, start, each)[rows, offsets]
-            deeper = deeper[..., : scorer.vocab_size].to(device, torch.float32)
-            deeper = scorer.score_deeper(logits[0], deeper, tokens[rows, positions], tokens[rows], positions)
-            all_depths = torch.cat([found[place, : len(scorer.rules), :, :, None], deeper], -1)
-            by_depth[place][:, :, rows, positions - prompt_lengths[rows]] = all_depths.float()
     # A token the target could not have written has no defined a_t; `share_plausible` reports it.
-    by_depth = {place: deeper.nan_to_num(0.0) for place, deeper in by_depth.items()}
-    return scores.nan_to_num(0.0), by_depth, mask, num_plausible
+    return {key: of.nan_to_num(0.0) for key, of in scores.items()}, mask, num_plausible
 
 
 class _Reader:
@@ -364,3 +383,34 @@ class _Reader:
         """Read without needing the logits."""
         if tokens.shape[1]:
             self.read(tokens, **({"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}))
+
+    def deeper(self, begin: int, end: int, first: int, draft: ParallelDraft) -> torch.Tensor:
+        """What a parallel draft says at depth 2 to K of the tokens behind positions `begin` to `end`, just read.
+
+        From every position at once: behind the cached text come the blocks of mask tokens of all positions, each of
+        which sees the text up to its own position and itself.
+
+        Returns:
+            `[B, end − begin, K − 1, V]`; meaningless where a block would begin before `first`, the first position that
+            is ever drafted from.
+        """
+        steps = draft.num_tokens - 1
+        bases = torch.arange(max(first, begin - steps), end, device=self.device)
+        base, step = bases.repeat_interleave(steps), torch.arange(1, steps + 1, device=self.device).repeat(len(bases))
+        sees_text = torch.arange(end, device=self.device) <= base[:, None]
+        sees_block = (base == base[:, None]) & (step <= step[:, None])
+        sees = torch.cat([sees_text, sees_block], 1).expand(self.batch_size, 1, -1, -1)
+        logits = self.model(
+            input_ids=torch.full((self.batch_size, len(base)), draft.mask_token_id, device=self.device),
+            position_ids=(base + step).expand(self.batch_size, -1),
+            attention_mask=attention_mask_for(self.model, sees),
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        ).logits.unflatten(1, (len(bases), steps))
+        self.cache.crop(-len(base))
+        # The block of base t says at its j-th mask token what comes after position t + j.
+        positions = torch.arange(begin, end, device=self.device)[:, None]
+        jumps = torch.arange(steps, device=self.device)
+        places = (positions - jumps - 1 - bases[0]).clamp(min=0)
+        return logits[:, places, jumps]

@@ -12,7 +12,7 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length
 from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE
 from hf_draftkd.evaluation.report import Comparison, SelfCheck
-from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, Text, score_texts
+from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, Text, in_one_pass, score_texts
 from hf_draftkd.evaluation.timing import generate_text, single_text_config, way_options
 from hf_draftkd.models.parallel import parallel_draft
 
@@ -64,12 +64,11 @@ def self_check(
             texts.append(Text(prompt, generate_text(target_model, prompt, config, seed=seed + number)[0]))
             if (number + 1) % repeats == 0:
                 on_prompt()
-        found = score_texts(target_model, [draft_model], texts, setting, vocab_size=vocab_size)
-        sums, rule = found.drafts[0], EXACT if setting.is_greedy else "rejection_sampling"
-        exact = sums[rule]
+        (sums,) = score_texts(target_model, [draft_model], texts, setting, vocab_size=vocab_size).drafts
+        rule = EXACT if setting.is_greedy else "rejection_sampling"
         # For transformers' own loop its warping of the draft is what is computed.
-        computed: dict[str, Any] = {ASSISTANT_MODEL: sums.get(AS_TRANSFORMERS, exact), SPECULATIVE: exact}
-        computed[PARALLEL] = found.parallel[0].get(rule)
+        names = {ASSISTANT_MODEL: AS_TRANSFORMERS, PARALLEL: in_one_pass(rule)}
+        computed = {way: sums.get(names.get(way, rule), sums[rule]) for way in ways}
         for way, length in checked_decodings(ways, draft_model):
             options, per_text = way_options(way, draft_model, length), []
             # Other random numbers than the plain texts had: two independent samples are compared.

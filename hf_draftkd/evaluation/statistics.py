@@ -26,7 +26,13 @@ from hf_draftkd.evaluation.recommendation import (
     measured_run,
     way_latency,
 )
-from hf_draftkd.evaluation.report import AssistedResult, LatencyResult, PairedDifference, SettingResult
+from hf_draftkd.evaluation.report import (
+    AssistedResult,
+    LatencyResult,
+    PairedDifference,
+    ParallelResult,
+    SettingResult,
+)
 from hf_draftkd.evaluation.scoring import TextSums
 from hf_draftkd.evaluation.timing import DecodingRun
 
@@ -101,10 +107,23 @@ def paired_difference(
     return difference
 
 
+def parallel_result(sums: TextSums, prompts: Sequence[int]) -> ParallelResult:
+    """The results of drafting in one pass, by sums at each of K depths."""
+    rates, num_tokens = [], sums.acceptance.shape[1]
+    for depth in range(num_tokens):
+        # The first tokens of a text cannot stand so deep in a block.
+        can_be = (sums.num_tokens - depth).clamp(min=0)
+        if can_be.any():
+            rates.append(bootstrap_ratio(*by_prompt(prompts, sums.acceptance[:, depth], can_be)))
+    return ParallelResult(
+        num_tokens=num_tokens, acceptance_by_depth=rates, block_efficiency=_block_efficiency(sums, prompts)
+    )
+
+
 def _block_efficiency(sums: TextSums, prompts: Sequence[int]) -> dict[int, Estimate]:
     return {
-        length: bootstrap_ratio(*by_prompt(prompts, sums.num_tokens, sums.target_calls[:, index]))
-        for index, length in enumerate(DRAFT_LENGTHS)
+        length: bootstrap_ratio(*by_prompt(prompts, sums.num_tokens, calls))
+        for length, calls in zip(DRAFT_LENGTHS, sums.target_calls.T, strict=False)
     }
 
 

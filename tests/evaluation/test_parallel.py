@@ -15,7 +15,8 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation import scoring
 from hf_draftkd.evaluation.recommendation import PARALLEL, recommend, recommend_overall
 from hf_draftkd.evaluation.report import ParallelResult, SpeculationReport
-from hf_draftkd.evaluation.scoring import EXACT, Text, score_texts
+from hf_draftkd.evaluation.scoring import EXACT, Text, in_one_pass, score_texts
+from hf_draftkd.evaluation.statistics import parallel_result
 from hf_draftkd.evaluation.tables import ReportTable
 from hf_draftkd.models.parallel import store_parallel_draft
 from tests.evaluation.samples import assisted, latency, setting
@@ -78,7 +79,7 @@ def test_greedy_block_efficiency_equals_counting_to_the_last_digit(architecture,
     prompts = tiny_prompts(tokenizer, 5)
     texts = write(target, tokenizer, prompts, decoding)
     found = score_texts(target, [draft], texts, decoding, vocab_size=300, batch_size=3)
-    sums = found.parallel[0][EXACT]
+    sums = found.drafts[0][in_one_pass(EXACT)]
     for gamma in (1, 4):
         counting = SpeculativeDecoding(draft, gamma)
         for text in texts:
@@ -95,7 +96,8 @@ def test_rates_at_every_depth_are_those_of_separate_passes():
     draft, target, tokenizer = parallel_pair("llama", 3)
     decoding = DecodingSetting(0.8)
     texts = write(target, tokenizer, tiny_prompts(tokenizer, 3), decoding)
-    found = score_texts(target, [draft], texts, decoding, vocab_size=300).parallel[0]["rejection_sampling"]
+    (sums,) = score_texts(target, [draft], texts, decoding, vocab_size=300).drafts
+    found = sums[in_one_pass("rejection_sampling")]
     for number, text in enumerate(texts):
         ids, first = torch.tensor([*text.prompt_ids, *text.completion_ids]), len(text.prompt_ids)
         p = (target(ids[None]).logits[0].double() / 0.8).softmax(-1)
@@ -173,5 +175,7 @@ def test_the_better_way_is_recommended_at_its_own_length():
 
 def test_texts_shorter_than_the_depths():
     draft, target, _ = parallel_pair("llama")
-    found = score_texts(target, [draft], [Text([5, 6, 7], [8, 9])], DecodingSetting(1.0), vocab_size=300)
-    assert found.parallel[0]["rejection_sampling"].counts[0].tolist() == [2, 1, 0, 0, 0]
+    (sums,) = score_texts(target, [draft], [Text([5, 6, 7], [8, 9])], DecodingSetting(1.0), vocab_size=300).drafts
+    of_depths = sums[in_one_pass("rejection_sampling")].acceptance[0]
+    assert (of_depths <= torch.tensor([2, 1, 0, 0, 0])).all()
+    assert len(parallel_result(sums[in_one_pass("rejection_sampling")], [0]).acceptance_by_depth) == 2
