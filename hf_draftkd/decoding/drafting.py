@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_draftkd.acceptance.tensors import draw
 from hf_draftkd.decoding.caches import CachedModel
 from hf_draftkd.decoding.processing import Processing
 from hf_draftkd.decoding.texts import Piece, Texts
-from hf_draftkd.decoding.verification import draw
 
 
 class Proposal(NamedTuple):

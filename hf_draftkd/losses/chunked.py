@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_draftkd.acceptance.tensors import at_least_float32
-from hf_draftkd.losses.gradients import Twin
-from hf_draftkd.losses.memory import Reused
+from hf_draftkd.losses.gradients import Reused, Twin
 from hf_draftkd.utils.checks import whole_number
 
 # Logits of one chunk by default, in elements: 64 MiB of float32 on a CPU, 256 MiB on a GPU. Fewer slow the matrix

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from hf_draftkd.acceptance.tensors import at_least_float32, check_same_shape
+from hf_draftkd.acceptance.tensors import at_least_float32, check_same_shape, draw
 from hf_draftkd.utils.checks import in_range, one_of
 
 LOG_FLOOR = -1e4
@@ -50,16 +50,11 @@ def reverse_kl(draft_logits: torch.Tensor, target_logits: torch.Tensor) -> torch
 
 
 def generalized_jsd(draft_logits: torch.Tensor, target_logits: torch.Tensor, *, beta: float = 0.5) -> torch.Tensor:
-    """β KL(p‖m) + (1 − β) KL(q‖m) with m = βp + (1 − β)q.
+    """β KL(p‖m) + (1 − β) KL(q‖m) with m = βp + (1 − β)q; `beta` in [0, 1] is the target's weight in the mixture.
 
     Between the two KLs in character (GKD, https://arxiv.org/abs/2306.13649). Its scale vanishes toward β = 0 and
     β = 1: divided by β it tends to forward KL, divided by 1 − β to reverse KL. At exactly 0 and 1 it *is* the forward
     and the reverse KL, so the loss jumps there; a β of 0.01 trains about a hundred times more slowly than one of 0.
-
-    Args:
-        draft_logits: `[..., V]`.
-        target_logits: `[..., V]`.
-        beta: Weight of the target in the mixture, in [0, 1].
     """
     in_range("beta", beta, 0, 1)
     if beta == 0:
@@ -94,12 +89,8 @@ def negative_log_acceptance(draft_logits: torch.Tensor, target_logits: torch.Ten
 def lk_hybrid(draft_logits: torch.Tensor, target_logits: torch.Tensor, *, eta: float = 3.0) -> torch.Tensor:
     """λ KL(p‖q) + (1 − λ) TV with λ = exp(−η α), α held constant: KL while the draft is far, TV once it is near.
 
-    Source: LK losses, https://arxiv.org/abs/2602.23881.
-
-    Args:
-        draft_logits: `[..., V]`.
-        target_logits: `[..., V]`.
-        eta: η ≥ 0, how soon total variation takes over; 0 is forward KL.
+    `eta` ≥ 0 says how soon total variation takes over; 0 is forward KL. Source: LK losses,
+    https://arxiv.org/abs/2602.23881.
     """
     in_range("eta", eta, 0)
     distance = total_variation(draft_logits, target_logits)
@@ -147,8 +138,9 @@ def tvd_plus_plus(
     with torch.no_grad():
         reward = (p > q).to(q.dtype)
         expected = (q * reward).sum(dim=-1)
-        drawn = (sample_tokens(q) if tokens is None else tokens).unsqueeze(-1) if estimator == "sampled" else None
-        if drawn is not None:
+        drawn = None
+        if estimator == "sampled":
+            drawn = draw(q) if tokens is None else tokens.unsqueeze(-1)
             reward = reward.gather(-1, drawn)
         if statistics == "batch":
             counted = expected if drawn is None else reward.squeeze(-1)
@@ -222,20 +214,6 @@ def check_divergence(name: str, options: Mapping[str, Any] | None = None) -> Non
     if name != "cross_entropy":
         # The functions check their own values: one place per rule.
         function(torch.zeros(1, 2), torch.zeros(1, 2), **options)
-
-
-def sample_tokens(probs: torch.Tensor) -> torch.Tensor:
-    """Draw one token per position from probabilities `[..., V]`: where their running sum passes a uniform number.
-
-    `torch.multinomial` draws a random number for every entry, which takes far longer over a large vocabulary on a CPU.
-
-    Returns:
-        Tokens `[...]`.
-    """
-    sums = probs.cumsum(dim=-1)
-    # Below 1 by more than rounding, so that no token after the last possible one is ever drawn.
-    uniform = torch.rand_like(sums[..., :1]).clamp_(max=1 - 1e-6)
-    return torch.searchsorted(sums, uniform * sums[..., -1:], right=True).squeeze(-1)
 
 
 def reward_moments(total: torch.Tensor, count: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

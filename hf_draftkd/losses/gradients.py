@@ -32,20 +32,41 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_draftkd.losses.divergences import (
-    DIVERGENCES,
-    LOG_FLOOR,
-    negative_log_acceptance,
-    reward_moments,
-    sample_tokens,
-)
+from hf_draftkd.acceptance.tensors import draw
+from hf_draftkd.losses.divergences import DIVERGENCES, LOG_FLOOR, negative_log_acceptance, reward_moments
 from hf_draftkd.losses.divergences import cross_entropy as plain_cross_entropy
-from hf_draftkd.losses.memory import Reused
 
 # Below this, Σ min(p, q) in float32 has lost the digits that the logarithm needs.
 _SMALLEST_ACCEPTANCE = 1e-30
 
 Divergence = str | Callable[..., torch.Tensor]
+
+
+class Reused:
+    """Named pieces of memory, kept from chunk to chunk, each as large as the largest tensor asked for under its name.
+
+    Fresh memory of tens of megabytes comes from the system page by page, which takes a CPU longer than the softmax
+    that is written into it.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, like: torch.Tensor, rows: int | None = None, columns: int | None = None) -> torch.Tensor:
+        """Return an uninitialised tensor in the memory `name`; what was taken under that name before is overwritten.
+
+        Args:
+            name: Which piece.
+            like: Decides type and device, and the shape `[rows, columns]` where it is not given.
+            rows: Rows.
+            columns: Columns.
+        """
+        rows = like.shape[0] if rows is None else rows
+        columns = like.shape[1] if columns is None else columns
+        piece = self._pieces.get(name)
+        if piece is None or piece.numel() < rows * columns or piece.dtype != like.dtype or piece.device != like.device:
+            piece = self._pieces[name] = like.new_empty(rows * columns)
+        return piece[: rows * columns].view(rows, columns)
 
 
 class Twin(NamedTuple):
@@ -249,7 +270,7 @@ def _tvd_plus_plus(
     rate = _acceptance(p.sub_(q), p) if acceptance else None
     if statistics == "token":
         mean, std = reward_moments(_dot(q, reward, p).unsqueeze(-1), 1, eps)
-        drawn = sample_tokens(q) if estimator == "sampled" else None
+        drawn = draw(q).squeeze(-1) if estimator == "sampled" else None
     else:
         mean, std, drawn = rewards or finish_rewards([collect_rewards(z, y, estimator)], eps)
     if drawn is None:
@@ -275,7 +296,7 @@ def collect_rewards(
     reward = (target_logits.softmax(dim=-1) > q).to(q.dtype)
     if estimator == "full":
         return _dot(q, reward, reward), None
-    drawn = sample_tokens(q)
+    drawn = draw(q).squeeze(-1)
     return reward.gather(-1, drawn.unsqueeze(-1)).squeeze(-1), drawn
 
 

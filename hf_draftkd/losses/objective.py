@@ -22,14 +22,13 @@ from hf_draftkd.losses.chunked import (
 from hf_draftkd.losses.divergences import check_divergence
 from hf_draftkd.losses.gradients import (
     Divergence,
+    Reused,
     Rewards,
     Twin,
     collect_rewards,
     cross_entropy,
     finish_rewards,
-    value_and_gradient,
 )
-from hf_draftkd.losses.memory import Reused
 from hf_draftkd.losses.sparse import (
     SampledTarget,
     SparseTarget,
@@ -38,7 +37,7 @@ from hf_draftkd.losses.sparse import (
     sparse_value_and_gradient,
     target_buckets,
 )
-from hf_draftkd.losses.vocabulary import listed_sparse_value_and_gradient, listed_value_and_gradient, masked
+from hf_draftkd.losses.vocabulary import listed_value_and_gradient, masked
 from hf_draftkd.utils.checks import in_range
 
 Target = torch.Tensor | Unprojected | SparseTarget | SampledTarget
@@ -146,16 +145,11 @@ def distillation_loss(
         if temperature != 1:
             logits.div_(temperature)
         here = options if rewards is None else options | {"rewards": rewards.at(rows)}
-        wanted: dict[str, Any] = {"gradient": gradient, "acceptance": with_acceptance, "memory": memory}
-        if outside is not None and dense is not None:
-            twin = listed_value_and_gradient(divergence, logits, dense, outside, options=here, **wanted)
-        elif outside is not None:
-            listed = listed_sparse_value_and_gradient
-            twin = listed(divergence, logits, signal[rows], outside, options=here, **wanted)
-        elif dense is not None:
-            twin = value_and_gradient(divergence, logits, dense, options=here, **wanted)
+        how: dict[str, Any] = {"options": here, "gradient": gradient, "acceptance": with_acceptance, "memory": memory}
+        if dense is not None:
+            twin = listed_value_and_gradient(divergence, logits, dense, outside, **how)
         else:
-            twin = sparse_value_and_gradient(divergence, logits, signal[rows], options=here, **wanted)
+            twin = sparse_value_and_gradient(divergence, logits, signal[rows], outside, **how)
         if temperature != 1 and twin.gradient is not None:
             twin.gradient.div_(temperature)
         return twin if on_text is None else _mix(twin, on_text, cross_entropy_weight)

@@ -10,7 +10,7 @@ itself, so of whatever is linear in p: forward KL's gradient, and cross-entropy.
 estimate would be biased; it is refused (Sparse Logit Sampling, https://arxiv.org/abs/2503.16870).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 from hf_draftkd.acceptance import token_acceptance_rate
 from hf_draftkd.acceptance.tensors import at_least_float32
 from hf_draftkd.losses.divergences import get_divergence
-from hf_draftkd.losses.gradients import Divergence, Twin, softmax, value_and_gradient
-from hf_draftkd.losses.memory import Reused
+from hf_draftkd.losses.gradients import Divergence, Reused, Twin, softmax
+from hf_draftkd.losses.vocabulary import listed_value_and_gradient
 from hf_draftkd.utils.checks import in_range, whole_number
 
 
@@ -149,7 +149,7 @@ def sparse_divergence(
     if isinstance(target, SampledTarget):
         check_sampled(divergence)
         log_q = at_least_float32(draft_logits).log_softmax(dim=-1).gather(-1, target.token_ids)
-        return _expected_gap(target, log_q)
+        return _expected_gap(_frequencies(target.counts, target, log_q.dtype), target, log_q)
     function = get_divergence(divergence) if isinstance(divergence, str) else divergence
     return function(_merge(draft_logits, target.token_ids), target_buckets(target, draft_logits.shape[-1]), **options)
 
@@ -179,29 +179,40 @@ def sparse_value_and_gradient(
     divergence: Divergence,
     draft_logits: torch.Tensor,
     target: SparseTarget | SampledTarget,
+    outside: torch.Tensor | None = None,
     *,
+    options: Mapping[str, Any] | None = None,
     gradient: bool = True,
     acceptance: bool = False,
     memory: Reused | None = None,
-    **kwargs: Any,
 ) -> Twin:
     """A divergence from a sparse target and its gradient, for one chunk: the fast twin of `sparse_divergence`.
 
-    Arguments and result as in `gradients.value_and_gradient`; the acceptance rate is an upper bound, and None for
-    draws.
+    Arguments and result as in `vocabulary.listed_value_and_gradient`, `outside` being `[V]`; the acceptance rate is an
+    upper bound, and None for draws. Of a list of tokens the tail is one, on the list if the list has any token in it;
+    draws outside the list are left out of forward KL's sum, and its gradient stays unbiased.
     """
     memory = memory or Reused()
     if isinstance(target, SampledTarget):
         check_sampled(divergence)
         q, log_z = softmax(draft_logits, memory.take("q", draft_logits))
-        values = _expected_gap(target, draft_logits.gather(-1, target.token_ids) - log_z.unsqueeze(-1))
+        counts = target.counts if outside is None else target.counts * ~outside[target.token_ids]
+        share = _frequencies(counts, target, q.dtype)
+        values = _expected_gap(share, target, draft_logits.gather(-1, target.token_ids) - log_z.unsqueeze(-1))
         if not gradient:
             return Twin(values, None, None)
-        return Twin(values, q.scatter_add_(-1, target.token_ids, -_frequencies(target, q.dtype)), None)
+        slope = q if outside is None else q.mul_(share.sum(dim=-1, keepdim=True))
+        return Twin(values, slope.scatter_add_(-1, target.token_ids, -share), None)
     buckets, carry_back = merge_for_gradient(draft_logits, target.token_ids, memory)
     kept = target_buckets(target, draft_logits.shape[-1]).to(buckets.dtype, copy=True)  # it is overwritten
-    twin = value_and_gradient(
-        divergence, buckets, kept, gradient=gradient, acceptance=acceptance, memory=memory, **kwargs
+    if outside is not None:
+        unlisted = outside[target.token_ids]
+        if buckets.shape[-1] > unlisted.shape[-1]:
+            listed_in_tail = (~outside).sum() - (~unlisted).sum(dim=-1, keepdim=True)
+            unlisted = torch.cat([unlisted, listed_in_tail == 0], dim=-1)
+        outside = unlisted
+    twin = listed_value_and_gradient(
+        divergence, buckets, kept, outside, options=options, gradient=gradient, acceptance=acceptance, memory=memory
     )
     return twin._replace(gradient=None if twin.gradient is None else carry_back(twin.gradient))
 
@@ -248,13 +259,12 @@ def _merge(draft_logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([kept, tail], dim=-1)
 
 
-def _frequencies(target: SampledTarget, dtype: torch.dtype) -> torch.Tensor:
-    counts = target.counts.to(dtype)
-    return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+def _frequencies(counts: torch.Tensor, target: SampledTarget, dtype: torch.dtype) -> torch.Tensor:
+    """Return what counts, of all draws or some, are of all draws of the target."""
+    return counts.to(dtype) / target.counts.sum(dim=-1, keepdim=True).to(dtype).clamp(min=1)
 
 
-def _expected_gap(target: SampledTarget, log_q: torch.Tensor) -> torch.Tensor:
+def _expected_gap(share: torch.Tensor, target: SampledTarget, log_q: torch.Tensor) -> torch.Tensor:
     """Return Σ frequency · (log p − log q); where log p is not known the frequency stands in for p."""
-    share = _frequencies(target, log_q.dtype)
     log_p = share.log() if target.logprobs is None else target.logprobs.to(log_q.dtype)
     return (share * torch.where(share > 0, log_p - log_q, 0.0)).sum(dim=-1)

@@ -13,15 +13,7 @@ from typing import Any
 import torch
 
 from hf_draftkd.losses.divergences import LOG_FLOOR
-from hf_draftkd.losses.gradients import Divergence, Twin, value_and_gradient
-from hf_draftkd.losses.memory import Reused
-from hf_draftkd.losses.sparse import (
-    SampledTarget,
-    SparseTarget,
-    merge_for_gradient,
-    sparse_value_and_gradient,
-    target_buckets,
-)
+from hf_draftkd.losses.gradients import Divergence, Reused, Twin, value_and_gradient
 
 _NEVER = 100 * LOG_FLOOR
 """The logit of a token outside the list: its probability is exactly 0, and its logarithm finite."""
@@ -36,9 +28,9 @@ def listed_value_and_gradient(
     divergence: Divergence,
     draft_logits: torch.Tensor,
     target_logits: torch.Tensor,
-    outside: torch.Tensor,
+    outside: torch.Tensor | None,
     *,
-    options: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
     gradient: bool = True,
     acceptance: bool = False,
     memory: Reused,
@@ -46,9 +38,13 @@ def listed_value_and_gradient(
     """`value_and_gradient` of a draft that proposes only the tokens of a list; the gradient is 0 outside it.
 
     Arguments as there, but for the draft's logits, which come masked; the target's do not. `outside` (bool `[V]` or
-    `[n, V]`) are the tokens that are not on the list. A function as divergence is given the masked logits.
+    `[n, V]`) are the tokens that are not on the list; None: there is no list. A function as divergence is given the
+    masked logits.
     """
+    options = options or {}
     wanted: dict[str, Any] = {"gradient": gradient, "acceptance": acceptance, "memory": memory}
+    if outside is None:
+        return value_and_gradient(divergence, draft_logits, target_logits, options=options, **wanted)
     if divergence == "forward_kl" or (divergence == "generalized_jsd" and options.get("beta") == 0):
         twin = _forward_kl(draft_logits, target_logits, outside, **wanted)
     elif divergence == "lk_hybrid":
@@ -87,34 +83,3 @@ def _forward_kl(
     values = share * (twin.values + log_share.clamp(min=LOG_FLOOR))
     slope = None if twin.gradient is None else twin.gradient.mul_(share.unsqueeze(-1))
     return Twin(values, slope, rate)
-
-
-def listed_sparse_value_and_gradient(
-    divergence: Divergence,
-    draft_logits: torch.Tensor,
-    target: SparseTarget | SampledTarget,
-    outside: torch.Tensor,
-    **wanted: Any,
-) -> Twin:
-    """The same from a target of which a part was kept; `outside` is `[V]`, `wanted` what `listed_value_and_gradient`
-    takes.
-
-    Top-k and tail: the tail is one token, on the list if the list has any token in it; so values are bounds as without
-    a list. Draws: those outside the list are left out of forward KL's sum, and its gradient stays unbiased.
-    """
-    listed = ~outside[target.token_ids]
-    if isinstance(target, SampledTarget):
-        counts = target.counts * listed
-        share = counts.sum(dim=-1).to(draft_logits) / target.counts.sum(dim=-1).clamp(min=1)
-        kept = SampledTarget(target.token_ids, counts, target.logprobs)
-        twin = sparse_value_and_gradient(divergence, draft_logits, kept, **wanted)
-        values = share * twin.values if target.logprobs is not None else share * twin.values + torch.xlogy(share, share)
-        return Twin(values, None if twin.gradient is None else twin.gradient.mul_(share.unsqueeze(-1)), None)
-    vocab_size = len(outside)
-    buckets, carry_back = merge_for_gradient(draft_logits, target.token_ids, wanted["memory"])
-    against = target_buckets(target, vocab_size).to(buckets, copy=True)
-    if buckets.shape[-1] > listed.shape[-1]:
-        in_tail = listed.sum(dim=-1, keepdim=True) < (~outside).sum()
-        listed = torch.cat([listed, in_tail], dim=-1)
-    twin = listed_value_and_gradient(divergence, buckets, against, ~listed, **wanted)
-    return twin._replace(gradient=None if twin.gradient is None else carry_back(twin.gradient))

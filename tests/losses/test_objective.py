@@ -421,7 +421,7 @@ class TestTvdPlusPlus:
         expected = naive(setup, tvd_plus_plus, {"statistics": statistics, "tokens": tokens})
         slopes = setup.gradients(expected)
         drawn = iter(tokens)
-        monkeypatch.setattr(gradients, "sample_tokens", lambda q: torch.stack([next(drawn) for _ in q]))
+        monkeypatch.setattr(gradients, "draw", lambda q: torch.stack([next(drawn) for _ in q]).unsqueeze(-1))
         actual = distillation_loss(
             setup.draft(), setup.target(), setup.labels, divergence="tvd_plus_plus",
             options={"statistics": statistics}, chunk_size=4,
