@@ -2,7 +2,7 @@
 
 from collections import defaultdict, deque
 from collections.abc import Callable
-from statistics import median
+from statistics import fmean, linear_regression, median
 
 
 class FixedLength:
@@ -103,10 +103,8 @@ class AutoLength:
         return best
 
     def _line(self, group: int) -> Callable[[int], float]:
-        points = [(length, median(times)) for length, times in self._seconds[group].items() if times]
-        plain = next(seconds for length, seconds in points if length == 0)
-        mean_x = sum(x for x, _ in points) / len(points)
-        mean_y = sum(y for _, y in points) / len(points)
-        spread = sum((x - mean_x) ** 2 for x, _ in points)
-        slope = max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in points) / spread)
-        return lambda length: plain if length == 0 else max(plain, mean_y + slope * (length - mean_x))
+        seconds = {length: median(times) for length, times in self._seconds[group].items() if times}
+        slope, fixed = linear_regression(list(seconds), list(seconds.values()))
+        if slope < 0:
+            slope, fixed = 0.0, fmean(seconds.values())
+        return lambda length: seconds[0] if length == 0 else max(seconds[0], fixed + slope * length)

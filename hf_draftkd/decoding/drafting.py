@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_draftkd.acceptance.tensors import draw
 from hf_draftkd.decoding.caches import CachedModel
-from hf_draftkd.decoding.processing import Processing
+from hf_draftkd.decoding.processors import Processing
 from hf_draftkd.decoding.texts import Piece, Texts
 
 

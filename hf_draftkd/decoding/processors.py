@@ -1,21 +1,46 @@
-"""Logits as decoding sees them: transformers' own processors, the same for draft and target, at every position at once.
+"""Logits as decoding sees them: transformers' own processors, the same for draft and target, at many positions at once.
 
-`generate` applies its processors one position at a time. Here many positions of a written text are processed in one
-go, each with its own prefix, so that the distributions p and q are those that decoding would have had.
+`generate` applies its processors one position at a time. Here many positions are processed in one go, each with the
+prefix that it had: those of a written text (`process_logits`), so that the distributions p and q are those that
+decoding would have had, and the next ones of texts that are being written (`Processing`).
 """
 
 import torch
+from torch import Tensor
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
     LogitsProcessorList,
+    MinPLogitsWarper,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.decoding.texts import Texts
+
+# These look at the scores of one position and at nothing else. Any other processor may read the text before it.
+_POINTWISE = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 
 def logits_processors(setting: DecodingSetting, target_model: PreTrainedModel | None = None) -> LogitsProcessorList:
@@ -50,8 +75,8 @@ def transformers_draft_processors(
 
 
 def process_logits(
-    logits: torch.Tensor, input_ids: torch.Tensor, prefix_lengths: torch.Tensor, processors: LogitsProcessorList
-) -> torch.Tensor:
+    logits: Tensor, input_ids: Tensor, prefix_lengths: Tensor, processors: LogitsProcessorList
+) -> Tensor:
     """Apply processors to the logits of many positions.
 
     Args:
@@ -69,8 +94,8 @@ def process_logits(
     return processors(prefixes, logits)
 
 
-def _warpers(setting: DecodingSetting) -> list[TemperatureLogitsWarper | TopKLogitsWarper | TopPLogitsWarper]:
-    warpers: list[TemperatureLogitsWarper | TopKLogitsWarper | TopPLogitsWarper] = []
+def _warpers(setting: DecodingSetting) -> LogitsProcessorList:
+    warpers = LogitsProcessorList()
     if setting.is_greedy:
         return warpers
     if setting.temperature != 1:
@@ -80,3 +105,54 @@ def _warpers(setting: DecodingSetting) -> list[TemperatureLogitsWarper | TopKLog
     if setting.top_p < 1:
         warpers.append(TopPLogitsWarper(top_p=setting.top_p))
     return warpers
+
+
+class Processing:
+    """Turns the logits of target and draft into scores, the same way for both, and once.
+
+    Args:
+        processors: As `generate` prepared them for the whole batch.
+        texts: The texts, whose drafted tokens stand behind their ends.
+        is_greedy: Scores are only compared then: without processors logits stay as they are.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, texts: Texts, *, is_greedy: bool) -> None:
+        self.processors, self.texts = processors, texts
+        self.looks_back = any(type(processor) not in _POINTWISE for processor in processors)
+        self.is_identity = is_greedy and not processors
+
+    def __call__(self, logits: Tensor, offset: int = 0) -> Tensor:
+        """Process logits [A, K, V] of the unfinished texts' next K tokens, `offset` tokens behind their ends.
+
+        The scores are float32, as in `generate`; the logits are left alone.
+        """
+        if self.is_identity:
+            return logits
+        scores = logits.float()
+        if not self.looks_back:
+            if not self.processors:
+                return scores
+            # Only the shape [N, 1] of the ids matters here.
+            ids = self.texts.ids[:1, :1].expand(scores.shape[0] * scores.shape[1], 1)
+            return self.processors(ids, scores.flatten(0, 1)).view(scores.shape)
+        steps = [self._with_prefix(scores[:, k], offset + k) for k in range(scores.shape[1])]
+        return torch.stack(steps, dim=1)
+
+    def _with_prefix(self, scores: Tensor, offset: int) -> Tensor:
+        """Scores [A, V], given each text's first `length + offset` columns.
+
+        A processor may hold something for every row of the batch, and may count columns: so it always gets all rows
+        in their order, once for every length that occurs, and only the rows of that length are taken.
+        """
+        texts = self.texts
+        lengths = [texts.lengths[row] for row in texts.rows]
+        if texts.is_single:
+            return self.processors(texts.ids[:, : lengths[0] + offset], scores.clone())
+        result = torch.empty_like(scores)
+        for length in set(lengths):
+            places = [place for place, other in enumerate(lengths) if other == length]
+            rows = [texts.rows[place] for place in places]
+            batch = scores.new_zeros(len(texts.lengths), scores.shape[1])
+            batch[rows] = scores[places]
+            result[places] = self.processors(texts.ids[:, : length + offset], batch)[rows]
+        return result

@@ -24,12 +24,6 @@ _STATEFUL_PROCESSORS = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
     "ClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
     "SynthIDTextWatermarkLogitsProcessor": "watermarking_config",
-    "WhisperTimeStampLogitsProcessor": "return_timestamps",
-    "AlternatingCodebooksLogitsProcessor": "semantic codebooks",
-    "BarkEosPrioritizerLogitsProcessor": "min_eos_p",
-    "DiaClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
-    "DiaEOSChannelFilterLogitsProcessor": "Dia's channels",
-    "DiaEOSDelayPatternLogitsProcessor": "Dia's channels",
 }
 _KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 

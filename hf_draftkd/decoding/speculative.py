@@ -34,11 +34,10 @@ from hf_draftkd.decoding.auto_length import AutoLength, FixedLength
 from hf_draftkd.decoding.caches import CachedModel, can_have_holes, give_room
 from hf_draftkd.decoding.compiled import CompiledModels
 from hf_draftkd.decoding.drafting import OneByOne, OnePass, Proposable, Proposal, checked_vocabulary, with_sliced_head
-from hf_draftkd.decoding.outputs import Outputs
-from hf_draftkd.decoding.processing import Processing
+from hf_draftkd.decoding.processors import Processing
 from hf_draftkd.decoding.requests import check_cache, check_models, check_request, dropped_by_generate
 from hf_draftkd.decoding.stopping import Stopping
-from hf_draftkd.decoding.texts import Texts
+from hf_draftkd.decoding.texts import Outputs, Texts
 from hf_draftkd.decoding.verification import verify_greedy, verify_greedy_ensemble, verify_sampled
 from hf_draftkd.models.draft_length import recorded_vocabulary
 from hf_draftkd.models.forward import evaluating, unwrapped
@@ -167,20 +166,6 @@ class SpeculativeDecoding:
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """What `generate` calls, with everything prepared; returns what `generate` returns."""
-        arguments = (input_ids, logits_processor, stopping_criteria, generation_config, stop_strings)
-        with evaluating(model, self.draft_model, self._proposing_model):
-            return self._decode(model, *arguments, **model_kwargs)
-
-    def _decode(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        stop_strings: str | list[str] | None,
-        **model_kwargs: Any,
-    ) -> GenerateDecoderOnlyOutput | Tensor:
         dropped = dropped_by_generate()
         self._check_pair(model, dropped.get("assistant_model"))
         is_synced = bool(dropped.get("synced_gpus"))
@@ -218,42 +203,43 @@ class SpeculativeDecoding:
 
         outputs = Outputs(generation_config, len(input_ids))
         listeners = [self.counts.record, *_LISTENERS.get(model, ())]
-        _prefill(target, texts, generation_config)
-        started: float | None = None
-        while not all(texts.done):
-            num_texts = len(texts.rows)
-            num_drafted = self.length.choose(num_texts)
-            if self.compiled is None:
-                num_drafted = min(num_drafted, texts.most_remaining() - 1)
-            proposal = propose(texts, num_drafted)
-            logits = target(texts.piece(target.read, num_drafted), num_logits=num_drafted + 1)
-            target.read = [texts.lengths[row] + num_drafted for row in texts.rows]
-            scores = processing(logits)
-            verdict = verify(proposal, scores)
-            texts.write(verdict[:, :-1], offset=0)
+        with evaluating(model, self.draft_model, self._proposing_model):
+            _prefill(target, texts, generation_config)
+            started: float | None = None
+            while not all(texts.done):
+                num_texts = len(texts.rows)
+                num_drafted = self.length.choose(num_texts)
+                if self.compiled is None:
+                    num_drafted = min(num_drafted, texts.most_remaining() - 1)
+                proposal = propose(texts, num_drafted)
+                logits = target(texts.piece(target.read, num_drafted), num_logits=num_drafted + 1)
+                target.read = [texts.lengths[row] + num_drafted for row in texts.rows]
+                scores = processing(logits)
+                verdict = verify(proposal, scores)
+                texts.write(verdict[:, :-1], offset=0)
 
-            accepted = []
-            out_of_time = stopping.is_out_of_time(texts.ids)
-            for place, (*tokens, n) in enumerate(verdict.tolist()):  # the one transfer to the host
-                row = texts.rows[place]
-                if texts.done[row]:
-                    continue
-                kept, is_done = stopping.kept(texts, row, tokens[: n + 1])
-                outputs.add(row, scores[place, :kept], logits[place, :kept])
-                if self.on_logits is not None:
-                    self.on_logits(row, verdict[place, :kept], logits[place, :kept])
-                for listen in listeners:
-                    listen(num_drafted, min(n, kept), kept)
-                texts.lengths[row] += kept
-                if streamer is not None:
-                    streamer.put(torch.tensor([tokens[:kept]]))
-                texts.done[row] = is_done or out_of_time
-                if not texts.done[row]:
-                    accepted.append(n)
-            now = perf_counter()
-            self.length.record(num_texts, num_drafted, accepted, None if started is None else now - started)
-            started = now
-            _next_round(texts, (target, draft), num_drafted)
+                accepted = []
+                out_of_time = stopping.is_out_of_time(texts.ids)
+                for place, (*tokens, n) in enumerate(verdict.tolist()):  # the one transfer to the host
+                    row = texts.rows[place]
+                    if texts.done[row]:
+                        continue
+                    kept, is_done = stopping.kept(texts, row, tokens[: n + 1])
+                    outputs.add(row, scores[place, :kept], logits[place, :kept])
+                    if self.on_logits is not None:
+                        self.on_logits(row, verdict[place, :kept], logits[place, :kept])
+                    for listen in listeners:
+                        listen(num_drafted, min(n, kept), kept)
+                    texts.lengths[row] += kept
+                    if streamer is not None:
+                        streamer.put(torch.tensor([tokens[:kept]]))
+                    texts.done[row] = is_done or out_of_time
+                    if not texts.done[row]:
+                        accepted.append(n)
+                now = perf_counter()
+                self.length.record(num_texts, num_drafted, accepted, None if started is None else now - started)
+                started = now
+                _next_round(texts, (target, draft), num_drafted)
 
         if streamer is not None:
             streamer.end()
