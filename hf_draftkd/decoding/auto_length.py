@@ -86,10 +86,6 @@ class AutoLength:
             self._accepted = _MEMORY * self._accepted + sum(accepted) / len(accepted)
             self._rejected = _MEMORY * self._rejected + sum(n < num_drafted for n in accepted) / len(accepted)
 
-    def predicted_seconds(self, num_texts: int, num_drafted: int) -> float:
-        """T(γ) by the line through the rounds measured so far; plain decoding is what it was measured to be."""
-        return self._line(num_texts.bit_length())(num_drafted)
-
     def _best(self, group: int) -> int:
         alpha, line = self.acceptance_rate, self._line(group)
         # Not far beyond what was measured: the next rounds will have measured it.
@@ -103,6 +99,7 @@ class AutoLength:
         return best
 
     def _line(self, group: int) -> Callable[[int], float]:
+        """T(γ) by the line through the rounds measured so far; plain decoding is what it was measured to be."""
         seconds = {length: median(times) for length, times in self._seconds[group].items() if times}
         slope, fixed = linear_regression(list(seconds), list(seconds.values()))
         if slope < 0:

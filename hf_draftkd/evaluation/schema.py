@@ -7,11 +7,9 @@ import json
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hf_draftkd.utils.checks import did_you_mean
-
-T = TypeVar("T")
 
 
 def key(help: str, **options: Any) -> Any:
@@ -53,65 +51,48 @@ def read_json(text: str, where: str) -> Any:
 _WORDS = {int: "a whole number", str: "a string", bool: "true or false"}
 
 
-def from_plain(expected: type[T], data: Any, where: str) -> T:
+def from_plain(expected: Any, data: Any, where: str) -> Any:
     """The inverse of `to_plain`: an instance of the dataclass (or other type) that is expected.
 
     Raises:
         ValueError: A key is missing, unknown or of the wrong type; the message names it, and `where` it stands.
     """
-    return _read(expected, data, where)
 
+    def check(is_right: bool, wanted: str) -> None:
+        if not is_right:
+            raise ValueError(f"`{where}` must be {wanted}, got {data!r:.80}.")
 
-def _read(expected: Any, data: Any, where: str) -> Any:
-    origin = get_origin(expected)
+    origin, inner = get_origin(expected), get_args(expected)
     if origin in (Union, types.UnionType):
-        (inner,) = (choice for choice in get_args(expected) if choice is not type(None))
         if data is None:
             raise ValueError(f"`{where}` is null. Leave out the key of what was not measured.")
-        return _read(inner, data, where)
+        (expected,) = (choice for choice in inner if choice is not type(None))
+        return from_plain(expected, data, where)
     if is_dataclass(expected):
-        return _read_dataclass(expected, data, where)
+        check(isinstance(data, dict), "an object")
+        known = {item.name: item for item in fields(expected)}
+        for name in data:
+            if name not in known:
+                hint = did_you_mean(name, known) or f" Known keys: {', '.join(known)}."
+                raise ValueError(f"`{where}` has an unknown key `{name}`.{hint}")
+        for name, item in known.items():
+            if name not in data and item.default is MISSING and item.default_factory is MISSING:
+                raise ValueError(f"`{where}` lacks the key `{name}`. {item.metadata.get('help', '')}")
+        hints = get_type_hints(expected)
+        read = {name: from_plain(hints[name], content, f"{where}.{name}") for name, content in data.items()}
+        return expected(**read)  # type: ignore[operator]
     if origin is list:
-        _check(isinstance(data, list), "a list", data, where)
-        (inner,) = get_args(expected)
-        return [_read(inner, item, f"{where}[{index}]") for index, item in enumerate(data)]
+        check(isinstance(data, list), "a list")
+        return [from_plain(inner[0], item, f"{where}[{index}]") for index, item in enumerate(data)]
     if origin is dict:
-        _check(isinstance(data, dict), "an object", data, where)
-        key_type, value_type = get_args(expected)
-        return {
-            _read_key(key_type, name, where): _read(value_type, item, f"{where}.{name}") for name, item in data.items()
-        }
+        check(isinstance(data, dict), "an object")
+        key_type, value_type = inner
+        check(key_type is not int or all(name.isdecimal() for name in data), "an object with whole numbers as keys")
+        return {key_type(name): from_plain(value_type, item, f"{where}.{name}") for name, item in data.items()}
     if expected is float:
         is_number = isinstance(data, (int, float)) and not isinstance(data, bool) and abs(data) < float("inf")
-        _check(is_number, "a number", data, where)
+        check(is_number, "a number")
         return float(data)
     if expected in _WORDS:
-        _check(type(data) is expected, _WORDS[expected], data, where)
+        check(type(data) is expected, _WORDS[expected])
     return data
-
-
-def _read_dataclass(cls: Any, data: Any, where: str) -> Any:
-    _check(isinstance(data, dict), "an object", data, where)
-    known = {item.name: item for item in fields(cls)}
-    for name in data:
-        if name not in known:
-            hint = did_you_mean(name, known) or f" Known keys: {', '.join(known)}."
-            raise ValueError(f"`{where}` has an unknown key `{name}`.{hint}")
-    required = [name for name, item in known.items() if item.default is MISSING and item.default_factory is MISSING]
-    missing = [name for name in required if name not in data]
-    if missing:
-        raise ValueError(f"`{where}` lacks the key `{missing[0]}`. {known[missing[0]].metadata.get('help', '')}")
-    hints = get_type_hints(cls)
-    return cls(**{name: _read(hints[name], content, f"{where}.{name}") for name, content in data.items()})
-
-
-def _read_key(key_type: type, name: str, where: str) -> Any:
-    if key_type is not int:
-        return name
-    _check(name.isdecimal(), "whole numbers as keys", name, where)
-    return int(name)
-
-
-def _check(is_right: bool, expected: str, data: Any, where: str) -> None:
-    if not is_right:
-        raise ValueError(f"`{where}` must be {expected}, got {data!r:.80}.")

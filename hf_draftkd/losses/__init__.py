@@ -23,27 +23,3 @@ from hf_draftkd.losses.sparse import (
     sparse_divergence,
     top_k_target,
 )
-
-__all__ = [
-    "DIVERGENCES",
-    "DistillationLoss",
-    "LinearHead",
-    "SampledTarget",
-    "SparseTarget",
-    "Unprojected",
-    "acceptance_upper_bound",
-    "check_divergence",
-    "cross_entropy",
-    "distillation_loss",
-    "forward_kl",
-    "generalized_jsd",
-    "get_divergence",
-    "lk_hybrid",
-    "negative_log_acceptance",
-    "reverse_kl",
-    "sample_target",
-    "sparse_divergence",
-    "top_k_target",
-    "total_variation",
-    "tvd_plus_plus",
-]

@@ -60,20 +60,9 @@ ChunkLoss = Callable[[slice, torch.Tensor, bool], Twin]
 """`(rows, draft_logits [n, V] (may be overwritten), gradient wanted) -> Twin`."""
 
 
-class ChunkedLoss(NamedTuple):
-    """The result of a chunked pass."""
-
-    loss: torch.Tensor
-    """Scalar Σ weights · values, with gradient to the draft."""
-    values: torch.Tensor
-    """`[N]`, without gradient."""
-    acceptance: torch.Tensor | None
-    """`[N]`, without gradient; None unless the chunks computed it."""
-
-
 def chunked_loss(
     draft: torch.Tensor | Unprojected, chunk_loss: ChunkLoss, weights: torch.Tensor, chunk_size: int | None = None
-) -> ChunkedLoss:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return Σ weights · values over all positions, a chunk of positions at a time.
 
     Args:
@@ -83,12 +72,13 @@ def chunked_loss(
         chunk_size: As in `chunks_of`.
 
     Returns:
-        Loss, and values per position. Without any position the loss is a finite 0 that keeps its gradient path.
+        The loss, a scalar with gradient to the draft: without any position a finite 0 that keeps its gradient path.
+        Without gradient the values `[N]`, and the acceptance rates `[N]` if the chunks computed them.
     """
     inputs, head = draft if isinstance(draft, Unprojected) else (draft, None)
     weight, bias = (None, None) if head is None else (head.weight, head.bias)
     chunks, training = chunks_of(draft, chunk_size), torch.is_grad_enabled()
-    return ChunkedLoss(*_ChunkedLossFunction.apply(inputs, weight, bias, head, chunk_loss, weights, chunks, training))
+    return _ChunkedLossFunction.apply(inputs, weight, bias, head, chunk_loss, weights, chunks, training)
 
 
 @torch.no_grad()

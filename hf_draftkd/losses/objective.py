@@ -154,8 +154,8 @@ def distillation_loss(
             twin.gradient.div_(temperature)
         return twin if on_text is None else _mix(twin, on_text, cross_entropy_weight)
 
-    result = chunked_loss(draft, score_chunk, weights, chunk_size)
-    return DistillationLoss(result.loss, tokens.numel(), result.values, result.acceptance)
+    loss, values, acceptance = chunked_loss(draft, score_chunk, weights, chunk_size)
+    return DistillationLoss(loss, tokens.numel(), values, acceptance)
 
 
 def _check_settings(

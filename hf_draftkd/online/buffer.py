@@ -1,7 +1,13 @@
-"""The served requests that an online draft learns from, and those that judge it: bounded, and kept apart."""
+"""The served requests that an online draft learns from, and those that judge it: bounded, and kept apart.
+
+The target computed a distribution for each token of a text while it checked the draft. `SpeculativeDecoding` hands them
+over round by round, and `KeptDistributions` cuts them to the k likeliest tokens at once, so that learning needs no
+further pass of the target and `[tokens, vocabulary]` is never held.
+"""
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +15,28 @@ from torch import Tensor
 
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import SparseTarget
-from hf_draftkd.online.capture import ServedRequest
+from hf_draftkd.utils.hashing import hash_number
+
+
+@dataclass(frozen=True)
+class ServedRequest:
+    """A request to learn from.
+
+    Args:
+        prompt_ids: [P] int64.
+        completion_ids: [T] int64, what the target wrote.
+        target: Its distributions [T, k] at these tokens, unprocessed but for the loss temperature.
+        setting: How it was decoded; None where that cannot be written as a `DecodingSetting`.
+    """
+
+    prompt_ids: Tensor
+    completion_ids: Tensor
+    target: SparseTarget
+    setting: DecodingSetting | None
+
+    def is_held_out(self, share: float, seed: int) -> bool:
+        """Whether its prompt belongs to the share of prompts that is never learnt from."""
+        return hash_number(f"{seed}:{self.prompt_ids.tolist()}") < share * 2**64
 
 
 class ReplayBuffer:

@@ -13,14 +13,14 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.acceptance import AcceptanceCounts
 from hf_draftkd.data.kept_distributions import CacheOptions, KeptDistributions
@@ -31,11 +31,10 @@ from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.identity import weights_fingerprint
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, check_weights_apart, shared_vocab_size
-from hf_draftkd.online.buffer import ReplayBuffer
-from hf_draftkd.online.capture import ServedRequest, prompt_of, served_setting
+from hf_draftkd.online.buffer import ReplayBuffer, ServedRequest
 from hf_draftkd.online.config import OnlineDistillConfig
 from hf_draftkd.online.learner import Learner, acceptance_of
-from hf_draftkd.online.state import check_same, load_tensors, read_facts, save_state
+from hf_draftkd.online.state import load_tensors, read_facts, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -168,10 +167,11 @@ class OnlineDraftDistiller:
         self.counts += decoding.counts
         self._window += decoding.counts
         sequences = output if isinstance(output, Tensor) else output.sequences
-        num_before, setting = self.num_requests, served_setting(config, kwargs)
+        num_before, setting = self.num_requests, _setting(config, kwargs)
         copies = len(sequences) // len(ids)  # `num_return_sequences`
         for row, sequence in enumerate(sequences):
-            prompt = prompt_of(ids, kwargs.get("attention_mask"), row // copies)
+            prompt, mask = ids[row // copies], kwargs.get("attention_mask")
+            prompt = (prompt if mask is None else prompt[mask[row // copies].bool()]).cpu()
             completion = sequence[ids.shape[1] :][: kept.num_tokens(row)]  # behind it there is padding
             self._remember(prompt, completion, partial(kept.target, row), setting)
         if self.args.auto_update and self.update_due:
@@ -345,7 +345,12 @@ class OnlineDraftDistiller:
         facts = read_facts(directory)
         if facts is None:
             return False
-        check_same(directory, facts, self._identity)
+        for name, value in self._identity.items():
+            if facts[name] != value:
+                raise ValueError(
+                    f"The state in {directory!r} was saved with {name}={facts[name]!r}, and here it is {value!r}, so "
+                    "the distributions in its buffer are of no use. Set it as it was, or name another `output_dir`."
+                )
         tensors = load_tensors(directory)
         self.learner.load(tensors["draft"])
         self._decoding = SpeculativeDecoding(self.draft_model, parallel=False)
@@ -384,6 +389,18 @@ class OnlineDraftDistiller:
             "top_k": self._top_k,
             "loss_temperature": self.args.loss_temperature,
         }
+
+
+def _setting(config: GenerationConfig, kwargs: Mapping[str, Any]) -> DecodingSetting | None:
+    """How `generate` decodes with this config and these arguments; None where temperature, top-k, top-p and repetition
+    penalty do not describe it.
+    """
+    if kwargs.get("logits_processor") or kwargs.get("prefix_allowed_tokens_fn"):
+        return None
+    try:
+        return DecodingSetting.from_generation_config(config)
+    except ValueError:
+        return None
 
 
 def _check_pair(draft: Any, target: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -15,7 +15,7 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.scoring import Text, score_texts
 from hf_draftkd.losses import DistillationLoss, SparseTarget, Unprojected, distillation_loss
 from hf_draftkd.models.forward import head_arithmetic, in_head, predicting_positions
-from hf_draftkd.online.capture import ServedRequest
+from hf_draftkd.online.buffer import ServedRequest
 from hf_draftkd.online.config import OnlineDistillConfig
 
 # How a held-out text is judged if its decoding cannot be written as a setting (`min_p`, custom processors).

@@ -54,13 +54,3 @@ def load_tensors(directory: str) -> dict[str, dict[str, Tensor]]:
         group, _, name = key.partition("/")
         groups[group][name] = tensor
     return groups
-
-
-def check_same(directory: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse a state whose distributions mean something else here: a `ValueError` if anything in `current` differs."""
-    for name, value in current.items():
-        if saved[name] != value:
-            raise ValueError(
-                f"The state in {directory!r} was saved with {name}={saved[name]!r}, and here it is {value!r}, so the "
-                "distributions in its buffer are of no use. Set it as it was, or name another `output_dir`."
-            )

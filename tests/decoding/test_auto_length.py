@@ -59,5 +59,5 @@ def test_batch_sizes_are_learnt_apart() -> None:
         for num_texts, slope in ((1, 0.1), (16, 2.0)):
             gamma = length.choose(num_texts)
             length.record(num_texts, gamma, [gamma * 3 // 4] * num_texts, 1 + slope * gamma)
-    assert length.predicted_seconds(1, 4) == pytest.approx(1.4, rel=0.01)
+    assert length._line(1)(4) == pytest.approx(1.4, rel=0.01)
     assert length._best((16).bit_length()) == 0 < length._best((1).bit_length())

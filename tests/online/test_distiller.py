@@ -12,8 +12,7 @@ from hf_draftkd import OnlineDraftDistiller, count_acceptance
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import DIVERGENCES
 from hf_draftkd.online import state as online_state
-from hf_draftkd.online.buffer import ReplayBuffer
-from hf_draftkd.online.capture import ServedRequest
+from hf_draftkd.online.buffer import ReplayBuffer, ServedRequest
 from tests.online.serving import (
     SAMPLED,
     UNFILTERED,
