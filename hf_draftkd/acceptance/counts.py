@@ -34,8 +34,7 @@ class AcceptanceCounts:
     def record(self, num_draft_tokens: int, num_accepted_draft_tokens: int, num_tokens: int | None = None) -> None:
         """Count one target call: tokens proposed, accepted, and added (None: the accepted and one of the target's own).
 
-        Raises:
-            ValueError: If the counts contradict each other.
+        A `ValueError` if they contradict each other.
         """
         accepted = num_accepted_draft_tokens
         if num_tokens is None:

@@ -85,15 +85,8 @@ class DraftLength(NamedTuple):
 def mbsu(block_efficiency: float, num_assistant_tokens: int, *, parameter_ratio: float) -> float:
     """Return the memory-bound speed-up τ/(cγ + 1): the speed-up if time were proportional to parameters read.
 
+    `parameter_ratio` is c, draft parameters ÷ target parameters. A `ValueError` if an argument is out of its range.
     Source: Direct Alignment of Draft Model for Speculative Decoding, https://arxiv.org/abs/2403.00858.
-
-    Args:
-        block_efficiency: τ at this draft length.
-        num_assistant_tokens: Draft length γ ≥ 1.
-        parameter_ratio: c, draft parameters ÷ target parameters.
-
-    Raises:
-        ValueError: If an argument is out of its range.
     """
     _check_efficiency(block_efficiency, num_assistant_tokens)
     in_range("parameter_ratio", parameter_ratio, 0, open_low=True)
@@ -117,13 +110,7 @@ def expected_block_efficiency(acceptance_rate: float, num_assistant_tokens: int)
 def predicted_speedup(block_efficiency: float, num_assistant_tokens: int, latency: Latency) -> float:
     """Return the predicted speed-up over plain decoding, τ·t_target ÷ (γ·t_draft + t_verify(γ + 1)).
 
-    Args:
-        block_efficiency: τ at this draft length.
-        num_assistant_tokens: Draft length γ ≥ 1.
-        latency: Measured times.
-
-    Raises:
-        ValueError: If τ is impossible at γ, or verification of γ + 1 tokens was not timed.
+    A `ValueError` if τ is impossible at γ, or verification of γ + 1 tokens was not timed.
     """
     _check_efficiency(block_efficiency, num_assistant_tokens)
     return block_efficiency * latency.target_step_seconds / latency.block_seconds(num_assistant_tokens)

@@ -123,11 +123,7 @@ class CachedModel:
         return self._mask[:, :end]
 
     def keep(self, lengths: list[int]) -> None:
-        """Forget what was read behind `lengths` columns of each text: rejected tokens.
-
-        Args:
-            lengths: Of each row of the cache: columns of its text that are known to be right.
-        """
+        """Forget rejected tokens: what was read behind the first `lengths` columns of each row's text."""
         surplus = [max(0, seen - length) for seen, length in zip(self.read, lengths, strict=True)]
         self.read = [seen - extra for seen, extra in zip(self.read, surplus, strict=True)]
         common = min(surplus)
@@ -156,10 +152,7 @@ class CachedModel:
         """Close the holes once reading over them has cost as much as moving the tokens will.
 
         Moving L tokens costs about what reading 2 L does. With g new holes a round, squeezing every r rounds costs
-        2L/r + gr/2 a round, which is least where the holes gr have reached 2·√(gL).
-
-        Args:
-            num_new: Columns that a round adds.
+        2L/r + gr/2 a round, which is least where the holes gr have reached 2·√(gL). A round adds `num_new` columns.
         """
         holes = self._columns - self._most_tokens()
         if not self._is_single and holes > 2 * (num_new * self._columns) ** 0.5:

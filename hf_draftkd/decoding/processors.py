@@ -46,9 +46,7 @@ _POINTWISE = (
 def logits_processors(setting: DecodingSetting, target_model: PreTrainedModel | None = None) -> LogitsProcessorList:
     """The processors that `generate` builds for `setting.generation_config(target_model, ...)`, in its order.
 
-    Args:
-        setting: Temperature, top-p, top-k, repetition penalty.
-        target_model: Brings the `suppress_tokens` of its generation config, the one entry that a setting inherits.
+    The target brings the `suppress_tokens` of its generation config, the one entry that a setting inherits.
     """
     processors = LogitsProcessorList()
     if setting.repetition_penalty != 1:

@@ -17,32 +17,17 @@ from hf_draftkd.models.tokenizers import listed_ids
 # samples, nor its kind of cache: a draft cannot be used with most of them.
 _INHERITED = frozenset({"prefill_chunk_size", "suppress_tokens"})
 
-# The values under which a parameter changes nothing. A generation config with any other value of one of these cannot
-# be written as a `DecodingSetting`.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "min_p": (0.0,),
-    "top_h": (1.0,),
-    "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": ([],),
-    "sequence_bias": (),
-    "guidance_scale": (1.0,),
-    "watermarking_config": (),
-    "exponential_decay_length_penalty": (),
-    "begin_suppress_tokens": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "min_new_tokens": (0,),
-    "min_length": (0,),
+# The values at which a parameter changes nothing, as None and an empty list do. A generation config with any other
+# value of one of these cannot be written as a `DecodingSetting`.
+_SAMPLING: dict[str, Any] = {"min_p": 0, "top_h": 1, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+_CHOOSING: dict[str, Any] = {
+    **dict.fromkeys(("num_beams", "encoder_repetition_penalty", "guidance_scale"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_new_tokens", "min_length"), 0),
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "begin_suppress_tokens", "watermarking_config")),
+    **dict.fromkeys(("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id")),
 }
-_SAMPLING_ONLY = frozenset({"min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"})
 # These only end a text early.
-_STOPPING: dict[str, tuple[Any, ...]] = {"stop_strings": ([],), "max_time": ()}
+_STOPPING: dict[str, Any] = dict.fromkeys(("stop_strings", "max_time"))
 
 
 class CompleteGenerationConfig(GenerationConfig):
@@ -125,7 +110,7 @@ class DecodingSetting:
             ValueError: The config holds something that a setting cannot express, such as beams or `min_p`.
         """
         sampled = config.do_sample is True
-        if inexpressible := _effective(config, _NEUTRAL, sampled=sampled):
+        if inexpressible := _effective(config, _CHOOSING | (_SAMPLING if sampled else {})):
             raise ValueError(
                 f"The generation config decodes with {', '.join(inexpressible)}, which cannot be written as "
                 "temperature, top_p, top_k and repetition_penalty. Name the setting to use instead."
@@ -164,15 +149,10 @@ class DecodingSetting:
         return asdict(self)
 
     def generation_config(self, model: PreTrainedModel, max_new_tokens: int, **overrides: Any) -> GenerationConfig:
-        """A complete `GenerationConfig` for `model.generate`.
+        """A complete `GenerationConfig` for `model.generate`, with further fields in `overrides`.
 
         From the model come only its special ids (`eos_token_id` may be a list, or None) and its `suppress_tokens`; no
         penalty, no sampling default and no kind of cache of its own. Pass `suppress_tokens=[]` to drop those too.
-
-        Args:
-            model: The model that will generate.
-            max_new_tokens: Longest completion, in tokens.
-            **overrides: Further fields of the generation config.
         """
         own = model.generation_config
         sampling: dict[str, Any] = {"do_sample": False}
@@ -218,18 +198,15 @@ def settings_at(
     ]
 
 
-_PLAIN = DecodingSetting(temperature=1.0)
-_SAMPLED = ("temperature", "top_p", "top_k")
-
-
 def left_out_warning(model: PreTrainedModel, settings: Sequence[DecodingSetting]) -> list[str]:
     """A sentence that names what a model's own generation config would change in text decoded under `settings`."""
     config = model.generation_config
     sampled = [setting for setting in settings if not setting.is_greedy]
-    found = _effective(config, _NEUTRAL | _STOPPING, sampled=bool(sampled))
-    for name, used in (("repetition_penalty", settings), *((name, sampled) for name in _SAMPLED)):
-        value = getattr(config, name)
-        if value not in (None, getattr(_PLAIN, name)) and any(getattr(setting, name) != value for setting in used):
+    found = _effective(config, _CHOOSING | (_SAMPLING if sampled else {}) | _STOPPING)
+    plain = DecodingSetting(temperature=1.0)
+    for name in SETTING_COLUMNS:
+        value, used = getattr(config, name), settings if name == "repetition_penalty" else sampled
+        if value not in (None, getattr(plain, name)) and any(getattr(setting, name) != value for setting in used):
             found.append(f"{name}={value!r}")
     if not found:
         return []
@@ -239,14 +216,10 @@ def left_out_warning(model: PreTrainedModel, settings: Sequence[DecodingSetting]
     ]
 
 
-def _effective(config: GenerationConfig, neutral: Mapping[str, tuple[Any, ...]], *, sampled: bool) -> list[str]:
+def _effective(config: GenerationConfig, neutral: Mapping[str, Any]) -> list[str]:
     """Those entries, as "name=value", that are not neutral."""
-    return [
-        f"{name}={value!r}"
-        for name, values in neutral.items()
-        if (value := getattr(config, name, None)) is not None and value not in values
-        if sampled or name not in _SAMPLING_ONLY
-    ]
+    values = {name: getattr(config, name, None) for name in neutral}
+    return [f"{name}={value!r}" for name, value in values.items() if value not in (None, [], neutral[name])]
 
 
 def end_token_ids(model: PreTrainedModel) -> frozenset[int]:

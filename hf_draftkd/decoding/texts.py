@@ -75,11 +75,8 @@ class Texts:
         return self.max_length - min(self.lengths[row] for row in self.rows if not self.done[row])
 
     def piece(self, read: list[int], num_drafted: int = 0) -> Piece:
-        """What a model has not read yet of the unfinished texts, and `num_drafted` tokens behind their ends.
-
-        Args:
-            read: Columns of each unfinished text that the model has read.
-            num_drafted: Drafted tokens to add.
+        """What a model that has `read` so many columns has not read yet of the unfinished texts, with `num_drafted`
+        tokens behind their ends.
         """
         if self.is_single:
             length = self.lengths[0]

@@ -40,16 +40,9 @@ def measure_latency(
 ) -> LatencyResult:
     """What one step of each model costs here: forward passes with a filled cache, and what each way adds to them.
 
-    Args:
-        target_model: The target.
-        draft_model: The draft.
-        prompts: Token ids of prompts like those the pair will answer; their median length fills the cache.
-        max_new_tokens: Longest completion; the cache holds half of it besides the prompt, as far as the models read.
-        ways: Ways of decoding whose overhead is measured.
-        draft_lengths: γ whose verification (γ + 1 tokens at once) is timed.
-        suppress_tokens: Ids never to write.
-        num_repeats: Times each pass of the target is timed, those of the draft in turns with them.
-        seed: Of the sampled continuations that are used to time `generate`.
+    The cache holds as many tokens as the median prompt, and half of `max_new_tokens`, as far as the models read. The
+    target's passes over γ + 1 tokens are timed for all `draft_lengths`, each `num_repeats` times, those of the draft in
+    turns with them; `suppress_tokens` and `seed` are those of the sampled continuations that time `generate`.
     """
     sizes = [1, *(length + 1 for length in draft_lengths)]
     length = int(median(len(prompt) for prompt in prompts)) + max_new_tokens // 2

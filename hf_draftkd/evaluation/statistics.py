@@ -50,15 +50,10 @@ def setting_result(
 ) -> SettingResult:
     """The results of one draft under one setting and rule, by which the sums per text were made.
 
-    Args:
-        setting: How the texts were decoded.
-        verification: The rule.
-        sums: Per text.
-        prompts: Which prompt each text answers: texts of one prompt are resampled together.
-        num_assistant_tokens: Draft length of acceptance by position.
-        parameter_ratio: Draft ÷ target parameters.
-        as_transformers: Sums of the draft as transformers warps it, where that differs.
-        has_blocks: Whether the target wrote the texts under this very setting; if not, only acceptance is given.
+    Texts of one prompt are resampled together: `prompts` says which each answers. `num_assistant_tokens` is the draft
+    length of acceptance by position, `parameter_ratio` draft ÷ target parameters; `as_transformers` are the sums of the
+    draft as transformers warps it, where that differs. Without `has_blocks` (the target did not write the texts under
+    this very setting) only acceptance is given.
     """
     result = SettingResult(
         decoding=setting,

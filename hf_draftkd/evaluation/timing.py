@@ -60,24 +60,14 @@ def time_decoding(
     seed: int = 0,
     on_prompts: Callable[[int], Any] = lambda count: None,
 ) -> dict[str, DecodingRun]:
-    """Decode every prompt plainly and with the draft in each way, in turns, and time it.
+    """Decode every prompt (token ids) plainly and with the draft in each way, in turns, and time it.
 
-    The draft proposes exactly `num_assistant_tokens` tokens a step. Each prompt starts with another way, so that none
-    always runs on the other's warm caches; the first prompts are decoded once before the clock runs. Greedy texts are
-    compared with the plain ones, token by token.
-
-    Args:
-        target_model: The target.
-        draft_model: The draft, with the target's vocabulary.
-        prompts: Token ids of each prompt.
-        setting: How to decode.
-        max_new_tokens: Longest completion, in tokens.
-        ways: How to decode with the draft, besides plain decoding; `assistant_model=` takes no batches.
-        num_assistant_tokens: Draft length γ.
-        batch_size: Prompts decoded together; what does not fill a batch is left out.
-        suppress_tokens: Ids never to write, such as padded rows of the vocabulary.
-        seed: Sampled batches are seeded one by one with this and their number.
-        on_prompts: Called after every batch with its number of prompts.
+    The draft, which has the target's vocabulary, proposes exactly `num_assistant_tokens` tokens a step. Each prompt
+    starts with another way, so that none always runs on the other's warm caches; the first prompts are decoded once
+    before the clock runs. Greedy texts are compared with the plain ones, token by token. With a `batch_size` so many
+    prompts are decoded together, and what does not fill a batch is left out (`assistant_model=` takes none); sampled
+    batches are seeded one by one with `seed` and their number. `suppress_tokens` are never written, such as padded rows
+    of the vocabulary; `on_prompts` is called after every batch with its number of prompts.
 
     Raises:
         ValueError: A way refuses to decode these models.

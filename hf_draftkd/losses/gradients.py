@@ -55,11 +55,7 @@ class Reused:
     def take(self, name: str, like: torch.Tensor, rows: int | None = None, columns: int | None = None) -> torch.Tensor:
         """Return an uninitialised tensor in the memory `name`; what was taken under that name before is overwritten.
 
-        Args:
-            name: Which piece.
-            like: Decides type and device, and the shape `[rows, columns]` where it is not given.
-            rows: Rows.
-            columns: Columns.
+        It is `[rows, columns]`, or of the shape of `like`, which decides type and device.
         """
         rows = like.shape[0] if rows is None else rows
         columns = like.shape[1] if columns is None else columns

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hf_draftkd.acceptance.tensors import check_same_shape
 from hf_draftkd.losses.chunked import (
     Unprojected,
     blocks_within,
@@ -206,11 +207,7 @@ def _target_logits(
     signal: torch.Tensor | Unprojected, rows: slice, logits: torch.Tensor, temperature: float, memory: Reused
 ) -> torch.Tensor:
     target_logits = logits_of(signal, rows, memory).to(logits)
-    if target_logits.shape != logits.shape:
-        raise ValueError(
-            f"Draft and target must be compared over one vocabulary, got {logits.shape[-1]} and "
-            f"{target_logits.shape[-1]} tokens. Cut padded rows off first: LinearHead.first(shared_vocab_size)."
-        )
+    check_same_shape(logits, target_logits)
     return target_logits if temperature == 1 else target_logits.div_(temperature)
 
 

@@ -23,15 +23,9 @@ def did_you_mean(name: object, valid: Iterable[str]) -> str:
 
 
 def one_of(kind: str, value: Any, valid: Iterable[str]) -> Any:
-    """Refuse a name that does not exist, suggesting the nearest one that does.
+    """Refuse a name that is not one of `valid` with a `ValueError`, suggesting the nearest one that is.
 
-    Args:
-        kind: What the name is of, e.g. `"verification rule"` or "`cache_dtype`".
-        value: What was given.
-        valid: The names that exist.
-
-    Raises:
-        ValueError: `value` is not one of `valid`.
+    `kind` says what the name is of: `"verification rule"`, "`cache_dtype`".
     """
     names = list(valid)
     if value not in names:
