@@ -127,7 +127,6 @@ def assisted_result(
 ) -> AssistedResult:
     """Counts and speed of real decoding in one way, beside plain decoding of the same prompts."""
     columns = (run.tokens, run.seconds, plain.tokens, plain.seconds)
-    tokens, seconds, plain_tokens, plain_seconds = torch.tensor(columns, dtype=torch.float64)
     return AssistedResult(
         num_assistant_tokens=num_assistant_tokens,
         num_prompts=num_prompts,
@@ -135,7 +134,7 @@ def assisted_result(
         tokens_per_second=sum(run.tokens) / sum(run.seconds),
         plain_tokens_per_second=sum(plain.tokens) / sum(plain.seconds),
         speedup=bootstrap_paired_ratio_quotient(*columns),
-        median_speedup=median((tokens / seconds / (plain_tokens / plain_seconds)).tolist()),
+        median_speedup=median(new / time / (old / old_time) for new, time, old, old_time in zip(*columns, strict=True)),
         num_identical=run.num_identical,
         differences=run.differences or None,
     )

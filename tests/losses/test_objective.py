@@ -325,9 +325,9 @@ def test_no_gradient_is_computed_in_evaluation(monkeypatch):
     from hf_draftkd.losses import objective
 
     asked = []
-    original = objective.value_and_gradient
+    original = objective.listed_value_and_gradient
     monkeypatch.setattr(
-        objective, "value_and_gradient", lambda *a, **k: asked.append(k["gradient"]) or original(*a, **k)
+        objective, "listed_value_and_gradient", lambda *a, **k: asked.append(k["gradient"]) or original(*a, **k)
     )
     setup = Setup()
     with torch.no_grad():
