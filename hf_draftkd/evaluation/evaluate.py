@@ -1,6 +1,6 @@
 """Is this draft worth using? One call: the target's own text, exact rates, measured times, a recommendation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -261,22 +261,17 @@ class _Evaluation:
         asked = self.config.speed_batch_sizes if SPECULATIVE in ways else []
         sizes = [size for size in asked if size <= len(prompts)]
         # There may be few prompts, or some are alike, or too long to be timed.
-        too_large = [size for size in asked if size not in sizes]
-        self.warnings += [
-            f"No batch of {size} was timed: there are {len(prompts)} prompts for it." for size in too_large
-        ]
-        runs = [1, *sizes, *([1] if PARALLEL in lengths else [])]
-        total = sum(len(prompts) // size * size for size in runs) * len(timed)
-        with logging.tqdm(total=total, desc="Timing decoding", unit="prompt") as bar:
-            for setting in timed:
-                measure = partial(self._decode, draft, prompts, setting.decoding, bar.update)
-                found = measure(length, [way for way in ways if way != PARALLEL])
-                setting.assisted, setting.speculative = found[ASSISTANT_MODEL], found.get(SPECULATIVE)
-                if PARALLEL in lengths and setting.parallel is not None:
-                    setting.parallel.speculative = measure(lengths[PARALLEL], [PARALLEL])[PARALLEL]
-                batches = {size: measure(length, [SPECULATIVE], size)[SPECULATIVE] for size in sizes}
-                setting.speculative_batches = batches or None
-                compare_with_prediction(setting, latency)
+        absent = f"was timed: there are {len(prompts)} prompts for it."
+        self.warnings += [f"No batch of {size} {absent}" for size in asked if size not in sizes]
+        for setting in timed:
+            measure = partial(self._decode, draft, prompts, setting.decoding)
+            found = measure(length, [way for way in ways if way != PARALLEL])
+            setting.assisted, setting.speculative = found[ASSISTANT_MODEL], found.get(SPECULATIVE)
+            if PARALLEL in lengths and setting.parallel is not None:
+                setting.parallel.speculative = measure(lengths[PARALLEL], [PARALLEL])[PARALLEL]
+            batches = {size: measure(length, [SPECULATIVE], size)[SPECULATIVE] for size in sizes}
+            setting.speculative_batches = batches or None
+            compare_with_prediction(setting, latency)
         for setting in result.settings:
             setting.recommendation = recommend(setting, latency)
         lists = [ids for index, ids in self.listed if self.drafts[index] is draft]
@@ -289,17 +284,14 @@ class _Evaluation:
         draft: PreTrainedModel,
         prompts: Sequence[Sequence[int]],
         setting: DecodingSetting,
-        on_prompts: Callable[[int], Any],
         length: int,
         ways: Sequence[str],
         batch_size: int = 1,
     ) -> dict[str, AssistedResult]:
         """Time real decoding in some ways, beside plain decoding."""
         how: dict[str, Any] = {"ways": ways, "num_assistant_tokens": length, "batch_size": batch_size}
-        how |= self.decoding | {"on_prompts": on_prompts}
-        runs = time_decoding(self.target_model, draft, prompts, setting, **how)
-        decoded = len(prompts) // batch_size * batch_size
-        return {way: assisted_result(runs[way], runs[PLAIN], decoded, length) for way in ways}
+        runs = time_decoding(self.target_model, draft, prompts, setting, **how, **self.decoding)
+        return {way: assisted_result(runs[way], runs[PLAIN], length) for way in ways}
 
     def check_itself(self, draft: PreTrainedModel) -> SelfCheck:
         """Computed against counted numbers, on a few of the prompts."""

@@ -122,14 +122,12 @@ def _block_efficiency(sums: TextSums, prompts: Sequence[int]) -> dict[int, Estim
     }
 
 
-def assisted_result(
-    run: DecodingRun, plain: DecodingRun, num_prompts: int, num_assistant_tokens: int
-) -> AssistedResult:
+def assisted_result(run: DecodingRun, plain: DecodingRun, num_assistant_tokens: int) -> AssistedResult:
     """Counts and speed of real decoding in one way, beside plain decoding of the same prompts."""
     columns = (run.tokens, run.seconds, plain.tokens, plain.seconds)
     return AssistedResult(
         num_assistant_tokens=num_assistant_tokens,
-        num_prompts=num_prompts,
+        num_prompts=run.num_prompts,
         **run.counts.to_dict(),
         tokens_per_second=sum(run.tokens) / sum(run.seconds),
         plain_tokens_per_second=sum(plain.tokens) / sum(plain.seconds),

@@ -4,7 +4,7 @@ The ways of decoding take turns prompt by prompt, so that a machine that slows d
 paired: their interval comes from resampling prompts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging
 
 from hf_draftkd.acceptance import AcceptanceCounts
 from hf_draftkd.decoding.processors import logits_processors, process_logits
@@ -31,6 +32,7 @@ class DecodingRun:
     """Decoding in one way, one list entry for each prompt (or batch of them).
 
     Attributes:
+        num_prompts: How many were decoded.
         tokens: Tokens written.
         seconds: Wall-clock, reading the prompt included.
         counts: What was drafted and accepted; all 0 for plain decoding.
@@ -38,6 +40,7 @@ class DecodingRun:
         differences: The first difference of each other prompt. Empty when sampling.
     """
 
+    num_prompts: int = 0
     tokens: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     counts: AcceptanceCounts = field(default_factory=AcceptanceCounts)
@@ -58,7 +61,6 @@ def time_decoding(
     batch_size: int = 1,
     suppress_tokens: list[int] | None = None,
     seed: int = 0,
-    on_prompts: Callable[[int], Any] = lambda count: None,
 ) -> dict[str, DecodingRun]:
     """Decode every prompt (token ids) plainly and with the draft in each way, in turns, and time it.
 
@@ -67,7 +69,7 @@ def time_decoding(
     before the clock runs. Greedy texts are compared with the plain ones, token by token. With a `batch_size` so many
     prompts are decoded together, and what does not fill a batch is left out (`assistant_model=` takes none); sampled
     batches are seeded one by one with `seed` and their number. `suppress_tokens` are never written, such as padded rows
-    of the vocabulary; `on_prompts` is called after every batch with its number of prompts.
+    of the vocabulary.
 
     Raises:
         ValueError: A way refuses to decode these models.
@@ -81,17 +83,17 @@ def time_decoding(
     with fixed_draft_length(draft_model, num_assistant_tokens):
         for way in names:
             generate_texts(target_model, groups[0], config, seed=seed, **options[way])
-        for number, group in enumerate(groups):
+        for number, group in enumerate(logging.tqdm(groups, desc=f"Timing {', '.join(ways)}", unit="batch")):
             first = number % len(names)
             for way in names[first:] + names[:first]:
                 with count_acceptance(target_model) as counts:
                     written, seconds = generate_texts(target_model, group, config, seed=seed + number, **options[way])
                 run = runs[way]
                 run.counts += counts
+                run.num_prompts += len(group)
                 run.tokens.append(sum(map(len, written)))
                 run.seconds.append(seconds)
                 texts[way] += written
-            on_prompts(len(group))
     if setting.is_greedy:
         for way in ways:
             runs[way].differences = [
