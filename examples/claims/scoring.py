@@ -34,7 +34,8 @@ def score_drafts(
 
     Returns:
         For each draft: temperature -> columns by prompt, in the order of the prompts: `tokens`, `acceptance` (the sum
-        of their acceptance rates) and for each draft length the expected target `calls`.
+        of their acceptance rates) and for each draft length the expected target `calls`; of a parallel draft also
+        `parallel_calls`, those of drafting in one pass.
     """
     lists = [] if vocabulary is None else [(0, vocabulary)]
     found: list[dict[str, Any]] = [{} for _ in range(len(drafts) + len(lists))]
@@ -54,9 +55,16 @@ def score_drafts(
             columns[setting] = {
                 "tokens": [int(each) for each in sums.num_tokens],
                 "acceptance": _rounded(sums.acceptance),
-                "calls": {str(gamma): _rounded(sums.target_calls[:, gamma - 1]) for gamma in GAMMAS},
+                "calls": _calls(sums.target_calls),
             }
+        for columns, by_rule in zip(found, result.parallel, strict=False):
+            for sums in by_rule.values():  # none of an ordinary draft
+                columns[setting]["parallel_calls"] = _calls(sums.target_calls)
     return found
+
+
+def _calls(target_calls: torch.Tensor) -> dict[str, list[float]]:
+    return {str(gamma): _rounded(target_calls[:, gamma - 1]) for gamma in GAMMAS}
 
 
 def _rounded(values: torch.Tensor) -> list[float]:

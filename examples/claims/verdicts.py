@@ -50,7 +50,8 @@ class Comparison:
     Attributes:
         says: The claim in a few words.
         ours, theirs: Labels of arms.
-        metric: `acceptance` (mean acceptance rate of the tokens) or `block_efficiency` (tokens per target call).
+        metric: `acceptance` (mean acceptance rate of the tokens), `block_efficiency` (tokens per target call), or
+            `parallel_efficiency` (the same, of a parallel draft that drafts in one pass).
         gamma: Draft length of block efficiency.
         relative: Whether the effect is ours ÷ theirs − 1 instead of ours − theirs.
         claimed: The effect in the paper; its sign is that of ours − theirs, and negative where `falls`.
@@ -85,7 +86,8 @@ def columns(results: Sequence[Result], on: str, setting: str, metric: str, gamma
     tokens = [table["tokens"] for table in tables]
     if metric == "acceptance":
         return np.array([[table["acceptance"] for table in tables], tokens], dtype=float)
-    return np.array([tokens, [table["calls"][str(gamma)] for table in tables]], dtype=float)
+    calls = "parallel_calls" if metric == "parallel_efficiency" else "calls"
+    return np.array([tokens, [table[calls][str(gamma)] for table in tables]], dtype=float)
 
 
 def ratio_of_sums(sums: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ def claims(monkeypatch):
     """The modules of the folder, as its scripts import each other."""
     monkeypatch.syspath_prepend(str(CLAIMS))
     monkeypatch.syspath_prepend(str(CLAIMS.parent))
-    names = ("harness", "recipes", "verdicts", "b8_own_loss", "run", "render")
+    names = ("harness", "recipes", "verdicts", "b8_own_loss", "run", "render", "beyond")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -205,20 +205,22 @@ def test_kept_live_and_written_cells_run_and_are_rendered(claims, tmp_path):
     kept = arm(recipe("kept", epochs=0.5, keep_at=(0.5, 1.0)), (1e-3, 1e-4))
     live = arm(recipe("live", epochs=0.25, loss="unweighted_rewards"), (1e-3,))
     written = arm(recipe("written", epochs=0.25, lmbda=1.0), (1e-3,))
-    arms = {"start": start, "kept": kept, "live": live, "written": written}
+    parallel = arm(recipe("parallel", epochs=0.25, parallel_tokens=8), (1e-3,))
+    arms = {"start": start, "kept": kept, "live": live, "written": written, "PARD": parallel}
     comparison = claims.verdicts.Comparison("kept against start", "kept", "start")
     claim = claims.harness.Claim("X", "says", "source", arms, (comparison,))
     claims.harness.main([claim], smoke(tmp_path, "--seeds", "2"))
     pair = claims.render.DEMO
     weights = claims.render.pair_weights(pair)
     results = claims.harness.Results(tmp_path / "results", weights, claims.recipes.SMOKE)
-    assert len(list(results.folder.glob("*.json"))) == 1 + 3 + 2 + 2
+    assert len(list(results.folder.glob("*.json"))) == 1 + 3 + 2 + 2 + 2
     states = results.of_arm(kept, 1)[0]["states"]
     assert [state["step"] for state in states] == [1, 2]
     page = claims.render.page(results, [claim], 3, pair)
     assert "| X | kept against start (greedy) | higher |" in page
     assert "undecided (2 of 3 seeds, 3 prompts)" in page
-    assert "8 cells, made" in page
+    assert "10 cells, made" in page
+    assert claims.beyond.speed("PARD", results.of_arm(parallel, 2), "T=1")[0] > 0
     unrun = claims.harness.Claim("Y", "says more", "source", {"arm": arm(recipe("never"))})
     assert "| Y | says more | | | not run yet |" in claims.render.page(results, [unrun], 3, pair)
 
