@@ -34,11 +34,12 @@ def main() -> None:
     work = Path(options.work_dir)
     target = load_target(str(work / "target"), dtype=options.dtype)
     draft = load_draft(str(work / options.draft), dtype=options.dtype)
+    rows = load_dataset("parquet", data_files=str(work / "data" / "gsm8k_test" / "data" / "*"), split="train")
     report = evaluate_draft(
         draft,
         target,
         load_tokenizer(str(work / "target")),
-        dataset=load_dataset("parquet", data_files=str(work / "data" / "gsm8k_test" / "data" / "*"), split="train"),
+        dataset=rows.select(range(2 * options.prompts)),  # each prompt has a greedy and a sampled answer
         num_speed_prompts=options.prompts,
         batch_size=16,
         source="gsm8k_test",
