@@ -80,7 +80,6 @@ class StaticModel(CachedModel):
     """A `CachedModel` whose cache never grows: masks have all columns, and finished rows stay."""
 
     drops_rows = False
-    _mask: Tensor
 
     def __init__(
         self,
@@ -101,6 +100,7 @@ class StaticModel(CachedModel):
 
     def __call__(self, piece: Piece, num_logits: int) -> Tensor:
         """Read a piece; return the logits [B, num_logits, V] of its last tokens."""
+        assert self._mask is not None
         width = piece.ids.shape[1]
         end = self._columns + width
         self._mask[:, self._columns : end] = True if piece.is_token is None else piece.is_token
@@ -123,6 +123,7 @@ class StaticModel(CachedModel):
     def keep(self, lengths: list[int]) -> None:
         """Forget what was read behind `lengths` columns of each text, and mask what the cache still holds there."""
         super().keep(lengths)
+        assert self._mask is not None
         self._mask[:, self._columns :] = False
 
     def squeeze_if_worthwhile(self, num_new: int) -> None:
@@ -135,4 +136,5 @@ class StaticModel(CachedModel):
     def keep_rows(self, places: list[int]) -> None:
         """Close the holes; all rows stay."""
         super().keep_rows(places)
+        assert self._mask is not None
         self._mask = torch.nn.functional.pad(self._mask[:, : self._columns], (0, self._capacity - self._columns))

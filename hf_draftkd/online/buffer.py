@@ -38,17 +38,6 @@ class ServedRequest:
         """Whether its prompt belongs to the share of prompts that is never learnt from."""
         return hash_number(f"{seed}:{self.prompt_ids.tolist()}") < share * 2**64
 
-    def to_dict(self) -> dict[str, Any]:
-        """The request as tensors and plain data."""
-        setting = None if self.setting is None else self.setting.to_dict()
-        return vars(self) | {"target": vars(self.target), "setting": setting}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "ServedRequest":
-        """The inverse."""
-        setting = None if data["setting"] is None else DecodingSetting(**data["setting"])
-        return cls(data["prompt_ids"], data["completion_ids"], SparseTarget(**data["target"]), setting)
-
 
 class ReplayBuffer:
     """The newest requests, oldest first: `size` to learn from, and `holdout_size`, of a share of the prompts, that
@@ -95,14 +84,32 @@ class ReplayBuffer:
             ]
         return made
 
-    def state(self) -> dict[str, Any]:
-        """Everything as tensors and plain data."""
-        training, held_out = ([request.to_dict() for request in side] for side in (self.training, self.held_out))
-        return {"training": training, "held_out": held_out, "num_new": self.num_new}
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything as tensors and JSON: training requests first, then the held-out ones."""
+        requests = [*self.training, *self.held_out]
+        tensors = {
+            f"{number}.{name}": tensor
+            for number, one in enumerate(requests)
+            for name, tensor in {"prompt": one.prompt_ids, "completion": one.completion_ids, **vars(one.target)}.items()
+        }
+        settings = [None if one.setting is None else one.setting.to_dict() for one in requests]
+        return tensors, {"settings": settings, "num_training": len(self.training), "num_new": self.num_new}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take in what `state` returned; if the buffer is smaller now, the newest of it."""
-        for side, name in ((self.training, "training"), (self.held_out, "held_out")):
+    def unpack(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Take in what `pack` returned; if the buffer is smaller now, the newest of it."""
+        requests = []
+        for number, setting in enumerate(facts["settings"]):
+            # Copies: what is read from a file may be a view of it.
+            prompt, completion, *target = (
+                tensors[f"{number}.{name}"].clone()
+                for name in ("prompt", "completion", "token_ids", "logprobs", "tail_logprob")
+            )
+            known = None if setting is None else DecodingSetting(**setting)
+            requests.append(ServedRequest(prompt, completion, SparseTarget(*target), known))
+        for side, part in (
+            (self.training, requests[: facts["num_training"]]),
+            (self.held_out, requests[facts["num_training"] :]),
+        ):
             side.clear()
-            side.extend(map(ServedRequest.from_dict, state[name]))
-        self.num_new = min(state["num_new"], len(self.training))
+            side.extend(part)
+        self.num_new = min(facts["num_new"], len(self.training))

@@ -34,7 +34,7 @@ from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, che
 from hf_draftkd.online.buffer import ReplayBuffer, ServedRequest
 from hf_draftkd.online.config import OnlineDistillConfig
 from hf_draftkd.online.learner import Learner, acceptance_of
-from hf_draftkd.online.state import read_state, save_state
+from hf_draftkd.online.state import load_tensors, read_facts, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class OnlineDraftDistiller:
         self._window = AcceptanceCounts()  # since the last step
         self._requests_at_step = 0
         self._last_save: str | None = None  # in the output directory, by this process
-        self._must_resume = self.args.output_dir is not None and self._facts(self.args.output_dir) is not None
+        self._must_resume = self.args.output_dir is not None and read_facts(self.args.output_dir) is not None
 
     # Serving ---------------------------------------------------------------------------------------------------------
 
@@ -306,16 +306,19 @@ class OnlineDraftDistiller:
         directory, is_own = self._state_directory(directory)
         if is_own:
             self._check_resumed()
-            existing = self._facts(directory)
+            existing = read_facts(directory)
             if existing is not None and existing["save"] != self._last_save:
                 raise ValueError(
                     f"Another process has saved its state in `output_dir={directory!r}` since, which would be "
                     "overwritten. Two processes cannot learn into one directory: `save` this one elsewhere."
                 )
+        requests, buffer = self.buffer.pack()
+        random = {"generator": self._generator.get_state()}
         # Not from torch's or Python's random state, which are the user's.
         save = os.urandom(8).hex()
         facts = {
             **self._identity,
+            "buffer": buffer,
             "num_requests": self.num_requests,
             "num_updates": self.num_updates,
             "requests_at_step": self._requests_at_step,
@@ -324,8 +327,7 @@ class OnlineDraftDistiller:
             "window": vars(self._window),
             "save": save,
         }
-        state = {"learner": self.learner.state(), "buffer": self.buffer.state(), "facts": facts}
-        save_state(directory, state | {"generator": self._generator.get_state()})
+        save_state(directory, {"draft": self.learner.state(), "requests": requests, "random": random}, facts)
         if is_own:
             self._last_save = save
 
@@ -340,20 +342,20 @@ class OnlineDraftDistiller:
             ValueError: The state cannot be read, or belongs to another draft, target, `top_k` or `loss_temperature`.
         """
         directory, is_own = self._state_directory(directory)
-        state = read_state(directory)
-        if state is None:
+        facts = read_facts(directory)
+        if facts is None:
             return False
-        facts = state["facts"]
         for name, value in self._identity.items():
             if facts[name] != value:
                 raise ValueError(
                     f"The state in {directory!r} was saved with {name}={facts[name]!r}, and here it is {value!r}, so "
                     "the distributions in its buffer are of no use. Set it as it was, or name another `output_dir`."
                 )
-        self.learner.load(state["learner"])
+        tensors = load_tensors(directory)
+        self.learner.load(tensors["draft"])
         self._decoding = SpeculativeDecoding(self.draft_model, parallel=False)
-        self._generator.set_state(state["generator"])
-        self.buffer.load(state["buffer"])
+        self._generator.set_state(tensors["random"]["generator"])
+        self.buffer.unpack(tensors["requests"], facts["buffer"])
         self.num_requests, self.num_updates = facts["num_requests"], facts["num_updates"]
         self._requests_at_step = facts["requests_at_step"]
         self.history = deque(facts["history"], maxlen=self.args.max_history)
@@ -361,11 +363,6 @@ class OnlineDraftDistiller:
         if is_own:
             self._must_resume, self._last_save = False, facts["save"]
         return True
-
-    @staticmethod
-    def _facts(directory: str) -> dict[str, Any] | None:
-        state = read_state(directory, whole=False)
-        return None if state is None else state["facts"]
 
     def _state_directory(self, directory: str | None) -> tuple[str, bool]:
         """The directory to use, and whether it is `args.output_dir`, which is guarded against overwriting."""

@@ -136,18 +136,21 @@ class Learner:
             if parameter is not self._weights[name]:
                 parameter.copy_(self._weights[name])
 
-    def state(self) -> dict[str, Any]:
-        """Weights as they are trained, by name, and the optimiser's moments, in the same order."""
-        weights = {name: weight.detach() for name, weight in self._weights.items()}
-        return {"weights": weights, "moments": self._optimizer.state_dict()["state"]}
+    def state(self) -> dict[str, Tensor]:
+        """Weights as they are trained, and the optimiser's moments, by name."""
+        names = list(self._weights)
+        moments = self._optimizer.state_dict()["state"]
+        return {f"weights.{name}": weight for name, weight in self._weights.items()} | {
+            f"{kind}.{names[index]}": value for index, kinds in moments.items() for kind, value in kinds.items()
+        }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Tensor]) -> None:
         """Take in what `state` returned.
 
         Raises:
             ValueError: It is of another draft.
         """
-        saved = state["weights"]
+        saved = {key.removeprefix("weights."): value for key, value in state.items() if key.startswith("weights.")}
         for name in sorted(saved | self._weights):
             there, here = (tuple(of[name].shape) if name in of else "no place" for of in (saved, self._weights))
             if there != here:
@@ -155,7 +158,13 @@ class Learner:
                     f"The state belongs to another draft: {name} has {there} there and {here} in this one. Make the "
                     "distiller with the draft that it was saved with."
                 )
-        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state["moments"]})
+        moments: dict[int, dict[str, Tensor]] = {}
+        index_of = {name: index for index, name in enumerate(self._weights)}
+        for key, value in state.items():
+            kind, _, name = key.partition(".")
+            if kind != "weights":
+                moments.setdefault(index_of[name], {})[kind] = value
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
         with torch.no_grad():
             for name, weight in self._weights.items():
                 weight.copy_(saved[name])

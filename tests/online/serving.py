@@ -29,13 +29,6 @@ def weights_of(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def learnt_by(distiller):
-    """Weights as they are trained, and the optimiser's moments."""
-    state = distiller.learner.state()
-    moments = {f"{name} of {at}": value for at, of in state["moments"].items() for name, value in of.items()}
-    return {name: value.clone() for name, value in (state["weights"] | moments).items()}
-
-
 def assert_same(left, right):
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)

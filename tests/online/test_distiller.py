@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogit
 from hf_draftkd import OnlineDraftDistiller, count_acceptance
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import DIVERGENCES
+from hf_draftkd.online import state as online_state
 from hf_draftkd.online.buffer import ReplayBuffer, ServedRequest
 from tests.online.serving import (
     SAMPLED,
@@ -18,7 +19,6 @@ from tests.online.serving import (
     assert_same,
     distiller_for,
     kept_by,
-    learnt_by,
     request,
     serve,
     target_rows,
@@ -380,14 +380,14 @@ def test_an_update_that_lowers_acceptance_is_taken_back(pair, tokenizer):
     distiller = distiller_for(pair, auto_update=False)
     serve(distiller, tokenizer, 10, **UNFILTERED)
     assert distiller.step()["kept"]
-    state = learnt_by(distiller)
+    state = {name: value.clone() for name, value in distiller.learner.state().items()}
     distiller.learner._optimizer.param_groups[0]["lr"] = 10.0
     serve(distiller, tokenizer, 4, start=10, **UNFILTERED)
     entry = distiller.step()
     assert not entry["kept"]
     assert entry["held_out_acceptance_rate"] < entry["held_out_acceptance_rate_before"]
     assert distiller.num_updates == 1
-    assert_same(state, learnt_by(distiller))
+    assert_same(state, {name: value.clone() for name, value in distiller.learner.state().items()})
     assert not draft.training
 
 
@@ -462,11 +462,11 @@ def test_an_automatic_save_that_fails_costs_no_answer_and_is_made_up_for(tokeniz
     """A full disk; half a file that keeps the disk full."""
     distiller = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=4, holdout_share=0)
 
-    def full(state, path):
+    def full(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(online_state, "save_file", full)
     assert len(serve(distiller, tokenizer, 4)) == 4
     assert distiller.history[0]["kept"]
     assert distiller.history[1]["failed"] == "save"
@@ -518,12 +518,14 @@ def test_a_bfloat16_draft_learns_in_float32(tokenizer):
     before = weights_of(draft)
     distiller = distiller_for((draft, target), holdout_share=0, learning_rate=1e-5)
     serve(distiller, tokenizer, 8)
-    masters = distiller.learner.state()["weights"]
+    masters = distiller.learner.state()
     name = "lm_head.weight"
-    moved = masters[name] - before[name].float()
+    moved = masters[f"weights.{name}"] - before[name].float()
     assert 0 < moved.abs().max() < 1e-3
     assert draft.dtype == torch.bfloat16
-    assert_same(weights_of(draft), {key: masters[key].to(torch.bfloat16) for key in weights_of(draft)})
+    assert_same(
+        weights_of(draft), {key: masters[f"weights.{key}"].to(torch.bfloat16).detach() for key in weights_of(draft)}
+    )
 
 
 def test_an_adapter_learns_and_its_base_does_not(pair, tokenizer):
@@ -537,4 +539,4 @@ def test_an_adapter_learns_and_its_base_does_not(pair, tokenizer):
     assert distiller.num_updates == 1
     now = dict(wrapped.named_parameters())
     assert_same(frozen, {name: now[name] for name in frozen})
-    assert all("lora_" in name for name in distiller.learner.state()["weights"])
+    assert all("lora_" in name for name in distiller.learner.state())
