@@ -56,7 +56,7 @@ def page(results: Results, claims: Sequence[Claim], seeds: int, pair: Path) -> s
         rows += [f"| {claim.name} | {row.says} | {row.paper} | {row.here} | {row.verdict} |" for row in findings]
         if not findings:
             rows.append(f"| {claim.name} | {claim.says} | | | not run yet |")
-        if arms:
+        if findings:
             sections.append(section(claim, arms))
     sizes = results.sizes
     head = HEAD.format(
@@ -130,13 +130,13 @@ def provenance(results: Results) -> str:
     machines = sorted(
         {f"{each['provenance']['processor']}, {each['provenance']['threads']} thread(s)" for each in stored}
     )
-    hours = sum(each["seconds"] for each in stored) / 3600
+    minutes = sum(each["seconds"] for each in stored) / 60
     weights = ", ".join(f"{name} `{checksum}`" for name, checksum in results.weights.items())
     return "\n".join(
         [
             "## Provenance",
             "",
-            f"- {len(stored)} cells, made {made[0]} to {made[-1]}, {hours:.1f} hours of training; sha256 of the "
+            f"- {len(stored)} cells, made {made[0]} to {made[-1]}, {minutes:.0f} minutes of training; sha256 of the "
             f"weights: {weights}.",
             f"- {'; '.join(machines)}.",
             *(f"- {each}." for each in versions),

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 RULES = """\
-- The interval lies above 0 in the claimed direction: **reproduced**; "smaller" or "larger" is added where it lies
-  wholly outside the paper's own range.
+- The interval lies above 0 in the claimed direction, and reaches the smallest effect that the paper reports:
+  **reproduced**; "larger" is added where it lies wholly beyond the paper's own range.
 - It lies below 0: **refuted**.
-- It holds 0, and lies below the smallest effect that the paper reports: **refuted** as well, there is no such effect.
+- It lies wholly below the smallest effect that the paper reports: **refuted** as well, whether there is a smaller
+  effect (above 0) or none that could be told (0 within).
 - It holds 0 otherwise: **undecided**. So is whatever has fewer than three seeds or 150 prompts, whatever its interval.
 - Where this pair does not meet what the claim supposes, as its script says: **not comparable**, with the reason."""
 MIN_SEEDS, MIN_PROMPTS = 3, 150
@@ -149,7 +150,7 @@ def verdict(found: Estimate, claimed: Claimed = Claimed(), *, falls: bool = Fals
     low, high = (-found.high, -found.low) if falls else (found.low, found.high)
     if low > 0:
         if high < claimed.smallest:
-            return "reproduced, smaller"
+            return "refuted (a smaller effect)"
         return "reproduced, larger" if claimed.largest is not None and low > claimed.largest else "reproduced"
     if high < 0:
         return "refuted"

@@ -43,7 +43,7 @@ def result(tokens, acceptance, epochs=3):
     ("low", "high", "claimed", "falls", "expected"),
     [
         (0.01, 0.03, (0.02, 0.10), False, "reproduced"),
-        (0.001, 0.01, (0.02, 0.10), False, "reproduced, smaller"),
+        (0.001, 0.01, (0.02, 0.10), False, "refuted (a smaller effect)"),
         (0.2, 0.3, (0.02, 0.10), False, "reproduced, larger"),
         (-0.03, -0.01, (0.02, 0.10), False, "refuted"),
         (-0.01, 0.01, (0.02, 0.10), False, "refuted (no such effect)"),
