@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_draftkd.data.rows import with_token_ids
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.scoring import Text, score_texts
+from hf_draftkd.evaluation.scoring import Text, in_one_pass, score_texts
 
 GAMMAS = (3, 5, 7)  # the draft lengths of the three papers' tables
 
@@ -51,15 +51,14 @@ def score_drafts(
             draft_vocabularies=lists,
         )
         for columns, by_rule in zip(found, [*result.drafts, *result.listed], strict=True):
-            sums = next(iter(by_rule.values()))
+            rule, sums = next(iter(by_rule.items()))
             columns[setting] = {
                 "tokens": [int(each) for each in sums.num_tokens],
                 "acceptance": _rounded(sums.acceptance),
                 "calls": _calls(sums.target_calls),
             }
-        for columns, by_rule in zip(found, result.parallel, strict=False):
-            for sums in by_rule.values():  # none of an ordinary draft
-                columns[setting]["parallel_calls"] = _calls(sums.target_calls)
+            if in_one_pass(rule) in by_rule:  # of a parallel draft
+                columns[setting]["parallel_calls"] = _calls(by_rule[in_one_pass(rule)].target_calls)
     return found
 
 
