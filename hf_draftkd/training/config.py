@@ -30,7 +30,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 
 
 def bf16_is_usable() -> bool:
-    """Whether an accelerator that computes in bf16 is present. A CPU does not count: transformers refuses it there."""
+    """Whether an accelerator computes in bf16. Not a CPU: transformers takes it there only with `use_cpu`."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return hasattr(torch, "xpu") and torch.xpu.is_available()
