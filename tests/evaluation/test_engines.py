@@ -209,6 +209,9 @@ class Served(Engine):
     def __init__(self, **faults):
         self.faults = faults
 
+    def command(self, pair, port):
+        raise AssertionError("It runs already: nothing is launched.")
+
     def version(self, url):
         return self.faults.get("version", "1.0")
 

@@ -5,6 +5,7 @@ import re
 import time
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ class ServedPair:
     dtype: str = "auto"
 
 
-class Engine:
+class Engine(ABC):
     """One engine: how it is started, and how it is asked. Every question may raise as `fetch` and `ask` do.
 
     Attributes:
@@ -86,9 +87,9 @@ class Engine:
     binary = "python"
     sampled_rule: str | None = None
 
+    @abstractmethod
     def command(self, pair: ServedPair, port: int) -> tuple[list[str], dict[str, str]]:
         """The words of the command that serves a pair on this machine, and its environment variables."""
-        raise NotImplementedError
 
     def fault(self, setting: DecodingSetting, is_launched: bool) -> str | None:
         """Why its texts under a setting would not be the target's, as a clause; None where they are."""
@@ -100,15 +101,15 @@ class Engine:
         """The version that a server says it is."""
         return str(ask(f"{url}/version")["version"])
 
+    @abstractmethod
     def tokenize(self, url: str, text: str) -> list[int]:
         """Token ids of a text, special tokens read as such and none added."""
-        raise NotImplementedError
 
+    @abstractmethod
     def complete(
         self, url: str, prompt_ids: Sequence[int], setting: DecodingSetting, max_new_tokens: int, seed: int
     ) -> Completion:
         """Answer one prompt."""
-        raise NotImplementedError
 
 
 class Answer(dict[str, Any]):
