@@ -9,6 +9,7 @@ Every step is kept in `--output_dir`; the same command goes on where a stopped o
 
 import argparse
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def main() -> None:
 def quickstart(out: Path) -> Path:
     folder = out / "quickstart"
     if not (folder / "report.json").exists():
-        subprocess.run(["draftkd", "quickstart", "--output_dir", str(folder)], check=True)
+        subprocess.run([sys.executable, "-m", "hf_draftkd", "quickstart", "--output_dir", str(folder)], check=True)
     return folder / "draft"
 
 
@@ -149,7 +150,8 @@ def prepared(engine: str, kind: str, target: str, draft: Path, environments: Pat
                 words = [llama / "llama-quantize", whole, made, kind]
         run(words, made)
         models.append(str(made))
-    return {"engine_binary": str(openvino / "python" if engine == "openvino" else llama / "llama-server"), "engine_models": models}
+    program = openvino / "python" if engine == "openvino" else llama / "llama-server"
+    return {"engine_binary": str(program), "engine_models": models}
 
 
 def run(words: list, made: Path) -> None:
