@@ -1,4 +1,4 @@
-"""`draftkd doctor TARGET [DRAFT]`: will this pair do, what will it take, and what next; no weights are downloaded."""
+"""`draftkd doctor TARGET [DRAFT]`: will this pair do, what will it take, and what next; no weights are downloaded, but a GGUF file."""
 
 import shlex
 from collections.abc import Iterator
@@ -38,6 +38,7 @@ class DoctorOptions:
     model: str | None = option(None, "A draft for it (may stand second).")
     target_model_revision: str | None = option(None, "Revision of the target.")
     model_revision: str | None = option(None, "Revision of the draft.")
+    gguf_file: str | None = option(None, "Read the target from this GGUF file among its files, which is downloaded.")
     trust_remote_code: bool = option(False, "Run code that a model repository brings.")
 
 
@@ -51,7 +52,8 @@ def run(argv: list[str]) -> int:
     required(target_model=options.target_model)
     with usage_errors():
         trusted = {"trust_remote_code": options.trust_remote_code}
-        target = resolve(options.target_model, revision=options.target_model_revision, **trusted)
+        at = {"revision": options.target_model_revision, "gguf_file": options.gguf_file}
+        target = resolve(options.target_model, **at, **trusted)
         draft = resolve(options.model, revision=options.model_revision, **trusted) if options.model else None
         found = examine(target, draft)
     table = Table(box=SIMPLE, show_header=False, show_edge=False, padding=(0, 1), pad_edge=False)
@@ -127,16 +129,17 @@ def _engines(draft: Checkpoint, target: Checkpoint, draft_facts: ModelFacts, tar
 
 
 def _next(target: Checkpoint, draft: Checkpoint | None, found: Examination, free: int) -> Iterator[str]:
-    name = shlex.quote(target.name)
     if found.target is None:
         yield "choose another target"
         return
+    name = shlex.quote(target.name)
+    whole = name if target.gguf_file is None else f"{name} --gguf_file {shlex.quote(target.gguf_file)}"
     if found.draft is None or found.refused:
         if not target.is_local:
             yield f"draftkd find {name}"
-        yield f"draftkd init --target_model {name} --num_layers {found.cut_layers or 2} --output_dir DRAFT"
+        yield f"draftkd init --target_model {whole} --num_layers {found.cut_layers or 2} --output_dir DRAFT"
     model = "DRAFT" if draft is None or found.refused else shlex.quote(draft.name)
-    at, options, learn = f"--target_model {name}", "", f"--target_model {name}"
+    at, options, learn = f"--target_model {whole}", "", f"--target_model {whole}"
     if found.memory.get("answering", 0) > free:  # another machine has to answer
         at, learn = f"--endpoint URL --target_model SERVED_NAME --tokenizer {name}", "--divergence cross_entropy"
     elif found.memory.get("live", 0) > free:
@@ -144,7 +147,7 @@ def _next(target: Checkpoint, draft: Checkpoint | None, found: Examination, free
     yield f"draftkd generate {at} --dataset PROMPTS {options}--output_dir DATA"
     yield f"draftkd train --model {model} {learn}{' ' if learn else ''}--dataset DATA --output_dir OUT"
     if "endpoint" not in at:
-        yield f"draftkd evaluate --model OUT --target_model {name} --dataset OTHER_PROMPTS --output_dir REPORT"
+        yield f"draftkd evaluate --model OUT --target_model {whole} --dataset OTHER_PROMPTS --output_dir REPORT"
 
 
 def _memory() -> tuple[int, str]:

@@ -136,7 +136,7 @@ def _facts(checkpoint: Checkpoint, refused: list[str]) -> ModelFacts:
         rows=config.get_text_config().vocab_size,
         num_tokens=num_tokens,
         context=context_length(config),
-        stored={} if checkpoint.is_adapter else _stored(checkpoint),
+        stored={} if checkpoint.is_adapter or checkpoint.gguf_file else _stored(checkpoint),
     )
     held = sum(facts.stored.values())
     if facts.stored and not facts.quantization and held < facts.num_parameters:

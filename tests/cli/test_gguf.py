@@ -28,6 +28,10 @@ def test_a_draft_is_made_of_it_and_learns_from_it(tmp_path, folder, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("The quick", "A draft", "When")))
     target = ["--target_model", folder, "--gguf_file", "tiny.gguf"]
+    assert run("doctor", *target) == 0
+    shown = capsys.readouterr().out
+    assert "300 rows for 300 tokens" in shown
+    assert shown.count(f"--target_model {folder} --gguf_file tiny.gguf") == 4
     assert run("init", *target, "--num_layers", 1, "--output_dir", tmp_path / "draft") == 0
     assert f"--target_model {folder} --gguf_file tiny.gguf" in capsys.readouterr().out
     answers = ["generate", "--dataset", prompts, "--max_new_tokens", 8]
