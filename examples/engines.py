@@ -58,11 +58,14 @@ def main() -> None:
     parser.add_argument("--quantizations", nargs="+", default=["f32"], help="of GGUF files: f32, q8_0, q4_0")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--measure_speed", action=argparse.BooleanOptionalAction, default=True, help="in transformers too"
+    )
     parser.add_argument("--table", help="also write the table to this file")
     options = parser.parse_args()
     out, environments = Path(options.output_dir), Path(options.environments).resolve()
     # Further engines and formats can be added to a run.
-    open_ended = ("engines", "quantizations", "table")
+    open_ended = ("engines", "environments", "quantizations", "table")
     claim(out, argparse.Namespace(**{name: value for name, value in vars(options).items() if name not in open_ended}))
     draft = Path(options.draft) if options.draft else quickstart(out)
     report, rows = evaluated(options, draft, out)
@@ -119,6 +122,7 @@ def evaluated(options: argparse.Namespace, draft: Path, out: Path) -> tuple[Spec
             checkpoint.tokenizer,
             dataset=rows,
             verification=["rejection_sampling", "exact_match", "top_10_draft"],
+            measure_speed=options.measure_speed,
             num_assistant_tokens=options.num_assistant_tokens,
             source=options.prompts,
         )
