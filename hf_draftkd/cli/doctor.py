@@ -1,4 +1,7 @@
-"""`draftkd doctor TARGET [DRAFT]`: will this pair do, what will it take, and what next; no weights are downloaded, but a GGUF file."""
+"""`draftkd doctor TARGET [DRAFT]`: will this pair do, what will it take, and what next.
+
+No weights are downloaded; only a GGUF file is, since it holds the config too.
+"""
 
 import shlex
 from collections.abc import Iterator
