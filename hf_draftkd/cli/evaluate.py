@@ -20,6 +20,7 @@ from hf_draftkd.evaluation.engines.measure import check_servers, evaluate_in_eng
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.html import save_page, training_log
 from hf_draftkd.evaluation.plots import figure_class
+from hf_draftkd.evaluation.recommendation import PARALLEL
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
 from hf_draftkd.evaluation.tables import ReportTable
@@ -159,8 +160,8 @@ def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> No
         if options.html:
             written.append(save_page(report, out / "report.html", training_log(report.draft.name)))
         if options.write and report.recommendation is not None:
-            length = report.recommendation.num_assistant_tokens
-            settings = draft_length_settings(length)
+            advice = report.recommendation
+            settings = draft_length_settings(advice.num_assistant_tokens, parallel=advice.way == PARALLEL)
             written.append(write_draft_settings(Path(report.draft.name), settings, options.trust_remote_code))
     finally:  # hours of measuring are shown even if the disk is full
         console.print(ReportTable(report))

@@ -39,7 +39,7 @@ from hf_draftkd.decoding.requests import check_cache, check_models, check_reques
 from hf_draftkd.decoding.stopping import Stopping
 from hf_draftkd.decoding.texts import Outputs, Texts
 from hf_draftkd.decoding.verification import verify_greedy, verify_greedy_ensemble, verify_sampled
-from hf_draftkd.models.draft_length import recorded_vocabulary
+from hf_draftkd.models.draft_length import recorded_parallel_length, recorded_vocabulary
 from hf_draftkd.models.forward import evaluating, unwrapped
 from hf_draftkd.models.loading import load_tokenizer, require_loaded
 from hf_draftkd.models.pairing import check_tokenizers
@@ -70,8 +70,9 @@ class SpeculativeDecoding:
     Args:
         draft_model: A small causal LM with the target's vocabulary, on the target's device.
         num_assistant_tokens: γ, tokens to draft a round; "auto" chooses while decoding, down to plain decoding where
-            drafting does not pay. None: what the draft's generation config records, otherwise "auto". (Its
-            `assistant_confidence_threshold` and schedule are of transformers' loop and do not matter.)
+            drafting does not pay. None: what the draft's generation config records (`num_assistant_tokens`; in one
+            pass `parallel_num_assistant_tokens`), otherwise "auto". (Its `assistant_confidence_threshold` and schedule
+            are of transformers' loop and do not matter.)
         parallel: Draft all γ tokens in one pass, which needs a draft trained with `parallel_tokens` of γ or more. None:
             if the draft's config says that it is such a draft. False: one by one, as with an ordinary draft.
         draft_vocabulary: Ids that the draft may propose: its head is sliced to them. None: the `draft_vocabulary` of
@@ -122,9 +123,8 @@ class SpeculativeDecoding:
         self.mask_token_id = None if found is None else found.mask_token_id
         longest = None if found is None else found.num_tokens
         if num_assistant_tokens is None:
-            num_assistant_tokens = config.num_assistant_tokens or "auto"
-            if longest is not None and num_assistant_tokens != "auto":
-                num_assistant_tokens = min(num_assistant_tokens, longest)
+            recorded = config.num_assistant_tokens if found is None else recorded_parallel_length(config)
+            num_assistant_tokens = recorded or "auto"
         if compile and num_assistant_tokens == "auto":
             raise ValueError('`compile=True` has one shape: give `num_assistant_tokens` as a number, not "auto".')
         if num_assistant_tokens != "auto":

@@ -14,7 +14,7 @@ from hf_draftkd.data.targets import ids_without_token
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.environment import hardware_info, model_info
-from hf_draftkd.evaluation.latency import draft_step_seconds, measure_latency
+from hf_draftkd.evaluation.latency import measure_latency
 from hf_draftkd.evaluation.recommendation import (
     ASSISTANT_MODEL,
     PARALLEL,
@@ -53,7 +53,7 @@ from hf_draftkd.evaluation.texts import (
 )
 from hf_draftkd.evaluation.timing import PLAIN, refused_by_speculative_decoding, time_decoding
 from hf_draftkd.evaluation.tokens import add_token_results, show_answers, token_kinds
-from hf_draftkd.evaluation.vocabulary import lists_to_report, predict_by_size, whole_vocabulary
+from hf_draftkd.evaluation.vocabulary import lists_to_report, predict_by_size
 from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.forward import evaluating
 from hf_draftkd.models.identity import loaded_checksum
@@ -135,8 +135,9 @@ def evaluate_draft(
     for draft in drafts:
         align_vocabulary(draft, target_model, tokenizer)
     vocab_size = min(shared_vocab_size(draft, target_model, tokenizer) for draft in drafts)
-    lists = [lists_to_report(draft, config.draft_vocabulary_sizes, vocab_size) for draft in candidates]
-    with evaluating(target_model, *drafts), whole_vocabulary(drafts):
+    sizes = [config.draft_vocabulary_sizes] * len(candidates) + [None]  # none are asked for of the baseline
+    lists = [lists_to_report(draft, of_draft, vocab_size) for draft, of_draft in zip(drafts, sizes, strict=False)]
+    with evaluating(target_model, *drafts):
         texts = take_texts(target_model, drafts, tokenizer, prompts, dataset, settings, source, config)
         evaluation = _Evaluation(target_model, drafts, tokenizer, texts, config, lists)
         results = evaluation.score()
@@ -230,7 +231,7 @@ class _Evaluation:
         found = []
         for texts, scored in self.scored:
             for rule in self._rules(texts):
-                both = scored.drafts[index][rule], scored.drafts[baseline][rule]
+                both = scored.drafts[index], scored.drafts[baseline]
                 found.append(paired_difference(texts.setting, rule, *both, texts.prompts, has_blocks=texts.is_exact))
         return found
 
@@ -253,7 +254,9 @@ class _Evaluation:
         """Time steps and real decoding of one draft, and judge it; fills in `result`."""
         prompts = self._spread_prompts(self.config.num_speed_prompts)
         ways = self._ways(draft, prompts[0])
-        latency = result.latency = measure_latency(self.target_model, draft, prompts, ways=ways, **self.decoding)
+        lists = [ids for index, ids in self.listed if self.drafts[index] is draft]
+        latency = measure_latency(self.target_model, draft, prompts, ways=ways, lists=lists, **self.decoding)
+        result.latency = latency
         lengths = overall_draft_lengths(result.settings, latency)
         length = self.config.num_assistant_tokens or lengths.get(ASSISTANT_MODEL, _DEFAULT_LENGTH)
         # Real decoding is transformers': it does not apply to a rule of another engine.
@@ -274,9 +277,7 @@ class _Evaluation:
             compare_with_prediction(setting, latency)
         for setting in result.settings:
             setting.recommendation = recommend(setting, latency)
-        lists = [ids for index, ids in self.listed if self.drafts[index] is draft]
-        if lists:
-            predict_by_size(result.settings, latency, draft_step_seconds(draft, lists, latency.context_length))
+        predict_by_size(result.settings, latency)
         result.recommendation = recommend_overall(result.settings, latency)
 
     def _decode(
@@ -343,25 +344,31 @@ class _Evaluation:
                 )
                 as_transformers = sums.get(AS_TRANSFORMERS) if rule == "rejection_sampling" else None
                 found = result_of(sums[rule], as_transformers=as_transformers)
+                if found.block_efficiency and (by_depth := sums.get(in_one_pass(rule))):
+                    found.parallel = parallel_result(by_depth, prompts)
                 results.append(found)
                 if group is not None:
                     continue
-                listed = [
-                    (len(ids), result_of(of_list[rule]))
-                    for (of_draft, ids), of_list in zip(self.listed, scored.listed, strict=True)
-                    if of_draft == index
-                ]
-                if listed:  # the whole vocabulary last
+                by_size = []
+                for (of_draft, ids), of_list in zip(self.listed, scored.listed, strict=True):
+                    if of_draft == index:
+                        of = result_of(of_list[rule])
+                        if found.parallel:
+                            of.parallel = parallel_result(of_list[in_one_pass(rule)], prompts)
+                        by_size.append((len(ids), of))
+                if by_size:  # the whole vocabulary last
+                    by_size.append((draft.config.get_text_config().vocab_size, found))
                     found.draft_vocabulary = [
                         VocabularyResult(
-                            size=size, acceptance_rate=of.acceptance_rate, block_efficiency=of.block_efficiency
+                            size=size,
+                            acceptance_rate=of.acceptance_rate,
+                            block_efficiency=of.block_efficiency,
+                            parallel_block_efficiency=of.parallel.block_efficiency if of.parallel else None,
                         )
-                        for size, of in (*listed, (draft.config.get_text_config().vocab_size, found))
+                        for size, of in by_size
                     ]
                 if found.block_efficiency:
                     add_token_results(found, sums[rule], texts, kinds)
-                    if by_depth := sums.get(in_one_pass(rule)):
-                        found.parallel = parallel_result(by_depth, prompts)
         return results
 
     def _vocab_size(self, draft: PreTrainedModel) -> int:

@@ -33,6 +33,7 @@ def measure_latency(
     *,
     max_new_tokens: int,
     ways: Sequence[str] = (ASSISTANT_MODEL, SPECULATIVE),
+    lists: Sequence[Sequence[int]] = (),
     draft_lengths: Sequence[int] = DRAFT_LENGTHS,
     suppress_tokens: list[int] | None = None,
     num_repeats: int = 7,
@@ -42,7 +43,8 @@ def measure_latency(
 
     The cache holds as many tokens as the median prompt, and half of `max_new_tokens`, as far as the models read. The
     target's passes over γ + 1 tokens are timed for all `draft_lengths`, each `num_repeats` times, those of the draft in
-    turns with them; `suppress_tokens` and `seed` are those of the sampled continuations that time `generate`.
+    turns with them; `lists` are the first ids of the draft's recorded list, the last of them the whole, to which its
+    head is also cut. `suppress_tokens` and `seed` are those of the sampled continuations that time `generate`.
     """
     sizes = [1, *(length + 1 for length in draft_lengths)]
     length = int(median(len(prompt) for prompt in prompts)) + max_new_tokens // 2
@@ -54,9 +56,13 @@ def measure_latency(
     target, draft = _StepClock(target_model, context), _StepClock(draft_model, context)
     parallel = parallel_draft(draft_model.config) if PARALLEL in ways else None
     drafting = lengths_of(parallel.num_tokens if parallel else 0)
-    passes: list[tuple[Hashable, Callable[[], float]]] = [("draft", partial(draft.seconds, 1))] * 2
+    listed = {len(ids): _StepClock(with_sliced_head(draft_model, list(ids)), context) for ids in lists}
+    passes: list[tuple[Hashable, Callable[[], float]]] = [("draft", partial(draft.seconds, 1))]
+    passes += [(("listed", size), partial(clock.seconds, 1)) for size, clock in listed.items()]
+    passes *= 2
     passes += [(size, partial(target.seconds, size)) for size in sizes]
-    passes += [(("draft", each), partial(draft.seconds, each + 1)) for each in drafting]
+    proposing = listed[max(listed)] if listed else draft
+    passes += [(("draft", each), partial(proposing.seconds, each + 1)) for each in drafting]
     costs = _costs(passes, num_repeats)
     found = LatencyResult(
         context_length=len(context),
@@ -64,6 +70,7 @@ def measure_latency(
         draft_step_seconds=costs["draft"],
         verify_seconds={size: costs[size] for size in sizes if size > 1},
         relative_cost=costs["draft"] / costs[1],
+        listed_draft_seconds={size: costs["listed", size] for size in listed} or None,
         parallel_draft_seconds={each: costs["draft", each] for each in drafting} or None,
     )
     config = single_text_config(
@@ -82,20 +89,6 @@ def measure_latency(
             measure(way) if way in ways else None for way in WAYS
         )
     return found
-
-
-@torch.inference_mode()
-def draft_step_seconds(
-    draft: PreTrainedModel, lists: Sequence[Sequence[int]], context_length: int, num_repeats: int = 15
-) -> list[float]:
-    """Seconds of one token through a draft behind so much context, with its whole head and with its head cut to each
-    list of ids, taken in turns.
-    """
-    twins = [draft, *(with_sliced_head(draft, list(ids)) for ids in lists)]
-    clocks = [_StepClock(twin, [0] * context_length) for twin in twins]
-    return list(
-        _costs([(place, partial(clock.seconds, 1)) for place, clock in enumerate(clocks)], num_repeats).values()
-    )
 
 
 def _overhead(

@@ -50,17 +50,23 @@ def way_latency(measured: LatencyResult, way: str = ASSISTANT_MODEL) -> Latency:
 def forward_latency(measured: LatencyResult, way: str = ASSISTANT_MODEL) -> Latency:
     """Step times of the forward passes alone: what no implementation can beat."""
     passes = measured.parallel_draft_seconds if way == PARALLEL else None
-    return Latency(measured.target_step_seconds, measured.draft_step_seconds, measured.verify_seconds, passes or {})
+    step = measured.draft_step_seconds
+    if way == SPECULATIVE and measured.listed_draft_seconds:
+        step = measured.listed_draft_seconds[max(measured.listed_draft_seconds)]
+    return Latency(measured.target_step_seconds, step, measured.verify_seconds, passes or {})
 
 
 def expected_efficiency(setting: SettingResult, way: str = ASSISTANT_MODEL) -> dict[int, float]:
     """Block efficiency by draft length as a way of decoding will have it; empty where it is not known."""
-    estimates = setting.block_efficiency or {}
     if way == ASSISTANT_MODEL:
-        estimates = setting.transformers_block_efficiency or estimates
-    if way == PARALLEL:
-        estimates = {} if setting.parallel is None else setting.parallel.block_efficiency
-    return {length: estimate.value for length, estimate in estimates.items()}
+        estimates = setting.transformers_block_efficiency or setting.block_efficiency
+    elif way == SPECULATIVE:
+        estimates = (setting.of_list or setting).block_efficiency
+    else:
+        estimates = setting.of_list.parallel_block_efficiency if setting.of_list else None
+        if setting.parallel is not None:
+            estimates = estimates or setting.parallel.block_efficiency
+    return {length: estimate.value for length, estimate in (estimates or {}).items()}
 
 
 def measured_run(setting: SettingResult, way: str) -> AssistedResult | None:

@@ -140,6 +140,10 @@ class LatencyResult:
     draft_step_seconds: float = key("One token through the draft.")
     verify_seconds: dict[int, float] = key("n tokens at once through the target, by n = γ + 1.")
     relative_cost: float = key("Draft step ÷ target step.")
+    listed_draft_seconds: dict[int, float] | None = optional(
+        "Where the draft records a `draft_vocabulary`: one token through the draft with its head cut to the first n "
+        "ids of the list, by n. `SpeculativeDecoding` has the largest."
+    )
     generate_overhead: GenerateOverhead | None = optional(
         "What `generate(assistant_model=...)` adds to the forward passes."
     )
@@ -148,7 +152,7 @@ class LatencyResult:
     )
     parallel_draft_seconds: dict[int, float] | None = optional(
         "One pass of a parallel draft by the tokens γ that it drafts: over γ + 1 tokens, two of them of the text and γ "
-        "- 1 mask tokens."
+        "- 1 mask tokens; with its head cut to its list where it records one."
     )
     parallel_overhead: GenerateOverhead | None = optional(
         "What `SpeculativeDecoding` adds to the forward passes when it drafts in one pass."
@@ -162,7 +166,7 @@ class VocabularyResult:
     size: int = key("Tokens that the draft proposes; the last entry is the whole vocabulary.")
     acceptance_rate: Estimate = key("As the setting's.")
     block_efficiency: dict[int, Estimate] | None = optional("As the setting's.")
-    draft_step_seconds: float | None = optional("One token through the draft with its head cut to the list.")
+    parallel_block_efficiency: dict[int, Estimate] | None = optional("As in `parallel`.")
     num_assistant_tokens: int | None = optional("Draft length with the highest predicted speed-up.")
     predicted_speedup: float | None = optional(
         "Predicted tokens/s of `SpeculativeDecoding` at that length ÷ plain tokens/s."
@@ -240,7 +244,9 @@ class SettingResult:
         "(temperature, top-p), the target's once."
     )
     draft_vocabulary: list[VocabularyResult] | None = optional(
-        "Where the draft records a `draft_vocabulary`: the results by its size, the smallest first."
+        "Where the draft records a `draft_vocabulary`: the results by its size, the smallest first; the last is the "
+        "whole vocabulary, the one before it the whole list, which `SpeculativeDecoding` has. All other results but "
+        "what it measured are those of the whole vocabulary."
     )
     parallel: ParallelResult | None = optional(
         "Of a draft trained with `parallel_tokens`: drafting in one pass. All other results are those of drafting one "
@@ -267,6 +273,11 @@ class SettingResult:
         return f"{self.decoding}{rule}"
 
     @property
+    def of_list(self) -> VocabularyResult | None:
+        """The results with the draft's recorded list of tokens, as `SpeculativeDecoding` has them."""
+        return self.draft_vocabulary[-2] if self.draft_vocabulary else None
+
+    @property
     def is_transformers_rule(self) -> bool:
         """Whether transformers' `generate` verifies drafts by this entry's rule."""
         return self.verification == ("exact_match" if self.decoding.is_greedy else "rejection_sampling")
@@ -280,6 +291,7 @@ class PairedDifference:
     verification: str = key("As in the setting.")
     acceptance_rate: Estimate = key("Difference of acceptance rates.")
     block_efficiency: dict[int, Estimate] | None = optional("Difference of block efficiencies by draft length.")
+    parallel_block_efficiency: dict[int, Estimate] | None = optional("The same in one pass, of two parallel drafts.")
 
 
 @dataclass(kw_only=True)

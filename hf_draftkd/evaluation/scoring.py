@@ -277,16 +277,17 @@ class _Scorer:
         written = p.gather(-1, at.tokens[:, None]).squeeze(-1)
         plausible = written == p.amax(-1) if self.setting.is_greedy else written > float("-inf")
         found: dict[tuple[int, str], torch.Tensor] = {}
-        for number, raw in enumerate((*drafts, *(only_listed(drafts[draft], ids) for draft, ids in self.listed))):
-            for rule, scores in self._by_rule(p, raw, at).items():
+        for number, (draft, ids) in enumerate([*((draft, None) for draft in range(len(drafts))), *self.listed]):
+            for rule, scores in self._by_rule(p, only_listed(drafts[draft], ids), at).items():
                 found[number, rule] = scores
-            if self.draft_processors is not None:
-                q = process_logits(raw, at.texts, at.places, self.draft_processors)
+            if ids is None and self.draft_processors is not None:  # transformers' own loop knows no list
+                q = process_logits(drafts[draft], at.texts, at.places, self.draft_processors)
                 found[number, AS_TRANSFORMERS] = torch.stack(token_scores(q, p, at.tokens, is_greedy=False))
-        for number, by_depth in deeper.items():
-            depths = [self._by_rule(p, raw, at) for raw in by_depth.unbind(1)]
-            for rule in self.rules:
-                found[number, in_one_pass(rule)] = torch.stack([found[number, rule], *(of[rule] for of in depths)], -1)
+            if draft in deeper:
+                depths = [self._by_rule(p, only_listed(raw, ids), at) for raw in deeper[draft].unbind(1)]
+                for rule in self.rules:
+                    by_depth = [found[number, rule], *(of[rule] for of in depths)]
+                    found[number, in_one_pass(rule)] = torch.stack(by_depth, -1)
         return found, int(plausible.sum())
 
     def _by_rule(self, p: torch.Tensor, raw: torch.Tensor, at: _Positions) -> dict[str, torch.Tensor]:

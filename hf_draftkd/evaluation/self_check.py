@@ -14,6 +14,7 @@ from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPEC
 from hf_draftkd.evaluation.report import Comparison, SelfCheck
 from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, Text, in_one_pass, score_texts
 from hf_draftkd.evaluation.timing import generate_text, single_text_config, way_options
+from hf_draftkd.models.draft_length import recorded_vocabulary
 from hf_draftkd.models.parallel import parallel_draft
 
 CHECKED_LENGTHS = (1, 3, 5)
@@ -55,6 +56,7 @@ def self_check(
     of `checked_decodings`.
     """
     comparisons = []
+    listed = recorded_vocabulary(draft_model.generation_config)
     for setting in settings:
         config = single_text_config(target_model, setting, max_new_tokens, suppress_tokens=suppress_tokens)
         repeats = 1 if setting.is_greedy else -(-_SAMPLED_TEXTS // len(prompts))
@@ -64,11 +66,23 @@ def self_check(
             texts.append(Text(prompt, generate_text(target_model, prompt, config, seed=seed + number)[0]))
             if (number + 1) % repeats == 0:
                 on_prompt()
-        (sums,) = score_texts(target_model, [draft_model], texts, setting, vocab_size=vocab_size).drafts
+        scored = score_texts(
+            target_model,
+            [draft_model],
+            texts,
+            setting,
+            vocab_size=vocab_size,
+            draft_vocabularies=[] if listed is None else [(0, listed)],
+        )
         rule = EXACT if setting.is_greedy else "rejection_sampling"
-        # For transformers' own loop its warping of the draft is what is computed.
-        names = {ASSISTANT_MODEL: AS_TRANSFORMERS, PARALLEL: in_one_pass(rule)}
-        computed = {way: sums.get(names.get(way, rule), sums[rule]) for way in ways}
+        (sums,) = scored.drafts
+        (with_list,) = scored.listed or [sums]
+        computed = {
+            # For transformers' own loop its warping of the draft is what is computed.
+            ASSISTANT_MODEL: sums.get(AS_TRANSFORMERS, sums[rule]),
+            SPECULATIVE: with_list[rule],
+            PARALLEL: with_list.get(in_one_pass(rule), with_list[rule]),
+        }
         for way, length in checked_decodings(ways, draft_model):
             options, per_text = way_options(way, draft_model, length), []
             # Other random numbers than the plain texts had: two independent samples are compared.

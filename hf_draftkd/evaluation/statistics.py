@@ -18,8 +18,7 @@ from hf_draftkd.acceptance import (
 )
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.recommendation import (
-    PARALLEL,
-    SPECULATIVE,
+    ASSISTANT_MODEL,
     WAYS,
     expected_efficiency,
     forward_latency,
@@ -33,7 +32,7 @@ from hf_draftkd.evaluation.report import (
     ParallelResult,
     SettingResult,
 )
-from hf_draftkd.evaluation.scoring import TextSums
+from hf_draftkd.evaluation.scoring import TextSums, in_one_pass
 from hf_draftkd.evaluation.timing import DecodingRun
 
 
@@ -81,25 +80,41 @@ def setting_result(
 def paired_difference(
     setting: DecodingSetting,
     verification: str,
-    draft: TextSums,
-    baseline: TextSums,
+    draft: dict[str, TextSums],
+    baseline: dict[str, TextSums],
     prompts: Sequence[int],
     *,
     has_blocks: bool = True,
 ) -> PairedDifference:
-    """Draft minus baseline on the same texts. Arguments as in `setting_result`."""
-    columns = (draft.acceptance, draft.num_tokens, baseline.acceptance, baseline.num_tokens)
+    """Draft minus baseline on the same texts, from their sums by name (`PassResult.drafts`). Other arguments as in
+    `setting_result`.
+    """
+    ours, theirs = draft[verification], baseline[verification]
+    columns = (ours.acceptance, ours.num_tokens, theirs.acceptance, theirs.num_tokens)
     difference = PairedDifference(
         decoding=setting,
         verification=verification,
         acceptance_rate=bootstrap_paired_ratio_difference(*by_prompt(prompts, *columns)),
     )
     if has_blocks:
-        difference.block_efficiency = {}
-        for length, ours, theirs in zip(DRAFT_LENGTHS, draft.target_calls.T, baseline.target_calls.T, strict=True):
-            columns = (draft.num_tokens, ours, baseline.num_tokens, theirs)
-            difference.block_efficiency[length] = bootstrap_paired_ratio_difference(*by_prompt(prompts, *columns))
+        difference.block_efficiency = _block_efficiency_difference(ours, theirs, prompts)
+        in_parallel = in_one_pass(verification)
+        if in_parallel in draft and in_parallel in baseline:
+            difference.parallel_block_efficiency = _block_efficiency_difference(
+                draft[in_parallel], baseline[in_parallel], prompts
+            )
     return difference
+
+
+def _block_efficiency_difference(ours: TextSums, theirs: TextSums, prompts: Sequence[int]) -> dict[int, Estimate]:
+    return {
+        length: bootstrap_paired_ratio_difference(
+            *by_prompt(prompts, ours.num_tokens, our_calls, theirs.num_tokens, their_calls)
+        )
+        for length, our_calls, their_calls in zip(
+            DRAFT_LENGTHS, ours.target_calls.T, theirs.target_calls.T, strict=False
+        )
+    }
 
 
 def parallel_result(sums: TextSums, prompts: Sequence[int]) -> ParallelResult:
@@ -141,8 +156,7 @@ def assisted_result(run: DecodingRun, plain: DecodingRun, num_assistant_tokens: 
 def compare_with_prediction(setting: SettingResult, latency: LatencyResult) -> None:
     """Put what was predicted, and what forward passes alone would allow, beside the measured speed-ups.
 
-    The limit of drafting one by one is the same for both ways: that of the draft, each of whose distributions is
-    processed once.
+    The limit of `assistant_model=` is that of the draft, each of whose distributions is processed once.
     """
     if not expected_efficiency(setting):
         return
@@ -150,7 +164,9 @@ def compare_with_prediction(setting: SettingResult, latency: LatencyResult) -> N
         if found := measured_run(setting, way):
             length = found.num_assistant_tokens
             efficiency = expected_efficiency(setting, way)[length]
-            most = expected_efficiency(setting, PARALLEL if way == PARALLEL else SPECULATIVE)[length]
+            most = efficiency
+            if way == ASSISTANT_MODEL and setting.block_efficiency:
+                most = setting.block_efficiency[length].value
             found.predicted_speedup = predicted_speedup(efficiency, length, way_latency(latency, way))
             found.share_of_limit = found.speedup.value / predicted_speedup(most, length, forward_latency(latency, way))
 

@@ -1,7 +1,6 @@
 """What a smaller draft vocabulary costs in acceptance and saves in time, for several sizes from one pass."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedModel
@@ -14,26 +13,11 @@ from hf_draftkd.models.draft_length import recorded_vocabulary
 from hf_draftkd.utils.checks import whole_number
 
 
-@contextmanager
-def whole_vocabulary(drafts: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """Let `SpeculativeDecoding` use the whole head of drafts that record a list, as all other decoding does."""
-    recorded = [recorded_vocabulary(draft.generation_config) for draft in drafts]
-    for draft, ids in zip(drafts, recorded, strict=True):
-        if ids is not None:
-            draft.generation_config.draft_vocabulary = None
-    try:
-        yield
-    finally:
-        for draft, ids in zip(drafts, recorded, strict=True):
-            if ids is not None:
-                draft.generation_config.draft_vocabulary = ids
-
-
 def lists_to_report(draft: PreTrainedModel, sizes: Sequence[int] | None, vocab_size: int) -> list[list[int]]:
     """The first ids of the draft's recorded list, a list for each size, the smallest first.
 
-    Without sizes: the whole list, its half and its quarter; nothing where the draft records none. `vocab_size` is the
-    number of tokens that the pair shares.
+    The whole list is always the last. Without sizes there are its half and its quarter beside it; nothing where the
+    draft records none. `vocab_size` is the number of tokens that the pair shares.
 
     Raises:
         ValueError: Sizes are given, but the draft records no list, or a shorter one; or its head cannot be cut.
@@ -50,20 +34,18 @@ def lists_to_report(draft: PreTrainedModel, sizes: Sequence[int] | None, vocab_s
     ids = checked_vocabulary(ids, draft.config.get_text_config().vocab_size, not_tokens)
     with_sliced_head(draft, ids[:1])
     if sizes is None:
-        sizes = [len(ids) // 4, len(ids) // 2, len(ids)]
-    return [ids[: whole_number("draft_vocabulary_sizes", size, 1, len(ids))] for size in sorted({*sizes} - {0})]
+        sizes = [len(ids) // 4, len(ids) // 2]
+    chosen = sorted({*sizes, len(ids)} - {0})
+    return [ids[: whole_number("draft_vocabulary_sizes", size, 1, len(ids))] for size in chosen]
 
 
-def predict_by_size(settings: Sequence[SettingResult], latency: LatencyResult, draft_seconds: Sequence[float]) -> None:
-    """Fill in the predicted speed-up of every size with `SpeculativeDecoding`, from seconds of a draft step by size.
-
-    The whole vocabulary comes last in the settings, and first in `draft_seconds`.
-    """
-    whole, *listed = draft_seconds
+def predict_by_size(settings: Sequence[SettingResult], latency: LatencyResult) -> None:
+    """Fill in the predicted speed-up of every size with `SpeculativeDecoding`."""
     for setting in settings:
-        for result, seconds in zip(setting.draft_vocabulary or [], [*listed, whole], strict=True):
-            result.draft_step_seconds = seconds
+        for result in setting.draft_vocabulary or []:
+            seconds = (latency.listed_draft_seconds or {}).get(result.size, latency.draft_step_seconds)
             if result.block_efficiency:
-                times = way_latency(replace(latency, draft_step_seconds=seconds), SPECULATIVE)
+                of_size = replace(latency, draft_step_seconds=seconds, listed_draft_seconds=None)
                 curve = {length: estimate.value for length, estimate in result.block_efficiency.items()}
-                result.num_assistant_tokens, result.predicted_speedup = best_draft_length(curve, times)
+                best = best_draft_length(curve, way_latency(of_size, SPECULATIVE))
+                result.num_assistant_tokens, result.predicted_speedup = best

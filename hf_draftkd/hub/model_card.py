@@ -178,7 +178,11 @@ def _pair(
     revision = (report.target.revision if report else None) or (training.target_revision if training else None)
     is_commit = revision is not None and len(revision) == 40 and set(revision) <= set("0123456789abcdef")
     # What evaluation recommends wins over what a config still holds from before.
-    length = tables.recommended_length(report) or pair.num_assistant_tokens
+    advice = report.recommendation if report else None
+    advised = tables.recommended_length(report)
+    length, at_once = advised or pair.num_assistant_tokens, None
+    if pair.parallel_tokens is not None and (advice is None or advice.way == PARALLEL):
+        length, at_once = pair.num_assistant_tokens, min(advised or UNTUNED_LENGTH, pair.parallel_tokens)
     commands = serving_commands(
         name,
         target or "path/to/target",
@@ -186,7 +190,7 @@ def _pair(
         pair=pair,
         num_assistant_tokens=length,
         custom_generate=custom_generate,
-        one_by_one=bool(report and report.recommendation and report.recommendation.way != PARALLEL),
+        num_parallel_tokens=at_once,
     )
     sizes = {pair.draft_vocab_size, pair.target_vocab_size}
     shown_target = _at(hub_link(target), revision) if target else None

@@ -191,8 +191,7 @@ def _contents(
 ) -> tuple[DraftModelCard, list[PlannedFile]]:
     """The card, and all files of the upload."""
     report = public_report(draft.report) if draft.report else None
-    advice = report.recommendation if report else None
-    generation = upload_files.generation_config_file(draft.path, advice.num_assistant_tokens if advice else None)
+    generation = upload_files.generation_config_file(draft.path, report.recommendation if report else None)
     notes = [*(draft.provenance.notes or ()), *(f"Published although: {words}" for words in draft.contradictions)]
     provenance = dataclasses.replace(
         draft.provenance,

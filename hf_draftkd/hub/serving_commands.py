@@ -62,7 +62,7 @@ def serving_commands(
     pair: PairFacts,
     num_assistant_tokens: int | None,
     custom_generate: bool = False,
-    one_by_one: bool = False,
+    num_parallel_tokens: int | None = None,
 ) -> list[Command]:
     """The commands that are true for this pair.
 
@@ -72,9 +72,9 @@ def serving_commands(
         target_revision: Commit of the target that was measured; None where it is not known.
         pair: An engine whose condition is not known to hold is left out; transformers is left out only where its
             condition is known to fail.
-        num_assistant_tokens: The tuned draft length, None where none was tuned.
+        num_assistant_tokens: The tuned draft length one token at a time, None where none was tuned.
         custom_generate: Whether the draft's repository holds code for `generate(custom_generate=...)`.
-        one_by_one: Whether a parallel draft is recommended to draft one token at a time all the same.
+        num_parallel_tokens: Tokens that a parallel draft had better draft in one pass; None: one token at a time.
     """
     same_size = pair.draft_vocab_size == pair.target_vocab_size
     sizes_known = None not in (pair.draft_vocab_size, pair.target_vocab_size)
@@ -87,9 +87,8 @@ def serving_commands(
     }
     length = num_assistant_tokens or UNTUNED_LENGTH
     vllm = {"method": "draft_model", "model": draft, "num_speculative_tokens": length}
-    at_once = None if one_by_one else pair.parallel_tokens
-    if at_once is not None:
-        vllm |= {"num_speculative_tokens": min(length, at_once), "parallel_drafting": True}
+    if num_parallel_tokens is not None:
+        vllm |= {"num_speculative_tokens": num_parallel_tokens, "parallel_drafting": True}
     # To be set by hand where the draft's generation config does not carry the tuned length.
     by_hand = {} if num_assistant_tokens in (None, pair.num_assistant_tokens) else draft_length_settings(length)
     context = {
@@ -104,7 +103,7 @@ def serving_commands(
         "pin": f" --revision {shlex.quote(target_revision)}" if target_revision else "",
         "placement": ['dtype="auto"', 'device_map="auto"'],
         "vllm_config": json.dumps(vllm),
-        "at_once": at_once,
+        "in_parallel": num_parallel_tokens is not None,
         "call": lambda function, *arguments: "\n".join([f"{function}(", *(f"    {each}," for each in arguments), ")"]),
         "run_with": "Run with {} on a CPU by `examples/engines.py` of hf_draftkd, on its demo pair.".format,
     }

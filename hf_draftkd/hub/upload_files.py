@@ -20,10 +20,11 @@ from transformers import GenerationConfig
 
 from hf_draftkd import __version__
 from hf_draftkd.data.shards import shard_path
-from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.evaluation.recommendation import PARALLEL
+from hf_draftkd.evaluation.report import Recommendation, SpeculationReport
 from hf_draftkd.hub.access import redacted
 from hf_draftkd.hub.provenance import Provenance, TrainingSummary, tuned_length
-from hf_draftkd.models.draft_length import draft_length_settings
+from hf_draftkd.models.draft_length import draft_length_settings, recorded_parallel_length
 from hf_draftkd.models.identity import count_parameters, weight_files, weights_checksum
 from hf_draftkd.models.resolve import TOKENIZER_FILES, Checkpoint, resolve
 
@@ -206,14 +207,17 @@ def custom_generate_files() -> list[PlannedFile]:
     ]
 
 
-def generation_config_file(folder: Path, num_assistant_tokens: int | None) -> PlannedFile | None:
+def generation_config_file(folder: Path, advice: Recommendation | None) -> PlannedFile | None:
     """`generation_config.json` with the draft length that a report recommends; one set by hand is left alone."""
     path = folder / "generation_config.json"
     held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if num_assistant_tokens is None or tuned_length(GenerationConfig.from_dict(held)) is not None:
+    config, parallel = GenerationConfig.from_dict(held), advice is not None and advice.way == PARALLEL
+    by_hand = recorded_parallel_length(config) if parallel else tuned_length(config)
+    if advice is None or by_hand is not None:
         return PlannedFile(path.name, path) if held else None
-    tuned = held | draft_length_settings(num_assistant_tokens)
-    return PlannedFile(path.name, _json_bytes(tuned), f"with the report's draft length {num_assistant_tokens}")
+    tuned = held | draft_length_settings(advice.num_assistant_tokens, parallel=parallel)
+    tuned.pop("_from_model_config", None)  # transformers would drop keys that it does not know
+    return PlannedFile(path.name, _json_bytes(tuned), f"with the report's draft length {advice.num_assistant_tokens}")
 
 
 def plot_files(folders: Iterable[Path]) -> list[PlannedFile]:

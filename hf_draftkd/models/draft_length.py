@@ -10,15 +10,22 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from hf_draftkd.utils.checks import whole_number
 
+# Beside transformers' own key: what pays in one pass of a parallel draft would not pay one token at a time.
+_PARALLEL_LENGTH = "parallel_num_assistant_tokens"
 
-def draft_length_settings(num_assistant_tokens: int) -> dict[str, Any]:
+
+def draft_length_settings(num_assistant_tokens: int, *, parallel: bool = False) -> dict[str, Any]:
     """The generation-config entries that make a draft propose exactly γ tokens a step.
 
     transformers' defaults (20 tokens, given up early below a confidence of 0.4, which adapts itself where scikit-learn
-    is installed) do not give a fixed length.
+    is installed) do not give a fixed length. `parallel`: of a step of `SpeculativeDecoding` that drafts them in one
+    pass; `assistant_model=` is not touched.
     """
+    length = whole_number("num_assistant_tokens", num_assistant_tokens)
+    if parallel:
+        return {_PARALLEL_LENGTH: length}
     return {
-        "num_assistant_tokens": whole_number("num_assistant_tokens", num_assistant_tokens),
+        "num_assistant_tokens": length,
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
     }
@@ -37,6 +44,11 @@ def drop_idle_sampling(config: GenerationConfig) -> None:
     if config.do_sample is not True:
         for name in _SAMPLING:
             setattr(config, name, None)
+
+
+def recorded_parallel_length(config: GenerationConfig) -> int | None:
+    """The tokens that a parallel draft's generation config says to draft in one pass; None where it does not say."""
+    return getattr(config, _PARALLEL_LENGTH, None)
 
 
 def recorded_vocabulary(config: GenerationConfig) -> list[int] | None:

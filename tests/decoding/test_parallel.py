@@ -8,6 +8,7 @@ from transformers import CompileConfig, PreTrainedModel
 
 from hf_draftkd import SpeculativeDecoding
 from hf_draftkd.decoding import speculative
+from hf_draftkd.models.draft_length import draft_length_settings, store_draft_settings
 from hf_draftkd.models.parallel import choose_mask_token, parallel_draft, store_parallel_draft
 from tests.tiny import ARCHITECTURES, tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
 
@@ -121,8 +122,17 @@ def test_what_a_config_says_survives_saving_and_drafts_of_others_are_read(tmp_pa
     assert parallel_draft(loaded.config) == (MASK, 4)
     with pytest.raises(ValueError, match="predict 4 tokens in one pass"):
         SpeculativeDecoding(loaded, 5)
-    loaded.generation_config.num_assistant_tokens = 12
-    assert SpeculativeDecoding(loaded).length.longest == 4
+
+
+def test_each_way_of_drafting_has_a_recorded_length_of_its_own(tmp_path: Any) -> None:
+    """Catches 3 tokens that pay in one pass and are then drafted one by one, in transformers' own loop too."""
+    draft, _ = parallel_pair()
+    store_draft_settings(draft, draft_length_settings(2) | draft_length_settings(3, parallel=True))
+    draft.save_pretrained(tmp_path)
+    loaded = type(draft).from_pretrained(tmp_path)
+    assert SpeculativeDecoding(loaded).length.longest == 3
+    assert SpeculativeDecoding(loaded, parallel=False).length.longest == 2
+    assert loaded.generation_config.num_assistant_tokens == 2
 
 
 def test_the_mask_token_is_one_that_no_text_holds() -> None:

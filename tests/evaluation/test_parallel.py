@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from datasets import Dataset
 from rich.console import Console
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from hf_draftkd.evaluation.report import ParallelResult, SpeculationReport
 from hf_draftkd.evaluation.scoring import EXACT, Text, in_one_pass, score_texts
 from hf_draftkd.evaluation.statistics import parallel_result
 from hf_draftkd.evaluation.tables import ReportTable
+from hf_draftkd.models.draft_length import store_draft_settings
 from hf_draftkd.models.parallel import store_parallel_draft
 from tests.evaluation.samples import assisted, latency, setting
 from tests.evaluation.test_exactness import NEW_TOKENS, aligned_pair, write
@@ -151,6 +153,30 @@ def test_the_report_knows_both_ways_and_its_check_agrees(monkeypatch):
     shown = console.export_text()
     assert "in one pass, γ=5" in shown
     assert "in parallel, at γ" in shown
+
+
+def test_a_list_of_tokens_groups_and_a_baseline_in_one_pass_too():
+    """What is said of the list is what decoding in one pass with it counts."""
+    draft, target, tokenizer = parallel_pair("llama")
+    baseline = parallel_pair("llama", 3)[0]
+    with torch.no_grad():
+        baseline.lm_head.weight += 0.02 * torch.randn_like(baseline.lm_head.weight)
+    store_draft_settings(draft, {"draft_vocabulary": list(range(3, 180))})
+    prompts = [tokenizer.decode(prompt[0], skip_special_tokens=True) for prompt in tiny_prompts(tokenizer, 4)]
+    rows = Dataset.from_dict({"prompt": prompts, "domain": ["a", "a", "b", "b"]})
+    options = {"max_new_tokens": 16, "num_speed_prompts": 4, "verify": 2, "temperatures": [0.0]}
+    report = evaluate_draft(draft, target, tokenizer, rows, baseline=baseline, **options)
+    (found,) = report.settings
+    run = found.parallel.speculative
+    assert run.mean_acceptance_length == found.of_list.parallel_block_efficiency[run.num_assistant_tokens].value
+    assert found.of_list.parallel_block_efficiency[5].value < found.parallel.block_efficiency[5].value
+    assert report.self_check.equal
+    groups = [of[0].parallel.block_efficiency[3].value for of in report.groups.values()]
+    assert min(groups) <= found.parallel.block_efficiency[3].value <= max(groups)
+    difference = report.paired_difference[0].parallel_block_efficiency
+    assert set(difference) == {1, 2, 3}
+    theirs = report.baseline.settings[0].parallel.block_efficiency[3].value
+    assert difference[3].value == pytest.approx(found.parallel.block_efficiency[3].value - theirs)
 
 
 def test_the_better_way_is_recommended_at_its_own_length():

@@ -72,12 +72,12 @@ def test_sampled_block_efficiency_is_the_counted_one_within_its_interval():
 def test_the_report_holds_several_sizes_and_leaves_the_rest_alone(pair, tokenizer):
     draft, target = pair
     prompts = [tokenizer.decode(prompt[0]) for prompt in tiny_prompts(tokenizer, 4)]
-    options = {"temperatures": [0.0], "max_new_tokens": 16, "num_speed_prompts": 2}
+    options = {"temperatures": [0.0], "max_new_tokens": 16, "num_speed_prompts": 4}
     before = evaluate_draft(draft, target, tokenizer, prompts, **options | {"measure_speed": False}).settings[0]
     with pytest.raises(ValueError, match="draftkd vocabulary"):
         evaluate_draft(draft, target, tokenizer, prompts, draft_vocabulary_sizes=[8], **options)
     store_draft_settings(draft, {"draft_vocabulary": IDS[:120]})
-    report = evaluate_draft(draft, target, tokenizer, prompts, **options)
+    report = evaluate_draft(draft, target, tokenizer, prompts, verify=2, **options)
     assert draft.generation_config.draft_vocabulary == IDS[:120]
     setting = report.settings[0]
     assert setting.block_efficiency == before.block_efficiency, "the setting's own numbers are of the whole head"
@@ -85,6 +85,12 @@ def test_the_report_holds_several_sizes_and_leaves_the_rest_alone(pair, tokenize
     assert sizes == [30, 60, 120, draft.config.vocab_size]
     assert setting.draft_vocabulary[-1].block_efficiency == setting.block_efficiency
     assert all(result.predicted_speedup > 0 for result in setting.draft_vocabulary)
+    run, plain = setting.speculative, setting.assisted
+    assert run.mean_acceptance_length == setting.of_list.block_efficiency[run.num_assistant_tokens].value
+    assert plain.mean_acceptance_length == setting.block_efficiency[plain.num_assistant_tokens].value
+    assert run.mean_acceptance_length < plain.mean_acceptance_length, "SpeculativeDecoding proposes from the list alone"
+    assert report.self_check.equal
+    assert sorted(report.latency.listed_draft_seconds) == sizes[:-1]
     assert SpeculationReport.from_json(report.to_json()) == report
     console = Console(width=120)
     with console.capture() as shown:

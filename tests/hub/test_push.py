@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import HfApi, parse_eval_result_entries
+from transformers import GenerationConfig
 
 from hf_draftkd.cli import push as push_command
 from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.cli.main import dispatch
+from hf_draftkd.evaluation.recommendation import PARALLEL
+from hf_draftkd.evaluation.report import Recommendation
 from hf_draftkd.hub.model_card import DraftModelCard
+from hf_draftkd.hub.upload_files import generation_config_file
+from hf_draftkd.models.draft_length import recorded_parallel_length
 from hf_draftkd.models.identity import weights_checksum
 from tests.hub.conftest import READER, WRITER, replaced, snapshot, write_report
 from tests.hub.fake_hub import FakeHub
@@ -47,6 +52,18 @@ class TestOneCommit:
         assert held["num_assistant_tokens_schedule"] == "constant"
         assert held["assistant_confidence_threshold"] == 0.0
         assert snapshot(draft_folder) == before
+
+    def test_a_length_of_one_pass_leaves_that_of_assistant_model_alone(self, draft_folder: Path):
+        advice = Recommendation(
+            worth_it=True, num_assistant_tokens=7, way=PARALLEL, predicted_speedup=1.5, reason="It pays."
+        )
+        path = draft_folder / "generation_config.json"
+        held = json.loads(generation_config_file(draft_folder, advice).source)
+        kept = {name: value for name, value in json.loads(path.read_text()).items() if not name.startswith("_")}
+        assert held == kept | {"parallel_num_assistant_tokens": 7}
+        assert recorded_parallel_length(GenerationConfig.from_dict(held)) == 7
+        path.write_text(json.dumps(held | {"parallel_num_assistant_tokens": 3}))
+        assert generation_config_file(draft_folder, advice).source == path
 
     def test_a_length_set_by_hand_wins(self, hub: FakeHub, draft_folder: Path):
         path = draft_folder / "generation_config.json"
