@@ -30,6 +30,7 @@ class Options:
     data_dir: str | None = field(default=None, metadata={"help": "Folder of prompt files; by default the Hub's."})
     sets: list[str] = field(default_factory=lambda: ["gsm8k", "seeds", "synthetic"], metadata={"help": "To write."})
     gsm8k: int = field(default=3000, metadata={"help": "Questions of GSM8K's training split."})
+    first: int = field(default=0, metadata={"help": "The first; later ones go into a folder of their own."})
     seeds: int = field(default=48, metadata={"help": "General instructions."})
     synthetic: int = field(default=32, metadata={"help": "Queries that the target writes."})
     max_new_tokens: int = field(default=160, metadata={"help": "Longest answer, in tokens."})
@@ -50,7 +51,8 @@ def main() -> None:
 
     def run(name: str) -> dict[str, Any]:
         if name == "gsm8k":
-            return {"prompts": read_prompts("gsm8k_train", options.data_dir, options.gsm8k)}
+            rows = read_prompts("gsm8k_train", options.data_dir)
+            return {"prompts": rows.select(range(options.first, min(options.first + options.gsm8k, len(rows))))}
         if name == "seeds":
             return {"prompts": read_prompts("seeds", options.data_dir, options.seeds), "temperatures": [0.0, 1.0]}
         if name == "synthetic":
@@ -59,7 +61,8 @@ def main() -> None:
 
     for name in options.sets:
         start = time.perf_counter()
-        rows = generate_alignment_data(target, tokenizer, output_dir=str(work / "data" / name), **run(name), **common)
+        folder = work / "data" / (f"{name}-from-{options.first}" if name == "gsm8k" and options.first else name)
+        rows = generate_alignment_data(target, tokenizer, output_dir=str(folder), **run(name), **common)
         tokens = sum(len(ids) for ids in rows["completion_ids"])
         print(f"{name}: {len(rows)} rows, {tokens} tokens, {time.perf_counter() - start:.0f} s")
 

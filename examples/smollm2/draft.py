@@ -31,6 +31,7 @@ CANDIDATES: dict[str, tuple[list[int], int]] = {
     "0, 1, 29, 8192 tokens": ([0, 1, 29], 8192),
     "0, 15, 29, 8192 tokens": ([0, 15, 29], 8192),
     "0, 1, 28, 29, 3072 tokens": ([0, 1, 28, 29], 3072),
+    "0, 1, 2, 29, 3072 tokens": ([0, 1, 2, 29], 3072),
 }
 
 
@@ -46,8 +47,8 @@ class Options:
     epochs: float = field(default=2.0, metadata={"help": "Passes over them."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the comparison."})
     held_out: int = field(default=128, metadata={"help": "Last rows of the domain, to compare on."})
-    layers: list[int] = field(default_factory=lambda: [0, 1, 29], metadata={"help": "Layers of the draft to make."})
-    vocabulary: int = field(default=8192, metadata={"help": "Tokens that it may propose."})
+    layers: list[int] = field(default_factory=lambda: [0, 1, 28, 29], metadata={"help": "Layers of the draft to make."})
+    vocabulary: int = field(default=3072, metadata={"help": "Tokens that it may propose."})
 
 
 def listed(answers: Dataset, questions: Dataset, tokenizer: PreTrainedTokenizerBase, size: int) -> list[int]:

@@ -65,8 +65,10 @@ def read_prompts(name: str, data_dir: str | None, limit: int | None = None) -> D
 
 
 def read_answers(work: Path, name: str) -> Dataset:
-    """The finished shards of a set that step 2 writes."""
-    return load_dataset("parquet", data_files=str(work / "data" / name / "data" / "*"), split="train")
+    """The finished shards of a set that step 2 writes, with those of later questions (`--first`)."""
+    folders = [work / "data" / name, *sorted((work / "data").glob(f"{name}-from-*"))]
+    files = [str(path) for folder in folders for path in sorted(folder.glob("data/*.parquet"))]
+    return load_dataset("parquet", data_files=files, split="train")
 
 
 def bytes_read(model: PreTrainedModel, vocabulary: int | None = None) -> int:

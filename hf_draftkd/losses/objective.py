@@ -6,6 +6,7 @@ to log.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ from hf_draftkd.losses.sparse import (
     sparse_value_and_gradient,
     target_buckets,
 )
-from hf_draftkd.losses.vocabulary import listed_value_and_gradient, masked
+from hf_draftkd.losses.vocabulary import head_cut_to_list, listed_value_and_gradient, masked
 from hf_draftkd.utils.checks import in_range
 
 Target = torch.Tensor | Unprojected | SparseTarget | SampledTarget
@@ -93,7 +94,8 @@ def distillation_loss(
         token_weights: `[N]`, each token's weight. They scale the sum, not the divisor.
         num_items: Completion tokens of the whole accumulation window on all processes. None: those of this batch.
         vocabulary: `[n]` ids that the draft may propose: q is masked to them and renormalised, p is not, and what is
-            infinite whatever the draft says is left out (see `vocabulary.py`). None for all.
+            infinite whatever the draft says is left out (see `vocabulary.py`). None for all. From hidden states, and a
+            target that is not dense, only these logits are computed.
         chunk_size: Positions at once; None for a size that keeps a chunk's logits within a fixed budget.
         with_acceptance: Whether to return acceptance rates, which costs little more.
 
@@ -105,6 +107,11 @@ def distillation_loss(
     """
     options = dict(options or {})
     _check_settings(divergence, options, temperature, cross_entropy_weight, target)
+    if vocabulary is not None and isinstance(draft, Unprojected) and not isinstance(target, torch.Tensor | Unprojected):
+        kept = 0 if target is None else target.token_ids.shape[-1]
+        draft, vocabulary, column = head_cut_to_list(draft, vocabulary, kept)
+        tokens = column[tokens]
+        target = None if target is None else replace(target, token_ids=column[target.token_ids])
     signal: Any = prepared(target) if isinstance(target, torch.Tensor | Unprojected) else target
     weights = _position_weights(tokens, token_weights, num_items, positions_of(draft))
     outside = None if vocabulary is None else _outside(vocabulary, draft)

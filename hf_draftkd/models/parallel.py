@@ -64,7 +64,7 @@ def choose_mask_token(draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if pad is not None and pad not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
         return pad
     raise ValueError(
-        "A parallel draft needs a mask token, an id that no text holds, but every row of the draft's vocabulary stands "
-        "for a token that texts use: there is no padded row, no reserved token, and no padding token of its own. Name "
-        "a token that your texts never hold in the draft's config: `draft.config.pard_token = 123`."
+        "A parallel draft needs a mask token, an id that no text holds, but the draft's vocabulary has no padded row, "
+        "no reserved token, and no padding token of its own. Name a token that your texts never hold in the draft's "
+        "config, such as a special token for another task: `draft.config.pard_token = 123`."
     )

@@ -65,7 +65,8 @@ class DraftDistillConfig(SFTConfig):
             Ids that the draft may propose, as [`choose_draft_vocabulary`] finds them, or `"recorded"`: those that the
             draft's generation config holds. The draft's distribution is masked to them and renormalised, the target's
             is not; what the loss cannot change is left out (forward KL sums over the list, and text outside it adds no
-            cross-entropy). All metrics are those of such a draft. The list is saved in its generation config, where
+            cross-entropy). All metrics are those of such a draft. From cached distributions, or from text alone, only
+            the list's logits are computed, so that a step costs less. The list is saved in its generation config, where
             [`SpeculativeDecoding`] reads it; other decoding uses the whole head, whose other rows learn nothing.
         parallel_tokens (`int`):
             K: tokens that the draft learns to predict in one pass, from mask tokens (PARD, arXiv 2504.18583), so that

@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from hf_draftkd.losses import DIVERGENCES, SampledTarget, sample_target, top_k_target
+from hf_draftkd import losses
+from hf_draftkd.losses import DIVERGENCES, SampledTarget, chunked, sample_target, top_k_target
 from tests.losses.selected import distillation_loss
 from tests.losses.test_objective import CASES, B, Setup, T, V, assert_same
 
@@ -159,6 +160,48 @@ def test_text_outside_the_list_is_not_learned_from():
     mixed = distillation_loss(draft, target, setup.labels, cross_entropy_weight=0.25, vocabulary=LISTED)
     on_target = distillation_loss(draft, target, setup.labels, vocabulary=LISTED)
     torch.testing.assert_close(mixed.loss, 0.75 * on_target.loss + 0.25 * expected)
+
+
+KNOWN = {
+    **{f"top {k}": partial(top_k_target, k=k) for k in (1, 4, len(LISTED) + 2, V)},
+    "draws": partial(sample_target, num_draws=30, generator=torch.Generator().manual_seed(0)),
+    "text": lambda target: None,
+}
+
+
+@pytest.mark.parametrize("known", KNOWN)
+@pytest.mark.parametrize("case", CASES)
+def test_a_head_without_the_rows_outside_the_list_gives_the_same(case, known, monkeypatch):
+    """Where only hidden states are given, and a part of the target, no logit outside the list is computed."""
+    name, options = CASES[case]
+    if known in ("draws", "text"):
+        if case != "forward_kl":
+            return
+        name = "forward_kl" if known == "draws" else "cross_entropy"
+    setup = Setup()
+    chosen = setup.labels != -100
+    target = KNOWN[known](setup.logits()[1][chosen])
+    widths = []
+
+    def project(*args):
+        widths.append(args[1].weight.shape[0])
+        return chunked_project(*args)
+
+    chunked_project = chunked._project
+    monkeypatch.setattr(chunked, "_project", project)
+    how = {"divergence": name, "options": options, "vocabulary": LISTED, "with_acceptance": True, "chunk_size": 4}
+    if known != "text":
+        how["cross_entropy_weight"] = 0.25
+    hidden = setup.draft()
+    cut, whole = (
+        losses.distillation_loss(draft, target, setup.labels[chosen], **how)
+        for draft in (hidden._replace(hidden=hidden.hidden[chosen]), setup.logits()[0][chosen])
+    )
+    assert 0 < max(widths) <= len(LISTED) + 3 < V
+    torch.testing.assert_close(cut.loss, whole.loss)
+    torch.testing.assert_close(cut.token_losses, whole.token_losses)
+    torch.testing.assert_close(cut.acceptance, whole.acceptance)
+    assert_same(*(gradients(setup, each.loss) for each in (cut, whole)))
 
 
 def test_the_whole_vocabulary_is_no_restriction():
