@@ -29,6 +29,7 @@ test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Each engine in an environment of its own; llama.cpp is compiled. Then the demo pair is measured in all of them.
+# JOBS: compilers at a time. ENGINES_OPTIONS: more options of the script.
 ENGINES   := .engines
 JOBS      ?= $(shell getconf _NPROCESSORS_ONLN)
 LLAMA_CPP := 11434

@@ -8,14 +8,16 @@ Every step is kept in `--output_dir`; the same command goes on where a stopped o
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset, load_from_disk
 from huggingface_hub import snapshot_download
-from shared import cell, claim
+from shared import cell, claim, write_json
 
 from hf_draftkd import (
     evaluate_draft,
@@ -25,6 +27,10 @@ from hf_draftkd import (
     load_prompts,
     load_target,
 )
+from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.evaluation.engines import ENGINES
+from hf_draftkd.evaluation.engines.launch import launched
+from hf_draftkd.evaluation.engines.protocol import ServedPair
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.llama_cpp import conversion_facts
 from hf_draftkd.models.demo import demo_path
@@ -61,15 +67,20 @@ def main() -> None:
     parser.add_argument(
         "--measure_speed", action=argparse.BooleanOptionalAction, default=True, help="in transformers too"
     )
+    parser.add_argument("--check_sampling", action="store_true", help="does it write the greedy text with top-k 1?")
     parser.add_argument("--table", help="also write the table to this file")
     options = parser.parse_args()
     out, environments = Path(options.output_dir), Path(options.environments).resolve()
     # Further engines and formats can be added to a run.
-    open_ended = ("engines", "environments", "quantizations", "table")
+    open_ended = ("check_sampling", "engines", "environments", "quantizations", "table")
     claim(out, argparse.Namespace(**{name: value for name, value in vars(options).items() if name not in open_ended}))
     draft = Path(options.draft) if options.draft else quickstart(out)
     report, rows = evaluated(options, draft, out)
     for engine in options.engines:
+        checked = out / f"sampling_{engine}.json"
+        if options.check_sampling and not checked.exists():
+            models = prepared(engine, "f32", options.target_model, draft, environments, out)
+            write_json(checked, sampling(engine, options, draft, rows, models))
         for kind in options.quantizations if engine == "llama.cpp" else ["f32"]:
             done = out / f"{engine}-{kind}.json"
             if done.exists():
@@ -128,6 +139,37 @@ def evaluated(options: argparse.Namespace, draft: Path, out: Path) -> tuple[Spec
         )
         report.save(out / "transformers.json")
     return SpeculationReport.load(out / "transformers.json"), rows
+
+
+def sampling(name: str, options: argparse.Namespace, draft: Path, rows: Dataset, models: dict) -> dict:
+    """How often an engine that samples from the likeliest token alone, with the draft, writes its own greedy text.
+
+    That is the same distribution, so one that draws rightly always does; rounding in a batch decides near-ties.
+    """
+    engine, length = ENGINES[name], options.max_new_tokens
+    target, proposer = models.get("engine_models") or (str(as_folder(options.target_model)), str(draft))
+    prompts = [row["prompt_ids"] for row in rows if row["temperature"] == rows[0]["temperature"]]
+    pair = ServedPair(
+        target,
+        proposer,
+        options.num_assistant_tokens,
+        is_greedy=False,
+        threads=options.threads,
+        max_context=max(map(len, prompts)) + length + options.num_assistant_tokens + 1,
+        binary=models["engine_binary"],
+        dtype="float32",
+    )
+    with launched(engine, replace(pair, draft=None)) as url:
+        greedy = [engine.complete(url, ids, DecodingSetting(), length, 0).token_ids for ids in prompts]
+    found = []
+    with launched(engine, pair) as url:
+        for ids in prompts:
+            try:
+                found.append(engine.complete(url, ids, DecodingSetting(1.0, top_k=1), length, 0).token_ids)
+            except (ValueError, ConnectionError):
+                found.append(None)
+    equal = sum(mine == theirs for mine, theirs in zip(found, greedy, strict=True))
+    return {"num_prompts": len(prompts), "num_equal": equal, "num_failed": found.count(None)}
 
 
 def prepared(engine: str, kind: str, target: str, draft: Path, environments: Path, out: Path) -> dict:
@@ -207,7 +249,14 @@ def lines(out: Path) -> Iterator[str]:
                 found,
                 found.recommendation.num_assistant_tokens,
             )
-    for note in notes:
+    for path in sorted(out.glob("sampling_*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        notes.append(
+            f"{path.stem.partition('_')[2]}, sampling with the draft from the likeliest token alone, wrote its own "
+            f"greedy text for {found['num_equal']} of {found['num_prompts']} prompts, and failed for "
+            f"{found['num_failed']}."
+        )
+    for note in dict.fromkeys(notes):
         yield f"\nNote: {note}"
 
 

@@ -2,9 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -32,6 +32,7 @@ from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPai
 from hf_draftkd.evaluation.environment import processor_name
 from hf_draftkd.evaluation.recommendation import is_faster, times_text
 from hf_draftkd.evaluation.report import EngineResult, Recommendation, SpeculationReport
+from hf_draftkd.evaluation.scoring import Text
 from hf_draftkd.evaluation.texts import TextSet, is_recorded, recorded_texts
 
 _STEP_TIME_LENGTHS = (1, 8)
@@ -121,6 +122,17 @@ def check_servers(config: EngineConfig) -> None:
             raise ValueError(f"`engine_models` names {model!r}, which is not there.")
 
 
+@dataclass(frozen=True)
+class _Decoded:
+    """What the servers answered: to every prompt plainly and with the draft, one answer a round."""
+
+    version: str
+    plain: list[list[Completion]]
+    assisted: list[list[Completion]]
+    target_step_seconds: float
+    call_seconds: dict[int, float]
+
+
 def _measure(
     engine: Engine,
     report: SpeculationReport,
@@ -131,8 +143,7 @@ def _measure(
 ) -> EngineResult:
     setting, chosen = texts.setting, texts.texts[: config.engine_prompts]
     prompts = [list(text.prompt_ids) for text in chosen]
-    longest = max(len(text.completion_ids) for text in chosen)
-    limit = max(report.max_new_tokens, longest)
+    limit = max(report.max_new_tokens, *(len(text.completion_ids) for text in chosen))
     target, draft = config.engine_models or [report.target.name, report.draft.name]
     pair = ServedPair(
         target=target,
@@ -144,6 +155,78 @@ def _measure(
         binary=config.engine_binary or engine.binary,
         dtype=report.target.dtype or "auto",
     )
+    decoded = _decode(engine, pair, prompts, tokenizer, setting, limit, config)
+    # When sampling only the server's user knows how its draft does.
+    rule = "exact_match" if setting.is_greedy else engine.sampled_rule if config.launch else None
+    same = (each for each in report.settings if (each.decoding, each.verification) == (setting, rule))
+    efficiency = next((each.block_efficiency for each in same), None)
+    predicted = None if efficiency is None else efficiency[length]
+    columns = [_sums(runs, name) for runs in (decoded.assisted, decoded.plain) for name in ("num_tokens", "seconds")]
+    tokens, seconds, plain_tokens, plain_seconds = map(sum, columns)
+    speedup = bootstrap_paired_ratio_quotient(*columns)
+    steps, drafted, accepted = (
+        _sums(decoded.assisted, name) for name in ("num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens")
+    )
+    counted = bootstrap_ratio(_sums(decoded.assisted, "num_later_tokens"), steps)
+    identical = plain_identical = None
+    if setting.is_greedy:
+        identical, plain_identical = (_num_equal(runs, chosen, tokenizer) for runs in (decoded.assisted, decoded.plain))
+    flags = None
+    if config.launch:
+        words, variables = engine.command(pair, 0)
+        flags = " ".join([*(f"{name}={value}" for name, value in variables.items()), *words[:-2]])  # without its port
+    result = EngineResult(
+        engine=engine.name,
+        version=decoded.version,
+        flags=flags,
+        threads=config.engine_threads if config.launch else None,
+        hardware=processor_name() if config.launch else None,
+        decoding=setting,
+        verification=rule,
+        num_assistant_tokens=length,
+        num_prompts=len(prompts),
+        num_rounds=config.engine_rounds,
+        num_identical=identical,
+        num_plain_identical=plain_identical,
+        num_spec_steps=sum(steps),
+        num_draft_tokens=sum(drafted),
+        num_accepted_draft_tokens=sum(accepted),
+        mean_acceptance_length=counted,
+        predicted_mean_acceptance_length=predicted,
+        draft_acceptance_rate=sum(accepted) / sum(drafted),
+        predicted_draft_acceptance_rate=None if predicted is None else (predicted.value - 1) / length,
+        tokens_per_second=tokens / seconds,
+        plain_tokens_per_second=plain_tokens / plain_seconds,
+        speedup=speedup,
+        target_step_seconds=decoded.target_step_seconds,
+        call_seconds=decoded.call_seconds,
+        recommendation=recommend_in_engine(
+            engine.name,
+            setting,
+            length,
+            counted,
+            efficiency,
+            decoded.target_step_seconds,
+            decoded.call_seconds,
+            speedup,
+        ),
+    )
+    report.warnings += [note for note in _notes(engine, result) if note not in report.warnings]
+    by_kind = {(each.engine, each.decoding, each.flags): each for each in (*(report.engines or []), result)}
+    report.engines = list(by_kind.values())
+    return result
+
+
+def _decode(
+    engine: Engine,
+    pair: ServedPair,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    setting: DecodingSetting,
+    limit: int,
+    config: EngineConfig,
+) -> _Decoded:
+    """Let both servers answer every prompt in turns, then time steps: with `launch` at other draft lengths too."""
 
     def served(pair: ServedPair) -> AbstractContextManager[str]:
         running = config.endpoint if pair.draft else config.plain_endpoint
@@ -160,6 +243,7 @@ def _measure(
             raise ValueError(f"{engine.name} at {url} gave no token ids: it is too old, or another server.")
         return found
 
+    length = pair.num_assistant_tokens
     plain: list[list[Completion]] = [[] for _ in prompts]
     assisted: list[list[Completion]] = [[] for _ in prompts]
     with served(replace(pair, draft=None)) as plain_url, served(pair) as url:
@@ -187,81 +271,28 @@ def _measure(
                 ask(url, 0)
                 answers = [[ask(url, place, place)] for place in range(len(prompts[:_STEP_TIME_PROMPTS]))]
                 calls[other] = _step_seconds(ask, url, answers, "num_spec_steps")
-    # When sampling only the server's user knows how its draft does.
-    rule = "exact_match" if setting.is_greedy else engine.sampled_rule if config.launch else None
-    same = (each for each in report.settings if (each.decoding, each.verification) == (setting, rule))
-    efficiency = next((each.block_efficiency for each in same), None)
-    predicted = None if efficiency is None else efficiency[length]
-    columns = [_sums(runs, name) for runs in (assisted, plain) for name in ("num_tokens", "seconds")]
-    tokens, seconds, plain_tokens, plain_seconds = map(sum, columns)
-    speedup = bootstrap_paired_ratio_quotient(*columns)
-    steps, drafted, accepted = (
-        _sums(assisted, name) for name in ("num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens")
-    )
-    counted = bootstrap_ratio(_sums(assisted, "num_later_tokens"), steps)
-    identical = plain_identical = None
-    if setting.is_greedy:
-        ends = {text.completion_ids[-1] for text in chosen if len(text.completion_ids) < longest}
-        ends |= {tokenizer.eos_token_id}
-        identical, plain_identical = (
-            sum(
-                {tuple(_without_end(each.token_ids, ends)) for each in found}
-                == {tuple(_without_end(text.completion_ids, ends))}
-                for found, text in zip(runs, chosen, strict=True)
-            )
-            for runs in (assisted, plain)
+    return _Decoded(version, plain, assisted, target_step, dict(sorted(calls.items())))
+
+
+def _notes(engine: Engine, found: EngineResult) -> Iterator[str]:
+    """What to know of a result beside its numbers."""
+    if found.num_plain_identical is not None and found.num_plain_identical < _FEW_EQUAL * found.num_prompts:
+        yield (
+            f"Only {found.num_plain_identical} of {found.num_prompts} plain greedy texts of {engine.name} are the "
+            "target's own: it serves another model, number format or quantisation than the one that was evaluated."
         )
-        if plain_identical < _FEW_EQUAL * len(prompts):
-            report.warnings.append(
-                f"Only {plain_identical} of {len(prompts)} plain greedy texts of {engine.name} are the target's own: "
-                "it serves another model, number format or quantisation than the one that was evaluated."
-            )
+    counted, predicted = found.mean_acceptance_length, found.predicted_mean_acceptance_length
     if predicted is not None and counted.lies_apart(predicted):
-        report.warnings.append(
-            f"{engine.name} counted {counted.value:.2f} tokens per target call for {setting}, "
+        yield (
+            f"{engine.name} counted {counted.value:.2f} tokens per target call for {found.decoding}, "
             f"{predicted.value:.2f} were predicted: more than their intervals apart. It does not verify drafts by "
-            f"{rule}, or serves another model."
+            f"{found.verification}, or serves another model."
         )
-    note = f"{engine.name} says it is version {version}; this package was tested with {engine.tested_version}."
     # Builds from source packages may not know their own version.
-    if engine.tested_version not in version and "unknown" not in version and note not in report.warnings:
-        report.warnings.append(note)
-    flags = None
-    if config.launch:
-        words, variables = engine.command(pair, 0)
-        flags = " ".join([*(f"{name}={value}" for name, value in variables.items()), *words[:-2]])  # without its port
-    result = EngineResult(
-        engine=engine.name,
-        version=version,
-        flags=flags,
-        threads=config.engine_threads if config.launch else None,
-        hardware=processor_name() if config.launch else None,
-        decoding=setting,
-        verification=rule,
-        num_assistant_tokens=length,
-        num_prompts=len(prompts),
-        num_rounds=config.engine_rounds,
-        num_identical=identical,
-        num_plain_identical=plain_identical,
-        num_spec_steps=sum(steps),
-        num_draft_tokens=sum(drafted),
-        num_accepted_draft_tokens=sum(accepted),
-        mean_acceptance_length=counted,
-        predicted_mean_acceptance_length=predicted,
-        draft_acceptance_rate=sum(accepted) / sum(drafted),
-        predicted_draft_acceptance_rate=None if predicted is None else (predicted.value - 1) / length,
-        tokens_per_second=tokens / seconds,
-        plain_tokens_per_second=plain_tokens / plain_seconds,
-        speedup=speedup,
-        target_step_seconds=target_step,
-        call_seconds=dict(sorted(calls.items())),
-        recommendation=recommend_in_engine(
-            engine.name, setting, length, counted, efficiency, target_step, calls, speedup
-        ),
-    )
-    by_kind = {(each.engine, each.decoding, each.flags): each for each in (*(report.engines or []), result)}
-    report.engines = list(by_kind.values())
-    return result
+    if engine.tested_version not in found.version and "unknown" not in found.version:
+        yield (
+            f"{engine.name} says it is version {found.version}; this package was tested with {engine.tested_version}."
+        )
 
 
 def recommend_in_engine(
@@ -361,6 +392,18 @@ def _check_tokens(
                 f"{theirs[place : place + 1]} there and {mine[place : place + 1]} here, behind "
                 f"{tokenizer.decode(mine[max(place - 8, 0) : place])!r}. Serve the model that was evaluated."
             )
+
+
+def _num_equal(runs: Sequence[Sequence[Completion]], texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Prompts to which every answer is the target's own, end tokens aside."""
+    longest = max(len(text.completion_ids) for text in texts)
+    ends = {text.completion_ids[-1] for text in texts if len(text.completion_ids) < longest} | {tokenizer.eos_token_id}
+
+    def is_equal(found: Sequence[Completion], text: Text) -> bool:
+        own = _without_end(text.completion_ids, ends)
+        return all(_without_end(each.token_ids, ends) == own for each in found)
+
+    return sum(map(is_equal, runs, texts))
 
 
 def _without_end(tokens: Sequence[int], ends: Collection[int | None]) -> list[int]:
