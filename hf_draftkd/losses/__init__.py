@@ -20,6 +20,5 @@ from hf_draftkd.losses.sparse import (
     SparseTarget,
     acceptance_upper_bound,
     sample_target,
-    sparse_divergence,
     top_k_target,
 )

@@ -237,7 +237,7 @@ def _batch_rewards(
                 logits.div_(temperature)
             masked(logits, outside)
             if isinstance(signal, SparseTarget):
-                logits, _ = merge_for_gradient(logits, signal.token_ids[rows])
+                logits, _ = merge_for_gradient(logits, signal.token_ids[rows], memory)
                 against = target_buckets(signal[rows], vocab_size).to(logits)
             else:
                 against = _target_logits(signal, rows, logits, temperature, target_memory)

@@ -31,19 +31,15 @@ def listed_value_and_gradient(
     target_logits: torch.Tensor,
     outside: torch.Tensor | None,
     *,
-    options: Mapping[str, Any] | None = None,
-    gradient: bool = True,
-    acceptance: bool = False,
-    memory: Reused,
+    options: Mapping[str, Any],
+    **wanted: Any,
 ) -> Twin:
     """`value_and_gradient` of a draft that proposes only the tokens of a list; the gradient is 0 outside it.
 
-    Arguments as there, but for the draft's logits, which come masked; the target's do not. `outside` (bool `[V]` or
-    `[n, V]`) are the tokens that are not on the list; None: there is no list. A function as divergence is given the
-    masked logits.
+    Arguments as there (`wanted` are `gradient`, `acceptance` and `memory`), but for the draft's logits, which come
+    masked; the target's do not. `outside` (bool `[V]` or `[n, V]`) are the tokens that are not on the list; None: there
+    is no list. A function as divergence is given the masked logits.
     """
-    options = options or {}
-    wanted: dict[str, Any] = {"gradient": gradient, "acceptance": acceptance, "memory": memory}
     if outside is None:
         return value_and_gradient(divergence, draft_logits, target_logits, options=options, **wanted)
     if divergence == "forward_kl" or (divergence == "generalized_jsd" and options.get("beta") == 0):
@@ -64,13 +60,7 @@ def listed_value_and_gradient(
 
 
 def _forward_kl(
-    draft_logits: torch.Tensor,
-    target_logits: torch.Tensor,
-    outside: torch.Tensor,
-    *,
-    gradient: bool,
-    acceptance: bool,
-    memory: Reused,
+    draft_logits: torch.Tensor, target_logits: torch.Tensor, outside: torch.Tensor, *, acceptance: bool, **wanted: Any
 ) -> Twin:
     rate = None
     if acceptance:
@@ -78,7 +68,7 @@ def _forward_kl(
         rate = (1 - 0.5 * difference.abs_().sum(dim=-1)).clamp(min=0.0)
     log_z = target_logits.logsumexp(dim=-1)
     log_share = masked(target_logits, outside).logsumexp(dim=-1) - log_z
-    twin = value_and_gradient("forward_kl", draft_logits, target_logits, gradient=gradient, memory=memory)
+    twin = value_and_gradient("forward_kl", draft_logits, target_logits, **wanted)
     share = log_share.exp()
     # Where p has nothing on the list both factors vanish together.
     values = share * (twin.values + log_share.clamp(min=LOG_FLOOR))
