@@ -34,7 +34,6 @@ class CachedDistributions:
     """The caches of every data set in use, and where each token's distribution lies in them."""
 
     def __init__(self) -> None:
-        self._vocab_size: int | None = None
         self._datasets: list[Dataset] = []
         self._first_rows: list[int] = [0]
 
@@ -42,27 +41,8 @@ class CachedDistributions:
         """Take up one more data set; returns the number of its first row, for `addresses`."""
         columns = [name for name in CACHE_COLUMNS if name in dataset.column_names]
         self._datasets.append(dataset.select_columns(columns).with_format("arrow"))
-        self._check_ids(self._datasets[-1])
         self._first_rows.append(self._first_rows[-1] + len(dataset))
         return self._first_rows[-2]
-
-    def fit(self, vocab_size: int) -> None:
-        """Say how many tokens draft and tokenizer share: a cache that names others is refused, also later by `add`."""
-        self._vocab_size = vocab_size
-        for dataset in self._datasets:
-            self._check_ids(dataset)
-
-    def _check_ids(self, dataset: Dataset) -> None:
-        if self._vocab_size is None:
-            return
-        for table in dataset.select_columns(["target_token_ids"]).iter(batch_size=1000):
-            largest = pc.max(pc.list_flatten(pc.list_flatten(table["target_token_ids"]))).as_py()
-            if largest is not None and largest >= self._vocab_size:
-                raise ValueError(
-                    f"The cached distributions name token {largest}, but draft and tokenizer share {self._vocab_size} "
-                    "tokens. Cache with the pair's `tokenizer`, so that padded rows are left out, or check that the "
-                    "draft has the tokenizer of the target that wrote these rows."
-                )
 
     def lookup(self, addresses: Tensor) -> dict[str, Tensor]:
         """The distributions of N tokens of one data set, at `addresses` [N] int64.

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, Json, LargeList, List, Value
@@ -54,7 +55,7 @@ def check_format(dataset: Dataset | IterableDataset, name: str, *, text_field: s
             f"The {name} dataset has the column {sorted(images)[0]!r}, but drafts are text-only causal LMs. "
             "Remove the column if the answers do not depend on it."
         )
-    if not formats_of(dataset, text_field):
+    if format_of(dataset, text_field) is None:
         raise ValueError(
             f"The {name} dataset has the columns {columns}, none of which can be trained on. Needed is one of: "
             + ", ".join(" + ".join(f"`{column}`" for column in needed) for needed in (*FORMATS, (text_field,)))
@@ -62,16 +63,17 @@ def check_format(dataset: Dataset | IterableDataset, name: str, *, text_field: s
         )
 
 
-def formats_of(dataset: Dataset | IterableDataset, text_field: str = "text") -> list[tuple[str, ...]]:
-    """The formats whose columns a data set has, the first of them being the one that it is read by.
+def format_of(dataset: Dataset | IterableDataset, text_field: str = "text") -> tuple[str, ...] | None:
+    """The columns by which a data set is read: those of the first format that it has; None where it has none.
 
     Ids are lists of whole numbers: a column `input_ids` of anything else is a name for something else.
     """
     columns = set(get_dataset_column_names(dataset))
-    present = [names for names in (*FORMATS, (text_field,)) if set(names) <= columns]
-    ids = [column for names in present for column in names if column.endswith("_ids")]
-    foreign = {column for column in ids if not _holds_whole_numbers(dataset, column)}
-    return [names for names in present if not foreign & set(names)]
+    for names in (*FORMATS, (text_field,)):
+        ids = [column for column in names if column.endswith("_ids")]
+        if set(names) <= columns and all(_holds_whole_numbers(dataset, column) for column in ids):
+            return names
+    return None
 
 
 def check_token_ids(dataset: Dataset | IterableDataset, name: str, vocab_size: int) -> None:
@@ -80,7 +82,7 @@ def check_token_ids(dataset: Dataset | IterableDataset, name: str, vocab_size: i
     """
     if not isinstance(dataset, Dataset):
         return
-    for column in {column for names in formats_of(dataset) for column in names if column.endswith("_ids")}:
+    for column in (column for column in format_of(dataset) or () if column.endswith("_ids")):
         first = 0
         for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000):
             ids = table[column]
@@ -95,18 +97,6 @@ def check_token_ids(dataset: Dataset | IterableDataset, name: str, vocab_size: i
             first += len(table)
 
 
-def format_columns(dataset: Dataset | IterableDataset, names: tuple[str, ...]) -> list[str]:
-    """What a format needs of a data set's columns, and what says more about it; others are left aside."""
-    columns = get_dataset_column_names(dataset)
-    if names == FORMATS[0]:  # exact ids bring columns that say what they are, distributions among them
-        return columns
-    if names == ("input_ids",):
-        beside = [column for column in _BESIDE_IDS if column in columns and _holds_whole_numbers(dataset, column)]
-    else:
-        beside = [column for column in _BESIDE_MESSAGES if column in columns]
-    return [*names, *beside]
-
-
 def normalize_rows(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -114,29 +104,34 @@ def normalize_rows(
     *,
     text_field: str = "text",
     formatting_func: Callable[[dict], str] | None = None,
-    numbers: Sequence[int] | None = None,
 ) -> Any:
     """Rows of one format, perhaps a stream, as SFTTrainer takes them: what the format needs, and nothing beside it.
 
     Messages, tools and template options come as the chat template reads them (see `messages.py`), and as JSON, in which
     rows that differ do not lend each other their keys. A `formatting_func` makes the text of a row that holds no token
-    ids. `numbers` are those of the rows, for messages, where these are not a data set of their own.
+    ids.
     """
     first = next(iter(dataset), None)
     if first is None:
         return dataset
-    formats = formats_of(dataset, text_field)
-    names = next((each for each in formats if all(first[column] is not None for column in each)), None)
+    names, columns = format_of(dataset, text_field), get_dataset_column_names(dataset)
     if formatting_func is not None and (names is None or not names[0].endswith("_ids")):
-        columns = get_dataset_column_names(dataset)
         return dataset.map(lambda row: {text_field: formatting_func(row)}, remove_columns=columns)
-    if names is None or names == FORMATS[0]:
+    if names is None:
         return dataset
-    columns = format_columns(dataset, names)
-    if names == ("input_ids",) or not any(isinstance(first[column], list | tuple) for column in names):
-        dataset = dataset.select_columns([column for column in columns if column not in _BESIDE_MESSAGES])
-        has_ids = isinstance(dataset, Dataset) and names == ("input_ids",)
-        return _with_whole_masks(dataset, name, numbers) if has_ids else dataset
+    if isinstance(dataset, Dataset):
+        _check_filled(dataset, names, name)
+    if names == FORMATS[0]:  # exact ids bring columns that say what they are
+        return dataset
+    if names == ("input_ids",):
+        beside = [column for column in _BESIDE_IDS if column in columns and _holds_whole_numbers(dataset, column)]
+        dataset = dataset.select_columns([*names, *beside])
+        if isinstance(dataset, Dataset):
+            _check_masks(dataset, name)
+        return dataset
+    if not any(isinstance(first[column], list | tuple) for column in names):
+        return dataset.select_columns(list(names))
+    columns = [*names, *(column for column in _BESIDE_MESSAGES if column in columns)]
     dataset = dataset.select_columns(columns)
     form = template_form(tokenizer)
 
@@ -153,8 +148,7 @@ def normalize_rows(
                 else:
                     made[column] = read_messages(value, form)
         except ValueError as error:
-            number = index if numbers is None else numbers[index]
-            raise ValueError(f"Row {number} (counted from 0) of the {name} dataset: {error}") from error
+            raise ValueError(f"Row {index} (counted from 0) of the {name} dataset: {error}") from error
         return made
 
     options: dict[str, Any] = {"remove_columns": [column for column in names if column == "conversations"]}
@@ -178,21 +172,30 @@ def _holds_whole_numbers(dataset: Any, column: str) -> bool:
     )
 
 
-def _with_whole_masks(dataset: Dataset, name: str, numbers: Sequence[int] | None) -> Dataset:
-    """Rows of ids without the masks that no row fills; refused where one does not go with its ids."""
+def _check_filled(dataset: Dataset, names: Sequence[str], name: str) -> None:
+    first = 0
+    for table in dataset.select_columns(list(names)).with_format("arrow").iter(batch_size=1000):
+        empty = np.logical_or.reduce([pc.is_null(table[column]).to_numpy() for column in names])
+        if empty.any():
+            needed = " and ".join(f"`{column}`" for column in names)
+            raise ValueError(
+                f"Row {first + int(empty.argmax())} (counted from 0) of the {name} dataset lacks {needed}, by which "
+                "its rows are read. Take it out; rows of another format can be mixed in as `mix_dataset`."
+            )
+        first += len(table)
+
+
+def _check_masks(dataset: Dataset, name: str) -> None:
     table = dataset.with_format("arrow")[:]
     lengths = pc.list_value_length(table["input_ids"])
-    kept = [column for column in dataset.column_names if table[column].null_count < len(dataset)]
-    for column in kept:
+    for column in (column for column in _PER_TOKEN if column in dataset.column_names):
         fits = pc.fill_null(pc.equal(lengths, pc.list_value_length(table[column])), False).to_numpy()
-        if column in _PER_TOKEN and not fits.all():
-            row = int(fits.argmin())
+        if not fits.all():
             raise ValueError(
-                f"Row {row if numbers is None else numbers[row]} (counted from 0) of the {name} dataset has "
-                f"`input_ids` and `{column}` of different lengths: each token needs its own. Correct the column, or "
-                "remove it to learn from all tokens."
+                f"Row {int(fits.argmin())} (counted from 0) of the {name} dataset has `input_ids` and `{column}` of "
+                "different lengths: each token needs its own. Correct the column, or remove it to learn from all "
+                "tokens."
             )
-    return dataset.select_columns(kept)
 
 
 def exact_features(

@@ -13,13 +13,19 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, Features, IterableDataset, concatenate_datasets
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.data_utils import get_dataset_column_names
 
-from hf_draftkd.data.kept_distributions import TEMPERATURE_COLUMN, VOCAB_COLUMN, CacheOptions, KeptDistributions
+from hf_draftkd.data.kept_distributions import (
+    CACHE_COLUMNS,
+    TEMPERATURE_COLUMN,
+    VOCAB_COLUMN,
+    CacheOptions,
+    KeptDistributions,
+)
 from hf_draftkd.models.forward import evaluating, logits_at
 from hf_draftkd.models.identity import weights_fingerprint
 from hf_draftkd.models.loading import require_loaded
@@ -183,12 +189,33 @@ def rows_with_distributions(
     return dataset.select(keep)
 
 
+def check_kept_ids(dataset: Dataset, vocab_size: int) -> None:
+    """Refuse distributions over other tokens than the `vocab_size` that draft and tokenizer share."""
+    for table in dataset.select_columns(["target_token_ids"]).with_format("arrow").iter(batch_size=1000):
+        largest = pc.max(pc.list_flatten(pc.list_flatten(table["target_token_ids"]))).as_py()
+        if largest is not None and largest >= vocab_size:
+            raise ValueError(
+                f"The cached distributions name token {largest}, but draft and tokenizer share {vocab_size} tokens. "
+                "Cache with the pair's `tokenizer`, so that padded rows are left out, or check that the draft has the "
+                "tokenizer of the target that wrote these rows."
+            )
+
+
+def with_caches_alike(datasets: list[Any]) -> Any:
+    """The caches of several data sets as one; a `ValueError` if their columns differ."""
+    if len(datasets) == 1:
+        return datasets[0]
+    names = ("prompt_ids", "completion_ids", *CACHE_COLUMNS, TEMPERATURE_COLUMN, VOCAB_COLUMN)
+    columns = [name for name in names if name in datasets[0].column_names]
+    alike = [each.select_columns(columns) for each in datasets]
+    return concatenate_datasets([each.cast(alike[0].features) for each in alike])
+
+
 def cache_facts(dataset: Dataset | IterableDataset, name: str) -> CacheFacts:
     """What the cache of a data set that has all its columns says of itself; messages call the data set `name`.
 
-    Raises:
-        ValueError: It is a stream, a row has no distributions or not one for each completion token, or rows were cached
-            with different options.
+    A `ValueError` if it is a stream, if a row has not one distribution for each completion token, or if rows were
+    cached with different options.
     """
     if isinstance(dataset, IterableDataset):
         raise ValueError(
@@ -201,13 +228,7 @@ def cache_facts(dataset: Dataset | IterableDataset, name: str) -> CacheFacts:
     first = 0
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         written, logged, kept = (pc.fill_null(pc.list_value_length(table[each]), -1).to_numpy() for each in columns)
-        for row in np.flatnonzero((written < 0) | (written != logged) | (written != kept)):
-            if written[row] < 0:
-                raise ValueError(
-                    f"Row {first + row} of the {name} dataset is text without the target's distributions, but "
-                    "`target_model` is None: give the target, or mix in "
-                    "`cache_target_distributions(with_token_ids(text, tokenizer), target, ...)`."
-                )
+        for row in np.flatnonzero((written != logged) | (written != kept)):
             raise ValueError(
                 f"Row {first + row} of the {name} dataset has {written[row]} completion tokens, but "
                 f"{'no' if kept[row] < 0 else kept[row]} distributions. Cache them with `cache_target_distributions` "

@@ -118,17 +118,6 @@ def check_room(longest: int, args: DraftDistillConfig, context: int) -> None:
         )
 
 
-def check_batch(batch: dict[str, Any], args: DraftDistillConfig) -> None:
-    """Raise a `ValueError` for batches of a custom collator from which rows cannot be taken again."""
-    missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in batch]
-    if missing:
-        raise ValueError(
-            f"{_asked(args)} takes prompts from padded batches, but `data_collator` returns no `{missing[0]}`, only "
-            f"{', '.join(map(repr, batch))}. Return it too (an `attention_mask` is 1 at tokens and 0 at padding), or "
-            "leave `data_collator` out."
-        )
-
-
 class CompletionWriter:
     """Has the completions of batches written before they are learned from, by the draft or the prepared target.
 
@@ -168,7 +157,6 @@ class CompletionWriter:
         `step` counts the optimizer steps taken before; the draft may be wrapped; `collator` makes a batch of rows with
         `input_ids` and `labels`.
         """
-        check_batch(batches[0], self._args)
         who = writer(self._args, step)
         num_rows = sum(len(batch["input_ids"]) for batch in batches)
         self._count(rows=num_rows, by_draft=num_rows * (who == DRAFT))

@@ -8,14 +8,11 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_draftkd.data.mixing import split_by_format
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.environment import hardware_info
-from hf_draftkd.hub.llama_cpp import conversion_facts
 from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.identity import model_revision, weights_checksum
-from hf_draftkd.models.tokenizers import tokenizer_fingerprint
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.utils.versions import package_versions
 
@@ -53,23 +50,14 @@ _SHOWN = (
 def author(datasets: Iterable[Any]) -> str | None:
     """The one target that wrote all alignment rows; None if they name none, or several."""
     rows = [data for data in datasets if isinstance(data, Dataset) and "target" in data.column_names]
-    names = {name for data in rows for name in data.unique("target")} - {None}  # rows that were mixed in name none
+    names = {name for data in rows for name in data.unique("target")}
     return names.pop() if len(names) == 1 else None
 
 
-def data_facts(dataset: Any, target_name: str | None, *, text_field: str = "text") -> dict[str, Any]:
-    """What the training rows, given or mixed, say about themselves; nothing for a stream, which is not read twice."""
+def data_facts(dataset: Any, target_name: str | None) -> dict[str, Any]:
+    """What the training rows say about themselves; nothing for a stream, which is not read twice."""
     if not isinstance(dataset, Dataset):
         return {}
-    # All that follows is said of the rows that others were mixed into.
-    own, _ = split_by_format(dataset, "train", text_field=text_field)[0]
-    if "target" in own.column_names and {None} < set(own.unique("target")):
-        own = own.filter(lambda name: name is not None, input_columns="target")
-    mixed = {"num_mixed_rows": len(dataset) - len(own)} if len(own) < len(dataset) else {}
-    return mixed | _facts_of_rows(own, target_name)
-
-
-def _facts_of_rows(dataset: Dataset, target_name: str | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"num_rows": len(dataset), "completions": "data"}
     columns = set(dataset.column_names)
     if {"completion_ids", "target"} <= columns and dataset.unique("target") == [target_name]:
@@ -149,12 +137,10 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
         pair = PairFacts.from_configs(
             draft.config,
             target.config,
+            trainer.processing_class,
             draft_generation_config=draft.generation_config,
             draft_parameters=draft.num_parameters() - adapter,
             target_parameters=target.num_parameters(),
-            tokenizer_fingerprint=tokenizer_fingerprint(trainer.processing_class),
-            has_chat_template=bool(trainer.processing_class.chat_template),
-            **conversion_facts(trainer.processing_class),
         )
     folder = Path(args.output_dir)
     return Provenance(

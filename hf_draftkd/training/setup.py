@@ -13,7 +13,8 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
 from hf_draftkd.data.formats import check_format, check_labels, check_token_ids, longest_text
-from hf_draftkd.data.target_cache import CacheFacts
+from hf_draftkd.data.mixing import check_mix
+from hf_draftkd.data.target_cache import CacheFacts, check_kept_ids
 from hf_draftkd.decoding.drafting import checked_vocabulary
 from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.draft_length import recorded_vocabulary, store_draft_settings
@@ -28,7 +29,7 @@ from hf_draftkd.models.pairing import (
     shared_vocab_size,
 )
 from hf_draftkd.models.resolve import Checkpoint, check_config, resolve
-from hf_draftkd.models.tokenizers import pad_id
+from hf_draftkd.models.tokenizers import pad_id, tokenizer_size
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.signals import arithmetic_of
 
@@ -58,13 +59,16 @@ def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
 
 
 def check_datasets(
-    train_dataset: Any, eval_dataset: Any, args: DraftDistillConfig, *, format_known: bool
+    train_dataset: Any, eval_dataset: Any, mix_dataset: Any, args: DraftDistillConfig, *, format_known: bool
 ) -> dict[str, Any]:
     """The data sets by name, once it is clear that there is something to learn from each; else a `ValueError`.
 
     `format_known` is False with a `formatting_func`.
     """
     datasets = named_datasets(train_dataset, eval_dataset)
+    check_mix(train_dataset, mix_dataset, args)
+    if mix_dataset is not None:
+        datasets["mix"] = mix_dataset
     if not datasets:
         raise ValueError("Neither `train_dataset` nor `eval_dataset` was given. Give at least one.")
     for name, dataset in datasets.items():
@@ -199,8 +203,11 @@ def fit_to_data(
     sizes = [fact.vocab_size for fact in facts if fact.vocab_size is not None]
     if sizes:
         fit_vocabulary(model, max(sizes), tokenizer)
+    rows = model.config.get_text_config().vocab_size
     for name, dataset in datasets.items():
-        check_token_ids(dataset, name, model.config.get_text_config().vocab_size)
+        check_token_ids(dataset, name, rows)
+        if facts:
+            check_kept_ids(dataset, min(rows, tokenizer_size(tokenizer)))
 
 
 def prepare_reference(

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_draftkd.acceptance import token_acceptance_rate, token_logprob
-from hf_draftkd.data.collator import CachedDistributions
 from hf_draftkd.data.kept_distributions import CACHE_COLUMNS
 from hf_draftkd.data.target_cache import CacheFacts, cache_facts, missing_cache_columns, rows_with_distributions
 from hf_draftkd.decoding.processors import logits_processors, process_logits
@@ -213,23 +212,6 @@ class LiveTarget(TextSignal):
         return token_scores(draft, p, written.tokens, is_greedy=setting.is_greedy).accepted
 
 
-def make_signal(
-    target_model: torch.nn.Module | None,
-    cache: CachedDistributions | None,
-    facts: list[CacheFacts],
-    vocab_size: int,
-    *,
-    sharded: bool = False,
-) -> TextSignal:
-    """The prepared target if it is there, else its cache (which is told here which tokens exist), else its text."""
-    if target_model is not None:
-        return LiveTarget(target_model, vocab_size, sharded=sharded)
-    if cache is None:
-        return TextSignal()
-    cache.fit(vocab_size)
-    return CachedTarget(facts, vocab_size)
-
-
 def check_cached(
     datasets: dict[str, Dataset | IterableDataset],
     args: DraftDistillConfig,
@@ -247,8 +229,8 @@ def check_cached(
             raise ValueError(
                 f"`divergence={args.divergence!r}` compares the draft with its target, but `target_model` is None and "
                 f"the {name} dataset holds no cached distributions (no {', '.join(f'`{name}`' for name in missing)}). "
-                "Give the target, cache it with `cache_target_distributions`, or train on its text alone with "
-                '`divergence="cross_entropy"`.'
+                "Give the target, cache it with `cache_target_distributions` (text: `with_token_ids` first), or train "
+                'on its text alone with `divergence="cross_entropy"`.'
             )
     for given, what, why in (
         (custom_collator, "data_collator", "distributions are looked up by the trainer's own"),

@@ -30,8 +30,8 @@ from trl.trainer.utils import global_then_local_main_first
 from hf_draftkd.acceptance.tensors import widest_float
 from hf_draftkd.data.collator import INDEX_COLUMN, SETTING_COLUMN, CachedDistributions, DraftDistillCollator
 from hf_draftkd.data.formats import exact_features, normalize_rows, packed, warn_of_cuts, with_labels_within
-from hf_draftkd.data.mixing import mixed_in, rejoined, split_by_format
-from hf_draftkd.data.target_cache import rows_with_distributions
+from hf_draftkd.data.mixing import mix_datasets
+from hf_draftkd.data.target_cache import rows_with_distributions, with_caches_alike
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.push import push_draft
@@ -49,7 +49,7 @@ from hf_draftkd.training.parallel import Lesson, parallel_training
 from hf_draftkd.training.rollouts import CompletionWriter, check_writer, check_writing
 from hf_draftkd.training.run_provenance import author, data_facts, describe_run
 from hf_draftkd.training.saving import check_adapter, check_saving, merged
-from hf_draftkd.training.signals import Distributions, LiveTarget, check_cached, make_signal, model_inputs
+from hf_draftkd.training.signals import CachedTarget, Distributions, LiveTarget, TextSignal, check_cached, model_inputs
 from hf_draftkd.training.token_selection import (
     TokenMetrics,
     check_selection,
@@ -157,9 +157,10 @@ class DraftDistillTrainer(SFTTrainer):
             given = type(args).__name__
             raise ValueError(f"`args` must be a `DraftDistillConfig`, got a `{given}`. It takes the same, and more.")
         trains = train_dataset is not None
-        train_dataset = mixed_in(train_dataset, mix_dataset, args.mix, args.seed, text_field=args.dataset_text_field)
+        self._mix_dataset = mix_dataset
         check_writer(args, has_target=target_model is not None)
-        datasets = setup.check_datasets(train_dataset, eval_dataset, args, format_known=formatting_func is None)
+        known = formatting_func is None
+        datasets = setup.check_datasets(train_dataset, eval_dataset, mix_dataset, args, format_known=known)
         self._custom_loss = type(self).token_loss is not DraftDistillTrainer.token_loss
         # Whether the loss reads the target's distributions, or only its text.
         self.learns_from_target = args.needs_target or self._custom_loss
@@ -193,8 +194,9 @@ class DraftDistillTrainer(SFTTrainer):
         reference = setup.prepare_reference(reference_model, [draft, target], args, processing_class)
         self.draft_name = setup.model_name(unwrapped(draft))
         # Where the target is not at hand, the data names it.
-        self.target_name = author(datasets.values()) if target is None else setup.model_name(target)
-        self.data_facts = data_facts(train_dataset, self.target_name, text_field=args.dataset_text_field)
+        given = setup.named_datasets(train_dataset, eval_dataset)
+        self.target_name = author(given.values()) if target is None else setup.model_name(target)
+        self.data_facts = data_facts(train_dataset, self.target_name)
 
         # SFTTrainer would warn that it ignores them; they were used above.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
@@ -237,7 +239,9 @@ class DraftDistillTrainer(SFTTrainer):
         self._vocabulary = setup.draft_vocabulary(models[0], args, self._shared_vocab)
         sharded = self.is_deepspeed_enabled or (self.is_fsdp_enabled and args.shard_target)
         self.target_model = setup.place_target(target, self)
-        self.signal = make_signal(self.target_model, self._cache, facts, self._shared_vocab, sharded=sharded)
+        self.signal = CachedTarget(facts, self._shared_vocab) if facts else TextSignal()
+        if self.target_model is not None:
+            self.signal = LiveTarget(self.target_model, self._shared_vocab, sharded=sharded)
         placed = setup.place_target(reference, self)
         self.reference_signal = None if placed is None else LiveTarget(placed, self._shared_vocab, sharded=sharded)
         # Where the head is plain arithmetic, the loss takes hidden states, and no logits of all tokens are ever held.
@@ -282,35 +286,39 @@ class DraftDistillTrainer(SFTTrainer):
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        """SFTTrainer prepares one format at a time and tokenises what it reads. Here alignment rows keep their exact
-        ids, rows of several formats may be mixed, and rows know where their cached distributions lie.
+        """SFTTrainer tokenises what it reads. Here alignment rows keep their exact ids, rows of another format may be
+        mixed in, and rows know where their cached distributions lie.
         """
         usual = super()._prepare_dataset
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Reading exact ids of {dataset_name} dataset"}
-        first_row = None
+        parts = {dataset_name: dataset}
+        if self._mix_dataset is not None:  # the training data is what SFTTrainer prepares first
+            parts["mix"], self._mix_dataset = self._mix_dataset, None
+        first_rows: dict[str, int] = {}
         if self._cache is not None:
             # Again, since `evaluate` takes other data.
-            dataset = rows_with_distributions(dataset, dataset_name)
-            check_cached({dataset_name: dataset}, args)
-            first_row = self._cache.add(dataset)
-        # Whole first, so that rows of several formats can be joined, and what `max_length` costs can be counted.
+            parts = {name: rows_with_distributions(part, name) for name, part in parts.items()}
+            cached = with_caches_alike(list(parts.values()))
+            check_cached({dataset_name: cached}, args)
+            first_rows = {dataset_name: self._cache.add(cached)}
+            first_rows["mix"] = first_rows[dataset_name] + len(parts[dataset_name])
+        # Whole first, so that rows of two formats can be mixed, and what `max_length` costs can be counted.
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         reading = {"text_field": args.dataset_text_field, "formatting_func": formatting_func}
 
-        def prepared(part: Dataset | IterableDataset, rows: Any = None) -> Any:
+        for name, part in parts.items():
             with global_then_local_main_first():
-                part = normalize_rows(part, processing_class, dataset_name, numbers=rows, **reading)
-                part = exact_features(part, self.target_name, first_row=first_row, **map_kwargs)
-            return usual(part, processing_class, whole, False, None, dataset_name)
-
-        if isinstance(dataset, IterableDataset):
-            dataset = prepared(dataset)
-        else:
-            parts = split_by_format(dataset, dataset_name, text_field=args.dataset_text_field)
-            dataset = rejoined([(prepared(part, rows), rows) for part, rows in parts])
+                part = normalize_rows(part, processing_class, name, **reading)
+                part = exact_features(part, self.target_name, first_row=first_rows.get(name), **map_kwargs)
+            parts[name] = usual(part, processing_class, whole, False, None, name)
+        dataset = parts[dataset_name]
+        if "mix" in parts:
+            with global_then_local_main_first():
+                dataset = mix_datasets(dataset, parts["mix"], args.mix, args.seed)
+            self.data_facts["num_mixed_rows"] = len(dataset) - len(parts[dataset_name])
         warn_of_cuts(dataset, dataset_name, None if packing and args.packing_strategy != "bfd" else args.max_length)
         if packing and args.packing_strategy == "bfd":
             # Without packing, SFTTrainer drops the others itself.

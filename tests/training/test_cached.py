@@ -266,7 +266,7 @@ def test_another_temperature_than_the_cache_has_is_refused(refused):
 
 
 def test_rows_without_distributions_are_refused(refused):
-    """A mix with text that was never cached, or a completion edited afterwards."""
+    """Rows that were never cached, or a completion edited afterwards."""
     refused("holds no cached distributions .*target_tail_logprob", {"top_k": 4}, _without("target_tail_logprob"))
     bare = Dataset.from_list([{"prompt_ids": [0, 9], "completion_ids": [7, 1]}])
     refused("Row 4 of the train dataset has 2 .* no dist", {"top_k": 4}, lambda r: concatenate_datasets([r, bare]))

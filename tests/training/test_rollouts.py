@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from trl import maybe_convert_to_chatml
@@ -221,19 +221,19 @@ def test_mixed_in_text_stays_and_a_chat_gets_a_new_last_answer(tmp_path, pair, t
         {"role": "user", "content": "And a dog?"},
         {"role": "assistant", "content": "The lazy dog."},
     ]
-    rows = concatenate_datasets(
-        [Dataset.from_list([{"messages": chat}] * 2), Dataset.from_list([{"text": "over the lazy dog, and"}] * 2)]
-    )
+    rows = Dataset.from_list([{"messages": chat}] * 2)
     trainer = build(
-        tmp_path, pair, tokenizer, rows, trainer_class=Recording, per_device_train_batch_size=4, max_steps=1,
-        lmbda=1.0, assistant_only_loss=True, **GREEDY,
+        tmp_path, pair, tokenizer, rows, trainer_class=Recording, per_device_train_batch_size=16, max_steps=1,
+        lmbda=1.0, assistant_only_loss=True, mix="1:1", **GREEDY,
+        mix_dataset=Dataset.from_list([{"text": "over the lazy dog, and"}]),
     )  # fmt: skip
     trainer.train()
     context = tuple(tokenizer.apply_chat_template(chat[:3], add_generation_prompt=True, return_dict=False))
     answers = [completion for _, prompt, completion in trainer.seen if prompt == context]
     assert answers == [greedy(tiny_pair("llama")[0], context, {1})] * 2
     text = tuple(tokenizer("over the lazy dog, and").input_ids)
-    assert [(prompt + rest)[: len(text)] for _, prompt, rest in trainer.seen if prompt != context] == [text] * 2
+    others = [(prompt + rest)[: len(text)] for _, prompt, rest in trainer.seen if prompt != context]
+    assert set(others) == {text}
 
 
 def test_who_wrote_is_logged_timed_and_on_the_card(tmp_path, pair, tokenizer):
@@ -370,15 +370,6 @@ def test_a_chat_learned_from_as_a_whole_says_how_to_learn_from_answers(tmp_path,
     if column == "conversations":
         chats = chats.map(maybe_convert_to_chatml, remove_columns=column)
     build(tmp_path, pair, tiny_tokenizer(), chats, lmbda=1.0, assistant_only_loss=True)
-
-
-def test_a_collator_of_ones_own_has_to_tell_tokens_from_padding(tmp_path, pair, tokenizer):
-    """A bare KeyError in the first step."""
-    trainer = build(tmp_path, pair, tokenizer, lmbda=1.0, max_new_tokens=4)
-    usual = trainer.data_collator
-    trainer.data_collator = lambda rows: {k: v for k, v in usual(rows).items() if k != "attention_mask"}
-    with pytest.raises(ValueError, match="`data_collator` returns no `attention_mask`, only 'input_ids'"):
-        trainer.train()
 
 
 # Two processes -------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def rendered(rows):
     return [tokenizer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False) for row in rows]
 
 
-@pytest.mark.parametrize("source", ["dataset", "parquet", "jsonl", "stream", "conversations", "pairs", "mixed"])
+@pytest.mark.parametrize("source", ["dataset", "parquet", "jsonl", "stream", "conversations", "pairs"])
 def test_no_null_of_arrow_is_learnt(tmp_path, learnt, source):
     """Fault: with another row's keys the draft learnt `{"city": "x", "n": null}`, which no target writes."""
     expected = rendered(CALLS)
@@ -83,9 +83,6 @@ def test_no_null_of_arrow_is_learnt(tmp_path, learnt, source):
         rows = [
             {"prompt": row["messages"][:1], "completion": row["messages"][1:], "tools": row["tools"]} for row in CALLS
         ]
-    elif source == "mixed":
-        rows = [row | {"text": None} for row in CALLS[:2]] + [{"text": "one"}, CALLS[2]]
-        expected = [*expected[:2], "one</s>", expected[2]]
     found = learnt(rows, **options)
     assert [text for text, _ in found] == expected
     if source == "pairs":
@@ -152,8 +149,8 @@ def test_parts_are_read_and_images_refused_by_row(learnt):
     rows.append({"messages": [user([part, {"type": "image", "url": "x"}]), assistant([part])]})
     with pytest.raises(ValueError, match=r"Row 1 .*train.*'image'"):
         learnt(rows)
-    with pytest.raises(ValueError, match=r"Row 3 .*train.*'image'"):
-        learnt([{"text": "one", "messages": None}, rows[0], {"text": "one"}, rows[1]])
+    with pytest.raises(ValueError, match=r"Row 1 .*train dataset lacks `messages`"):
+        learnt([rows[0], {"text": "one", "messages": None}])
 
 
 def test_messages_beside_text_are_refused(learnt):

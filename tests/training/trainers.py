@@ -34,6 +34,7 @@ def build(
     reference_model=None,
     callbacks=None,
     formatting_func=None,
+    mix_dataset=None,
     **options,
 ):
     draft, target = pair
@@ -50,6 +51,7 @@ def build(
         reference_model=reference_model,
         callbacks=callbacks,
         formatting_func=formatting_func,
+        mix_dataset=mix_dataset,
     )
 
 
