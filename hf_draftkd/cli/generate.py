@@ -6,17 +6,15 @@ from pathlib import Path
 from time import perf_counter
 
 from huggingface_hub import is_offline_mode
+from huggingface_hub.utils import validate_repo_id
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.data.config import AlignmentDataConfig
-from hf_draftkd.data.generation import generate_alignment_data, read_prompts
+from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.shards import StoppedError, check_shard_folder, this_process
-from hf_draftkd.data.targets import served_context
-from hf_draftkd.hub.access import check_repo_id, writing_token
+from hf_draftkd.hub.access import writing_token
 from hf_draftkd.hub.dataset_card import push_alignment_data, write_card
-from hf_draftkd.models.context import context_length
-from hf_draftkd.models.loading import load_target
 from hf_draftkd.models.pairing import check_own_tokenizer
 from hf_draftkd.models.resolve import resolve
 from hf_draftkd.utils.fields import option
@@ -59,31 +57,22 @@ def run(argv: list[str]) -> int:
             trust_remote_code=options.trust_remote_code,
             gguf_file=options.gguf_file,
         )
-        tokenizer = checkpoint.tokenizer
         draft = None
         if config.draft_model is not None:
             draft = resolve(config.draft_model, trust_remote_code=options.trust_remote_code)
-            check_own_tokenizer(draft, tokenizer)
-        served = served_context(str(options.target_model), tokenizer) if config.endpoint else None
-        context = served if config.endpoint else context_length(checkpoint.config)
-        prompts, counts = read_prompts(config, tokenizer, config.context_length or context)
+            check_own_tokenizer(draft, checkpoint.tokenizer)
     device, device_map = this_process().device, options.device_map
     if device_map is None and device.type != "cpu":
         device_map = {"": device}  # each process its own device
     try:
         rows = generate_alignment_data(
-            str(options.target_model)
-            if config.endpoint
-            else load_target(checkpoint, dtype=options.dtype, device_map=device_map),
-            tokenizer,
-            prompts,
+            str(options.target_model) if config.endpoint else checkpoint,
+            checkpoint.tokenizer,
             config=config,
             draft_model=draft,
-            target_revision=options.target_model_revision,
-            source=config.dataset,
-            prompt_counts=counts,
+            loading={"dtype": options.dtype, "device_map": device_map},
         )
-    except (ValueError, ImportError) as error:  # what the folder or the endpoint refuses; the work itself raises none
+    except (ValueError, ImportError) as error:  # the work itself raises none
         raise UsageError(str(error)) from error
     except StoppedError as error:  # a full disk, or a server that stopped answering: finished shards stay
         print(f"draftkd generate: {printable(error)}", file=sys.stderr)
@@ -112,10 +101,6 @@ def _check(options: GenerateOptions, config: AlignmentDataConfig) -> None:
     required(target_model=options.target_model, output_dir=config.output_dir)
     if config.scenario != "synthetic":
         required(dataset=config.dataset)
-    elif config.dataset is not None:
-        raise UsageError("the scenario `synthetic` takes no --dataset: the target writes the queries itself.")
-    elif config.endpoint is not None:
-        raise UsageError("a target behind --endpoint cannot be fed an open turn exactly; synthesize with a local one.")
     needed = {"tokenizer": ("endpoint", config.endpoint), "private": ("push_to_hub", options.push_to_hub)}
     for idle, (wanted, given) in needed.items():
         if getattr(options, idle) and not given:
@@ -123,7 +108,7 @@ def _check(options: GenerateOptions, config: AlignmentDataConfig) -> None:
     with usage_errors():
         check_shard_folder(new_directory(str(config.output_dir), overwrite=True))
         if options.push_to_hub:
-            check_repo_id(options.push_to_hub)
+            validate_repo_id(options.push_to_hub)
             if is_offline_mode():
                 raise ValueError("`--push_to_hub` needs the Hub, but HF_HUB_OFFLINE is set. Unset it, or leave it out.")
             writing_token()

@@ -1,14 +1,13 @@
 """Who runs the target: a batched `transformers` pipeline, or continuous batching.
 
-A backend is a function `(prompt_ids, setting, seed, on_finished, finished) -> completions`, in the order of the
-prompts. It gives the same completions for the same first three arguments; continuous batching alone is excused from
-that. It calls `on_finished` with each group of completions, by the numbers of their prompts, as soon as they are there,
-and does not write again what an earlier call for the same had `finished`. A prompt that it cannot have answered is a
-`PromptFailedError`.
+A backend is a function `(prompt_ids, setting, seed, finished)` that yields groups of completions, by the numbers of
+their prompts, as soon as they are there. They are the same for the same first three arguments; continuous batching
+alone is excused from that. What an earlier call for the same had `finished` is not written again. A prompt that it
+cannot have answered is a `PromptFailedError`.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -71,8 +70,8 @@ class PromptFailedError(Exception):
         self.number = number
 
 
-OnFinished = Callable[[Mapping[int, Completion]], None]
-Backend = Callable[[list[list[int]], DecodingSetting, int, OnFinished, Mapping[int, Completion]], list[Completion]]
+Groups = Generator[dict[int, Completion], None, None]
+Backend = Callable[[list[list[int]], DecodingSetting, int, Set[int]], Groups]
 
 
 class AlignmentPipeline(TextGenerationPipeline):
@@ -189,21 +188,14 @@ def local_backend(
     )
     overrides["pad_token_id"] = tokenizer.pad_token_id
 
-    def answer(
-        prompt_ids: list[list[int]],
-        setting: DecodingSetting,
-        seed: int,
-        on_finished: OnFinished,
-        finished: Mapping[int, Completion],
-    ) -> list[Completion]:
+    def answer(prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, finished: Set[int]) -> Groups:
         config = setting.generation_config(target_model, max_new_tokens, **overrides)
         # Prompts of similar length share a batch, so that little is spent on padding; the sort is stable, so the
         # batches follow from the prompts alone.
         order = sorted(range(len(prompt_ids)), key=lambda number: len(prompt_ids[number]))
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        left = {at: batch for at, batch in enumerate(batches) if not finished.keys() >= set(batch)}
+        left = {at: batch for at, batch in enumerate(batches) if not finished >= set(batch)}
         rows = Dataset.from_dict({"prompt_ids": [prompt_ids[number] for batch in left.values() for number in batch]})
-        completions = dict(finished)
         watching = nullcontext() if recorder is None else recorder.watching(target_model)
         with seeded(seed, target_model.device), evaluating(target_model), watching:
             # The pipeline answers a batch when its first answer is asked for.
@@ -221,9 +213,7 @@ def local_backend(
                     ids, reason = cut_completion(next(written), end_ids)
                     distributions = None if cache is None else kept.columns(place, len(ids), num_rows(target_model))
                     answers[number] = Completion(ids, reason, distributions=distributions)
-                completions |= answers
-                on_finished(answers)
-        return [completions[number] for number in range(len(prompt_ids))]
+                yield answers
 
     return answer
 
@@ -246,13 +236,7 @@ def continuous_backend(
     """
     end_ids, overrides = _endings(target_model, turn_end, suppress_tokens)
 
-    def answer(
-        prompt_ids: list[list[int]],
-        setting: DecodingSetting,
-        seed: int,
-        on_finished: OnFinished,
-        finished: Mapping[int, Completion],
-    ) -> list[Completion]:
+    def answer(prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, finished: Set[int]) -> Groups:
         left = [number for number in range(len(prompt_ids)) if number not in finished]
         with seeded(seed, target_model.device), evaluating(target_model):
             outputs = target_model.generate_batch(
@@ -266,20 +250,16 @@ def continuous_backend(
             reason = failed[0] if failed else f"{len(left) - len(outputs)} prompts got no answer"
             raise RuntimeError(f"Continuous batching failed: {reason}. Leave it off, or give it a smaller cache.")
         written = [cut_completion(list(output.generated_tokens), end_ids) for output in outputs.values()]
-        completions = dict(finished)
         for start in range(0, len(left), batch_size):
             batch, texts = left[start : start + batch_size], written[start : start + batch_size]
             distributions: list[Any] = [None] * len(batch)
             if cache is not None:
                 prompts = [prompt_ids[number] for number in batch]
                 distributions = cache_columns(target_model, *cache, prompts, [ids for ids, _ in texts])
-            answers = {
+            yield {
                 number: Completion(ids, reason, distributions=columns)
                 for number, (ids, reason), columns in zip(batch, texts, distributions, strict=True)
             }
-            completions |= answers
-            on_finished(answers)
-        return [completions[number] for number in range(len(prompt_ids))]
 
     return answer
 

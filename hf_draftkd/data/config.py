@@ -117,6 +117,8 @@ class AlignmentDataConfig:
         in_range("timeout", self.timeout, 0, open_low=True)
         settings_at(self.temperatures, top_p=self.top_p, top_k=self.top_k, repetition_penalty=self.repetition_penalty)
         self._refuse_what_would_do_nothing()
+        if self.scenario == "synthetic" and self.dataset is not None:
+            raise ValueError("The scenario `synthetic` takes no `dataset`: the target writes the queries itself.")
         if self.stop_at_turn_end and self.endpoint is not None:
             raise ValueError(
                 "`stop_at_turn_end` needs a target on this machine: a server stops where its own generation config "

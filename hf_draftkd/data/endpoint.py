@@ -6,9 +6,8 @@ cannot set (a server's own penalties or `top_k`) stays the server's.
 
 import json
 import os
-import re
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
 from typing import Any
@@ -17,11 +16,12 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_draftkd.data.backends import Backend, Completion, OnFinished, PromptFailedError
+from hf_draftkd.data.backends import Backend, Completion, Groups, PromptFailedError
+from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.server_answers import FaultyAnswerError, TokenTexts, read_completion, require_usable
 from hf_draftkd.data.shards import StoppedError
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.utils.checks import did_you_mean
+from hf_draftkd.utils.checks import did_you_mean, sendable
 from hf_draftkd.utils.text import printable
 
 logger = logging.get_logger(__name__)
@@ -31,35 +31,21 @@ _SAMPLING_PROBE = 16  # tokens: no language model writes so many alike three tim
 
 
 def endpoint_backend(
-    url: str,
+    config: AlignmentDataConfig,
     model: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_new_tokens: int,
-    settings: Sequence[DecodingSetting] = (DecodingSetting(),),
-    top_logprobs: int | None = None,
     api_key: str | None = None,
-    concurrency: int = 16,
-    timeout: float = 600.0,
-    max_retries: int = 8,
-    send_ids: bool = False,
     extra_body: dict[str, Any] | None = None,
-    end_ids: Sequence[int] | None = None,
+    end_ids: Sequence[int] = (),
 ) -> Backend:
     """Answers from a server, many requests in flight. A few tokens are asked for at once, to find what is wrong early.
 
     Args:
-        url: Base address, such as `http://localhost:8000/v1`. A `name:password@` in it is sent and shown nowhere.
+        config: Where the server is (a `name:password@` in its address is sent and shown nowhere), and what it is asked.
         model: The name by which the server knows the target.
         tokenizer: The target's tokenizer.
-        max_new_tokens: Longest completion, in tokens.
-        settings: The decoding settings that will be asked for; the server has to take each of them.
-        top_logprobs: Keep this many log-probabilities per token, as the server returns them.
         api_key: Key of the server; by default the environment's `OPENAI_API_KEY`, if any.
-        concurrency: Requests in flight.
-        timeout: Seconds to wait for one answer.
-        max_retries: Further attempts, with back-off, after 429, 5xx, a time-out or a lost connection (by the client).
-        send_ids: Send token ids instead of text. vLLM and OpenAI take them, `transformers serve` does not.
         extra_body: Further fields of each request, such as vLLM's `{"return_tokens_as_token_ids": True}`.
         end_ids: Ids that end a text of the target, besides the tokenizer's `eos_token_id`.
 
@@ -71,39 +57,32 @@ def endpoint_backend(
         ValueError: The key cannot be sent; or the server refuses the connection, the key, the model or a setting, does
             not sample, or returns no log-probabilities.
     """
-    server = _Server(url, model, api_key, timeout, max_retries, top_logprobs, extra_body)
-    _try_out(server, tokenizer("Hello")["input_ids"] if send_ids else "Hello", settings)
+    server = _Server(config, model, api_key, extra_body)
+    _try_out(server, tokenizer("Hello")["input_ids"] if config.send_ids else "Hello", list(config.requests))
     ids_of = TokenTexts(tokenizer)
-    ends = frozenset(token for token in [tokenizer.eos_token_id, *(end_ids or [])] if token is not None)
+    ends = frozenset(token for token in [tokenizer.eos_token_id, *end_ids] if token is not None)
 
-    def answer(
-        prompt_ids: list[list[int]],
-        setting: DecodingSetting,
-        seed: int,
-        on_finished: OnFinished,
-        finished: Mapping[int, Completion],
-    ) -> list[Completion]:
-        sent: list[Any] = prompt_ids if send_ids else [prompt_text(ids, tokenizer) for ids in prompt_ids]
-        completions = dict(finished)
+    def answer(prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, finished: Set[int]) -> Groups:
+        sent: list[Any] = prompt_ids if config.send_ids else [prompt_text(ids, tokenizer) for ids in prompt_ids]
         left = [number for number in range(len(sent)) if number not in finished]
+        completions = []
 
         def ask(number: int) -> tuple[int, Any]:
             try:
-                return number, server.complete(sent[number], max_new_tokens, setting, (seed + number) % 2**31)
+                return number, server.complete(sent[number], config.max_new_tokens, setting, (seed + number) % 2**31)
             except Exception as error:
                 return number, error
 
         # These threads are daemons: an error or Ctrl-C drops what is queued and waits for no answer in flight, as an
         # executor would, even at the end of the process.
-        with ThreadPool(concurrency) as pool:
+        with ThreadPool(config.concurrency) as pool:
             for number, got in pool.imap_unordered(ask, left):
                 if isinstance(got, Exception):
                     raise server.failure(got, number) from None
-                completions[number] = read_completion(got, tokenizer, ids_of, top_logprobs, ends)
-                on_finished({number: completions[number]})
-        if top_logprobs is not None:
-            _warn_of_gaps(list(completions.values()))
-        return [completions[number] for number in range(len(prompt_ids))]
+                completions.append(read_completion(got, tokenizer, ids_of, server.top_logprobs, ends))
+                yield {number: completions[-1]}
+        if server.top_logprobs is not None:
+            _warn_of_gaps(completions)
 
     return answer
 
@@ -112,14 +91,7 @@ class _Server:
     """The client of one server, and what it says, without key or password."""
 
     def __init__(
-        self,
-        url: str,
-        model: str,
-        api_key: str | None,
-        timeout: float,
-        max_retries: int,
-        top_logprobs: int | None,
-        extra_body: dict[str, Any] | None,
+        self, config: AlignmentDataConfig, model: str, api_key: str | None, extra_body: dict[str, Any] | None
     ) -> None:
         if find_spec("openai") is None:
             raise ImportError(
@@ -127,18 +99,23 @@ class _Server:
             )
         import openai
 
-        self.openai, self.model, self.max_retries = openai, model, max_retries
-        self.top_logprobs, self.extra_body = top_logprobs, extra_body
-        self.url, login = without_login(url)
-        key = _sendable_key(api_key)
+        self.openai, self.model, self.max_retries = openai, model, config.max_retries
+        self.top_logprobs = config.cache.top_k if config.cache else None
+        self.extra_body = extra_body
+        self.url, login = without_login(str(config.endpoint))
+        key = api_key or os.environ.get("OPENAI_API_KEY")
+        if key:
+            origin = "`api_key`" if api_key else "OPENAI_API_KEY"
+            # A file of secrets ends with a line break.
+            key = sendable(f"The API key (from {origin})", key.rstrip("\r\n"), "Copy it again.")
         # A name and password go in the header that they become anyway: addresses are logged, and quoted in errors.
         encoded = b64encode(login.encode()).decode() if login else ""
         name, _, password = (login or "").partition(":")
         self.secrets = [secret for secret in (key, encoded, password or name) if secret]  # a key may be the name
         self.client = openai.OpenAI(
             base_url=self.url,
-            timeout=timeout,
-            max_retries=max_retries,
+            timeout=config.timeout,
+            max_retries=config.max_retries,
             api_key=key or "none",  # a local server wants no key, but the client insists on one
             default_headers={"Authorization": f"Basic {encoded}"} if login else None,
         )
@@ -227,20 +204,6 @@ def without_login(url: str) -> tuple[str, str | None]:
     login, at, host = parts.netloc.rpartition("@")
     name, _, password = login.partition(":")  # the colon is sent without a password, too
     return (urlunsplit(parts._replace(netloc=host)), f"{unquote(name)}:{unquote(password)}") if at else (url, None)
-
-
-def _sendable_key(api_key: str | None) -> str | None:
-    given = api_key or os.environ.get("OPENAI_API_KEY")
-    if not given:
-        return None
-    key = given.rstrip("\r\n")  # how a file of secrets ends
-    # An HTTP client that refuses a header quotes it: such a key must not get that far.
-    if not re.fullmatch(r"[\x21-\x7e]+", key):
-        raise ValueError(
-            f"The API key (from {'`api_key`' if api_key else 'OPENAI_API_KEY'}) is empty, or holds spaces, line breaks "
-            "or other characters that no key has. Copy it again from the server's settings."
-        )
-    return key
 
 
 def prompt_text(prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

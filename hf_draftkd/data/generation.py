@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,9 @@ from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
 from hf_draftkd.data.targets import local_target, missing_turn_end, remote_target, served_context
 from hf_draftkd.decoding.setting import DecodingSetting, left_out_warning
 from hf_draftkd.models.context import context_length
-from hf_draftkd.models.loading import load_draft, require_loaded
+from hf_draftkd.models.loading import load_draft, load_target, require_loaded
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
+from hf_draftkd.models.resolve import Checkpoint
 from hf_draftkd.models.tokenizers import tokenizer_size
 from hf_draftkd.utils.hashing import derived_seed, list_hash
 from hf_draftkd.utils.versions import package_versions
@@ -35,13 +37,13 @@ _CHUNK = 1000  # prompts rendered at a time while checking
 
 
 def generate_alignment_data(
-    target_model: "PreTrainedModel | str",
+    target_model: "PreTrainedModel | Checkpoint | str",
     tokenizer: PreTrainedTokenizerBase,
     prompts: "Dataset | str | Path | Sequence[Any] | None" = None,
     *,
     config: AlignmentDataConfig | None = None,
     draft_model: Any = None,
-    target_revision: str | None = None,
+    loading: dict[str, Any] | None = None,
     template_options: dict[str, Any] | None = None,
     continuous_batching_config: ContinuousBatchingConfig | None = None,
     endpoint_options: dict[str, Any] | None = None,
@@ -57,7 +59,8 @@ def generate_alignment_data(
     shards.
 
     Args:
-        target_model: The target, where it is to run; with `endpoint`, the name by which the server knows it.
+        target_model: The target, where it is to run; a `Checkpoint` is loaded once all else is checked; with
+            `endpoint`, the name by which the server knows it.
         tokenizer: Its tokenizer.
         prompts: Anything that `load_prompts` takes. Further columns (such as `domain`) are carried along, unless the
             row format has a column of that name. By default the prompts of the config: those of its `dataset`, or the
@@ -66,12 +69,11 @@ def generate_alignment_data(
         draft_model: A draft that helps the target to write, loaded or as `load_draft` takes it; by default the
             config's. The rows are the target's all the same: see `local_backend`. It drafts as many tokens as its
             generation config records, otherwise 5.
-        target_revision: The revision that the target was loaded at, if not the Hub's `main`: its commit is recorded.
+        loading: Options of `load_target` for a `Checkpoint`.
         template_options: Further arguments of the chat template.
         continuous_batching_config: Size of the cache and the like, with `continuous_batching`; by default its cache
             takes most of the free memory.
-        endpoint_options: Further options of `endpoint_backend`: `api_key`, `extra_body`, `end_ids`, or others than the
-            config's.
+        endpoint_options: Further options of `endpoint_backend`: `api_key`, `extra_body`, `end_ids`.
         source: What to record as the source of the prompts; by default what `prompts` says.
         prompt_counts: How many prompts fell to which filter (from `synthesize_prompts`, `curate_prompts`): recorded.
         **options: Fields of `AlignmentDataConfig`; they take precedence over those of `config`.
@@ -91,31 +93,38 @@ def generate_alignment_data(
         raise ValueError(
             f"`target_model` is a name ({target_model!r}). Load it with `load_target`, or give `endpoint`."
         )
-    draft = None
-    if not isinstance(target_model, str):
+    if isinstance(target_model, PreTrainedModel):
         require_loaded(target_model)
-        draft = _helping_draft(draft_model or config.draft_model, target_model, tokenizer)
-    template_options = template_options or {}
+    if config.cache is not None:
+        config.cache.within(tokenizer_size(tokenizer))
     folder = None if config.output_dir is None else Path(config.output_dir)
     day = day_begun(folder)
+    template_options = template_options or {}
     clock = dated(tokenizer, day)
     context = config.context_length
     if context is None:
-        is_name = isinstance(target_model, str)
-        context = served_context(target_model, tokenizer) if is_name else context_length(target_model)
-    if prompts is None:
+        context = served_context(tokenizer) if isinstance(target_model, str) else context_length(target_model)
+    if prompts is not None:
+        source = source or (str(prompts) if isinstance(prompts, str | Path) else type(prompts).__name__)
+    else:
         source = source or config.dataset or "the target itself"
-        prompts, prompt_counts = read_prompts(config, tokenizer, context)
-        if prompts is None:
-            prompts, prompt_counts = _synthesized(config, target_model, tokenizer, template_options)
-    elif source is None:
-        source = str(prompts) if isinstance(prompts, str | Path) else type(prompts).__name__
-    asked, prompts_hash = check_prompts(
-        load_prompts(prompts), tokenizer, config, context, template_options=clock | template_options
-    )
+        if config.scenario == "synthetic":
+            _check_synthetic(config, target_model, tokenizer, context)
+        else:
+            prompts, prompt_counts = _read_prompts(config, tokenizer)
+    # Whatever shows without the target is looked at before it is loaded.
+    check = partial(_check_prompts, tokenizer, config, context, clock | template_options)
+    checked = None if prompts is None else check(load_prompts(prompts))
+    if isinstance(target_model, Checkpoint):
+        target_model = load_target(target_model, **(loading or {}))
+    if checked is None:
+        written, prompt_counts = _synthesized(config, target_model, tokenizer, template_options)
+        checked = check(written)
+    asked, prompts_hash = checked
     if isinstance(target_model, str):
         target = remote_target(target_model, tokenizer, config, endpoint_options)
     else:
+        draft = _helping_draft(draft_model or config.draft_model, target_model, tokenizer)
         turn_end, is_text = None, isinstance(asked[0]["prompt"], str)
         if is_text and config.stop_at_turn_end:
             raise ValueError("`stop_at_turn_end` would do nothing: the prompts are text, without turns. Leave it out.")
@@ -123,9 +132,7 @@ def generate_alignment_data(
             turn_end = missing_turn_end(target_model, tokenizer, wanted=config.stop_at_turn_end)
         for left_out in left_out_warning(target_model, list(config.requests)):
             logger.warning_once(left_out)
-        target = local_target(
-            target_model, tokenizer, config, target_revision, continuous_batching_config, turn_end, draft
-        )
+        target = local_target(target_model, tokenizer, config, continuous_batching_config, turn_end, draft)
 
     shards = cut_shards(len(asked), config.batch_size, config.shard_size)
     origin = {"scenario": config.scenario, "seed": config.seed}
@@ -178,35 +185,10 @@ def _helping_draft(
     return align_vocabulary(draft_model.eval(), target_model, tokenizer)
 
 
-def read_prompts(
-    config: AlignmentDataConfig, tokenizer: PreTrainedTokenizerBase, context: int | None
-) -> tuple[Dataset | None, dict[str, int] | None]:
-    """Read and check all that can be before the target is loaded; `context` is the longest text it takes, if known, in
-    tokens.
-
-    Returns:
-        The prompts, None for `scenario="synthetic"`, and how many rows fell to which filter: what
-        `generate_alignment_data` takes.
-
-    Raises:
-        ValueError: See `load_prompts`, `curate_prompts` and `synthesize_prompts`; or the prompts, or the longest query
-            with its answer, do not fit into the context; or a cache is larger than the vocabulary.
-    """
-    if config.cache is not None:
-        config.cache.within(tokenizer_size(tokenizer))
-    if config.scenario == "synthetic":
-        _, start = check_synthesis(
-            tokenizer, config.num_prompts, temperature=config.query_temperature, system=config.system_prompt
-        )
-        QueryFilter(min_characters=config.min_characters, max_characters=config.max_characters, script=config.script)
-        longest = len(start) + config.query_max_new_tokens
-        if context is not None and longest + config.max_new_tokens > context:
-            raise ValueError(
-                f"A query may have {longest} tokens ({len(start)} open the turn, `query_max_new_tokens` "
-                f"{config.query_max_new_tokens}) and its answer {config.max_new_tokens} (`max_new_tokens`), but the "
-                f"target reads at most {context}. Lower one of them."
-            )
-        return None, None
+def _read_prompts(
+    config: AlignmentDataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, dict[str, int] | None]:
+    """The prompts of the config's dataset, and how many rows fell to which filter."""
     if config.dataset is None:
         raise ValueError(f"There are no prompts: the scenario {config.scenario!r} needs a `dataset`.")
     source: dict[str, Any] = {
@@ -214,9 +196,8 @@ def read_prompts(
         "config": config.dataset_config,
         "limit": config.max_prompts,
     }
-    counts = None
     if config.scenario == "curated":
-        prompts, counts = curate_prompts(
+        return curate_prompts(
             config.dataset,
             tokenizer,
             text_column=config.text_column,
@@ -225,27 +206,40 @@ def read_prompts(
             instruction=config.instruction,
             **source,
         )
-    else:
-        prompts = load_prompts(
-            config.dataset,
-            column=config.prompt_column,
-            drop_last_answer=config.drop_last_answer,
-            skip_invalid=config.skip_invalid,
-            **source,
-        )
-    return check_prompts(prompts, tokenizer, config, context)[0], counts
+    prompts = load_prompts(
+        config.dataset,
+        column=config.prompt_column,
+        drop_last_answer=config.drop_last_answer,
+        skip_invalid=config.skip_invalid,
+        **source,
+    )
+    return prompts, None
 
 
-def _synthesized(
-    config: AlignmentDataConfig,
-    target_model: "PreTrainedModel | str",
-    tokenizer: PreTrainedTokenizerBase,
-    template_options: dict[str, Any],
-) -> tuple[Dataset, dict[str, int]]:
+def _check_synthetic(
+    config: AlignmentDataConfig, target_model: Any, tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> None:
+    """Refuse what shows before the target writes its first query."""
     if isinstance(target_model, str):
         raise ValueError(
             "A target behind an `endpoint` cannot be fed an open turn exactly: synthesize with a local one."
         )
+    _, start = check_synthesis(
+        tokenizer, config.num_prompts, temperature=config.query_temperature, system=config.system_prompt
+    )
+    QueryFilter(min_characters=config.min_characters, max_characters=config.max_characters, script=config.script)
+    longest = len(start) + config.query_max_new_tokens
+    if context is not None and longest + config.max_new_tokens > context:
+        raise ValueError(
+            f"A query may have {longest} tokens ({len(start)} open the turn, `query_max_new_tokens` "
+            f"{config.query_max_new_tokens}) and its answer {config.max_new_tokens} (`max_new_tokens`), but the "
+            f"target reads at most {context}. Lower one of them."
+        )
+
+
+def _synthesized(
+    config: AlignmentDataConfig, target_model: Any, tokenizer: PreTrainedTokenizerBase, template_options: dict[str, Any]
+) -> tuple[Dataset, dict[str, int]]:
     return synthesize_prompts(
         target_model,
         tokenizer,
@@ -264,13 +258,12 @@ def _synthesized(
     )
 
 
-def check_prompts(
-    prompts: Dataset,
+def _check_prompts(
     tokenizer: PreTrainedTokenizerBase,
     config: AlignmentDataConfig,
     context: int | None,
-    *,
-    template_options: dict[str, Any] | None = None,
+    template_options: dict[str, Any],
+    prompts: Dataset,
 ) -> tuple[Dataset, str]:
     """Render every prompt once, before anything runs: those that fit, and a hash of them and their tokens.
 
@@ -279,7 +272,7 @@ def check_prompts(
     lengths, digests = [], []
     for start in range(0, len(prompts), _CHUNK):
         part = prompts.select(range(start, min(start + _CHUNK, len(prompts))))
-        ids = render_prompts(part, tokenizer, first_row=start, **(template_options or {}))
+        ids = render_prompts(part, tokenizer, first_row=start, **template_options)
         lengths += [len(each) for each in ids]
         # Hashing rows and ids covers the source, the template and the tokenizer at once.
         rows = ([row, each] for row, each in zip(part, ids, strict=True))
@@ -305,15 +298,18 @@ def answer_shard(
     answers = {}
     for place, (setting, count) in enumerate(requests.items()):
         repeated = [ids for ids in prompt_ids for _ in range(count)]
+        completions = journal.finished(place)
         # The setting and not its position is hashed, so that one more temperature leaves the others' rows alone.
         try:
-            completions = backend(
-                repeated, setting, derived_seed(*seed, setting), partial(journal.add, place), journal.finished(place)
-            )
+            with closing(backend(repeated, setting, derived_seed(*seed, setting), frozenset(completions))) as groups:
+                for group in groups:
+                    journal.add(place, group)
+                    completions |= group
         except PromptFailedError as error:
             error.number //= count
             raise
-        answers[setting] = [completions[start : start + count] for start in range(0, len(completions), count)]
+        in_order = [completions[number] for number in range(len(repeated))]
+        answers[setting] = [in_order[start : start + count] for start in range(0, len(repeated), count)]
     return answers
 
 

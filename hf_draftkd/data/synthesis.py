@@ -150,8 +150,11 @@ def synthesize_prompts(
     with completion_progress(num_prompts, not state.is_main_process, desc="Target's queries", unit="query") as advance:
 
         def sample(number: int) -> list[tuple[str, bool]]:
-            completions = backend([start] * size, setting, derived_seed(seed, "queries", number), advance, {})
-            return [query_text(completion, tokenizer, turn) for completion in completions]
+            queries: dict[int, tuple[str, bool]] = {}
+            for group in backend([start] * size, setting, derived_seed(seed, "queries", number), frozenset()):
+                advance(group)
+                queries |= {place: query_text(completion, tokenizer, turn) for place, completion in group.items()}
+            return [queries[place] for place in range(size)]
 
         for queries in _in_turn(sample, rounds, folder, state):
             kept += [query for query, finished in queries if accept(query, finished)]

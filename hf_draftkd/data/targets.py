@@ -22,7 +22,7 @@ from hf_draftkd.data.messages import turn_end_id
 from hf_draftkd.data.target_cache import real_vocab_size
 from hf_draftkd.decoding.setting import end_token_ids
 from hf_draftkd.models.context import context_length
-from hf_draftkd.models.identity import model_revision, resolved_revision, weights_fingerprint
+from hf_draftkd.models.identity import model_revision, weights_fingerprint
 from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.models.tokenizers import listed_ids, tokenizer_size
 
@@ -45,10 +45,9 @@ def local_target(
     target_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: AlignmentDataConfig,
-    revision: str | None = None,
-    continuous_batching_config: ContinuousBatchingConfig | None = None,
-    turn_end: int | None = None,
-    draft_model: PreTrainedModel | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None,
+    turn_end: int | None,
+    draft_model: PreTrainedModel | None,
 ) -> Target:
     """A target on this machine; `turn_end` ends its texts beside what its generation config names, a draft helps it."""
     name, suppressed = target_model.name_or_path, ids_without_token(target_model, tokenizer)
@@ -65,7 +64,7 @@ def local_target(
         backend = local_backend(target_model, tokenizer, draft_model=draft_model, **how)
     identity = {
         "target": name,
-        "target_revision": resolved_revision(name, revision) if revision else model_revision(target_model),
+        "target_revision": model_revision(target_model),
         "target_weights": weights_fingerprint(target_model),
         "target_dtype": str(target_model.dtype),
         "backend": "continuous batching" if config.continuous_batching else "generate",
@@ -114,50 +113,32 @@ def remote_target(
     name: str, tokenizer: PreTrainedTokenizerBase, config: AlignmentDataConfig, options: dict[str, Any] | None
 ) -> Target:
     """A target behind a server, which is asked for a few tokens to see that it answers."""
-    url, cache = str(config.endpoint), config.cache
-    options = {
-        "end_ids": served_end_ids(name, tokenizer),
-        **{each: getattr(config, each) for each in ("concurrency", "timeout", "max_retries", "send_ids")},
-        **(options or {}),
-    }
-    backend = endpoint_backend(
-        url,
-        name,
-        tokenizer,
-        max_new_tokens=config.max_new_tokens,
-        settings=list(config.requests),
-        top_logprobs=None if cache is None else cache.top_k,
-        **options,
-    )
-    identity = {"target": name, "target_revision": None, "backend": "endpoint", "endpoint": without_login(url)[0]}
+    options = {"end_ids": served_end_ids(tokenizer), **(options or {})}
+    backend = endpoint_backend(config, name, tokenizer, **options)
+    url, _ = without_login(str(config.endpoint))
+    identity = {"target": name, "target_revision": None, "backend": "endpoint", "endpoint": url}
     if extra := options.get("extra_body"):  # may steer the sampling
         identity["extra_body"] = extra
-    return Target(backend, identity, None if cache is None else cache.features(tokenizer_size(tokenizer)))
+    features = config.cache.features(tokenizer_size(tokenizer)) if config.cache else None
+    return Target(backend, identity, features)
 
 
-def served_context(name: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def served_context(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The longest text of a target behind a server, in tokens, as far as a config beside its tokenizer says."""
-    found = (_read(AutoConfig, place) for place in _places(name, tokenizer))
-    return next((context for config in found if config and (context := context_length(config))), None)
+    config = _read(AutoConfig, tokenizer)
+    return None if config is None else context_length(config)
 
 
-def served_end_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def served_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a text of a target behind a server, as far as the files beside its tokenizer say."""
-    for place in _places(name, tokenizer):
-        for config in (GenerationConfig, AutoConfig):
-            if ids := listed_ids(getattr(_read(config, place), "eos_token_id", None)):
-                return ids
-    return []
+    configs = (_read(kind, tokenizer) for kind in (GenerationConfig, AutoConfig))
+    return next((ids for each in configs if (ids := listed_ids(getattr(each, "eos_token_id", None)))), [])
 
 
-def _places(name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _read(kind: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     # A server's name for a model may be anybody's on the Hub; where the tokenizer came from, the user said.
-    return [*([name] if Path(name).is_dir() else []), *filter(None, [tokenizer.name_or_path])]
-
-
-def _read(kind: Any, place: str) -> Any:
     try:
-        return kind.from_pretrained(place)
+        return kind.from_pretrained(tokenizer.name_or_path)
     except (OSError, ValueError, HTTPError):  # not there, not readable without custom code, or no network
         return None
 

@@ -1,6 +1,7 @@
 """Checks of values that users give: each returns the value, or raises a `ValueError` that repeats what was given."""
 
 import math
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -37,9 +38,6 @@ def in_range(name: str, value: Any, low: float, high: float = math.inf, *, open_
     """Refuse anything but a finite number in [low, high], or in (low, high] with `open_low`.
 
     Values read from YAML may be strings (`"1e-1"`), booleans or nan: none of them is a number in range.
-
-    Raises:
-        ValueError: `value` is not such a number.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not (low < value if open_low else low <= value) or value > high:
@@ -49,12 +47,15 @@ def in_range(name: str, value: Any, low: float, high: float = math.inf, *, open_
 
 
 def whole_number(name: str, value: Any, low: int = 1, high: int | None = None) -> int:
-    """Refuse anything but an integer in [low, high]; booleans and floats such as 3.0 are not integers.
-
-    Raises:
-        ValueError: `value` is not such an integer.
-    """
+    """Refuse anything but an integer in [low, high]; booleans and floats such as 3.0 are not integers."""
     if type(value) is not int or value < low or (high is not None and value > high):
         wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"`{name}` must be a whole number {wanted}, got {value!r}.")
     return value
+
+
+def sendable(what: str, secret: str, instead: str) -> str:
+    """Refuse a key that no HTTP header can hold: the client that refuses it later would quote it."""
+    if not re.fullmatch(r"[\x21-\x7e]+", secret):
+        raise ValueError(f"{what} is empty, or holds spaces, line breaks or other characters that none has. {instead}")
+    return secret

@@ -121,14 +121,14 @@ def test_a_target_behind_an_endpoint(tmp_path, saved, capsys):
         (["--num_completions", 0], "num_completions"),
         (["--batch_size", 0], "batch_size"),
         (["--max_new_tokens", 100], "the target reads at most 128"),
-        (["--push_to_hub", "a/b/c"], "A repository is named"),
+        (["--push_to_hub", "a/b/c"], "Repo id must"),
         (["--push_to_hub", "me/data"], "HF_HUB_OFFLINE is set"),
         ([], "is not empty and holds no manifest.json"),
     ],
 )
 def test_before_the_target_writes_queries(tmp_path, saved, capsys, monkeypatch, options, message):
     """Refused only after the whole synthesis, with its rounds left in a folder of somebody else's."""
-    monkeypatch.setattr("hf_draftkd.cli.generate.load_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    monkeypatch.setattr("hf_draftkd.data.generation.load_target", lambda *_, **__: pytest.fail("the target was loaded"))
     monkeypatch.setattr("hf_draftkd.cli.generate.is_offline_mode", lambda: True)
     out = tmp_path / "out"
     out.mkdir()
@@ -157,7 +157,7 @@ def test_before_the_target_writes_queries(tmp_path, saved, capsys, monkeypatch, 
         ({"--cache_distributions": "top_k=999"}, "between 1 and the vocabulary's 264"),
         ({"--cache_distributions": "top_k=5", "--cache_loss_temperature": "0"}, "temperature"),
         ({"--scenario": "query"}, "scenario"),
-        ({"--scenario": "synthetic"}, "takes no --dataset"),
+        ({"--scenario": "synthetic"}, "takes no `dataset`"),
         ({"--scenario": "synthetic", "--dataset": None, "--num_prompts": "0"}, "at least 1"),
         ({"--scenario": "synthetic", "--dataset": None, "--query_temperature": "0"}, "would be the same"),
         ({"--scenario": "synthetic", "--dataset": None, "--script": "klingon"}, "begins with 'KLINGON'"),
@@ -183,7 +183,7 @@ def test_bad_input_ends_with_two_before_the_target_is_loaded(tmp_path, saved, ca
         def refuse(*_, **__):
             raise AssertionError("the target was loaded")
 
-        monkeypatch.setattr("hf_draftkd.cli.generate.load_target", refuse)
+        monkeypatch.setattr("hf_draftkd.data.generation.load_target", refuse)
     values = {"--target_model": path, "--dataset": prompts, "--output_dir": tmp_path / "out", "--max_new_tokens": 4}
     values |= options
     names = {"TARGET": path, "PROMPTS": prompts, "UNOPENED": tmp_path / "unopened"}

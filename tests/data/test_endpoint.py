@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 pytest.importorskip("openai")
 
+from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.endpoint import endpoint_backend, prompt_text
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.rows import render_prompts
@@ -51,7 +52,7 @@ def readable_target():
 
 
 def ask(url, tokenizer, prompts=CHATS, **options):
-    options = {"max_new_tokens": 6, "endpoint": url, "endpoint_options": FAST, **options}
+    options = {"max_new_tokens": 6, "endpoint": url, **FAST, **options}
     return generate_alignment_data("tiny-target", tokenizer, prompts, **options)
 
 
@@ -115,7 +116,7 @@ def test_broken_answers_stop_the_run_and_not_with_a_bare_error(tmp_path, readabl
 
 def test_answers_of_an_unfinished_shard_are_not_paid_for_twice(tmp_path, readable_target, tokenizer):
     """Their distributions included."""
-    options = {"cache_distributions": "top_k=3", "endpoint_options": {**FAST, "concurrency": 1}}
+    options = {"cache_distributions": "top_k=3", "concurrency": 1}
     with serving(readable_target, tokenizer, "ids") as server:
         expected = ask(server.url, tokenizer, **options)
         # The last one fails: after an earlier one the next may be under way already, and its answer is dropped.
@@ -147,7 +148,8 @@ def test_a_token_named_by_no_number_is_no_id(tokenizer):
 def test_an_interruption_waits_for_nothing(readable_target, tokenizer):
     """All that was queued was still sent, and waited for: here two of five are in flight, and hang."""
     with serving(readable_target, tokenizer) as server:
-        backend = endpoint_backend(server.url, "tiny-target", tokenizer, max_new_tokens=4, concurrency=2)
+        config = AlignmentDataConfig(endpoint=server.url, max_new_tokens=4, concurrency=2)
+        backend = endpoint_backend(config, "tiny-target", tokenizer)
         server.faults = ["hang"] * 5
         # A shell without a terminal starts background jobs with Ctrl-C ignored, and a test run may be one.
         handler = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -156,7 +158,7 @@ def test_an_interruption_waits_for_nothing(readable_target, tokenizer):
         start = time.monotonic()
         try:
             with pytest.raises(KeyboardInterrupt):
-                backend(render_prompts(CHATS, tokenizer), DecodingSetting(), 0, lambda _: None, {})
+                list(backend(render_prompts(CHATS, tokenizer), DecodingSetting(), 0, frozenset()))
         finally:
             interrupt.cancel()  # or it would end the whole test run
             signal.signal(signal.SIGINT, handler)
@@ -242,7 +244,7 @@ def test_every_end_token_of_the_target_ends_its_text(tmp_path, readable_target, 
 def test_a_server_that_hangs_is_tried_again(readable_target, tokenizer):
     with serving(readable_target, tokenizer) as server:
         server.faults = ["hang"]
-        rows = ask(server.url, tokenizer, endpoint_options={"max_retries": 2, "timeout": 0.5})
+        rows = ask(server.url, tokenizer, max_retries=2, timeout=0.5)
     assert len(rows) == len(CHATS)
 
 
@@ -252,7 +254,7 @@ def test_a_server_that_dies_loses_nothing_that_was_finished(tmp_path, readable_t
         expected = ask(server.url, tokenizer)
         port, server.die_after = server.server_port, len(server.requests) + 1 + 3
         with pytest.raises(RuntimeError, match=r"stopped answering .* run the same command again"):
-            ask(server.url, tokenizer, **options, endpoint_options={"max_retries": 1})
+            ask(server.url, tokenizer, **options, max_retries=1)
         finished = len(list(tmp_path.glob("data/train-*")))
         assert finished == 3
         server.die_after, asked = None, len(server.requests)
@@ -312,7 +314,7 @@ def test_a_refused_connection_is_said_before_any_work(tmp_path, tokenizer):
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(ValueError, match="does not answer"):
-        ask(url, tokenizer, output_dir=tmp_path / "out", endpoint_options={"max_retries": 0})
+        ask(url, tokenizer, output_dir=tmp_path / "out", max_retries=0)
     assert not (tmp_path / "out").exists()
 
 
@@ -372,7 +374,7 @@ def test_an_unknown_model_names_the_nearest(readable_target, tokenizer):
 
 def test_token_ids_are_sent_if_asked(readable_target, tokenizer):
     with serving(readable_target, tokenizer) as server:
-        rows = ask(server.url, tokenizer, endpoint_options={**FAST, "send_ids": True})
+        rows = ask(server.url, tokenizer, send_ids=True)
         assert sorted(request["prompt"] for request in server.requests[1:]) == sorted(rows["prompt_ids"])
 
 
@@ -409,7 +411,7 @@ def test_a_refused_prompt_does_not_send_the_user_into_the_same_refusal(readable_
     with serving(readable_target, tokenizer) as server:
         server.faults = ["none", str(status)]
         with pytest.raises(StoppedError, match="take this prompt out, and name another folder") as error:
-            ask(server.url, tokenizer, endpoint_options={**FAST, "concurrency": 1})
+            ask(server.url, tokenizer, concurrency=1)
     assert "asked prompt 0 (from 0, of 5), 'the cat'" in str(error.value)
     assert "`skip_too_long` with the server's `context_length`" in str(error.value)
     assert "run the same command again" not in str(error.value)
@@ -453,7 +455,7 @@ def test_a_server_that_comes_back_elsewhere_goes_on(tmp_path, readable_target, t
         expected = ask(server.url, tokenizer)
         server.die_after = len(server.requests) + 1 + 3
         with pytest.raises(StoppedError):
-            ask(server.url, tokenizer, **options, endpoint_options={"max_retries": 0})
+            ask(server.url, tokenizer, **options, max_retries=0)
         assert json.loads((tmp_path / "manifest.json").read_text())["endpoint"] == server.url
     with serving(readable_target, tokenizer) as other:
         assert other.url != server.url
@@ -468,7 +470,7 @@ def test_fields_of_each_request_decide_the_rows(readable_target, tokenizer, tmp_
     """Catches a run that resumes under another `min_p`, of which the manifest knew nothing."""
     with serving(readable_target, tokenizer) as server:
         for extra in ({"min_p": 0.1}, {"min_p": 0.1}):
-            ask(server.url, tokenizer, output_dir=tmp_path, endpoint_options={**FAST, "extra_body": extra})
+            ask(server.url, tokenizer, output_dir=tmp_path, endpoint_options={"extra_body": extra})
         with pytest.raises(ValueError, match=r'extra_body: \{"min_p": 0.1\} there, not set now'):
             ask(server.url, tokenizer, output_dir=tmp_path)
 

@@ -57,7 +57,7 @@ def test_it_takes_a_temperature_and_does_not_sample(url, prompts):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"endpoint_options": {"send_ids": True}}, "prompt must be a string"),
+        ({"send_ids": True}, "prompt must be a string"),
         ({"repetition_penalty": 1.2}, "Unexpected fields .*repetition_penalty"),
     ],
 )

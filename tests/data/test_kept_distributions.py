@@ -87,7 +87,7 @@ def test_logits_of_one_step_at_most_are_held(target, tokenizer, monkeypatch):
     monkeypatch.setattr(KeptDistributions, "add_step", weighed)
     target.generation_config.eos_token_id = None
     backend = local_backend(target, tokenizer, max_new_tokens=40, batch_size=2, cache=(CacheOptions(4), vocab_size))
-    backend([[0, 5], [0, 9]], DecodingSetting(temperature=1.0), 0, lambda _: None, {})
+    list(backend([[0, 5], [0, 9]], DecodingSetting(temperature=1.0), 0, frozenset()))
     assert len(held) == 40
     assert held[-1] <= held[1] <= 6 * 2 * vocab_size
 
