@@ -6,15 +6,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from hf_draftkd.acceptance import Estimate
 from hf_draftkd.evaluation import plots
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.evaluation.tables import engine_rows, named_settings
+from hf_draftkd.evaluation.tables import engine_rows, estimate_text, report_cells
 from hf_draftkd.utils.files import write_text
 
 if TYPE_CHECKING:
@@ -75,11 +74,13 @@ def render_page(report: SpeculationReport, log_history: Sequence[Mapping[str, An
         {"heading": heading, "text": text, "svg": _inline_svg(figure, heading, str(number))}
         for number, (heading, text, figure) in enumerate(figures)
     ]
+    headings, *cells = report_cells(report)
     return _render(
         "report",
         report=report,
         figures=drawn,
-        columns=named_settings(report),
+        headings=headings,
+        cells=[row for row in cells if len(row) == 1 or any(row[1:])],
         engines=[(found, [row for row in engine_rows(found) if row[1]]) for found in report.engines or []],
         length=report.num_assistant_tokens,
     )
@@ -107,8 +108,9 @@ def _render(template: str, **context: Any) -> str:
     loader = PackageLoader("hf_draftkd.evaluation")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     filters: dict[str, Callable[..., Any]] = {
-        "interval": _interval,
-        "number": lambda value, digits=2: "–" if value is None or value == "" else f"{value:.{digits}f}",
+        # An interval below its value, in smaller letters.
+        "cell": lambda text: Markup(re.sub(r" (\[.*?\])", r' <span class="interval">\1</span>', escape(text))),
+        "estimate": estimate_text,
         # A token whose line breaks can be seen: a break of the text behind its sign, or the sign alone.
         "visible": lambda token, keep_lines=False: token.replace("\n", "⏎\n" if keep_lines else "⏎"),
         "short": lambda name: PurePath(name).name,
@@ -132,13 +134,4 @@ def _inline_svg(figure: "Figure", title: str, salt: str) -> Markup:
     # Every drawing names its parts figure_1, axes_1, ...: once on a page is enough.
     body = re.sub(r'<g id="[A-Za-z][\w.]*_\d+">', "<g>", body).replace("#000000", "currentColor")
     # Text has no colour of its own: black is what SVG falls back to.
-    return Markup(f'{head} role="img" aria-label="{Markup.escape(title)}" fill="currentColor">{body}')
-
-
-def _interval(estimate: Estimate | Literal[""] | None, digits: int = 2) -> Any:
-    if not estimate:
-        return "–"
-    form = f"{{:.{digits}f}}"
-    return Markup(
-        f"{estimate.value:.{digits}f}" + estimate.interval(f' <span class="interval">{form} to {form}</span>')
-    )
+    return Markup(f'{head} role="img" aria-label="{escape(title)}" fill="currentColor">{body}')

@@ -94,7 +94,7 @@ def report_cells(report: SpeculationReport) -> Iterator[list[str]]:
         yield [one_line(setting.words)]
         for place, (label, show) in enumerate(_rows(length, batch_sizes)):
             cells = [show(settings[index]) for _, settings in columns]
-            change = [_interval(changes[place], "+.2f") if place < len(changes) else ""] if differences else []
+            change = [estimate_text(changes[place], "+.2f") if place < len(changes) else ""] if differences else []
             yield [f" {label}", *cells, *change]
         for place, by_size in enumerate(setting.draft_vocabulary or []):
             cells = [_of_size(settings[index], place, length) for _, settings in columns]
@@ -107,8 +107,8 @@ def engine_rows(found: EngineResult) -> list[list[str]]:
     equal = found.num_identical
     return [
         ["draft length", str(found.num_assistant_tokens)],
-        ["tokens/call, counted", _interval(found.mean_acceptance_length)],
-        ["  predicted", _interval(found.predicted_mean_acceptance_length)],
+        ["tokens/call, counted", estimate_text(found.mean_acceptance_length)],
+        ["  predicted", estimate_text(found.predicted_mean_acceptance_length)],
         ["accepted ÷ drafted, counted", f"{found.draft_acceptance_rate:.2f}"],
         ["  predicted", "" if predicted is None else f"{predicted:.2f}"],
         ["texts equal to the target's", "" if equal is None else f"{equal} of {found.num_prompts}"],
@@ -141,7 +141,7 @@ def _rows(length: int, batch_sizes: Iterable[int]) -> list[tuple[str, Callable[[
     """The rows of a setting; the first two have a paired difference."""
 
     def tokens(efficiency: Mapping[int, Estimate] | None) -> str:
-        return _interval((efficiency or {}).get(length))
+        return estimate_text((efficiency or {}).get(length))
 
     def share(run: AssistedResult | None) -> str:
         return "" if run is None or run.share_of_limit is None else f"{run.share_of_limit:.0%}"
@@ -151,7 +151,7 @@ def _rows(length: int, batch_sizes: Iterable[int]) -> list[tuple[str, Callable[[
         return f"{_measured(run)} at {run.num_assistant_tokens}" if run else ""
 
     return [
-        ("acceptance rate", lambda of: _interval(of.acceptance_rate)),
+        ("acceptance rate", lambda of: estimate_text(of.acceptance_rate)),
         (f"tokens/call, γ={length}", lambda of: tokens(of.block_efficiency)),
         (f"  in one pass, γ={length}", lambda of: tokens(of.parallel and of.parallel.block_efficiency)),
         (f"MBSU, γ={length}", lambda of: f"{of.mbsu[length]:.2f}x" if of.mbsu and length in of.mbsu else ""),
@@ -175,10 +175,11 @@ def _of_size(result: SettingResult, place: int, length: int) -> str:
     if place >= len(result.draft_vocabulary or []):
         return ""
     found = (result.draft_vocabulary or [])[place]
-    return ", ".join(filter(None, [_interval((found.block_efficiency or {}).get(length)), _prediction(found)]))
+    return ", ".join(filter(None, [estimate_text((found.block_efficiency or {}).get(length)), _prediction(found)]))
 
 
-def _interval(estimate: Estimate | None, form: str = ".2f") -> str:
+def estimate_text(estimate: Estimate | None, form: str = ".2f") -> str:
+    """`0.61 [0.60, 0.63]`, or without the bracket where no interval was estimated; nothing for None."""
     return "" if estimate is None else f"{estimate.value:{form}}{estimate.interval(_BOUNDS)}"
 
 

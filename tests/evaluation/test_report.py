@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from io import StringIO
 from pathlib import Path
 
@@ -123,15 +122,6 @@ def test_a_full_disk_leaves_the_report_before_and_nothing_beside_it(tmp_path, mo
     with pytest.raises(OSError, match="No space"):
         save(samples.report(), tmp_path / "report")
     assert [(item.name, item.read_text()) for item in tmp_path.iterdir()] == [("report", "the one before")]
-
-
-def test_a_name_that_is_no_text_costs_no_report(tmp_path):
-    """A folder named in Latin-1: hours of measuring, and then a UnicodeEncodeError."""
-    report = samples.report()
-    report.draft.name = os.fsdecode(b"drafts/caf\xe9")
-    report.drafts = [DraftResult(draft=report.draft, settings=report.settings)] * 2  # a plot's legend names them
-    assert SpeculationReport.load(report.save(tmp_path / "report.json")) == report
-    assert "caf" in save_page(report, tmp_path / "report.html").read_text()
 
 
 def test_every_key_is_documented():
