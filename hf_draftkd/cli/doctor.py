@@ -15,7 +15,6 @@ from rich.table import Table
 
 from hf_draftkd.cli.errors import usage_errors
 from hf_draftkd.cli.options import parse, required
-from hf_draftkd.hub.llama_cpp import conversion_facts
 from hf_draftkd.hub.provenance import PairFacts
 from hf_draftkd.hub.serving_commands import serving_commands
 from hf_draftkd.models.examination import Examination, ModelFacts, examine
@@ -118,7 +117,7 @@ def _pair(draft: ModelFacts, target: ModelFacts, refused: bool) -> Iterator[str]
 
 
 def _engines(draft: Checkpoint, target: Checkpoint, draft_facts: ModelFacts, target_facts: ModelFacts) -> str:
-    pair = PairFacts.from_configs(draft_facts.config, target_facts.config, **conversion_facts(target.tokenizer))
+    pair = PairFacts.from_configs(draft_facts.config, target_facts.config, target.tokenizer)
 
     def titles(pair: PairFacts) -> list[str]:
         commands = serving_commands(draft.name, target.name, target_revision=None, pair=pair, num_assistant_tokens=None)

@@ -9,12 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub import get_token
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+from hf_draftkd.utils.checks import sendable
 
 # The forms of access tokens; `hf_draftkd` and names like it are shorter, or hold dots.
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|\bhf_(?:oauth|jwt)_[A-Za-z0-9._-]{20,}")
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write (huggingface.co/settings/tokens)."
+
+_NO_RIGHT = "gives this token no right to do this (is the user's or organisation's name correct?)"
+_CONFLICT = "has another version by now: somebody else changed the repository at the same time"
+_REFUSALS = {
+    400: "refused the request",
+    401: "does not accept the token",
+    402: _NO_RIGHT,
+    403: _NO_RIGHT,
+    404: "has no such repository, or it is private",
+    409: _CONFLICT,
+    412: _CONFLICT,
+}
 
 
 def redacted(message: object, token: str | bool | None = None) -> str:
@@ -28,18 +41,7 @@ def writing_token(token: str | None = None) -> str:
     found = token or get_token()
     if not found:
         raise ValueError(f"Nobody is logged in to the Hugging Face Hub. {LOGIN}")
-    # An HTTP client that refuses a header quotes it: such a token must not get that far.
-    if not re.fullmatch(r"[\x21-\x7e]+", found):
-        raise ValueError(f"The token holds spaces, line breaks or other characters that no token has. {LOGIN}")
-    return found
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raise a `ValueError` for what cannot be the name of a repository."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{error} A repository is named `user/name` or `organisation/name`.") from None
+    return sendable("The token", found, LOGIN)
 
 
 @contextmanager
@@ -73,20 +75,9 @@ def _from_response(error: HfHubHTTPError, doing: str, afterwards: str, token: st
     status = error.response.status_code
     said = redacted(error.server_message or "", token)[:300].rstrip(".")
     said = f" It says: {said}." if said else ""
-    answers = {
-        400: f"The Hub refused the request while {doing}.{said} {afterwards}",
-        401: f"The Hub does not accept the token (401) while {doing}.{said} {LOGIN}",
-        403: f"The token has no right to do this ({status}) while {doing}.{said} Check the name of the user or "
-        f"organisation. {LOGIN}",
-        404: f"The Hub has no such repository, or it is private (while {doing}).{said} {afterwards}",
-        409: f"Somebody else changed the repository at the same time ({status}).{said} {afterwards}",
-    }
-    if isinstance(error, GatedRepoError):
-        return ValueError(f"The repository is gated: ask for access on its page first. {afterwards}")
-    if answer := answers.get({402: 403, 412: 409}.get(status, status)):
-        return ValueError(answer)
-    if status == 429:
-        wait = error.response.headers.get("Retry-After", "")
-        when = f"in {wait} seconds" if wait.isdecimal() else "later"
-        return ConnectionError(f"The Hub is limiting requests (429) while {doing}: try again {when}. {afterwards}")
-    return ConnectionError(f"The Hub failed ({status}) while {doing}.{said} {afterwards}")
+    if means := _REFUSALS.get(status):
+        next_step = LOGIN if status in (401, 402, 403) else afterwards
+        return ValueError(f"The Hub {means} ({status}) while {doing}.{said} {next_step}")
+    wait = error.response.headers.get("Retry-After", "")
+    when = f" It wants you to try again in {wait} seconds." if wait.isdecimal() else ""
+    return ConnectionError(f"The Hub failed ({status}) while {doing}.{said}{when} {afterwards}")

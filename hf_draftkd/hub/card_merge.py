@@ -124,7 +124,9 @@ def merged(
     metadata = fresh.data.to_dict()
     for place in sorted(held, key=lambda place: place == first):  # the one that wins comes last
         metadata = _metadata(held[place], metadata)
-    return _card(fresh, metadata, with_sections(held[first].text, fresh.text) if first else fresh.text), first
+    text = with_sections(held[first].text, fresh.text) if first else fresh.text
+    data = fresh.card_data_class(**metadata, ignore_metadata_errors=True)
+    return type(fresh)(f"---\n{data.to_yaml()}\n---\n{text}", ignore_metadata_errors=True), first
 
 
 def _metadata(held: RepoCard, new: dict[str, Any]) -> dict[str, Any]:
@@ -141,8 +143,3 @@ def _metadata(held: RepoCard, new: dict[str, Any]) -> dict[str, Any]:
 def _listed(value: Any) -> list[str]:
     """Metadata that may be one value or several, as people write them."""
     return [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None]
-
-
-def _card(kind: Card, metadata: dict[str, Any], text: str) -> Card:
-    data = kind.card_data_class(**metadata, ignore_metadata_errors=True)
-    return type(kind)(f"---\n{data.to_yaml()}\n---\n{text}", ignore_metadata_errors=True)

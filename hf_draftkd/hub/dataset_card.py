@@ -9,9 +9,10 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub.utils import validate_repo_id
 
 from hf_draftkd.data.shards import MANIFEST, unfinished_shards
-from hf_draftkd.hub.access import check_repo_id, writing_token
+from hf_draftkd.hub.access import writing_token
 from hf_draftkd.hub.card_merge import CARD_FILE, Place, local_card, merged, read_card
 from hf_draftkd.hub.markdown import code, hub_link, render_card
 from hf_draftkd.hub.public_names import is_public, public_name, public_source
@@ -101,7 +102,7 @@ def push_alignment_data(
     its public name, from copies in a temporary folder beside the data, whose disk must hold them. Arguments and errors
     are as in `push_draft`; `rows` are the data in the folder.
     """
-    check_repo_id(repo_id)
+    validate_repo_id(repo_id)
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder} holds no {MANIFEST}, so it is not a folder of alignment data.")

@@ -4,14 +4,13 @@
         print(draft.repo_id, draft.acceptance_rate, draft.remarks)
     draft_model = load_draft(find_drafts("org/target")[0])
 
-Metrics are read from the `model-index` in the answer of one listing; no file of a stranger is downloaded until
-`FoundDraft.load_report` is called, and that reads one JSON file, by name, size and schema.
+Metrics are read from the `model-index` in the answer of one listing: no file of a stranger is downloaded.
+`SpeculationReport.load(hf_hub_download(draft.repo_id, "report.json"))` reads the whole report of a draft that has one.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo, get_token
@@ -20,17 +19,13 @@ from huggingface_hub.hf_api import ExpandModelProperty_T
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.schema import to_plain
 from hf_draftkd.hub.access import hub_errors
 from hf_draftkd.hub.metadata import draft_for_tag
-from hf_draftkd.hub.upload_files import REPORT_FILE
 from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.utils.checks import in_range, whole_number
 from hf_draftkd.utils.text import one_line
 
-# Far above any honest report; a limit on what is read into memory from a stranger's repository.
-_MAX_REPORT_BYTES = 10 * 2**20
 # More than any model has; what claims more is not a count that arithmetic should meet.
 _MAX_PARAMETERS = 10**15
 # A metric outside of these was not measured, whatever a card says.
@@ -106,23 +101,6 @@ class FoundDraft:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; absent where not recorded."""
         return to_plain(self)
-
-    def load_report(self, token: str | None = None) -> SpeculationReport:
-        """Download and check the whole report.
-
-        Raises:
-            ValueError: There is none, it is too large, or it is not a report.
-            ConnectionError: The Hub cannot be reached.
-        """
-        api = HfApi(token=token)
-        with hub_errors(f"reading the report of {self.repo_id}", afterwards=_AGAIN, token=token or get_token()):
-            entries: Any = api.get_paths_info(self.repo_id, REPORT_FILE, revision=self.revision)
-            if not entries:
-                raise ValueError(f"{self.repo_id} has no {REPORT_FILE}; ask its author for one.")
-            if entries[0].size > _MAX_REPORT_BYTES:
-                raise ValueError(f"The {REPORT_FILE} of {self.repo_id} has {entries[0].size:,} bytes: not a report.")
-            path = Path(api.hf_hub_download(self.repo_id, REPORT_FILE, revision=self.revision))
-        return SpeculationReport.from_json(path.read_text(encoding="utf-8"), f"{self.repo_id}/{REPORT_FILE}")
 
 
 def find_drafts(

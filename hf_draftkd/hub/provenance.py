@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.schema import from_plain, optional, read_json, to_plain
 from hf_draftkd.hub.access import redacted
+from hf_draftkd.hub.llama_cpp import conversion_facts
 from hf_draftkd.hub.public_names import public_name, without_paths
 from hf_draftkd.models.draft_length import recorded_vocabulary
 from hf_draftkd.models.parallel import parallel_draft
-from hf_draftkd.models.tokenizers import SPECIAL_IDS
+from hf_draftkd.models.tokenizers import SPECIAL_IDS, tokenizer_fingerprint
 from hf_draftkd.utils.checks import one_of
 from hf_draftkd.utils.files import write_text
 
@@ -120,11 +121,13 @@ class PairFacts:
         cls,
         draft_config: PreTrainedConfig,
         target_config: PreTrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         draft_generation_config: GenerationConfig | None = None,
-        **facts: Any,
+        draft_parameters: int | None = None,
+        target_parameters: int | None = None,
     ) -> Self:
-        """Read the facts off two configs; further ones (sizes, fingerprint) are passed by name."""
+        """Read the facts off two configs and the tokenizer they share; numbers of parameters are the caller's."""
         draft, target = draft_config.get_text_config(), target_config.get_text_config()
         listed = recorded_vocabulary(draft_generation_config) if draft_generation_config else None
         at_once = parallel_draft(draft_config)
@@ -135,7 +138,11 @@ class PairFacts:
             num_assistant_tokens=tuned_length(draft_generation_config),
             draft_vocabulary_size=len(listed) if listed else None,
             parallel_tokens=at_once.num_tokens if at_once else None,
-            **facts,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            has_chat_template=bool(tokenizer.chat_template),
+            draft_parameters=draft_parameters,
+            target_parameters=target_parameters,
+            **conversion_facts(tokenizer),
         )
 
 

@@ -19,13 +19,13 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi, eval_result_entries_to_yaml, get_token
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, GenerationConfig
 
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub import upload_files
-from hf_draftkd.hub.access import check_repo_id, redacted, writing_token
+from hf_draftkd.hub.access import redacted, writing_token
 from hf_draftkd.hub.card_merge import CARD_FILE, Place, local_card, merged, prose_of, read_card
-from hf_draftkd.hub.llama_cpp import conversion_facts
 from hf_draftkd.hub.metadata import benchmark_entries
 from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.provenance import PROVENANCE_FILE, PairFacts, TrainingSummary
@@ -33,7 +33,6 @@ from hf_draftkd.hub.public_names import public_report
 from hf_draftkd.hub.repository import Repository
 from hf_draftkd.hub.upload_files import CUSTOM_GENERATE_FOLDER, PLOT_FOLDER, REPORT_FILE, DraftFolder, PlannedFile
 from hf_draftkd.models.resolve import is_hub_id
-from hf_draftkd.models.tokenizers import tokenizer_fingerprint
 from hf_draftkd.utils.text import one_line
 
 _VISIBILITY = {True: "private", False: "public", None: "new, public or private as its owner's default says"}
@@ -135,7 +134,7 @@ def push_draft(
             public; says what to do.
         ConnectionError: The Hub or the network failed; nothing was published.
     """
-    check_repo_id(repo_id)
+    validate_repo_id(repo_id)
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"A pull request is opened against main; leave out revision={revision!r} or `create_pr`.")
     draft = upload_files.look_at_folder(folder, report)
@@ -249,7 +248,7 @@ def _pair(draft: DraftFolder, generation: PlannedFile | None, token: str | bool 
     if draft.report:
         target = draft.report.target
         name, is_local, revision, size = target.name, target.is_local, target.revision, target.num_parameters
-    config, tokenizer = draft.checkpoint.config, draft.checkpoint.tokenizer
+    config = draft.checkpoint.config
     target_config = None
     # A folder that does not lie here must not be looked for on the Hub: a stranger's repository may have its name.
     if name is not None and (os.path.isdir(name) or not is_local):
@@ -260,12 +259,10 @@ def _pair(draft: DraftFolder, generation: PlannedFile | None, token: str | bool 
     facts = PairFacts.from_configs(
         config,
         target_config or config,
+        draft.checkpoint.tokenizer,
         draft_generation_config=GenerationConfig.from_dict(json.loads(generation.read())) if generation else None,
         draft_parameters=draft.parameters,
         target_parameters=size,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        has_chat_template=tokenizer.chat_template is not None,
-        **conversion_facts(tokenizer),
     )
     known = {} if target_config else {key: getattr(stored, key) for key in ("target_vocab_size", "same_special_ids")}
     return dataclasses.replace(facts, **known)

@@ -171,27 +171,6 @@ def test_private_drafts_are_seen_by_their_owner_only(hub: FakeHub, target_sha: s
     assert find_drafts(TARGET) == []
 
 
-def test_reports_are_checked_before_they_are_used(hub: FakeHub, target_sha: str):
-    """Catches a report that is too large, no JSON, or of another shape."""
-    report = about(target_sha, alpha=0.5, tau=2.0)
-    repo = add_draft(hub, "a/draft", report)
-    [draft] = find_drafts(TARGET)
-    assert draft.load_report().to_dict()["settings"][0]["acceptance_rate"]["value"] == 0.5
-    for body, message in (
-        (b"{", "not JSON"),
-        (b'{"schema_version": 1, "surprise": 1}', "unknown key"),
-        (b" " * (10 * 2**20 + 1), "not a report"),
-    ):
-        repo.commit(repo.files() | {"report.json": body}, "change")
-        [draft] = find_drafts(TARGET)
-        with pytest.raises(ValueError, match=message):
-            draft.load_report()
-    repo.commit({"README.md": repo.files()["README.md"]}, "no report")
-    [draft] = find_drafts(TARGET)
-    with pytest.raises(ValueError, match=r"has no report\.json"):
-        draft.load_report()
-
-
 def test_the_hub_fails(hub: FakeHub):
     hub.fail("GET", "/api/models", times=20, status=500)
     with pytest.raises(ConnectionError, match="failed \\(500\\)"):

@@ -14,6 +14,7 @@ from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.hub.public_names import public_name, without_paths
 from tests.hub import samples
+from tests.tiny import tiny_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden.md.txt"
 
@@ -432,15 +433,17 @@ def test_pair_facts_read_the_tuned_length_only_where_it_takes_effect():
     """Catches a length that transformers' adaptive schedule or confidence threshold would override."""
     from transformers import GenerationConfig, LlamaConfig
 
-    config = LlamaConfig(vocab_size=64)
+    config, tokenizer = LlamaConfig(vocab_size=64), tiny_tokenizer()
     tuned = GenerationConfig(
         num_assistant_tokens=4, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
     )
-    assert PairFacts.from_configs(config, config, draft_generation_config=tuned).num_assistant_tokens == 4
+    assert PairFacts.from_configs(config, config, tokenizer, draft_generation_config=tuned).num_assistant_tokens == 4
     adaptive = GenerationConfig(num_assistant_tokens=4)
-    assert PairFacts.from_configs(config, config, draft_generation_config=adaptive).num_assistant_tokens is None
+    assert (
+        PairFacts.from_configs(config, config, tokenizer, draft_generation_config=adaptive).num_assistant_tokens is None
+    )
     other = LlamaConfig(vocab_size=72, eos_token_id=7)
-    facts = PairFacts.from_configs(config, other)
+    facts = PairFacts.from_configs(config, other, tokenizer)
     assert (facts.draft_vocab_size, facts.target_vocab_size, facts.same_special_ids) == (64, 72, False)
 
 

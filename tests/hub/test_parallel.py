@@ -6,6 +6,7 @@ from hf_draftkd import DraftModelCard
 from hf_draftkd.hub.provenance import PairFacts
 from hf_draftkd.models.parallel import store_parallel_draft
 from tests.hub import samples
+from tests.tiny import tiny_tokenizer
 
 
 def test_the_card_shows_both_ways_and_the_command_that_drafts_in_one_pass():
@@ -45,7 +46,7 @@ def test_an_ordinary_drafts_card_says_nothing_of_it():
 
 
 def test_the_pair_knows_from_the_drafts_config():
-    config = LlamaConfig()
-    assert PairFacts.from_configs(config, config).parallel_tokens is None
+    config, tokenizer = LlamaConfig(), tiny_tokenizer()
+    assert PairFacts.from_configs(config, config, tokenizer).parallel_tokens is None
     store_parallel_draft(config, 7, 6)
-    assert PairFacts.from_configs(config, config).parallel_tokens == 6
+    assert PairFacts.from_configs(config, config, tokenizer).parallel_tokens == 6

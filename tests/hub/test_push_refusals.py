@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload ra
 class TestBadInput:
     def test_names(self, hub: FakeHub, draft_folder: Path):
         for name in ("a/b/c", "me/dr aft", "", "me/-draft-", "me/x.git"):
-            with pytest.raises(ValueError, match="user/name"):
+            with pytest.raises(ValueError, match=r"[Rr]epo[_ ]id"):
                 push(draft_folder, repo_id=name)
         assert hub.requests == []
 
