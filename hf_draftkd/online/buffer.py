@@ -34,10 +34,6 @@ class ServedRequest:
     target: SparseTarget
     setting: DecodingSetting | None
 
-    def is_held_out(self, share: float, seed: int) -> bool:
-        """Whether its prompt belongs to the share of prompts that is never learnt from."""
-        return hash_number(f"{seed}:{self.prompt_ids.tolist()}") < share * 2**64
-
 
 class ReplayBuffer:
     """The newest requests, oldest first: `size` to learn from, and `holdout_size`, of a share of the prompts, that
@@ -56,8 +52,8 @@ class ReplayBuffer:
         self._holdout_share, self._seed = holdout_share, seed
 
     def add(self, request: ServedRequest) -> None:
-        """Take in a request; the oldest of its kind makes room."""
-        if request.is_held_out(self._holdout_share, self._seed):
+        """Take in a request; the oldest of its kind makes room. Its prompt alone decides whether it is held out."""
+        if hash_number(f"{self._seed}:{request.prompt_ids.tolist()}") < self._holdout_share * 2**64:
             self.held_out.append(request)
             return
         self.training.append(request)

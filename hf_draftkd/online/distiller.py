@@ -128,7 +128,6 @@ class OnlineDraftDistiller:
         self._generator = torch.Generator().manual_seed(self.args.seed)
         self._window = AcceptanceCounts()  # since the last step
         self._requests_at_step = 0
-        self._last_save: str | None = None  # in the output directory, by this process
         self._must_resume = self.args.output_dir is not None and read_facts(self.args.output_dir) is not None
 
     # Serving ---------------------------------------------------------------------------------------------------------
@@ -240,7 +239,9 @@ class OnlineDraftDistiller:
         if not self.buffer.num_new:
             return None
         started = time.perf_counter()
-        entry: dict[str, Any] = {"num_requests": self.num_requests, **self._window_rates()}
+        counted = self._window.to_dict()
+        rates = ("draft_acceptance_rate", "mean_acceptance_length")
+        entry: dict[str, Any] = {"num_requests": self.num_requests} | {k: counted[k] for k in rates if k in counted}
         with self._own_random_state(), self.learner.undoable() as undo:
             try:
                 entry |= self._learn()
@@ -260,10 +261,6 @@ class OnlineDraftDistiller:
         logger.info("Online update: %s", entry)
         self._note(entry)
         return entry
-
-    def _window_rates(self) -> dict[str, float]:
-        counted = self._window.to_dict()
-        return {name: counted[name] for name in ("draft_acceptance_rate", "mean_acceptance_length") if name in counted}
 
     def _learn(self) -> dict[str, Any]:
         args, held_out = self.args, self.buffer.held_out
@@ -300,22 +297,13 @@ class OnlineDraftDistiller:
         others can load, call `draft_model.save_pretrained`.
 
         Raises:
-            ValueError: Neither is given, or `args.output_dir` holds the state of an earlier run, or of another
-                process that saves there too.
+            ValueError: Neither is given, or `args.output_dir` holds the state of an earlier run.
         """
         directory, is_own = self._state_directory(directory)
         if is_own:
             self._check_resumed()
-            existing = read_facts(directory)
-            if existing is not None and existing["save"] != self._last_save:
-                raise ValueError(
-                    f"Another process has saved its state in `output_dir={directory!r}` since, which would be "
-                    "overwritten. Two processes cannot learn into one directory: `save` this one elsewhere."
-                )
         requests, buffer = self.buffer.pack()
         random = {"generator": self._generator.get_state()}
-        # Not from torch's or Python's random state, which are the user's.
-        save = os.urandom(8).hex()
         facts = {
             **self._identity,
             "buffer": buffer,
@@ -325,11 +313,8 @@ class OnlineDraftDistiller:
             "history": list(self.history),
             "counts": vars(self.counts),
             "window": vars(self._window),
-            "save": save,
         }
         save_state(directory, {"draft": self.learner.state(), "requests": requests, "random": random}, facts)
-        if is_own:
-            self._last_save = save
 
     @torch.inference_mode(False)
     def resume(self, directory: str | None = None) -> bool:
@@ -360,8 +345,7 @@ class OnlineDraftDistiller:
         self._requests_at_step = facts["requests_at_step"]
         self.history = deque(facts["history"], maxlen=self.args.max_history)
         self.counts, self._window = AcceptanceCounts(**facts["counts"]), AcceptanceCounts(**facts["window"])
-        if is_own:
-            self._must_resume, self._last_save = False, facts["save"]
+        self._must_resume &= not is_own
         return True
 
     def _state_directory(self, directory: str | None) -> tuple[str, bool]:

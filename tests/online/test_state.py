@@ -61,28 +61,6 @@ def test_an_earlier_run_is_not_overwritten(pair, tokenizer, tmp_path):
         second.save()
 
 
-@pytest.mark.parametrize("resumed", [False, True], ids=["started", "resumed"])
-def test_two_servers_on_one_directory_do_not_overwrite_each_other(tokenizer, tmp_path, resumed):
-    """What the first has learnt, lost to the second."""
-    if resumed:
-        distiller_for(tiny_pair("llama"), output_dir=str(tmp_path)).save()
-    first, second = (
-        distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=1, update_every=2, holdout_share=0)
-        for _ in range(2)
-    )
-    assert [first.resume(), second.resume()] == [resumed, resumed]
-    serve(first, tokenizer, 3)
-    serve(second, tokenizer, 1)
-    assert "Another process has saved" in second.history[-1]["error"]
-    with pytest.raises(ValueError, match="Another process has saved"):
-        second.save()
-    second.save(str(tmp_path / "elsewhere"))
-    first.save()
-    again = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path))
-    assert again.resume()
-    assert (again.num_requests, again.num_updates) == (3, 1)
-
-
 def test_a_directory_emptied_under_a_server_is_filled_again(tokenizer, tmp_path):
     """A state that was taken to be there."""
     distiller = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path), save_every=100)
