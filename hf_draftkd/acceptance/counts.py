@@ -81,13 +81,6 @@ class AcceptanceCounts:
         """Accepted ÷ drafted tokens; NaN where nothing was drafted."""
         return self.num_accepted_draft_tokens / self.num_draft_tokens if self.num_draft_tokens else float("nan")
 
-    @property
-    def acceptance_by_position(self) -> list[float]:
-        """At index k − 1, the share of calls whose k-th drafted token was accepted (vLLM's acceptance per position)."""
-        return [
-            sum(self.acceptance_histogram[k:]) / self.num_spec_steps for k in range(1, len(self.acceptance_histogram))
-        ]
-
     def to_dict(self) -> dict[str, Any]:
         """Return counts and ratios as a JSON-ready dict; a ratio of nothing is absent."""
         counts = asdict(self)
@@ -105,10 +98,6 @@ class Estimate:
     value: float
     low: float | None = None
     high: float | None = None
-
-    def to_dict(self) -> dict[str, float]:
-        """Return `{"value": ..., "low": ..., "high": ...}`; an unknown bound is absent."""
-        return {name: number for name, number in asdict(self).items() if number is not None}
 
     def interval(self, shape: str) -> str:
         """Return the interval in words, such as `" [{:.2f}, {:.2f}]"` says them; nothing where there is none."""

@@ -121,11 +121,6 @@ def _where_to_start(args: DraftDistillConfig, *, overwrite: bool) -> Any:
     wanted = args.resume_from_checkpoint
     # `true`, as YAML and transformers' own scripts have it, means what is done anyway: the newest complete one.
     if wanted is not None and str(wanted).lower() != "true":
-        if str(wanted).lower() == "false":
-            raise UsageError(
-                "`resume_from_checkpoint: false` is not needed: a run starts where there is no checkpoint. To start "
-                "again where there is one, pass `--overwrite_output_dir`."
-            )
         if not Path(str(wanted)).is_dir():
             raise UsageError(f"`--resume_from_checkpoint {wanted}` is not a directory.")
         return wanted

@@ -7,9 +7,4 @@ DEMO = Path(__file__).resolve().parent.parent / "assets" / "demo"
 
 def demo_path(name: str) -> str:
     """Path of a part of the demo pair: `target`, `draft`, `train.jsonl`, `dev.jsonl` or `test.jsonl`."""
-    path = DEMO / name
-    if not path.exists():
-        raise FileNotFoundError(
-            f"The demo pair has no {name!r}: {DEMO} holds {sorted(p.name for p in DEMO.glob('*'))}."
-        )
-    return str(path)
+    return str(DEMO / name)

@@ -49,13 +49,11 @@ def model_revision(model: Any) -> str | None:
     return checkpoint.revision if checkpoint is not None else resolved_revision(model.name_or_path)
 
 
-def resolved_revision(name_or_path: str, revision: str | None = None) -> str | None:
+def resolved_revision(name_or_path: str) -> str | None:
     """The commit of a model that was loaded from the Hub, as the local cache knows it; None for a local directory."""
     if not is_hub_id(name_or_path) or Path(name_or_path).exists():
         return None
-    found = (
-        try_to_load_from_cache(name_or_path, name, revision=revision) for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)
-    )
+    found = (try_to_load_from_cache(name_or_path, name) for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
     # .../models--org--name/snapshots/COMMIT/config.json
     return next((Path(path).parent.name for path in found if isinstance(path, str)), None)
 

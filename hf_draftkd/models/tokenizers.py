@@ -65,12 +65,12 @@ def vocabulary_difference(draft: PreTrainedTokenizerBase, target: PreTrainedToke
     mine, theirs = _contents(draft), _contents(target)
     if mine == theirs:
         return None
-    return (
-        _token_difference(mine["vocab"], theirs["vocab"])
-        or _list_difference("merge", mine["model"].get("merges"), theirs["model"].get("merges"))
-        or _list_difference("piece score", mine["model"].get("scores"), theirs["model"].get("scores"))
-        or _behaviour_difference(draft, target)
-    )
+    if difference := _token_difference(mine["vocab"], theirs["vocab"]):
+        return difference
+    for part in ("merges", "scores"):
+        if mine["model"].get(part) != theirs["model"].get(part):
+            return f"they have the same tokens, but other {part}."
+    return _behaviour_difference(draft, target)
 
 
 def _contents(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -116,16 +116,6 @@ def _token_difference(draft: dict[str, int], target: dict[str, int]) -> str | No
             "with `resize_token_embeddings`, and train it."
         )
     return sentence
-
-
-def _list_difference(what: str, draft: list[Any] | None, target: list[Any] | None) -> str | None:
-    if draft == target:
-        return None
-    draft, target = draft or [], target or []
-    for i, (mine, theirs) in enumerate(zip(draft, target, strict=False)):
-        if mine != theirs:
-            return f"{what} {i} is {mine} in the draft's and {theirs} in the target's."
-    return f"the draft's has {len(draft)} {what}s and the target's {len(target)}."
 
 
 def _behaviour_difference(draft: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> str | None:

@@ -21,12 +21,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, content: str) -> Path:
-    r"""Write UTF-8 so that a reader never sees half of it; missing folders are made.
-
-    File names that are not UTF-8 reach Python as lone surrogates, which are written as `\udcff`, their form in JSON: a
-    report that took hours must not be lost because of a folder's name.
-    """
+    """Write UTF-8 so that a reader never sees half of it; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8", errors="backslashreplace", newline="")
+        temporary.write_text(content, encoding="utf-8", newline="")
     return path

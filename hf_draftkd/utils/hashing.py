@@ -20,8 +20,7 @@ def sha256(pieces: Iterable[str | torch.Tensor]) -> str:
         if isinstance(piece, torch.Tensor):
             digest.update(piece.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy().data)
         else:
-            # A text that came through JSON may hold half a surrogate pair, which plain UTF-8 refuses.
-            digest.update(piece.encode("utf-8", "surrogatepass"))
+            digest.update(piece.encode())
     return digest.hexdigest()
 
 

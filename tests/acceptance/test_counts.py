@@ -27,7 +27,6 @@ def test_recorded_calls():
     assert counts == AcceptanceCounts(3, 13, 7, 6 + 1 + 2, [1, 0, 1, 0, 0, 1])
     assert counts.mean_acceptance_length == 9 / 3
     assert counts.draft_acceptance_rate == 7 / 13
-    assert counts.acceptance_by_position == [2 / 3, 2 / 3, 1 / 3, 1 / 3, 1 / 3]
 
 
 def test_adding_is_counting_together():
@@ -124,8 +123,7 @@ def test_speedup_is_a_quotient_of_rates():
 def test_a_single_text_has_no_interval():
     estimate = bootstrap_ratio([7], [2])
     assert estimate == Estimate(3.5)
-    assert estimate.to_dict() == {"value": 3.5}
-    assert bootstrap_ratio([7, 8], [2, 2]).to_dict().keys() == {"value", "low", "high"}
+    assert None not in vars(bootstrap_ratio([7, 8], [2, 2])).values()
 
 
 def test_empty_texts_are_left_out():

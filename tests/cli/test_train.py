@@ -149,7 +149,6 @@ def test_resuming_by_true_takes_the_newest_checkpoint(files, tmp_path, capsys):
     ("change", "message"),
     [
         ({"resume_from_checkpoint": "nope"}, "`--resume_from_checkpoint nope` is not a directory"),
-        ({"resume_from_checkpoint": "False"}, "To start again where there is one, pass `--overwrite_output_dir`"),
         ({"model": "no/such/path"}, "no/such/path"),
         ({"target_model": "./nowhere"}, "nowhere"),
         ({"dataset": "missing.jsonl"}, "missing.jsonl"),

@@ -92,8 +92,6 @@ def test_the_commit_comes_from_the_cache(tmp_path, monkeypatch):
         (repo / "refs").mkdir(exist_ok=True)
         (repo / "refs" / name).write_text(commit)
     assert resolved_revision("org/target") == "a" * 40
-    assert resolved_revision("org/target", "v2") == "b" * 40
-    assert resolved_revision("org/target", "b" * 40) == "b" * 40
     assert resolved_revision("org/other") is None
     assert resolved_revision(str(tmp_path)) is None
     assert resolved_revision("") is None
@@ -112,7 +110,9 @@ def test_an_adapter_has_a_commit_too(tmp_path, monkeypatch):
     snapshot = tmp_path / "models--org--adapter" / "snapshots" / ("c" * 40)
     snapshot.mkdir(parents=True)
     (snapshot / "adapter_config.json").write_text("{}")
-    assert resolved_revision("org/adapter", "c" * 40) == "c" * 40
+    (tmp_path / "models--org--adapter" / "refs").mkdir()
+    (tmp_path / "models--org--adapter" / "refs" / "main").write_text("c" * 40)
+    assert resolved_revision("org/adapter") == "c" * 40
 
 
 def test_a_fingerprint_changes_with_any_training():

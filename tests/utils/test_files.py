@@ -28,7 +28,3 @@ def test_text_is_written_as_it_is(tmp_path: Path):
     """Catches translated line ends, an encoding that depends on the machine, and a folder that does not exist yet."""
     path = write_text(tmp_path / "new" / "folder" / "card.md", "α\r\nβ\n")
     assert path.read_bytes() == "α\r\nβ\n".encode()
-
-
-def test_a_name_that_is_not_utf8_does_not_stop_the_writing(tmp_path: Path):
-    assert write_text(tmp_path / "report.json", '"\udcff"').read_bytes() == b'"\\udcff"'
