@@ -8,8 +8,7 @@ Weights only, from configs: nothing is loaded. Activations and the rest of a pro
 from transformers import LlamaConfig
 
 from hf_draftkd.data.kept_distributions import CacheOptions, bytes_per_token
-from hf_draftkd.models.memory import TRAINED_BYTES, weight_bytes
-from hf_draftkd.models.sizing import count_parameters
+from hf_draftkd.models.sizing import TRAINED_BYTES, count_parameters, weight_bytes
 
 # Hidden size, MLP, layers, heads, key-value heads, vocabulary.
 SHAPES = {

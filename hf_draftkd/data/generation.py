@@ -23,9 +23,8 @@ from hf_draftkd.data.shards import DAY, StoppedError, cut_shards, day_begun, run
 from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
 from hf_draftkd.data.targets import local_target, missing_turn_end, remote_target, served_context
 from hf_draftkd.decoding.setting import DecodingSetting, left_out_warning
-from hf_draftkd.models.context import context_length
 from hf_draftkd.models.loading import load_draft, load_target, require_loaded
-from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer
+from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, context_length
 from hf_draftkd.models.resolve import Checkpoint
 from hf_draftkd.models.tokenizers import tokenizer_size
 from hf_draftkd.utils.hashing import derived_seed, list_hash

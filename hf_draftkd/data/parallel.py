@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_draftkd.models.context import context_length
 from hf_draftkd.models.forward import evaluating, logits_at, unwrapped
+from hf_draftkd.models.pairing import context_length
 
 # Of the positions that teach depth k, this share teaches depth k + 1 too; but of all positions never less than the
 # second. The values are the paper's.

@@ -21,8 +21,8 @@ from hf_draftkd.data.endpoint import endpoint_backend, without_login
 from hf_draftkd.data.messages import turn_end_id
 from hf_draftkd.data.target_cache import real_vocab_size
 from hf_draftkd.decoding.setting import end_token_ids
-from hf_draftkd.models.context import context_length
 from hf_draftkd.models.identity import model_revision, weights_fingerprint
+from hf_draftkd.models.pairing import context_length
 from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.models.tokenizers import listed_ids, tokenizer_size
 

@@ -54,11 +54,10 @@ from hf_draftkd.evaluation.texts import (
 from hf_draftkd.evaluation.timing import PLAIN, refused_by_speculative_decoding, time_decoding
 from hf_draftkd.evaluation.tokens import add_token_results, show_answers, token_kinds
 from hf_draftkd.evaluation.vocabulary import lists_to_report, predict_by_size
-from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.forward import evaluating
 from hf_draftkd.models.identity import loaded_checksum
 from hf_draftkd.models.loading import require_loaded
-from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, shared_vocab_size
+from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, shared_context, shared_vocab_size
 from hf_draftkd.models.parallel import parallel_draft
 from hf_draftkd.utils.versions import package_versions
 

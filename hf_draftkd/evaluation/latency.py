@@ -18,7 +18,7 @@ from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPEC
 from hf_draftkd.evaluation.report import GenerateOverhead, LatencyResult
 from hf_draftkd.evaluation.scoring import lengths_of
 from hf_draftkd.evaluation.timing import generate_text, single_text_config, way_options
-from hf_draftkd.models.context import shared_context
+from hf_draftkd.models.pairing import shared_context
 from hf_draftkd.models.parallel import parallel_draft
 
 # Draft lengths at which `generate` itself is timed: far enough apart to tell the cost of a token from that of a call.

@@ -17,8 +17,8 @@ from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting, left_o
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.report import PromptInfo
 from hf_draftkd.evaluation.scoring import Text
-from hf_draftkd.models.context import context_length
 from hf_draftkd.models.identity import model_revision
+from hf_draftkd.models.pairing import context_length
 from hf_draftkd.utils.hashing import sha256
 
 # Below this share of tokens that the target could have written, a text was written by something else: rounding in

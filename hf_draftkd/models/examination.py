@@ -11,11 +11,9 @@ from huggingface_hub.errors import HTTPError, SafetensorsParsingError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from hf_draftkd.models.building import check_plan
-from hf_draftkd.models.context import context_length
-from hf_draftkd.models.memory import TRAINED_BYTES, weight_bytes
-from hf_draftkd.models.pairing import check_rows, check_tokenizers
+from hf_draftkd.models.pairing import check_rows, check_tokenizers, context_length
 from hf_draftkd.models.resolve import Checkpoint
-from hf_draftkd.models.sizing import count_parameters, cut_layers, spread_layers
+from hf_draftkd.models.sizing import TRAINED_BYTES, count_parameters, cut_layers, spread_layers, weight_bytes
 from hf_draftkd.models.text_model import text_config
 from hf_draftkd.models.tokenizers import tokenizer_size
 

@@ -1,4 +1,4 @@
-"""Configs for a smaller model of the same architecture: fewer layers, or a share of the parameters.
+"""Configs for a smaller model of the same architecture (fewer layers, or a share of the parameters), and model sizes.
 
 Sizes are counted by building each candidate without memory (on torch's meta device), so the count is right for every
 architecture, tied or not.
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_draftkd.utils.checks import whole_number
 
@@ -24,6 +25,10 @@ _LAST_INDEX = ("moe_layer_end_index",)
 # Lists that may have as many entries as there are layers: [151645, 151643] are ids, in a model of two layers too.
 _NOT_OF_LAYERS = ("_id", "_ids", "architectures", "keys_to_ignore_at_inference")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# A draft trained in float32 by AdamW: weights, gradients and two moments.
+TRAINED_BYTES = 16
+# bitsandbytes keeps a float32 scale for each 64 weights in 4 bits (without nested quantisation), for each row in 8.
+_BLOCK = 64
 
 
 def evenly_spread(count: int, depth: int) -> list[int]:
@@ -143,6 +148,29 @@ def count_parameters(config: PreTrainedConfig) -> int:
     """Parameters of the causal LM this config describes, tied ones once; no memory is used."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def weight_bytes(config: PreTrainedConfig, bits: int = 16) -> int:
+    """Bytes of the weights of the causal LM that a config describes.
+
+    Args:
+        config: Of a causal LM; it is built on torch's meta device.
+        bits: 32 or 16 for all weights. 8 or 4: linear layers as bitsandbytes stores them, all but the head, and
+            everything else in 16 bits.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if bits > 8:
+        return sum(weight.numel() for weight in model.parameters()) * bits // 8
+    head = model.get_output_embeddings()
+    quantised = {
+        id(module.weight): module.weight
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    }
+    others = sum(weight.numel() for weight in model.parameters() if id(weight) not in quantised)
+    scales = sum(weight.numel() // _BLOCK if bits == 4 else weight.shape[0] for weight in quantised.values())
+    return sum(weight.numel() for weight in quantised.values()) * bits // 8 + 4 * scales + 2 * others
 
 
 def _of_equal_layers(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -16,7 +16,6 @@ from hf_draftkd.data.formats import check_format, check_labels, check_token_ids,
 from hf_draftkd.data.mixing import check_mix
 from hf_draftkd.data.target_cache import CacheFacts, check_kept_ids
 from hf_draftkd.decoding.drafting import checked_vocabulary
-from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.draft_length import recorded_vocabulary, store_draft_settings
 from hf_draftkd.models.forward import HeadArithmetic, unwrapped
 from hf_draftkd.models.identity import checkpoint_of
@@ -26,6 +25,7 @@ from hf_draftkd.models.pairing import (
     check_own_tokenizer,
     check_weights_apart,
     fit_vocabulary,
+    shared_context,
     shared_vocab_size,
 )
 from hf_draftkd.models.resolve import Checkpoint, check_config, resolve

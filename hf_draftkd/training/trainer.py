@@ -36,9 +36,8 @@ from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.push import push_draft
 from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, get_divergence
-from hf_draftkd.models.context import shared_context
 from hf_draftkd.models.forward import in_head, predicting_positions, unwrapped
-from hf_draftkd.models.pairing import copy_special_ids, shared_vocab_size
+from hf_draftkd.models.pairing import copy_special_ids, shared_context, shared_vocab_size
 from hf_draftkd.training import setup
 from hf_draftkd.training.callbacks import BeforeFirstStep, asked_metrics, with_acceptance
 from hf_draftkd.training.checkpoints import batches_read, checkpoint_to_resume, only_run

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, pipeline
 
-from hf_draftkd.models.pairing import align_vocabulary, shared_vocab_size
+from hf_draftkd.models.pairing import align_vocabulary, context_length, shared_vocab_size
 from tests.tiny import ARCHITECTURES, tiny_llama, tiny_pair, tiny_prompts, tiny_qwen3, tiny_tokenizer
 
 TOKENS = 300
@@ -207,3 +207,12 @@ def test_a_draft_whose_config_samples_without_do_sample_can_be_saved(pair, token
     draft.generation_config = GenerationConfig(do_sample=True, temperature=0.6)
     align_vocabulary(draft, target, tokenizer)
     assert draft.generation_config.temperature == 0.6
+
+
+def test_the_context_is_what_the_config_says_whoever_is_asked():
+    model = ARCHITECTURES["llama"]()
+    assert context_length(model) == context_length(model.config) == model.config.max_position_embeddings
+
+
+def test_a_config_that_names_no_limit_has_none():
+    assert context_length(PretrainedConfig()) is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_draftkd.models.memory import weight_bytes
+from hf_draftkd.models.sizing import weight_bytes
 from tests import tiny
 
 
