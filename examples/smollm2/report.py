@@ -55,6 +55,11 @@ def candidates(folder: Path) -> str:
     return table(["layers, list", "bytes read ÷ target's", "α", "τ(5)", "seconds of training"], rows)
 
 
+def by_length(estimates: dict[str, Any]) -> list[str]:
+    """Tokens per target call by draft length; a draft in one pass has none beyond the tokens that it was taught."""
+    return [cell(estimates[str(length)]) if str(length) in estimates else "" for length in LENGTHS]
+
+
 def own_list(setting: dict[str, Any]) -> dict[str, Any]:
     """The setting's result with the draft's list of tokens, as `SpeculativeDecoding` uses it; the last is the whole."""
     *listed, _ = setting["draft_vocabulary"]
@@ -72,14 +77,12 @@ def domain(folder: Path, names: list[str]) -> str:
     for name, report in {"not distilled": first, **reports}.items():
         for setting in report["settings"]:
             for found in setting.get("draft_vocabulary", [setting]):
-                tau = found["block_efficiency"]
                 size = f"{found['size']:,}" if "size" in found else "all"
-                rows.append([name, setting_name(setting), size, cell(found["acceptance_rate"])])
-                rows[-1] += [cell(tau[str(length)]) for length in LENGTHS]
-            if "parallel" in setting:
-                tau = setting["parallel"]["block_efficiency"]
-                found = [cell(tau[str(length)]) if str(length) in tau else "" for length in LENGTHS]
-                rows.append([f"{name}, in one pass", setting_name(setting), "", "", *found])
+                alpha = cell(found["acceptance_rate"])
+                rows.append([name, setting_name(setting), size, alpha, *by_length(found["block_efficiency"])])
+                if "parallel_block_efficiency" in found:
+                    tau = by_length(found["parallel_block_efficiency"])
+                    rows.append([f"{name}, in one pass", setting_name(setting), size, "", *tau])
     return table(["draft", "setting", "tokens it may propose", "α", *(f"τ({length})" for length in LENGTHS)], rows)
 
 
@@ -101,18 +104,26 @@ def speed(folder: Path) -> str:
     for path in sorted(folder.glob("speed-*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         report = result["report"]
-        cost, threads = report["latency"]["relative_cost"], report["hardware"]["num_threads"]
+        latency, threads = report["latency"], report["hardware"]["num_threads"]
+        # transformers' own loop uses the whole head; `SpeculativeDecoding` the draft's list, the largest size.
+        whole, listed = latency["draft_step_seconds"], latency["listed_draft_seconds"]
+        listed, in_one_pass = listed[max(listed, key=int)], latency.get("parallel_draft_seconds", {})
         for setting in report["settings"]:
-            ways = {"`assistant_model=`": setting.get("assisted"), "`SpeculativeDecoding`": setting.get("speculative")}
-            ways["`SpeculativeDecoding`, in one pass"] = setting.get("parallel", {}).get("speculative")
-            for way, found in ways.items():
-                if found is not None:
-                    counted = f"{found['num_assistant_tokens']}", f"{found['mean_acceptance_length']:.2f}"
-                    times = f"{found['plain_tokens_per_second']:.0f}", cell(found["speedup"]), f"{cost:.2f}"
-                    name = path.stem.removeprefix("speed-")
-                    rows.append([name, str(threads), setting_name(setting), way, *counted, *times])
+            ways = {
+                "`assistant_model=`": (setting.get("assisted"), whole),
+                "`SpeculativeDecoding`": (setting.get("speculative"), listed),
+                "`SpeculativeDecoding`, in one pass": (setting.get("parallel", {}).get("speculative"), None),
+            }
+            for way, (found, seconds) in ways.items():
+                if found is None:
+                    continue
+                length = f"{found['num_assistant_tokens']}"
+                cost = (in_one_pass[length] if seconds is None else seconds) / latency["target_step_seconds"]
+                rows.append([path.stem.removeprefix("speed-"), str(threads), setting_name(setting), way, length])
+                rows[-1] += [f"{found['mean_acceptance_length']:.2f}", f"{found['plain_tokens_per_second']:.0f}"]
+                rows[-1] += [cell(found["speedup"]), f"{cost:.2f}"]
     heads = ["draft", "threads", "setting", "way", "γ", "counted tokens per call", "plain tokens/s", "speed-up"]
-    return table([*heads, "draft step ÷ target step, whole head"], rows) if rows else ""
+    return table([*heads, "pass of the draft ÷ step of the target"], rows) if rows else ""
 
 
 def verdict(folder: Path, name: str) -> str:

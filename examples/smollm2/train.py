@@ -76,7 +76,10 @@ def main() -> None:
     tokenizer = load_tokenizer(str(work / "target"))
     if options.parallel_tokens > 1:
         # This vocabulary has no row to spare, but tokens of the code that the target was pretrained on.
-        draft.config.pard_token = tokenizer.convert_tokens_to_ids(options.mask_token)
+        ids = tokenizer.get_vocab()
+        if options.mask_token not in ids:
+            raise SystemExit(f"The vocabulary has no {options.mask_token!r}: give another --mask_token.")
+        draft.config.pard_token = ids[options.mask_token]
     trainer = DraftDistillTrainer(
         model=draft,
         args=args,

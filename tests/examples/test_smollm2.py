@@ -36,7 +36,7 @@ def journey(tmp_path_factory):
     run(STEPS / "draft.py", *where, *data, *["--layers", "0", "7", "--vocabulary", "64", "--held_out", "2"], cwd=folder)
     training = [*where, *["--held_out", "2", "--epochs", "1", "--batch_size", "4"]]
     run(STEPS / "train.py", *training, cwd=folder)
-    parallel = ["--model", "distilled", "--output", "parallel", "--parallel_tokens", "3"]
+    parallel = ["--model", "distilled", "--output", "parallel", "--parallel_tokens", "3", "--mask_token", "<|pad|>"]
     run(STEPS / "train.py", *training, *parallel, cwd=folder)
     sizes = ["--gsm8k", "2", "--per_task", "1", "--max_new_tokens", "8", "--drafts", "distilled", "parallel"]
     run(STEPS / "measure.py", *where, *data, *sizes, cwd=folder)
@@ -63,7 +63,7 @@ def test_the_card_says_what_was_measured_and_done(journey):
     run(STEPS / "card.py", "--work_dir", str(journey), cwd=journey)
     text = (journey / "distilled" / "README.md").read_text(encoding="utf-8")
     assert "draft length 5 (greedy, exact_match)" in text
-    assert "forward_kl" in text
+    assert "lk_hybrid" in text
     assert str(journey) not in text
 
 
