@@ -20,13 +20,9 @@ logger = logging.getLogger(__name__)
 PLOT = "training.png"
 
 
-def with_acceptance(
-    callbacks: list[TrainerCallback] | None, args: Any, *, evaluates: bool
-) -> list[TrainerCallback] | None:
-    """The callbacks, with one for acceptance where there is data to measure it on."""
-    if not evaluates:
-        return callbacks
-    if args.eval_strategy == IntervalStrategy.NO:
+def with_acceptance(callbacks: list[TrainerCallback] | None, args: Any, *, evaluates: bool) -> list[TrainerCallback]:
+    """The callbacks, with one for acceptance; held-out data, if there is some, is used."""
+    if evaluates and args.eval_strategy == IntervalStrategy.NO:
         args.eval_strategy = IntervalStrategy.EPOCH
     given = callbacks or []
     return given if any(isinstance(each, AcceptanceCallback) for each in given) else [*given, AcceptanceCallback()]
@@ -70,8 +66,8 @@ class BeforeFirstStep(TrainerCallback):
 class AcceptanceCallback(TrainerCallback):
     """Says while a draft is trained how often its target would accept it.
 
-    [`DraftDistillTrainer`] adds one when an `eval_dataset` is given; pass your own to choose the draft
-    lengths, or remove it with `trainer.remove_callback(AcceptanceCallback)`.
+    [`DraftDistillTrainer`] adds one; pass your own to choose the draft lengths, or remove it with
+    `trainer.remove_callback(AcceptanceCallback)`.
 
     - `trainer.evaluate()` also reports `eval_block_efficiency_at_γ` (tokens per target call) at each of its draft
       lengths. Like all metrics they go wherever `report_to` says, and `metric_for_best_model` takes them.
@@ -81,8 +77,8 @@ class AcceptanceCallback(TrainerCallback):
       `eval_block_efficiency_t0` and `eval_block_efficiency_at_γ_t0` are those of the rows recorded at temperature 0
       (`_t0.7_p0.95_k50_r1.1`: with top-p, top-k and a repetition penalty), and absent where there is no such row.
     - `eval_strategy="no"`, which would leave the held-out data unused, becomes `"epoch"`.
-    - At the end of training `training.png` in `args.output_dir` shows loss, acceptance and block efficiency over
-      steps. Needs matplotlib (`pip install "hf_draftkd[plots]"`); without it there is no plot.
+    - At the end of a training run that evaluated, `training.png` in `args.output_dir` shows loss, acceptance and block
+      efficiency over steps. Needs matplotlib (`pip install "hf_draftkd[plots]"`); without it there is no plot.
 
     Args:
         num_assistant_tokens (`Sequence[int]`, *optional*): Draft lengths γ, beside `args.eval_num_assistant_tokens`.
@@ -110,6 +106,8 @@ class AcceptanceCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not (self.plot and state.is_world_process_zero and args.output_dir):
+            return
+        if not any(key.startswith("eval_") for entry in state.log_history for key in entry):
             return
         from hf_draftkd.evaluation.plots import training_figure
 

@@ -79,9 +79,18 @@ def test_why_block_efficiency_is_missing_is_said_once_for_each_set(tmp_path, pai
     assert messages[0].startswith("eval_b_block_efficiency is left out: 2 ")
 
 
-def test_no_callback_without_held_out_data(tmp_path, pair, tokenizer):
-    trainer = build(tmp_path, pair, tokenizer)
-    assert not [each for each in trainer.callback_handler.callbacks if isinstance(each, AcceptanceCallback)]
+def test_data_that_is_first_given_to_evaluate_gets_the_same_metrics(tmp_path, pair, tokenizer):
+    """They lacked those by temperature and draft length."""
+    rows = alignment_rows(pair[1], tokenizer, count=2)
+    known = build(tmp_path / "known", pair, tokenizer, rows, rows, report_to="none").evaluate()
+    trainer = build(tmp_path / "later", pair, tokenizer, rows, max_steps=1)
+    later = trainer.evaluate(rows)
+    untimed = [
+        {key: value for key, value in found.items() if "time" not in key and "second" not in key}
+        for found in (known, later)
+    ]
+    assert untimed[0] == untimed[1]
+    assert "eval_acceptance_rate_t0" in later
 
 
 @pytest.mark.parametrize("length", [0, 2.5, "3", True])
