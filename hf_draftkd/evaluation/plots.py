@@ -106,6 +106,8 @@ def speed_by_length_figure(report: SpeculationReport) -> "Figure":
             axes.errorbar(*at, yerr=_bounds(run.speedup), fmt="o", capsize=3, color=colour)
     known = {(setting.decoding, setting.verification): setting.block_efficiency or {} for setting in report.settings}
     for place, served in enumerate(report.engines or []):
+        if served.speedup is None or served.target_step_seconds is None:
+            continue
         looks = {"color": _COLOURS[(3 + place) % len(_COLOURS)], "linestyle": _STYLES[place % len(_STYLES)]}
         by_length = known.get((served.decoding, str(served.verification)), {})
         lengths = sorted(served.call_seconds.keys() & by_length.keys())

@@ -308,7 +308,7 @@ class EngineResult:
         "The rule by which it accepts drafted tokens; absent where its user started it to sample."
     )
     num_assistant_tokens: int = key("Draft length γ.")
-    num_prompts: int = key("Prompts decoded plainly and with the draft.")
+    num_prompts: int = key("Prompts decoded with the draft, and plainly where there is a server for that.")
     num_rounds: int = key("Times each of them was, in turns.")
     num_identical: int | None = optional(
         "Greedy only: prompts whose text with the draft, in every round, equals the target's own in transformers."
@@ -324,11 +324,13 @@ class EngineResult:
     draft_acceptance_rate: float = key("Accepted ÷ drafted tokens, counted.")
     predicted_draft_acceptance_rate: float | None = optional("(block efficiency - 1) ÷ γ.")
     tokens_per_second: float = key("With the draft, prompt reading included.")
-    plain_tokens_per_second: float = key("Plain, in the same rounds.")
-    speedup: Estimate = key("Tokens/s with the draft ÷ tokens/s plain; interval over prompts.")
-    target_step_seconds: float = key("One token of plain decoding in this engine, behind the prompt.")
     call_seconds: dict[int, float] = key("Drafting and one target call in this engine, by draft length.")
-    recommendation: Recommendation = key("For this engine, this machine and this setting.")
+    plain_tokens_per_second: float | None = optional(
+        "Plain, in the same rounds; absent, as what follows, where no server decoded plainly."
+    )
+    speedup: Estimate | None = optional("Tokens/s with the draft ÷ tokens/s plain; interval over prompts.")
+    target_step_seconds: float | None = optional("One token of plain decoding in this engine, behind the prompt.")
+    recommendation: Recommendation | None = optional("For this engine, this machine and this setting.")
 
 
 @dataclass(kw_only=True)

@@ -74,7 +74,8 @@ class ReportTable:
         for found in self.report.engines or []:
             yield ""
             yield _table([["", one_line(f"{found.engine} {found.version}, {found.decoding}")], *engine_rows(found)])
-            yield "\n" + escape(one_line(found.recommendation.reason))
+            if found.recommendation is not None:
+                yield "\n" + escape(one_line(found.recommendation.reason))
 
 
 def report_cells(report: SpeculationReport) -> Iterator[list[str]]:
@@ -104,7 +105,7 @@ def report_cells(report: SpeculationReport) -> Iterator[list[str]]:
 def engine_rows(found: EngineResult) -> list[list[str]]:
     """What an engine counted beside what was predicted: labels and values, empty where there is none."""
     predicted = found.predicted_draft_acceptance_rate
-    equal = found.num_identical
+    equal, plain, speedup = found.num_identical, found.plain_tokens_per_second, found.speedup
     return [
         ["draft length", str(found.num_assistant_tokens)],
         ["tokens/call, counted", estimate_text(found.mean_acceptance_length)],
@@ -112,8 +113,8 @@ def engine_rows(found: EngineResult) -> list[list[str]]:
         ["accepted ÷ drafted, counted", f"{found.draft_acceptance_rate:.2f}"],
         ["  predicted", "" if predicted is None else f"{predicted:.2f}"],
         ["texts equal to the target's", "" if equal is None else f"{equal} of {found.num_prompts}"],
-        ["tokens/s", f"{found.tokens_per_second:.0f} (plain {found.plain_tokens_per_second:.0f})"],
-        ["speed-up", f"{found.speedup.value:.2f}x{found.speedup.interval(_BOUNDS)}"],
+        ["tokens/s", f"{found.tokens_per_second:.0f}" + ("" if plain is None else f" (plain {plain:.0f})")],
+        ["speed-up", "" if speedup is None else f"{speedup.value:.2f}x{speedup.interval(_BOUNDS)}"],
         ["threads", "" if found.threads is None else str(found.threads)],
     ]
 

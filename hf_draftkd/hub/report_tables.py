@@ -178,7 +178,7 @@ def engine_table(report: SpeculationReport) -> Markdown | None:
                 "Plain, tokens/s": estimate_text(found.plain_tokens_per_second, 1),
                 "With the draft, tokens/s": estimate_text(found.tokens_per_second, 1),
                 "Speed-up": estimate_text(found.speedup, 2),
-                "Best draft length": found.recommendation.num_assistant_tokens,
+                "Best draft length": found.recommendation and found.recommendation.num_assistant_tokens,
             }
             for found in report.engines or []
         ]

@@ -1,5 +1,6 @@
 """Engines that serve a pair: what they answered when they were run, and everything that can be wrong there."""
 
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from datasets import Dataset
+from rich.console import Console
 
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.decoding.setting import DecodingSetting
@@ -22,6 +24,8 @@ from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPai
 from hf_draftkd.evaluation.html import render_page
 from hf_draftkd.evaluation.plots import speed_by_length_figure
 from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.evaluation.tables import ReportTable
+from hf_draftkd.hub.report_tables import engine_table
 from tests.evaluation import samples
 
 GREEDY = DecodingSetting()
@@ -191,7 +195,7 @@ def test_a_command_that_is_told_to_end_leaves_no_server(tmp_path):
         ({"endpoint": "http://a"}, "needs `engine`"),
         ({"engine": "vlm", "launch": True}, "vllm"),
         ({"engine": "vllm"}, "or `launch`"),
-        ({"engine": "vllm", "endpoint": "http://a"}, "plain_endpoint"),
+        ({"engine": "vllm", "plain_endpoint": "http://a"}, "give `endpoint` too"),
         ({"engine": "llama.cpp", "launch": True}, "engine_models"),
         ({"engine": "vllm", "launch": True, "engine_rounds": 0}, "engine_rounds"),
     ],
@@ -249,11 +253,11 @@ ROWS = Dataset.from_list(
 )
 
 
-def run(monkeypatch, **faults):
+def run(monkeypatch, plain_endpoint="http://plain", **faults):
     monkeypatch.setitem(ENGINES, "vllm", Served(**faults))
     report = samples.report()
     report.max_new_tokens = 9
-    servers = {"engine": "vllm", "endpoint": "http://draft", "plain_endpoint": "http://plain", "engine_rounds": 2}
+    servers = {"engine": "vllm", "endpoint": "http://draft", "plain_endpoint": plain_endpoint, "engine_rounds": 2}
     return report, evaluate_in_engine(report, ROWS, Letters(), num_assistant_tokens=4, **servers)
 
 
@@ -275,6 +279,25 @@ def test_an_engine_is_measured_beside_the_prediction(monkeypatch):
     assert "<h3>vllm 1.0, greedy</h3>" in render_page(report)
     line = {each.get_label(): each for each in speed_by_length_figure(report).axes[0].lines}["vllm, greedy"]
     assert line.get_xydata().tolist() == [[4, pytest.approx(found.predicted_mean_acceptance_length.value * 2 / 3)]]
+
+
+def test_a_server_alone_is_counted_and_nothing_is_said_of_speed(monkeypatch):
+    """A ratio to a server that nobody asked, or a page and a card that need one."""
+    report, (found,) = run(monkeypatch, plain_endpoint=None)
+    assert found.mean_acceptance_length.value == 2.0
+    assert (found.num_identical, found.num_plain_identical) == (3, None)
+    assert (found.speedup, found.recommendation, found.target_step_seconds) == (None, None, None)
+    assert SpeculationReport.from_json(report.to_json()) == report
+    page = render_page(report)
+    assert "<h3>vllm 1.0, greedy</h3>" in page
+    assert "None" not in page
+    console = Console(record=True, file=io.StringIO())
+    console.print(ReportTable(report))
+    table = console.export_text()
+    assert "vllm 1.0, greedy" in table
+    assert "speed-up" not in table
+    assert "Speed-up" not in engine_table(report)
+    assert "vllm, greedy" not in [each.get_label() for each in speed_by_length_figure(report).axes[0].lines]
 
 
 @pytest.mark.parametrize(

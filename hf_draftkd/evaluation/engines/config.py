@@ -16,7 +16,9 @@ class EngineConfig:
 
     engine: str | None = option(None, "Also measure the pair served by an engine: llama.cpp, vllm or openvino.")
     endpoint: str | None = option(None, "Address of a running server with the draft, such as http://127.0.0.1:8080.")
-    plain_endpoint: str | None = option(None, "Address of a running server of the target alone.")
+    plain_endpoint: str | None = option(
+        None, "Address of a running server of the target alone; without one nothing is said of the speed-up."
+    )
     launch: bool = option(False, "Start both servers here, and stop them afterwards.")
     engine_binary: str | None = option(
         None, "For `launch`: llama-server, or the Python of the environment that holds vLLM or OpenVINO GenAI."
@@ -43,11 +45,9 @@ class EngineConfig:
         for name in ("engine_threads", "engine_rounds"):
             whole_number(name, getattr(self, name))
         if self.launch == bool(self.endpoint or self.plain_endpoint):
-            raise ValueError("Give `endpoint` and `plain_endpoint`, or `launch`: one of the two ways.")
-        if not self.launch and not (self.endpoint and self.plain_endpoint):
-            raise ValueError(
-                "A speed-up compares two servers: give `endpoint` (with the draft) and `plain_endpoint` (without)."
-            )
+            raise ValueError("Give `endpoint`, for a running server with the draft, or `launch`: one of the two ways.")
+        if self.plain_endpoint and not self.endpoint:
+            raise ValueError("`plain_endpoint` is compared with a server that drafts: give `endpoint` too.")
         if self.launch and self.engine != "vllm" and len(self.engine_models or ()) != 2:
             raise ValueError(
                 f"`launch` of {self.engine} needs `engine_models`: the target and the draft, converted for it. The "

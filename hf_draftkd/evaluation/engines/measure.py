@@ -53,8 +53,9 @@ def evaluate_in_engine(
     """Measure the pair in an engine that serves it, and add the results to the report.
 
     The prompts go to the engine as token ids. Plain and assisted requests take turns, one at a time; the ratio's
-    interval is over prompts. Greedy texts are compared with the target's own. The best draft length follows from step
-    times taken in the engine: with `launch` at several draft lengths, otherwise at the one that is served.
+    interval is over prompts. Without a server that decodes plainly, calls are counted and nothing is said of speed-up.
+    Greedy texts are compared with the target's own. The best draft length follows from step times taken in the engine:
+    with `launch` at several draft lengths, otherwise at the one that is served.
 
         rows = generate_alignment_data(target, tokenizer, prompts, temperatures=(0.0, 1.0))
         report = evaluate_draft(draft, target, tokenizer, dataset=rows)
@@ -124,12 +125,12 @@ def check_servers(config: EngineConfig) -> None:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """What the servers answered: to every prompt plainly and with the draft, one answer a round."""
+    """What the servers answered: to every prompt with the draft, and plainly where one does, one answer a round."""
 
     version: str
-    plain: list[list[Completion]]
+    plain: list[list[Completion]] | None
     assisted: list[list[Completion]]
-    target_step_seconds: float
+    target_step_seconds: float | None
     call_seconds: dict[int, float]
 
 
@@ -161,16 +162,11 @@ def _measure(
     same = (each for each in report.settings if (each.decoding, each.verification) == (setting, rule))
     efficiency = next((each.block_efficiency for each in same), None)
     predicted = None if efficiency is None else efficiency[length]
-    columns = [_sums(runs, name) for runs in (decoded.assisted, decoded.plain) for name in ("num_tokens", "seconds")]
-    tokens, seconds, plain_tokens, plain_seconds = map(sum, columns)
-    speedup = bootstrap_paired_ratio_quotient(*columns)
-    steps, drafted, accepted = (
-        _sums(decoded.assisted, name) for name in ("num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens")
+    tokens, seconds, steps, drafted, accepted = (
+        _sums(decoded.assisted, name)
+        for name in ("num_tokens", "seconds", "num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens")
     )
     counted = bootstrap_ratio(_sums(decoded.assisted, "num_later_tokens"), steps)
-    identical = plain_identical = None
-    if setting.is_greedy:
-        identical, plain_identical = (_num_equal(runs, chosen, tokenizer) for runs in (decoded.assisted, decoded.plain))
     flags = None
     if config.launch:
         words, variables = engine.command(pair, 0)
@@ -186,8 +182,7 @@ def _measure(
         num_assistant_tokens=length,
         num_prompts=len(prompts),
         num_rounds=config.engine_rounds,
-        num_identical=identical,
-        num_plain_identical=plain_identical,
+        num_identical=_num_equal(decoded.assisted, chosen, tokenizer) if setting.is_greedy else None,
         num_spec_steps=sum(steps),
         num_draft_tokens=sum(drafted),
         num_accepted_draft_tokens=sum(accepted),
@@ -195,22 +190,19 @@ def _measure(
         predicted_mean_acceptance_length=predicted,
         draft_acceptance_rate=sum(accepted) / sum(drafted),
         predicted_draft_acceptance_rate=None if predicted is None else (predicted.value - 1) / length,
-        tokens_per_second=tokens / seconds,
-        plain_tokens_per_second=plain_tokens / plain_seconds,
-        speedup=speedup,
-        target_step_seconds=decoded.target_step_seconds,
+        tokens_per_second=sum(tokens) / sum(seconds),
         call_seconds=decoded.call_seconds,
-        recommendation=recommend_in_engine(
-            engine.name,
-            setting,
-            length,
-            counted,
-            efficiency,
-            decoded.target_step_seconds,
-            decoded.call_seconds,
-            speedup,
-        ),
     )
+    if decoded.plain and decoded.target_step_seconds:
+        plain_tokens, plain_seconds = (_sums(decoded.plain, name) for name in ("num_tokens", "seconds"))
+        speedup = bootstrap_paired_ratio_quotient(tokens, seconds, plain_tokens, plain_seconds)
+        step, calls = decoded.target_step_seconds, decoded.call_seconds
+        result.num_plain_identical = _num_equal(decoded.plain, chosen, tokenizer) if setting.is_greedy else None
+        result.plain_tokens_per_second = sum(plain_tokens) / sum(plain_seconds)
+        result.speedup, result.target_step_seconds = speedup, step
+        result.recommendation = recommend_in_engine(
+            engine.name, setting, length, counted, efficiency, step, calls, speedup
+        )
     report.warnings += [note for note in _notes(engine, result) if note not in report.warnings]
     by_kind = {(each.engine, each.decoding, each.flags): each for each in (*(report.engines or []), result)}
     report.engines = list(by_kind.values())
@@ -230,7 +222,7 @@ def _decode(
 
     def served(pair: ServedPair) -> AbstractContextManager[str]:
         running = config.endpoint if pair.draft else config.plain_endpoint
-        return launched(engine, pair) if config.launch else nullcontext(str(running).rstrip("/"))
+        return launched(engine, pair) if config.launch else nullcontext((running or "").rstrip("/"))
 
     def ask(url: str, place: int, seed: int = 0, limit: int = limit) -> Completion:
         found, size = engine.complete(url, prompts[place], setting, limit, seed), len(prompts[place])
@@ -247,11 +239,12 @@ def _decode(
     plain: list[list[Completion]] = [[] for _ in prompts]
     assisted: list[list[Completion]] = [[] for _ in prompts]
     with served(replace(pair, draft=None)) as plain_url, served(pair) as url:
-        for address in (plain_url, url):
+        ways = [(assisted, url), *([(plain, plain_url)] if plain_url else [])]
+        for _, address in ways:
             _check_tokens(engine, address, tokenizer, prompts)
         version = engine.version(url)
         # The first requests of a server pay for compilation and memory.
-        if ask(plain_url, 0).num_draft_tokens:
+        if plain_url and ask(plain_url, 0).num_draft_tokens:
             raise ValueError(f"The server of plain decoding at {plain_url} drafts: start it without a draft.")
         if not ask(url, 0).num_draft_tokens:
             raise ValueError(
@@ -260,10 +253,9 @@ def _decode(
             )
         total = config.engine_rounds * len(prompts)
         for number in logging.tqdm(range(total), desc=f"{engine.name}, {setting}", unit="prompt"):
-            ways = [(plain, plain_url), (assisted, url)]
             for runs, address in ways if number % 2 else reversed(ways):
                 runs[number % len(prompts)].append(ask(address, number % len(prompts), number))
-        target_step = _step_seconds(ask, plain_url, plain, "num_later_tokens")
+        target_step = _step_seconds(ask, plain_url, plain, "num_later_tokens") if plain_url else None
         calls = {length: _step_seconds(ask, url, assisted, "num_spec_steps")}
     for other in _STEP_TIME_LENGTHS if config.launch else ():
         if other != length:
@@ -271,7 +263,7 @@ def _decode(
                 ask(url, 0)
                 answers = [[ask(url, place, place)] for place in range(len(prompts[:_STEP_TIME_PROMPTS]))]
                 calls[other] = _step_seconds(ask, url, answers, "num_spec_steps")
-    return _Decoded(version, plain, assisted, target_step, dict(sorted(calls.items())))
+    return _Decoded(version, plain if plain_url else None, assisted, target_step, dict(sorted(calls.items())))
 
 
 def _notes(engine: Engine, found: EngineResult) -> Iterator[str]:
