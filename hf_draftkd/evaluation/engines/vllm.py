@@ -38,8 +38,8 @@ class VLLM(Engine):
 
     def fault(self, setting: DecodingSetting, is_launched: bool) -> str | None:
         if is_launched and not setting.is_greedy:
-            # `_expand_kernel_impl` in vllm/utils/cpu_triton_utils.py fills an int64 copy of a
-            # float tensor and drops it.
+            # `_expand_kernel_impl` in vllm/utils/cpu_triton_utils.py fills a copy and drops it unless the tensor is
+            # int64: called alone it leaves float32 (temperature, top-p) and int32 (top-k) as they were.
             return (
                 f"vLLM {self.tested_version} on a CPU samples with a draft from an uninitialised temperature (and ends "
                 "its engine core for top-k and top-p): its texts would not be the target's"
