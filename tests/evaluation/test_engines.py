@@ -281,6 +281,29 @@ def test_an_engine_is_measured_beside_the_prediction(monkeypatch):
     assert line.get_xydata().tolist() == [[4, pytest.approx(found.predicted_mean_acceptance_length.value * 2 / 3)]]
 
 
+def test_what_was_counted_is_kept_where_a_later_server_does_not_start(monkeypatch):
+    """Half an hour of rounds was lost with the last of four servers, which only times steps."""
+
+    class Launched(Served):
+        def command(self, pair, port):
+            return ["serve", "--port", str(port)], {}
+
+    @contextmanager
+    def launched(engine, pair):
+        if pair.num_assistant_tokens == 8:
+            raise ValueError("no memory")
+        yield "http://draft" if pair.draft else "http://plain"
+
+    monkeypatch.setitem(ENGINES, "vllm", Launched())
+    monkeypatch.setattr(measure, "launched", launched)
+    report = samples.report()
+    with pytest.raises(ValueError, match="no memory"):
+        evaluate_in_engine(report, ROWS, Letters(), num_assistant_tokens=4, engine="vllm", launch=True)
+    (found,) = report.engines
+    assert found.speedup.value > 1
+    assert found.recommendation.worth_it
+
+
 def test_a_server_alone_is_counted_and_nothing_is_said_of_speed(monkeypatch):
     """A ratio to a server that nobody asked, or a page and a card that need one."""
     report, (found,) = run(monkeypatch, plain_endpoint=None)

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -124,14 +124,49 @@ def check_servers(config: EngineConfig) -> None:
 
 
 @dataclass(frozen=True)
-class _Decoded:
-    """What the servers answered: to every prompt with the draft, and plainly where one does, one answer a round."""
+class _Questions:
+    """The prompts of one setting, as they are put to any server of the engine."""
 
-    version: str
-    plain: list[list[Completion]] | None
-    assisted: list[list[Completion]]
-    target_step_seconds: float | None
-    call_seconds: dict[int, float]
+    engine: Engine
+    prompts: list[list[int]]
+    setting: DecodingSetting
+    limit: int
+
+    def ask(self, url: str, place: int, seed: int = 0, limit: int | None = None) -> Completion:
+        prompt, limit = self.prompts[place], limit or self.limit
+        found = self.engine.complete(url, prompt, self.setting, limit, seed)
+        if found.is_cut:
+            raise ValueError(
+                f"{self.engine.name} at {url} cut an answer to a prompt of {len(prompt)} tokens, since its context is "
+                f"full. Start it with a context of at least {len(prompt) + limit + 1} tokens."
+            )
+        if not found.token_ids:
+            raise ValueError(f"{self.engine.name} at {url} gave no token ids: it is too old, or another server.")
+        return found
+
+    def check_tokens(self, url: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Whether the engine reads the prompts' texts as the same ids: another tokenizer is another model."""
+        for number, prompt in enumerate(self.prompts):
+            text = tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
+            mine = tokenizer(text, add_special_tokens=False)["input_ids"]
+            theirs = self.engine.tokenize(url, text)
+            if mine != theirs:
+                place = len(os.path.commonprefix([mine, theirs]))  # noqa: RUF071 - of lists
+                raise ValueError(
+                    f"{self.engine.name} at {url} has another tokenizer: of prompt {number} token {place} is "
+                    f"{theirs[place : place + 1]} there and {mine[place : place + 1]} here, behind "
+                    f"{tokenizer.decode(mine[max(place - 8, 0) : place])!r}. Serve the model that was evaluated."
+                )
+
+    def step_seconds(self, url: str, runs: Sequence[Sequence[Completion]], per: str) -> float:
+        """Seconds of a step behind the prompt: those of whole answers, less those of an answer of one token."""
+        timed = runs[:_STEP_TIME_PROMPTS]
+        first = [median(self.ask(url, place, limit=1).seconds for _ in range(3)) for place in range(len(timed))]
+        seconds = sum(_sums(timed, "seconds")) - sum(len(found) * one for found, one in zip(timed, first, strict=True))
+        steps = sum(_sums(timed, per))
+        if steps == 0:
+            raise ValueError("Every answer has one token, so no step could be timed. Give prompts with longer answers.")
+        return max(seconds / steps, 1e-9)
 
 
 def _measure(
@@ -156,24 +191,34 @@ def _measure(
         binary=config.engine_binary or engine.binary,
         dtype=report.target.dtype or "auto",
     )
-    decoded = _decode(engine, pair, prompts, tokenizer, setting, limit, config)
+    questions = _Questions(engine, prompts, setting, limit)
     # When sampling only the server's user knows how its draft does.
     rule = "exact_match" if setting.is_greedy else engine.sampled_rule if config.launch else None
     same = (each for each in report.settings if (each.decoding, each.verification) == (setting, rule))
     efficiency = next((each.block_efficiency for each in same), None)
     predicted = None if efficiency is None else efficiency[length]
+
+    def served(pair: ServedPair) -> AbstractContextManager[str]:
+        running = config.endpoint if pair.draft else config.plain_endpoint
+        return launched(engine, pair) if config.launch else nullcontext((running or "").rstrip("/"))
+
+    with served(replace(pair, draft=None)) as plain_url, served(pair) as url:
+        version = engine.version(url)
+        plain, assisted = _in_turns(questions, plain_url, url, tokenizer, config.engine_rounds)
+        calls = {length: questions.step_seconds(url, assisted, "num_spec_steps")}
+        target_step = questions.step_seconds(plain_url, plain, "num_later_tokens") if plain_url else None
     tokens, seconds, steps, drafted, accepted = (
-        _sums(decoded.assisted, name)
+        _sums(assisted, name)
         for name in ("num_tokens", "seconds", "num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens")
     )
-    counted = bootstrap_ratio(_sums(decoded.assisted, "num_later_tokens"), steps)
+    counted = bootstrap_ratio(_sums(assisted, "num_later_tokens"), steps)
     flags = None
     if config.launch:
         words, variables = engine.command(pair, 0)
         flags = " ".join([*(f"{name}={value}" for name, value in variables.items()), *words[:-2]])  # without its port
     result = EngineResult(
         engine=engine.name,
-        version=decoded.version,
+        version=version,
         flags=flags,
         threads=config.engine_threads if config.launch else None,
         hardware=processor_name() if config.launch else None,
@@ -182,7 +227,8 @@ def _measure(
         num_assistant_tokens=length,
         num_prompts=len(prompts),
         num_rounds=config.engine_rounds,
-        num_identical=_num_equal(decoded.assisted, chosen, tokenizer) if setting.is_greedy else None,
+        num_identical=_num_equal(assisted, chosen, tokenizer) if setting.is_greedy else None,
+        num_plain_identical=_num_equal(plain, chosen, tokenizer) if setting.is_greedy and plain_url else None,
         num_spec_steps=sum(steps),
         num_draft_tokens=sum(drafted),
         num_accepted_draft_tokens=sum(accepted),
@@ -191,79 +237,51 @@ def _measure(
         draft_acceptance_rate=sum(accepted) / sum(drafted),
         predicted_draft_acceptance_rate=None if predicted is None else (predicted.value - 1) / length,
         tokens_per_second=sum(tokens) / sum(seconds),
-        call_seconds=decoded.call_seconds,
+        call_seconds=calls,
     )
-    if decoded.plain and decoded.target_step_seconds:
-        plain_tokens, plain_seconds = (_sums(decoded.plain, name) for name in ("num_tokens", "seconds"))
-        speedup = bootstrap_paired_ratio_quotient(tokens, seconds, plain_tokens, plain_seconds)
-        step, calls = decoded.target_step_seconds, decoded.call_seconds
-        result.num_plain_identical = _num_equal(decoded.plain, chosen, tokenizer) if setting.is_greedy else None
-        result.plain_tokens_per_second = sum(plain_tokens) / sum(plain_seconds)
-        result.speedup, result.target_step_seconds = speedup, step
-        result.recommendation = recommend_in_engine(
-            engine.name, setting, length, counted, efficiency, step, calls, speedup
-        )
-    report.warnings += [note for note in _notes(engine, result) if note not in report.warnings]
     by_kind = {(each.engine, each.decoding, each.flags): each for each in (*(report.engines or []), result)}
-    report.engines = list(by_kind.values())
+    report.engines = list(by_kind.values())  # before what can still fail
+    report.warnings += [note for note in _notes(engine, result) if note not in report.warnings]
+    if target_step is not None:
+        plain_tokens, plain_seconds = (_sums(plain, name) for name in ("num_tokens", "seconds"))
+        speedup = bootstrap_paired_ratio_quotient(tokens, seconds, plain_tokens, plain_seconds)
+        result.plain_tokens_per_second = sum(plain_tokens) / sum(plain_seconds)
+        result.speedup, result.target_step_seconds = speedup, target_step
+        given = engine.name, setting, length, counted, efficiency, target_step
+        result.recommendation = recommend_in_engine(*given, calls, speedup)
+        for other in _STEP_TIME_LENGTHS if config.launch else ():
+            if other != length:
+                with served(replace(pair, num_assistant_tokens=other)) as url:
+                    questions.ask(url, 0)
+                    answers = [[questions.ask(url, place, place)] for place in range(len(prompts[:_STEP_TIME_PROMPTS]))]
+                    calls[other] = questions.step_seconds(url, answers, "num_spec_steps")
+        result.call_seconds = dict(sorted(calls.items()))
+        result.recommendation = recommend_in_engine(*given, calls, speedup)
     return result
 
 
-def _decode(
-    engine: Engine,
-    pair: ServedPair,
-    prompts: Sequence[Sequence[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    setting: DecodingSetting,
-    limit: int,
-    config: EngineConfig,
-) -> _Decoded:
-    """Let both servers answer every prompt in turns, then time steps: with `launch` at other draft lengths too."""
-
-    def served(pair: ServedPair) -> AbstractContextManager[str]:
-        running = config.endpoint if pair.draft else config.plain_endpoint
-        return launched(engine, pair) if config.launch else nullcontext((running or "").rstrip("/"))
-
-    def ask(url: str, place: int, seed: int = 0, limit: int = limit) -> Completion:
-        found, size = engine.complete(url, prompts[place], setting, limit, seed), len(prompts[place])
-        if found.is_cut:
-            raise ValueError(
-                f"{engine.name} at {url} cut an answer to a prompt of {size} tokens, since its context is full. Start "
-                f"it with a context of at least {size + limit + 1} tokens."
-            )
-        if not found.token_ids:
-            raise ValueError(f"{engine.name} at {url} gave no token ids: it is too old, or another server.")
-        return found
-
-    length = pair.num_assistant_tokens
-    plain: list[list[Completion]] = [[] for _ in prompts]
-    assisted: list[list[Completion]] = [[] for _ in prompts]
-    with served(replace(pair, draft=None)) as plain_url, served(pair) as url:
-        ways = [(assisted, url), *([(plain, plain_url)] if plain_url else [])]
-        for _, address in ways:
-            _check_tokens(engine, address, tokenizer, prompts)
-        version = engine.version(url)
-        # The first requests of a server pay for compilation and memory.
-        if plain_url and ask(plain_url, 0).num_draft_tokens:
-            raise ValueError(f"The server of plain decoding at {plain_url} drafts: start it without a draft.")
-        if not ask(url, 0).num_draft_tokens:
-            raise ValueError(
-                f"{engine.name} at {url} drafted nothing, or does not count: it has no draft loaded. Start it with the "
-                "draft, as the card's command shows."
-            )
-        total = config.engine_rounds * len(prompts)
-        for number in logging.tqdm(range(total), desc=f"{engine.name}, {setting}", unit="prompt"):
-            for runs, address in ways if number % 2 else reversed(ways):
-                runs[number % len(prompts)].append(ask(address, number % len(prompts), number))
-        target_step = _step_seconds(ask, plain_url, plain, "num_later_tokens") if plain_url else None
-        calls = {length: _step_seconds(ask, url, assisted, "num_spec_steps")}
-    for other in _STEP_TIME_LENGTHS if config.launch else ():
-        if other != length:
-            with served(replace(pair, num_assistant_tokens=other)) as url:
-                ask(url, 0)
-                answers = [[ask(url, place, place)] for place in range(len(prompts[:_STEP_TIME_PROMPTS]))]
-                calls[other] = _step_seconds(ask, url, answers, "num_spec_steps")
-    return _Decoded(version, plain if plain_url else None, assisted, target_step, dict(sorted(calls.items())))
+def _in_turns(
+    questions: _Questions, plain_url: str, url: str, tokenizer: PreTrainedTokenizerBase, rounds: int
+) -> tuple[list[list[Completion]], list[list[Completion]]]:
+    """Every prompt's answers, one a round: plain ones, of which there are none without a server, and with the draft."""
+    engine, count = questions.engine, len(questions.prompts)
+    plain: list[list[Completion]] = [[] for _ in range(count)]
+    assisted: list[list[Completion]] = [[] for _ in range(count)]
+    ways = [(assisted, url), *([(plain, plain_url)] if plain_url else [])]
+    for _, address in ways:
+        questions.check_tokens(address, tokenizer)
+    # The first requests of a server pay for compilation and memory.
+    if plain_url and questions.ask(plain_url, 0).num_draft_tokens:
+        raise ValueError(f"The server of plain decoding at {plain_url} drafts: start it without a draft.")
+    if not questions.ask(url, 0).num_draft_tokens:
+        raise ValueError(
+            f"{engine.name} at {url} drafted nothing, or does not count: it has no draft loaded. Start it with the "
+            "draft, as the card's command shows."
+        )
+    for number in logging.tqdm(range(rounds * count), desc=f"{engine.name}, {questions.setting}", unit="prompt"):
+        for runs, address in ways if number % 2 else reversed(ways):
+            runs[number % count].append(questions.ask(address, number % count, number))
+    return plain, assisted
 
 
 def _notes(engine: Engine, found: EngineResult) -> Iterator[str]:
@@ -356,34 +374,6 @@ def recommend_in_engine(
 def _sums(runs: Sequence[Sequence[Completion]], name: str) -> list[Any]:
     """A number of each prompt's answers, added up over the rounds."""
     return [sum(getattr(each, name) for each in found) for found in runs]
-
-
-def _step_seconds(ask: Callable[..., Completion], url: str, runs: Sequence[Sequence[Completion]], per: str) -> float:
-    """Seconds of a step behind the prompt: those of whole answers, less those of an answer of one token."""
-    timed = runs[:_STEP_TIME_PROMPTS]
-    first = [median(ask(url, place, limit=1).seconds for _ in range(3)) for place in range(len(timed))]
-    seconds = sum(_sums(timed, "seconds")) - sum(len(found) * one for found, one in zip(timed, first, strict=True))
-    steps = sum(_sums(timed, per))
-    if steps == 0:
-        raise ValueError("Every answer has one token, so no step could be timed. Give prompts with longer answers.")
-    return max(seconds / steps, 1e-9)
-
-
-def _check_tokens(
-    engine: Engine, url: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]
-) -> None:
-    """Whether the engine reads the prompts' texts as the same ids: another tokenizer is another model."""
-    for number, prompt in enumerate(prompts):
-        text = tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
-        mine = tokenizer(text, add_special_tokens=False)["input_ids"]
-        theirs = engine.tokenize(url, text)
-        if mine != theirs:
-            place = len(os.path.commonprefix([mine, theirs]))  # noqa: RUF071 - of lists
-            raise ValueError(
-                f"{engine.name} at {url} has another tokenizer: of prompt {number} token {place} is "
-                f"{theirs[place : place + 1]} there and {mine[place : place + 1]} here, behind "
-                f"{tokenizer.decode(mine[max(place - 8, 0) : place])!r}. Serve the model that was evaluated."
-            )
 
 
 def _num_equal(runs: Sequence[Sequence[Completion]], texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> int:
