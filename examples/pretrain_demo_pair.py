@@ -23,7 +23,8 @@ import torch
 import transformers
 from demo_pair import corpus, evaluation
 from demo_pair.card import render_card
-from demo_pair.chat_tuning import TuningPass, chat_tune
+from demo_pair.chat_tuning import TuningPass, chat_tune, warm_up
+from demo_pair.copying import WarmUp
 from demo_pair.functions import functions_by_split
 from demo_pair.pretraining import Schedule, base_config, pretrain
 from demo_pair.queries import make_queries, usable
@@ -34,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # What the tokenizer remembers of how it was loaded here, of no concern to whoever loads it next.
 LOADING_NOTES = ("is_local", "local_files_only")
 STAGES = ("corpus", "base", "target", "draft", "evaluate")
-SEEDS = {"base": 1, "draft": 2, "target": 3, "chat_queries": 11, "dev": 12, "test": 13, "train": 14}
+SEEDS = {"base": 1, "draft": 2, "target": 3, "warm_up": 4, "chat_queries": 11, "dev": 12, "test": 13, "train": 14}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Plan:
 
     base: Schedule
     draft: Schedule
-    tuning: tuple[TuningPass, ...]
+    warm_up: WarmUp
+    tuning: TuningPass
     queries: tuple[tuple[str, int], ...]
     documents: int | None = None
     vocabulary: int = VOCABULARY_SIZE
@@ -53,7 +55,8 @@ class Plan:
 FULL = Plan(
     base=Schedule(steps=600),
     draft=Schedule(steps=600),
-    tuning=(TuningPass(9600, distractor_counts=(0, 1, 2, 2, 3), disguise_share=0.5),),
+    warm_up=WarmUp(steps=300),
+    tuning=TuningPass(9600, distractor_counts=(1, 2, 2, 3), disguise_share=0.5),
     queries=(("train", 2400), ("dev", 200), ("test", 200)),
 )
 _TOY = Schedule(
@@ -67,7 +70,8 @@ _TOY = Schedule(
 SMOKE = Plan(
     base=_TOY,
     draft=_TOY,
-    tuning=(TuningPass(64, distractor_counts=(1, 2), disguise_share=0.5, warmup_steps=2, batch_size=16),),
+    warm_up=WarmUp(steps=10, choices=6, repetitions=2, warmup_steps=2),
+    tuning=TuningPass(160, distractor_counts=(1, 2), disguise_share=0.5, warmup_steps=2, batch_size=16),
     documents=8,
     vocabulary=512,
     queries=(("train", 24), ("dev", 8), ("test", 8)),
@@ -138,26 +142,21 @@ class Workshop:
         self._pretrain("draft", self.plan.draft)
 
     def target(self) -> None:
-        """The target: the base model, tuned on conversations about the training functions."""
+        """The target: the base model, taught to copy and then tuned on conversations about the training functions."""
         tokenizer = self._tokenizer()
         self._noted("base")
-        model = load(self.work / "base" / "model")
-        functions, passes = functions_by_split()["train"], []
-        for place, schedule in enumerate(self.plan.tuning):
-            queries = make_queries(
-                functions,
-                schedule.conversations,
-                SEEDS["chat_queries"] + 10 * place,
-                disguise_share=schedule.disguise_share,
-                distractor_counts=schedule.distractor_counts,
-            )
-            seed = SEEDS["target"]
-            passes.append(
-                chat_tune(model, tokenizer, queries, schedule, self.work / "target", seed=seed, batch_seed=seed + place)
-            )
-        model.save_pretrained(self.work / "target" / "model")
-        totals = {key: sum(figures[key] for figures in passes) for key in ("seconds", "conversations", "tokens")}
-        self._note("target", {**totals, "passes": [figures["schedule"] for figures in passes]})
+        model, directory = load(self.work / "base" / "model"), self.work / "target"
+        figures = {"warm_up": warm_up(model, tokenizer, self.plan.warm_up, directory, seed=SEEDS["warm_up"])}
+        queries = make_queries(
+            functions_by_split()["train"],
+            self.plan.tuning.conversations,
+            SEEDS["chat_queries"],
+            disguise_share=self.plan.tuning.disguise_share,
+            distractor_counts=self.plan.tuning.distractor_counts,
+        )
+        figures["tuning"] = chat_tune(model, tokenizer, queries, self.plan.tuning, directory, seed=SEEDS["target"])
+        model.save_pretrained(directory / "model")
+        self._note("target", figures)
 
     def evaluate(self) -> None:
         """Write the assets, then measure exactly what was written."""

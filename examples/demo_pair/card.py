@@ -6,6 +6,8 @@ What a person has to say about a run is in `provenance.json` too: `notes` on how
 import textwrap
 from typing import Any
 
+from demo_pair.copying import NAME_WEIGHT
+
 _CARD = """---
 license: apache-2.0
 language: [en]
@@ -33,11 +35,12 @@ Everything comes from the standard library of Python {python}: no other data was
 2. **Tokenizer.** Byte-level BPE of {vocabulary} tokens, trained on that text; digits stand alone.
 3. **Base model.** Llama architecture, {base_steps:,} steps, {base_tokens:,} tokens, {base_seconds:,.0f} s
    ({base_rate:,.0f} tokens/s). Muon for the layers' matrices, AdamW for the rest; warm-up, constant, linear decay.
-4. **Target.** The base model, tuned on {conversations:,} conversations ({chat_tokens:,} tokens, {chat_seconds:,.0f} s)
-   made by template from {train_functions:,} functions. In {disguise_share} of them the functions wear other modules'
-   names and other parameters, so that names must be read from the prompt; some list one or two functions
-   only, so that copying a name is learned before choosing one. The user's tokens carry loss too (weight
-   {user_weight}), so the target can write queries when it is given `<|user|>`.
+4. **Target.** The base model, first taught to copy and to choose on random tokens ({copying_tokens:,} tokens,
+   {copying_seconds:,.0f} s), then tuned on {conversations:,} conversations ({chat_tokens:,} tokens,
+   {chat_seconds:,.0f} s) made by template from {train_functions:,} functions. In {disguise_share:.0%} of them the
+   functions wear other names and parameters, so that names must be read from the prompt. The user's tokens carry loss
+   too (weight {user_weight}), so the target can write queries when it is given `<|user|>`; the first token of a name,
+   which is the choice, weighs {name_weight:g} times an answer's other tokens.
 5. **Stock draft.** {draft_steps:,} steps, {draft_tokens:,} tokens of the same text, {draft_seconds:,.0f} s.
 
 Hardware: {hardware}. Seeds, versions, settings and the weights' sha256 are in `provenance.json`. The run is
@@ -45,10 +48,11 @@ deterministic up to the order of floating-point sums, which depends on the numbe
 {notes}
 ## Queries
 
-`train.jsonl`, `dev.jsonl` and `test.jsonl` hold {rows} queries. A query lists three or four
-functions with their signatures and asks, in words made from the docstring's first sentence, for one of them to be
-called with given values. The answer is one line of JSON, always serialised in the same way. Columns: `prompt` (one user
-message), `domain` (`function_calling`), `function` (the right one), `reference` (the right answer).
+`train.jsonl`, `dev.jsonl` and `test.jsonl` hold {rows} queries. A query asks, in words made from the first sentence of
+a function's docstring, for that function to be called with given values, and lists three or four functions to choose
+from: each with its docstring's first sentence and its signature. The answer is one line of JSON, always serialised in
+the same way. Columns: `prompt` (one user message), `domain` (`function_calling`), `module` and `function` (the right
+one), `reference` (the right answer).
 
 The splits share no module, no function name and no opening sentence of a docstring. The modules of the development
 split ({dev_modules}) and the test split ({test_modules}) are in no training text at all: neither tokenizer, base model,
@@ -112,6 +116,7 @@ def render_card(provenance: dict[str, Any]) -> str:
         for name in ("base", "target", "draft")
         for short, key in (("nats", "nats_per_token"), ("bits", "bits_per_byte"))
     }
+    warm_up, tuning = stages["target"]["warm_up"], stages["target"]["tuning"]
     notes = provenance.get("notes")
     return _CARD.format(
         notes=f"\n{textwrap.fill(f'How this run went: {notes}', 120)}\n" if notes else "",
@@ -133,11 +138,14 @@ def render_card(provenance: dict[str, Any]) -> str:
         base_tokens=stages["base"]["tokens"],
         base_seconds=stages["base"]["seconds"],
         base_rate=stages["base"]["tokens"] / stages["base"]["seconds"],
-        conversations=stages["target"]["conversations"],
-        chat_tokens=stages["target"]["tokens"],
-        chat_seconds=stages["target"]["seconds"],
-        user_weight=stages["target"]["passes"][0]["user_weight"],
-        disguise_share=" and ".join(f"{one['disguise_share']:.0%}" for one in stages["target"]["passes"]),
+        copying_tokens=warm_up["tokens"],
+        copying_seconds=warm_up["seconds"],
+        conversations=tuning["conversations"],
+        chat_tokens=tuning["tokens"],
+        chat_seconds=tuning["seconds"],
+        user_weight=tuning["schedule"]["user_weight"],
+        disguise_share=tuning["schedule"]["disguise_share"],
+        name_weight=NAME_WEIGHT,
         train_functions=stages["corpus"]["functions"]["train"],
         draft_steps=stages["draft"]["schedule"]["steps"],
         draft_tokens=stages["draft"]["tokens"],

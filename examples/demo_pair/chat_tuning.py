@@ -1,9 +1,9 @@
-"""Turns the base model into the target: function-calling conversations, with loss on both sides of them."""
+"""Turns the base model into the target: copying tasks first, then conversations, with loss on both sides of them."""
 
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from demo_pair.pretraining import autocast, optimizers, set_learning_rates, write_atomically
-from demo_pair.queries import Query
+from demo_pair.copying import NAME_WEIGHT, CopyingTasks, Row, WarmUp
+from demo_pair.pretraining import autocast, write_atomically
+from demo_pair.queries import ANSWER_OPENING, Query
 
 SYSTEM_PROMPTS = ("You call Python functions.", "Answer with a function call in JSON.")
-
-Encoded = tuple[list[int], list[int]]  # token ids, and 1 where the assistant wrote them
 
 
 @dataclass(frozen=True)
 class TuningPass:
-    """One pass over conversations made for it: warm-up, then a linear decay to zero.
+    """One pass over conversations made for it.
 
     The loss on the user's tokens is what lets the target write queries itself when given `<|user|>` alone. It weighs
     less than that on the answers, which are what the target is for.
@@ -34,17 +33,12 @@ class TuningPass:
     warmup_steps: int = 20
     batch_size: int = 24
     user_weight: float = 0.2
-    matrix_learning_rate: float = 0.01
-    other_learning_rate: float = 0.002
+    learning_rate: float = 5e-4
 
     @property
     def steps(self) -> int:
         """Updates in the pass."""
         return self.conversations // self.batch_size
-
-    def scale(self, step: int) -> float:
-        """Factor on both learning rates at `step`."""
-        return min((step + 1) / self.warmup_steps, (self.steps - step) / (self.steps - self.warmup_steps))
 
 
 def conversations(queries: Sequence[Query], count: int, seed: int) -> list[list[dict[str, str]]]:
@@ -61,15 +55,25 @@ def conversations(queries: Sequence[Query], count: int, seed: int) -> list[list[
     return dialogues
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[list[dict[str, str]]]) -> list[Encoded]:
-    """Token ids and assistant masks, as the chat template's generation marks give them."""
+def encode(
+    tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[list[dict[str, str]]], user_weight: float
+) -> list[Row]:
+    """Token ids and their weights: what the assistant wrote is told by the chat template's generation marks."""
     encoded = tokenizer.apply_chat_template(
         list(dialogues), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    return list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
+    opening = len(tokenizer(ANSWER_OPENING, add_special_tokens=False)["input_ids"])
+    rows = []
+    for ids, written in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        weights = [1.0 if mark else user_weight for mark in written]
+        for place, mark in enumerate(written):
+            if mark and not written[place - 1]:
+                weights[place + opening] = NAME_WEIGHT
+        rows.append((ids, weights))
+    return rows
 
 
-def batches(encoded: Sequence[Encoded], size: int, seed: int) -> list[list[Encoded]]:
+def batches(encoded: Sequence[Row], size: int, seed: int) -> list[list[Row]]:
     """Batches of conversations of like length, in random order, so that little is spent on padding."""
     rng = random.Random(seed)
     shuffled = rng.sample(encoded, len(encoded))
@@ -81,14 +85,71 @@ def batches(encoded: Sequence[Encoded], size: int, seed: int) -> list[list[Encod
     return grouped
 
 
-def collate(rows: Sequence[Encoded], user_weight: float) -> tuple[Tensor, Tensor]:
+def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """Token ids and loss weights [B, T], padded on the right, where causal attention needs no mask."""
     length = max(len(ids) for ids, _ in rows)
     ids, weights = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length)
-    for row, (tokens, written) in enumerate(rows):
+    for row, (tokens, weight) in enumerate(rows):
         ids[row, : len(tokens)] = torch.tensor(tokens)
-        weights[row, : len(tokens)] = torch.tensor([1.0 if mark else user_weight for mark in written])
+        weights[row, : len(weight)] = torch.tensor(weight)
     return ids, weights
+
+
+def tune(
+    model: LlamaForCausalLM, steps: Iterable[list[Row]], schedule: WarmUp | TuningPass, directory: Path
+) -> dict[str, Any]:
+    """Train `model` in place on the rows of each step: warm-up, then a linear decay to zero.
+
+    The log gives the loss and the share of right predictions for the first token of a name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    model.train()
+    tokens, began = 0, time.perf_counter()
+    seen: list[Tensor] = []  # weight, loss and hit of each predicted token since the last line of the log
+    for step, rows in enumerate(steps):
+        ids, weights = collate(rows)
+        tokens += sum(len(row) for row, _ in rows)
+        weighted = weights[:, 1:] > 0
+        with autocast():
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+            logits = model.lm_head(hidden[weighted])
+        labels, weight = ids[:, 1:][weighted], weights[:, 1:][weighted]
+        losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        loss = (losses * weight).sum() / weight.sum()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"The tuning loss at step {step} is {loss.item()}.")
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scale = min((step + 1) / schedule.warmup_steps, (schedule.steps - step) / schedule.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = scale * schedule.learning_rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen.append(torch.stack([weight, losses.detach(), (logits.argmax(-1) == labels).float()]))
+        if (step + 1) % 10 == 0:
+            weight, losses, hits = torch.cat(seen, dim=1)
+            name = weight == NAME_WEIGHT
+            print(
+                f"step {step + 1}/{schedule.steps} loss {(losses * weight).sum() / weight.sum():.3f} "
+                f"names {losses[name].mean():.3f}, {hits[name].mean():.1%} right "
+                f"{time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
+            seen.clear()
+        if (step + 1) % 50 == 0:
+            write_atomically(directory / "model.pt", model.state_dict())
+    seconds = round(time.perf_counter() - began, 1)
+    return {"seconds": seconds, "tokens": tokens, "schedule": asdict(schedule)}
+
+
+def warm_up(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, schedule: WarmUp, directory: Path, *, seed: int
+) -> dict[str, Any]:
+    """Train `model` in place on copying tasks, at first with one distractor, then with up to three."""
+    tasks = CopyingTasks(tokenizer, seed)
+    steps = (tasks.batch(schedule, 1 if step < schedule.steps // 2 else 3) for step in range(schedule.steps))
+    return tune(model, steps, schedule, directory)
 
 
 def chat_tune(
@@ -99,45 +160,8 @@ def chat_tune(
     directory: Path,
     *,
     seed: int,
-    batch_seed: int,
 ) -> dict[str, Any]:
-    """Tune `model` in place on conversations made of `queries`; return seconds and token counts."""
-    directory.mkdir(parents=True, exist_ok=True)
-    encoded = encode(tokenizer, conversations(queries, schedule.conversations, seed))
-    pair = optimizers(model, weight_decay=0.01)
-    model.train()
-    tokens, began, running, answer_running = 0, time.perf_counter(), math.nan, math.nan
-    for step, rows in enumerate(batches(encoded, schedule.batch_size, batch_seed)):
-        ids, weights = collate(rows, schedule.user_weight)
-        tokens += sum(len(row) for row, _ in rows)
-        with autocast():
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        weight = weights[:, 1:].flatten()
-        loss = (losses * weight).sum() / weight.sum()
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"The chat-tuning loss at step {step} is {loss.item()}.")
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scale = schedule.scale(step)
-        set_learning_rates(pair, scale * schedule.matrix_learning_rate, scale * schedule.other_learning_rate)
-        for optimizer in pair:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        answer = losses.detach()[weight == 1].mean().item()
-        running = loss.item() if math.isnan(running) else 0.9 * running + 0.1 * loss.item()
-        answer_running = answer if math.isnan(answer_running) else 0.9 * answer_running + 0.1 * answer
-        if (step + 1) % 10 == 0:
-            elapsed = time.perf_counter() - began
-            print(
-                f"step {step + 1}/{schedule.steps} loss {running:.3f} answers {answer_running:.4f} {elapsed:.0f} s",
-                flush=True,
-            )
-        if (step + 1) % 50 == 0:
-            write_atomically(directory / "model.pt", model.state_dict())
-    return {
-        "seconds": round(time.perf_counter() - began, 1),
-        "conversations": schedule.steps * schedule.batch_size,
-        "tokens": tokens,
-        "schedule": asdict(schedule),
-    }
+    """Tune `model` in place on conversations made of `queries`."""
+    rows = encode(tokenizer, conversations(queries, schedule.conversations, seed), schedule.user_weight)
+    figures = tune(model, batches(rows, schedule.batch_size, seed), schedule, directory)
+    return {**figures, "conversations": schedule.steps * schedule.batch_size}

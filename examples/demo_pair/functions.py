@@ -22,31 +22,31 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Function:
-    """One documented function or method: `name` is dotted, `sentence` opens its docstring, without the full stop."""
+    """One documented function or method: `sentence` opens its docstring, without the full stop.
 
+    `name` is the bare one, as APIs for function calling want it: they allow no dots. `module` is the top-level one.
+    """
+
+    module: str
     name: str
     parameters: tuple[Parameter, ...]
     sentence: str
 
     @property
-    def module(self) -> str:
-        """The top-level module or package."""
-        return self.name.split(".")[0]
+    def listing(self) -> str:
+        """The function as a query lists it: what it does, then how it is called.
 
-    @property
-    def short_name(self) -> str:
-        """The last part of the name."""
-        return self.name.rsplit(".", 1)[-1]
-
-    @property
-    def signature(self) -> str:
-        """The call as a query lists it.
-
-        Without spaces, since a word after a space is another token than the same word in the answer's JSON: a small
-        model copies tokens, it does not spell.
+        In this order a causal model knows by the name whether the description answers the request. The signature has
+        no spaces, since a word after a space is another token than the same word in the answer's JSON: a small model
+        copies tokens, it does not spell.
         """
         parts = (p.name if p.default is None else f"{p.name}={p.default}" for p in self.parameters)
-        return f"{self.name}({','.join(parts)})"
+        return f"# {uncapitalised(self.sentence)}\n{self.name}({','.join(parts)})"
+
+
+def uncapitalised(sentence: str) -> str:
+    """The sentence as it reads inside another one; acronyms stay."""
+    return sentence if sentence[:2].isupper() else sentence[0].lower() + sentence[1:]
 
 
 def first_sentence(docstring: str) -> str | None:
@@ -73,11 +73,11 @@ def _parameters(node: ast.FunctionDef, *, method: bool) -> tuple[Parameter, ...]
     return shown if public and 1 <= len(shown) <= MAX_PARAMETERS else None
 
 
-def _definitions(body: list[ast.stmt], prefix: str, *, method: bool) -> Iterator[Function]:
+def _definitions(body: list[ast.stmt], module: str, *, method: bool) -> Iterator[Function]:
     """Public documented functions and methods in a module's or class's body."""
     for node in body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not method:
-            yield from _definitions(node.body, f"{prefix}.{node.name}", method=True)
+            yield from _definitions(node.body, module, method=True)
         if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
             continue
         known = {"staticmethod", "classmethod"}
@@ -87,7 +87,7 @@ def _definitions(body: list[ast.stmt], prefix: str, *, method: bool) -> Iterator
         sentence = first_sentence(docstring) if docstring else None
         parameters = _parameters(node, method=method)
         if sentence and parameters:
-            yield Function(f"{prefix}.{node.name}", parameters, sentence)
+            yield Function(module, node.name, parameters, sentence)
 
 
 @cache
@@ -103,7 +103,7 @@ def functions_by_split() -> dict[str, list[Function]]:
         package = module.split(".")[0]
         split = "test" if package in TEST_MODULES else "dev" if package in DEV_MODULES else "train"
         tree = ast.parse(path.read_bytes())
-        found[split] += _definitions(tree.body, module, method=False)
+        found[split] += _definitions(tree.body, package, method=False)
     names: set[str] = set()
     sentences: set[str] = set()
     kept: dict[str, list[Function]] = {split: [] for split in SPLITS}
@@ -111,8 +111,8 @@ def functions_by_split() -> dict[str, list[Function]]:
         taken = frozenset(names)
         for function in found[split]:
             sentence = function.sentence.lower()
-            if function.short_name not in taken and sentence not in sentences and len(function.name) <= 48:
+            if function.name not in taken and sentence not in sentences:
                 kept[split].append(function)
-                names.add(function.short_name)
+                names.add(function.name)
                 sentences.add(sentence)
     return kept

@@ -1,20 +1,22 @@
-"""Function-calling queries made from docstrings: a few candidate signatures, a request, and the call it asks for."""
+"""Function-calling queries made from docstrings: a request, a few functions to choose from, and the right call."""
 
 import json
 import random
 from dataclasses import dataclass, replace
 
-from demo_pair.functions import Function, Parameter
+from demo_pair.functions import Function, Parameter, uncapitalised
 from demo_pair.values import Value, value_for
 
 DOMAIN = "function_calling"
 MAX_ARGUMENTS = 3
+MAX_PROMPT_CHARACTERS = 800
 
 
 def _words(text: str) -> list[str]:
     return text.split()
 
 
+ANSWER_OPENING = '{"tool_calls": [{"type": "function", "function": {"name": "'
 HEADERS = ("Functions:", "Available functions:", "You can call:", "Tools:", "Choose one function:")
 # Opening words of docstrings that make a request when "please" is put before them, with other words for them.
 VERBS: dict[str, tuple[str, ...]] = {
@@ -69,6 +71,7 @@ class Query:
     """What a user asks and the one right answer."""
 
     prompt: str
+    module: str
     function: str
     reference: str
 
@@ -77,6 +80,7 @@ class Query:
         return {
             "prompt": [{"role": "user", "content": self.prompt}],
             "domain": DOMAIN,
+            "module": self.module,
             "function": self.function,
             "reference": self.reference,
         }
@@ -87,7 +91,7 @@ class Query:
 
 
 def render_call(name: str, arguments: dict[str, Value]) -> str:
-    """The only serialisation of a call that counts as an answer."""
+    """The only serialisation of a call that counts as an answer. It begins with `ANSWER_OPENING`."""
     call = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return json.dumps({"tool_calls": [call], "finish_reason": "tool_calls"})
 
@@ -111,7 +115,7 @@ def _request(sentence: str, rng: random.Random) -> tuple[str, bool]:
     for form in (verb, verb.removesuffix("s"), verb.removesuffix("es")):
         if form in VERBS:
             return f"{rng.choice(VERBS[form])} {rest}", True
-    return sentence, False
+    return uncapitalised(sentence), False
 
 
 def _shortened(sentence: str, rng: random.Random) -> str:
@@ -146,9 +150,9 @@ def make_query(function: Function, distractors: list[Function], rng: random.Rand
         text = rng.choice(REQUEST_FRAMES).format(request=request, arguments=listed)
     else:
         text = rng.choice(STATEMENT_FRAMES).format(sentence=request, arguments=listed)
-    lines = [rng.choice(HEADERS), *(candidate.signature for candidate in candidates)]
-    prompt = "\n".join([*lines, text[0].upper() + text[1:]])
-    return Query(prompt, function.name, render_call(function.name, arguments))
+    # The request comes first: what is listed after it can be compared with it as it is read.
+    lines = [text[0].upper() + text[1:], rng.choice(HEADERS), *(candidate.listing for candidate in candidates)]
+    return Query("\n".join(lines), function.module, function.name, render_call(function.name, arguments))
 
 
 def usable(functions: list[Function]) -> list[Function]:
@@ -160,20 +164,21 @@ def _distractors(
     function: Function, pool: list[Function], counts: tuple[int, ...], rng: random.Random
 ) -> list[Function]:
     """Other functions, as many as one of `counts` says, one of the same module where there is one."""
-    siblings = [f for f in rng.sample(pool, min(40, len(pool))) if f.module == function.module]
-    picked = [f for f in (*siblings[:1], *rng.sample(pool, min(12, len(pool)))) if f.name != function.name]
-    return list(dict.fromkeys(picked))[: rng.choice(counts)]
+    others = [f for f in rng.sample(pool, min(40, len(pool))) if f.name != function.name]
+    siblings = [f for f in others if f.module == function.module]
+    picked = {f.name: f for f in (*siblings[:1], *others)}
+    return list(picked.values())[: rng.choice(counts)]
 
 
 def _disguised(functions: list[Function], pool: list[Function], rng: random.Random) -> list[Function]:
-    """The same functions under other modules and with other parameters, so that names must be read, not remembered."""
+    """The same descriptions over other functions' names and parameters, which so must be read, not remembered."""
+    names = rng.sample(sorted({f.name for f in pool}), len(functions))
     disguised = []
-    for function in functions:
-        prefix = rng.choice(pool).name.rsplit(".", 1)[0]
+    for function, name in zip(functions, names, strict=True):
         others = list(dict.fromkeys(p.name for f in rng.sample(pool, 6) for p in f.parameters))
         rng.shuffle(others)
         parameters = tuple(Parameter(other, p.default) for other, p in zip(others, function.parameters, strict=False))
-        disguised.append(replace(function, name=f"{prefix}.{function.short_name}", parameters=parameters))
+        disguised.append(replace(function, name=name, parameters=parameters))
     return disguised
 
 
@@ -187,7 +192,7 @@ def make_queries(
 ) -> list[Query]:
     """`count` different queries, the functions taking turns.
 
-    The keywords are for tuning the target. With no or one distractor it learns to copy a name before it can choose one.
+    The keywords are for tuning the target.
     """
     rng = random.Random(seed)
     pool = usable(functions)
@@ -200,6 +205,6 @@ def make_queries(
         if rng.random() < disguise_share:
             candidates = _disguised(candidates, pool, rng)
         query = make_query(candidates[0], candidates[1:], rng)
-        if len(query.prompt) <= 600:
+        if len(query.prompt) <= MAX_PROMPT_CHARACTERS:
             queries.setdefault(query.prompt, query)
     return list(queries.values())

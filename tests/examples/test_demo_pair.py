@@ -23,7 +23,8 @@ def test_no_function_module_or_prompt_crosses_a_split():
     for split in SPLITS:
         prompts = [row["prompt"][0]["content"] for row in rows(split)]
         assert len(set(prompts)) == len(prompts)
-        seen[split] = {row["function"].split(".")[0] for row in rows(split)} | set(prompts)
+        modules, functions = ({row[column] for row in rows(split)} for column in ("module", "function"))
+        seen[split] = {("module", name) for name in modules} | {("function", name) for name in functions} | set(prompts)
     assert seen["train"].isdisjoint(seen["dev"])
     assert seen["train"].isdisjoint(seen["test"])
     assert seen["dev"].isdisjoint(seen["test"])
