@@ -73,12 +73,12 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def optimizers(model: nn.Module, *, weight_decay: float = 0.05) -> list[torch.optim.Optimizer]:
+def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for embeddings and norms; Muon needs far fewer tokens to get as far."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
-        torch.optim.Muon(matrices, lr=0.0, momentum=0.95, weight_decay=weight_decay),
+        torch.optim.Muon(matrices, lr=0.0, momentum=0.95, weight_decay=0.05),
         torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
