@@ -99,6 +99,10 @@ class Estimate:
     low: float | None = None
     high: float | None = None
 
+    def to_dict(self) -> dict[str, float]:
+        """Return `{"value": ..., "low": ..., "high": ...}`; an unknown bound is absent."""
+        return {name: number for name, number in asdict(self).items() if number is not None}
+
     def interval(self, shape: str) -> str:
         """Return the interval in words, such as `" [{:.2f}, {:.2f}]"` says them; nothing where there is none."""
         return "" if self.low is None or self.high is None else shape.format(self.low, self.high)
