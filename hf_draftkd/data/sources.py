@@ -52,9 +52,13 @@ def open_dataset(
 
 
 def _load(name: str, config: str | None, is_local: bool) -> DatasetDict:
-    looks_local = name.startswith((".", "/", "~")) or Path(name).suffix in _BUILDERS or name.count("/") > 1
+    # Where the Hub cannot be reached, `datasets` takes a bare name for that of any folder which it read before.
+    looks_local = name.startswith((".", "/", "~")) or Path(name).suffix in _BUILDERS or name.count("/") != 1
     if looks_local and not is_local:
-        raise ValueError(f"There is no file or folder {name!r} (looked from {Path.cwd()}).")
+        raise ValueError(
+            f"There is no file or folder {name!r} (looked from {Path.cwd()}). A dataset of the Hub is named with its "
+            "owner: org/name."
+        )
     try:
         return load_dataset(name, config)
     except _UNREADABLE as error:

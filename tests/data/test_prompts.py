@@ -76,6 +76,18 @@ def test_folders_and_splits(tmp_path):
         load_prompts(splits, split="tset")
 
 
+def test_a_folder_that_is_gone_is_not_another_of_its_name(tmp_path, monkeypatch):
+    """Without a network, `datasets` found rows in its cache that it had read from another folder called so."""
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "part.jsonl").write_text('{"prompt": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert len(load_prompts("rows")) == 1
+    (tmp_path / "rows" / "part.jsonl").unlink()
+    (tmp_path / "rows").rmdir()
+    with pytest.raises(ValueError, match=r"no file or folder 'rows'.*org/name"):
+        load_prompts("rows")
+
+
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub():
     with pytest.raises(ValueError, match=r"no file or folder './nowhere.jsonl'"):
         load_prompts("./nowhere.jsonl")
