@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -280,6 +281,7 @@ def _in_turns(
         )
     for number in logging.tqdm(range(rounds * count), desc=f"{engine.name}, {questions.setting}", unit="prompt"):
         for runs, address in ways if number % 2 else reversed(ways):
+            time.sleep(engine.busy_seconds if plain_url else 0)
             runs[number % count].append(questions.ask(address, number % count, number))
     return plain, assisted
 

@@ -80,12 +80,14 @@ class Engine(ABC):
         binary: What `command` runs unless the user names another.
         sampled_rule: The verification rule of a launched server when sampling; greedy text is matched exactly. None
             where a launched server does not sample rightly (`fault`).
+        busy_seconds: How long a server that has nothing to do still takes a core, from the one that is asked next.
     """
 
     name: str
     tested_version: str
     binary = "python"
     sampled_rule: str | None = None
+    busy_seconds = 0.0
 
     @abstractmethod
     def command(self, pair: ServedPair, port: int) -> tuple[list[str], dict[str, str]]:

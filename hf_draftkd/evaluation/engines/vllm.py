@@ -14,6 +14,7 @@ class VLLM(Engine):
 
     name = "vllm"
     tested_version = "0.32.0"
+    busy_seconds = 1.0  # `SpinCondition` in shm_broadcast.py
 
     def command(self, pair: ServedPair, port: int) -> tuple[list[str], dict[str, str]]:
         # Not `vllm serve`: that asks for the metadata of a package named vllm, which the CPU build does not have.
