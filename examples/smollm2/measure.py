@@ -2,7 +2,7 @@
 
 python examples/smollm2/measure.py --work_dir WORK [--data_dir PROMPTS] [--drafts distilled parallel]
 
-The target answers the questions once; then every draft is measured on these texts, beside the undistilled one. What
+The target answers the questions once; then every draft is measured on these texts, with its list and without. What
 Spec-Bench's users call mean accepted tokens is block efficiency here: the token that the target adds is counted.
 """
 
@@ -84,8 +84,8 @@ def main() -> None:
                 target,
                 tokenizer,
                 dataset=rows,
-                baseline=load_draft(str(work / "draft"), dtype="bfloat16"),
                 measure_speed=False,
+                draft_vocabulary_sizes=[len(listed)],
                 batch_size=16,
                 source=name,
             )

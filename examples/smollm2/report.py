@@ -72,9 +72,8 @@ def domain(folder: Path, names: list[str]) -> str:
     reports = {name: result["report"] for name, result in results.items() if result}
     if not reports:
         return ""
-    first = next(iter(reports.values()))["baseline"]
     rows = []
-    for name, report in {"not distilled": first, **reports}.items():
+    for name, report in reports.items():
         for setting in report["settings"]:
             for found in setting.get("draft_vocabulary", [setting]):
                 size = f"{found['size']:,}" if "size" in found else "all"
