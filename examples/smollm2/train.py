@@ -56,7 +56,7 @@ def main() -> None:
         train_sampling_strategy="group_by_length",
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=50,
+        warmup_steps=0.04,  # of all steps
         # Forward KL where the draft is far from the target, and nearer to it ever more the acceptance rate itself.
         divergence="lk_hybrid",
         draft_vocabulary="recorded",
