@@ -11,7 +11,7 @@ from transformers.trainer_utils import IntervalStrategy
 from hf_draftkd.data.parallel import check_reads_mask_tokens
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.pairing import copy_special_ids
-from hf_draftkd.training.packing import check_packing
+from hf_draftkd.training.packing import check_packing, longest_packed_row
 from hf_draftkd.utils.checks import in_range, whole_number
 from hf_draftkd.utils.files import replacing
 
@@ -55,10 +55,11 @@ class BeforeFirstStep(TrainerCallback):
         if target is not None:
             copy_special_ids(unwrapped(draft), unwrapped(target))
         if trainer.padding_free:
+            length = longest_packed_row(trainer.train_dataset, args.train_batch_size, args.max_length)
             reference = getattr(trainer.reference_signal, "model", None)
             for name, model in (("draft", draft), ("target", target), ("reference model", reference)):
                 if model is not None:
-                    check_packing(model, name)
+                    check_packing(model, name, length)
         if parallel is not None:
             check_reads_mask_tokens(draft, parallel.mask_token_id, parallel.num_tokens, args.max_length or 0)
 

@@ -2,16 +2,19 @@
 
 In a packed row texts stand one behind the other, and `position_ids` alone tell where one ends. Some architectures
 (GPT-OSS, OPT, Bloom, Falcon and MPT in transformers 5.23) build their mask without looking at them, so that texts see
-each other and the loss is wrong.
+each other and the loss is wrong; others (GPT-Neo, MPT) hold tables that end with the context.
 """
 
+import heapq
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_draftkd.models.forward import evaluating, logits_at, unwrapped
+from hf_draftkd.models.pairing import context_length
 from hf_draftkd.training.signals import model_inputs
 
 _TEXT_LENGTH = 16
@@ -20,29 +23,53 @@ _TEXT_LENGTH = 16
 _ROUNDING, _SHARE = 0.02, 0.1
 
 
+def longest_packed_row(dataset: Any, batch_size: int, max_length: int | None) -> int:
+    """Tokens of the longest row that the padding-free collator makes: all rows of a batch, one behind the other."""
+    if not isinstance(dataset, Dataset):
+        return batch_size * (max_length or 0)
+    rows = dataset.select_columns(["input_ids"]).iter(batch_size=1000)
+    return sum(heapq.nlargest(batch_size, (len(ids) for batch in rows for ids in batch["input_ids"])))
+
+
 @torch.no_grad()
-def check_packing(model: torch.nn.Module, name: str) -> None:
-    """Compare a text's logits behind another text in a packed row with those of the text alone; else a `ValueError`."""
-    config = unwrapped(model).config
-    vocab_size = config.get_text_config().vocab_size
-    first, last = torch.randint(vocab_size, (2, _TEXT_LENGTH), generator=torch.Generator().manual_seed(0))
-    error: Exception | None = None
-    reason = "texts see each other in them, and the loss would be wrong"
+def check_packing(model: torch.nn.Module, name: str, row_length: int) -> None:
+    """Compare a text's logits behind another text in a packed row with those of the text alone; else a `ValueError`.
+
+    If the longest packed row has more tokens (`row_length`) than the model's context, such a row is tried as well.
+    """
+    inner = unwrapped(model)
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = inner.config.get_text_config().vocab_size
+    first, last = torch.randint(vocab_size, (2, _TEXT_LENGTH), generator=generator)
+    context = context_length(inner)
+    exceeds = context is not None and row_length > context
     with evaluating(model):
         alone, joined = _last_logits(model, [last], packed=False), _last_logits(model, [first, last], packed=False)
+        _compare(model, name, [first, last], alone, joined, "")
+        if exceeds:
+            assert context is not None
+            texts = [first] * (context // _TEXT_LENGTH + 1)
+            limit = f" longer than its context of {context} tokens"
+            _compare(model, name, [*texts, last], alone, joined, limit)
+
+
+def _compare(model: torch.nn.Module, name: str, texts: list[Tensor], alone: Tensor, joined: Tensor, limit: str) -> None:
+    error: Exception | None = None
+    try:
+        packed = _last_logits(model, texts, packed=True)
+        reason = "texts see each other in them, and the loss would be wrong"
         allowed = _SHARE * (joined - alone).norm(dim=-1) + _ROUNDING * alone.norm(dim=-1)
-        try:
-            packed = _last_logits(model, [first, last], packed=True)
-            if ((packed - alone).norm(dim=-1) / allowed).median() <= 1:
-                return
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, IndexError, ValueError) as caught:
-            error, reason = caught, str(caught).rstrip(".")
-    raise ValueError(
-        f"The {name} (model type {config.model_type!r}) cannot read packed rows: {reason}. Leave out `packing` and "
-        "`padding_free`."
-    ) from error
+        if ((packed - alone).norm(dim=-1) / allowed).median() <= 1:
+            return
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, ValueError) as caught:
+        error, reason = caught, str(caught).rstrip(".")
+    instead = "Leave out `packing` and `padding_free`."
+    if limit:
+        instead = "Lower `per_device_train_batch_size` or `max_length`: a row is as long as both together make it."
+    kind = unwrapped(model).config.model_type
+    raise ValueError(f"The {name} (model type {kind!r}) cannot read packed rows{limit}: {reason}. {instead}") from error
 
 
 def _last_logits(model: torch.nn.Module, texts: list[Tensor], *, packed: bool) -> Tensor:

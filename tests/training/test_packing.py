@@ -5,8 +5,8 @@ import torch
 from datasets import Dataset
 
 from examples.benchmarks.tiny_architectures import tiny_model
-from hf_draftkd.training.packing import check_packing
-from tests.tiny import tiny_llama
+from hf_draftkd.training.packing import check_packing, longest_packed_row
+from tests.tiny import tiny_gpt2, tiny_llama
 from tests.training.trainers import build
 
 
@@ -24,15 +24,15 @@ def test_architectures_whose_packed_texts_see_each_other_are_refused(tmp_path, t
     """The packed loss differed from the padded one without a word: opt 8.4881 for 7.4576."""
     leaking = tiny_model(kind)
     with pytest.raises(ValueError, match=rf"The target \(model type '{kind}'\) .* texts see each other"):
-        check_packing(leaking, "target")
+        check_packing(leaking, "target", 0)
     with pytest.raises(ValueError, match="see each other"):
-        check_packing(leaking.bfloat16(), "target")
+        check_packing(leaking.bfloat16(), "target", 0)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2", "gemma3_text", "gpt_neox", "gpt_neo", "cohere", "mixtral"])
 def test_architectures_that_keep_texts_apart_are_not(kind):
-    check_packing(tiny_model(kind), "draft")
-    check_packing(tiny_model(kind).bfloat16(), "draft")
+    check_packing(tiny_model(kind), "draft", 0)
+    check_packing(tiny_model(kind).bfloat16(), "draft", 0)
 
 
 @pytest.mark.parametrize("options", [{"packing": True}, {"padding_free": True, "max_length": None}])
@@ -48,6 +48,18 @@ def test_each_model_is_tried_before_the_first_step(tmp_path, tokenizer, options,
         trainer.train()
     assert trainer.state.global_step == 0
     assert not pair[1].training, "left as it was"
+
+
+def test_a_packed_row_beyond_the_context_is_tried_where_it_can_come(tmp_path, tokenizer):
+    """GPT-Neo's table of masks ends there, and training died of it; GPT-2 reads on, since positions start again."""
+    check_packing(tiny_model("gpt_neo"), "draft", 256)
+    with pytest.raises(ValueError, match=r"packed rows longer than its context of 256 tokens: .*Lower `per_device"):
+        check_packing(tiny_model("gpt_neo"), "draft", 257)
+    check_packing(tiny_gpt2(), "draft", 10_000)
+    trainer = build(tmp_path, (tiny_llama(), tiny_llama(1)), tokenizer, rows(30), packing=True, max_length=64)
+    # Five texts of 11 tokens a row, and two rows a batch.
+    assert longest_packed_row(trainer.train_dataset, 2, 64) == 110
+    assert longest_packed_row(trainer.train_dataset.to_iterable_dataset(), 2, 64) == 128
 
 
 @pytest.mark.parametrize("streams", [False, True])
