@@ -145,8 +145,8 @@ class Workshop:
         """The target: the base model, taught to copy and then tuned on conversations about the training functions."""
         tokenizer = self._tokenizer()
         self._noted("base")
-        model, directory = load(self.work / "base" / "model"), self.work / "target"
-        figures = {"warm_up": warm_up(model, tokenizer, self.plan.warm_up, directory, seed=SEEDS["warm_up"])}
+        model = load(self.work / "base" / "model")
+        figures = {"warm_up": warm_up(model, tokenizer, self.plan.warm_up, seed=SEEDS["warm_up"])}
         queries = make_queries(
             functions_by_split()["train"],
             self.plan.tuning.conversations,
@@ -154,8 +154,8 @@ class Workshop:
             disguise_share=self.plan.tuning.disguise_share,
             distractor_counts=self.plan.tuning.distractor_counts,
         )
-        figures["tuning"] = chat_tune(model, tokenizer, queries, self.plan.tuning, directory, seed=SEEDS["target"])
-        model.save_pretrained(directory / "model")
+        figures["tuning"] = chat_tune(model, tokenizer, queries, self.plan.tuning, seed=SEEDS["target"])
+        model.save_pretrained(self.work / "target" / "model")
         self._note("target", figures)
 
     def evaluate(self) -> None:

@@ -5,7 +5,6 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo_pair.copying import NAME_WEIGHT, CopyingTasks, Row, WarmUp
-from demo_pair.pretraining import autocast, write_atomically
+from demo_pair.pretraining import autocast
 from demo_pair.queries import ANSWER_OPENING, Query
 
 SYSTEM_PROMPTS = ("You call Python functions.", "Answer with a function call in JSON.")
@@ -95,14 +94,11 @@ def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     return ids, weights
 
 
-def tune(
-    model: LlamaForCausalLM, steps: Iterable[list[Row]], schedule: WarmUp | TuningPass, directory: Path
-) -> dict[str, Any]:
+def tune(model: LlamaForCausalLM, steps: Iterable[list[Row]], schedule: WarmUp | TuningPass) -> dict[str, Any]:
     """Train `model` in place on the rows of each step: warm-up, then a linear decay to zero.
 
     The log gives the loss and the share of right predictions for the first token of a name.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     tokens, began = 0, time.perf_counter()
@@ -137,19 +133,17 @@ def tune(
                 flush=True,
             )
             seen.clear()
-        if (step + 1) % 50 == 0:
-            write_atomically(directory / "model.pt", model.state_dict())
     seconds = round(time.perf_counter() - began, 1)
     return {"seconds": seconds, "tokens": tokens, "schedule": asdict(schedule)}
 
 
 def warm_up(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, schedule: WarmUp, directory: Path, *, seed: int
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, schedule: WarmUp, *, seed: int
 ) -> dict[str, Any]:
     """Train `model` in place on copying tasks, at first with one distractor, then with up to three."""
     tasks = CopyingTasks(tokenizer, seed)
     steps = (tasks.batch(schedule, 1 if step < schedule.steps // 2 else 3) for step in range(schedule.steps))
-    return tune(model, steps, schedule, directory)
+    return tune(model, steps, schedule)
 
 
 def chat_tune(
@@ -157,11 +151,10 @@ def chat_tune(
     tokenizer: PreTrainedTokenizerFast,
     queries: Sequence[Query],
     schedule: TuningPass,
-    directory: Path,
     *,
     seed: int,
 ) -> dict[str, Any]:
     """Tune `model` in place on conversations made of `queries`."""
     rows = encode(tokenizer, conversations(queries, schedule.conversations, seed), schedule.user_weight)
-    figures = tune(model, batches(rows, schedule.batch_size, seed), schedule, directory)
+    figures = tune(model, batches(rows, schedule.batch_size, seed), schedule)
     return {**figures, "conversations": schedule.steps * schedule.batch_size}
