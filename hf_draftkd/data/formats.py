@@ -25,7 +25,9 @@ from hf_draftkd.data.collator import (
     setting_feature,
 )
 from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
+from hf_draftkd.data.rows import AUTHOR_COLUMNS, author_of
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
+from hf_draftkd.models.identity import ModelIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ _PER_TOKEN = ("labels", "completion_mask", "assistant_masks")
 _BESIDE_IDS = (*_PER_TOKEN, "seq_lengths")
 _BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
 # What a row of alignment data is read for.
-_READ = {"prompt_ids", "completion_ids", "ids_source", "target", *SETTING_COLUMNS}
+_READ = {"prompt_ids", "completion_ids", "ids_source", *AUTHOR_COLUMNS, *SETTING_COLUMNS}
 
 
 def check_format(dataset: Dataset | IterableDataset, name: str, *, text_field: str = "text") -> None:
@@ -199,7 +201,7 @@ def _check_masks(dataset: Dataset, name: str) -> None:
 
 
 def exact_features(
-    dataset: Dataset | IterableDataset, target_name: str | None, *, first_row: int | None = None, **map_kwargs: Any
+    dataset: Dataset | IterableDataset, target: ModelIdentity | None, *, first_row: int | None = None, **map_kwargs: Any
 ) -> Any:
     """Turn rows that already hold token ids into `input_ids`, `labels` and their setting; leave all others alone.
 
@@ -219,7 +221,7 @@ def exact_features(
             made = {
                 "input_ids": prompt + completion,
                 "labels": [-100] * len(prompt) + completion,
-                SETTING_COLUMN: _recorded_setting(row, target_name),
+                SETTING_COLUMN: _recorded_setting(row, target),
             }
             if first_row is not None:
                 made[INDEX_COLUMN] = addresses(first_row + index, len(prompt), len(completion))
@@ -299,8 +301,9 @@ def _column(dataset: Dataset | IterableDataset, name: str) -> Iterable[Any]:
     return (row for batch in dataset.select_columns([name]).iter(batch_size=1000) for row in batch[name])
 
 
-def _recorded_setting(row: dict[str, Any], target_name: str | None) -> list[float]:
-    is_exact = row.get("ids_source") == "generated" and row.get("target") == target_name
-    if not is_exact or any(row.get(name) is None for name in SETTING_COLUMNS):
+def _recorded_setting(row: dict[str, Any], target: ModelIdentity | None) -> list[float]:
+    author = author_of(row)
+    is_own = author.matches(target) if author and target else author is target
+    if row.get("ids_source") != "generated" or not is_own or any(row.get(name) is None for name in SETTING_COLUMNS):
         return UNKNOWN_SETTING
     return setting_feature(DecodingSetting.from_row(row))

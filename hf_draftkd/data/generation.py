@@ -18,7 +18,7 @@ from hf_draftkd.data.curation import curate_prompts
 from hf_draftkd.data.filters import QueryFilter
 from hf_draftkd.data.journal import Journal
 from hf_draftkd.data.prompts import fitting_rows, load_prompts
-from hf_draftkd.data.rows import alignment_rows, dated, render_prompts, template_hash
+from hf_draftkd.data.rows import AUTHOR_COLUMNS, alignment_rows, dated, render_prompts, template_hash
 from hf_draftkd.data.shards import DAY, StoppedError, cut_shards, day_begun, run_shards
 from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
 from hf_draftkd.data.targets import local_target, missing_turn_end, remote_target, served_context
@@ -152,7 +152,7 @@ def generate_alignment_data(
         "versions": package_versions(),
         **({DAY: day} if clock else {}),
     }
-    origin |= {name: target.identity[name] for name in ("target", "target_revision")}
+    origin |= {name: target.identity.get(name) for name in AUTHOR_COLUMNS}
 
     def make_shard(number: int, journal: Journal) -> Dataset:
         part = asked.select(shards[number])

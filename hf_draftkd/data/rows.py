@@ -16,10 +16,13 @@ from hf_draftkd.data.backends import Completion, cut_completion
 from hf_draftkd.data.kept_distributions import CACHE_COLUMNS, TEMPERATURE_COLUMN, VOCAB_COLUMN, as_stored
 from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
 from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.models.identity import ModelIdentity
 from hf_draftkd.utils.checks import one_of
 from hf_draftkd.utils.hashing import list_hash
 
 Prompt = str | list[dict[str, Any]]
+# Who wrote a row: the fields of its `ModelIdentity`, in order.
+AUTHOR_COLUMNS = ("target", "target_revision", "target_weights")
 # How a chat template asks for the date.
 _CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<form>.*?)(?P=quote)\s*\)""")
 
@@ -183,8 +186,8 @@ def alignment_rows(
     """Assemble alignment data, one row per completion, in the order of prompts, then settings.
 
     From P prompts with the columns carried along, their P lists of token ids, and per decoding setting P lists of
-    completions. `origin` holds `scenario`, `target`, `target_revision` and `seed` of every row, `brought` the columns
-    that each completion brings along as its `distributions`.
+    completions. `origin` holds `scenario`, `seed` and `AUTHOR_COLUMNS` of every row, `brought` the columns that each
+    completion brings along as its `distributions`.
     """
     brought = brought or Features()
     features = Features({**alignment_features(prompts.features), **brought})
@@ -212,6 +215,19 @@ def alignment_rows(
     return Dataset.from_dict(columns, features=features)
 
 
+def author_of(row: Mapping[str, Any]) -> ModelIdentity | None:
+    """The target that wrote a row, as far as the row says."""
+    name, *rest = (row.get(name) for name in AUTHOR_COLUMNS)
+    return None if name is None else ModelIdentity(name, *rest)
+
+
+def authors(dataset: Dataset) -> set[ModelIdentity | None]:
+    """Every target that rows name, and None if some of them name none."""
+    named = [name for name in AUTHOR_COLUMNS if name in dataset.column_names]
+    values = set(zip(*(dataset[name] for name in named), strict=True)) or {()}
+    return {author_of(dict(zip(named, each, strict=False))) for each in values}
+
+
 def alignment_features(prompt_features: Features) -> Features:
     """The columns of alignment data and their types, for prompts of the given features."""
     text = Value("string")
@@ -223,8 +239,7 @@ def alignment_features(prompt_features: Features) -> Features:
         "completion_ids": List(Value("int32")),
         "ids_source": text,
         "scenario": text,
-        "target": text,
-        "target_revision": text,
+        **dict.fromkeys(AUTHOR_COLUMNS, text),
         "temperature": Value("float64"),
         "top_p": Value("float64"),
         "top_k": Value("int64"),

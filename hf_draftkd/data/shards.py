@@ -37,6 +37,8 @@ DAY = "template_date"  # key of the manifest, where the chat template shows the 
 _LARGEST_SHARD = 256
 # Another version may still give the same rows: reported, not refused. A server that comes back has another address.
 _NOT_COMPARED = ("versions", "endpoint")
+# Where the weights are the same, the folder they lie in does not matter.
+_PLACES = ("target", "target_is_local")
 
 
 class StoppedError(RuntimeError):
@@ -238,10 +240,12 @@ def wait_until(condition: Callable[[], bool], seconds: float = 0.5) -> None:
 def _differences(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """What differs between a folder's manifest and this one, in words."""
     there, now = _read_manifest(folder), json.loads(json.dumps(manifest))  # tuples become lists, as in the file
+    same_weights = now.get("target_weights") is not None and now["target_weights"] == there.get("target_weights")
+    left_out = (*_NOT_COMPARED, *(_PLACES if same_weights else ()))
     return [
         f"{name}: {_shown(there, name)} there, {_shown(now, name)} now"
         for name in dict.fromkeys([*there, *now])
-        if name not in _NOT_COMPARED and (name in there, there.get(name)) != (name in now, now.get(name))
+        if name not in left_out and (name in there, there.get(name)) != (name in now, now.get(name))
     ]
 
 

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import fitting_rows, load_prompts
-from hf_draftkd.data.rows import render_prompts, with_token_ids
+from hf_draftkd.data.rows import authors, render_prompts, with_token_ids
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting, left_out_warning
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.report import PromptInfo
 from hf_draftkd.evaluation.scoring import Text
-from hf_draftkd.models.identity import model_revision
+from hf_draftkd.models.identity import ModelIdentity, identity_of
 from hf_draftkd.models.pairing import context_length
 from hf_draftkd.utils.hashing import sha256
 
@@ -37,7 +37,7 @@ class TextSet:
         texts: Prompts and completions.
         prompts: For each text, which prompt it answers.
         groups: For each text its domain or category, where the data has such a column.
-        written_by: Every target that the rows name, each with the commit they name beside it, or None.
+        written_by: Every target that the rows name.
         is_exact: Whether the texts are the target's own under this setting. Otherwise block efficiency means nothing.
     """
 
@@ -45,7 +45,7 @@ class TextSet:
     texts: list[Text]
     prompts: list[int]
     groups: list[str] | None = None
-    written_by: frozenset[tuple[str, str | None]] = frozenset()
+    written_by: frozenset[ModelIdentity] = frozenset()
     is_exact: bool = True
 
 
@@ -244,13 +244,12 @@ def _text_set(dataset: Dataset, setting: DecodingSetting) -> TextSet:
         return list(dataset[name]) if name in dataset.column_names else [None] * len(dataset)
 
     group = next((name for name in _GROUP_COLUMNS if name in dataset.column_names), None)
-    named = zip(column("target"), column("target_revision"), strict=True)
     return TextSet(
         setting=setting,
         texts=texts,
         prompts=[by_prompt.setdefault(tuple(text.prompt_ids), len(by_prompt)) for text in texts],
         groups=None if group is None else [str(name) for name in column(group)],
-        written_by=frozenset((name, commit) for name, commit in named if name is not None),
+        written_by=frozenset(filter(None, authors(dataset))),
     )
 
 
@@ -268,25 +267,23 @@ def by_this_target(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) 
     """The text sets, those of which a row names another target, or another commit of this one, no longer exact, and
     what to say about them: such texts do not tell this target's block efficiency.
     """
-    own, commit = target_model.name_or_path, model_revision(target_model)
+    own = identity_of(target_model)
     judged, others = [], set()
     for texts in text_sets:
-        found = {
-            _at(name, at) for name, at in texts.written_by if name != own or (None not in (at, commit) and at != commit)
-        }
+        found = {_shown(each) for each in texts.written_by if not each.matches(own)}
         judged.append(replace(texts, is_exact=texts.is_exact and not found))
         others |= found
     if not others:
         return judged, []
     return judged, [
-        f"The texts were written by {', '.join(sorted(others))}, the target here is {_at(own, commit)}: acceptance "
-        "rates are given, block efficiencies are not. If it is the same model under another name, put that name into "
-        "the column `target`."
+        f"The texts were written by {', '.join(sorted(others))}, the target here is {_shown(own)}: acceptance rates "
+        "are given, block efficiencies are not. If it is the same model under another name, put that name into the "
+        "column `target`."
     ]
 
 
-def _at(name: str, commit: str | None) -> str:
-    return name if commit is None else f"{name} at {commit}"
+def _shown(model: ModelIdentity) -> str:
+    return model.name if model.revision is None else f"{model.name} at {model.revision}"
 
 
 def plausibility_warnings(target_model: PreTrainedModel, texts: TextSet, share: float) -> list[str]:

@@ -9,11 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -38,6 +39,28 @@ def remember_checkpoint(model: Any, checkpoint: Checkpoint) -> None:
 def checkpoint_of(model: Any) -> Checkpoint:
     """Where a loaded model comes from: remembered by `load_target` and `load_draft`, else looked up by its name."""
     return getattr(model, _ATTRIBUTE, None) or resolve(model.name_or_path)
+
+
+class ModelIdentity(NamedTuple):
+    """What tells two models apart: a name, its commit on the Hub, and a fingerprint of the weights where known."""
+
+    name: str
+    revision: str | None = None
+    weights: str | None = None
+
+    def matches(self, other: "ModelIdentity") -> bool:
+        """Whether both are one model: the same weights, in whichever folder, or else one name and no two commits."""
+        if self.weights is not None and self.weights == other.weights:
+            return True
+        return self.name == other.name and (None in (self.revision, other.revision) or self.revision == other.revision)
+
+
+def identity_of(model: PreTrainedModel) -> ModelIdentity:
+    """The identity of a loaded model; without its weights where they are quantised, or not all of them at hand."""
+    is_plain = getattr(model, "hf_quantizer", None) is None and not any(
+        weight.is_meta or weight.numel() == 0 or isinstance(weight, DTensor) for weight in model.state_dict().values()
+    )
+    return ModelIdentity(model.name_or_path, model_revision(model), weights_fingerprint(model) if is_plain else None)
 
 
 def model_revision(model: Any) -> str | None:

@@ -8,11 +8,12 @@ from typing import Any
 
 from datasets import Dataset
 
+from hf_draftkd.data.rows import authors
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.environment import hardware_info
 from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.models.forward import unwrapped
-from hf_draftkd.models.identity import model_revision, weights_checksum
+from hf_draftkd.models.identity import ModelIdentity, model_revision, weights_checksum
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.utils.versions import package_versions
 
@@ -47,24 +48,29 @@ _SHOWN = (
 )
 
 
-def author(datasets: Iterable[Any]) -> str | None:
+def author(datasets: Iterable[Any]) -> ModelIdentity | None:
     """The one target that wrote all alignment rows; None if they name none, or several."""
     rows = [data for data in datasets if isinstance(data, Dataset) and "target" in data.column_names]
-    names = {name for data in rows for name in data.unique("target")}
-    return names.pop() if len(names) == 1 else None
+    first, *others = {author for data in rows for author in authors(data)} or {None}
+    return first if _all_by(first, others) else None
 
 
-def data_facts(dataset: Any, target_name: str | None) -> dict[str, Any]:
+def _all_by(target: ModelIdentity | None, named: Iterable[ModelIdentity | None]) -> bool:
+    return target is not None and all(each is not None and each.matches(target) for each in named)
+
+
+def data_facts(dataset: Any, target: ModelIdentity | None) -> dict[str, Any]:
     """What the training rows say about themselves; nothing for a stream, which is not read twice."""
     if not isinstance(dataset, Dataset):
         return {}
     facts: dict[str, Any] = {"num_rows": len(dataset), "completions": "data"}
     columns = set(dataset.column_names)
-    if {"completion_ids", "target"} <= columns and dataset.unique("target") == [target_name]:
+    named = authors(dataset)
+    if "completion_ids" in columns and _all_by(target, named):
         facts["completions"] = "target"
-        revisions = dataset.unique("target_revision") if "target_revision" in columns else []
-        if len(revisions) == 1 and revisions[0]:
-            facts["target_revision"] = revisions[0]
+        revisions = {each.revision for each in named if each is not None}
+        if len(revisions) == 1 and None not in revisions:
+            facts["target_revision"] = revisions.pop()
     if "scenario" in columns:
         facts["scenarios"] = sorted(filter(None, dataset.unique("scenario")))
     if "completion_ids" in columns:
@@ -112,9 +118,9 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
     last: dict[str, Any] = next((each for each in reversed(trainer.state.log_history) if "eval_loss" in each), {})
     metrics = {name: value for name, value in last.items() if name in _METRICS}
     training = TrainingSummary(
-        target=trainer.target_name or None,
+        target=(trainer.target_id and trainer.target_id.name) or None,
         # Of a target that only wrote the data, its rows know the name alone.
-        target_is_local=_is_local(trainer.target_name) if target is not None else None,
+        target_is_local=_is_local(trainer.target_id.name) if target is not None else None,
         draft=trainer.draft_name or None,
         draft_is_local=_is_local(trainer.draft_name),
         draft_revision=model_revision(draft),

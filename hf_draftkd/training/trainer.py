@@ -37,6 +37,7 @@ from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.push import push_draft
 from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, get_divergence
 from hf_draftkd.models.forward import in_head, predicting_positions, unwrapped
+from hf_draftkd.models.identity import identity_of
 from hf_draftkd.models.pairing import copy_special_ids, shared_context, shared_vocab_size
 from hf_draftkd.training import setup
 from hf_draftkd.training.callbacks import BeforeFirstStep, asked_metrics, with_acceptance
@@ -194,8 +195,8 @@ class DraftDistillTrainer(SFTTrainer):
         self.draft_name = setup.model_name(unwrapped(draft))
         # Where the target is not at hand, the data names it.
         given = setup.named_datasets(train_dataset, eval_dataset)
-        self.target_name = author(given.values()) if target is None else setup.model_name(target)
-        self.data_facts = data_facts(train_dataset, self.target_name)
+        self.target_id = author(given.values()) if target is None else identity_of(unwrapped(target))
+        self.data_facts = data_facts(train_dataset, self.target_id)
 
         # SFTTrainer would warn that it ignores them; they were used above.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
@@ -311,7 +312,7 @@ class DraftDistillTrainer(SFTTrainer):
         for name, part in parts.items():
             with global_then_local_main_first():
                 part = normalize_rows(part, processing_class, name, **reading)
-                part = exact_features(part, self.target_name, first_row=first_rows.get(name), **map_kwargs)
+                part = exact_features(part, self.target_id, first_row=first_rows.get(name), **map_kwargs)
             parts[name] = usual(part, processing_class, whole, False, None, name)
         dataset = parts[dataset_name]
         if "mix" in parts:

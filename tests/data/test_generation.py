@@ -13,6 +13,7 @@ from tests.tiny import tiny_pair, tiny_tokenizer
 
 COLUMNS = [
     *("prompt", "completion", "prompt_ids", "completion_ids", "ids_source", "scenario", "target", "target_revision"),
+    "target_weights",
     *("temperature", "top_p", "top_k", "repetition_penalty", "seed", "finish_reason"),
 ]
 TEXTS = ["the cat", "on", "sat on the mat, the cat", "a", "mat mat mat mat mat", "the"]

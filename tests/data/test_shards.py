@@ -175,6 +175,16 @@ def test_other_settings_are_refused_with_the_difference(tmp_path, target, tokeni
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_run_resumes_with_a_target_that_was_moved(tmp_path, target, tokenizer):
+    """Catches days of writing that cannot go on because the target's folder has another name."""
+    rows = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
+    target.config.name_or_path = target.name_or_path = "elsewhere"
+    shards.shard_path(tmp_path, 1, len(list((tmp_path / "data").glob("*.parquet")))).unlink()
+    again = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
+    assert again["completion_ids"] == rows["completion_ids"]
+    assert set(again["target"]) == {*rows["target"], "elsewhere"}
+
+
 def test_a_folder_in_which_nothing_was_finished_starts_over(tmp_path, target, tokenizer):
     """A first try with another length, stopped before its first shard, blocks the folder for good."""
     generate_alignment_data(target, tokenizer, TEXTS[:2], output_dir=tmp_path, **OPTIONS)

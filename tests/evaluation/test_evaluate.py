@@ -14,7 +14,7 @@ from hf_draftkd.evaluation import evaluate
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.models.identity import remember_checkpoint, weights_checksum
-from hf_draftkd.models.loading import load_draft
+from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.resolve import Checkpoint
 from tests.tiny import TEXT, tiny_llama, tiny_pair, tiny_tokenizer
 
@@ -222,11 +222,25 @@ def test_rows_of_several_authors_give_no_block_efficiency(pair, column):
     own = evaluate_draft(draft, target, tiny_tokenizer(), dataset=rows, **QUICK)
     assert own.settings[0].block_efficiency
     other = {"target": "org/other", "target_revision": "b" * 40}[column]
-    mixed = rows.map(lambda row, number: {column: other} if number == 4 else {}, with_indices=True)
+    foreign = {column: other, "target_weights": "of another"}
+    mixed = rows.map(lambda row, number: foreign if number == 4 else {}, with_indices=True)
     report = evaluate_draft(draft, target, tiny_tokenizer(), dataset=mixed, **QUICK)
     assert report.settings[0].block_efficiency is None
     assert report.settings[0].acceptance_rate == own.settings[0].acceptance_rate
     assert any(other in text and "block efficiencies are not" in text for text in report.warnings)
+
+
+def test_a_target_that_was_moved_is_known_again(tmp_path, pair):
+    """Catches rows that lose their block efficiency because the target lies in another folder than when it wrote."""
+    draft, target = pair
+    rows = []
+    for place in ("here", "there"):
+        target.save_pretrained(tmp_path / place)
+        moved = load_target(str(tmp_path / place), dtype="float32")
+        rows += [generate_alignment_data(moved, tiny_tokenizer(), PROMPTS[:3], max_new_tokens=8)]
+    assert rows[0]["target"] != rows[1]["target"]
+    reports = [evaluate_draft(draft, moved, tiny_tokenizer(), dataset=each, **QUICK) for each in rows]
+    assert reports[0].settings[0].block_efficiency == reports[1].settings[0].block_efficiency is not None
 
 
 def test_recorded_rows_that_cannot_be_used_are_named(pair):

@@ -8,6 +8,8 @@ from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 
 from hf_draftkd.models.identity import (
+    ModelIdentity,
+    identity_of,
     loaded_checksum,
     model_revision,
     remember_checkpoint,
@@ -113,6 +115,24 @@ def test_an_adapter_has_a_commit_too(tmp_path, monkeypatch):
     (tmp_path / "models--org--adapter" / "refs").mkdir()
     (tmp_path / "models--org--adapter" / "refs" / "main").write_text("c" * 40)
     assert resolved_revision("org/adapter") == "c" * 40
+
+
+def test_a_model_is_known_by_its_weights_and_else_by_its_name():
+    """A folder that was moved is no other model; one name at two commits is."""
+    here = ModelIdentity("here", None, "weights")
+    assert here.matches(ModelIdentity("there", None, "weights"))
+    assert not here.matches(ModelIdentity("there", None, "others"))
+    assert not ModelIdentity("here").matches(ModelIdentity("there"))
+    assert here.matches(ModelIdentity("here", "commit"))
+    assert ModelIdentity("here", "commit").matches(ModelIdentity("here", "commit", "in another format"))
+    assert not ModelIdentity("here", "commit").matches(ModelIdentity("here", "other commit"))
+
+
+def test_weights_that_are_not_at_hand_identify_nothing():
+    """Two offloaded models of one shape would otherwise be taken for the same."""
+    target = tiny.tiny_llama()
+    assert identity_of(target).weights == weights_fingerprint(target)
+    assert identity_of(target.to("meta")).weights is None
 
 
 def test_a_fingerprint_changes_with_any_training():
