@@ -16,7 +16,12 @@ from hf_draftkd.decoding.setting import SETTING_COLUMNS
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.engines import ENGINES
 from hf_draftkd.evaluation.engines.config import EngineConfig
-from hf_draftkd.evaluation.engines.measure import check_servers, evaluate_in_engine
+from hf_draftkd.evaluation.engines.measure import (
+    check_servers,
+    check_settings,
+    evaluate_in_engine,
+    written_texts,
+)
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.html import save_page, training_log
 from hf_draftkd.evaluation.plots import figure_class
@@ -89,8 +94,12 @@ def run(argv: list[str]) -> int:
         target_model = load_target(target, **loading)
         models = [load_draft(draft, **loading) for draft in drafts]
         baseline = None if options.baseline is None else models.pop()
-        if engine.engine and "prompts" in texts:  # the very texts are needed twice
+        if engine.engine and "dataset" in texts:
+            check_settings(engine, [each.setting for each in written_texts(texts["dataset"])])
+        elif engine.engine:
             settings = config.settings(own_penalty(target_model))
+            check_settings(engine, settings)
+            # The very texts are needed twice.
             texts = {"dataset": answers(target_model, target.tokenizer, texts["prompts"], settings, config)}
             config = replace(config, temperatures=[setting.temperature for setting in settings])
         report = evaluate_draft(

@@ -104,8 +104,9 @@ def evaluate_draft(
         The report: `print(report.to_json())`, `report.save("report.json")`, `rich.print(ReportTable(report))`.
 
     Raises:
-        ValueError: The pair does not fit; prompts are missing, empty or too long; settings contradict themselves; an
-            option is out of range; or the texts do not belong to the pair's vocabulary.
+        ValueError: The pair does not fit, or is to be timed on two kinds of devices; prompts are missing, empty or too
+            long; settings contradict themselves; an option is out of range; or the texts do not belong to the pair's
+            vocabulary.
     """
     is_list = isinstance(draft_model, Sequence) and not isinstance(draft_model, str)
     candidates = list(draft_model) if is_list else [draft_model]
@@ -127,6 +128,13 @@ def evaluate_draft(
     for draft in drafts:
         if draft.config.is_encoder_decoder:
             raise ValueError(f"{draft.name_or_path!r} is an encoder-decoder model; a draft must be a causal LM.")
+        places = {draft.device.type, target_model.device.type} - {"meta"}  # parts of a model may be offloaded
+        if config.measure_speed and len(places) > 1:
+            raise ValueError(
+                f"The draft {draft.name_or_path!r} is on {draft.device} and the target on {target_model.device}: its "
+                f"speed there says nothing. Move it, `draft.to({str(target_model.device)!r})`, or leave speed out, "
+                "`measure_speed=False`."
+            )
         check_own_tokenizer(draft, tokenizer)
     check_own_tokenizer(target_model, tokenizer, is_target=True)
     # Before a vocabulary is padded: that is the draft as it lies in its folder.

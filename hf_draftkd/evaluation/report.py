@@ -390,8 +390,7 @@ class SpeculationReport:
     drafts: list[DraftResult] | None = optional("Several drafts, the best first.")
     self_check: SelfCheck | None = optional("Computed numbers against counted ones.")
     answers: list[Answer] | None = optional(
-        "A few texts, from the one of which the draft foresees least to the one of which it foresees most. They are "
-        "published with the report."
+        "A few texts, ordered from the least to the best predicted. They are published with the report."
     )
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
 # The expressions of llama-vocab.cpp that are one of tokenizers' own pre-tokenizers; others are written out as patterns.
-_RULES = {"gpt-2": [_BYTES], "smollm": [_DIGITS, _BYTES]}
+RULES = {"gpt-2": [_BYTES], "smollm": [_DIGITS, _BYTES]}
 
 
 @cache
@@ -39,4 +39,4 @@ def _rules_name(parts: dict[str, Any]) -> str | None:
     steps = split["pretokenizers"] if split.get("type") == "Sequence" else [split]
     if parts["normalizer"] is not None or model["ignore_merges"]:
         return None
-    return next((name for name, rules in _RULES.items() if steps == rules), None)
+    return next((name for name, rules in RULES.items() if steps == rules), None)

@@ -100,7 +100,7 @@ class PairFacts:
     same_special_ids: bool | None = optional("Whether bos, eos and pad ids agree in both configs.")
     draft_parameters: int | None = optional("Parameters of the draft.")
     target_parameters: int | None = optional("Parameters of the target.")
-    tokenizer_fingerprint: str | None = optional("As `hf_draftkd.models.tokenizer_fingerprint` gives it.")
+    tokenizer_fingerprint: str | None = optional("As `hf_draftkd.models.tokenizers.tokenizer_fingerprint` gives it.")
     has_chat_template: bool | None = optional("Whether the tokenizer carries a chat template.")
     llama_cpp_converts: bool | None = optional(
         "Whether llama.cpp's converter knows the tokenizer; absent where only trying it tells."

@@ -126,17 +126,20 @@ def vocabulary_table(settings: Sequence[SettingResult], length: int | None) -> M
 
 def parallel_table(settings: Sequence[SettingResult]) -> Markdown | None:
     """What drafting in one pass gives at each draft length, beside drafting one by one."""
+    both = [(each, each.parallel) for each in settings if each.parallel]
+    # No text may be as long as the deepest block.
+    lengths = range(1, max((found.num_tokens for _, found in both), default=0) + 1)
     rows = []
-    for setting, found in ((each, each.parallel) for each in settings if each.parallel):
-        efficiency = {length: (setting.block_efficiency or {})[length] for length in found.block_efficiency}
+    for setting, found in both:
         for name, digits, estimates in (
             ("α at depth", 3, dict(enumerate(found.acceptance_by_depth, start=1))),
-            ("τ, one by one", 2, efficiency),
+            ("τ, one by one", 2, setting.block_efficiency or {}),
             ("τ, in one pass", 2, found.block_efficiency),
         ):
-            cells = {f"{place}": estimate_text(estimate.value, digits) for place, estimate in estimates.items()}
-            rows.append({"Decoding": str(setting.decoding), "": name, **cells})
-    return records(rows)
+            found_at = (estimates.get(length) for length in lengths)
+            cells = [estimate_text(estimate and estimate.value, digits) for estimate in found_at]
+            rows.append([str(setting.decoding), name, *cells])
+    return table(["Decoding", "", *map(str, lengths)], rows) if rows else None
 
 
 def speed_table(settings: Sequence[SettingResult]) -> Markdown | None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hf_draftkd.hub.llama_cpp import converter
+from hf_draftkd.hub.llama_cpp import RULES, converter
 from hf_draftkd.hub.markdown import python_string
 from hf_draftkd.hub.provenance import PairFacts
 from hf_draftkd.models.draft_length import draft_length_settings
@@ -45,7 +45,7 @@ _TITLES = {
 class Command:
     """One way to start the pair: a title, the language of the block, the block, and a remark or none.
 
-    A block without content is no way: the remark says why.
+    Without content the engine cannot run this pair: the remark says why.
     """
 
     title: str
@@ -96,6 +96,8 @@ def serving_commands(
         "target": target,
         "pair": pair,
         "llama_cpp_build": converter()["build"],
+        # It goes into code: no other name than one of these.
+        "rules": pair.llama_cpp_pre_tokenizer if pair.llama_cpp_pre_tokenizer in RULES else None,
         "length": length,
         "is_tuned": num_assistant_tokens is not None,
         "length_options": [f"{key}={json.dumps(value)}" for key, value in by_hand.items()],

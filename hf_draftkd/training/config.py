@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from trl import SFTConfig
 
+from hf_draftkd.acceptance import DRAFT_LENGTHS
 from hf_draftkd.data.mixing import parse_mix
 from hf_draftkd.data.shards import launched_on_cpus
 from hf_draftkd.decoding.setting import DecodingSetting
@@ -254,7 +255,7 @@ class DraftDistillConfig(SFTConfig):
         self._check_writing()
 
     def _check_parallel(self) -> None:
-        whole_number("parallel_tokens", self.parallel_tokens)
+        whole_number("parallel_tokens", self.parallel_tokens, 1, DRAFT_LENGTHS[-1])
         one_of("`parallel_weights`", self.parallel_weights, ("uniform", "confidence"))
         if self.parallel_tokens == 1:
             return

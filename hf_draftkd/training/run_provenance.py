@@ -37,6 +37,8 @@ _SHOWN = (
     "assistant_only_loss",
     "completion_only_loss",
     "cross_entropy_weight",
+    "parallel_tokens",
+    "parallel_weights",
     "token_selection",
     "selected_share",
     "neftune_noise_alpha",

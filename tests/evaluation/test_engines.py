@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -19,7 +20,12 @@ from hf_draftkd.evaluation.engines import ENGINES, measure
 from hf_draftkd.evaluation.engines.config import EngineConfig
 from hf_draftkd.evaluation.engines.launch import launched
 from hf_draftkd.evaluation.engines.llama_cpp import LlamaCpp
-from hf_draftkd.evaluation.engines.measure import evaluate_in_engine, recommend_in_engine
+from hf_draftkd.evaluation.engines.measure import (
+    check_settings,
+    evaluate_in_engine,
+    recommend_in_engine,
+    written_texts,
+)
 from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair
 from hf_draftkd.evaluation.html import render_page
 from hf_draftkd.evaluation.plots import speed_by_length_figure
@@ -198,6 +204,7 @@ def test_a_command_that_is_told_to_end_leaves_no_server(tmp_path):
         ({"engine": "vllm", "plain_endpoint": "http://a"}, "give `endpoint` too"),
         ({"engine": "llama.cpp", "launch": True}, "engine_models"),
         ({"engine": "vllm", "launch": True, "engine_rounds": 0}, "engine_rounds"),
+        ({"engine": "vllm", "launch": True, "engine_prompts": 0}, "engine_prompts"),
     ],
 )
 def test_options_are_checked_before_the_work(options, message):
@@ -360,6 +367,40 @@ def test_an_engine_is_not_started_for_what_it_gets_wrong(monkeypatch, engine):
     models = ["target", "draft"]
     assert evaluate_in_engine(report, rows, Letters(), engine=engine, launch=True, engine_models=models) == []
     assert f"temperature 1, top-p 0.9 was not measured in {engine}" in report.warnings[-1]
+
+
+def test_settings_that_no_engine_decodes_are_refused_before_the_pair_is_evaluated():
+    """Catches an hour of evaluation that ends with "was not measured", and with exit code 0."""
+    config = EngineConfig(engine="vllm", launch=True)
+    check_settings(config, [GREEDY, DecodingSetting(1.0)])
+    with pytest.raises(ValueError, match=r"vllm cannot measure temperature 1: vLLM .* Ask for another setting"):
+        check_settings(config, [DecodingSetting(1.0)])
+    with pytest.raises(ValueError, match="repetition penalty differently"):
+        check_settings(EngineConfig(engine="llama.cpp", endpoint="http://a"), [replace(GREEDY, repetition_penalty=1.1)])
+    with pytest.raises(ValueError, match="do not say under which setting"):
+        written_texts(ROWS.remove_columns("ids_source"))
+
+
+def test_a_length_that_was_not_predicted_is_refused(monkeypatch):
+    """Catches a KeyError behind the engine's start."""
+    with pytest.raises(ValueError, match="`num_assistant_tokens=20` cannot be compared"):
+        evaluate_in_engine(samples.report(), ROWS, Letters(), num_assistant_tokens=20, engine="vllm", launch=True)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_reported_command_holds_no_path_of_this_machine(tmp_path, monkeypatch, name):
+    """Catches a published report that tells where its author keeps models; formats must stay apart by their names."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("bin/server", "work/target-q8_0.gguf", "work/draft"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    models = {"target": str(tmp_path / "work/target-q8_0.gguf"), "draft": "work/draft"}
+    flags = measure._flags(ENGINES[name], replace(PAIR, binary=str(tmp_path / "bin/server"), **models))
+    assert str(tmp_path) not in flags
+    assert "work" not in flags
+    assert "--port" not in flags
+    assert all(part in flags for part in ("server ", "target-q8_0.gguf", "draft", "4"))
+    assert "org/target" in measure._flags(ENGINES[name], replace(PAIR, target="org/target"))
 
 
 def test_the_best_length_follows_from_times_in_the_engine():

@@ -230,6 +230,18 @@ def test_rows_of_several_authors_give_no_block_efficiency(pair, column):
     assert any(other in text and "block efficiencies are not" in text for text in report.warnings)
 
 
+def test_a_draft_on_another_kind_of_device_is_not_timed(pair):
+    """Catches a draft left on the CPU beside a target on a GPU, whose times say that it does not pay."""
+    _, target = pair
+
+    class Elsewhere(type(target)):
+        device = torch.device("cuda:0")
+
+    elsewhere = Elsewhere(target.config)
+    with pytest.raises(ValueError, match=r"is on cuda:0 and the target on cpu.*`draft\.to\('cpu'\)`"):
+        evaluate_draft(elsewhere, target, tiny_tokenizer(), PROMPTS[:2])
+
+
 def test_a_target_that_was_moved_is_known_again(tmp_path, pair):
     """Catches rows that lose their block efficiency because the target lies in another folder than when it wrote."""
     draft, target = pair

@@ -1,14 +1,17 @@
 """Which tokenizers llama.cpp's converter takes."""
 
+from dataclasses import replace
 from hashlib import sha256
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hf_draftkd import DraftModelCard
 from hf_draftkd.hub import llama_cpp
 from hf_draftkd.hub.llama_cpp import conversion_facts, converter
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.loading import load_tokenizer
+from tests.hub import samples
 from tests.tiny import tiny_tokenizer
 
 
@@ -31,6 +34,17 @@ def test_a_hash_that_the_converter_lists_is_known(monkeypatch):
     hashed = sha256(str(tokenizer.encode(converter()["text"])).encode()).hexdigest()
     monkeypatch.setattr(llama_cpp, "converter", lambda: {**converter(), "known": [hashed]})
     assert conversion_facts(tokenizer)["llama_cpp_converts"]
+
+
+def test_a_name_that_llama_cpp_does_not_know_gets_into_no_command():
+    """Catches code in a stranger's `provenance.json` that a card would print to be run."""
+    rules = 'gpt-2"; import os; "'
+    facts = samples.pair(llama_cpp_converts=False, llama_cpp_pre_tokenizer=rules)
+    card = DraftModelCard.from_report(samples.report(), name="me/draft", pair=facts).text
+    assert "import os" not in card
+    assert "No command: llama.cpp" in card
+    known = replace(facts, llama_cpp_pre_tokenizer="gpt-2")
+    assert 'tokenizer: "gpt-2"' in DraftModelCard.from_report(samples.report(), name="me/draft", pair=known).text
 
 
 def test_other_kinds_of_tokenizers_are_not_judged():

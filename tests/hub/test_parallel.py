@@ -2,8 +2,9 @@
 
 from transformers import LlamaConfig
 
-from hf_draftkd import DraftModelCard
+from hf_draftkd import DraftModelCard, SpeculationReport
 from hf_draftkd.hub.provenance import PairFacts
+from hf_draftkd.hub.report_tables import parallel_table
 from hf_draftkd.models.parallel import store_parallel_draft
 from tests.hub import samples
 from tests.tiny import tiny_tokenizer
@@ -37,6 +38,18 @@ def test_the_card_shows_both_ways_and_the_command_that_drafts_in_one_pass():
     card = DraftModelCard.from_report(report, name="me/draft", pair=facts).text
     assert '"num_speculative_tokens": 5}' in card
     assert '"parallel_drafting": true' not in card
+
+
+def test_texts_shorter_than_a_block_leave_cells_empty():
+    """Catches a header that holds as many depths as the first row, and a card that cannot be written."""
+    one = samples.setting(0.0, "exact_match", 0.7, 2.0)
+    rates = [samples.estimate(0.7, 0.01)]
+    one["parallel"] = {"num_tokens": 3, "acceptance_by_depth": rates, "block_efficiency": one["block_efficiency"]}
+    (setting,) = SpeculationReport.from_dict(samples.report(settings=[one])).settings
+    lines = parallel_table([setting]).splitlines()
+    assert lines[0] == "| Decoding |  | 1 | 3 |"  # at 2 nothing is known
+    assert len({line.count("|") for line in lines}) == 1
+    assert parallel_table([]) is None
 
 
 def test_an_ordinary_drafts_card_says_nothing_of_it():

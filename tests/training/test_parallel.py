@@ -10,6 +10,7 @@ from hf_draftkd import SpeculativeDecoding, cache_target_distributions, load_dra
 from hf_draftkd.losses import DIVERGENCES
 from hf_draftkd.models.parallel import parallel_draft
 from hf_draftkd.training import parallel
+from hf_draftkd.training.run_provenance import describe_run
 from tests.processes import in_two_processes
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
@@ -122,6 +123,7 @@ def test_an_adapter_is_merged_into_a_draft_that_says_that_it_is_parallel(tmp_pat
     # The padded row was zero: as the mask token it is given a direction.
     assert draft.get_input_embeddings().weight[300].any()
     assert SpeculativeDecoding(draft).mask_token_id == 300
+    assert describe_run(trainer).training.hyperparameters["parallel_tokens"] == 4  # the card cites the paper by it
 
 
 def test_deeper_predictions_get_better(tmp_path, tokenizer):
@@ -147,6 +149,7 @@ def test_deeper_predictions_get_better(tmp_path, tokenizer):
     ("options", "message"),
     [
         ({"parallel_tokens": 0}, "parallel_tokens"),
+        ({"parallel_tokens": 17}, "from 1 to 16"),
         ({"parallel_tokens": 4, "packing": True}, "square of a row"),
         ({"parallel_tokens": 4, "token_selection": "after_first_mismatch"}, "several depths"),
         ({"parallel_tokens": 4, "parallel_weights": "confident"}, "confidence"),

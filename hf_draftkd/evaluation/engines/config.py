@@ -42,8 +42,9 @@ class EngineConfig:
                 raise ValueError(f"`{(given or ['launch'])[0]}` needs `engine`: llama.cpp, vllm or openvino.")
             return
         one_of("engine", self.engine, ("llama.cpp", "vllm", "openvino"))
-        for name in ("engine_threads", "engine_rounds"):
-            whole_number(name, getattr(self, name))
+        for name in ("engine_threads", "engine_rounds", "engine_prompts"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name))
         if self.launch == bool(self.endpoint or self.plain_endpoint):
             raise ValueError("Give `endpoint`, for a running server with the draft, or `launch`: one of the two ways.")
         if self.plain_endpoint and not self.endpoint:

@@ -81,15 +81,13 @@ def evaluate_in_engine(
     config = replace(config or EngineConfig(), **options)
     if config.engine is None:
         raise ValueError("Name the `engine`: llama.cpp, vllm or openvino.")
-    if not is_recorded(texts):
-        raise ValueError(
-            "The texts do not say under which setting the target wrote them. Let it write them with "
-            "`generate_alignment_data`; on the command line, give prompts or `--regenerate`."
-        )
+    text_sets = written_texts(texts)
     engine = ENGINES[config.engine]
     length = num_assistant_tokens or report.num_assistant_tokens
+    if length not in DRAFT_LENGTHS:
+        raise ValueError(f"`num_assistant_tokens={length}` cannot be compared with a prediction: give 1 to 16.")
     results = []
-    for found in recorded_texts(texts):
+    for found in text_sets:
         reason = engine.fault(found.setting, config.launch)
         if reason is None:
             try:
@@ -101,6 +99,27 @@ def evaluate_in_engine(
         if reason is not None:
             report.warnings.append(f"{found.setting} was not measured in {engine.name}: {reason}.")
     return results
+
+
+def written_texts(texts: Dataset) -> list[TextSet]:
+    """The texts by the setting that the target wrote them under; a `ValueError` if they do not say it."""
+    if not is_recorded(texts):
+        raise ValueError(
+            "The texts do not say under which setting the target wrote them. Let it write them with "
+            "`generate_alignment_data`; on the command line, give prompts or `--regenerate`."
+        )
+    return recorded_texts(texts)
+
+
+def check_settings(config: EngineConfig, settings: Sequence[DecodingSetting]) -> None:
+    """Raise a `ValueError` where the engine decodes none of the settings rightly: before the pair is evaluated."""
+    if config.engine is None:
+        return
+    engine = ENGINES[config.engine]
+    reasons = [engine.fault(setting, config.launch) for setting in settings]
+    if None not in reasons:
+        asked = ", ".join(map(str, settings))
+        raise ValueError(f"{engine.name} cannot measure {asked}: {reasons[0]}. Ask for another setting.")
 
 
 def check_servers(config: EngineConfig) -> None:
@@ -122,6 +141,19 @@ def check_servers(config: EngineConfig) -> None:
     for model in config.engine_models or ():
         if not os.path.exists(model):
             raise ValueError(f"`engine_models` names {model!r}, which is not there.")
+
+
+def _flags(engine: Engine, pair: ServedPair) -> str:
+    """The command that serves a pair, as it may be published: of files no more than their names, and no port."""
+    names: dict[str, Any] = {
+        name: os.path.basename(path)
+        for name, path in vars(pair).items()
+        if isinstance(path, str) and os.path.exists(path)
+    }
+    words, variables = engine.command(replace(pair, **names), 0)
+    port = words.index("--port")
+    kept = [os.path.basename(word) if os.path.isabs(word) else word for word in words[:port] + words[port + 2 :]]
+    return " ".join([*(f"{name}={value}" for name, value in variables.items()), *kept])
 
 
 @dataclass(frozen=True)
@@ -213,14 +245,10 @@ def _measure(
         for name in ("num_tokens", "seconds", "num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens")
     )
     counted = bootstrap_ratio(_sums(assisted, "num_later_tokens"), steps)
-    flags = None
-    if config.launch:
-        words, variables = engine.command(pair, 0)
-        flags = " ".join([*(f"{name}={value}" for name, value in variables.items()), *words[:-2]])  # without its port
     result = EngineResult(
         engine=engine.name,
         version=version,
-        flags=flags,
+        flags=_flags(engine, pair) if config.launch else None,
         threads=config.engine_threads if config.launch else None,
         hardware=processor_name() if config.launch else None,
         decoding=setting,
