@@ -31,7 +31,9 @@ class Options:
     epochs: float = field(default=6.0, metadata={"help": "Passes over all sets."})
     batch_size: int = field(default=16, metadata={"help": "Rows of a step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate; it falls to 0 as a cosine."})
+    seed: int = field(default=42, metadata={"help": "Of the order of the rows."})
     parallel_tokens: int = field(default=1, metadata={"help": "Tokens that the draft learns to predict in one pass."})
+    parallel_weights: str = field(default="confidence", metadata={"help": "How its depths count: or uniform."})
     mask_token: str = field(default="<gh_stars>", metadata={"help": "Of a parallel draft; in no text here."})
     held_out: int = field(default=128, metadata={"help": "Last rows of the domain, which are not learned from."})
     save_steps: int = field(default=100, metadata={"help": "Steps between checkpoints; a killed run loses as many."})
@@ -61,7 +63,8 @@ def main() -> None:
         divergence="lk_hybrid",
         draft_vocabulary="recorded",
         parallel_tokens=options.parallel_tokens,
-        parallel_weights="uniform" if options.parallel_tokens == 1 else "confidence",
+        parallel_weights="uniform" if options.parallel_tokens == 1 else options.parallel_weights,
+        seed=options.seed,
         eval_strategy="steps",
         eval_steps=4 * options.save_steps,
         save_strategy="steps",
