@@ -1,0 +1,88 @@
+"""Does it pay to draft in one pass? Drafts that went on from the same one for as long, judged together on one text.
+
+    python examples/smollm2/compare.py --work_dir WORK --groups ordinary parallel --seeds 0 1 2
+
+Each draft is the folder GROUP-SEED in --work_dir, as `train.py --output GROUP-SEED --seed SEED` leaves it. The target
+reads its answers once for all of them. Printed are means over seeds with the lowest and highest, of drafts with their
+list.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import load_dataset
+from journey import write_result
+from report import own_list, read, setting_name, table
+from trl import TrlParser
+
+from hf_draftkd import evaluate_draft, load_draft, load_target, load_tokenizer
+from hf_draftkd.hub.public_names import public_report
+
+LENGTHS = (1, 2, 3, 4, 5)
+
+
+@dataclass
+class Options:
+    """What to compare."""
+
+    work_dir: str = field(default="smollm2", metadata={"help": "Folder of the whole journey: weights, data, results."})
+    groups: list[str] = field(default_factory=lambda: ["ordinary", "parallel"], metadata={"help": "Ways of training."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of each group; some may be absent."})
+    questions: int = field(default=50, metadata={"help": "Of the questions that `measure.py` had answered."})
+    output: str = field(default="compared", metadata={"help": "Name of the result."})
+
+
+def main() -> None:
+    (options,) = TrlParser(Options).parse_args_and_config()
+    work = Path(options.work_dir)
+    names = [f"{group}-{seed}" for group in options.groups for seed in options.seeds]
+    names = [name for name in names if (work / "results" / f"{name}.json").exists()]
+    if read(work / "results", options.output) is None:
+        rows = load_dataset("parquet", data_files=str(work / "data" / "gsm8k_test" / "data" / "*"), split="train")
+        drafts = [load_draft(str(work / name), dtype="bfloat16") for name in names]
+        size = len(drafts[0].generation_config.draft_vocabulary)
+        report = evaluate_draft(
+            drafts,
+            load_target(str(work / "target"), dtype="bfloat16"),
+            load_tokenizer(str(work / "target")),
+            dataset=rows.select(range(2 * options.questions)),  # each question has a greedy and a sampled answer
+            measure_speed=False,
+            draft_vocabulary_sizes=[size],
+            batch_size=16,
+            source="gsm8k_test",
+        )
+        write_result(work, options.output, {"report": public_report(report).to_dict()})
+    print(compared(work / "results", options))
+
+
+def compared(folder: Path, options: Options) -> str:
+    """A row for each group, setting and way of drafting."""
+    report = read(folder, options.output)["report"]
+    drafts = {Path(each["draft"]["name"]).name: each["settings"] for each in report["drafts"]}
+    rows = []
+    for group in options.groups:
+        found = [settings for name, settings in drafts.items() if name.rpartition("-")[0] == group]
+        trained = [read(folder, name) for name in drafts if name.rpartition("-")[0] == group]
+        steps = {each["log"][-1]["step"] for each in trained}
+        took = spread([each["seconds"] for each in trained], 0)
+        told = f"{group} ({'/'.join(map(str, sorted(steps)))} steps, {took} s)"
+        for index, setting in enumerate(found[0]):
+            for way, key in (("one by one", "block_efficiency"), ("in one pass", "parallel_block_efficiency")):
+                taus = [own_list(settings[index]).get(key) for settings in found]
+                if None not in taus:
+                    by_length = [
+                        [tau[str(length)]["value"] for tau in taus if str(length) in tau] for length in LENGTHS
+                    ]
+                    cells = [spread(values) if values else "" for values in by_length]
+                    rows.append([told, str(len(found)), setting_name(setting), way, *cells])
+    return table(["trained", "seeds", "setting", "drafts", *(f"τ({length})" for length in LENGTHS)], rows)
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """A mean, with the lowest and the highest."""
+    between = f" [{min(values):.{digits}f}, {max(values):.{digits}f}]" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{between}"
+
+
+if __name__ == "__main__":
+    main()
