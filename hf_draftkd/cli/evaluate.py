@@ -34,6 +34,7 @@ from hf_draftkd.evaluation.trackers import log_report, tracker_modules
 from hf_draftkd.models.draft_length import draft_length_settings, write_draft_settings
 from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.pairing import check_own_tokenizer
+from hf_draftkd.models.parallel import parallel_draft
 from hf_draftkd.models.resolve import Checkpoint, resolve
 from hf_draftkd.utils.checks import whole_number
 from hf_draftkd.utils.fields import option
@@ -94,6 +95,8 @@ def run(argv: list[str]) -> int:
         target_model = load_target(target, **loading)
         models = [load_draft(draft, **loading) for draft in drafts]
         baseline = None if options.baseline is None else models.pop()
+        if engine.parallel_drafting and parallel_draft(models[0].config) is None:
+            raise UsageError(f"`--parallel_drafting` needs a parallel draft, which {models[0].name_or_path} is not.")
         if engine.engine and "dataset" in texts:
             check_settings(engine, [each.setting for each in written_texts(texts["dataset"])])
         elif engine.engine:

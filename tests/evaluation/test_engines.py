@@ -29,7 +29,7 @@ from hf_draftkd.evaluation.engines.measure import (
 from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair
 from hf_draftkd.evaluation.html import render_page
 from hf_draftkd.evaluation.plots import speed_by_length_figure
-from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.evaluation.report import ParallelResult, SpeculationReport
 from hf_draftkd.evaluation.tables import ReportTable
 from hf_draftkd.hub.report_tables import engine_table
 from tests.evaluation import samples
@@ -205,6 +205,7 @@ def test_a_command_that_is_told_to_end_leaves_no_server(tmp_path):
         ({"engine": "llama.cpp", "launch": True}, "engine_models"),
         ({"engine": "vllm", "launch": True, "engine_rounds": 0}, "engine_rounds"),
         ({"engine": "vllm", "launch": True, "engine_prompts": 0}, "engine_prompts"),
+        ({"engine": "openvino", "endpoint": "http://a", "parallel_drafting": True}, "option of vLLM"),
     ],
 )
 def test_options_are_checked_before_the_work(options, message):
@@ -260,11 +261,12 @@ ROWS = Dataset.from_list(
 )
 
 
-def run(monkeypatch, plain_endpoint="http://plain", **faults):
+def run(monkeypatch, plain_endpoint="http://plain", parallel_drafting=False, **faults):
     monkeypatch.setitem(ENGINES, "vllm", Served(**faults))
     report = samples.report()
     report.max_new_tokens = 9
     servers = {"engine": "vllm", "endpoint": "http://draft", "plain_endpoint": plain_endpoint, "engine_rounds": 2}
+    servers["parallel_drafting"] = parallel_drafting
     return report, evaluate_in_engine(report, ROWS, Letters(), num_assistant_tokens=4, **servers)
 
 
@@ -385,6 +387,24 @@ def test_a_length_that_was_not_predicted_is_refused(monkeypatch):
     """Catches a KeyError behind the engine's start."""
     with pytest.raises(ValueError, match="`num_assistant_tokens=20` cannot be compared"):
         evaluate_in_engine(samples.report(), ROWS, Letters(), num_assistant_tokens=20, engine="vllm", launch=True)
+
+
+def test_a_server_that_drafts_in_one_pass_is_held_against_that_prediction(monkeypatch):
+    """Catches vLLM's `parallel_drafting` compared with the prediction for one token a pass."""
+    words, _ = ENGINES["vllm"].command(replace(PAIR, parallel_drafting=True), 0)
+    assert json.loads(words[words.index("--speculative-config") + 1])["parallel_drafting"] is True
+    assert "parallel_drafting" not in " ".join(ENGINES["vllm"].command(PAIR, 0)[0])
+    report, (found,) = run(monkeypatch)
+    one_by_one = found.predicted_mean_acceptance_length
+    monkeypatch.setattr(samples, "report", lambda: report)
+    with pytest.raises(ValueError, match="needs a parallel draft"):
+        run(monkeypatch, parallel_drafting=True)
+    efficiency = {length: Estimate(1.0 + length / 10) for length in (1, 2, 3, 4)}
+    for setting in report.settings:
+        rates = [Estimate(0.1)] * 4
+        setting.parallel = ParallelResult(num_tokens=4, acceptance_by_depth=rates, block_efficiency=efficiency)
+    report, (found,) = run(monkeypatch, parallel_drafting=True)
+    assert found.predicted_mean_acceptance_length == efficiency[4] != one_by_one
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -28,6 +28,9 @@ class EngineConfig:
         "For `launch`: target and draft in the engine's own format (two GGUF files, two OpenVINO folders); vLLM reads "
         "the models themselves.",
     )
+    parallel_drafting: bool = option(
+        False, "vLLM: the server drafts in one pass, by its option of this name; with `launch` it is started so."
+    )
     engine_threads: int = option(1, "For `launch`: CPU threads of a server.")
     engine_rounds: int = option(3, "Times every prompt is decoded plainly and with the draft, in turns.")
     engine_prompts: int | None = option(None, "Prompts to decode in the engine; all by default.")
@@ -47,6 +50,8 @@ class EngineConfig:
                 whole_number(name, getattr(self, name))
         if self.launch == bool(self.endpoint or self.plain_endpoint):
             raise ValueError("Give `endpoint`, for a running server with the draft, or `launch`: one of the two ways.")
+        if self.parallel_drafting and self.engine != "vllm":
+            raise ValueError(f"`parallel_drafting` is an option of vLLM, which {self.engine} does not have.")
         if self.plain_endpoint and not self.endpoint:
             raise ValueError("`plain_endpoint` is compared with a server that drafts: give `endpoint` too.")
         if self.launch and self.engine != "vllm" and len(self.engine_models or ()) != 2:

@@ -84,8 +84,15 @@ def evaluate_in_engine(
     text_sets = written_texts(texts)
     engine = ENGINES[config.engine]
     length = num_assistant_tokens or report.num_assistant_tokens
-    if length not in DRAFT_LENGTHS:
-        raise ValueError(f"`num_assistant_tokens={length}` cannot be compared with a prediction: give 1 to 16.")
+    longest = DRAFT_LENGTHS[-1]
+    if config.parallel_drafting:
+        longest = max((each.parallel.num_tokens for each in report.settings if each.parallel), default=0)
+        if not longest:
+            raise ValueError(f"`parallel_drafting` needs a parallel draft, which {report.draft.name} is not.")
+    if not 1 <= length <= longest:
+        raise ValueError(
+            f"`num_assistant_tokens={length}` cannot be compared with a prediction, which there is from 1 to {longest}."
+        )
     results = []
     for found in text_sets:
         reason = engine.fault(found.setting, config.launch)
@@ -223,12 +230,14 @@ def _measure(
         max_context=max(map(len, prompts)) + limit + max(DRAFT_LENGTHS) + 1,
         binary=config.engine_binary or engine.binary,
         dtype=report.target.dtype or "auto",
+        parallel_drafting=config.parallel_drafting,
     )
     questions = _Questions(engine, prompts, setting, limit)
     # When sampling only the server's user knows how its draft does.
     rule = "exact_match" if setting.is_greedy else engine.sampled_rule if config.launch else None
     same = (each for each in report.settings if (each.decoding, each.verification) == (setting, rule))
-    efficiency = next((each.block_efficiency for each in same), None)
+    both_ways = (each.parallel if config.parallel_drafting else each for each in same)
+    efficiency = next((each.block_efficiency for each in both_ways if each), None)
     predicted = None if efficiency is None else efficiency[length]
 
     def served(pair: ServedPair) -> AbstractContextManager[str]:
@@ -279,7 +288,7 @@ def _measure(
         given = engine.name, setting, length, counted, efficiency, target_step
         result.recommendation = recommend_in_engine(*given, calls, speedup)
         for other in _STEP_TIME_LENGTHS if config.launch else ():
-            if other != length:
+            if other != length and other in (efficiency or DRAFT_LENGTHS):
                 with served(replace(pair, num_assistant_tokens=other)) as url:
                     questions.ask(url, 0)
                     answers = [[questions.ask(url, place, place)] for place in range(len(prompts[:_STEP_TIME_PROMPTS]))]

@@ -59,6 +59,7 @@ class ServedPair:
         max_context: Tokens of the longest prompt and completion together.
         binary: The program, or the Python of the environment where the engine is installed.
         dtype: Number format that the target was evaluated in, for an engine that reads the models' own files.
+        parallel_drafting: Whether the draft drafts in one pass.
     """
 
     target: str
@@ -69,6 +70,7 @@ class ServedPair:
     max_context: int
     binary: str
     dtype: str = "auto"
+    parallel_drafting: bool = False
 
 
 class Engine(ABC):

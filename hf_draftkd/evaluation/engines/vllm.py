@@ -27,6 +27,8 @@ class VLLM(Engine):
                 "num_speculative_tokens": pair.num_assistant_tokens,
                 "draft_sample_method": "greedy" if pair.is_greedy else "probabilistic",
             }
+            if pair.parallel_drafting:
+                config["parallel_drafting"] = True
             words += ["--speculative-config", json.dumps(config)]
         threads = str(pair.threads)
         cpu = {
