@@ -23,6 +23,8 @@ class FixedLength:
         """Take note of a round: tokens accepted in each text, and its wall-clock where that is typical."""
 
 
+# γ to begin with.
+_START = 4
 # Rounds between two looks at what was not chosen: plain decoding while drafting pays, drafting while it does not.
 _LOOK_AT_PLAIN = 64
 _FIRST_LOOK_AT_DRAFT = 16
@@ -39,15 +41,14 @@ class AutoLength:
     A round with γ drafted tokens brings 1 + α + ... + α^γ tokens a text, α being the chance that a drafted token is
     accepted if those before it were, and takes T(γ) seconds. T is measured for each number of texts (in powers of
     two): a few rounds at three lengths, and a straight line between and beyond them. γ = 0 is plain decoding. What is
-    learnt is kept from call to call.
+    learned is kept from call to call.
 
     Args:
-        start: γ to begin with.
         longest: Largest γ to consider.
     """
 
-    def __init__(self, start: int = 4, longest: int = 16) -> None:
-        self.longest, start = longest, min(start, longest)
+    def __init__(self, longest: int = 16) -> None:
+        self.longest, start = longest, min(_START, longest)
         self._trials = (start, 0, max(1, start // 2))
         self._accepted, self._rejected = 3.0, 2.0
         self._seconds: dict[int, dict[int, deque[float]]] = defaultdict(

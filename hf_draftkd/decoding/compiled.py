@@ -19,6 +19,9 @@ from hf_draftkd.decoding.texts import Piece, Texts
 class CompiledModels:
     """Compiled forwards and static caches, kept from call to call so that nothing is compiled twice.
 
+    Of each model and batch size one cache is kept, the longest so far: shorter texts are read in it, a longer one takes
+    its place.
+
     Attributes:
         compile_seconds: Wall-clock of all first steps with a new shape, which is when compilation happens.
     """
@@ -26,7 +29,7 @@ class CompiledModels:
     def __init__(self) -> None:
         self.compile_seconds = 0.0
         self._forwards: dict[tuple[int, str], Any] = {}
-        self._caches: dict[tuple[int, int, int], StaticCache] = {}
+        self._caches: dict[tuple[int, int], StaticCache] = {}
         self._seen: set[tuple[int, torch.Size, torch.Size]] = set()
 
     def cached(
@@ -46,11 +49,11 @@ class CompiledModels:
             )
         # Room for rejected tokens that lie between two squeezes; rounded, so that calls of like length share a cache.
         capacity = (texts.ids.shape[1] + 2 * max(widths) + 127) // 64 * 64
-        key = (id(model), len(texts.lengths), capacity)
-        if key not in self._caches:
+        key = (id(model), len(texts.lengths))
+        cache = self._caches.get(key)
+        if cache is None or cache.layers[0].max_cache_len < capacity:
             text_config = model.config.get_text_config(decoder=True)
-            self._caches[key] = StaticCache(config=text_config, max_cache_len=capacity)
-        cache = self._caches[key]
+            cache = self._caches[key] = StaticCache(config=text_config, max_cache_len=capacity)
         cache.reset()
         options = config.compile_config or CompileConfig(
             dynamic=False, mode="reduce-overhead" if model.device.type == "cuda" else "default"
@@ -107,9 +110,11 @@ class StaticModel(CachedModel):
         causal = self._places <= self._places[self._columns : end, None]
         # A token that is none sees itself: attention over nothing is not defined.
         itself = self._places == self._places[self._columns : end, None]
+        # `contiguous` leaves a single row the strides of its buffer, and with them each length would be compiled anew.
+        ids, positions = (each.clone(memory_format=torch.contiguous_format) for each in piece[:2])
         inputs = {
-            "input_ids": piece.ids.contiguous(),
-            "position_ids": piece.positions.contiguous(),
+            "input_ids": ids,
+            "position_ids": positions,
             "attention_mask": ((self._mask[:, None] & causal) | itself)[:, None],
             "past_key_values": self.cache,
             "use_cache": True,

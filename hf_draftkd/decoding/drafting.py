@@ -76,7 +76,6 @@ class OneByOne:
     ) -> None:
         self.draft, self._proposable, self._processing = draft, proposable, processing
         self._samples, self._needs_q = samples, needs_q
-        self._takes_likeliest = processing.is_identity and not needs_q
 
     def __call__(self, texts: Texts, num_tokens: int) -> Proposal:
         """Propose `num_tokens` for every unfinished text, and put them behind the texts' ends."""
@@ -89,25 +88,25 @@ class OneByOne:
         for k in range(num_tokens):
             token, q = self._choose(self.draft(piece, num_logits=1), k)
             tokens.append(token)
-            distributions.append(q)
+            if q is not None:
+                distributions.append(q)
             if self._processing.looks_back:
                 texts.write(token, offset=k)
             piece = Piece(token, span.positions[:, start + k : start + k + 1], None)
         self.draft.read = [texts.lengths[row] + num_tokens - 1 for row in texts.rows]
         drafted = torch.cat(tokens, 1)
         texts.write(drafted, offset=0)
-        return Proposal(drafted, torch.cat(distributions, 1) if self._needs_q else None)
+        return Proposal(drafted, torch.cat(distributions, 1) if distributions else None)
 
-    def _choose(self, logits: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        """Token [A, 1] from the head's logits [A, 1, N], and q [A, 1, V], which is meaningless where none is needed."""
-        if self._takes_likeliest:
-            token = self._proposable.likeliest(logits[:, 0])
-            return token[:, None], logits
+    def _choose(self, logits: Tensor, offset: int) -> tuple[Tensor, Tensor | None]:
+        """Token [A, 1] from the head's logits [A, 1, N], and q [A, 1, V] where it is needed."""
+        if self._processing.is_identity and not self._needs_q:
+            return self._proposable.likeliest(logits[:, 0])[:, None], None
         scores = self._processing(self._proposable.full(logits[:, 0])[:, None], offset)
+        if not self._needs_q:
+            return scores.argmax(-1), None
         q = scores.softmax(-1)
-        if self._samples:
-            return draw(q[:, 0]), q
-        return scores.argmax(-1), q
+        return draw(q[:, 0]) if self._samples else scores.argmax(-1), q
 
 
 class OnePass(OneByOne):
@@ -138,10 +137,11 @@ class OnePass(OneByOne):
         for k in range(num_tokens):
             token, q = self._choose(logits[:, k : k + 1], k)
             tokens.append(token)
-            distributions.append(q)
+            if q is not None:
+                distributions.append(q)
             # The next one's processors look back at this one.
             texts.write(token, offset=k)
-        return Proposal(torch.cat(tokens, 1), torch.cat(distributions, 1) if self._needs_q else None)
+        return Proposal(torch.cat(tokens, 1), torch.cat(distributions, 1) if distributions else None)
 
 
 def checked_vocabulary(ids: list[int], vocab_size: int, suppressed: Iterable[int] = ()) -> list[int]:

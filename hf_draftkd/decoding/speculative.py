@@ -83,14 +83,16 @@ class SpeculativeDecoding:
         streamer: Receives the prompt and the tokens of a single text, a round at a time.
         tokenizer: The target's; only `stop_strings` need it.
         on_logits: Called every round for each text with its new tokens and the target's logits of them, before any
-            processor; for a copy or a digest, since the memory is the round's.
+            processor; copy or reduce them at once: the memory is reused in the next round.
         compile: Compile both models with static caches and fixed shapes, by `compile_config` of the call where it is
-            given. The first call with a new batch size or length compiles for some minutes. Eager is faster on CPUs
-            for small models; accelerators gain.
+            given. The first call with a new batch size, or with longer texts than before, compiles for some
+            minutes. Eager is faster on CPUs for small models; accelerators gain.
 
     Attributes:
         compiled: With `compile`: what is kept from call to call, and `compiled.compile_seconds`.
         counts: What all calls so far drafted and accepted, one count a text and round.
+        draft_vocabulary: Ids that the draft may propose, ascending; None for all.
+        prompt_padding: Of the last call, how many columns of each prompt were padding.
 
     Raises:
         ValueError: An argument is out of range. A call of `generate` that cannot be honoured raises before decoding:
@@ -151,8 +153,10 @@ class SpeculativeDecoding:
             vocab_size = self.draft_model.config.get_text_config().vocab_size
             draft_vocabulary = sorted(checked_vocabulary(draft_vocabulary, vocab_size, suppressed))
             self._proposing_model = with_sliced_head(self.draft_model, draft_vocabulary)
+        self.draft_vocabulary = draft_vocabulary
         self._proposable = Proposable(self.draft_model, draft_vocabulary, suppressed)
         self.counts = AcceptanceCounts()
+        self.prompt_padding: list[int] = []
         self._known_targets: WeakSet[PreTrainedModel] = WeakSet()
 
     def __call__(
@@ -185,6 +189,7 @@ class SpeculativeDecoding:
 
         stopping = Stopping(stopping_criteria, generation_config.max_length)
         texts = Texts(input_ids, model_kwargs.get("attention_mask"), stopping.max_length, spare=self.length.longest + 1)
+        self.prompt_padding = texts.padding
         is_greedy = not generation_config.do_sample
         processing = Processing(logits_processor, texts, is_greedy=is_greedy)
         target, draft = self._models(model, model_kwargs["past_key_values"], texts, read, generation_config)

@@ -53,7 +53,7 @@ def test_a_draft_that_begins_to_pay_is_taken_up_again() -> None:
     assert drafted > 1500
 
 
-def test_batch_sizes_are_learnt_apart() -> None:
+def test_batch_sizes_are_learned_apart() -> None:
     length = AutoLength()
     for _ in range(200):
         for num_texts, slope in ((1, 0.1), (16, 2.0)):

@@ -1,5 +1,7 @@
 """Speculative decoding writes what `generate` writes: one text or a batch, whatever ends or shapes a text."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from transformers import (
     CompileConfig,
     DynamicCache,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -18,6 +21,9 @@ from transformers import (
 from examples.benchmarks.tiny_architectures import tiny_model
 from hf_draftkd import SpeculativeDecoding, count_acceptance
 from hf_draftkd.decoding.caches import GrowingLayer
+from hf_draftkd.decoding.compiled import CompiledModels
+from hf_draftkd.decoding.drafting import OneByOne
+from hf_draftkd.decoding.texts import Texts
 from hf_draftkd.evaluation.assisted import fixed_draft_length
 from hf_draftkd.models.forward import evaluating
 from tests.tiny import ARCHITECTURES, tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
@@ -248,7 +254,7 @@ def test_a_draft_vocabulary_restricts_the_draft_and_not_the_target() -> None:
     assert decoding.counts.num_spec_steps == calls
     assert draft.lm_head.weight.shape[0] == 300
     draft.generation_config.draft_vocabulary = ids
-    assert SpeculativeDecoding(draft, 4)._proposable.ids.tolist() == ids
+    assert SpeculativeDecoding(draft, 4).draft_vocabulary == ids
 
 
 def test_the_draft_length_comes_from_the_draft_s_generation_config() -> None:
@@ -273,19 +279,55 @@ def test_room_in_a_cache_survives_selection_of_rows() -> None:
 
 
 def test_compiled_steps_write_the_same_texts() -> None:
-    """With the compiler's front end only: fixed shapes, static caches, and nothing traced twice for the same shape."""
+    """With the compiler's front end only: fixed shapes, static caches, and nothing traced twice for the same shape.
+
+    A single text was a view of its whole buffer, and its strides had every other length traced again.
+    """
     draft, target = tiny_pair("qwen3", eos_scale=2.0, agreement=0.95, num_layers=1)
     decoding = SpeculativeDecoding(draft, 3, compile=True)
-    options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}
-    compiling = {"compile_config": CompileConfig(backend="eager", dynamic=False, mode=None)}
+    traced: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        traced.append(graph)
+        return graph.forward
+
+    compiling = {"compile_config": CompileConfig(backend=backend, dynamic=False, mode=None)}
     for inputs in ({"input_ids": PROMPTS[0]}, padded(PROMPTS)):
-        plain = target.generate(**inputs, **options)
-        assert torch.equal(target.generate(**inputs, custom_generate=decoding, **compiling, **options), plain)
-        seconds = decoding.compiled.compile_seconds
-        assert seconds > 0
-        assert torch.equal(target.generate(**inputs, custom_generate=decoding, **compiling, **options), plain)
-        assert decoding.compiled.compile_seconds == seconds
+        for length, is_new in ((40, True), (40, False), (30, False)):
+            num_traced, seconds = len(traced), decoding.compiled.compile_seconds
+            options: dict[str, Any] = {"max_new_tokens": length, "do_sample": False}
+            plain = target.generate(**inputs, **options)
+            assert torch.equal(target.generate(**inputs, custom_generate=decoding, **compiling, **options), plain)
+            assert (len(traced) > num_traced) == (decoding.compiled.compile_seconds > seconds) == is_new
     assert 0 < decoding.counts.draft_acceptance_rate < 1
+
+
+def test_compiled_caches_do_not_pile_up() -> None:
+    """A pair of caches stayed for every length: prompts of all lengths filled an accelerator's memory."""
+    _, target = tiny_pair()
+    kept, config = CompiledModels(), GenerationConfig(compile_config=CompileConfig(backend="eager", mode=None))
+
+    def cache_for(max_length: int, num_texts: int = 1) -> Any:
+        texts = Texts(PROMPTS[0].repeat(num_texts, 1), None, max_length, spare=4)
+        return kept.cached(target, texts, (4,), 1, config).cache
+
+    short, of_two = weakref.ref(cache_for(40)), cache_for(40, 2)
+    long = cache_for(200)
+    gc.collect()
+    assert short() is None
+    assert cache_for(100) is long
+    assert cache_for(40, 2) is of_two
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"do_sample": True}], ids=str)
+def test_distributions_are_made_only_where_verification_looks_at_them(options: Any, monkeypatch: Any) -> None:
+    """Greedy rounds kept γ rows of logits alive that nothing read."""
+    draft, target = tiny_pair()
+    choose, found = OneByOne._choose, []
+    monkeypatch.setattr(OneByOne, "_choose", lambda *given: found.append(choose(*given)) or found[-1])
+    target.generate(PROMPTS[0], max_new_tokens=8, custom_generate=SpeculativeDecoding(draft, 3), **options)
+    assert found
+    assert all((q is not None) == ("do_sample" in options) for _, q in found)
 
 
 def test_count_acceptance_counts_it_as_it_counts_itself() -> None:
