@@ -169,6 +169,7 @@ def score_texts(
     vocab_size: int,
     verification: Sequence[str] = ("rejection_sampling",),
     draft_vocabularies: Sequence[tuple[int, Sequence[int]]] = (),
+    parallel: bool = True,
     batch_size: int = 8,
     on_texts: Callable[[int], Any] = lambda count: None,
 ) -> PassResult:
@@ -183,6 +184,7 @@ def score_texts(
         verification: Rules for sampled text. Greedy text is always verified exactly: the one rule `exact_match`.
         draft_vocabularies: Pairs of a draft's index and ids: also score that draft had it proposed these ids only. Its
             distribution is masked to them and renormalised before anything else, the target's never is.
+        parallel: Score parallel drafts in one pass too; False: as ordinary drafts alone.
         batch_size: Texts per forward pass.
         on_texts: Called with the number of texts done, after every batch.
 
@@ -190,7 +192,7 @@ def score_texts(
         FloatingPointError: A model returned NaN or inf.
     """
     order = sorted(range(len(texts)), key=lambda index: sum(map(len, texts[index])))
-    scorer = _Scorer(target_model, setting, verification, vocab_size, draft_vocabularies)
+    scorer = _Scorer(target_model, setting, verification, vocab_size, draft_vocabularies, parallel)
     parts: dict[int, dict[str, list[TextSums]]] = defaultdict(lambda: defaultdict(list))
     plausible = total = 0
     for start in range(0, len(order), batch_size):
@@ -245,11 +247,12 @@ class _Scorer:
         verification: Sequence[str],
         vocab_size: int,
         draft_vocabularies: Sequence[tuple[int, Sequence[int]]],
+        parallel: bool,
     ) -> None:
         self.listed = [
             (draft, torch.tensor(list(ids), device=target_model.device)) for draft, ids in draft_vocabularies
         ]
-        self.setting, self.vocab_size = setting, vocab_size
+        self.setting, self.vocab_size, self.parallel = setting, vocab_size, parallel
         self.rules = (EXACT,) if setting.is_greedy else tuple(verification)
         self.processors = logits_processors(setting, target_model)
         # llama.cpp's draft is given the temperature alone.
@@ -319,7 +322,11 @@ def _score_batch(
     scores: dict[tuple[int, str], torch.Tensor] = {}
     num_plausible = 0
     readers = [_Reader(model) for model in (target_model, *draft_models)]
-    parallel = {place: each for place, draft in enumerate(draft_models) if (each := parallel_draft(draft.config))}
+    parallel = {
+        place: each
+        for place, draft in enumerate(draft_models)
+        if scorer.parallel and (each := parallel_draft(draft.config))
+    }
     # The token at t is chosen by the logits at t - 1; nothing before the shortest prompt's last token is needed.
     start, stop = int(prompt_lengths.min()) - 1, tokens.shape[1] - 1
     for reader in readers:

@@ -41,7 +41,7 @@ class ReplayBuffer:
 
     Attributes:
         training: Requests to learn from.
-        held_out: Requests never learnt from.
+        held_out: Requests never learned from.
         num_new: How many of `training`, counted from the end, no update has seen.
     """
 

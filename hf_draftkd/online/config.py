@@ -39,8 +39,8 @@ class OnlineDistillConfig:
     )
     max_length: int = option(
         2048,
-        "Longest prompt and completion together that is learnt from, in tokens. Longer completions are cut; a request "
-        "whose prompt alone is that long is served but not learnt from.",
+        "Longest prompt and completion together that is learned from, in tokens. Longer completions are cut; a request "
+        "whose prompt alone is that long is served but not learned from.",
     )
     replay_ratio: float = option(
         1.0, "Older requests that an update sees again for each new one: so the draft keeps the traffic of an hour ago."
@@ -64,7 +64,7 @@ class OnlineDistillConfig:
     # The gate
     holdout_share: float = option(
         0.25,
-        "Share of the prompts whose requests are never learnt from, but measure every update; at most 0.5. The prompt "
+        "Share of the prompts whose requests are never learned from, but measure every update; at most 0.5. The prompt "
         "itself decides, so that a question asked twice is never on both sides. 0 switches the gate off.",
     )
     holdout_size: int = option(16, "Held-out requests kept; the oldest make room.")
@@ -83,7 +83,7 @@ class OnlineDistillConfig:
         in_range("replay_ratio", self.replay_ratio, 0)
         in_range("weight_decay", self.weight_decay, 0)
         in_range("cross_entropy_weight", self.cross_entropy_weight, 0, 1)
-        # At least half of the requests are learnt from.
+        # At least half of the requests are learned from.
         in_range("holdout_share", self.holdout_share, 0, 0.5)
         for name in ("loss_temperature", "learning_rate", "max_grad_norm"):
             in_range(name, getattr(self, name), 0, open_low=True)

@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_draftkd.acceptance import AcceptanceCounts
 from hf_draftkd.data.kept_distributions import CacheOptions, KeptDistributions
+from hf_draftkd.decoding.drafting import checked_vocabulary
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.decoding.speculative import SpeculativeDecoding
 from hf_draftkd.losses import SparseTarget
@@ -60,7 +61,7 @@ class OnlineDraftDistiller:
     `step()`. The serving loop may run under `torch.inference_mode()` or `torch.no_grad()`.
 
     An update is measured before it is kept: exact acceptance of the draft before and after it on requests that were
-    never learnt from, each under the setting it was decoded with. If acceptance fell, weights and optimiser are put
+    never learned from, each under the setting it was decoded with. If acceptance fell, weights and optimiser are put
     back.
 
     No failure of learning or saving costs an answer. If an automatic update or save inside `generate` fails (out of
@@ -83,7 +84,7 @@ class OnlineDraftDistiller:
     Attributes:
         history: One dictionary for each `step` that had something to learn from, oldest first: `num_requests` served
             so far; `draft_acceptance_rate` and `mean_acceptance_length` counted while serving since the step before;
-            `num_tokens` learnt from and their mean `loss`; `held_out_acceptance_rate_before` and
+            `num_tokens` learned from and their mean `loss`; `held_out_acceptance_rate_before` and
             `held_out_acceptance_rate`, exact, absent while nothing is held out; `kept`, whether the new weights
             stayed; `seconds`. A failed update or save inside `generate` has its own entry, with only `num_requests`,
             `failed` (`"step"` or `"save"`) and `error`.
@@ -118,12 +119,14 @@ class OnlineDraftDistiller:
 
         self._vocab_size = shared_vocab_size(unwrapped(draft_model), unwrapped(target_model), tokenizer)
         self._top_k = min(self.args.top_k, self._vocab_size)
-        self.learner = Learner(draft_model, self._vocab_size, self.args)
         self.buffer = ReplayBuffer(
             self.args.buffer_size, self.args.holdout_size, self.args.holdout_share, self.args.seed
         )
-        # It learns next tokens alone.
+        # It learns next tokens alone, of the list that it may propose from, and is judged by them.
         self._decoding = SpeculativeDecoding(draft_model, parallel=False)
+        listed = self._decoding.draft_vocabulary
+        self._vocabulary = None if listed is None else checked_vocabulary(listed, self._vocab_size)
+        self.learner = Learner(draft_model, self._vocab_size, self.args, self._vocabulary)
         self._on_log = on_log
         self._generator = torch.Generator().manual_seed(self.args.seed)
         self._window = AcceptanceCounts()  # since the last step
@@ -151,7 +154,7 @@ class OnlineDraftDistiller:
                 raise ValueError(f"`{name}` is the distiller's own: leave it out, or call `target_model.generate`.")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if ids is None or kwargs.get("inputs_embeds") is not None:
-            raise ValueError("A request is learnt from by its token ids: give `input_ids` instead of `inputs_embeds`.")
+            raise ValueError("A request is learned from by its token ids: give `input_ids` instead of `inputs_embeds`.")
         self._check_resumed()
         # How `generate` will decode, the target's own defaults filled in.
         config, _ = unwrapped(self.target_model)._prepare_generation_config(generation_config, **kwargs)
@@ -169,8 +172,7 @@ class OnlineDraftDistiller:
         num_before, setting = self.num_requests, _setting(config, kwargs)
         copies = len(sequences) // len(ids)  # `num_return_sequences`
         for row, sequence in enumerate(sequences):
-            prompt, mask = ids[row // copies], kwargs.get("attention_mask")
-            prompt = (prompt if mask is None else prompt[mask[row // copies].bool()]).cpu()
+            prompt = ids[row // copies, decoding.prompt_padding[row] :].cpu()
             completion = sequence[ids.shape[1] :][: kept.num_tokens(row)]  # behind it there is padding
             self._remember(prompt, completion, partial(kept.target, row), setting)
         if self.args.auto_update and self.update_due:
@@ -214,7 +216,7 @@ class OnlineDraftDistiller:
         # Copies: `prompt` may be the caller's own memory, and `completion` is that of the output.
         prompt = prompt.clone()
         kept = completion[: max(0, self.args.max_length - len(prompt))].cpu().clone()
-        # A target may write an id from its vocabulary's padding; from there on nothing can be learnt.
+        # A target may write an id from its vocabulary's padding; from there on nothing can be learned.
         unknown = (torch.cat([prompt, kept]) >= self._vocab_size).nonzero()
         if len(unknown):
             kept = kept[: max(0, int(unknown[0]) - len(prompt))]
@@ -251,8 +253,7 @@ class OnlineDraftDistiller:
             if not entry["kept"]:
                 undo()
         if entry["kept"]:
-            # A head cut to its draft vocabulary is a copy.
-            self._decoding = SpeculativeDecoding(self.draft_model, parallel=False)
+            self._serve_new_weights()
         # Only now: after an error the next update reports these requests and learns from them as well.
         self._window = AcceptanceCounts()
         self.buffer.num_new = 0
@@ -275,8 +276,16 @@ class OnlineDraftDistiller:
             held_out,
             vocab_size=self._vocab_size,
             batch_size=args.batch_size,
+            vocabulary=self._vocabulary,
         )
         return entry | {"kept": entry["held_out_acceptance_rate"] >= entry["held_out_acceptance_rate_before"]}
+
+    def _serve_new_weights(self) -> None:
+        """A head cut to its draft vocabulary is a copy: cut it again. What was measured of lengths stays."""
+        if self._vocabulary is not None:
+            length = self._decoding.length
+            self._decoding = SpeculativeDecoding(self.draft_model, parallel=False)
+            self._decoding.length = length
 
     @contextmanager
     def _own_random_state(self) -> Iterator[None]:
@@ -338,7 +347,7 @@ class OnlineDraftDistiller:
                 )
         tensors = load_tensors(directory)
         self.learner.load(tensors["draft"])
-        self._decoding = SpeculativeDecoding(self.draft_model, parallel=False)
+        self._serve_new_weights()
         self._generator.set_state(tensors["random"]["generator"])
         self.buffer.unpack(tensors["requests"], facts["buffer"])
         self.num_requests, self.num_updates = facts["num_requests"], facts["num_updates"]
@@ -357,7 +366,7 @@ class OnlineDraftDistiller:
         return directory, own is not None and os.path.abspath(own) == os.path.abspath(directory)
 
     def _check_resumed(self) -> None:
-        """Refuse to overwrite what an earlier process has learnt."""
+        """Refuse to overwrite what an earlier process has learned."""
         if self._must_resume:
             raise ValueError(
                 f"`output_dir={self.args.output_dir!r}` holds the state of an earlier run, which would be overwritten. "

@@ -29,11 +29,19 @@ class Learner:
     it after each gradient step: small updates are lost in bfloat16. The draft, with an adapter or without, is in
     evaluation mode except inside `learn`.
 
+    Args:
+        draft_model: The draft.
+        vocab_size: Ids from here on are padding in one of the models.
+        args: What to learn, and how.
+        vocabulary: Ids that the draft may propose while it serves; None for all.
+
     Raises:
         ValueError: Nothing can be trained, or weights are float16 or were made under `torch.inference_mode()`.
     """
 
-    def __init__(self, draft_model: Any, vocab_size: int, args: OnlineDistillConfig) -> None:
+    def __init__(
+        self, draft_model: Any, vocab_size: int, args: OnlineDistillConfig, vocabulary: list[int] | None = None
+    ) -> None:
         self._draft, self._vocab_size, self._max_grad_norm = draft_model.eval(), vocab_size, args.max_grad_norm
         self._trained = _trainable(draft_model)
         self._weights = {name: _in_float32(weight) for name, weight in self._trained.items()}
@@ -50,12 +58,14 @@ class Learner:
                 "temperature": args.loss_temperature,
                 "cross_entropy_weight": args.cross_entropy_weight,
             }
+        if vocabulary is not None:
+            self._objective["vocabulary"] = torch.tensor(vocabulary, device=draft_model.device)
 
     def learn(self, batches: Sequence[Sequence[ServedRequest]]) -> dict[str, float]:
         """Take one gradient step per batch.
 
         Returns:
-            `num_tokens` learnt from, and their mean `loss`.
+            `num_tokens` learned from, and their mean `loss`.
 
         Raises:
             FloatingPointError: A loss or a gradient is not finite. Steps before it have been taken.
@@ -178,10 +188,12 @@ def acceptance_of(
     *,
     vocab_size: int,
     batch_size: int,
+    vocabulary: list[int] | None = None,
 ) -> list[float]:
     """Exact acceptance rate of each draft on served requests, each under its own setting: a ratio of sums.
 
-    The drafts share one pass of the target that served them.
+    The drafts share one pass of the target that served them, and propose one token at a time, of the `vocabulary` if
+    there is one.
 
     Raises:
         FloatingPointError: A model returned NaN or inf.
@@ -191,9 +203,19 @@ def acceptance_of(
         text = Text(request.prompt_ids.tolist(), request.completion_ids.tolist())
         by_setting.setdefault(request.setting or _UNFILTERED, []).append(text)
     accepted, num_tokens = [0.0] * len(drafts), 0.0
+    lists = [] if vocabulary is None else [(draft, vocabulary) for draft in range(len(drafts))]
     for setting, texts in by_setting.items():
-        scored = score_texts(target_model, drafts, texts, setting, vocab_size=vocab_size, batch_size=batch_size)
-        by_draft = [next(iter(rules.values())) for rules in scored.drafts]
+        scored = score_texts(
+            target_model,
+            drafts,
+            texts,
+            setting,
+            vocab_size=vocab_size,
+            draft_vocabularies=lists,
+            parallel=False,
+            batch_size=batch_size,
+        )
+        by_draft = [next(iter(rules.values())) for rules in (scored.listed if lists else scored.drafts)]
         accepted = [total + float(sums.acceptance.sum()) for total, sums in zip(accepted, by_draft, strict=True)]
         num_tokens += float(by_draft[0].num_tokens.sum())
     return [total / num_tokens for total in accepted]

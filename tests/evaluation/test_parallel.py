@@ -99,6 +99,8 @@ def test_rates_at_every_depth_are_those_of_separate_passes():
     decoding = DecodingSetting(0.8)
     texts = write(target, tokenizer, tiny_prompts(tokenizer, 3), decoding)
     (sums,) = score_texts(target, [draft], texts, decoding, vocab_size=300).drafts
+    (first_depth,) = score_texts(target, [draft], texts, decoding, vocab_size=300, parallel=False).drafts
+    assert sums.keys() - first_depth.keys() == {in_one_pass("rejection_sampling")}
     found = sums[in_one_pass("rejection_sampling")]
     for number, text in enumerate(texts):
         ids, first = torch.tensor([*text.prompt_ids, *text.completion_ids]), len(text.prompt_ids)

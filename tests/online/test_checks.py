@@ -28,7 +28,7 @@ def test_requests_that_cannot_be_served_are_refused(pair, tokenizer):
 
 def test_decoding_that_does_not_use_the_draft_is_refused(pair, tokenizer):
     """Beams leave the draft unused; guidance has the target read the text without its prompt, and what it said there
-    must not be learnt from.
+    must not be learned from.
     """
     prompt = tiny_prompts(tokenizer)[0]
     distiller = distiller_for(pair)

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogit
 from hf_draftkd import OnlineDraftDistiller, count_acceptance
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import DIVERGENCES
+from hf_draftkd.models.draft_length import store_draft_settings
 from hf_draftkd.online import state as online_state
 from hf_draftkd.online.buffer import ReplayBuffer, ServedRequest
 from tests.online.serving import (
@@ -54,7 +55,7 @@ def test_a_call_returns_what_generate_returns(pair, tokenizer):
 
 
 def test_texts_of_a_batch_are_requests_by_themselves(any_pair, tokenizer):
-    """Padding learnt from, distributions of another row, or a batch counted as one request."""
+    """Padding learned from, distributions of another row, or a batch counted as one request."""
     prompts = tiny_prompts(tokenizer, 3)
     longest = max(prompt.shape[1] for prompt in prompts)
     padding = [(longest - prompt.shape[1], 0) for prompt in prompts]
@@ -130,13 +131,14 @@ def test_a_name_in_place_of_a_model_is_refused(pair, place):
         OnlineDraftDistiller(*models)
 
 
-def test_padding_is_not_part_of_a_prompt(pair, tokenizer):
-    """A left-padded request learnt from with its padding."""
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_padding_is_not_part_of_a_prompt(pair, tokenizer, has_mask):
+    """A left-padded request learned from with its padding, of which `generate` makes a mask itself if none is given."""
     prompt = tiny_prompts(tokenizer)[0]
     padded = torch.nn.functional.pad(prompt, (3, 0), value=2)
     mask = torch.nn.functional.pad(torch.ones_like(prompt), (3, 0))
     distiller = distiller_for(pair, auto_update=False)
-    distiller.generate(padded, attention_mask=mask, max_new_tokens=6)
+    distiller.generate(padded, max_new_tokens=6, **({"attention_mask": mask} if has_mask else {}))
     (one,) = kept_by(distiller)
     assert one.prompt_ids.tolist() == prompt[0].tolist()
 
@@ -224,6 +226,48 @@ def test_the_loss_is_the_one_that_was_named(any_pair, tokenizer, divergence, opt
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4, rtol=1e-3)
 
 
+def test_a_draft_vocabulary_is_learned_and_judged_on(pair, tokenizer):
+    """Loss and gate over all tokens while a head cut to a list served: an update that served worse could be kept."""
+    draft, target = pair
+    listed = list(range(3, 250))
+    store_draft_settings(draft, {"draft_vocabulary": listed})
+    distiller = distiller_for(pair, auto_update=False, top_k=VOCAB_SIZE, num_epochs=4)
+    serve(distiller, tokenizer, 10, **UNFILTERED)
+    training, held_out = distiller.buffer.training, distiller.buffer.held_out
+
+    @torch.no_grad()
+    def loss_and_acceptance(requests):
+        values = []
+        for one in requests:
+            ids = torch.cat([one.prompt_ids, one.completion_ids])
+            q = draft(ids[None]).logits[0, len(one.prompt_ids) - 1 : -1, listed].double().softmax(-1)
+            p = target_rows(target, one)[:, listed].exp()
+            values.append(torch.stack([p * (p / q).log(), torch.minimum(p, q)]).sum(-1))
+        return torch.cat(values, 1).mean(1).tolist()
+
+    assert distiller.learner.loss(training).loss.item() == pytest.approx(loss_and_acceptance(training)[0], rel=1e-4)
+    before = loss_and_acceptance(held_out)[1]
+    entry = distiller.step()
+    assert entry["kept"]
+    assert entry["held_out_acceptance_rate_before"] == pytest.approx(before, rel=1e-4)
+    assert entry["held_out_acceptance_rate"] == pytest.approx(loss_and_acceptance(held_out)[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("listed", [None, list(range(3, 200))], ids=["all", "list"])
+def test_an_update_leaves_what_was_measured_of_draft_lengths(pair, tokenizer, listed):
+    """After each update "auto" tried all its lengths afresh, plain decoding among them. A cut head is cut again."""
+    draft, _ = pair
+    if listed is not None:
+        store_draft_settings(draft, {"draft_vocabulary": listed})
+    distiller = distiller_for(pair, auto_update=False, holdout_share=0)
+    serve(distiller, tokenizer, 4)
+    length = distiller._decoding.length
+    assert distiller.step()["kept"]
+    assert distiller._decoding.length is length
+    head = distiller._decoding._proposing_model.get_output_embeddings().weight
+    assert torch.equal(head, draft.lm_head.weight if listed is None else draft.lm_head.weight[listed])
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_divergence_learns_from_what_is_kept(pair, tokenizer, divergence):
     """A loss that needs the whole vocabulary fails with the first update, hours into serving."""
@@ -298,7 +342,7 @@ def test_a_server_under_inference_mode_learns_as_one_without_it(tokenizer, tmp_p
     assert_same(weights_of(resumed.draft_model), weights_of(straight.draft_model))
 
 
-def test_requests_served_under_inference_mode_are_learnt_from_outside_it(pair, tokenizer):
+def test_requests_served_under_inference_mode_are_learned_from_outside_it(pair, tokenizer):
     """A server that serves in one block and calls `step` in another."""
     distiller = distiller_for(pair, auto_update=False, holdout_share=0)
     with torch.inference_mode():
@@ -334,8 +378,8 @@ def test_a_window_reports_its_own_requests(tokenizer):
     assert second["mean_acceptance_length"] == tokens / calls != distiller.counts.mean_acceptance_length
 
 
-def test_held_out_requests_are_never_learnt_from(pair, tokenizer):
-    """A gate that judges by what was learnt; a question asked twice on both sides."""
+def test_held_out_requests_are_never_learned_from(pair, tokenizer):
+    """A gate that judges by what was learned; a question asked twice on both sides."""
     distiller = distiller_for(pair, auto_update=False, holdout_share=0.4)
     for _ in range(2):
         serve(distiller, tokenizer, 8)

@@ -83,7 +83,7 @@ def test_a_directory_emptied_under_a_server_is_filled_again(tokenizer, tmp_path)
     ids=["target", "draft", "top_k", "loss_temperature"],
 )
 def test_a_state_of_something_else_is_refused(tokenizer, tmp_path, change, message):
-    """Distributions of another target, or at another temperature, learnt from without a word."""
+    """Distributions of another target, or at another temperature, learned from without a word."""
     distiller_for(tiny_pair("llama"), output_dir=str(tmp_path)).save()
     draft, target = tiny_pair("llama", **{name: change[name] for name in ("seed",) if name in change})
     if "num_layers" in change:
