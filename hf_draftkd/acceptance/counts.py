@@ -64,10 +64,6 @@ class AcceptanceCounts:
             acceptance_histogram=[mine + theirs for mine, theirs in histograms],
         )
 
-    def __radd__(self, other: object) -> "AcceptanceCounts":
-        """Let `sum(counts)` work, which starts from 0."""
-        return self + AcceptanceCounts() if other == 0 else NotImplemented
-
     @property
     def mean_acceptance_length(self) -> float:
         """Tokens per target call, the target's own included; NaN without calls.

@@ -68,10 +68,19 @@ class Latency:
     def block_seconds(self, num_assistant_tokens: int) -> float:
         """Return the seconds of one block: γ = `num_assistant_tokens` draft steps, or the one pass of a parallel draft,
         and verification of γ + 1 tokens.
+
+        Raises:
+            ValueError: If the pass was not timed at γ, or as in `verify`.
         """
         whole_number("num_assistant_tokens", num_assistant_tokens)
-        steps = num_assistant_tokens * self.draft_step_seconds
-        drafting = self.draft_pass_seconds[num_assistant_tokens] if self.draft_pass_seconds else steps
+        drafting = num_assistant_tokens * self.draft_step_seconds
+        if self.draft_pass_seconds:
+            if num_assistant_tokens not in self.draft_pass_seconds:
+                raise ValueError(
+                    f"The draft's pass was timed for {sorted(self.draft_pass_seconds)} tokens, so nothing is known "
+                    f"about {num_assistant_tokens}. Time that length too, or ask for these draft lengths."
+                )
+            drafting = self.draft_pass_seconds[num_assistant_tokens]
         return drafting + self.verify(num_assistant_tokens + 1)
 
 
@@ -110,7 +119,7 @@ def expected_block_efficiency(acceptance_rate: float, num_assistant_tokens: int)
 def predicted_speedup(block_efficiency: float, num_assistant_tokens: int, latency: Latency) -> float:
     """Return the predicted speed-up over plain decoding, τ·t_target ÷ (γ·t_draft + t_verify(γ + 1)).
 
-    A `ValueError` if τ is impossible at γ, or verification of γ + 1 tokens was not timed.
+    A `ValueError` if τ is impossible at γ, or γ was not timed.
     """
     _check_efficiency(block_efficiency, num_assistant_tokens)
     return block_efficiency * latency.target_step_seconds / latency.block_seconds(num_assistant_tokens)
@@ -139,7 +148,7 @@ def break_even_acceptance_rate(latency: Latency, draft_lengths: Iterable[int] = 
     tokens are all accepted.
 
     Raises:
-        ValueError: If no draft length is given, or verification was not timed that far.
+        ValueError: If no draft length is given, or one that was not timed.
     """
     lengths = list(draft_lengths)
     if not lengths:

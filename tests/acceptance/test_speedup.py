@@ -87,6 +87,13 @@ def test_break_even_at_the_edges():
 
 
 class TestErrors:
+    def test_a_pass_of_another_length(self):
+        """KeyError: 9 of a parallel draft that was timed up to 8, at the default lengths."""
+        latency = Latency(1.0, 0.1, draft_pass_seconds=dict.fromkeys(range(1, 9), 0.2))
+        assert break_even_acceptance_rate(latency, range(1, 9)) < 1
+        with pytest.raises(ValueError, match=r"timed for \[1, 2, .*, 8\] tokens, so nothing is known about 9"):
+            break_even_acceptance_rate(latency)
+
     @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
     def test_times(self, seconds):
         with pytest.raises(ValueError, match="draft_step_seconds"):
