@@ -16,12 +16,13 @@ import torch
 
 from hf_draftkd.acceptance.tensors import at_least_float32
 from hf_draftkd.losses.gradients import Reused, Twin
-from hf_draftkd.utils.checks import whole_number
 
-# Logits of one chunk by default, in elements: 64 MiB of float32 on a CPU, 256 MiB on a GPU. Fewer slow the matrix
-# products down, more only take memory.
+# Logits of one chunk, in elements: 64 MiB of float32 on a CPU, 256 MiB on a GPU. Fewer slow the matrix products down,
+# more only take memory.
 _CPU_CHUNK = 2**24
 _GPU_CHUNK = 2**26
+# Positions of a chunk at least, however large the vocabulary is.
+_LEAST_POSITIONS = 16
 # Logits worked on at once within a chunk on a CPU: bounds temporaries to 8 MiB each. Smaller blocks lose more time in
 # starting threads than they gain in cache.
 _CPU_BLOCK = 2**21
@@ -61,7 +62,7 @@ ChunkLoss = Callable[[slice, torch.Tensor, bool], Twin]
 
 
 def chunked_loss(
-    draft: torch.Tensor | Unprojected, chunk_loss: ChunkLoss, weights: torch.Tensor, chunk_size: int | None = None
+    draft: torch.Tensor | Unprojected, chunk_loss: ChunkLoss, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return Σ weights · values over all positions, a chunk of positions at a time.
 
@@ -69,7 +70,6 @@ def chunked_loss(
         draft: Logits `[N, V]`, or hidden states `[N, H]` with their head.
         chunk_loss: Gives the values and the gradient of one chunk of positions.
         weights: `[N]`, what each position's value is multiplied by; constant.
-        chunk_size: As in `chunks_of`.
 
     Returns:
         The loss, a scalar with gradient to the draft: without any position a finite 0 that keeps its gradient path.
@@ -77,7 +77,7 @@ def chunked_loss(
     """
     inputs, head = draft if isinstance(draft, Unprojected) else (draft, None)
     weight, bias = (None, None) if head is None else (head.weight, head.bias)
-    chunks, training = chunks_of(draft, chunk_size), torch.is_grad_enabled()
+    chunks, training = chunks_of(draft), torch.is_grad_enabled()
     return _ChunkedLossFunction.apply(inputs, weight, bias, head, chunk_loss, weights, chunks, training)
 
 
@@ -115,18 +115,14 @@ def positions_of(source: torch.Tensor | Unprojected) -> torch.Tensor:
     return source.hidden if isinstance(source, Unprojected) else source
 
 
-def chunks_of(source: torch.Tensor | Unprojected, chunk_size: int | None = None) -> list[slice]:
+def chunks_of(source: torch.Tensor | Unprojected) -> list[slice]:
     """The slices of N positions to work through, in order, of logits `[N, V]` or hidden states `[N, H]` with their
-    head.
-
-    `chunk_size` positions at once, by default as many as keep a chunk's logits at 64 MiB (256 MiB on a GPU); a
-    `ValueError` if it is less than 1.
+    head: as many positions at once as keep a chunk's logits at 64 MiB (256 MiB on a GPU).
     """
     positions = positions_of(source)
-    if chunk_size is None:
-        vocab_size = source.head.weight.shape[0] if isinstance(source, Unprojected) else source.shape[-1]
-        chunk_size = max(16, (_CPU_CHUNK if positions.device.type == "cpu" else _GPU_CHUNK) // vocab_size)
-    return _slices(len(positions), whole_number("chunk_size", chunk_size))
+    vocab_size = source.head.weight.shape[0] if isinstance(source, Unprojected) else source.shape[-1]
+    budget = _CPU_CHUNK if positions.device.type == "cpu" else _GPU_CHUNK
+    return _slices(len(positions), max(_LEAST_POSITIONS, budget // vocab_size))
 
 
 def blocks_within(logits: torch.Tensor) -> list[slice]:

@@ -71,7 +71,6 @@ def distillation_loss(
     token_weights: torch.Tensor | None = None,
     num_items: torch.Tensor | float | None = None,
     vocabulary: torch.Tensor | None = None,
-    chunk_size: int | None = None,
     with_acceptance: bool = False,
 ) -> DistillationLoss:
     """Return Σ weight · [(1 − w) · divergence + w · cross-entropy] ÷ number of completion tokens, from N of them.
@@ -96,7 +95,6 @@ def distillation_loss(
         vocabulary: `[n]` ids that the draft may propose: q is masked to them and renormalised, p is not, and what is
             infinite whatever the draft says is left out (see `vocabulary.py`). None for all. From hidden states, and a
             target that is not dense, only these logits are computed.
-        chunk_size: Positions at once; None for a size that keeps a chunk's logits within a fixed budget.
         with_acceptance: Whether to return acceptance rates, which costs little more.
 
     Returns:
@@ -117,7 +115,7 @@ def distillation_loss(
     outside = None if vocabulary is None else _outside(vocabulary, draft)
     rewards = None
     if divergence == "tvd_plus_plus" and options.get("statistics", "batch") == "batch":
-        rewards = _batch_rewards(draft, signal, temperature, options, chunk_size, outside)
+        rewards = _batch_rewards(draft, signal, temperature, options, outside)
 
     memory = Reused()
 
@@ -162,7 +160,7 @@ def distillation_loss(
             twin.gradient.div_(temperature)
         return twin if on_text is None else _mix(twin, on_text, cross_entropy_weight)
 
-    loss, values, acceptance = chunked_loss(draft, score_chunk, weights, chunk_size)
+    loss, values, acceptance = chunked_loss(draft, score_chunk, weights)
     return DistillationLoss(loss, tokens.numel(), values, acceptance)
 
 
@@ -223,14 +221,13 @@ def _batch_rewards(
     signal: Any,
     temperature: float,
     options: dict[str, Any],
-    chunk_size: int | None,
     outside: torch.Tensor | None,
 ) -> Rewards:
     """Return the batch statistics of TVD++, from a pass before the first chunk is scored."""
     collected = []
     source, memory, target_memory = prepared(draft), Reused(), Reused()
     with torch.no_grad(), torch.autocast(positions_of(draft).device.type, enabled=False):
-        for rows in chunks_of(draft, chunk_size):
+        for rows in chunks_of(draft):
             logits = logits_of(source, rows, memory)
             vocab_size = logits.shape[-1]
             if temperature != 1:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_draftkd.losses import LinearHead, Unprojected, chunked, distillation_loss
+from tests.losses.selected import in_chunks_of
 
 N, V, H = 128, 4000, 32
 # A window of accumulation is divided by its tokens, here in the same backward as the loss scaler's factor.
@@ -24,7 +25,7 @@ def backward(loss: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
 
 def of_chunks(divergence, hidden, weight, target, *, dtype=torch.float32, token_weights=None, **head):
     hidden, weight = (leaf.to(dtype, copy=True).requires_grad_() for leaf in (hidden, weight))
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast("cpu", torch.float16), in_chunks_of(50):
         loss = distillation_loss(
             Unprojected(hidden, LinearHead(weight, **head)),
             target,
@@ -32,7 +33,6 @@ def of_chunks(divergence, hidden, weight, target, *, dtype=torch.float32, token_
             divergence=divergence,
             num_items=WINDOW,
             token_weights=token_weights,
-            chunk_size=50,
         ).loss
     return backward(loss, hidden, weight)
 

@@ -459,7 +459,6 @@ class TestErrors:
             ({"divergence": "generalized_jsd", "options": {"beta": 2}}, "`beta` must be"),
             ({"temperature": 0.0}, "`temperature` must be"),
             ({"cross_entropy_weight": 1.5}, "`cross_entropy_weight` must be"),
-            ({"chunk_size": 0}, "chunk_size"),
             ({"divergence": "cross_entropy"}, "target must be None"),
         ],
     )

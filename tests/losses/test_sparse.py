@@ -21,6 +21,7 @@ from hf_draftkd.losses import (
     sample_target,
     top_k_target,
 )
+from tests.losses.selected import in_chunks_of
 
 N, V, K = 6, 17, 5
 CASES = {
@@ -103,10 +104,11 @@ def test_objective_twin_equals_the_plain_form(name, k, pair):
     labels = torch.arange(N)
     expected = (0.8 * plain(draft / 1.5, sparse, name, CASES[name])
                 + 0.2 * cross_entropy(draft, tokens=labels)).mean()  # fmt: skip
-    actual = distillation_loss(
-        draft, sparse, labels, divergence=name, options=CASES[name], temperature=1.5, cross_entropy_weight=0.2,
-        chunk_size=4, with_acceptance=True,
-    )  # fmt: skip
+    with in_chunks_of(4):
+        actual = distillation_loss(
+            draft, sparse, labels, divergence=name, options=CASES[name], temperature=1.5, cross_entropy_weight=0.2,
+            with_acceptance=True,
+        )  # fmt: skip
     torch.testing.assert_close(actual.loss, expected)
     torch.testing.assert_close(slope_of(actual.loss, draft), slope_of(expected, draft))
     torch.testing.assert_close(actual.acceptance, acceptance_upper_bound(draft / 1.5, sparse).detach())
@@ -121,7 +123,8 @@ def test_objective_with_hidden_states_and_a_sparse_target():
     expected = forward_kl((hidden @ weight.t())[mask], target[mask]).mean()
     slopes = torch.autograd.grad(expected, (hidden, weight))
     draft = Unprojected(hidden[mask], LinearHead(weight))
-    actual = distillation_loss(draft, whole[mask], labels[mask], chunk_size=2).loss
+    with in_chunks_of(2):
+        actual = distillation_loss(draft, whole[mask], labels[mask]).loss
     torch.testing.assert_close(actual, expected)
     for one, other in zip(torch.autograd.grad(actual, (hidden, weight)), slopes, strict=True):
         torch.testing.assert_close(one, other)
@@ -214,7 +217,8 @@ class TestDraws:
             for token, count in zip(sampled.token_ids[row].tolist(), sampled.counts[row].tolist(), strict=True):
                 frequencies[row, token] += count / 20
         expected = draft.detach().softmax(-1) - frequencies
-        loss = distillation_loss(draft, sampled, torch.arange(N), chunk_size=4).loss
+        with in_chunks_of(4):
+            loss = distillation_loss(draft, sampled, torch.arange(N)).loss
         gaps = frequencies * (frequencies.clamp(min=1e-9).log() - draft.detach().log_softmax(-1))
         torch.testing.assert_close(loss, gaps.sum(-1).mean())
         torch.testing.assert_close(slope_of(loss, draft), expected / N)

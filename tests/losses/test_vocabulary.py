@@ -7,7 +7,7 @@ import torch
 
 from hf_draftkd import losses
 from hf_draftkd.losses import DIVERGENCES, chunked, sample_target, top_k_target
-from tests.losses.selected import distillation_loss
+from tests.losses.selected import distillation_loss, in_chunks_of
 from tests.losses.test_objective import CASES, B, Setup, T, V, assert_same
 
 LISTED = torch.tensor([1, 2, 5, 7, 11, 12, 20])
@@ -185,14 +185,15 @@ def test_a_head_without_the_rows_outside_the_list_gives_the_same(case, known, mo
 
     chunked_project = chunked._project
     monkeypatch.setattr(chunked, "_project", project)
-    how = {"divergence": name, "options": options, "vocabulary": LISTED, "with_acceptance": True, "chunk_size": 4}
+    how = {"divergence": name, "options": options, "vocabulary": LISTED, "with_acceptance": True}
     if known != "text":
         how["cross_entropy_weight"] = 0.25
     hidden = setup.draft()
-    cut, whole = (
-        losses.distillation_loss(draft, target, setup.labels[chosen], **how)
-        for draft in (hidden._replace(hidden=hidden.hidden[chosen]), setup.logits()[0][chosen])
-    )
+    with in_chunks_of(4):
+        cut, whole = (
+            losses.distillation_loss(draft, target, setup.labels[chosen], **how)
+            for draft in (hidden._replace(hidden=hidden.hidden[chosen]), setup.logits()[0][chosen])
+        )
     assert 0 < max(widths) <= len(LISTED) + 3 < V
     torch.testing.assert_close(cut.loss, whole.loss)
     torch.testing.assert_close(cut.token_losses, whole.token_losses)

@@ -17,6 +17,7 @@ from transformers import (
 from examples.benchmarks.tiny_architectures import tiny_model
 from hf_draftkd.losses import distillation_loss
 from hf_draftkd.models.forward import evaluating, head_arithmetic, hidden_at, in_head, logits_at, predicting_positions
+from tests.losses.selected import in_chunks_of
 from tests.tiny import ARCHITECTURES, tiny_llama, tiny_pair
 
 
@@ -161,7 +162,8 @@ def test_the_loss_inside_the_head_has_the_value_and_gradient_of_the_logits(name,
     arithmetic = head_arithmetic(draft)
 
     def compute(q):
-        result = distillation_loss(q, hidden, tokens, chunk_size=3)
+        with in_chunks_of(3):
+            result = distillation_loss(q, hidden, tokens)
         return result, result.loss
 
     found = in_head(draft, inputs, keep, arithmetic, vocab_size, compute)
@@ -194,7 +196,8 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made():
             p = hidden_at(target, {"input_ids": ids}, keep, head_arithmetic(target), 300)
 
         def compute(q):
-            return (distillation_loss(q, p, ids.flatten(), chunk_size=32, with_acceptance=True).loss,) * 2
+            with in_chunks_of(32):
+                return (distillation_loss(q, p, ids.flatten(), with_acceptance=True).loss,) * 2
 
         in_head(draft, {"input_ids": ids}, keep, head_arithmetic(draft), 300, compute).backward()
     assert largest.numel < 240 * 300 / 2

@@ -10,6 +10,7 @@ from torch import nn
 from hf_draftkd.losses import distillation_loss
 from hf_draftkd.models.forward import head_arithmetic, in_head, predicting_positions
 from hf_draftkd.training import setup
+from tests.losses.selected import in_chunks_of
 from tests.processes import in_two_processes
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
@@ -51,7 +52,8 @@ def loss_and_gradients(draft, target_logits, ids, labels, arithmetic):
     keep = predicting_positions(labels)
 
     def compute(source):
-        return (distillation_loss(source, target_logits, ids[:, 1:][keep[:, :-1]], chunk_size=3).loss,) * 2
+        with in_chunks_of(3):
+            return (distillation_loss(source, target_logits, ids[:, 1:][keep[:, :-1]]).loss,) * 2
 
     loss = in_head(draft, {"input_ids": ids}, keep, arithmetic, target_logits.shape[-1], compute)
     loss.backward()
