@@ -16,7 +16,7 @@ from rich.console import Console
 
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.engines import ENGINES, measure
+from hf_draftkd.evaluation.engines import ENGINES, launch, measure
 from hf_draftkd.evaluation.engines.config import EngineConfig
 from hf_draftkd.evaluation.engines.launch import launched
 from hf_draftkd.evaluation.engines.llama_cpp import LlamaCpp
@@ -174,25 +174,64 @@ def test_a_server_that_dies_quotes_what_it_said():
         pass
 
 
-def test_a_command_that_is_told_to_end_leaves_no_server(tmp_path):
-    """`timeout draftkd evaluate --launch` left two servers that held the cores from then on."""
+def answering(code, pid):
+    """An engine that answers once its server, which runs `code`, has written its process id to a file."""
 
     class Answering(LlamaCpp):
         def command(self, pair, port):
-            code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-            return [sys.executable, "-c", code], {}
+            return [sys.executable, "-c", code.format(path=str(pid))], {}
 
         def tokenize(self, url, text):
             if not (pid.exists() and pid.read_text()):
                 raise ConnectionError
             return [1]
 
+    return Answering()
+
+
+def test_a_command_that_is_told_to_end_leaves_no_server(tmp_path):
+    """`timeout draftkd evaluate --launch` left two servers that held the cores from then on."""
     pid = tmp_path / "pid"
-    with pytest.raises(SystemExit), launched(Answering(), PAIR):
+    engine = answering("import os, time; open({path!r}, 'w').write(str(os.getpid())); time.sleep(60)", pid)
+    with pytest.raises(SystemExit), launched(engine, PAIR):
         os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+STUBBORN = """
+import os, signal, time
+
+def tell_the_command_again(*_):
+    os.kill(os.getppid(), signal.SIGTERM)
+    os.kill(os.getppid(), signal.SIGINT)
+
+signal.signal(signal.SIGTERM, tell_the_command_again)
+open({path!r}, "w").write(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_command_that_is_told_to_end_again_leaves_no_server(tmp_path, monkeypatch, number, error):
+    """A signal that came while a server was being stopped left it running, if it did not obey at once."""
+    monkeypatch.setattr(launch, "_STOP_SECONDS", 1)
+    pid = tmp_path / "pid"
+
+    def before(*_):
+        """What would otherwise end the tests with this one."""
+
+    handlers = {each: signal.signal(each, before) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with pytest.raises(error), launched(answering(STUBBORN, pid), PAIR):
+            os.kill(os.getpid(), number)
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
+        assert [signal.getsignal(each) for each in handlers] == [before, before]
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
 
 
 @pytest.mark.parametrize(

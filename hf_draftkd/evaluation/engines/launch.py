@@ -14,6 +14,7 @@ from typing import Any
 from hf_draftkd.evaluation.engines.protocol import Engine, ServedPair
 
 _START_SECONDS = 900  # vLLM compiles
+_STOP_SECONDS = 20
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def launched(engine: Engine, pair: ServedPair) -> Iterator[str]:
         port = probe.getsockname()[1]
     words, variables = engine.command(pair, port)
     url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile() as log, _terminated_like_interrupted():
+    with tempfile.TemporaryFile() as log, _ended_by_signals():
         try:
             process = subprocess.Popen(
                 words,
@@ -52,24 +53,36 @@ def launched(engine: Engine, pair: ServedPair) -> Iterator[str]:
                 time.sleep(0.2)
             yield url
         finally:
-            _stop(process)
+            try:
+                _stop(process, signal.SIGTERM)
+            finally:
+                _stop(process, signal.SIGKILL)
 
 
 @contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """A command that is told to end stops its servers first, as Ctrl-C makes it: they are sessions of their own."""
+def _ended_by_signals() -> Iterator[None]:
+    """A command that is ended or interrupted stops its servers first, as they are sessions of their own; further
+    signals do not keep it from that.
+    """
     if threading.current_thread() is not threading.main_thread():  # only there can a signal be handled
         yield
         return
 
     def end(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    # A shell has its background jobs ignore Ctrl-C.
+    before = {each: handler for each, handler in handlers.items() if handler != signal.SIG_IGN}
     try:
+        for each in before:
+            signal.signal(each, end)
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _answers(engine: Engine, url: str) -> bool:
@@ -80,9 +93,8 @@ def _answers(engine: Engine, url: str) -> bool:
     return True
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
     """With what it started itself: vLLM has workers."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, how)
-            process.wait(timeout=20)
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, how)
+        process.wait(timeout=_STOP_SECONDS)
