@@ -25,6 +25,7 @@ from recipes import (
     STANDARD_RATE,
     STOCK,
     TEMPERATURES,
+    TUNED_SHARE,
     WHITE_BOX,
     WRITTEN,
     Recipe,
@@ -109,15 +110,17 @@ class Lab:
         if start == RANDOM:
             stock = load_draft(str(self.pair / "draft"), dtype="float32")
             return build_draft(self.target, config=stock.config, seed=seed, dtype=torch.float32)
-        return load_draft(str(self.pair / "draft" if start == STOCK else self.tuned), dtype="float32")
+        return load_draft(str(self.start(start)), dtype="float32")
 
-    @functools.cached_property
-    def tuned(self) -> Path:
-        """The stock draft after `tuning_steps` steps of cross-entropy on given answers to queries of its own."""
-        folder = self.folder / "tuned"
+    def start(self, name: str) -> Path:
+        """The stock draft, or what some steps of cross-entropy on given answers to queries of its own make of it."""
+        if name == STOCK:
+            return self.pair / "draft"
+        folder = self.folder / name.replace(" ", "_")
         if not folder.exists():
             rows = self.given_answers(self.sizes.first_tuning_query, self.sizes.tuning_prompts)
-            options = {"max_steps": self.sizes.tuning_steps, "divergence": "cross_entropy"}
+            steps = max(1, round(TUNED_SHARE[name] * self.sizes.tuning_steps))
+            options = {"max_steps": steps, "divergence": "cross_entropy"}
             self.distil(self.draft(STOCK), rows, folder, rate=1e-3, seed=0, **options)
         return folder
 
@@ -295,7 +298,7 @@ class Lab:
             SystemExit: The draft that is there was trained by another recipe of that name.
         """
         if not recipe.epochs:
-            return self.pair / "draft" if recipe.start == STOCK else self.tuned
+            return self.start(recipe.start)
         folder = self.folder / "drafts" / cell_name(recipe, rate, seed)
         made_as = json.loads(json.dumps(asdict(recipe)))
         if folder.exists():

@@ -6,7 +6,8 @@ from typing import Any
 TEMPERATURES = {"greedy": 0.0, "T=1": 1.0}
 KEPT_TOKENS = 128  # likeliest tokens of each distribution that are kept for training
 KEPT, LIVE, WRITTEN = "kept", "live", "written"
-STOCK, TUNED, RANDOM = "stock", "tuned", "random"
+STOCK, BRIEFLY, TUNED, RANDOM = "stock", "briefly tuned", "tuned", "random"
+TUNED_SHARE = {BRIEFLY: 1 / 4, TUNED: 1}  # of `Sizes.tuning_steps`
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Recipe:
 
     Attributes:
         name: Part of the result's file name.
-        start: What is trained: the `stock` draft, the `tuned` one (the stock draft after some steps on given answers:
-            it agrees with the target somewhat, as the papers' drafts do), or `random` weights.
+        start: What is trained: the `stock` draft, the `tuned` one (the stock draft after some steps on given answers),
+            the `briefly tuned` one (after a quarter of these steps), or `random` weights.
         text: What is learned from: the target's answers to `queries` or to `synthetic` ones, the smaller target's
             (`queries_of_small`), or `fixed` answers.
         prompts: Number of training queries as a multiple of `Sizes.prompts`.
@@ -99,4 +100,5 @@ STANDARD_RATE = 1.5e-3  # of the draft that experiments on decoding use
 
 BLACK_BOX = recipe("queries_cross_entropy", divergence="cross_entropy")
 TUNED_DRAFT = recipe("tuned", epochs=0, also_on=("general",))
+BRIEFLY_TUNED_DRAFT = recipe("briefly_tuned", start=BRIEFLY, epochs=0)
 STOCK_DRAFT = recipe("stock", start=STOCK, epochs=0, also_on=("general",))
