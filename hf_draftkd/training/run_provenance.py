@@ -1,11 +1,13 @@
 """What a run was, in the words of the model card: taken from the run itself, so that a card cannot claim another."""
 
+import copy
 import datetime
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 
 from hf_draftkd.data.rows import authors
@@ -13,7 +15,7 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.environment import hardware_info
 from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.models.forward import unwrapped
-from hf_draftkd.models.identity import ModelIdentity, model_revision, weights_checksum
+from hf_draftkd.models.identity import ModelIdentity, model_revision
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.utils.versions import package_versions
 
@@ -82,7 +84,9 @@ def data_facts(dataset: Any, target: ModelIdentity | None) -> dict[str, Any]:
     if set(names) <= columns:
         batches = dataset.select_columns(names).iter(batch_size=1000)
         settings = {values for batch in batches for values in zip(*(batch[name] for name in names), strict=True)}
-        facts["sampling"] = [DecodingSetting(*values) for values in sorted(settings)]
+        # Text that a person wrote was decoded under none.
+        known = sorted(values for values in settings if None not in values)
+        facts["sampling"] = [DecodingSetting(*values) for values in known] or None
     return facts
 
 
@@ -113,15 +117,16 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
     args: DraftDistillConfig = trainer.args
     draft = unwrapped(trainer.model)
     target = None if trainer.target_model is None else unwrapped(trainer.target_model)
-    adapter = sum(p.numel() for name, p in draft.named_parameters() if "lora_" in name)  # merged when it is saved
     facts = _facts_of_writing(trainer.data_facts, args)
     if target is not None:
         facts["target_revision"] = model_revision(target)
-    last: dict[str, Any] = next((each for each in reversed(trainer.state.log_history) if "eval_loss" in each), {})
-    metrics = {name: value for name, value in last.items() if name in _METRICS}
+    step = _step_of_weights(trainer)
+    logged = [entry for entry in trainer.state.log_history if entry["step"] == step]
+    evaluated: dict[str, Any] = next((entry for entry in reversed(logged) if "eval_loss" in entry), {})
+    metrics = {name: value for name, value in evaluated.items() if name in _METRICS}
     training = TrainingSummary(
         target=(trainer.target_id and trainer.target_id.name) or None,
-        # Of a target that only wrote the data, its rows know the name alone.
+        # Rows record the target's name, but not whether it is a local path.
         target_is_local=_is_local(trainer.target_id.name) if target is not None else None,
         draft=trainer.draft_name or None,
         draft_is_local=_is_local(trainer.draft_name),
@@ -133,8 +138,8 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
         dataset=dataset_name,
         dataset_is_local=_is_local(dataset_name),
         peft=_adapter(trainer.model),
-        num_steps=trainer.state.global_step,
-        num_epochs=trainer.state.epoch,
+        num_steps=step,
+        num_epochs=next((entry["epoch"] for entry in logged if "epoch" in entry), trainer.state.epoch),
         seed=args.seed,
         hyperparameters=_changed(args),
         metrics=metrics or None,
@@ -147,18 +152,34 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
             target.config,
             trainer.processing_class,
             draft_generation_config=draft.generation_config,
-            draft_parameters=draft.num_parameters() - adapter,
+            draft_parameters=_num_parameters(trainer.model),
             target_parameters=target.num_parameters(),
         )
-    folder = Path(args.output_dir)
     return Provenance(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=package_versions(),
         hardware=_hardware(draft, trainer.accelerator.num_processes),
         training=training,
         pair=pair,
-        weights_sha256=weights_checksum(folder) if any(folder.glob("*.safetensors")) else None,
+        weights_sha256=trainer.weights_sha256,
     )
+
+
+def _step_of_weights(trainer: Any) -> int:
+    """The optimizer step that the draft's weights are of."""
+    state = trainer.state
+    # When a run ends, transformers loads the best checkpoint if it was asked to, and goes on counting from the last.
+    is_best = trainer.args.load_best_model_at_end and trainer.control.should_training_stop
+    return (is_best and state.best_global_step) or state.global_step
+
+
+def _num_parameters(model: Any) -> int:
+    """Parameters of the draft as it is saved, with its adapter merged."""
+    draft = unwrapped(model)
+    if not is_peft_model(model):
+        return draft.num_parameters()
+    with torch.device("meta"):
+        return type(draft)(copy.deepcopy(draft.config)).num_parameters()
 
 
 def _is_local(name: str | None) -> bool | None:

@@ -37,7 +37,7 @@ from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.push import push_draft
 from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, get_divergence
 from hf_draftkd.models.forward import in_head, predicting_positions, unwrapped
-from hf_draftkd.models.identity import identity_of
+from hf_draftkd.models.identity import identity_of, weights_checksum
 from hf_draftkd.models.pairing import copy_special_ids, shared_context, shared_vocab_size
 from hf_draftkd.training import setup
 from hf_draftkd.training.callbacks import BeforeFirstStep, asked_metrics, with_acceptance
@@ -274,6 +274,8 @@ class DraftDistillTrainer(SFTTrainer):
         self._explained: set[str] = set()  # the evaluation sets of which was said why they have no block efficiency
         self._step_batches: Sequence[dict[str, Any]] = ()  # that the next optimizer step learns from
         self._saving_checkpoint = False
+        # Checksum of the weights as they were last saved; None once they have been trained further.
+        self.weights_sha256: str | None = None
 
     # Rows ------------------------------------------------------------------------------------------------------------
 
@@ -543,6 +545,7 @@ class DraftDistillTrainer(SFTTrainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir, warns=self.is_world_process_zero())
+        self.weights_sha256 = None
         with only_run(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         check_weights(self)
@@ -555,7 +558,7 @@ class DraftDistillTrainer(SFTTrainer):
         return batches_read(args[3], self.args.gradient_accumulation_steps) if in_stream else found
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the plain draft, with an adapter merged into it.
+        """Save the plain draft, with an adapter merged into it, and `provenance.json` beside it.
 
         Checkpoints, which transformers saves through this method too, hold the adapter, so that they resume.
 
@@ -564,14 +567,18 @@ class DraftDistillTrainer(SFTTrainer):
         """
         check_weights(self)
         # Only for a checkpoint does transformers itself name a folder.
-        self._saving_checkpoint = _internal_call and output_dir is not None
-        if output_dir is not None and self._saving_checkpoint and self.args.should_save:
+        is_checkpoint = self._saving_checkpoint = _internal_call and output_dir is not None
+        directory = Path(output_dir or self.args.output_dir)
+        if is_checkpoint and self.args.should_save:
             # Written last, it tells that a checkpoint is complete: an older one of the same step is not any longer.
-            Path(output_dir, TRAINER_STATE_NAME).unlink(missing_ok=True)
+            (directory / TRAINER_STATE_NAME).unlink(missing_ok=True)
         try:
             super().save_model(output_dir, _internal_call)
         finally:
             self._saving_checkpoint = False
+        if not is_checkpoint and self.is_world_process_zero():
+            self.weights_sha256 = weights_checksum(directory)
+            describe_run(self).save(directory)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         trained, token = self.model, self.args.hub_token
@@ -607,7 +614,8 @@ class DraftDistillTrainer(SFTTrainer):
             report: What was measured, as from [`evaluate_draft`]; without one the card gives no measurements.
             plots: Caption -> path of a picture inside `args.output_dir`.
         """
-        if not self.is_world_process_zero():
+        if not self.is_world_process_zero() or self.control.should_save:
+            # With each checkpoint TRL asks for a card in a folder that holds no weights yet, or those of another run.
             return
         directory, provenance = self.args.output_dir, describe_run(self, dataset_name)
         provenance.save(directory)
