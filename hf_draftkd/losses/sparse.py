@@ -152,8 +152,8 @@ def sparse_value_and_gradient(
     """A divergence from a sparse target and its gradient, for one chunk.
 
     Arguments and result as in `vocabulary.listed_value_and_gradient`, `outside` being `[V]`; the acceptance rate is an
-    upper bound, and None for draws. Of a list of tokens the tail is one, on the list if the list has any token in it;
-    draws outside the list are left out of forward KL's sum, and its gradient stays unbiased.
+    upper bound, and None for draws. With a token list, the tail counts as one token, and as listed if it contains any
+    listed token; draws outside the list are left out of forward KL's sum, and its gradient stays unbiased.
     """
     if isinstance(target, SampledTarget):
         check_sampled(divergence)

@@ -72,8 +72,8 @@ class DraftDistillConfig(SFTConfig):
         parallel_tokens (`int`):
             K: tokens that the draft learns to predict in one pass, from mask tokens (PARD, arXiv 2504.18583), so that
             [`SpeculativeDecoding`], and vLLM with `"parallel_drafting": true`, draft with one pass a round. 1 is an
-            ordinary draft. A row teaches its tokens at every depth in one forward pass, deeper ones at fewer of its
-            positions (0.7 per depth, at least 0.2), for which a step of 8 costs near three times as much; the target
+            ordinary draft. A row teaches its tokens at every depth in one forward pass, deeper ones at fewer positions
+            (0.7 per depth, at least 0.2), so a step with K = 8 costs about three times an ordinary one; the target
             runs once, as ever. The mask token, an id that no text holds, and K are recorded in the draft's config.
             Distil first, and set it then: depth 1 stays what an ordinary draft learns, and `assistant_model=` uses it.
             Metrics of `evaluate()` are those of depth 1; [`evaluate_draft`] reports both ways of drafting. Attention

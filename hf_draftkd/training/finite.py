@@ -58,7 +58,7 @@ class StopOnNonFiniteGradient(TrainerCallback):
     ) -> None:
         parameters = (parameter for group in kwargs["optimizer"].param_groups for parameter in group["params"])
         gradients = [held_here(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        # A norm with a NaN or Inf in it is one; clipping has bounded all others.
+        # The norm is NaN or Inf if any entry is; clipping keeps every other norm finite.
         stops = torch.tensor(not math.isfinite(get_total_norm(gradients)), dtype=torch.int32, device=args.device)
         if args.world_size > 1:
             # Shards differ between processes.

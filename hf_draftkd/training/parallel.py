@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 class Lesson(NamedTuple):
-    """What the draft reads in one step, and what it is to say where."""
+    """What the draft reads in one step, and its targets at each position."""
 
     inputs: dict[str, Any]
-    """The batch; or what the draft's forward takes, in its place."""
+    """The batch, or the forward inputs that replace it."""
     keep: Tensor
     """[B, W] bool, the positions of N predictions."""
     target: Distributions | Unprojected | None

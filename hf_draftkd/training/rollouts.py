@@ -1,9 +1,9 @@
 """Who writes the completions that a draft learns from: the data, the target, the draft, or draft and target together.
 
-Before each optimizer step it is decided once who writes all of its rows, with the draft's share `lmbda` for a
-probability. The rows of the whole accumulation window, on every process, are then written in one go, by the weights as
-they are before that step: so a step does not depend on how it was cut into batches, and the draft is never a mixture of
-before and after. The choice follows from `args.seed` and the number of the step, so a resumed run makes it again.
+Before each optimizer step one writer is drawn for all its rows: the draft with probability `lmbda`. The rows of the
+whole accumulation window, on every process, are then written in one go, by the weights as they are before that step:
+so a step does not depend on how it was cut into batches, and the draft is never a mixture of before and after. The
+choice follows from `args.seed` and the number of the step, so a resumed run makes it again.
 
 `examples/guides/papers.md` says which settings are SeqKD, ImitKD, f-Distill, GKD, DistillSpec and SKD. Text that the
 target wrote once and keeps (`generate_alignment_data`) costs its seconds once; `seq_kd` costs them in every epoch. What
@@ -75,8 +75,8 @@ def check_writer(args: DraftDistillConfig, *, has_target: bool) -> None:
 
 
 def check_writing(trainer: Any, context: int, columns: Collection[str]) -> None:
-    """Refuse completions that cannot be written: of the trainer's prepared data (a stream is not read ahead), or by its
-    models, of which processes may hold parts.
+    """Refuse runs whose completions cannot be written: the data has no prompts (a stream is not read ahead), or the
+    models are sharded.
 
     `context` is the longest text that both models read, in tokens; `columns` are those of the rows as they were given.
     """

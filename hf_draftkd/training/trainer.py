@@ -97,8 +97,8 @@ class DraftDistillTrainer(SFTTrainer):
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
             As `train_dataset`. Never packed: metrics are sums over whole texts.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer that both models share. By default the target's, in whose chat template it will be asked,
-            or the draft's where there is no target.
+            The tokenizer that both models share. By default the target's, since prompts are rendered with its chat
+            template, or the draft's where there is no target.
         mix_dataset ([`~datasets.Dataset`], *optional*):
             Rows to interleave with the training data (`args.mix` says how many), so that the draft does not forget what
             lies outside it. Ordinarily plain text (`text`), learned from on all its tokens.
@@ -271,7 +271,7 @@ class DraftDistillTrainer(SFTTrainer):
             )
         self._training_sums, self._num_tokens_read = TrainingSums(), 0
         self._evaluation_sums: EvaluationSums | None = None
-        self._explained: set[str] = set()  # the evaluation sets of which was said why they have no block efficiency
+        self._explained: set[str] = set()  # evaluation sets already warned about
         self._step_batches: Sequence[dict[str, Any]] = ()  # that the next optimizer step learns from
         self._saving_checkpoint = False
         # Checksum of the weights as they were last saved; None once they have been trained further.

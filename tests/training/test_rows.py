@@ -39,8 +39,8 @@ CALLS = [
 
 
 @pytest.fixture
-def learnt(tmp_path, pair):
-    """Function: (text, text that is learnt from) of each row after the trainer has prepared them."""
+def learned(tmp_path, pair):
+    """Function: (text, text that is learned from) of each row after the trainer has prepared them."""
 
     def prepared(rows, template=TEMPLATE, **options):
         tokenizer = tiny_tokenizer()
@@ -63,8 +63,8 @@ def rendered(rows):
 
 
 @pytest.mark.parametrize("source", ["dataset", "parquet", "jsonl", "stream", "conversations", "pairs"])
-def test_no_null_of_arrow_is_learnt(tmp_path, learnt, source):
-    """Fault: with another row's keys the draft learnt `{"city": "x", "n": null}`, which no target writes."""
+def test_no_null_of_arrow_is_learned(tmp_path, learned, source):
+    """Fault: with another row's keys the draft learned `{"city": "x", "n": null}`, which no target writes."""
     expected = rendered(CALLS)
     assert '{"n": 1}' in expected[1]
     assert not any("null" in text for text in expected)
@@ -83,17 +83,17 @@ def test_no_null_of_arrow_is_learnt(tmp_path, learnt, source):
         rows = [
             {"prompt": row["messages"][:1], "completion": row["messages"][1:], "tools": row["tools"]} for row in CALLS
         ]
-    found = learnt(rows, **options)
+    found = learned(rows, **options)
     assert [text for text, _ in found] == expected
     if source == "pairs":
         assert [text for _, text in found] == ['{"city": "x"}</s>', '{"n": 1}</s>', "yes</s>"]
 
 
-def test_options_of_the_template_are_each_rows_own(learnt):
+def test_options_of_the_template_are_each_rows_own(learned):
     """Fault: `TypeError: 'NoneType' object is not a mapping` where one row has none."""
     talk = {"messages": [user("a"), assistant("b")]}
     kwargs = [{"mood": "sad"}, {"other": 1}, None]
-    found = learnt([talk | {"chat_template_kwargs": each} for each in kwargs])
+    found = learned([talk | {"chat_template_kwargs": each} for each in kwargs])
     assert [text.split("<|user|>")[0] for text, _ in found] == ["sad", "", ""]
 
 
@@ -110,49 +110,49 @@ def test_options_of_the_template_are_each_rows_own(learnt):
     ],
     ids=str,
 )
-def test_columns_that_a_format_does_not_need_are_left_aside(learnt, extra):
+def test_columns_that_a_format_does_not_need_are_left_aside(learned, extra):
     """Fault: `text` took the end token from every completion, silently; `labels` [1, 2] became the labels."""
-    assert learnt([PAIR | extra] * 2) == [("one two three</s>", " three</s>")] * 2
+    assert learned([PAIR | extra] * 2) == [("one two three</s>", " three</s>")] * 2
 
 
 @pytest.mark.parametrize("extra", [{"prompt": "x"}, {"text": "x", "labels": 1, "decoding": "greedy"}], ids=str)
 @pytest.mark.parametrize("streamed", [False, True])
-def test_messages_need_no_other_column(learnt, extra, streamed):
+def test_messages_need_no_other_column(learned, extra, streamed):
     rows = Dataset.from_list([{"messages": [user("a"), assistant("b")], **extra}] * 2)
-    found = learnt(rows.to_iterable_dataset() if streamed else rows, max_steps=1)
+    found = learned(rows.to_iterable_dataset() if streamed else rows, max_steps=1)
     assert [text for text, _ in found] == ["<|user|>a</s><|assistant|>b</s>"] * 2
 
 
-def test_ids_keep_their_labels_and_nothing_else(learnt, tokenizer):
+def test_ids_keep_their_labels_and_nothing_else(learned, tokenizer):
     ids = tokenizer("one two")["input_ids"]
     masked = {"input_ids": ids, "labels": [-100, *ids[1:]]}
-    assert learnt([masked | {"decoding": "x"}]) == [("one two", tokenizer.decode(ids[1:]))]
-    assert learnt([{"input_ids": ids, "labels": "good"}]) == [("one two", "one two")]
+    assert learned([masked | {"decoding": "x"}]) == [("one two", tokenizer.decode(ids[1:]))]
+    assert learned([{"input_ids": ids, "labels": "good"}]) == [("one two", "one two")]
     with pytest.raises(ValueError, match=r"Row 1 .*`labels` of different lengths"):
-        learnt([masked, {"input_ids": ids, "labels": [1]}])
+        learned([masked, {"input_ids": ids, "labels": [1]}])
 
 
-def test_a_formatting_function_reads_every_column_and_leaves_none(learnt):
+def test_a_formatting_function_reads_every_column_and_leaves_none(learned):
     rows = [{"question": "one", "answer": "two", "labels": 1, "decoding": "x"}]
 
     def text(row):
         return f"{row['question']} {row['labels']} {row['answer']}"
 
-    assert learnt(rows, formatting_func=text) == [("one 1 two</s>", "one 1 two</s>")]
+    assert learned(rows, formatting_func=text) == [("one 1 two</s>", "one 1 two</s>")]
 
 
-def test_parts_are_read_and_images_refused_by_row(learnt):
-    """Fault: `[{'type': 'text', ...` was learnt; with another template images went without a word."""
+def test_parts_are_read_and_images_refused_by_row(learned):
+    """Fault: `[{'type': 'text', ...` was learned; with another template images went without a word."""
     part = {"type": "text", "text": "two"}
     rows = [{"messages": [user([part, part | {"text": " three"}]), assistant([part])]}]
-    assert learnt(rows)[0][0] == "<|user|>two three</s><|assistant|>two</s>"
+    assert learned(rows)[0][0] == "<|user|>two three</s><|assistant|>two</s>"
     rows.append({"messages": [user([part, {"type": "image", "url": "x"}]), assistant([part])]})
     with pytest.raises(ValueError, match=r"Row 1 .*train.*'image'"):
-        learnt(rows)
+        learned(rows)
     with pytest.raises(ValueError, match=r"Row 1 .*train dataset lacks `messages`"):
-        learnt([rows[0], {"text": "one", "messages": None}])
+        learned([rows[0], {"text": "one", "messages": None}])
 
 
-def test_messages_beside_text_are_refused(learnt):
+def test_messages_beside_text_are_refused(learned):
     with pytest.raises(ValueError, match=r"Row 0 .*`completion` is text"):
-        learnt([{"prompt": [user("a")], "completion": "b"}])
+        learned([{"prompt": [user("a")], "completion": "b"}])
