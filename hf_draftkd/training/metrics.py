@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,15 +54,23 @@ class TrainingSums:
 
 
 class FilledUp(IterableDataset):
-    """The prepared rows of a stream up to a `multiple`, the last of them with nothing that counts: all processes get as
-    many batches.
+    """A stream's prepared rows, filled up with rows that count for nothing, so that every process gets the same number
+    of batches.
 
-    accelerate would repeat rows from its beginning instead: of a stream, whose length is not known, they are not
-    dropped again. Or it would give each process its own shards, and wait forever where some have more rows.
+    accelerate would repeat rows from its beginning instead: it could not drop them again, since a stream's length is
+    unknown; or it would shard by file, and wait forever where some processes have more rows.
+
+    Args:
+        rows: The stream.
+        multiple: What the number of rows becomes a multiple of: the rows of one batch on all processes together.
     """
 
-    def __init__(self, rows: Iterable[dict[str, Any]], multiple: int) -> None:
+    def __init__(self, rows: Any, multiple: int) -> None:
         self._rows, self._multiple = rows, multiple
+
+    def set_epoch(self, epoch: int) -> None:
+        """Have a shuffled stream read in the order of this epoch."""
+        self._rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         count, row = 0, None

@@ -269,7 +269,7 @@ class DraftDistillTrainer(SFTTrainer):
                 vocabulary=self._vocabulary,
                 context=context,
             )
-        self._training_sums, self._num_tokens_read = TrainingSums(), 0
+        self._training_sums = TrainingSums()
         self._evaluation_sums: EvaluationSums | None = None
         self._explained: set[str] = set()  # evaluation sets already warned about
         self._step_batches: Sequence[dict[str, Any]] = ()  # that the next optimizer step learns from
@@ -454,16 +454,17 @@ class DraftDistillTrainer(SFTTrainer):
 
     # Evaluation ------------------------------------------------------------------------------------------------------
 
-    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        """Metrics are sums over texts: what is evaluated comes one text a row, and each text once."""
-        usual = self.data_collator
-        if not is_training:
-            if isinstance(usual, DraftDistillCollator):
-                self.data_collator = usual.padded()
-            if isinstance(dataset, torch.utils.data.IterableDataset) and self.accelerator.num_processes > 1:
-                dataset = FilledUp(dataset, self.args.eval_batch_size * self.accelerator.num_processes)
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        """Metrics are sums over texts: what is evaluated comes one text a row, and each text once. Of a stream all
+        processes get the same number of batches.
+        """
+        usual, num_processes = self.data_collator, self.accelerator.num_processes
+        if not kwargs.get("is_training") and isinstance(usual, DraftDistillCollator):
+            self.data_collator = usual.padded()
+        if isinstance(dataset, torch.utils.data.IterableDataset) and num_processes > 1:
+            dataset = FilledUp(dataset, batch_size * num_processes)
         try:
-            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+            return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
         finally:
             self.data_collator = usual
 
@@ -517,19 +518,20 @@ class DraftDistillTrainer(SFTTrainer):
     # Logging ---------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `num_tokens` read so far, the `acceptance_rate` since the last entry where it can be told, and what was
-        written (see [`CompletionWriter.close_log_entry`](rollouts.py)).
+        """Adds to entries about training: `num_tokens` read so far (a resumed run counts on from the last entry before
+        its checkpoint), the `acceptance_rate` since the last entry where it can be told, and what was written (see
+        [`CompletionWriter.close_log_entry`](rollouts.py)).
 
         The rate is one minus total variation at the loss temperature: `tvd_plus_plus`, whose own value means nothing,
         has to be watched by it. From a cache without the whole tail it is named `acceptance_rate_upper_bound`.
         """
-        if self.model.training:
+        if "loss" in logs or "train_loss" in logs:  # the second is the last entry's, after the last evaluation
             if self._writer is not None:
                 logs |= self._writer.close_log_entry()
             read, acceptance = self._training_sums.close(self.accelerator)
-            self._num_tokens_read += read
             if read:
-                logs["num_tokens"] = self._num_tokens_read
+                entries = reversed(self.state.log_history)
+                logs["num_tokens"] = read + next((entry["num_tokens"] for entry in entries if "num_tokens" in entry), 0)
             if acceptance is not None:
                 logs[self.signal.acceptance_name] = acceptance
         super().log(logs, start_time)
