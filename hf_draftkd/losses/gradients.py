@@ -145,12 +145,16 @@ def by_autograd(
     function: Callable[[torch.Tensor], torch.Tensor], draft_logits: torch.Tensor, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return `function(draft_logits)` `[n]` and, if wanted, its gradient `[n, V]` by autograd."""
-    if not gradient:
-        return function(draft_logits), None
-    with torch.enable_grad():
-        leaf = draft_logits.detach().requires_grad_()
+    with torch.set_grad_enabled(gradient):
+        leaf = draft_logits.detach().requires_grad_(gradient)
         values = function(leaf)
-        (slope,) = torch.autograd.grad(values.sum(), leaf)
+        wanted, given = tuple(leaf.shape[:-1]), tuple(values.shape)
+        if given != wanted:
+            raise ValueError(
+                f"A custom divergence (`token_loss`) must return one value for each position, {wanted}, got {given}. "
+                "Reduce the last dimension, the vocabulary, and no other."
+            )
+        slope = torch.autograd.grad(values.sum(), leaf)[0] if gradient else None
     return values.detach(), slope
 
 

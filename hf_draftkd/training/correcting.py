@@ -43,7 +43,7 @@ class CorrectedByTarget(LogitsProcessor):
         self._top_k = min(top_k, vocab_size)
         self._vocab_size = vocab_size
         self._mask = prompt_mask
-        self._takes_positions = "position_ids" in inspect.signature(unwrapped(target).forward).parameters
+        self._parameters = inspect.signature(unwrapped(target).forward).parameters
         self._cache: Any = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -69,12 +69,14 @@ class CorrectedByTarget(LogitsProcessor):
         new = input_ids if self._cache is None else input_ids[:, -1:]
         self._mask = torch.nn.functional.pad(self._mask, (0, input_ids.shape[1] - self._mask.shape[1]), value=1)
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        # Only the last token's logits are read: of all tokens of a prompt they would take [B, L, V].
+        wanted = {"position_ids": positions, "logits_to_keep": 1}
         output = self._target(
             input_ids=new,
             attention_mask=self._mask,
             past_key_values=self._cache,
             use_cache=True,
-            **({"position_ids": positions} if self._takes_positions else {}),
+            **{name: value for name, value in wanted.items() if name in self._parameters},
         )
         self._cache = output.past_key_values
         return output.logits[:, -1]

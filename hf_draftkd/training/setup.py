@@ -12,7 +12,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
-from hf_draftkd.data.formats import check_format, check_labels, check_token_ids, longest_text
+from hf_draftkd.data.formats import check_format, check_labels, check_token_ids, format_of, longest_text
 from hf_draftkd.data.mixing import check_mix
 from hf_draftkd.data.target_cache import CacheFacts, check_kept_ids
 from hf_draftkd.decoding.drafting import checked_vocabulary
@@ -90,8 +90,10 @@ def check_datasets(
                     "`mix_dataset`."
                 )
     if args.packing and args.packing_strategy != "bfd" and train_dataset is not None:
-        masked = {"prompt", "prompt_ids", "completion_mask"} & set(get_dataset_column_names(train_dataset))
-        if masked or args.assistant_only_loss:
+        read = set(format_of(train_dataset, args.dataset_text_field) or ())
+        if "input_ids" in read:
+            read |= {"labels", "completion_mask", "assistant_masks"} & set(get_dataset_column_names(train_dataset))
+        if args.assistant_only_loss or len(read) > 1:  # a prompt, or a mask, beside what is learned from
             raise ValueError(
                 f"`packing_strategy={args.packing_strategy!r}` cuts rows where a packed row is full: completions would "
                 'be learned without the prompt they answer. Leave it out: "bfd" packs whole rows.'
@@ -105,7 +107,7 @@ def check_datasets(
 def stand_in(datasets: dict[str, Any]) -> Dataset:
     """What SFTTrainer takes for training data where only `evaluate()` is wanted: it insists on some.
 
-    Of a stream one row, since a stream to train on needs `max_steps`.
+    From a stream only one row is taken, since training on a stream requires `max_steps`.
     """
     first = next(iter(datasets.values()))
     return Dataset.from_list([next(iter(first))]) if isinstance(first, IterableDataset) else first
@@ -124,7 +126,7 @@ def prepare_pair(
     """Load what was given by name, and make draft and target a pair.
 
     Without a tokenizer it is the target's, else the draft's. `trains`: the draft learns and is not only evaluated;
-    `adds_adapter`: what learns is an adapter that will be put on it.
+    `adds_adapter`: an adapter will be added, and only that is trained.
 
     Returns:
         The draft, the frozen target (None without one), and the tokenizer they share.
@@ -259,6 +261,16 @@ def draft_vocabulary(draft: PreTrainedModel, args: DraftDistillConfig, vocab_siz
     return torch.tensor(ids, device=args.device)
 
 
+def check_whole_rows(trainer: Any) -> None:
+    """Refuse to split a row over processes: the loss would miss the tokens where it is cut."""
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "Context and sequence parallelism (`cp_size`, `sp_size`) split each row over processes, but the loss "
+            "compares draft and target over whole rows. Leave them out: DDP, FSDP and DeepSpeed split other things."
+        )
+
+
 def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Module | None:
     """The target where the trainer runs it: on its device, sharded as the draft is, in evaluation mode."""
     if target is None:
@@ -309,7 +321,7 @@ def draft_arithmetic(trainer: Any) -> HeadArithmetic | None:
         obstacle = "`torch_compile` takes the model's forward as it is"
     elif trainer.is_deepspeed_enabled:
         obstacle = "DeepSpeed gathers the head's weights for the head's own forward alone"
-    return arithmetic_of(trainer.model, "draft", obstacle, warns=trainer.is_world_process_zero())
+    return arithmetic_of(trainer.model, "draft", obstacle)
 
 
 def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftDistillConfig) -> None:

@@ -9,6 +9,7 @@ import logging
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -43,12 +44,10 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in _OWN_FEATURES}
 
 
-def arithmetic_of(
-    model: torch.nn.Module, name: str, obstacle: str | None = None, *, warns: bool = True
-) -> HeadArithmetic | None:
+def arithmetic_of(model: torch.nn.Module, name: str, obstacle: str | None = None) -> HeadArithmetic | None:
     """How a model's logits follow from its hidden states; None, and a word on why, where they must be whole."""
     found = head_arithmetic(model) if obstacle is None else None
-    if found is None and warns:
+    if found is None and PartialState().is_main_process:
         logger.warning(_WHOLE_LOGITS, name, obstacle or _NO_PLAIN_HEAD)
     return found
 

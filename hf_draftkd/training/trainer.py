@@ -200,21 +200,29 @@ class DraftDistillTrainer(SFTTrainer):
 
         # SFTTrainer would warn that it ignores them; they were used above.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
-        super().__init__(
-            model=draft,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset if trains else setup.stand_in(datasets),
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=with_acceptance(callbacks, args, evaluates=eval_dataset is not None),
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            peft_config=peft_config,
-            formatting_func=formatting_func,
-        )
-        args.model_init_kwargs = model_init_kwargs
+        try:
+            super().__init__(
+                model=draft,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset if trains else setup.stand_in(datasets),
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=with_acceptance(callbacks, args, evaluates=eval_dataset is not None),
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                peft_config=peft_config,
+                formatting_func=formatting_func,
+            )
+        finally:
+            args.model_init_kwargs = model_init_kwargs
+        setup.check_whole_rows(self)
         check_saving(self)
+        config = unwrapped(self.model).config.get_text_config()
+        if getattr(config, "output_router_logits", False):
+            # SFTTrainer turns it on for a load-balancing loss, which is no part of ours. Saved with the draft, it would
+            # have that loss computed while decoding, where transformers fails at a padded prompt.
+            config.output_router_logits = False
         if not trains:
             self.train_dataset = None
         # Rows bring two columns more than SFTTrainer's.
@@ -295,8 +303,12 @@ class DraftDistillTrainer(SFTTrainer):
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Reading exact ids of {dataset_name} dataset"}
+        # SFTTrainer decides by the first training row whether prompts are masked, for all data. Only rows that have
+        # a prompt come with the mask that this turns on.
+        self.completion_only_loss = args.completion_only_loss is not False
         parts = {dataset_name: dataset}
-        if self._mix_dataset is not None:  # the training data is what SFTTrainer prepares first
+        if dataset_name == "train" and self._mix_dataset is not None:
+            # Once: `evaluate` may be given data of the same name.
             parts["mix"], self._mix_dataset = self._mix_dataset, None
         first_rows: dict[str, int] = {}
         if self._cache is not None:
@@ -330,7 +342,10 @@ class DraftDistillTrainer(SFTTrainer):
             return usual(dataset, processing_class, args, packing, None, dataset_name)
         # SFTTrainer packs `input_ids` and `labels` and drops the rest, so the packing is done here.
         with global_then_local_main_first():
-            return packed(dataset, args.max_length, {**map_kwargs, "desc": f"Packing {dataset_name} dataset"})
+            # As SFTTrainer does, before and after.
+            dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+            dataset = packed(dataset, args.max_length, {**map_kwargs, "desc": f"Packing {dataset_name} dataset"})
+            return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     # Loss ------------------------------------------------------------------------------------------------------------
 

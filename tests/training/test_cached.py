@@ -61,6 +61,19 @@ def test_the_whole_vocabulary_gives_the_live_loss_and_gradient(tmp_path, tokeniz
         torch.testing.assert_close(cached_gradients[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+def test_rows_are_shuffled_before_they_are_packed(tmp_path, pair, tokenizer):
+    """`shuffle_dataset=True` did nothing where a cache was in use."""
+    data = cached(alignment_rows(pair[1], tokenizer), pair[1], top_k=4)
+    options = {"packing": True, "max_length": 64}
+    usual, shuffled = (
+        build(tmp_path, (pair[0], None), tokenizer, data, shuffle_dataset=shuffles, **options).train_dataset
+        for shuffles in (False, True)
+    )
+    assert shuffled["input_ids"] != usual["input_ids"]
+    tokens = [sorted(token for row in rows["input_ids"] for token in row) for rows in (usual, shuffled)]
+    assert tokens[0] == tokens[1]
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -32,7 +32,9 @@ def test_distribution_is_that_of_proposing_and_replacing():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_greedy_text_is_that_of_the_naive_loop(family):
-    """A key-value cache out of step, positions that count the padding, or a mask that does not grow."""
+    """A key-value cache out of step, positions that count the padding, or a mask that does not grow; the target's
+    logits of whole prompts held, where those of their last tokens are read.
+    """
     draft, target = tiny_pair(family)
     prompts = [[0, 40, 50, 60, 70], [0, 99]]
     top_k = 3
@@ -53,11 +55,14 @@ def test_greedy_text_is_that_of_the_naive_loop(family):
     mask = torch.tensor([[0] * (5 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     setting = DecodingSetting()
     processor = CorrectedByTarget(target, setting, top_k, 300, mask)
+    projected = []
+    target.lm_head.register_forward_hook(lambda head, inputs, logits: projected.append(logits.shape[1]))
     config = setting.generation_config(draft, 10, eos_token_id=None)
     output = draft.generate(
         input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([processor])
     )
     assert output[:, 5:].tolist() == expected
+    assert projected == [1] * 10
 
 
 def _alone(draft, prompt):

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,6 +15,7 @@ from hf_draftkd.data.collator import SETTING_COLUMN, DraftDistillCollator, rows_
 from hf_draftkd.data.target_cache import cache_target_distributions
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import chunked
+from hf_draftkd.training.signals import LiveTarget
 from tests.tiny import tiny_llama, tiny_pair
 from tests.training.rows import alignment_rows
 from tests.training.trainers import build
@@ -224,6 +226,14 @@ def test_logits_that_have_to_be_whole_are_said_to_be(tmp_path, tokenizer, caplog
     with caplog.at_level(logging.WARNING, "hf_draftkd"):
         build(tmp_path, (draft, target), tokenizer, max_steps=2).train()
     assert caplog.text.count("logits of the target are held") == 1
+
+
+def test_one_process_says_that_logits_are_whole(monkeypatch, pair, caplog):
+    """Of the target every process said it."""
+    monkeypatch.setattr(PartialState, "is_main_process", False)
+    with caplog.at_level(logging.WARNING, "hf_draftkd"):
+        LiveTarget(pair[1], 300, sharded=True)
+    assert not caplog.text
 
 
 # Choosing by them ----------------------------------------------------------------------------------------------------

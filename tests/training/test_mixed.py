@@ -38,7 +38,7 @@ def mixed_trainer(path, pair, tokenizer, rows, text, *, mix="1:1", **options):
 
 
 def test_each_row_is_read_by_what_it_holds(tmp_path, pair, tokenizer, text):
-    """Alignment rows keep their exact ids, text is learnt from on all its tokens, and the order is that of the mix."""
+    """Alignment rows keep their exact ids, text is learned from on all its tokens, and the order is that of the mix."""
     rows = alignment_rows(pair[1], tokenizer, count=6)
     trainer = mixed_trainer(tmp_path, pair, tokenizer, rows, text)
     found, others = [], [text_ids(tokenizer, words) for words in WORDS]
@@ -54,6 +54,18 @@ def test_each_row_is_read_by_what_it_holds(tmp_path, pair, tokenizer, text):
     assert trainer.train_dataset["labels"] == [labels[str(ids)] for ids, _ in found]
     assert trainer.evaluate(rows)["eval_block_efficiency"] > 1
     trainer.train()
+
+
+def test_prompts_are_masked_whatever_the_first_training_row_is(tmp_path, pair, tokenizer, text):
+    """Beside training data of plain text the prompts of all other data were learned: TRL asks its first row alone."""
+    pairs = Dataset.from_list([{"prompt": "one two", "completion": " three"}] * 5)
+    trainer = build(tmp_path, pair, tokenizer, text, pairs, mix_dataset=pairs, mix="1:1")
+    prompt = len(tokenizer("one two")["input_ids"])
+    masked = [labels[:prompt] == [-100] * prompt for labels in trainer.train_dataset["labels"]]
+    assert masked.count(True) == trainer.data_facts["num_mixed_rows"] > 0
+    assert [labels.count(-100) for labels in trainer.eval_dataset["labels"]] == [prompt] * 5
+    trainer = build(tmp_path, pair, tokenizer, text, pairs, completion_only_loss=False)
+    assert -100 not in trainer.eval_dataset["labels"][0]
 
 
 @pytest.mark.parametrize("other", ["chats", "pairs", "ids"])
@@ -148,7 +160,7 @@ def test_a_stream_is_not_mixed(tmp_path, pair, tokenizer, text):
         mixed_trainer(tmp_path, pair, tokenizer, text, text.to_iterable_dataset())
 
 
-# What is not learnt from is said --------------------------------------------------------------------------------------
+# What is not learned from is said ------------------------------------------------------------------------------------
 
 
 def test_rows_that_max_length_cuts_are_counted(tmp_path, pair, tokenizer, caplog):

@@ -84,12 +84,15 @@ def test_data_that_truncation_leaves_nothing_of_is_refused(tmp_path, pair, token
 
 @pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
 def test_strategies_that_cut_completions_from_their_prompts_are_refused(tmp_path, pair, tokenizer, strategy):
+    """Rows that come masked as ids and labels were cut in silence."""
     options = {"packing": True, "packing_strategy": strategy}
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for row in (
         {"prompt_ids": [0, 5], "completion_ids": [6, 1]},
         {"prompt": "a", "completion": "b"},
         {"input_ids": [0, 5, 6], "completion_mask": [0, 0, 1]},
+        {"input_ids": [0, 5, 6], "labels": [-100, -100, 6]},
+        {"input_ids": [0, 5, 6], "assistant_masks": [0, 0, 1]},
     ):
         with pytest.raises(ValueError, match="without the prompt they answer"):
             build(tmp_path, pair, tokenizer, Dataset.from_list([row]), **options)

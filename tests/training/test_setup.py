@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -132,6 +133,28 @@ def test_adapters_that_are_not_refused_are_saved_as_trained(tmp_path, tokenizer,
     assert (trained - stock).abs().max() > 0.1, "nothing was trained"
 
 
+def test_a_refusal_by_trl_leaves_the_arguments_as_they_were(tmp_path, pair, tokenizer):
+    """Set right and tried again, the draft was loaded without what `model_init_kwargs` asked for."""
+    args = config(tmp_path, model_init_kwargs={"dtype": "bfloat16"}, assistant_only_loss=True)
+    rows = Dataset.from_list([{"text": "a"}])
+    with pytest.raises(ValueError, match="dataset is not conversational"):
+        DraftDistillTrainer(*pair, args=args, train_dataset=rows, processing_class=tokenizer)
+    assert args.model_init_kwargs == {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("split", [{"cp_size": 2}, {"sp_size": 2, "sp_backend": "deepspeed"}], ids=str)
+def test_rows_split_over_processes_are_refused(tmp_path, pair, tokenizer, monkeypatch, split):
+    """Each process shifted the labels of its own part: a loss without the tokens where rows are cut."""
+
+    class Split(DraftDistillTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            monkeypatch.setattr(type(self.accelerator), "parallelism_config", ParallelismConfig(**split))
+
+    with pytest.raises(ValueError, match=r"Context and sequence parallelism .* split each row over processes"):
+        build(tmp_path, pair, tokenizer, trainer_class=Split)
+
+
 def test_white_box_without_a_target_is_refused(tmp_path, pair, tokenizer):
     rows = alignment_rows(pair[1], tokenizer)
     with pytest.raises(ValueError, match="`target_model` is None"):
@@ -157,7 +180,7 @@ def test_black_box_needs_no_target(tmp_path, pair, tokenizer):
         ([{"prompt_ids": [0] * 300, "completion_ids": [5]}], "Nothing is left to learn from in the train"),
     ],
 )
-def test_data_that_cannot_be_learnt_from(tmp_path, pair, tokenizer, rows, message):
+def test_data_that_cannot_be_learned_from(tmp_path, pair, tokenizer, rows, message):
     columns = list(rows[0]) if rows else ["text"]
     dataset = Dataset.from_list(rows) if rows else Dataset.from_dict({name: [] for name in columns})
     with pytest.raises(ValueError, match=message):
@@ -199,7 +222,7 @@ def test_different_tokenizers_are_refused_before_the_models_are_read(tmp_path, s
 
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_chats_are_put_in_the_targets_template_where_no_tokenizer_is_given(tmp_path, saved_pair, in_memory):
-    """A stock draft has its own template, or none: it learnt texts that its target is never asked to write."""
+    """A stock draft has its own template, or none: it learned texts that its target is never asked to write."""
     draft_path, target_path = map(str, saved_pair)
     stock = tiny_tokenizer()
     stock.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_draftkd import DraftDistillTrainer, load_draft
 from tests.tiny import tiny_llama, tiny_pair, tiny_tokenizer
@@ -222,6 +222,31 @@ def test_acceptance_is_logged_while_training(tmp_path, pair, tokenizer):
     assert logged[-1]["num_tokens"] == 3 * sum(len(row["prompt_ids"] + row["completion_ids"]) for row in rows)
 
 
+def test_what_the_last_steps_read_is_logged(tmp_path, pair, tokenizer):
+    """After the last evaluation the draft is in evaluation mode: what was read since the last entry was never told."""
+    rows = alignment_rows(pair[1], tokenizer)
+    options = {"per_device_train_batch_size": 8, "max_steps": 3, "logging_steps": 2, "eval_steps": 3}
+    trainer = build(tmp_path, pair, tokenizer, rows, rows, eval_strategy="steps", **options)
+    trainer.train()
+    _, evaluated, last = trainer.state.log_history
+    assert "eval_loss" in evaluated
+    assert "acceptance_rate" not in evaluated
+    assert last["num_tokens"] == 3 * sum(len(row["prompt_ids"] + row["completion_ids"]) for row in rows)
+    assert 0 < last["acceptance_rate"] < 1
+
+
+@pytest.mark.parametrize("reduce", [lambda each: each.mean(), lambda each: each.sum(-1, keepdim=True)])
+def test_a_custom_loss_of_another_shape_is_refused(tmp_path, pair, tokenizer, reduce):
+    """`[n, 1]` was logged N times too large; a mean failed in words about concatenation."""
+
+    class Custom(DraftDistillTrainer):
+        def token_loss(self, draft_logits, target_logits):
+            return reduce((draft_logits.softmax(-1) - target_logits.softmax(-1)).abs())
+
+    with pytest.raises(ValueError, match=r"`token_loss`\) must return one value for each position, \(\d+,\), got \("):
+        build(tmp_path, pair, tokenizer, trainer_class=Custom).train()
+
+
 # The data ------------------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +261,7 @@ def test_exact_ids_are_trained_on_as_they_are(tmp_path, pair, tokenizer):
     assert prepared["labels"] == [-100] * len(row["prompt_ids"]) + row["completion_ids"]
 
 
-def test_end_of_sequence_is_learnt_where_pad_equals_it(tmp_path, pair):
+def test_end_of_sequence_is_learned_where_pad_equals_it(tmp_path, pair):
     """The end masked by id because pad is the same token (trl#6357)."""
     tokenizer = tiny_tokenizer(pad_is_eos=True)
     rows = Dataset.from_list(
@@ -329,6 +354,9 @@ def test_resumed_training_gives_the_weights_of_an_uninterrupted_run(tmp_path, to
     resumed = build(tmp_path / "part", tiny_pair("llama"), tokenizer, rows, peft=copy.deepcopy(peft), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert_same(weights(whole.model), weights(resumed.model))
+    # It started again at 0.
+    read = [[entry.get("num_tokens") for entry in trainer.state.log_history] for trainer in (whole, resumed)]
+    assert read[0] == read[1]
 
 
 @pytest.mark.parametrize(("shuffles", "accumulation"), [(True, 1), (False, 2)])
@@ -370,6 +398,20 @@ def test_lora_checkpoints_hold_the_adapter_and_the_saved_draft_is_plain(tmp_path
     ids = torch.arange(20)[None]
     trainer.model.eval()
     torch.testing.assert_close(saved(ids).logits, trainer.model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mixture_of_experts_still_assists_once_it_was_trained(tmp_path, tokenizer):
+    """SFTTrainer turns `output_router_logits` on. Saved so, a draft failed at any padded prompt."""
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    pair = [MixtralForCausalLM(MixtralConfig(vocab_size=300, **size, **heads)) for _ in range(2)]
+    trainer = build(tmp_path, pair, tokenizer, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    saved, prompt = load_draft(tmp_path), torch.tensor([[2, 0, 5, 6, 7]])
+    options = {"attention_mask": (prompt != 2).long(), "max_new_tokens": 6, "do_sample": False}
+    expected = pair[1].generate(prompt, **options)
+    assert torch.equal(pair[1].generate(prompt, assistant_model=saved, **options), expected)
 
 
 def test_the_card_says_how_the_draft_was_trained(tmp_path, saved_pair, tokenizer, pair):
