@@ -18,6 +18,7 @@ from pathlib import Path
 from datasets import Dataset, load_from_disk
 from huggingface_hub import snapshot_download
 from shared import cell, claim, write_json
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_draftkd import (
     evaluate_draft,
@@ -75,7 +76,7 @@ def main() -> None:
     open_ended = ("check_sampling", "engines", "environments", "quantizations", "table")
     claim(out, argparse.Namespace(**{name: value for name, value in vars(options).items() if name not in open_ended}))
     draft = Path(options.draft) if options.draft else quickstart(out)
-    report, rows = evaluated(options, draft, out)
+    _, rows = evaluated(options, draft, out)
     for engine in options.engines:
         checked = out / f"sampling_{engine}.json"
         if options.check_sampling and not checked.exists():
@@ -85,6 +86,8 @@ def main() -> None:
             done = out / f"{engine}-{kind}.json"
             if done.exists():
                 continue
+            models = prepared(engine, kind, options.target_model, draft, environments, out)
+            report, rows = evaluated(options, draft, out, kind)
             report.engines, report.warnings = [], []
             evaluate_in_engine(
                 report,
@@ -95,7 +98,7 @@ def main() -> None:
                 launch=True,
                 engine_rounds=options.rounds,
                 engine_threads=options.threads,
-                **prepared(engine, kind, options.target_model, draft, environments, out),
+                **models,
             )
             report.save(done)
     table = "\n".join(lines(out))
@@ -111,34 +114,45 @@ def quickstart(out: Path) -> Path:
     return folder / "draft"
 
 
-def evaluated(options: argparse.Namespace, draft: Path, out: Path) -> tuple[SpeculationReport, Dataset]:
-    """The target's own texts, and what one pass over them predicts for every rule an engine may verify by."""
+def evaluated(
+    options: argparse.Namespace, draft: Path, out: Path, kind: str = "f32"
+) -> tuple[SpeculationReport, Dataset]:
+    """The target's own texts, and what one pass over them predicts for every rule an engine may verify by.
+
+    Quantised, both are other models: they are read back from their GGUF files.
+    """
     checkpoint = resolve(options.target_model)
-    target = load_target(checkpoint, dtype="float32")
-    if not (out / "texts").exists():
+
+    def load(name: str) -> PreTrainedModel:
+        if kind != "f32":
+            return AutoModelForCausalLM.from_pretrained(out, gguf_file=f"{name}-{kind}.gguf", dtype="float32").eval()
+        return load_target(checkpoint, dtype="float32") if name == "target" else load_draft(draft, dtype="float32")
+
+    folder = out if kind == "f32" else out / f"as-{kind}"
+    if not (folder / "texts").exists():
         rows = generate_alignment_data(
-            target,
+            load("target"),
             checkpoint.tokenizer,
             load_prompts(options.prompts, limit=options.num_prompts),
             max_new_tokens=options.max_new_tokens,
             temperatures=options.temperatures,
             batch_size=16,
         )
-        rows.save_to_disk(out / "texts")
-    rows = load_from_disk(out / "texts")
-    if not (out / "transformers.json").exists():
+        rows.save_to_disk(folder / "texts")
+    rows = load_from_disk(folder / "texts")
+    if not (folder / "transformers.json").exists():
         report = evaluate_draft(
-            load_draft(draft, dtype="float32"),
-            target,
+            load("draft"),
+            load("target"),
             checkpoint.tokenizer,
             dataset=rows,
             verification=["rejection_sampling", "exact_match", "top_10_draft"],
-            measure_speed=options.measure_speed,
+            measure_speed=options.measure_speed and kind == "f32",
             num_assistant_tokens=options.num_assistant_tokens,
             source=options.prompts,
         )
-        report.save(out / "transformers.json")
-    return SpeculationReport.load(out / "transformers.json"), rows
+        report.save(folder / "transformers.json")
+    return SpeculationReport.load(folder / "transformers.json"), rows
 
 
 def sampling(name: str, options: argparse.Namespace, draft: Path, rows: Dataset, models: dict) -> dict:
