@@ -136,8 +136,8 @@ def provenance(results: Results) -> str:
         [
             "## Provenance",
             "",
-            f"- {len(stored)} cells, made {made[0]} to {made[-1]}, {minutes:.0f} minutes of training; sha256 of the "
-            f"weights: {weights}.",
+            f"- {len(stored)} cells, made {' to '.join(dict.fromkeys((made[0], made[-1])))}, {minutes:.0f} minutes of "
+            f"training; sha256 of the weights: {weights}.",
             f"- {'; '.join(machines)}.",
             *(f"- {each}." for each in versions),
         ]

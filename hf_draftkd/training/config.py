@@ -138,6 +138,8 @@ class DraftDistillConfig(SFTConfig):
     > - `hub_strategy`: `"end"`. Half-trained drafts and adapters are not what somebody else can load.
     > - `accelerator_config["dispatch_batches"]`: `False`, of evaluation data too. Each process reads a stream itself.
     > - `ddp_find_unused_parameters`: `False`. Every parameter of a causal LM is used in every step.
+    > - `use_cache`: `True`. It is saved in the draft's config, and a draft without a cache is slow; training passes
+    >   never make one.
     > - `logging_nan_inf_filter`: `False`. A loss that is not finite stops the run instead of being hidden.
     >
     > Refused, since they would do nothing here: `loss_type`, `label_smoothing_factor`, `router_aux_loss_coef`,
@@ -155,6 +157,7 @@ class DraftDistillConfig(SFTConfig):
     max_length: int | None = option(
         2048, "Longest prompt and completion together, in tokens; longer rows are cut at the end."
     )
+    use_cache: bool = option(True, "Saved in the draft's config; training passes make no cache.")
     logging_nan_inf_filter: bool = option(
         False, "Leave off: a loss that is not finite stops the run instead of being hidden."
     )

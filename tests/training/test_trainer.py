@@ -395,6 +395,7 @@ def test_lora_checkpoints_hold_the_adapter_and_the_saved_draft_is_plain(tmp_path
     assert not (tmp_path / "final" / "adapter_model.safetensors").exists()
     assert "lm_head.weight" in load_file(tmp_path / "final" / "model.safetensors")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert saved.config.use_cache  # the Trainer's own default would publish a draft without one
     ids = torch.arange(20)[None]
     trainer.model.eval()
     torch.testing.assert_close(saved(ids).logits, trainer.model(ids).logits, atol=1e-4, rtol=1e-4)
