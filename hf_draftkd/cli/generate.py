@@ -12,7 +12,7 @@ from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.generation import generate_alignment_data
-from hf_draftkd.data.shards import StoppedError, check_shard_folder, this_process
+from hf_draftkd.data.shards import StoppedError, this_process
 from hf_draftkd.hub.access import writing_token
 from hf_draftkd.hub.dataset_card import push_alignment_data, write_card
 from hf_draftkd.models.pairing import check_own_tokenizer
@@ -106,7 +106,7 @@ def _check(options: GenerateOptions, config: AlignmentDataConfig) -> None:
         if getattr(options, idle) and not given:
             raise UsageError(f"`{idle}` would do nothing without `{wanted}`. Leave it out, or add that.")
     with usage_errors():
-        check_shard_folder(new_directory(str(config.output_dir), overwrite=True))
+        new_directory(str(config.output_dir), overwrite=True)
         if options.push_to_hub:
             validate_repo_id(options.push_to_hub)
             if is_offline_mode():

@@ -1,6 +1,7 @@
 """What alignment data are made of: one config for `generate_alignment_data` and for `draftkd generate`."""
 
 import os
+from collections.abc import Container
 from dataclasses import asdict, dataclass, fields
 
 from hf_draftkd.data.kept_distributions import CacheOptions
@@ -28,9 +29,10 @@ _ONLY_WITH: dict[tuple[str, str | None], tuple[str, ...]] = {
 class AlignmentDataConfig:
     """Configuration class for [`generate_alignment_data`]; every field is an option of `draftkd generate`.
 
-    The help text of a field says what it does. In Python `cache_distributions` may also be a dict of the options of
-    [`cache_target_distributions`]: `top_k` or `sampled`, `loss_temperature`, `dtype` and `seed`. The paper of the Llama
-    2 chat drafter (https://arxiv.org/abs/2403.00858) uses the temperatures 0, 0.3, 0.7 and 1.0 with `top_p` 0.95.
+    The help text of a field says what it does. In Python and YAML `cache_distributions` may also be a dict of the
+    options of [`cache_target_distributions`]: `top_k` or `sampled`, `loss_temperature`, `dtype` and `seed`. What it
+    leaves out is taken from the fields `cache_loss_temperature`, `cache_dtype` and `seed`. The paper of the Llama 2
+    chat drafter (https://arxiv.org/abs/2403.00858) uses the temperatures 0, 0.3, 0.7 and 1.0 with `top_p` 0.95.
 
     Raises:
         ValueError: A value is out of range, or a field would do nothing in this kind of run.
@@ -68,7 +70,9 @@ class AlignmentDataConfig:
     temperatures: list[float] = option([0.0], "One completion per prompt for each; 0 is greedy.")
     top_p: float = option(1.0, "Nucleus sampling at temperatures above 0.")
     top_k: int = option(0, "Top-k sampling at temperatures above 0; 0 keeps every token.")
-    repetition_penalty: float = option(1.0, "As in transformers; 1 is none.")
+    repetition_penalty: float | None = option(
+        None, "As in transformers, 1 for none; by default that of the target's generation config, with an endpoint 1."
+    )
     stop_at_turn_end: bool = option(
         False, "End answers at the chat template's end of turn too, where the target's generation config lacks it."
     )
@@ -115,7 +119,7 @@ class AlignmentDataConfig:
                 whole_number(name, value)
         whole_number("max_retries", self.max_retries, 0)
         in_range("timeout", self.timeout, 0, open_low=True)
-        settings_at(self.temperatures, top_p=self.top_p, top_k=self.top_k, repetition_penalty=self.repetition_penalty)
+        self.requests  # noqa: B018 - raises where a setting is out of range
         self._refuse_what_would_do_nothing()
         if self.scenario == "synthetic" and self.dataset is not None:
             raise ValueError("The scenario `synthetic` takes no `dataset`: the target writes the queries itself.")
@@ -125,12 +129,13 @@ class AlignmentDataConfig:
                 "says. vLLM takes further end tokens in each request: "
                 '`endpoint_options={"extra_body": {"stop_token_ids": [...]}}`.'
             )
-        for name in ("endpoint", "continuous_batching"):
-            if self.draft_model is not None and getattr(self, name):
-                raise ValueError(
-                    f"`draft_model` helps a local target that decodes in plain batches, which `{name}` does not do. "
-                    "Leave out one of them."
-                )
+        if self.continuous_batching and self.repetition_penalty not in (None, 1):
+            raise ValueError(
+                f"Continuous batching applies no repetition penalty, got {self.repetition_penalty} (the target's own, "
+                "if none was given). Give `repetition_penalty=1`, or leave out `continuous_batching`."
+            )
+        if self.draft_model is not None:
+            self.refuse_beside_draft()
         cache = self.cache
         if self.endpoint is not None and cache is not None and (cache.top_k is None or cache.loss_temperature != 1):
             raise ValueError(
@@ -141,37 +146,49 @@ class AlignmentDataConfig:
     @property
     def requests(self) -> dict[DecodingSetting, int]:
         """Each decoding setting, and how many completions of a prompt are asked for under it."""
-        settings = settings_at(
-            self.temperatures, top_p=self.top_p, top_k=self.top_k, repetition_penalty=self.repetition_penalty
-        )
+        penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
+        settings = settings_at(self.temperatures, top_p=self.top_p, top_k=self.top_k, repetition_penalty=penalty)
         return {setting: 1 if setting.is_greedy else self.num_completions for setting in settings}
 
     @property
     def cache(self) -> CacheOptions | None:
         """What to keep of the target's distributions."""
         given = self.cache_distributions
-        if given is None or isinstance(given, dict):
-            for name in given or {}:
-                one_of("option of `cache_distributions`", name, asdict(CacheOptions()))
-            return None if given is None else CacheOptions(**{"seed": self.seed, **given})
-        name, _, number = given.partition("=")
-        if name not in ("top_k", "sampled") or not number.isdigit():
-            raise ValueError(f"`cache_distributions` is written as top_k=64 or sampled=50, got {given!r}.")
-        return CacheOptions(
-            **{name: int(number)},
-            loss_temperature=self.cache_loss_temperature,
-            dtype=self.cache_dtype,
-            seed=self.seed,
-        )
+        if given is None:
+            return None
+        if isinstance(given, str):
+            name, _, number = given.partition("=")
+            if name not in ("top_k", "sampled") or not number.isdigit():
+                raise ValueError(f"`cache_distributions` is written as top_k=64 or sampled=50, got {given!r}.")
+            given = {name: int(number)}
+        for name in given:
+            one_of("option of `cache_distributions`", name, asdict(CacheOptions()))
+        beside = {"loss_temperature": self.cache_loss_temperature, "dtype": self.cache_dtype, "seed": self.seed}
+        return CacheOptions(**{**beside, **given})
+
+    def refuse_beside_prompts(self) -> None:
+        """Refuse what says where prompts come from, for a caller who brings them."""
+        for each in self._given(("dataset", *_ONLY_WITH["scenario", "curated"], *_ONLY_WITH["scenario", "synthetic"])):
+            raise ValueError(f"`{each}` would do nothing beside `prompts`. Leave out one of them.")
+
+    def refuse_beside_draft(self) -> None:
+        """Refuse ways of answering in which no draft can help."""
+        for each in self._given(("endpoint", "continuous_batching")):
+            raise ValueError(
+                f"`draft_model` helps a local target that decodes in plain batches, which `{each}` does not do. Leave "
+                "out one of them."
+            )
 
     def _refuse_what_would_do_nothing(self) -> None:
         """A system prompt that no query is written under, or a time-out without a server."""
-        defaults = {each.name: each.default for each in fields(self)}
         for (name, wanted), idle in _ONLY_WITH.items():
-            given = getattr(self, name)
-            if given is not None if wanted is None else given == wanted:
+            value = getattr(self, name)
+            if value is not None if wanted is None else value == wanted:
                 continue
-            for each in idle:
-                if getattr(self, each) != defaults[each]:
-                    condition = name if wanted is None else f"{name} {wanted}"
-                    raise ValueError(f"`{each}` would do nothing without `{condition}`. Leave it out, or add that.")
+            for each in self._given(idle):
+                condition = name if wanted is None else f"{name} {wanted}"
+                raise ValueError(f"`{each}` would do nothing without `{condition}`. Leave it out, or add that.")
+
+    def _given(self, names: Container[str]) -> list[str]:
+        """Those of the fields whose value is not the default."""
+        return [each.name for each in fields(self) if each.name in names and getattr(self, each.name) != each.default]

@@ -19,10 +19,18 @@ from hf_draftkd.data.filters import QueryFilter
 from hf_draftkd.data.journal import Journal
 from hf_draftkd.data.prompts import fitting_rows, load_prompts
 from hf_draftkd.data.rows import AUTHOR_COLUMNS, alignment_rows, dated, render_prompts, template_hash
-from hf_draftkd.data.shards import DAY, StoppedError, cut_shards, day_begun, run_shards
+from hf_draftkd.data.shards import (
+    DAY,
+    StoppedError,
+    check_processes,
+    check_shard_folder,
+    cut_shards,
+    day_begun,
+    run_shards,
+)
 from hf_draftkd.data.synthesis import check_synthesis, synthesize_prompts
 from hf_draftkd.data.targets import local_target, missing_turn_end, remote_target, served_context
-from hf_draftkd.decoding.setting import DecodingSetting, left_out_warning
+from hf_draftkd.decoding.setting import DecodingSetting, left_out_warning, own_penalty
 from hf_draftkd.models.loading import load_draft, load_target, require_loaded
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, context_length
 from hf_draftkd.models.resolve import Checkpoint
@@ -61,9 +69,10 @@ def generate_alignment_data(
         target_model: The target, where it is to run; a `Checkpoint` is loaded once all else is checked; with
             `endpoint`, the name by which the server knows it.
         tokenizer: Its tokenizer.
-        prompts: Anything that `load_prompts` takes. Further columns (such as `domain`) are carried along, unless the
-            row format has a column of that name. By default the prompts of the config: those of its `dataset`, or the
-            ones that the target writes (`scenario="synthetic"`).
+        prompts: Anything that `load_prompts` takes, read with the config's `prompt_column`, `drop_last_answer` and
+            `skip_invalid`. Further columns (such as `domain`) are carried along, unless the row format has a column of
+            that name. By default the prompts of the config: those of its `dataset`, or the ones that the target writes
+            (`scenario="synthetic"`).
         config: How to make the data; [`AlignmentDataConfig`].
         draft_model: A draft that helps the target to write, loaded or as `load_draft` takes it; by default the
             config's. The rows are the target's all the same: see `local_backend`. It drafts as many tokens as its
@@ -82,8 +91,9 @@ def generate_alignment_data(
         further columns of the prompts.
 
     Raises:
-        ValueError: A value is out of range; prompts are unusable (see `load_prompts` and `render_prompts`); or
-            `output_dir` holds something else; or an endpoint refuses the connection, the key or the model.
+        ValueError: A value is out of range or would do nothing; prompts are unusable (see `load_prompts` and
+            `render_prompts`); `output_dir` holds something else; or an endpoint refuses the connection, the key or the
+            model.
         StoppedError: The disk is full, or an endpoint stopped answering or refuses a prompt, which is named. Finished
             shards stay valid.
     """
@@ -92,11 +102,20 @@ def generate_alignment_data(
         raise ValueError(
             f"`target_model` is a name ({target_model!r}). Load it with `load_target`, or give `endpoint`."
         )
+    if not isinstance(target_model, str) and config.endpoint is not None:
+        raise ValueError(
+            f"An `endpoint` answers for a target that it knows by name, got a {type(target_model).__name__}. Give that "
+            "name as `target_model`, or leave out `endpoint`."
+        )
+    if draft_model is not None:
+        config.refuse_beside_draft()
     if isinstance(target_model, PreTrainedModel):
         require_loaded(target_model)
     if config.cache is not None:
         config.cache.within(tokenizer_size(tokenizer))
     folder = None if config.output_dir is None else Path(config.output_dir)
+    if check_processes(folder).is_main_process and folder is not None:  # before queries are written to it
+        check_shard_folder(folder)
     day = day_begun(folder)
     template_options = template_options or {}
     clock = dated(tokenizer, day)
@@ -104,7 +123,9 @@ def generate_alignment_data(
     if context is None:
         context = served_context(tokenizer) if isinstance(target_model, str) else context_length(target_model)
     if prompts is not None:
+        config.refuse_beside_prompts()
         source = source or (str(prompts) if isinstance(prompts, str | Path) else type(prompts).__name__)
+        prompts = _load_prompts(config, prompts)
     else:
         source = source or config.dataset or "the target itself"
         if config.scenario == "synthetic":
@@ -113,9 +134,11 @@ def generate_alignment_data(
             prompts, prompt_counts = _read_prompts(config, tokenizer)
     # Whatever shows without the target is looked at before it is loaded.
     check = partial(_check_prompts, tokenizer, config, context, clock | template_options)
-    checked = None if prompts is None else check(load_prompts(prompts))
+    checked = None if prompts is None else check(prompts)
     if isinstance(target_model, Checkpoint):
         target_model = load_target(target_model, **(loading or {}))
+    if config.repetition_penalty is None and not isinstance(target_model, str):
+        config = replace(config, repetition_penalty=own_penalty(target_model))
     if checked is None:
         written, prompt_counts = _synthesized(config, target_model, tokenizer, template_options)
         checked = check(written)
@@ -190,11 +213,6 @@ def _read_prompts(
     """The prompts of the config's dataset, and how many rows fell to which filter."""
     if config.dataset is None:
         raise ValueError(f"There are no prompts: the scenario {config.scenario!r} needs a `dataset`.")
-    source: dict[str, Any] = {
-        "split": config.dataset_split,
-        "config": config.dataset_config,
-        "limit": config.max_prompts,
-    }
     if config.scenario == "curated":
         return curate_prompts(
             config.dataset,
@@ -203,16 +221,23 @@ def _read_prompts(
             question_column=config.question_column,
             opening_tokens=config.opening_tokens,
             instruction=config.instruction,
-            **source,
+            split=config.dataset_split,
+            config=config.dataset_config,
+            limit=config.max_prompts,
         )
-    prompts = load_prompts(
-        config.dataset,
+    return _load_prompts(config, config.dataset), None
+
+
+def _load_prompts(config: AlignmentDataConfig, prompts: Any) -> Dataset:
+    return load_prompts(
+        prompts,
         column=config.prompt_column,
+        split=config.dataset_split,
+        config=config.dataset_config,
+        limit=config.max_prompts,
         drop_last_answer=config.drop_last_answer,
         skip_invalid=config.skip_invalid,
-        **source,
     )
-    return prompts, None
 
 
 def _check_synthetic(

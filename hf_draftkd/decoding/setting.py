@@ -222,6 +222,11 @@ def _effective(config: GenerationConfig, neutral: Mapping[str, Any]) -> list[str
     return [f"{name}={value!r}" for name, value in values.items() if value not in (None, [], neutral[name])]
 
 
+def own_penalty(model: PreTrainedModel) -> float:
+    """The repetition penalty of a model's generation config, 1 where it has none."""
+    return model.generation_config.repetition_penalty or 1.0
+
+
 def end_token_ids(model: PreTrainedModel) -> frozenset[int]:
     """The ids that end a text of `model`: none, one or several."""
     return frozenset(listed_ids(model.generation_config.eos_token_id))

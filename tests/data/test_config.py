@@ -15,11 +15,14 @@ def test_every_field_has_its_help():
 
 
 def test_the_cache_is_written_as_text_or_as_a_dict():
-    """Catches a loss temperature or a type that one of the two forms loses."""
+    """Catches a loss temperature or a type that one of the two forms loses, or that is ignored beside a dict."""
     text = AlignmentDataConfig(cache_distributions="sampled=50", cache_loss_temperature=2.0, seed=3)
     assert text.cache == CacheOptions(sampled=50, loss_temperature=2.0, seed=3)
     given = AlignmentDataConfig(cache_distributions={"top_k": 8, "dtype": "float32", "seed": 1})
     assert given.cache == CacheOptions(top_k=8, dtype="float32", seed=1)
+    beside = {"cache_loss_temperature": 2.0, "cache_dtype": "float32", "seed": 3}
+    given = AlignmentDataConfig(cache_distributions={"top_k": 8}, **beside)
+    assert given.cache == CacheOptions(top_k=8, loss_temperature=2.0, dtype="float32", seed=3)
     assert AlignmentDataConfig().cache is None
 
 
@@ -78,6 +81,7 @@ def test_a_config_alone_says_where_the_prompts_come_from(tmp_path, target, token
         ({"cache_distributions": "sampled=5", "endpoint": "http://localhost/v1"}, "give `top_k` alone"),
         ({"draft_model": "draft", "endpoint": "http://localhost/v1"}, "`draft_model` helps a local target"),
         ({"draft_model": "draft", "continuous_batching": True}, "which `continuous_batching` does not do"),
+        ({"repetition_penalty": 1.1, "continuous_batching": True}, "no repetition penalty, got 1.1"),
     ],
 )
 def test_bad_values_are_refused_when_the_config_is_made(options, message):
@@ -88,3 +92,38 @@ def test_bad_values_are_refused_when_the_config_is_made(options, message):
 def test_without_any_prompts_there_is_nothing_to_answer(target, tokenizer):
     with pytest.raises(ValueError, match="needs a `dataset`"):
         generate_alignment_data(target, tokenizer)
+
+
+def test_given_prompts_are_read_with_the_options_for_prompts(target, tokenizer):
+    """They passed the config's checks, and did nothing: the last answer stood there, the empty prompt was refused."""
+    chats = [
+        [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "an old answer"}],
+        [{"role": "user", "content": ""}],
+    ]
+    options = {"prompt_column": "question", "drop_last_answer": True, "skip_invalid": True, "max_new_tokens": 2}
+    rows = generate_alignment_data(target, tokenizer, [{"question": chat} for chat in chats], **options)
+    assert rows["prompt"] == [chats[0][:1]]
+
+
+@pytest.mark.parametrize(
+    "options", [{"dataset": "org/other"}, {"scenario": "synthetic", "num_prompts": 3}, {"max_prompts": 3}]
+)
+def test_what_says_where_prompts_come_from_is_refused_beside_prompts(target, tokenizer, options):
+    """A `dataset` beside `prompts` was dropped without a word."""
+    with pytest.raises(ValueError, match=f"`{list(options)[-1]}` would do nothing"):
+        generate_alignment_data(target, tokenizer, ["the cat"], max_new_tokens=2, **options)
+
+
+def test_a_loaded_target_is_not_behind_an_endpoint(target, tokenizer):
+    """The endpoint was ignored, and the model at hand answered."""
+    with pytest.raises(ValueError, match=r"An `endpoint` answers .* got a LlamaForCausalLM"):
+        generate_alignment_data(target, tokenizer, ["the cat"], max_new_tokens=2, endpoint="http://localhost/v1")
+
+
+@pytest.mark.parametrize("name", ["endpoint", "continuous_batching"])
+def test_a_draft_that_could_not_help_is_refused_as_an_argument_too(target, tokenizer, name):
+    """Only the config's draft was: the manifest then named one that had not helped."""
+    options = {name: "http://localhost/v1" if name == "endpoint" else True}
+    answering = "served" if name == "endpoint" else target
+    with pytest.raises(ValueError, match=f"`draft_model` helps .* which `{name}` does not do"):
+        generate_alignment_data(answering, tokenizer, ["the cat"], draft_model=target, **options)

@@ -213,10 +213,29 @@ def test_the_pipeline_class_works_with_the_stock_pipeline_function(target, token
 def test_continuous_batching_writes_the_same_greedy_tokens(target, tokenizer):
     small = {"continuous_batching": True}
     small["continuous_batching_config"] = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64)
-    options = {"max_new_tokens": 8, "temperatures": (0.0,)}
+    options = {"max_new_tokens": 8, "temperatures": (0.0,), "repetition_penalty": 1.0}
     target.generation_config.repetition_penalty = 5.0  # must not leak in on this way either
     batched = generate_alignment_data(target, tokenizer, TEXTS, **small, **options)
     assert batched.to_list() == generate_alignment_data(target, tokenizer, TEXTS, **options).to_list()
+    # transformers drops the penalty here: rows would be recorded under a setting that did not write them.
+    with pytest.raises(ValueError, match=r"no repetition penalty, got 5.0"):
+        generate_alignment_data(target, tokenizer, TEXTS, **small, max_new_tokens=8)
+
+
+def test_rows_are_written_under_the_targets_own_penalty(target, tokenizer):
+    """`evaluate` measures under it by default, and refused data just made, by default without it."""
+    target.generation_config.repetition_penalty = 5.0
+    options = {"max_new_tokens": 8, "temperatures": (0.0,)}
+    rows = generate_alignment_data(target, tokenizer, TEXTS, **options)
+    assert set(rows["repetition_penalty"]) == {5.0}
+    for row in rows:
+        ids = torch.tensor([row["prompt_ids"]])
+        assert (
+            row["completion_ids"] == target.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
+        )
+    without = generate_alignment_data(target, tokenizer, TEXTS, repetition_penalty=1.0, **options)
+    assert set(without["repetition_penalty"]) == {1.0}
+    assert without["completion_ids"] != rows["completion_ids"]
 
 
 def test_shards_cover_the_prompts_once_in_whole_batches():
