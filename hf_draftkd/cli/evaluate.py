@@ -12,7 +12,7 @@ from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.data.prompts import load_prompts
 from hf_draftkd.data.sources import open_dataset
-from hf_draftkd.decoding.setting import SETTING_COLUMNS
+from hf_draftkd.decoding.setting import SETTING_COLUMNS, own_penalty
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.engines import ENGINES
 from hf_draftkd.evaluation.engines.config import EngineConfig
@@ -29,7 +29,7 @@ from hf_draftkd.evaluation.recommendation import PARALLEL
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
 from hf_draftkd.evaluation.tables import ReportTable
-from hf_draftkd.evaluation.texts import answers, own_penalty
+from hf_draftkd.evaluation.texts import answers
 from hf_draftkd.evaluation.trackers import log_report, tracker_modules
 from hf_draftkd.models.draft_length import draft_length_settings, write_draft_settings
 from hf_draftkd.models.loading import load_draft, load_target
@@ -56,7 +56,7 @@ class EvaluateOptions:
     baseline: str | None = option(None, "Another draft to compare with on the same texts, usually the stock one.")
     dataset_config: str | None = option(None, "Configuration (subset) of a Hub dataset.")
     dataset_split: str | None = option(None, "Split of the dataset; `train` by default.")
-    limit: int | None = option(None, "Use only the first so many rows.")
+    limit: int | None = option(None, "Use only the first so many rows; with --regenerate, prompts.")
     regenerate: bool = option(False, "Let the target answer the prompts of alignment data again.")
     html: bool = option(False, "Write report.html as well: one page with plots.")
     report_to: list[str] | None = option(None, "Trackers that get the report: trackio, wandb, tensorboard.")
@@ -146,9 +146,15 @@ def _texts(options: EvaluateOptions) -> dict[str, Any]:
     """Prompts to answer, or recorded answers."""
     assert options.dataset is not None
     rows = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
+    is_recorded = {"prompt_ids", "completion_ids", *SETTING_COLUMNS} <= set(rows.column_names)
+    if is_recorded and options.regenerate:  # one row for each completion, but each prompt is answered once
+        first: dict[tuple[int, ...], int] = {}
+        for number, ids in enumerate(rows["prompt_ids"]):
+            first.setdefault(tuple(ids), number)
+        rows = rows.select(first.values())
     if options.limit is not None:
         rows = rows.select(range(min(whole_number("limit", options.limit), len(rows))))
-    if {"prompt_ids", "completion_ids", *SETTING_COLUMNS} <= set(rows.column_names) and not options.regenerate:
+    if is_recorded and not options.regenerate:
         return {"dataset": rows}
     return {"prompts": load_prompts(spec_bench_prompts(rows) if is_spec_bench(rows) else rows)}
 

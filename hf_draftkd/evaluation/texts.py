@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import fitting_rows, load_prompts
 from hf_draftkd.data.rows import authors, render_prompts, with_token_ids
-from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting, left_out_warning
+from hf_draftkd.data.sources import row_numbers
+from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting, left_out_warning, own_penalty
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.report import PromptInfo
 from hf_draftkd.evaluation.scoring import Text
@@ -150,11 +151,6 @@ def take_texts(
     return Texts(sets, info, max_new_tokens, warnings)
 
 
-def own_penalty(target_model: PreTrainedModel) -> float:
-    """The repetition penalty of a model's generation config, 1 where it has none."""
-    return target_model.generation_config.repetition_penalty or 1.0
-
-
 def answers(
     target_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -209,8 +205,8 @@ def other_texts(
     Rows hold `prompt` and `completion`, which are encoded with the end token, or `prompt_ids` and `completion_ids`.
 
     Raises:
-        ValueError: The columns are missing, there are no rows, or a chat template renders a conversation so that it
-            does not begin with its own prompt.
+        ValueError: The columns are missing, there are no rows, a prompt has no tokens, or a chat template renders a
+            conversation so that it does not begin with its own prompt.
     """
     if len(dataset) == 0:
         raise ValueError("The dataset holds no rows, so there is nothing to measure.")
@@ -223,6 +219,11 @@ def other_texts(
                 "answer here."
             )
         dataset = with_token_ids(dataset, tokenizer)
+    if empty := [row for row, ids in enumerate(dataset["prompt_ids"]) if not ids]:
+        raise ValueError(
+            f"The prompts of {row_numbers(empty)} have no tokens, so nothing predicts the first token behind them. "
+            "Take them out, or begin them with some text."
+        )
     return [replace(_text_set(dataset, setting), is_exact=False) for setting in settings]
 
 

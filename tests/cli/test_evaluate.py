@@ -126,6 +126,18 @@ def test_recorded_answers_are_taken_as_they_are(files, pair, tmp_path, capsys):
     assert [setting.decoding.temperature for setting in SpeculationReport.load(out / "report.json").settings] == [0, 1]
 
 
+def test_prompts_of_alignment_data_are_answered_once(files, pair, tmp_path):
+    """Data written at three temperatures cost three times the generation, and `--limit` counted completions."""
+    temperatures = (0.0, 0.5, 1.0)
+    rows = generate_alignment_data(pair[1], tiny_tokenizer(), PROMPTS[:3], max_new_tokens=4, temperatures=temperatures)
+    rows.to_json(tmp_path / "rows.jsonl")
+    files["dataset"] = tmp_path / "rows.jsonl"
+    words = ["--no_measure_speed", "--regenerate"]
+    assert dispatch(options(files, tmp_path / "out", *words, temperatures=0, limit=2)) == 0
+    report = SpeculationReport.load(tmp_path / "out" / "report.json")
+    assert report.prompts.count == report.settings[0].num_texts == 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -311,6 +311,13 @@ def test_other_conversations_are_read_with_their_tools_and_to_their_end(pair):
         evaluate_draft(draft, target, tokenizer, dataset=Dataset.from_list([row]).select([]), **QUICK)
 
 
+def test_a_prompt_without_tokens_is_named(pair):
+    """`max() iterable argument is empty`: an empty prompt, and a tokenizer that puts nothing in front of it."""
+    rows = [{"prompt": prompt, "completion": " whatever a person wrote"} for prompt in (PROMPTS[0], "")]
+    with pytest.raises(ValueError, match=r"prompts of row 1 \(counted from 0\) have no tokens"):
+        evaluate_draft(*pair, tiny_tokenizer(), dataset=Dataset.from_list(rows), **QUICK)
+
+
 def test_the_hash_tells_prompts_apart(pair):
     """Catches equal hashes of other prompts: other tools, or rows of a dataset that were not the ones measured."""
     draft, target = pair
