@@ -15,6 +15,7 @@ from hf_draftkd.utils.checks import one_of, whole_number
 logger = logging.get_logger(__name__)
 
 _CHARACTERS_A_TOKEN = 16  # generous: few texts have more
+_LEAST_TOKENS = 8  # of a document
 
 
 def curate_prompts(
@@ -24,7 +25,6 @@ def curate_prompts(
     text_column: str = "text",
     question_column: str | None = None,
     opening_tokens: int = 64,
-    min_tokens: int = 8,
     instruction: str | None = None,
     split: str | None = None,
     config: str | None = None,
@@ -35,7 +35,7 @@ def curate_prompts(
     `source`, `split`, `config` and `limit` are as in `load_prompts`. Each entry of a `question_column` becomes a
     prompt, with a chat template the user's message, and no documents are cut. Otherwise the prompt is the first
     `opening_tokens` of a document in `text_column`, as plain text, or a user's message: the `instruction` with the
-    opening in the place of `{text}`. Documents shorter than `min_tokens` are left out.
+    opening in the place of `{text}`. Documents of fewer than 8 tokens are left out.
 
     Returns:
         The prompts (column `prompt`) with the other columns, and how many rows were `kept`, `empty`, `too_short`, or
@@ -64,7 +64,7 @@ def curate_prompts(
         prompt = text.strip() if question_column else opening(text, tokenizer, opening_tokens)
         if not prompt:
             reason = "empty"
-        elif not question_column and not has_tokens(text, tokenizer, min_tokens):
+        elif not question_column and not has_tokens(text, tokenizer, _LEAST_TOKENS):
             reason = "too_short"
         elif prompt in seen:
             reason = "repeated"
@@ -76,7 +76,10 @@ def curate_prompts(
         seen.add(prompt)
         counts[reason] += 1
     if not rows:
-        raise ValueError(f"No prompt could be cut from {len(data)} rows ({dict(counts)}). Lower `min_tokens`?")
+        raise ValueError(
+            f"No prompt could be cut from {len(data)} rows ({dict(counts)}). Is {column!r} the right column? Documents "
+            f"of fewer than {_LEAST_TOKENS} tokens are left out."
+        )
     logger.info(f"Cut {counts['kept']} prompts from {len(data)} rows: {dict(counts)}.")
     cut = Dataset.from_dict({"prompt": prompts})
     others = [name for name in data.column_names if name not in (column, "prompt")]

@@ -59,13 +59,12 @@ def endpoint_backend(
     """
     server = _Server(config, model, api_key, extra_body)
     _try_out(server, tokenizer("Hello")["input_ids"] if config.send_ids else "Hello", list(config.requests))
-    ids_of = TokenTexts(tokenizer)
+    ids_of, warned = TokenTexts(tokenizer), set[str]()
     ends = frozenset(token for token in [tokenizer.eos_token_id, *end_ids] if token is not None)
 
     def answer(prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, finished: Set[int]) -> Groups:
         sent: list[Any] = prompt_ids if config.send_ids else [prompt_text(ids, tokenizer) for ids in prompt_ids]
         left = [number for number in range(len(sent)) if number not in finished]
-        completions = []
 
         def ask(number: int) -> tuple[int, Any]:
             try:
@@ -79,10 +78,12 @@ def endpoint_backend(
             for number, got in pool.imap_unordered(ask, left):
                 if isinstance(got, Exception):
                     raise server.failure(got, number) from None
-                completions.append(read_completion(got, tokenizer, ids_of, server.top_logprobs, ends))
-                yield {number: completions[-1]}
-        if server.top_logprobs is not None:
-            _warn_of_gaps(completions)
+                completion = read_completion(got, tokenizer, ids_of, server.top_logprobs, ends)
+                gap = _gap(completion) if server.top_logprobs is not None else None
+                if gap is not None and gap not in warned:  # said once a run, while it can still be stopped
+                    warned.add(gap)
+                    logger.warning(gap)
+                yield {number: completion}
 
     return answer
 
@@ -255,17 +256,17 @@ def _try_out(server: _Server, hello: "str | list[int]", settings: Sequence[Decod
         )
 
 
-def _warn_of_gaps(completions: list[Completion]) -> None:
-    missing = sum(completion.distributions is None for completion in completions)
-    if missing:
-        logger.warning(
-            f"{missing} of {len(completions)} answers hold no usable log-probabilities, and training from "
-            "distributions will leave them out: tokens came as text that is not unique, or fewer than asked for. "
-            "vLLM names ids with extra_body={'return_tokens_as_token_ids': True}."
+def _gap(completion: Completion) -> str | None:
+    """What an answer lacks of the log-probabilities that were asked for."""
+    if completion.distributions is None:
+        return (
+            "An answer holds no usable log-probabilities, and training from distributions will leave out such rows: "
+            "tokens came as text that is not unique, or fewer than asked for. vLLM names ids with "
+            "extra_body={'return_tokens_as_token_ids': True}."
         )
-    cut = sum(each.distributions is not None and each.ids_source != "generated" for each in completions)
-    if cut:
-        logger.warning(
-            f"{cut} of {len(completions)} answers lack the end token, which the server does not show: a draft will not "
-            "learn from them where to stop, and they do not count as exact. vLLM shows it."
+    if completion.ids_source != "generated":
+        return (
+            "An answer lacks the end token, which the server does not show: a draft will not learn where to stop from "
+            "such rows, and they do not count as exact. vLLM shows it."
         )
+    return None

@@ -54,7 +54,7 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._path is not None and kind is None:
-            self._path.unlink()
+            self._path.unlink(missing_ok=True)  # the first process tidies up as soon as every shard is there
 
     def finished(self, setting: int) -> dict[int, Completion]:
         """The completions that were there under the setting of this place in the config, by their numbers."""

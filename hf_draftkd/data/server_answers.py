@@ -1,6 +1,7 @@
 """What a server's answer is worth: whether it can be used at all, and which tokens and distributions it tells."""
 
 import math
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -38,16 +39,22 @@ class TokenTexts:
     """From a token as a server writes it to its id, or None where several ids are written alike."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.ids: dict[str, int | None] = {}
-        for number in range(tokenizer_size(tokenizer)):
-            for text in {tokenizer.decode([number]), str(tokenizer.convert_ids_to_tokens(number))}:
-                self.ids[text] = number if self.ids.get(text, number) == number else None
+        self._tokenizer = tokenizer
 
     def __call__(self, token: str) -> int | None:
         number = token.removeprefix("token_id:")
         if number != token and number.isdecimal():
             return int(number)
-        return self.ids.get(token)
+        return self._ids.get(token)
+
+    @cached_property
+    def _ids(self) -> dict[str, int | None]:
+        """Decodes the whole vocabulary: only where a server writes tokens as text."""
+        ids: dict[str, int | None] = {}
+        for number in range(tokenizer_size(self._tokenizer)):
+            for text in {self._tokenizer.decode([number]), str(self._tokenizer.convert_ids_to_tokens(number))}:
+                ids[text] = number if ids.get(text, number) == number else None
+        return ids
 
 
 def read_completion(

@@ -116,19 +116,18 @@ def run_shards(
     # The other processes' shards: by looking at the folder, since a barrier would time out.
     wait_until(lambda: not unfinished_shards(output_dir, count))
     if state.is_main_process:
-        for left_by_a_killed_run in (output_dir / "data").glob(".*"):
-            left_by_a_killed_run.unlink(missing_ok=True)
+        for pattern in (".train-*.journal", ".train-*.parquet.*"):
+            for left_by_a_killed_run in (output_dir / "data").glob(pattern):
+                left_by_a_killed_run.unlink(missing_ok=True)
     files = [str(shard_path(output_dir, number, count)) for number in range(count)]
     return load_dataset("parquet", data_files=files, split="train")
 
 
 @contextmanager
-def completion_progress(
-    total: int, disable: bool = False, desc: str = "Target answers", unit: str = "completion"
-) -> Iterator[Callable[..., None]]:
+def completion_progress(total: int, disable: bool = False) -> Iterator[Callable[..., None]]:
     """A progress bar over completions that shows tokens per second and the time left."""
     tokens, start = 0, perf_counter()
-    with logging.tqdm(total=total, desc=desc, unit=unit, disable=disable) as bar:
+    with logging.tqdm(total=total, desc="Target answers", unit="completion", disable=disable) as bar:
 
         def on_finished(completions: Mapping[Any, Completion], *, written: bool = True) -> None:
             nonlocal tokens
@@ -157,7 +156,7 @@ def open_folder(folder: Path, manifest: dict[str, Any], *, write: bool = True) -
         check_shard_folder(folder)
         (folder / "data").mkdir(parents=True, exist_ok=True)
         if path.exists() and _differences(folder, manifest):
-            for answered_otherwise in (folder / "data").glob(".*.journal"):
+            for answered_otherwise in (folder / "data").glob(".train-*.journal"):
                 answered_otherwise.unlink()
         write_text(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         return
@@ -194,8 +193,8 @@ def check_shard_folder(folder: Path) -> None:
         )
 
 
-def shard_path(folder: Path, number: int, count: int, split: str = "train") -> Path:
-    return folder / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet"
+def shard_path(folder: Path, number: int, count: int) -> Path:
+    return folder / "data" / f"train-{number:05d}-of-{count:05d}.parquet"
 
 
 def unfinished_shards(folder: Path, count: int) -> list[int]:
@@ -231,10 +230,10 @@ def write_parquet(rows: Dataset, path: Path) -> None:
             enable_progress_bars()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 0.5) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     """Look again and again, until another process has done its part."""
     while not condition():
-        time.sleep(seconds)
+        time.sleep(0.5)
 
 
 def _differences(folder: Path, manifest: dict[str, Any]) -> list[str]:

@@ -139,7 +139,7 @@ def _pick_split(splits: DatasetDict, split: str | None) -> Dataset:
     return splits[one_of("split", split, splits)]
 
 
-def row_numbers(rows: Sequence[int], shown: int = 10) -> str:
+def row_numbers(rows: Sequence[int]) -> str:
     """Numbers of rows for a message, the first few by name."""
-    named = ", ".join(map(str, rows[:shown])) + (f" and {len(rows) - shown} more" if len(rows) > shown else "")
+    named = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
     return f"{'row' if len(rows) == 1 else 'rows'} {named} (counted from 0)"

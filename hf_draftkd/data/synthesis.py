@@ -22,7 +22,6 @@ from hf_draftkd.data.rows import dated, template_hash
 from hf_draftkd.data.shards import (
     DAY,
     check_processes,
-    completion_progress,
     day_begun,
     full_disk_is_reported,
     open_folder,
@@ -146,18 +145,20 @@ def synthesize_prompts(
         }
         open_folder(folder, manifest, write=state.is_main_process)
 
+    def sample(number: int) -> list[tuple[str, bool]]:
+        queries: dict[int, tuple[str, bool]] = {}
+        for group in backend([start] * size, setting, derived_seed(seed, "queries", number), frozenset()):
+            queries |= {place: query_text(completion, tokenizer, turn) for place, completion in group.items()}
+        return [queries[place] for place in range(size)]
+
     kept: list[str] = []
-    with completion_progress(num_prompts, not state.is_main_process, desc="Target's queries", unit="query") as advance:
-
-        def sample(number: int) -> list[tuple[str, bool]]:
-            queries: dict[int, tuple[str, bool]] = {}
-            for group in backend([start] * size, setting, derived_seed(seed, "queries", number), frozenset()):
-                advance(group)
-                queries |= {place: query_text(completion, tokenizer, turn) for place, completion in group.items()}
-            return [queries[place] for place in range(size)]
-
+    with logging.tqdm(
+        total=num_prompts, desc="Target's queries", unit="query", disable=not state.is_main_process
+    ) as bar:
         for queries in _in_turn(sample, rounds, folder, state):
-            kept += [query for query, finished in queries if accept(query, finished)]
+            accepted = [query for query, finished in queries if accept(query, finished)]
+            bar.update(min(len(accepted), num_prompts - len(kept)))
+            kept += accepted
             if len(kept) >= num_prompts:
                 break
     counts = dict(accept.counts)
@@ -242,14 +243,14 @@ def _report(kept: int, num_prompts: int, counts: dict[str, int]) -> None:
     fallen = ", ".join(f"{count} {reason}" for reason, count in counts.items() if reason != "kept") or "none"
     if not kept:
         raise ValueError(
-            f"None of {total} queries was kept (left out: {fallen}). Does the target answer chats at all? Raise "
-            "`max_new_tokens` if they are unfinished."
+            f"None of {total} queries was kept (left out: {fallen}). Does the target answer chats at all? If they are "
+            "unfinished, allow longer queries: `query_max_new_tokens` (`max_new_tokens` of `synthesize_prompts`)."
         )
     logger.info(f"Kept {counts['kept']} of {total} queries; left out: {fallen}.")
     if kept < num_prompts:
         logger.warning(
-            f"Only {kept} of {num_prompts} prompts could be synthesized from {total} queries (left out: {fallen}). "
-            "Raise `max_rounds` or the temperature for more."
+            f"Only {kept} of {num_prompts} prompts could be synthesized from {total} queries (left out: {fallen}). For "
+            "more, raise `query_temperature` (of `synthesize_prompts`: `temperature`, or `max_rounds`)."
         )
 
 

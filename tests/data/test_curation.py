@@ -105,8 +105,8 @@ def test_bad_input(tokenizer):
     data = Dataset.from_dict({"text": DOCUMENTS})
     with pytest.raises(ValueError, match="column 'texts'.*Did you mean 'text'"):  # noqa: RUF043
         curate_prompts(data, tokenizer, text_column="texts")
-    with pytest.raises(ValueError, match="No prompt could be cut"):
-        curate_prompts(data, tokenizer, min_tokens=1000)
+    with pytest.raises(ValueError, match=r"No prompt could be cut from 2 rows .*'too_short': 1.* fewer than 8 tokens"):
+        curate_prompts(Dataset.from_dict({"text": ["a mat", ""]}), tokenizer)
     with pytest.raises(ValueError, match=r"Row 0 .* not text \(int\)"):
         curate_prompts(Dataset.from_dict({"text": [1]}), tokenizer)
     with pytest.raises(ValueError, match="opening_tokens"):

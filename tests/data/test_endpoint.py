@@ -209,6 +209,23 @@ def test_tokens_whose_end_is_hidden_are_not_called_exact(readable_target, tokeni
         assert len(row["target_logprobs"]) == len(row["completion_logprobs"]) == len(row["completion_ids"])
 
 
+def test_what_answers_lack_is_said_once_a_run(readable_target, tokenizer, caplog):
+    """It was said for each shard and setting, with counts of these alone."""
+    with serving(make_target(), tokenizer, logprobs="text") as server:
+        for _ in range(2):
+            caplog.clear()
+            rows = ask(server.url, tokenizer, cache_distributions={"top_k": 5}, batch_size=1, shard_size=1)
+            assert sum(row is None for row in rows["target_logprobs"]) > 1
+            assert caplog.text.count("usable log-probabilities") == 1
+
+
+def test_the_vocabulary_is_decoded_only_where_tokens_come_as_text(readable_target, tokenizer, monkeypatch):
+    """Seconds for each endpoint, whether log-probabilities were asked for or not."""
+    monkeypatch.setattr("hf_draftkd.data.server_answers.tokenizer_size", None)
+    with serving(readable_target, tokenizer) as server:
+        assert len(ask(server.url, tokenizer)) == len(CHATS)
+
+
 def test_an_end_token_alone_and_hidden_is_no_lack_of_log_probabilities(readable_target, tokenizer):
     """It leaves empty lists: nothing to complain of in the first answer, and a row of the end token alone."""
     readable_target.lm_head.bias[1] = 4.0

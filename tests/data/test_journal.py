@@ -88,3 +88,10 @@ def test_it_goes_when_the_shard_is_whole_and_stays_after_a_failure(tmp_path):
     with Journal(path, None, lambda *_, **__: None):
         pass
     assert not path.exists()
+
+
+def test_another_process_may_take_it_away_once_the_shard_is_there(tmp_path):
+    """FileNotFoundError at the very end of a run: the first process saw all shards, and tidied up."""
+    path = tmp_path / "journal"
+    with Journal(path, None, lambda *_, **__: None):
+        path.unlink()

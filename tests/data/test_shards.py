@@ -118,6 +118,28 @@ def test_two_processes_write_the_rows_of_one(tmp_path, target, tokenizer):
     assert together.to_list() == generate_alignment_data(target, tokenizer, TEXTS, **OPTIONS).to_list()
 
 
+def test_only_files_of_ours_are_tidied_away(tmp_path, target, tokenizer):
+    """IsADirectoryError at the end, and at each further try: a notebook had been opened in the folder."""
+    notebook, note = tmp_path / "data" / ".ipynb_checkpoints", tmp_path / "data" / ".note"
+    notebook.mkdir(parents=True)
+    note.touch()
+    (tmp_path / "manifest.json").write_text("{}")
+    rows = generate_alignment_data(target, tokenizer, TEXTS[:3], output_dir=tmp_path, **OPTIONS)
+    assert len(rows) == 6
+    assert notebook.is_dir()
+    assert note.exists()
+
+
+def test_a_folder_of_other_files_gets_no_queries(tmp_path, tokenizer):
+    """All queries were written into it before it was refused."""
+    (tmp_path / "thesis.txt").write_text("x")
+    target = make_target()
+    target.generate = None
+    with pytest.raises(ValueError, match=r"is not empty and holds no manifest\.json"):
+        generate_alignment_data(target, tokenizer, scenario="synthetic", output_dir=tmp_path, max_new_tokens=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
 def test_a_finished_folder_is_not_answered_again(tmp_path, target, tokenizer):
     first = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
     target.generate = None

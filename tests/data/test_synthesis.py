@@ -1,10 +1,12 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hf_draftkd.data import synthesis
 from hf_draftkd.data.backends import Completion
 from hf_draftkd.data.filters import QueryFilter, script_share
 from hf_draftkd.data.generation import generate_alignment_data
@@ -149,6 +151,24 @@ def test_rounds_on_disk_are_not_written_twice(tmp_path, tokenizer):
         synthesize_prompts(target, tokenizer, 12, output_dir=tmp_path / "out", **{**options, "seed": 5})
 
 
+def test_the_bar_counts_the_queries_that_are_kept(tmp_path, tokenizer, monkeypatch):
+    """It counted rejected ones too, beyond its total, and none of those that a killed run had left."""
+    steps = []
+    monkeypatch.setattr(synthesis.logging, "tqdm", lambda **options: SimpleBar(options["total"], steps))
+    options = {"max_new_tokens": 30, "batch_size": 2, "output_dir": tmp_path}
+    for count in (3, 12):
+        steps.clear()
+        _, counts = synthesize_prompts(writing_target(end_bias=2.0), tokenizer, count, **options)
+        assert counts["unfinished"] > 0
+        assert sum(steps) == count
+
+
+class SimpleBar(nullcontext):
+    def __init__(self, total, steps):
+        super().__init__(self)
+        self.total, self.update = total, steps.append
+
+
 def test_processes_write_their_rounds_at_the_same_time(tmp_path):
     """Each waited for the round before its own: two processes took as long as one."""
     (tmp_path / "data").mkdir()
@@ -166,11 +186,13 @@ def test_processes_write_their_rounds_at_the_same_time(tmp_path):
         assert list(pool.map(process, range(2))) == [[f"query {number}" for number in range(4)]] * 2
 
 
-def test_too_few_queries_are_said_and_none_is_refused(tokenizer):
+def test_too_few_queries_are_said_and_none_is_refused(tokenizer, caplog):
+    """The advice named `max_rounds`, which `draftkd generate` does not have, and the length of the answers."""
     target = writing_target(end_bias=2.0)
     prompts, counts = synthesize_prompts(target, tokenizer, 5000, max_new_tokens=8, max_rounds=1)
     assert len(prompts) == counts["kept"] < 16
-    with pytest.raises(ValueError, match=r"None of 16 queries was kept .*16 unfinished"):
+    assert "raise `query_temperature`" in caplog.text
+    with pytest.raises(ValueError, match=r"None of 16 queries was kept .*16 unfinished.*`query_max_new_tokens`"):
         synthesize_prompts(writing_target(end_bias=-1e4), tokenizer, 5, max_new_tokens=8, max_rounds=1)
 
 
