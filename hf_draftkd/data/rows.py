@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_draftkd.data.backends import Completion, cut_completion
 from hf_draftkd.data.kept_distributions import CACHE_COLUMNS, TEMPERATURE_COLUMN, VOCAB_COLUMN, as_stored
-from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
+from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form, turn_end_id
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.models.identity import ModelIdentity
 from hf_draftkd.utils.checks import one_of
@@ -123,7 +123,8 @@ def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
         The dataset with `prompt_ids`, `completion_ids` (with the end token) and `ids_source`.
 
     Raises:
-        ValueError: A column is missing, or the chat template does not continue the prompt with the completion.
+        ValueError: A column is missing, a completion is not a single message, or the chat template does not continue
+            the prompt with it.
     """
     is_text = "text" in dataset.column_names and not {"prompt", "completion"} <= set(dataset.column_names)
     for name in () if is_text else ("prompt", "completion"):
@@ -137,6 +138,8 @@ def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
     if talks:
         require_chat_template(tokenizer)
     form = template_form(tokenizer) if talks else None
+    # Where the template ends no turn with the tokenizer's end token (Gemma), it has one of its own.
+    ends: list[int | None] = [tokenizer.eos_token_id, turn_end_id(tokenizer)] if talks else []
 
     def encode(row: dict[str, Any], number: int) -> dict[str, Any]:
         if is_text:
@@ -148,9 +151,16 @@ def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
             ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
             ids = ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
         else:
+            answer = row["completion"]
+            if isinstance(answer, str) or len(answer) != 1:
+                got = "text" if isinstance(answer, str) else f"{len(answer)} messages"
+                raise ValueError(
+                    f"Row {number} (counted from 0): the completion of messages must be one message, the answer, got "
+                    f"{got}. Make a row of each answer, with all that comes before it in the prompt."
+                )
             options = _template_options(row, template_options)
             try:
-                messages = read_messages([*row["prompt"], *row["completion"]], form)
+                messages = read_messages([*row["prompt"], *answer], form)
             except ValueError as error:
                 raise ValueError(f"Row {number} (counted from 0): {error}") from error
             whole = tokenizer.apply_chat_template(messages, **options)
@@ -161,9 +171,10 @@ def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
                     f"Row {number} (counted from 0): the chat template does not continue the rendered prompt when the "
                     "completion is added, so there are no completion tokens. Generate the data with the target instead."
                 )
+            ids = whole[len(prompt_ids) :]
             # Templates put a line break behind the end token, which no target writes.
-            ends = frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
-            ids, _ = cut_completion(whole[len(prompt_ids) :], ends)
+            if (last := next((each for each in ends if each in ids), None)) is not None:
+                ids, _ = cut_completion(ids, frozenset([last]))
         return {**row, "prompt_ids": prompt_ids, "completion_ids": ids, "ids_source": "retokenized"}
 
     return dataset.map(encode, with_indices=True, features=features, desc="Encoding text")

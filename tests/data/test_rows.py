@@ -130,6 +130,31 @@ def test_what_a_template_puts_behind_the_end_token_is_no_completion():
     assert tokenizer.decode(row["completion_ids"]) == "sat<|end|>"
 
 
+def test_a_turn_may_end_with_another_token_than_a_text():
+    """Gemma's turns end with `<end_of_turn>`, not `<eos>`: the line break behind it, which no target writes, stayed."""
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<turn>"]})
+    (row,) = with_token_ids(Dataset.from_list([CHAT]), tokenizer)
+    assert tokenizer.decode(row["completion_ids"]) == "sat<turn>"
+    # Cohere's answers end with a special token of their own, and the turn behind it.
+    tokenizer.chat_template = tokenizer.chat_template.replace("<turn>", "<turn><|end|>")
+    (row,) = with_token_ids(Dataset.from_list([CHAT]), tokenizer)
+    assert tokenizer.decode(row["completion_ids"]) == "sat<turn><|end|>"
+
+
+@pytest.mark.parametrize(
+    ("completion", "got"),
+    [([*CHAT["completion"], *CHAT["prompt"], *CHAT["completion"]], "3 messages"), ("sat", "text")],
+)
+def test_a_completion_of_several_messages_is_refused(tokenizer, completion, got):
+    """All but the first were cut away without a word."""
+    with pytest.raises(ValueError, match=rf"Row 0 .* must be one message, the answer, got {got}\."):
+        with_token_ids(Dataset.from_list([CHAT | {"completion": completion}]), tokenizer)
+
+
 def test_a_template_that_changes_the_prompt_is_refused():
     """Templates that rewrite earlier turns once an answer follows have no completion tokens."""
     tokenizer = make_tokenizer(
