@@ -7,7 +7,6 @@ Weights only, from configs: nothing is loaded. Activations and the rest of a pro
 
 from transformers import LlamaConfig
 
-from hf_draftkd.data.kept_distributions import CacheOptions, bytes_per_token
 from hf_draftkd.models.sizing import TRAINED_BYTES, count_parameters, weight_bytes
 
 # Hidden size, MLP, layers, heads, key-value heads, vocabulary.
@@ -44,8 +43,9 @@ def main() -> None:
     print("\n| draft | weights, gradients and AdamW's moments, float32 |\n|---|---|")
     for size in DRAFTS:
         print(f"| {size} B | {size * TRAINED_BYTES:.1f} GB |")
-    kept = bytes_per_token(CacheOptions(top_k=64).features(128_256), 64)
-    print(f"\nA cache of the 64 likeliest of 128,256 tokens takes {kept:.0f} bytes a token in memory.")
+    # An id and a log-probability for each, and those of the written token and of all others together.
+    kept = 64 * (4 + 2) + 2 + 2
+    print(f"\nA cache of the 64 likeliest of 128,256 tokens takes {kept} bytes a token in memory.")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,10 @@ def _read_yaml(file: Path, parser: TrlParser) -> Iterator[str]:
         raise UsageError(f"{file} is not YAML: {error}") from error
     if not isinstance(config, dict):
         raise UsageError(f"{file} must hold options as `name: value`.")
-    os.environ.update({name: str(value) for name, value in config.pop("env", {}).items()})
+    variables = config.pop("env", None) or {}
+    if not isinstance(variables, dict):
+        raise UsageError(f"`env` takes environment variables as `NAME: value`, got {variables!r} in the YAML file.")
+    os.environ.update({name: str(value) for name, value in variables.items()})
     hints = {name: hint for each in parser.dataclass_types for name, hint in get_type_hints(each).items()}
     for key, value in config.items():
         action = parser._option_string_actions.get(f"--{key}")

@@ -29,7 +29,6 @@ from hf_draftkd.utils.hashing import derived_seed
 
 CACHE_COLUMNS = ("completion_logprobs", "target_token_ids", "target_logprobs", "target_tail_logprob", "target_counts")
 TEMPERATURE_COLUMN, VOCAB_COLUMN = "target_temperature", "target_vocab_size"
-_WIDTH = {"uint8": 1, "uint16": 2, "int32": 4, "float16": 2, "float32": 4}
 _POSITIONS = 256  # positions turned to float32 at a time: a vocabulary of 152,000 takes 0.15 GB of them
 
 
@@ -98,17 +97,6 @@ def as_stored(columns: Mapping[str, Any] | None, features: Features) -> dict[str
         return np.asarray(values, dtype=kind.feature.dtype)
 
     return {name: array(columns[name], kind) for name, kind in features.items()}
-
-
-def bytes_per_token(features: Features, entries: float) -> float:
-    """Bytes that the cache of one token takes in memory, before Parquet's compression and without list offsets.
-
-    Args:
-        features: The columns, from `CacheOptions.features`.
-        entries: Tokens kept: k, or the average number of distinct draws.
-    """
-    kinds = [features[name].feature for name in CACHE_COLUMNS if name in features]
-    return sum(_WIDTH[kind.feature.dtype] * entries if isinstance(kind, List) else _WIDTH[kind.dtype] for kind in kinds)
 
 
 class KeptDistributions:

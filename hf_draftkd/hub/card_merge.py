@@ -130,7 +130,7 @@ def merged(
 
 
 def _metadata(held: RepoCard, new: dict[str, Any]) -> dict[str, Any]:
-    """Held metadata win, except what follows from the weights or rows; a target that was is not tagged any more."""
+    """Held metadata win, except what follows from the weights or rows; the tag of a former target is dropped."""
     old = {key: value for key, value in held.data.to_dict().items() if key != "model-index"}
     united = {}
     for key in _UNITED:

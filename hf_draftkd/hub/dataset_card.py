@@ -67,10 +67,10 @@ def public_target(manifest: dict[str, Any]) -> str:
     return public_name(target, manifest.get("target_is_local")) if target else ""
 
 
-def length_histogram(sizes: list[int], bins: int = 8) -> list[tuple[int, int, int, str]]:
-    """Rows by length: (shortest, longest, how many, a bar), in intervals of equal width."""
+def length_histogram(sizes: list[int]) -> list[tuple[int, int, int, str]]:
+    """Rows by length: (shortest, longest, how many, a bar), in up to 8 intervals of equal width."""
     low, high = min(sizes), max(sizes)
-    width = max(1, -(-(high - low + 1) // bins))
+    width = max(1, -(-(high - low + 1) // 8))
     counts = Counter((size - low) // width for size in sizes)
     most = max(counts.values())
     return [

@@ -57,5 +57,7 @@ def whole_number(name: str, value: Any, low: int = 1, high: int | None = None) -
 def sendable(what: str, secret: str, instead: str) -> str:
     """Refuse a key that no HTTP header can hold: the client that refuses it later would quote it."""
     if not re.fullmatch(r"[\x21-\x7e]+", secret):
-        raise ValueError(f"{what} is empty, or holds spaces, line breaks or other characters that none has. {instead}")
+        raise ValueError(
+            f"{what} is empty, or holds spaces, line breaks or other characters that no key contains. {instead}"
+        )
     return secret

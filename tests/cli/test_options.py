@@ -88,6 +88,13 @@ def test_what_trl_and_transformers_take_is_taken(read, tmp_path):
     assert os.environ.pop("DRAFTKD_TEST_OPTION") == "3"
 
 
+def test_env_may_be_empty_and_must_be_a_mapping(read):
+    """`env:` with nothing behind it was an AttributeError."""
+    assert read(EvaluateOptions, "env:\nlimit: 3").limit == 3
+    with pytest.raises(UsageError, match="`env` takes environment variables as `NAME: value`, got 'A=1'"):
+        read(EvaluateOptions, "env: A=1")
+
+
 def test_the_command_line_wins_over_the_file(read):
     assert read(EvaluateOptions, "limit: 3\nhtml: true", "--limit", "4").limit == 4
 
