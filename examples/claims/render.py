@@ -1,6 +1,8 @@
 """Make README.md of this folder from the results alone: every figure in it is one that a cell stored.
 
-python examples/claims/render.py [--results_dir DIR] [--pair DIR] [--output README.md]
+python examples/claims/render.py [--results_dir DIR] [--pair DIR] [--output README.md] [--readme ../../README.md]
+
+The first comparison of each claim, which is what the paper makes most of, goes into the page `--readme` too.
 """
 
 import argparse
@@ -12,7 +14,7 @@ from harness import HERE, RATES, Claim, Results
 from lab import pair_weights
 from recipes import FULL, KEPT_TOKENS, SMOKE, TEMPERATURES
 from run import CLAIMS
-from verdicts import RULES, Arms, Estimate, level
+from verdicts import RULES, Arms, Estimate, Finding, level
 
 from hf_draftkd.models.demo import DEMO
 from hf_draftkd.models.identity import count_parameters
@@ -46,18 +48,33 @@ Verdicts follow from these rules:
 """
 
 
-def page(results: Results, claims: Sequence[Claim], seeds: int, pair: Path) -> str:
-    """The whole page."""
-    rows, sections = [], []
+MARKS = "<!-- claims: made by examples/claims/render.py -->\n", "<!-- end of claims -->\n"
+
+
+def judged(results: Results, claims: Sequence[Claim], seeds: int) -> list[tuple[Claim, Arms, list[Finding]]]:
+    """Every claim with the results of its arms, and what follows from them."""
+    found = []
     for claim in claims:
-        found = {label: results.of_arm(arm, seeds) for label, arm in claim.arms.items()}
-        arms = {label: each for label, each in found.items() if each}
-        findings = claim.findings(arms)
-        rows += [f"| {claim.name} | {row.says} | {row.paper} | {row.here} | {row.verdict} |" for row in findings]
+        of_arms = {label: results.of_arm(arm, seeds) for label, arm in claim.arms.items()}
+        arms = {label: each for label, each in of_arms.items() if each}
+        found.append((claim, arms, claim.findings(arms)))
+    return found
+
+
+def verdicts(found: Sequence[tuple[Claim, Arms, list[Finding]]], most: int | None = None) -> list[str]:
+    """The table of verdicts, with the first rows of each claim, or all."""
+    lines = ["| claim | compared | paper | here | verdict |", "|---|---|---|---|---|"]
+    for claim, _, findings in found:
+        for row in findings[:most]:
+            lines.append(f"| {claim.name} | {row.says} | {row.paper} | {row.here} | {row.verdict} |")
         if not findings:
-            rows.append(f"| {claim.name} | {claim.says} | | | not run yet |")
-        if findings:
-            sections.append(section(claim, arms))
+            lines.append(f"| {claim.name} | {claim.says} | | | not run yet |")
+    return lines
+
+
+def page(results: Results, found: Sequence[tuple[Claim, Arms, list[Finding]]], pair: Path) -> str:
+    """The whole page."""
+    sections = [section(claim, arms) for claim, arms, findings in found if findings]
     sizes = results.sizes
     head = HEAD.format(
         target=f"{count_parameters(pair / 'target'):,}",
@@ -71,8 +88,14 @@ def page(results: Results, claims: Sequence[Claim], seeds: int, pair: Path) -> s
         rates=", ".join(f"{rate:g}" for rate in RATES),
         rules=RULES,
     )
-    verdicts = ["## Verdicts", "", "| claim | compared | paper | here | verdict |", "|---|---|---|---|---|", *rows]
-    return "\n".join([head, *verdicts, "", *sections, provenance(results)]) + "\n"
+    return "\n".join([head, "## Verdicts", "", *verdicts(found), "", *sections, provenance(results)]) + "\n"
+
+
+def with_headlines(readme: str, found: Sequence[tuple[Claim, Arms, list[Finding]]]) -> str:
+    """A page with the first comparison of each claim, at both temperatures, between its marks."""
+    before, rest = readme.split(MARKS[0])
+    _, behind = rest.split(MARKS[1])
+    return "".join([before, MARKS[0], "\n".join(verdicts(found, len(TEMPERATURES))), "\n", MARKS[1], behind])
 
 
 def section(claim: Claim, arms: Arms) -> str:
@@ -155,9 +178,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="the results are of toy sizes")
     parser.add_argument("--output", type=Path, default=HERE / "README.md")
+    parser.add_argument("--readme", type=Path, help="a page with marks for the first comparison of each claim")
     options = parser.parse_args()
     results = Results(options.results_dir, pair_weights(options.pair), SMOKE if options.smoke else FULL)
-    write_text(options.output, page(results, CLAIMS, options.seeds, options.pair))
+    found = judged(results, CLAIMS, options.seeds)
+    write_text(options.output, page(results, found, options.pair))
+    if options.readme is not None:
+        write_text(options.readme, with_headlines(options.readme.read_text(encoding="utf-8"), found))
 
 
 if __name__ == "__main__":

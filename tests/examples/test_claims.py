@@ -216,13 +216,19 @@ def test_kept_live_and_written_cells_run_and_are_rendered(claims, tmp_path):
     assert len(list(results.folder.glob("*.json"))) == 1 + 3 + 2 + 2 + 2
     states = results.of_arm(kept, 1)[0]["states"]
     assert [state["step"] for state in states] == [1, 2]
-    page = claims.render.page(results, [claim], 3, pair)
+    page = claims.render.page(results, claims.render.judged(results, [claim], 3), pair)
     assert "| X | kept against start (greedy) | higher |" in page
     assert "undecided (2 of 3 seeds, 3 prompts)" in page
     assert "10 cells, made" in page
     assert claims.beyond.speed("PARD", results.of_arm(parallel, 2), "T=1")[0] > 0
     unrun = claims.harness.Claim("Y", "says more", "source", {"arm": arm(recipe("never"))})
-    assert "| Y | says more | | | not run yet |" in claims.render.page(results, [unrun], 3, pair)
+    found = claims.render.judged(results, [unrun], 3)
+    assert "| Y | says more | | | not run yet |" in claims.render.page(results, found, pair)
+    begin, end = claims.render.MARKS
+    shown = claims.render.with_headlines(f"before\n{begin}what was there\n{end}behind\n", found)
+    assert shown.startswith(f"before\n{begin}| claim |")
+    assert shown.endswith(f"| not run yet |\n{end}behind\n")
+    assert "what was there" not in shown
 
 
 def test_claims_about_seconds_run(claims, tmp_path):
