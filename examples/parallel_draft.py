@@ -168,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 3], help="Layers of the drafts to try.")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="Ways of training to try.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=60, help="Training of each draft.")
     parser.add_argument("--parallel_tokens", type=int, default=8)
@@ -181,13 +182,13 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="Only print what there is.")
     options = parser.parse_args()
     folder = options.output_dir
-    free = ("runs", "table", "layers", "seeds")
+    free = ("runs", "table", "layers", "kinds", "seeds")
     claim(folder, argparse.Namespace(**{name: value for name, value in vars(options).items() if name not in free}))
     results: dict[tuple[int, str], list[dict[str, Any]]] = {}
     left = options.runs
     for seed in range(options.seeds):
         for layers in options.layers:
-            for kind in KINDS:
+            for kind in options.kinds:
                 path = folder / f"{layers}-{kind.replace(', ', '-').replace(' ', '-')}-{seed}.json"
                 if not path.is_file() and not options.table and left != 0:
                     write_json(path, run(kind, layers, seed, folder, options))
