@@ -295,7 +295,7 @@ class TestSecrets:
 
     def test_a_token_with_a_line_break_is_not_printed(self, hub: FakeHub, draft_folder: Path):
         """Catches the HTTP client's error, which quotes the header it refuses."""
-        with pytest.raises(ValueError, match="characters that none has") as caught:
+        with pytest.raises(ValueError, match="characters that no key contains") as caught:
             push(draft_folder, token=WRITER + "\nX: y")
         assert WRITER not in str(caught.value)
 
