@@ -51,6 +51,8 @@ def main() -> None:
             batch_size=16,
             source="gsm8k_test",
         )
+        if any(setting.block_efficiency is None for setting in report.settings):
+            raise SystemExit("; ".join(report.warnings))
         write_result(work, options.output, {"report": public_report(report).to_dict()})
     print(compared(work / "results", options))
 

@@ -53,6 +53,23 @@ def test_every_draft_is_measured_on_both_sets_by_task(journey):
             assert all(("parallel" in setting) == (draft == "parallel") for setting in report["settings"])
 
 
+def test_drafts_of_several_seeds_are_compared(journey):
+    """A table in which drafting in one pass is missing, or without any row."""
+    for name, copy in (("distilled", "ordinary-0"), ("parallel", "parallel-0")):
+        (journey / copy).symlink_to(journey / name)
+        shutil.copy(journey / "results" / f"{name}.json", journey / "results" / f"{copy}.json")
+    text = run(STEPS / "compare.py", "--work_dir", str(journey), "--questions", "2", cwd=journey)
+    rows = [line.split(" | ")[1:4] for line in text.splitlines() if line.startswith(("| ordinary", "| parallel"))]
+    ways = [("ordinary", "one by one"), ("parallel", "one by one"), ("parallel", "in one pass")]
+    assert rows == [
+        ["1", setting, way]
+        for kind in ("ordinary", "parallel")
+        for setting in ("greedy", "T = 1")
+        for group, way in ways
+        if group == kind
+    ]
+
+
 def test_the_tables_say_whether_the_goal_was_reached(journey):
     text = run(STEPS / "report.py", "--results_dir", str(journey / "results"), cwd=journey)
     assert "Goal: τ(5) of 2.4" in text
