@@ -25,7 +25,7 @@ from hf_draftkd.data.collator import (
     setting_feature,
 )
 from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
-from hf_draftkd.data.rows import AUTHOR_COLUMNS, author_of
+from hf_draftkd.data.rows import AUTHOR_COLUMNS, author_of, authors, other_authors
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
 from hf_draftkd.models.identity import ModelIdentity
 
@@ -287,6 +287,20 @@ def warn_of_cuts(dataset: Dataset | IterableDataset, name: str, max_length: int 
             "%d of %d rows of the %s dataset are longer than `max_length=%d` tokens (the longest has %d): %d are cut "
             "at the end, and %d, of which nothing to learn is left, are dropped. Raise `max_length` to keep them.",
             *(cut, len(dataset), name, max_length, longest, cut - lost, lost),
+        )
+
+
+def warn_of_other_authors(dataset: Dataset | IterableDataset, name: str, target: ModelIdentity | None) -> None:
+    """Say which rows of evaluation data, not yet prepared, count for no block efficiency, as another model wrote them.
+
+    A stream is not looked through.
+    """
+    if target is None or isinstance(dataset, IterableDataset) or not PartialState().is_main_process:
+        return
+    if others := other_authors(authors(dataset), target):
+        logger.warning(
+            "Rows of the %s dataset were written by %s, the target here is %s: they count for no block efficiency.",
+            *(name, ", ".join(others), target),
         )
 
 

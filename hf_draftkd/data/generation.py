@@ -175,7 +175,7 @@ def generate_alignment_data(
         "versions": package_versions(),
         **({DAY: day} if clock else {}),
     }
-    origin |= {name: target.identity.get(name) for name in AUTHOR_COLUMNS}
+    origin |= dict(zip(AUTHOR_COLUMNS, target.author, strict=False))
 
     def make_shard(number: int, journal: Journal) -> Dataset:
         part = asked.select(shards[number])

@@ -227,9 +227,9 @@ def alignment_rows(
 
 
 def author_of(row: Mapping[str, Any]) -> ModelIdentity | None:
-    """The target that wrote a row, as far as the row says."""
-    name, *rest = (row.get(name) for name in AUTHOR_COLUMNS)
-    return None if name is None else ModelIdentity(name, *rest)
+    """The target that wrote a row, as far as the row (or the manifest of a folder of rows) says."""
+    name, revision, weights = (row.get(name) for name in AUTHOR_COLUMNS)
+    return None if name is None else ModelIdentity(name, revision, weights)
 
 
 def authors(dataset: Dataset) -> set[ModelIdentity | None]:
@@ -237,6 +237,12 @@ def authors(dataset: Dataset) -> set[ModelIdentity | None]:
     named = [name for name in AUTHOR_COLUMNS if name in dataset.column_names]
     values = set(zip(*(dataset[name] for name in named), strict=True)) or {()}
     return {author_of(dict(zip(named, each, strict=False))) for each in values}
+
+
+def other_authors(named: Iterable[ModelIdentity | None], target: ModelIdentity) -> list[str]:
+    """The authors that are not the target in use, for messages: each with what tells it from that one."""
+    differences = {each: each.difference(target) for each in named if each is not None}
+    return sorted({f"{author} ({difference})" for author, difference in differences.items() if difference})
 
 
 def alignment_features(prompt_features: Features) -> Features:

@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from hf_draftkd.data.backends import Completion
 from hf_draftkd.data.journal import Journal
+from hf_draftkd.data.rows import author_of, other_authors
 from hf_draftkd.utils.files import replacing, write_text
 
 logger = logging.get_logger(__name__)
@@ -38,7 +39,7 @@ _LARGEST_SHARD = 256
 # Another version may still give the same rows: reported, not refused. A server that comes back has another address.
 _NOT_COMPARED = ("versions", "endpoint")
 # Where the weights are the same, the folder they lie in does not matter.
-_PLACES = ("target", "target_is_local")
+_PLACES = ("target", "target_revision", "target_is_local")
 
 
 class StoppedError(RuntimeError):
@@ -239,9 +240,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def _differences(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """What differs between a folder's manifest and this one, in words."""
     there, now = _read_manifest(folder), json.loads(json.dumps(manifest))  # tuples become lists, as in the file
-    same_weights = now.get("target_weights") is not None and now["target_weights"] == there.get("target_weights")
+    began, target = author_of(there), author_of(now)
+    same_weights = None if began is None or target is None else began.has_weights_of(target)
     left_out = (*_NOT_COMPARED, *(_PLACES if same_weights else ()))
-    return [
+    another = other_authors([began], target) if target is not None and same_weights is False else []
+    return [f"the target was {each}" for each in another] + [
         f"{name}: {_shown(there, name)} there, {_shown(now, name)} now"
         for name in dict.fromkeys([*there, *now])
         if name not in left_out and (name in there, there.get(name)) != (name in now, now.get(name))

@@ -21,7 +21,7 @@ from hf_draftkd.data.endpoint import endpoint_backend, without_login
 from hf_draftkd.data.messages import turn_end_id
 from hf_draftkd.data.target_cache import real_vocab_size
 from hf_draftkd.decoding.setting import end_token_ids
-from hf_draftkd.models.identity import model_revision, weights_fingerprint
+from hf_draftkd.models.identity import ModelIdentity, identity_of, weights_fingerprint
 from hf_draftkd.models.pairing import context_length
 from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.models.tokenizers import listed_ids, tokenizer_size
@@ -33,10 +33,12 @@ logger = logging.get_logger(__name__)
 class Target:
     """The target that answers, wherever it runs.
 
-    `identity` is what the manifest says of it, and `brought` the columns that its completions bring along.
+    `author` is what its rows say of it, `identity` what the manifest says, and `brought` are the columns that its
+    completions bring along.
     """
 
     backend: Backend
+    author: ModelIdentity
     identity: dict[str, Any]
     brought: Features | None = None
 
@@ -62,9 +64,11 @@ def local_target(
         backend = continuous_backend(target_model, config=continuous_batching_config, **how)
     else:
         backend = local_backend(target_model, tokenizer, draft_model=draft_model, **how)
+    author = identity_of(target_model)
     identity = {
         "target": name,
-        "target_revision": model_revision(target_model),
+        "target_revision": author.revision,
+        # Of quantised weights, too: a run goes on with the very target that it was begun with.
         "target_weights": weights_fingerprint(target_model),
         "target_dtype": str(target_model.dtype),
         "backend": "continuous batching" if config.continuous_batching else "generate",
@@ -80,7 +84,7 @@ def local_target(
         }
     if is_hub_id(name) and Path(name).is_dir():
         identity["target_is_local"] = True  # or a card, written elsewhere, would take it for an id on the Hub
-    return Target(backend, identity, brought)
+    return Target(backend, author, identity, brought)
 
 
 def missing_turn_end(target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, wanted: bool) -> int | None:
@@ -120,7 +124,7 @@ def remote_target(
     if extra := options.get("extra_body"):  # may steer the sampling
         identity["extra_body"] = extra
     features = config.cache.features(tokenizer_size(tokenizer)) if config.cache else None
-    return Target(backend, identity, features)
+    return Target(backend, ModelIdentity(name), identity, features)
 
 
 def served_context(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.prompts import fitting_rows, load_prompts
-from hf_draftkd.data.rows import authors, render_prompts, with_token_ids
+from hf_draftkd.data.rows import authors, other_authors, render_prompts, with_token_ids
 from hf_draftkd.data.sources import row_numbers
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting, left_out_warning, own_penalty
 from hf_draftkd.evaluation.config import EvaluationConfig
@@ -265,26 +265,23 @@ def check_ids(texts: TextSet, vocab_size: int) -> None:
 
 
 def by_this_target(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) -> tuple[list[TextSet], list[str]]:
-    """The text sets, those of which a row names another target, or another commit of this one, no longer exact, and
+    """The text sets, those of which a row names another target, another commit or other weights no longer exact, and
     what to say about them: such texts do not tell this target's block efficiency.
     """
     own = identity_of(target_model)
-    judged, others = [], set()
-    for texts in text_sets:
-        found = {_shown(each) for each in texts.written_by if not each.matches(own)}
-        judged.append(replace(texts, is_exact=texts.is_exact and not found))
-        others |= found
-    if not others:
-        return judged, []
-    return judged, [
-        f"The texts were written by {', '.join(sorted(others))}, the target here is {_shown(own)}: acceptance rates "
-        "are given, block efficiencies are not. If it is the same model under another name, put that name into the "
-        "column `target`."
+    judged = [
+        replace(texts, is_exact=texts.is_exact and not other_authors(texts.written_by, own)) for texts in text_sets
     ]
-
-
-def _shown(model: ModelIdentity) -> str:
-    return model.name if model.revision is None else f"{model.name} at {model.revision}"
+    named = {author for texts in text_sets for author in texts.written_by}
+    if not (others := other_authors(named, own)):
+        return judged, []
+    warning = (
+        f"The texts were written by {', '.join(others)}, the target here is {own}: acceptance rates are given, block "
+        "efficiencies are not."
+    )
+    if any(author.has_weights_of(own) is None and not author.matches(own) for author in named):
+        warning += " If it is the same model under another name, put that name into the column `target`."
+    return judged, [warning]
 
 
 def plausibility_warnings(target_model: PreTrainedModel, texts: TextSet, share: float) -> list[str]:

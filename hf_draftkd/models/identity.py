@@ -29,6 +29,7 @@ _DENSE = {"F64", "F32", "F16", "BF16"}
 _ADAPTER_KEY = re.compile(r"\b(lora_[AB]|lora_embedding_[AB]|base_layer|modules_to_save|lora_magnitude_vector)\b")
 _ATTRIBUTE = "_draftkd_checkpoint"
 _NUMBERS_READ = 64  # of each weight, for a fingerprint
+_FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def remember_checkpoint(model: Any, checkpoint: Checkpoint) -> None:
@@ -42,25 +43,63 @@ def checkpoint_of(model: Any) -> Checkpoint:
 
 
 class ModelIdentity(NamedTuple):
-    """What tells two models apart: a name, its commit on the Hub, and a fingerprint of the weights where known."""
+    """What tells two models apart: a name, its commit on the Hub, and a fingerprint of the weights where known.
+
+    `other_formats` are fingerprints that the same weights have once they are converted to other number formats: rows
+    that a target wrote in bfloat16 are its own in float32, too.
+    """
 
     name: str
     revision: str | None = None
     weights: str | None = None
+    other_formats: tuple[str, ...] = ()
 
-    def matches(self, other: "ModelIdentity") -> bool:
-        """Whether both are one model: the same weights, in whichever folder, or else one name and no two commits."""
-        if self.weights is not None and self.weights == other.weights:
-            return True
-        return self.name == other.name and (None in (self.revision, other.revision) or self.revision == other.revision)
+    def has_weights_of(self, other: "ModelIdentity") -> bool | None:
+        """Whether both have the same weights; None where one of them does not know its own."""
+        if self.weights is None or other.weights is None:
+            return None
+        return self.weights in (other.weights, *other.other_formats) or other.weights in self.other_formats
+
+    def matches(self, now: "ModelIdentity") -> bool:
+        """Whether both are one model; see `difference`."""
+        return self.difference(now) is None
+
+    def difference(self, now: "ModelIdentity") -> str | None:
+        """What tells this model, which rows or a manifest name, from the one in use `now`; None if both are one model.
+
+        Weights decide, in whichever folder they lie: a name stays the same when the model behind it is trained further,
+        and models made in code share an empty one. Names and commits decide only where one of the two does not know its
+        weights.
+        """
+        same_weights = self.has_weights_of(now)
+        same_name = self.name == now.name and (None in (self.revision, now.revision) or self.revision == now.revision)
+        if same_weights or (same_weights is None and same_name):
+            return None
+        if same_weights is None:
+            return "another model, by its name or commit"
+        if same_name and self.name:
+            return (
+                "with other weights than now: it was trained further in place since, or is loaded in another number "
+                "format, which `dtype` sets"
+            )
+        return "another model, by its weights"
+
+    def __str__(self) -> str:
+        name = self.name or "a model without a name"
+        return name if self.revision is None else f"{name} at {self.revision}"
 
 
 def identity_of(model: PreTrainedModel) -> ModelIdentity:
     """The identity of a loaded model; without its weights where they are quantised, or not all of them at hand."""
+    name, revision = model.name_or_path, model_revision(model)
     is_plain = getattr(model, "hf_quantizer", None) is None and not any(
         weight.is_meta or weight.numel() == 0 or isinstance(weight, DTensor) for weight in model.state_dict().values()
     )
-    return ModelIdentity(model.name_or_path, model_revision(model), weights_fingerprint(model) if is_plain else None)
+    if not is_plain:
+        return ModelIdentity(name, revision)
+    weights = weights_fingerprint(model)
+    converted = (weights_fingerprint(model, dtype) for dtype in _FORMATS)
+    return ModelIdentity(name, revision, weights, tuple(each for each in converted if each != weights))
 
 
 def model_revision(model: Any) -> str | None:
@@ -160,18 +199,20 @@ def loaded_checksum(model: PreTrainedModel) -> str | None:
         model.generation_config = own
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
+def weights_fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
     """A hash over some numbers of every weight: another revision or a tuned copy of a model has another one.
 
-    Targets may have hundreds of gigabytes, so not every number is read; training moves all of them.
+    Targets may have hundreds of gigabytes, so not every number is read; training moves all of them. With `dtype` it is
+    that of the model loaded in this number format.
     """
 
     def pieces() -> Iterator[str | torch.Tensor]:
         for name, weight in sorted(model.state_dict().items()):
-            yield f"{name} {tuple(weight.shape)} {weight.dtype}"
+            kind = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
+            yield f"{name} {tuple(weight.shape)} {kind}"
             if not weight.is_meta:  # offloaded by accelerate
                 flat = weight.detach().reshape(-1)
-                yield flat[:: max(1, flat.numel() // _NUMBERS_READ)]
+                yield flat[:: max(1, flat.numel() // _NUMBERS_READ)].to(kind)
 
     return sha256(pieces())[:16]
 

@@ -55,8 +55,11 @@ _SHOWN = (
 def author(datasets: Iterable[Any]) -> ModelIdentity | None:
     """The one target that wrote all alignment rows; None if they name none, or several."""
     rows = [data for data in datasets if isinstance(data, Dataset) and "target" in data.column_names]
-    first, *others = {author for data in rows for author in authors(data)} or {None}
-    return first if _all_by(first, others) else None
+    named = {author for data in rows for author in authors(data)}
+    if not all(_all_by(each, named) for each in named):
+        return None
+    # One that knows its weights can be told from others; of several names for it always the same.
+    return min(filter(None, named), key=lambda each: (each.weights is None, each.name), default=None)
 
 
 def _all_by(target: ModelIdentity | None, named: Iterable[ModelIdentity | None]) -> bool:

@@ -29,7 +29,14 @@ from trl.trainer.utils import global_then_local_main_first
 
 from hf_draftkd.acceptance.tensors import widest_float
 from hf_draftkd.data.collator import INDEX_COLUMN, SETTING_COLUMN, CachedDistributions, DraftDistillCollator
-from hf_draftkd.data.formats import exact_features, normalize_rows, packed, warn_of_cuts, with_labels_within
+from hf_draftkd.data.formats import (
+    exact_features,
+    normalize_rows,
+    packed,
+    warn_of_cuts,
+    warn_of_other_authors,
+    with_labels_within,
+)
 from hf_draftkd.data.mixing import mix_datasets
 from hf_draftkd.data.target_cache import rows_with_distributions, with_caches_alike
 from hf_draftkd.evaluation.report import SpeculationReport
@@ -326,6 +333,8 @@ class DraftDistillTrainer(SFTTrainer):
         for name, part in parts.items():
             with global_then_local_main_first():
                 part = normalize_rows(part, processing_class, name, **reading)
+                if name not in ("train", "mix"):
+                    warn_of_other_authors(part, name, self.target_id)
                 part = exact_features(part, self.target_id, first_row=first_rows.get(name), **map_kwargs)
             parts[name] = usual(part, processing_class, whole, False, None, name)
         dataset = parts[dataset_name]

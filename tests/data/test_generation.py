@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -134,6 +136,13 @@ def test_the_row_format(target, tokenizer):
     expected |= {"temperature": 0.7, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0, "seed": 3, "domain": "mats"}
     assert {name: row[name] for name in expected} == expected
     assert DecodingSetting.from_row(data[0]) == DecodingSetting()
+
+
+def test_rows_of_a_quantised_target_name_no_weights(target, tokenizer):
+    """Its packed weights have a fingerprint of their own, which no plain copy of the same model could match."""
+    target.hf_quantizer = SimpleNamespace(is_compileable=False)
+    data = generate_alignment_data(target, tokenizer, TEXTS[:1], max_new_tokens=2)
+    assert data["target_weights"] == [None]
 
 
 def test_settings_and_completions_are_counted_and_ordered(target, tokenizer):

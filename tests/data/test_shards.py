@@ -13,6 +13,8 @@ from datasets import load_dataset
 from hf_draftkd.data import generation, shards
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.synthesis import synthesize_prompts
+from hf_draftkd.models.identity import remember_checkpoint
+from hf_draftkd.models.resolve import Checkpoint
 from tests.data.small import TEMPLATE, make_target, make_tokenizer
 from tests.data.test_synthesis import writing_target
 from tests.processes import in_two_processes, started
@@ -197,10 +199,23 @@ def test_other_settings_are_refused_with_the_difference(tmp_path, target, tokeni
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"), [("tiny/target", "further in place"), ("tiny/other", "another model, by its weights")]
+)
+def test_a_target_with_other_weights_is_refused_with_what_became_of_it(tmp_path, target, tokenizer, name, reason):
+    """Two fingerprints say that something differs, and not whether the target was tuned or is another one."""
+    generate_alignment_data(target, tokenizer, TEXTS[:4], output_dir=tmp_path, **OPTIONS)
+    other = make_target(seed=1)
+    other.config.name_or_path = other.name_or_path = name
+    with pytest.raises(ValueError, match=rf"the target was tiny/target \(.*{reason}"):
+        generate_alignment_data(other, tokenizer, TEXTS[:4], output_dir=tmp_path, **OPTIONS)
+
+
 def test_a_run_resumes_with_a_target_that_was_moved(tmp_path, target, tokenizer):
     """Catches days of writing that cannot go on because the target's folder has another name."""
     rows = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
     target.config.name_or_path = target.name_or_path = "elsewhere"
+    remember_checkpoint(target, Checkpoint("elsewhere", "a" * 40, frozenset(), is_local=False))
     shards.shard_path(tmp_path, 1, len(list((tmp_path / "data").glob("*.parquet")))).unlink()
     again = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
     assert again["completion_ids"] == rows["completion_ids"]

@@ -255,6 +255,21 @@ def test_a_target_that_was_moved_is_known_again(tmp_path, pair):
     assert reports[0].settings[0].block_efficiency == reports[1].settings[0].block_efficiency is not None
 
 
+@pytest.mark.parametrize(("name", "reason"), [("tuned", "trained further in place"), ("", "another model")])
+def test_rows_of_other_weights_under_the_same_name_give_no_block_efficiency(pair, name, reason):
+    """A target trained on in its own folder, and a second one made in code, passed for the one that wrote the rows."""
+    draft, target = pair
+    target.config.name_or_path = target.name_or_path = name
+    rows = generate_alignment_data(target, tiny_tokenizer(), PROMPTS[:3], max_new_tokens=8, temperatures=(1.0,))
+    with torch.no_grad():
+        target.lm_head.weight.mul_(1.001)
+    report = evaluate_draft(draft, target, tiny_tokenizer(), dataset=rows, **QUICK)
+    assert report.settings[0].block_efficiency is None
+    (warning,) = (text for text in report.warnings if "block efficiencies are not" in text)
+    assert reason in warning
+    assert "under another name" not in warning  # that would not help
+
+
 def test_recorded_rows_that_cannot_be_used_are_named(pair):
     """Catches rows left out without a word, and a row without a setting met as a comparison with None."""
     draft, target = pair

@@ -128,6 +128,37 @@ def test_a_model_is_known_by_its_weights_and_else_by_its_name():
     assert not ModelIdentity("here", "commit").matches(ModelIdentity("here", "other commit"))
 
 
+def test_weights_that_both_know_decide_whatever_the_names():
+    """A target tuned in its own folder passed for the one before, and unnamed ones for each other; the message says
+    which of the two it was.
+    """
+    before, now = ModelIdentity("here", None, "weights"), ModelIdentity("here", None, "others")
+    assert "further in place" in before.difference(now)
+    assert "further in place" in ModelIdentity("here", "commit", "weights").difference(now)
+    for author, target in (
+        (ModelIdentity("", None, "weights"), ModelIdentity("", None, "others")),
+        (ModelIdentity("here", "commit", "weights"), ModelIdentity("here", "other commit", "others")),
+        (before, ModelIdentity("there", None, "others")),
+    ):
+        assert author.difference(target) == "another model, by its weights"
+    assert ModelIdentity("here").difference(ModelIdentity("there")) == "another model, by its name or commit"
+    assert ModelIdentity("here", "commit", "weights").matches(ModelIdentity("here", "other commit", "weights"))
+
+
+@pytest.mark.parametrize("wrote", FORMATS)
+@pytest.mark.parametrize("now", FORMATS)
+@pytest.mark.parametrize("stored", FORMATS)
+def test_a_number_format_makes_no_other_model(tmp_path, stored, wrote, now):
+    """Catches rows written in bfloat16 that a target loaded in float32 does not know as its own; numbers that were
+    rounded away cannot be compared.
+    """
+    tiny.tiny_llama().to(getattr(torch, stored)).save_pretrained(tmp_path)
+    author, target = (identity_of(load_draft(tmp_path, dtype=dtype)) for dtype in (wrote, now))
+    is_told = (stored, wrote, now) != ("float32", "float32", "bfloat16")
+    assert author._replace(other_formats=()).matches(target) == is_told
+    assert not author.matches(identity_of(tiny.tiny_llama(1).to(getattr(torch, now)))._replace(name=target.name))
+
+
 def test_weights_that_are_not_at_hand_identify_nothing():
     """Two offloaded models of one shape would otherwise be taken for the same."""
     target = tiny.tiny_llama()

@@ -12,9 +12,11 @@ from transformers import EarlyStoppingCallback
 
 from hf_draftkd import AcceptanceCallback, DraftDistillConfig, DraftDistillTrainer
 from hf_draftkd.data.collator import SETTING_COLUMN, DraftDistillCollator, rows_by_setting
+from hf_draftkd.data.rows import AUTHOR_COLUMNS
 from hf_draftkd.data.target_cache import cache_target_distributions
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import chunked
+from hf_draftkd.models.identity import identity_of
 from hf_draftkd.training.signals import LiveTarget
 from tests.tiny import tiny_llama, tiny_pair
 from tests.training.rows import alignment_rows
@@ -333,6 +335,27 @@ def test_no_block_efficiency_for_text_the_target_did_not_write(tmp_path, pair, t
         metrics = trainer.evaluate()
     assert "eval_block_efficiency" not in metrics
     assert 0 < metrics["eval_acceptance_rate"] < 1
+
+
+@pytest.mark.parametrize(("name", "reason"), [("tuned", "trained further in place"), ("", "another model")])
+def test_rows_of_other_weights_under_the_same_name_are_not_this_targets(
+    tmp_path, pair, tokenizer, caplog, name, reason
+):
+    """A target trained on in its own folder, and a second one made in code, passed for the one that wrote the rows."""
+    target = pair[1]
+    target.config.name_or_path = target.name_or_path = name
+    wrote = dict(zip(AUTHOR_COLUMNS, identity_of(target), strict=False))
+    rows = Dataset.from_list([row | wrote for row in alignment_rows(target, tokenizer, count=3)])
+    assert "eval_block_efficiency" in build(tmp_path, pair, tokenizer, eval_rows=rows).evaluate()
+    with torch.no_grad():
+        target.lm_head.weight.mul_(1.001)
+    with caplog.at_level(logging.WARNING, "hf_draftkd"):
+        trainer = build(tmp_path, pair, tokenizer, rows, rows)
+    (said,) = (record.getMessage() for record in caplog.records if "count for no block efficiency" in record.msg)
+    assert reason in said
+    assert trainer.data_facts["completions"] == "data"
+    with pytest.warns(UserWarning, match="3 evaluation rows"):
+        assert "eval_block_efficiency" not in trainer.evaluate()
 
 
 def test_a_draft_that_is_its_target_is_accepted_entirely(tmp_path, tokenizer):

@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
 from hf_draftkd.hub.upload_files import look_at_folder
-from hf_draftkd.models.identity import weights_checksum
-from hf_draftkd.training.run_provenance import data_facts, describe_run
+from hf_draftkd.models.identity import ModelIdentity, weights_checksum
+from hf_draftkd.training.run_provenance import author, data_facts, describe_run
 from tests.tiny import tiny_pair
 from tests.training.rows import alignment_rows
 from tests.training.trainers import build
@@ -22,6 +22,22 @@ def test_rows_that_nobody_decoded_name_no_setting(pair, tokenizer):
     human = written[1] | dict.fromkeys(SETTING_COLUMNS)
     assert data_facts(Dataset.from_list([written[0], human]), None)["sampling"] == [DecodingSetting()]
     assert data_facts(Dataset.from_list([human]), None)["sampling"] is None
+
+
+def test_rows_of_one_name_and_several_weights_have_no_one_author():
+    """Without a target at hand, rows from before and after it was tuned in its folder counted as one model's, and a
+    row that knows no weights could stand between them. What is the same model has one name whatever the order.
+    """
+
+    def rows(*weights, name="tuned"):
+        each = [{"target": name, "target_revision": None, "target_weights": known} for known in weights]
+        return Dataset.from_list(each)
+
+    assert author([rows("before", "after")]) is None
+    assert author([rows(None, "before"), rows("after")]) is None
+    assert author([rows(None, "before")]) == ModelIdentity("tuned", None, "before")
+    assert author([rows("same"), rows("same", name="moved")]).name == "moved"
+    assert author([]) is None
 
 
 class StopAtThree(TrainerCallback):
