@@ -129,6 +129,11 @@ class AlignmentDataConfig:
                 "says. vLLM takes further end tokens in each request: "
                 '`endpoint_options={"extra_body": {"stop_token_ids": [...]}}`.'
             )
+        if self.continuous_batching and self.endpoint is not None:
+            raise ValueError(
+                "`continuous_batching` would do nothing beside `endpoint`: a server batches in its own way. Leave one "
+                "of them out."
+            )
         if self.continuous_batching and self.repetition_penalty not in (None, 1):
             raise ValueError(
                 f"Continuous batching applies no repetition penalty, got {self.repetition_penalty} (the target's own, "

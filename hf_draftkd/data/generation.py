@@ -107,6 +107,12 @@ def generate_alignment_data(
             f"An `endpoint` answers for a target that it knows by name, got a {type(target_model).__name__}. Give that "
             "name as `target_model`, or leave out `endpoint`."
         )
+    for name, given, wanted, there in (
+        ("endpoint_options", endpoint_options, "endpoint", config.endpoint is not None),
+        ("continuous_batching_config", continuous_batching_config, "continuous_batching", config.continuous_batching),
+    ):
+        if given and not there:
+            raise ValueError(f"`{name}` would do nothing without `{wanted}`. Leave it out, or add that.")
     if draft_model is not None:
         config.refuse_beside_draft()
     if isinstance(target_model, PreTrainedModel):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from transformers import ContinuousBatchingConfig
 
 from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.generation import generate_alignment_data
@@ -81,6 +82,7 @@ def test_a_config_alone_says_where_the_prompts_come_from(tmp_path, target, token
         ({"cache_distributions": "sampled=5", "endpoint": "http://localhost/v1"}, "give `top_k` alone"),
         ({"draft_model": "draft", "endpoint": "http://localhost/v1"}, "`draft_model` helps a local target"),
         ({"draft_model": "draft", "continuous_batching": True}, "which `continuous_batching` does not do"),
+        ({"continuous_batching": True, "endpoint": "http://localhost/v1"}, "`continuous_batching` would do nothing"),
         ({"repetition_penalty": 1.1, "continuous_batching": True}, "no repetition penalty, got 1.1"),
     ],
 )
@@ -111,6 +113,19 @@ def test_given_prompts_are_read_with_the_options_for_prompts(target, tokenizer):
 def test_what_says_where_prompts_come_from_is_refused_beside_prompts(target, tokenizer, options):
     """A `dataset` beside `prompts` was dropped without a word."""
     with pytest.raises(ValueError, match=f"`{list(options)[-1]}` would do nothing"):
+        generate_alignment_data(target, tokenizer, ["the cat"], max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"endpoint_options": {"extra_body": {"min_p": 0.1}}}, "endpoint"),
+        ({"continuous_batching_config": ContinuousBatchingConfig(num_blocks=32)}, "continuous_batching"),
+    ],
+)
+def test_options_of_a_way_of_answering_that_is_not_used_are_refused(target, tokenizer, options, wanted):
+    """They were dropped without a word: an `extra_body` that was to steer the sampling steered nothing."""
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}` would do nothing without `{wanted}`"):
         generate_alignment_data(target, tokenizer, ["the cat"], max_new_tokens=2, **options)
 
 
