@@ -1,7 +1,13 @@
 """A target behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, a hosted API.
 
-Prompts go rendered to `/v1/completions`, so that nothing a server's own chat parser adds gets in. What the protocol
-cannot set (a server's own penalties or `top_k`) stays the server's.
+Prompts go rendered to `/v1/completions`, so that nothing a server's own chat parser adds gets in.
+
+Each request says all that its row claims, also what changes nothing, because servers have defaults of their own: vLLM
+takes them from the model's generation config (a repetition penalty even where decoding is greedy), llama.cpp keeps the
+40 likeliest tokens and `min_p` 0.05. vLLM, SGLang and llama.cpp take what OpenAI's protocol has no field for (see
+`_beyond_openai`). OpenAI and `transformers serve` refuse it and are then asked without it, with a warning: their own
+`top_k`, `min_p` and repetition penalty are unknown to the rows. The same holds, unseen, for a server that ignores these
+fields, and for what a server was started with beside them: mirostat, a logit bias, logits processors.
 """
 
 import json
@@ -102,7 +108,8 @@ class _Server:
 
         self.openai, self.model, self.max_retries = openai, model, config.max_retries
         self.top_logprobs = config.cache.top_k if config.cache else None
-        self.extra_body = extra_body
+        self.extra_body = extra_body or {}
+        self.is_told_all = True  # until it turns out to refuse what OpenAI's protocol lacks
         self.url, login = without_login(str(config.endpoint))
         key = api_key or os.environ.get("OPENAI_API_KEY")
         if key:
@@ -123,12 +130,12 @@ class _Server:
 
     def complete(self, prompt: "str | list[int]", max_tokens: int, setting: DecodingSetting, seed: int) -> Any:
         """A usable answer; the client tries again after 429, 5xx, a time-out or a lost connection."""
-        body = dict(self.extra_body or {})
+        body = (_beyond_openai(setting) if self.is_told_all else {}) | self.extra_body
         if setting.top_k:
             body["top_k"] = setting.top_k
         if setting.repetition_penalty != 1:
             body["repetition_penalty"] = setting.repetition_penalty
-        options: dict[str, Any] = {"extra_body": body} if body else {}
+        options: dict[str, Any] = {"extra_body": body, "frequency_penalty": 0.0, "presence_penalty": 0.0}
         if not setting.is_greedy:
             options |= {"top_p": setting.top_p, "seed": seed}
         if self.top_logprobs is not None:
@@ -199,6 +206,21 @@ class _Server:
         return f" It serves: {', '.join(names)}.{did_you_mean(self.model, names)}"
 
 
+def _beyond_openai(setting: DecodingSetting) -> dict[str, Any]:
+    """What a setting says beyond the fields of OpenAI's protocol, as vLLM and SGLang call it, and llama.cpp."""
+    penalty = setting.repetition_penalty
+    return {
+        "top_k": setting.top_k or -1,  # SGLang refuses 0
+        "min_p": 0.0,
+        "repetition_penalty": penalty,
+        # llama.cpp: its own name, over the whole text and not the last 64 tokens; and the filters behind the
+        # temperature, as in transformers, where by default they come before it.
+        "repeat_penalty": penalty,
+        "repeat_last_n": -1,
+        "samplers": ["penalties", "dry", "temperature", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc"],
+    }
+
+
 def without_login(url: str) -> tuple[str, str | None]:
     """The address of a server as it may be shown, and the `name:password` that stood in it."""
     parts = urlsplit(url)
@@ -230,7 +252,17 @@ def _try_out(server: _Server, hello: "str | list[int]", settings: Sequence[Decod
         try:
             return server.complete(hello, max_tokens, setting, seed)
         except Exception as error:
-            raise server.refusal(error) from None
+            if not server.is_told_all or getattr(error, "status_code", None) not in (400, 422):
+                raise server.refusal(error) from None
+            said = server.said(error)
+        server.is_told_all = False
+        answer = ask(max_tokens, setting, seed)
+        logger.warning(
+            "%s takes only the fields of OpenAI's protocol (%s): its own `top_k`, `min_p` and repetition penalty, such "
+            "as those of the model's generation config, may apply, and the rows will not say so.",
+            *(server.url, said.rstrip(".")),
+        )
+        return answer
 
     for setting in settings:
         choice = ask(1, setting).choices[0]

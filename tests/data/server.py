@@ -34,6 +34,7 @@ class Server(ThreadingHTTPServer):
         self.die_after: int | None = None
         self.longest_prompt: int | None = None  # characters
         self.always_greedy = False
+        self.refused_fields: set[str] = set()  # as OpenAI refuses what its protocol lacks
         self.hides_end = False  # among the tokens with log-probabilities
         self.finish_reasons: dict[str, str | None] = {}  # text in a prompt -> what its answer says instead
         self.requests: list[dict[str, Any]] = []
@@ -71,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.server.key and self.headers.get("Authorization") != self.server.authorization:
             repeated = f": {self.headers.get('Authorization')}" if self.server.repeats_key else ""
             self._send(401, {"error": {"message": f"wrong key{repeated}"}})
+        elif refused := self.server.refused_fields & body.keys():
+            self._send(400, {"error": {"message": f"Unrecognized request argument supplied: {min(refused)}"}})
         elif body["model"] != "tiny-target":
             self._send(404, {"error": {"message": f"no model {body['model']}"}})
         elif self.server.longest_prompt and len(body["prompt"]) > self.server.longest_prompt:

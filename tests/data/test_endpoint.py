@@ -1,6 +1,7 @@
 """A target behind HTTP: the same rows as the local target, and every fault of a server met."""
 
 import json
+import logging
 import math
 import os
 import signal
@@ -499,3 +500,41 @@ def test_a_server_that_never_samples_is_found_out(readable_target, tokenizer):
         with pytest.raises(ValueError, match="does not sample"):
             ask(server.url, tokenizer, temperatures=(0.7,))
         assert len(ask(server.url, tokenizer, temperatures=(0.0,))) == len(CHATS)
+
+
+SILENT = {"min_p": 0.0, "repeat_last_n": -1, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_what_the_rows_claim_is_sent_even_where_it_changes_nothing(readable_target, tokenizer, temperature):
+    """Where a request is silent, vLLM takes penalty, top-k and min-p from the model's generation config: the rows said
+    that there were none. The penalty has another name in llama.cpp, which ignored it.
+    """
+    with serving(readable_target, tokenizer) as server:
+        ask(server.url, tokenizer, temperatures=[temperature])
+        for request in server.requests[-len(CHATS) :]:
+            expected = {"top_k": -1, "repetition_penalty": 1.0, "repeat_penalty": 1.0, **SILENT}
+            assert {name: request.get(name) for name in expected} == expected
+        sampled = {"temperatures": [0.7], "top_k": 5, "top_p": 0.9}
+        own = {"endpoint_options": {"extra_body": {"min_p": 0.1}}}  # the user's word counts, and stands in the manifest
+        ask(server.url, tokenizer, repetition_penalty=1.1, **sampled, **own)
+        expected = {"top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1, "repeat_penalty": 1.1, **SILENT, "min_p": 0.1}
+        assert {name: server.requests[-1].get(name) for name in expected} == expected
+
+
+def test_a_server_of_openais_fields_alone_is_asked_for_these_and_its_defaults_are_said(
+    readable_target, tokenizer, caplog
+):
+    """Catches OpenAI and `transformers serve` locked out by fields that change nothing, and rows that hide whose
+    defaults they were written under.
+    """
+    with serving(readable_target, tokenizer) as server:
+        server.refused_fields = {"top_k", "min_p", "repetition_penalty", "repeat_penalty", "repeat_last_n", "samplers"}
+        with caplog.at_level(logging.WARNING, "hf_draftkd"):
+            rows = ask(server.url, tokenizer, temperatures=[0.0, 0.7])
+        assert len(rows) == 2 * len(CHATS)
+        said = [record.getMessage() for record in caplog.records if "OpenAI's protocol" in record.msg]
+        assert len(said) == 1
+        assert "(Error code: 400" in said[0]
+        with pytest.raises(ValueError, match=r"refuses a request for one token: .*top_k"):
+            ask(server.url, tokenizer, temperatures=[0.7], top_k=5)
