@@ -107,6 +107,22 @@ def test_temperature_reaches_the_loss(tmp_path, pair, tokenizer):
     assert losses[1] < 0.7 * losses[0]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, while tracing
+def test_a_compiled_draft_learns_the_same(tmp_path, tokenizer):
+    """No test took `torch_compile`, under which the draft is wrapped and keeps no head for the loss to work in. The
+    backend traces forward and backward as inductor does, and spares its minute of C++.
+    """
+    found = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        trainer = build(tmp_path, tiny_pair(), tokenizer, max_steps=1, **compiled)
+        trainer.train()
+        (step,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+        found.append([step["loss"], step["grad_norm"], step["acceptance_rate"]])
+        trainer.save_model()
+        assert weights(load_draft(tmp_path)).keys() == weights(tiny_pair()[0]).keys()
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_target_is_bit_identical_after_training_and_gets_no_gradient(tmp_path, pair, tokenizer):
     """The target updated by accident (trl#6769)."""
     before = copy.deepcopy(pair[1].state_dict())
