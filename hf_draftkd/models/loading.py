@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import ADAPTER_CONFIG_NAME, logging
 
 from hf_draftkd.models.forward import reads_left_to_right
 from hf_draftkd.models.identity import remember_checkpoint
-from hf_draftkd.models.resolve import ADAPTER_CONFIG_NAME, Checkpoint, check_config, resolve
+from hf_draftkd.models.resolve import Checkpoint, check_config, resolve
 from hf_draftkd.models.text_model import extract_text_model
 from hf_draftkd.utils.checks import one_of
 from hf_draftkd.utils.threads import shared_cores

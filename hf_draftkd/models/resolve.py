@@ -38,6 +38,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING,
 )
 from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -48,8 +50,6 @@ from transformers.utils import (
 from hf_draftkd.models.text_model import is_multimodal, text_class, text_config
 from hf_draftkd.utils.checks import nearest
 
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-ADAPTER_SAFE_WEIGHTS_NAME = "adapter_model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

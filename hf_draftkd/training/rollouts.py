@@ -28,6 +28,7 @@ from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
 
 from hf_draftkd.data.backends import LENGTH, cut_completion
+from hf_draftkd.data.formats import column_values
 from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
 from hf_draftkd.decoding.texts import left_padded
 from hf_draftkd.models.forward import evaluating, seeded, unwrapped
@@ -90,8 +91,7 @@ def check_writing(trainer: Any, context: int, columns: Collection[str]) -> None:
         )
     if not (args.writes_completions and isinstance(dataset, Dataset)):
         return
-    rows = (labels for batch in dataset.select_columns(["labels"]).iter(batch_size=1000) for labels in batch["labels"])
-    longest = max(map(last_prompt, rows), default=0)
+    longest = max(map(last_prompt, column_values(dataset, "labels")), default=0)
     if longest == 0:
         instead = "Give rows with `prompt` and `completion`, chats, or what `draftkd generate` writes."
         if not args.assistant_only_loss and set(CHAT_COLUMNS) & set(columns):

@@ -33,6 +33,7 @@ from hf_draftkd.data.formats import exact_features, normalize_rows, packed, warn
 from hf_draftkd.data.mixing import mix_datasets
 from hf_draftkd.data.target_cache import rows_with_distributions, with_caches_alike
 from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.hub.metadata import TAGS
 from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.push import push_draft
 from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, get_divergence
@@ -120,13 +121,7 @@ class DraftDistillTrainer(SFTTrainer):
     """
 
     # Tags that `draft.push_to_hub()` would put on its card.
-    _tag_names: ClassVar[list[str]] = [
-        "hf_draftkd",
-        "speculative-decoding",
-        "draft-model",
-        "assistant-model",
-        "knowledge-distillation",
-    ]
+    _tag_names: ClassVar[list[str]] = ["hf_draftkd", *TAGS]
     # `compute_loss` divides by the completion tokens of the whole accumulation window.
     loss_is_scaled_for_ga = True
 
