@@ -163,7 +163,7 @@ class Checkpoint:
 
     @cached_property
     def _config(self) -> PreTrainedConfig:
-        # Of a GGUF file that was cut off the two parsers say only that bytes are missing.
+        # Of a truncated GGUF file both parsers say only that bytes are missing.
         other = () if self.gguf_file is None else (ValueError, struct.error)
         try:
             return AutoConfig.from_pretrained(

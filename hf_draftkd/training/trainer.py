@@ -465,8 +465,8 @@ class DraftDistillTrainer(SFTTrainer):
     # Evaluation ------------------------------------------------------------------------------------------------------
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
-        """Metrics are sums over texts: what is evaluated comes one text a row, and each text once. Of a stream all
-        processes get the same number of batches.
+        """Metrics are sums over texts: what is evaluated comes one text a row, and each text once. All
+        processes get the same number of batches of a stream.
         """
         usual, num_processes = self.data_collator, self.accelerator.num_processes
         if not kwargs.get("is_training") and isinstance(usual, DraftDistillCollator):

@@ -54,7 +54,7 @@ def evaluate_in_engine(
     """Measure the pair in an engine that serves it, and add the results to the report.
 
     The prompts go to the engine as token ids. Plain and assisted requests take turns, one at a time; the ratio's
-    interval is over prompts. Without a server that decodes plainly, calls are counted and nothing is said of speed-up.
+    interval is over prompts. Without a server that decodes plainly, calls are counted and no speed-up is reported.
     Greedy texts are compared with the target's own. The best draft length follows from step times taken in the engine:
     with `launch` at several draft lengths, otherwise at the one that is served.
 
