@@ -66,7 +66,7 @@ def _forward_kl(
     rate = token_acceptance_rate(draft_logits, target_logits) if acceptance else None
     log_z = target_logits.logsumexp(dim=-1)
     log_share = masked(target_logits, outside).logsumexp(dim=-1) - log_z
-    twin = value_and_gradient("forward_kl", draft_logits, target_logits, **wanted)
+    twin = value_and_gradient("forward_kl", draft_logits, target_logits, acceptance=False, **wanted)
     share = log_share.exp()
     # Where p has nothing on the list both factors vanish together.
     values = share * (twin.values + log_share.clamp(min=LOG_FLOOR))
