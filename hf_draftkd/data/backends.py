@@ -235,4 +235,4 @@ def _endings(
     """The ids that end a text, and what the generation config has to say besides the setting."""
     end_ids = end_token_ids(target_model) | ({turn_end} if turn_end is not None else set())
     overrides: dict[str, Any] = {} if turn_end is None else {"eos_token_id": sorted(end_ids)}
-    return end_ids, overrides if suppress_tokens is None else overrides | {"suppress_tokens": suppress_tokens}
+    return end_ids, overrides | {"suppress_tokens": suppress_tokens}

@@ -126,21 +126,14 @@ def refused_by_speculative_decoding(
 
 
 def single_text_config(
-    target_model: PreTrainedModel,
-    setting: DecodingSetting,
-    max_new_tokens: int,
-    *,
-    suppress_tokens: list[int] | None = None,
-    **overrides: Any,
+    target_model: PreTrainedModel, setting: DecodingSetting, max_new_tokens: int, **overrides: Any
 ) -> GenerationConfig:
-    """The generation config for decoding one prompt at a time, plainly or with a draft.
+    """The generation config for decoding one prompt at a time, plainly or with a draft; `overrides` are its fields.
 
     Nothing that is read is padding then, so the pad id is set to the end token: transformers drops a mask of ones, and
     the draft's `generate` would guess a new one by taking every pad id *inside* the text for padding (transformers
     5.23).
     """
-    if suppress_tokens is not None:
-        overrides["suppress_tokens"] = suppress_tokens
     ends = sorted(end_token_ids(target_model))
     pad = pad_id(target_model, *ends) if ends else None
     return setting.generation_config(target_model, max_new_tokens, **{"pad_token_id": pad, **overrides})
