@@ -92,7 +92,7 @@ class SpeculativeDecoding:
         compiled: With `compile`: what is kept from call to call, and `compiled.compile_seconds`.
         counts: What all calls so far drafted and accepted, one count a text and round.
         draft_vocabulary: Ids that the draft may propose, ascending; None for all.
-        prompt_padding: Of the last call, how many columns of each prompt were padding.
+        prompt_padding: How many columns of each prompt of the last call were padding.
 
     Raises:
         ValueError: An argument is out of range. A call of `generate` that cannot be honoured raises before decoding:

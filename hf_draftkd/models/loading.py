@@ -48,7 +48,7 @@ def load_target(
         name_or_path: Local directory, Hub id, an object with `repo_id` and `revision`, or a `Checkpoint`. A PEFT
             adapter is merged into its base model; of a multimodal model it is the text model (`extract_text_model`).
         revision: Branch, tag or commit on the Hub.
-        dtype: Of the weights: "auto" (as saved), a name such as "bfloat16", or a `torch.dtype`.
+        dtype: Type of the weights: "auto" (as saved), a name such as "bfloat16", or a `torch.dtype`.
         device_map: As in transformers; None loads onto the CPU.
         quantization_config: As in transformers, e.g. `BitsAndBytesConfig(load_in_4bit=True)`.
         attn_implementation: As in transformers, e.g. "sdpa".

@@ -99,7 +99,7 @@ class Checkpoint:
 
     @cached_property
     def base(self) -> "Checkpoint":
-        """Of a PEFT adapter: the model it was trained on, into which it can be merged; else a `ValueError`."""
+        """For a PEFT adapter: the model it was trained on, into which it can be merged; else a `ValueError`."""
         config = _adapter_config(self)
         try:
             base = resolve(
