@@ -235,9 +235,7 @@ def _measure(
     questions = _Questions(engine, prompts, setting, limit)
     # When sampling only the server's user knows how its draft does.
     rule = "exact_match" if setting.is_greedy else engine.sampled_rule if config.launch else None
-    same = (each for each in report.settings if (each.decoding, each.verification) == (setting, rule))
-    both_ways = (each.parallel if config.parallel_drafting else each for each in same)
-    efficiency = next((each.block_efficiency for each in both_ways if each), None)
+    efficiency = _computed(report, setting, rule, in_one_pass=config.parallel_drafting)
     predicted = None if efficiency is None else efficiency[length]
 
     def served(pair: ServedPair) -> AbstractContextManager[str]:
@@ -296,6 +294,17 @@ def _measure(
         result.call_seconds = dict(sorted(calls.items()))
         result.recommendation = recommend_in_engine(*given, calls, speedup)
     return result
+
+
+def _computed(
+    report: SpeculationReport, setting: DecodingSetting, rule: str | None, *, in_one_pass: bool
+) -> dict[int, Estimate] | None:
+    """The report's block efficiency under the engine's rule, by draft length; None where it was not computed."""
+    for each in report.settings:
+        if (each.decoding, each.verification) == (setting, rule):
+            found = each.parallel if in_one_pass else each
+            return found.block_efficiency if found else None
+    return None
 
 
 def _in_turns(
