@@ -23,7 +23,7 @@ class Latency:
         verify_seconds: One forward pass of the target over n new tokens, by n. Verifying a draft of γ tokens reads
             n = γ + 1. Between measured n it is interpolated linearly; outside them it is refused. Empty: a pass takes
             `target_step_seconds` at any n, which is the memory-bound idealisation.
-        draft_pass_seconds: Of a parallel draft: the one pass in which it drafts γ tokens, by γ. Empty: γ steps.
+        draft_pass_seconds: For a parallel draft: the one pass in which it drafts γ tokens, by γ. Empty: γ steps.
 
     Raises:
         ValueError: If a time is not a positive finite number.

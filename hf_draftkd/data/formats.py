@@ -250,7 +250,7 @@ def check_labels(dataset: Dataset | IterableDataset, name: str, max_length: int 
     """Refuse prepared rows of which no token is learned from (the first of a row, which nothing predicts, counts as
     masked). A stream is read until the first that is.
     """
-    if not any(label != -100 for labels in _column(dataset, "labels") for label in labels[1:]):
+    if not any(label != -100 for labels in column_values(dataset, "labels") for label in labels[1:]):
         raise ValueError(
             f"Nothing is left to learn from in the {name} dataset: every token is masked, or the prompts alone "
             f"fill `max_length={max_length}`. Check the masks, or raise `max_length`."
@@ -307,11 +307,12 @@ def warn_of_other_authors(dataset: Dataset | IterableDataset, name: str, target:
 def longest_text(dataset: Dataset) -> int:
     """Tokens of the longest text in prepared rows; packed rows hold several."""
     if "seq_lengths" in dataset.column_names:
-        return max((max(lengths) for lengths in _column(dataset, "seq_lengths") if lengths), default=0)
-    return max(map(len, _column(dataset, "input_ids")), default=0)
+        return max((max(lengths) for lengths in column_values(dataset, "seq_lengths") if lengths), default=0)
+    return max(map(len, column_values(dataset, "input_ids")), default=0)
 
 
-def _column(dataset: Dataset | IterableDataset, name: str) -> Iterable[Any]:
+def column_values(dataset: Dataset | IterableDataset, name: str) -> Iterable[Any]:
+    """The entries of one column, row by row, without the memory that a whole column takes."""
     return (row for batch in dataset.select_columns([name]).iter(batch_size=1000) for row in batch[name])
 
 

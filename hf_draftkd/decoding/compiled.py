@@ -19,8 +19,8 @@ from hf_draftkd.decoding.texts import Piece, Texts
 class CompiledModels:
     """Compiled forwards and static caches, kept from call to call so that nothing is compiled twice.
 
-    Of each model and batch size one cache is kept, the longest so far: shorter texts are read in it, a longer one takes
-    its place.
+    One cache is kept for each model and batch size, the longest so far: shorter texts are read in it, a longer one
+    takes its place.
 
     Attributes:
         compile_seconds: Wall-clock of all first steps with a new shape, which is when compilation happens.

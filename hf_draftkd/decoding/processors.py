@@ -12,6 +12,7 @@ from transformers import (
     EtaLogitsWarper,
     InfNanRemoveLogitsProcessor,
     LogitNormalization,
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
@@ -51,9 +52,7 @@ def logits_processors(setting: DecodingSetting, target_model: PreTrainedModel | 
     processors = LogitsProcessorList()
     if setting.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(setting.repetition_penalty))
-    suppressed = target_model.generation_config.suppress_tokens if target_model is not None else None
-    if suppressed:
-        assert target_model is not None
+    if target_model is not None and (suppressed := target_model.generation_config.suppress_tokens):
         processors.append(SuppressTokensLogitsProcessor(suppressed, device=str(target_model.device)))
     return LogitsProcessorList([*processors, *_warpers(setting)])
 
@@ -92,8 +91,8 @@ def process_logits(
     return processors(prefixes, logits)
 
 
-def _warpers(setting: DecodingSetting) -> LogitsProcessorList:
-    warpers = LogitsProcessorList()
+def _warpers(setting: DecodingSetting) -> list[LogitsProcessor]:
+    warpers: list[LogitsProcessor] = []
     if setting.is_greedy:
         return warpers
     if setting.temperature != 1:

@@ -92,7 +92,7 @@ class SpeculativeDecoding:
         compiled: With `compile`: what is kept from call to call, and `compiled.compile_seconds`.
         counts: What all calls so far drafted and accepted, one count a text and round.
         draft_vocabulary: Ids that the draft may propose, ascending; None for all.
-        prompt_padding: Of the last call, how many columns of each prompt were padding.
+        prompt_padding: How many columns of each prompt of the last call were padding.
 
     Raises:
         ValueError: An argument is out of range. A call of `generate` that cannot be honoured raises before decoding:
@@ -303,11 +303,9 @@ class SpeculativeDecoding:
                 "A batch needs room for rejected tokens that a static cache of this length does not have. Use the "
                 "dynamic cache (leave out `cache_implementation`), or one prompt at a time."
             )
+        if any(draft_cache.is_linear):
+            raise ValueError("The draft has linear attention, which cannot be rolled back. Decode without a draft.")
         for name, each in (("target", cache), ("draft", draft_cache)):
-            if any(each.is_linear):
-                raise ValueError(
-                    f"The {name} has linear attention, which cannot be rolled back. Decode without a draft."
-                )
             if (self.compiled is not None or not texts.is_single) and not can_have_holes(each):
                 raise ValueError(
                     f"The {name} has layers with a sliding window, in which texts of a batch cannot advance by "

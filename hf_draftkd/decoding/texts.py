@@ -2,12 +2,22 @@
 returns of them.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+    """A batch of prompts as `generate` takes it: `input_ids` and `attention_mask`, [B, L] each."""
+    rows = [torch.tensor(list(prompt)) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 class Piece(NamedTuple):

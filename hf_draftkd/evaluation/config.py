@@ -34,7 +34,7 @@ class EvaluationConfig:
         "(llama.cpp where its draft samples).",
     )
     max_new_tokens: int = option(
-        128, "Longest completion, in tokens. Of alignment data, the longest completion there counts."
+        128, "Longest completion, in tokens; of alignment data the longest completion counts instead."
     )
     num_assistant_tokens: int | None = option(
         None,

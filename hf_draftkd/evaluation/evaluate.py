@@ -113,30 +113,8 @@ def evaluate_draft(
     drafts = [*candidates, *([] if baseline is None else [baseline])]
     require_loaded(target_model, *drafts)
     config = replace(config or EvaluationConfig(), **options)
-    if settings is not None and config.temperatures is not None:
-        raise ValueError("Give either `temperatures` or `settings`, not both: a setting has its own temperature.")
-    if settings is not None and (not settings or len(set(settings)) < len(settings)):
-        raise ValueError("`settings` must name at least one decoding setting, and none twice.")
-    if (prompts is None) == (dataset is None):
-        raise ValueError("Give `prompts` for the target to answer, or a `dataset` it wrote: one of them, not both.")
-    if dataset is not None and not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"`dataset` must be one `datasets.Dataset`, got {type(dataset).__name__}: load it, or a split."
-        )
-    if not drafts:
-        raise ValueError("`draft_model` is an empty list: give at least one draft.")
-    for draft in drafts:
-        if draft.config.is_encoder_decoder:
-            raise ValueError(f"{draft.name_or_path!r} is an encoder-decoder model; a draft must be a causal LM.")
-        places = {draft.device.type, target_model.device.type} - {"meta"}  # parts of a model may be offloaded
-        if config.measure_speed and len(places) > 1:
-            raise ValueError(
-                f"The draft {draft.name_or_path!r} is on {draft.device} and the target on {target_model.device}: its "
-                f"speed there says nothing. Move it, `draft.to({str(target_model.device)!r})`, or leave speed out, "
-                "`measure_speed=False`."
-            )
-        check_own_tokenizer(draft, tokenizer)
-    check_own_tokenizer(target_model, tokenizer, is_target=True)
+    _check_arguments(prompts, dataset, settings, config)
+    _check_models(drafts, target_model, tokenizer, config)
     # Before a vocabulary is padded: that is the draft as it lies in its folder.
     checksums = [loaded_checksum(draft) for draft in drafts]
     for draft in drafts:
@@ -177,6 +155,43 @@ def evaluate_draft(
             answers=evaluation.answers(best),
             warnings=evaluation.warnings,
         )
+
+
+def _check_arguments(
+    prompts: Any, dataset: Any, settings: Sequence[DecodingSetting] | None, config: EvaluationConfig
+) -> None:
+    """Refuse arguments of `evaluate_draft` that contradict each other."""
+    if settings is not None and config.temperatures is not None:
+        raise ValueError("Give either `temperatures` or `settings`, not both: a setting has its own temperature.")
+    if settings is not None and (not settings or len(set(settings)) < len(settings)):
+        raise ValueError("`settings` must name at least one decoding setting, and none twice.")
+    if (prompts is None) == (dataset is None):
+        raise ValueError("Give `prompts` for the target to answer, or a `dataset` it wrote: one of them, not both.")
+    if dataset is not None and not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`dataset` must be one `datasets.Dataset`, got {type(dataset).__name__}: load it, or a split."
+        )
+
+
+def _check_models(
+    drafts: Sequence[PreTrainedModel],
+    target_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvaluationConfig,
+) -> None:
+    """Refuse models of another tokenizer, and those whose speed on two kinds of devices would say nothing."""
+    if not drafts:
+        raise ValueError("`draft_model` is an empty list: give at least one draft.")
+    for draft in drafts:
+        places = {draft.device.type, target_model.device.type} - {"meta"}  # parts of a model may be offloaded
+        if config.measure_speed and len(places) > 1:
+            raise ValueError(
+                f"The draft {draft.name_or_path!r} is on {draft.device} and the target on {target_model.device}: its "
+                f"speed there says nothing. Move it, `draft.to({str(target_model.device)!r})`, or leave speed out, "
+                "`measure_speed=False`."
+            )
+        check_own_tokenizer(draft, tokenizer)
+    check_own_tokenizer(target_model, tokenizer, is_target=True)
 
 
 class _Evaluation:

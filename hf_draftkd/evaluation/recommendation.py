@@ -47,7 +47,7 @@ def way_latency(measured: LatencyResult, way: str = ASSISTANT_MODEL) -> Latency:
     )
 
 
-def forward_latency(measured: LatencyResult, way: str = ASSISTANT_MODEL) -> Latency:
+def forward_latency(measured: LatencyResult, way: str) -> Latency:
     """Step times of the forward passes alone: what no implementation can beat."""
     passes = measured.parallel_draft_seconds if way == PARALLEL else None
     step = measured.draft_step_seconds

@@ -30,7 +30,7 @@ class ModelInfo:
     num_parameters: int = key("Parameters, tied weights counted once.")
     dtype: str | None = optional("Number format of the weights that were measured.")
     weights_sha256: str | None = optional(
-        "Of a draft: checksum of the weights that were measured, as `hf_draftkd.models.identity.weights_checksum` of "
+        "For a draft: checksum of the weights that were measured, as `hf_draftkd.models.identity.weights_checksum` of "
         "their folder gives it in this number format. `push` compares it. Absent for quantised weights."
     )
 
@@ -249,7 +249,7 @@ class SettingResult:
         "what it measured are those of the whole vocabulary."
     )
     parallel: ParallelResult | None = optional(
-        "Of a draft trained with `parallel_tokens`: drafting in one pass. All other results are those of drafting one "
+        "For a draft trained with `parallel_tokens`: drafting in one pass. All other results are those of drafting one "
         "token at a time."
     )
     assisted: AssistedResult | None = optional(
@@ -342,7 +342,7 @@ class DraftResult:
     latency: LatencyResult | None = optional("As the report's.")
     recommendation: Recommendation | None = optional("As the report's.")
     paired_difference: list[PairedDifference] | None = optional(
-        "Of several drafts: this one minus the first of the ranking."
+        "Where there are several drafts: this one minus the first of the ranking."
     )
 
 

@@ -270,7 +270,7 @@ class _Scorer:
         Args:
             target: Its logits `[N, V]`.
             drafts: Logits `[N, V]` of each.
-            deeper: Of each parallel draft the logits at depth 2 to K, `[N, K − 1, V]`.
+            deeper: For each parallel draft its logits at depth 2 to K, `[N, K − 1, V]`.
             at: The positions.
 
         Returns:

@@ -41,12 +41,12 @@ def self_check(
     prompts: Sequence[Sequence[int]],
     settings: Sequence[DecodingSetting],
     *,
-    ways: Sequence[str] = (ASSISTANT_MODEL, SPECULATIVE),
+    ways: Sequence[str],
     vocab_size: int,
     max_new_tokens: int,
-    suppress_tokens: list[int] | None = None,
-    seed: int = 0,
-    on_prompt: Callable[[], Any] = lambda: None,
+    suppress_tokens: list[int] | None,
+    seed: int,
+    on_prompt: Callable[[], Any],
 ) -> SelfCheck:
     """Write texts plainly, compute block efficiency from them, and count it again with real decoding in each way.
 

@@ -84,7 +84,7 @@ def paired_difference(
     baseline: dict[str, TextSums],
     prompts: Sequence[int],
     *,
-    has_blocks: bool = True,
+    has_blocks: bool,
 ) -> PairedDifference:
     """Draft minus baseline on the same texts, from their sums by name (`PassResult.drafts`). Other arguments as in
     `setting_result`.

@@ -240,16 +240,12 @@ def _text_set(dataset: Dataset, setting: DecodingSetting) -> TextSet:
     dataset = dataset.select(rows)
     texts = [Text(*ids) for ids in zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)]
     by_prompt: dict[tuple[int, ...], int] = {}
-
-    def column(name: str | None) -> list[Any]:
-        return list(dataset[name]) if name in dataset.column_names else [None] * len(dataset)
-
     group = next((name for name in _GROUP_COLUMNS if name in dataset.column_names), None)
     return TextSet(
         setting=setting,
         texts=texts,
         prompts=[by_prompt.setdefault(tuple(text.prompt_ids), len(by_prompt)) for text in texts],
-        groups=None if group is None else [str(name) for name in column(group)],
+        groups=None if group is None else list(map(str, dataset[group])),
         written_by=frozenset(filter(None, authors(dataset))),
     )
 

@@ -10,14 +10,15 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_draftkd.acceptance import AcceptanceCounts
+from hf_draftkd.data.backends import cut_completion
 from hf_draftkd.decoding.processors import logits_processors, process_logits
 from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
 from hf_draftkd.decoding.speculative import SpeculativeDecoding
+from hf_draftkd.decoding.texts import left_padded
 from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length, synchronize_accelerator
 from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE
 from hf_draftkd.evaluation.report import DecodingDifference
@@ -125,21 +126,14 @@ def refused_by_speculative_decoding(
 
 
 def single_text_config(
-    target_model: PreTrainedModel,
-    setting: DecodingSetting,
-    max_new_tokens: int,
-    *,
-    suppress_tokens: list[int] | None = None,
-    **overrides: Any,
+    target_model: PreTrainedModel, setting: DecodingSetting, max_new_tokens: int, **overrides: Any
 ) -> GenerationConfig:
-    """The generation config for decoding one prompt at a time, plainly or with a draft.
+    """The generation config for decoding one prompt at a time, plainly or with a draft; `overrides` are its fields.
 
     Nothing that is read is padding then, so the pad id is set to the end token: transformers drops a mask of ones, and
     the draft's `generate` would guess a new one by taking every pad id *inside* the text for padding (transformers
     5.23).
     """
-    if suppress_tokens is not None:
-        overrides["suppress_tokens"] = suppress_tokens
     ends = sorted(end_token_ids(target_model))
     pad = pad_id(target_model, *ends) if ends else None
     return setting.generation_config(target_model, max_new_tokens, **{"pad_token_id": pad, **overrides})
@@ -165,20 +159,15 @@ def generate_texts(
 
     The config is as `single_text_config` makes it. The global random state is left alone.
     """
-    rows = [torch.tensor(list(prompt)) for prompt in prompts]
-    pad = pad_id(model, config.pad_token_id)
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(model.device)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(model.device)
+    inputs = left_padded(prompts, pad_id(model, config.pad_token_id), model.device)
     with seeded(seed, model.device):
         synchronize_accelerator()
         started = perf_counter()
-        output = model.generate(ids, attention_mask=mask, generation_config=config, **options)
+        output = model.generate(**inputs, generation_config=config, **options)
         synchronize_accelerator()
         elapsed = perf_counter() - started
-    ends, texts = end_token_ids(model), output[:, ids.shape[1] :].tolist()
-    # What stands behind a text's end token is padding of its batch.
-    lengths = (next((place for place, token in enumerate(text) if token in ends), len(text)) for text in texts)
-    return [text[: length + 1] for text, length in zip(texts, lengths, strict=True)], elapsed
+    ends, texts = end_token_ids(model), output[:, inputs["input_ids"].shape[1] :].tolist()
+    return [cut_completion(text, ends)[0] for text in texts], elapsed
 
 
 def _first_difference(

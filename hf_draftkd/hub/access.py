@@ -45,7 +45,7 @@ def writing_token(token: str | None = None) -> str:
 
 
 @contextmanager
-def hub_errors(doing: str, *, afterwards: str, token: str | bool | None = None) -> Iterator[None]:
+def hub_errors(doing: str, *, afterwards: str, token: str | bool | None) -> Iterator[None]:
     """Say what a failed request means: a `ValueError` where the user has to change something, else a `ConnectionError`.
 
     `doing` completes "The Hub ... while ...", `afterwards` says what has and has not happened and what to do next, and

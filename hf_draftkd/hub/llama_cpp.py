@@ -1,7 +1,7 @@
 """Whether llama.cpp's converter takes a pair's tokenizer, and by which name llama.cpp knows how it cuts text.
 
 The converter does not read how a byte-level tokenizer splits text. It hashes the ids of one text and looks the hash up,
-so a vocabulary of one's own is refused whatever its rules are.
+so a custom vocabulary is refused, whatever its rules.
 """
 
 import json

@@ -111,7 +111,6 @@ class DraftModelCard(ModelCard):
             ],
         )
         context = {
-            "name": shown,
             "title": shown if is_public(shown) else PurePath(shown).name,
             "notes": [*(provenance.notes or ()), *notes],
             "plots": [(caption, Markdown(quote(one_line(path)))) for caption, path in (plots or {}).items()],

@@ -96,9 +96,9 @@ def value_and_gradient(
     target_logits: torch.Tensor,
     *,
     options: Mapping[str, Any] | None = None,
-    gradient: bool = True,
-    acceptance: bool = False,
-    memory: Reused | None = None,
+    gradient: bool,
+    acceptance: bool,
+    memory: Reused,
 ) -> Twin:
     """Return a divergence and its gradient in the draft's logits, for one chunk.
 
@@ -116,7 +116,7 @@ def value_and_gradient(
     Returns:
         Values, gradient and acceptance rate. The gradient may lie in `draft_logits` or in `memory`.
     """
-    options, memory = dict(options or {}), memory or Reused()
+    options = options or {}
     twin = _TWINS.get(divergence) if isinstance(divergence, str) else None
     if twin is not None:
         return twin(draft_logits, target_logits, gradient, acceptance, memory, **options)
@@ -129,13 +129,11 @@ def value_and_gradient(
     return Twin(values, slope, rate)
 
 
-def cross_entropy(
-    draft_logits: torch.Tensor, tokens: torch.Tensor, gradient: bool, memory: Reused | None = None
-) -> Twin:
+def cross_entropy(draft_logits: torch.Tensor, tokens: torch.Tensor, gradient: bool, memory: Reused) -> Twin:
     """Return −log q(x) of `tokens` `[n]` and, if wanted, its gradient; the logits `[n, V]` are left as they are."""
     if not gradient:
         return Twin(plain_cross_entropy(draft_logits, tokens=tokens), None, None)
-    q, log_z_q = softmax(draft_logits, (memory or Reused()).take("on text", draft_logits))
+    q, log_z_q = softmax(draft_logits, memory.take("on text", draft_logits))
     picked = tokens.unsqueeze(-1)
     values = log_z_q - draft_logits.gather(-1, picked).squeeze(-1)
     return Twin(values, q.scatter_add_(-1, picked, -torch.ones_like(picked, dtype=q.dtype)), None)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hf_draftkd.acceptance import token_acceptance_rate
 from hf_draftkd.losses.chunked import Unprojected
 from hf_draftkd.losses.divergences import LOG_FLOOR
 from hf_draftkd.losses.gradients import Divergence, Reused, Twin, value_and_gradient
@@ -62,13 +63,10 @@ def listed_value_and_gradient(
 def _forward_kl(
     draft_logits: torch.Tensor, target_logits: torch.Tensor, outside: torch.Tensor, *, acceptance: bool, **wanted: Any
 ) -> Twin:
-    rate = None
-    if acceptance:
-        difference = draft_logits.softmax(dim=-1).sub_(target_logits.softmax(dim=-1))
-        rate = (1 - 0.5 * difference.abs_().sum(dim=-1)).clamp(min=0.0)
+    rate = token_acceptance_rate(draft_logits, target_logits) if acceptance else None
     log_z = target_logits.logsumexp(dim=-1)
     log_share = masked(target_logits, outside).logsumexp(dim=-1) - log_z
-    twin = value_and_gradient("forward_kl", draft_logits, target_logits, **wanted)
+    twin = value_and_gradient("forward_kl", draft_logits, target_logits, acceptance=False, **wanted)
     share = log_share.exp()
     # Where p has nothing on the list both factors vanish together.
     values = share * (twin.values + log_share.clamp(min=LOG_FLOOR))

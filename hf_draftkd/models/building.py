@@ -57,7 +57,7 @@ def build_draft(
         share: Size of the new model as a fraction of the target's parameters, embeddings counted: the config of the
             target's own architecture that comes closest, few layers preferred (see `sized_config`).
         tokenizer: With it, ids that the target pads are suppressed in the draft's generation config.
-        dtype: Of the draft's weights. Default: the target's.
+        dtype: Type of the draft's weights. Default: the target's.
         seed: Decides the random weights; the global random state is left alone.
 
     Returns:

@@ -62,7 +62,7 @@ def store_draft_settings(draft_model: PreTrainedModel, settings: dict[str, Any])
     They are `draft_length_settings(γ)`, or `{"draft_vocabulary": ids}` with the likeliest id first, so that the first n
     are the list of size n. transformers keeps keys that it does not know: so the list follows the draft through
     `save_pretrained`, `from_pretrained`, checkpoints and the Hub, where a file beside it would be left behind. 16,000
-    ids are some 160 kB. `generate(assistant_model=...)` and other engines ignore them.
+    ids take about 160 kB. `generate(assistant_model=...)` and other engines ignore them.
     """
     _store(draft_model.generation_config, settings)
 

@@ -23,7 +23,7 @@ class ModelFacts:
     """One model: its size, its vocabulary, what it can read.
 
     Attributes:
-        config: Of the causal LM; of a multimodal model that of its text part.
+        config: The config of the causal LM; for a multimodal model, of its text part.
         num_parameters: Parameters, tied ones once, of which `table_share` are in embedding and head.
         rows: Rows of the head, padding included, of which the tokenizer knows `num_tokens`; None without one.
         context: The longest text it can read, in tokens, where the config says so.

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import ADAPTER_CONFIG_NAME, logging
 
 from hf_draftkd.models.forward import reads_left_to_right
 from hf_draftkd.models.identity import remember_checkpoint
-from hf_draftkd.models.resolve import ADAPTER_CONFIG_NAME, Checkpoint, check_config, resolve
+from hf_draftkd.models.resolve import Checkpoint, check_config, resolve
 from hf_draftkd.models.text_model import extract_text_model
 from hf_draftkd.utils.checks import one_of
 from hf_draftkd.utils.threads import shared_cores
@@ -48,7 +48,7 @@ def load_target(
         name_or_path: Local directory, Hub id, an object with `repo_id` and `revision`, or a `Checkpoint`. A PEFT
             adapter is merged into its base model; of a multimodal model it is the text model (`extract_text_model`).
         revision: Branch, tag or commit on the Hub.
-        dtype: Of the weights: "auto" (as saved), a name such as "bfloat16", or a `torch.dtype`.
+        dtype: Type of the weights: "auto" (as saved), a name such as "bfloat16", or a `torch.dtype`.
         device_map: As in transformers; None loads onto the CPU.
         quantization_config: As in transformers, e.g. `BitsAndBytesConfig(load_in_4bit=True)`.
         attn_implementation: As in transformers, e.g. "sdpa".

@@ -38,6 +38,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING,
 )
 from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -48,8 +50,6 @@ from transformers.utils import (
 from hf_draftkd.models.text_model import is_multimodal, text_class, text_config
 from hf_draftkd.utils.checks import nearest
 
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-ADAPTER_SAFE_WEIGHTS_NAME = "adapter_model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -99,7 +99,7 @@ class Checkpoint:
 
     @cached_property
     def base(self) -> "Checkpoint":
-        """Of a PEFT adapter: the model it was trained on, into which it can be merged; else a `ValueError`."""
+        """For a PEFT adapter: the model it was trained on, into which it can be merged; else a `ValueError`."""
         config = _adapter_config(self)
         try:
             base = resolve(
@@ -163,7 +163,7 @@ class Checkpoint:
 
     @cached_property
     def _config(self) -> PreTrainedConfig:
-        # Of a GGUF file that was cut off the two parsers say only that bytes are missing.
+        # Of a truncated GGUF file both parsers say only that bytes are missing.
         other = () if self.gguf_file is None else (ValueError, struct.error)
         try:
             return AutoConfig.from_pretrained(

@@ -154,7 +154,7 @@ def weight_bytes(config: PreTrainedConfig, bits: int = 16) -> int:
     """Bytes of the weights of the causal LM that a config describes.
 
     Args:
-        config: Of a causal LM; it is built on torch's meta device.
+        config: The config of a causal LM, which is built on torch's meta device.
         bits: 32 or 16 for all weights. 8 or 4: linear layers as bitsandbytes stores them, all but the head, and
             everything else in 16 bits.
     """

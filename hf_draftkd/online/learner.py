@@ -188,7 +188,7 @@ def acceptance_of(
     *,
     vocab_size: int,
     batch_size: int,
-    vocabulary: list[int] | None = None,
+    vocabulary: list[int] | None,
 ) -> list[float]:
     """Exact acceptance rate of each draft on served requests, each under its own setting: a ratio of sums.
 

@@ -78,7 +78,7 @@ def only_run(directory: str | Path) -> Iterator[None]:
         os.close(handle)
 
 
-def checkpoint_to_resume(output_dir: str | Path, *, warns: bool = True) -> str:
+def checkpoint_to_resume(output_dir: str | Path, *, warns: bool) -> str:
     """The newest complete checkpoint, or a `ValueError`; what was passed over is logged where `warns`."""
     checkpoint, skipped = last_complete_checkpoint(output_dir)
     for reason in skipped if warns else ():

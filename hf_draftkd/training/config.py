@@ -44,8 +44,8 @@ class DraftDistillConfig(SFTConfig):
     Every parameter of [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] works as there, except those listed
     at the end.
 
-    The help text of a field says what it does; here stands what takes more words. What the values of most of them cost
-    and bring in an ablation is said in the guide `examples/guides/choosing.md`.
+    The help text of a field says what it does; what takes more words stands here. The guide
+    `examples/guides/choosing.md` says what most of the values cost and bring in an ablation.
 
     Parameters:
         > The models and the loss
@@ -96,7 +96,7 @@ class DraftDistillConfig(SFTConfig):
         skd_top_k (`int`):
             How strictly the target corrects the draft while it writes (SKD, arXiv 2410.11325, with 25).
         generation_temperature, generation_top_p, generation_top_k:
-            What the models' own generation configs say of sampling is not used.
+            The sampling settings in the models' own generation configs are not used.
 
         > Which tokens are learned from
 
@@ -132,7 +132,7 @@ class DraftDistillConfig(SFTConfig):
     >   the inherited 2e-5 is meant for. Smaller ones take more: the ablation's, of 0.7 M parameters, is best at 3e-3.
     > - `max_length`: `2048`. A row is a prompt and an answer; 1024 would cut ordinary chat answers.
     > - `bf16`: stays off where no accelerator computes in bf16, so that no argument is needed on a CPU.
-    > - `use_cpu`: `True` in each of several processes without an accelerator, which would else not know of each other.
+    > - `use_cpu`: `True` in each of several processes without an accelerator, which would not know of each other.
     > - `dataloader_pin_memory`: off without an accelerator, where it only makes torch warn.
     > - `eval_strategy`: `"no"` becomes `"epoch"` where an `eval_dataset` is given, which would otherwise lie unused.
     > - `hub_strategy`: `"end"`. Half-trained drafts and adapters are not what somebody else can load.

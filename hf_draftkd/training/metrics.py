@@ -88,7 +88,7 @@ class EvaluationSums:
         signal: What the draft learns from: it names the acceptance rate, and says which text it can judge.
         num_assistant_tokens: Draft length γ of the metric called `block_efficiency`.
         more_lengths: Further draft lengths, each reported as `block_efficiency_at_γ`.
-        temperatures: Of the acceptance rates beside that at 1, and of the settings whose block efficiency is reported.
+        temperatures: Those of further acceptance rates, and of the settings whose block efficiency is reported.
         vocabulary: Ids that the draft may propose; None for all.
     """
 

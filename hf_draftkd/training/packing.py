@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from hf_draftkd.data.formats import column_values
 from hf_draftkd.models.forward import evaluating, logits_at, unwrapped
 from hf_draftkd.models.pairing import context_length
 from hf_draftkd.training.signals import model_inputs
@@ -27,8 +28,7 @@ def longest_packed_row(dataset: Any, batch_size: int, max_length: int | None) ->
     """Tokens of the longest row that the padding-free collator makes: all rows of a batch, one behind the other."""
     if not isinstance(dataset, Dataset):
         return batch_size * (max_length or 0)
-    rows = dataset.select_columns(["input_ids"]).iter(batch_size=1000)
-    return sum(heapq.nlargest(batch_size, (len(ids) for batch in rows for ids in batch["input_ids"])))
+    return sum(heapq.nlargest(batch_size, map(len, column_values(dataset, "input_ids"))))
 
 
 @torch.no_grad()

@@ -26,10 +26,11 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import pad
 
 from hf_draftkd.data.backends import LENGTH, cut_completion
+from hf_draftkd.data.formats import column_values
 from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
+from hf_draftkd.decoding.texts import left_padded
 from hf_draftkd.models.forward import evaluating, seeded, unwrapped
 from hf_draftkd.models.tokenizers import pad_id
 from hf_draftkd.training.config import DraftDistillConfig
@@ -90,8 +91,7 @@ def check_writing(trainer: Any, context: int, columns: Collection[str]) -> None:
         )
     if not (args.writes_completions and isinstance(dataset, Dataset)):
         return
-    rows = (labels for batch in dataset.select_columns(["labels"]).iter(batch_size=1000) for labels in batch["labels"])
-    longest = max(map(last_prompt, rows), default=0)
+    longest = max(map(last_prompt, column_values(dataset, "labels")), default=0)
     if longest == 0:
         instead = "Give rows with `prompt` and `completion`, chats, or what `draftkd generate` writes."
         if not args.assistant_only_loss and set(CHAT_COLUMNS) & set(columns):
@@ -215,22 +215,19 @@ class CompletionWriter:
         model: Any = draft if who == DRAFT else self._target
         top_k = args.skd_top_k if who == DRAFT else None
         config = self._generation_config(unwrapped(model), setting, is_draft=who == DRAFT, corrected=top_k is not None)
-        rows = [torch.tensor(prompt) for prompt in prompts]
-        ids = pad(rows, padding_value=config.pad_token_id, padding_side="left").to(device)
-        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
+        inputs = left_padded(prompts, config.pad_token_id, device)
         # Another seed for each process, or all would draw the same numbers for different rows.
         seed = random.Random(f"{args.seed}/{step}/{self._accelerator.process_index}").getrandbits(63)
         corrects = self._target if top_k is not None else None
         with self._generating(model) as writes, self._generating(corrects) as target, torch.no_grad():
             processors = LogitsProcessorList()
             if top_k is not None:
+                mask = inputs["attention_mask"]
                 processors.append(CorrectedByTarget(target, setting, top_k, self._vocab_size, mask))
             with seeded(seed, device):
-                output = writes.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
-                )
+                output = writes.generate(**inputs, generation_config=config, logits_processor=processors)
         ends = end_token_ids(unwrapped(model))
-        return [cut_completion(row, ends) for row in output[:, ids.shape[1] :].tolist()]
+        return [cut_completion(row, ends) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _generation_config(
         self, model: Any, setting: DecodingSetting, *, is_draft: bool, corrected: bool

@@ -118,10 +118,10 @@ def prepare_pair(
     target_model: str | PreTrainedModel | None,
     args: DraftDistillConfig,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    quantization_config: Any = None,
-    trains: bool = True,
-    adds_adapter: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None,
+    quantization_config: Any,
+    trains: bool,
+    adds_adapter: bool,
 ) -> tuple[Any, PreTrainedModel | None, PreTrainedTokenizerBase]:
     """Load what was given by name, and make draft and target a pair.
 

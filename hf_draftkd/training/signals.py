@@ -44,7 +44,7 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in _OWN_FEATURES}
 
 
-def arithmetic_of(model: torch.nn.Module, name: str, obstacle: str | None = None) -> HeadArithmetic | None:
+def arithmetic_of(model: torch.nn.Module, name: str, obstacle: str | None) -> HeadArithmetic | None:
     """How a model's logits follow from its hidden states; None, and a word on why, where they must be whole."""
     found = head_arithmetic(model) if obstacle is None else None
     if found is None and PartialState().is_main_process:
@@ -100,7 +100,7 @@ class TextSignal:
         """The target at the N positions [B, L] `keep` that predict a completion token; None if it is not known."""
         return None
 
-    def acceptance(self, draft_logits: Tensor, target: Distributions | None, temperature: float = 1.0) -> Tensor | None:
+    def acceptance(self, draft_logits: Tensor, target: Distributions | None, temperature: float) -> Tensor | None:
         """[n] α at a sampling temperature, from raw draft logits [n, V]; None if it cannot be told.
 
         At temperature 0 it is 1 where draft and target find the same token likeliest, else 0.
@@ -141,7 +141,7 @@ class CachedTarget(TextSignal):
             return SampledTarget(ids, batch["target_counts"])
         return SparseTarget(ids, batch["target_logprobs"], batch["target_tail_logprob"])
 
-    def acceptance(self, draft_logits: Tensor, target: Distributions | None, temperature: float = 1.0) -> Tensor | None:
+    def acceptance(self, draft_logits: Tensor, target: Distributions | None, temperature: float) -> Tensor | None:
         if not isinstance(target, SparseTarget):
             return None
         if temperature == 0:
@@ -190,7 +190,7 @@ class LiveTarget(TextSignal):
             return logits_at(self.model, model_inputs(batch), keep)[:, : self._vocab_size].to(keep.device)
         return hidden_at(self.model, model_inputs(batch), keep, self.head_arithmetic, self._vocab_size)
 
-    def acceptance(self, draft_logits: Tensor, target: Distributions | None, temperature: float = 1.0) -> Tensor:
+    def acceptance(self, draft_logits: Tensor, target: Distributions | None, temperature: float) -> Tensor:
         assert isinstance(target, Tensor)
         if temperature == 0:
             return (draft_logits.argmax(-1) == target.argmax(-1)).float()

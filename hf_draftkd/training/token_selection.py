@@ -53,7 +53,7 @@ def token_metrics(
     keep: Tensor,
     position_ids: Tensor | None,
     loss: Callable[[Tensor, Any, Tensor], DistillationLoss],
-    vocabulary: Tensor | None = None,
+    vocabulary: Tensor | None,
 ) -> TokenMetrics:
     """Look at a batch's N completion tokens without gradient, a chunk at a time.
 

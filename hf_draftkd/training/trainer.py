@@ -40,6 +40,7 @@ from hf_draftkd.data.formats import (
 from hf_draftkd.data.mixing import mix_datasets
 from hf_draftkd.data.target_cache import rows_with_distributions, with_caches_alike
 from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.hub.metadata import TAGS
 from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.push import push_draft
 from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, get_divergence
@@ -127,13 +128,7 @@ class DraftDistillTrainer(SFTTrainer):
     """
 
     # Tags that `draft.push_to_hub()` would put on its card.
-    _tag_names: ClassVar[list[str]] = [
-        "hf_draftkd",
-        "speculative-decoding",
-        "draft-model",
-        "assistant-model",
-        "knowledge-distillation",
-    ]
+    _tag_names: ClassVar[list[str]] = ["hf_draftkd", *TAGS]
     # `compute_loss` divides by the completion tokens of the whole accumulation window.
     loss_is_scaled_for_ga = True
 
@@ -479,8 +474,8 @@ class DraftDistillTrainer(SFTTrainer):
     # Evaluation ------------------------------------------------------------------------------------------------------
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
-        """Metrics are sums over texts: what is evaluated comes one text a row, and each text once. Of a stream all
-        processes get the same number of batches.
+        """Metrics are sums over texts: what is evaluated comes one text a row, and each text once. All
+        processes get the same number of batches of a stream.
         """
         usual, num_processes = self.data_collator, self.accelerator.num_processes
         if not kwargs.get("is_training") and isinstance(usual, DraftDistillCollator):

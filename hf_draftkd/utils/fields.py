@@ -6,7 +6,7 @@ from typing import Any
 
 
 def option(default: Any, help: str) -> Any:
-    """A field of a config with its help text. Of a list or dict each instance gets its own copy."""
+    """A field of a config with its help text. Each instance gets its own copy of a list or dict."""
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})

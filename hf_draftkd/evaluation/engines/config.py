@@ -17,7 +17,7 @@ class EngineConfig:
     engine: str | None = option(None, "Also measure the pair served by an engine: llama.cpp, vllm or openvino.")
     endpoint: str | None = option(None, "Address of a running server with the draft, such as http://127.0.0.1:8080.")
     plain_endpoint: str | None = option(
-        None, "Address of a running server of the target alone; without one nothing is said of the speed-up."
+        None, "Address of a running server of the target alone; without one no speed-up is reported."
     )
     launch: bool = option(False, "Start both servers here, and stop them afterwards.")
     engine_binary: str | None = option(

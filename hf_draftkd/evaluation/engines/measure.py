@@ -54,7 +54,7 @@ def evaluate_in_engine(
     """Measure the pair in an engine that serves it, and add the results to the report.
 
     The prompts go to the engine as token ids. Plain and assisted requests take turns, one at a time; the ratio's
-    interval is over prompts. Without a server that decodes plainly, calls are counted and nothing is said of speed-up.
+    interval is over prompts. Without a server that decodes plainly, calls are counted and no speed-up is reported.
     Greedy texts are compared with the target's own. The best draft length follows from step times taken in the engine:
     with `launch` at several draft lengths, otherwise at the one that is served.
 
@@ -235,9 +235,7 @@ def _measure(
     questions = _Questions(engine, prompts, setting, limit)
     # When sampling only the server's user knows how its draft does.
     rule = "exact_match" if setting.is_greedy else engine.sampled_rule if config.launch else None
-    same = (each for each in report.settings if (each.decoding, each.verification) == (setting, rule))
-    both_ways = (each.parallel if config.parallel_drafting else each for each in same)
-    efficiency = next((each.block_efficiency for each in both_ways if each), None)
+    efficiency = _computed(report, setting, rule, in_one_pass=config.parallel_drafting)
     predicted = None if efficiency is None else efficiency[length]
 
     def served(pair: ServedPair) -> AbstractContextManager[str]:
@@ -296,6 +294,17 @@ def _measure(
         result.call_seconds = dict(sorted(calls.items()))
         result.recommendation = recommend_in_engine(*given, calls, speedup)
     return result
+
+
+def _computed(
+    report: SpeculationReport, setting: DecodingSetting, rule: str | None, *, in_one_pass: bool
+) -> dict[int, Estimate] | None:
+    """The report's block efficiency under the engine's rule, by draft length; None where it was not computed."""
+    for each in report.settings:
+        if (each.decoding, each.verification) == (setting, rule):
+            found = each.parallel if in_one_pass else each
+            return found.block_efficiency if found else None
+    return None
 
 
 def _in_turns(
