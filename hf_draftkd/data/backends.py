@@ -1,4 +1,4 @@
-"""Who runs the target: `generate` on batches, or continuous batching.
+"""Who runs the target: a batched `transformers` pipeline, or continuous batching.
 
 A backend is a function `(prompt_ids, setting, seed, finished)` that yields groups of completions, by the numbers of
 their prompts, as soon as they are there. They are the same for the same first three arguments; continuous batching
@@ -6,12 +6,14 @@ alone is excused from that. What an earlier call for the same had `finished` is 
 cannot have answered is a `PromptFailedError`.
 """
 
+import copy
 from collections.abc import Callable, Generator, Iterator, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import (
     ContinuousBatchingConfig,
@@ -19,13 +21,15 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
+    TextGenerationPipeline,
+    pipeline,
 )
+from transformers.pipelines.pt_utils import KeyDataset
 
 from hf_draftkd.data.kept_distributions import CacheOptions, KeptDistributions
 from hf_draftkd.data.target_cache import cache_columns, num_rows
 from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
 from hf_draftkd.decoding.speculative import SpeculativeDecoding
-from hf_draftkd.decoding.texts import left_padded
 from hf_draftkd.models.forward import evaluating, seeded, unwrapped
 from hf_draftkd.models.tokenizers import pad_id
 from hf_draftkd.utils.hashing import derived_seed
@@ -68,6 +72,27 @@ class PromptFailedError(Exception):
 
 Groups = Generator[dict[int, Completion], None, None]
 Backend = Callable[[list[list[int]], DecodingSetting, int, Set[int]], Groups]
+
+
+class AlignmentPipeline(TextGenerationPipeline):
+    """Text generation from token ids to the exact ids that the model wrote.
+
+    The stock pipeline takes text, decodes what it returns and keeps the pads behind a finished text. Here each prompt
+    gives the list of its new ids, pads behind the end token included. For batches the tokenizer must pad on the left. A
+    complete `generation_config` is required, or the model's own sampling defaults would slip in.
+    """
+
+    def _sanitize_parameters(self, **parameters: Any) -> tuple[dict, dict, dict]:
+        # The parent gives `preprocess` everything that `generate` is given.
+        return {}, super()._sanitize_parameters(**parameters)[1], {}
+
+    def preprocess(self, prompt_ids: list[int], **_: Any) -> dict[str, Any]:
+        ids = torch.tensor([prompt_ids])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prompt_text": None}
+
+    def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> list[int]:
+        # With left padding every completion of a batch starts at the same place.
+        return model_outputs["generated_sequence"][0, 0, model_outputs["input_ids"].shape[-1] :].tolist()
 
 
 class StepRecorder(StoppingCriteria):
@@ -129,7 +154,7 @@ def local_backend(
 
     Args:
         target_model: The target, where it is to run.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; left as it is.
         max_new_tokens: Longest completion, in tokens.
         batch_size: Prompts per batch. Sampled completions depend on it, since a batch shares one random stream; each
             batch has its own, so that it can be written without those before it.
@@ -140,9 +165,7 @@ def local_backend(
         cache: What to keep of the distributions that the tokens were chosen from, before any processor, and V.
     """
     end_ids, overrides = _endings(target_model, turn_end, suppress_tokens)
-    # Any id pads: it is masked in front, and cut off behind.
-    pad = overrides["pad_token_id"] = pad_id(target_model, tokenizer.pad_token_id, tokenizer.eos_token_id)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"batch_size": batch_size}
     recorder = decoding = None
     if draft_model is not None:
         decoding = SpeculativeDecoding(draft_model, helping_length(draft_model), parallel=False)
@@ -150,6 +173,20 @@ def local_backend(
     elif cache is not None:
         recorder = StepRecorder()
         options["stopping_criteria"] = StoppingCriteriaList([recorder])
+    # On a copy, so that the caller's stays as it is. Any id pads: it is masked in front, and cut off behind.
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token_id = pad_id(target_model, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    # A model that accelerate has spread over devices must not be given one.
+    spread = getattr(target_model, "hf_device_map", None) is not None
+    pipe = pipeline(
+        "text-generation",
+        model=target_model,
+        tokenizer=tokenizer,
+        device=None if spread else target_model.device,
+        pipeline_class=AlignmentPipeline,
+    )
+    overrides["pad_token_id"] = tokenizer.pad_token_id
 
     def answer(prompt_ids: list[list[int]], setting: DecodingSetting, seed: int, finished: Set[int]) -> Groups:
         config = setting.generation_config(target_model, max_new_tokens, **overrides)
@@ -157,25 +194,23 @@ def local_backend(
         # batches follow from the prompts alone.
         order = sorted(range(len(prompt_ids)), key=lambda number: len(prompt_ids[number]))
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        left = {at: batch for at, batch in enumerate(batches) if not finished >= set(batch)}
+        rows = Dataset.from_dict({"prompt_ids": [prompt_ids[number] for batch in left.values() for number in batch]})
         watching = nullcontext() if recorder is None else recorder.watching(target_model)
         with seeded(seed, target_model.device), evaluating(target_model), watching:
-            for at, batch in enumerate(batches):
-                if finished >= set(batch):
-                    continue
+            # The pipeline answers a batch when its first answer is asked for.
+            written = iter(pipe(KeyDataset(rows, "prompt_ids"), generation_config=config, **options) if left else ())
+            for at, batch in left.items():
                 torch.manual_seed(derived_seed(seed, at))
-                prompts = [prompt_ids[number] for number in batch]
                 if cache is not None:
-                    kept = KeptDistributions(*cache, prompts)
+                    kept = KeptDistributions(*cache, [prompt_ids[number] for number in batch])
                     if recorder is not None:
                         recorder.kept = kept
                     elif decoding is not None:
                         decoding.on_logits = kept.add
-                inputs = left_padded(prompts, pad, target_model.device)
-                output = target_model.generate(**inputs, generation_config=config, **options)
-                written = output[:, inputs["input_ids"].shape[1] :].tolist()
                 answers = {}
                 for place, number in enumerate(batch):
-                    ids, reason = cut_completion(written[place], end_ids)
+                    ids, reason = cut_completion(next(written), end_ids)
                     distributions = None if cache is None else kept.columns(place, len(ids), num_rows(target_model))
                     answers[number] = Completion(ids, reason, distributions=distributions)
                 yield answers

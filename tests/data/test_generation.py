@@ -3,10 +3,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from transformers import ContinuousBatchingConfig
+from transformers import ContinuousBatchingConfig, pipeline
 
 from hf_draftkd import count_acceptance
-from hf_draftkd.data.backends import cut_completion
+from hf_draftkd.data.backends import AlignmentPipeline, cut_completion
 from hf_draftkd.data.generation import cut_shards, generate_alignment_data
 from hf_draftkd.data.rows import alignment_features, render_prompts
 from hf_draftkd.decoding.setting import DecodingSetting
@@ -208,6 +208,15 @@ def test_ids_that_stand_for_no_token_are_never_written(tokenizer):
     assert max(max(ids) for ids in data["completion_ids"]) < len(tokenizer)
     for row in data.filter(lambda row: row["temperature"] == 0):
         assert row["completion_ids"] == by_hand(target, row["prompt_ids"], 8, end={1})
+
+
+def test_the_pipeline_class_works_with_the_stock_pipeline_function(target, tokenizer):
+    pipe = pipeline(
+        "text-generation", model=target, tokenizer=tokenizer, pipeline_class=AlignmentPipeline, device="cpu"
+    )
+    ids = render_prompts(TEXTS[:3], tokenizer)
+    written = pipe(ids, generation_config=DecodingSetting().generation_config(target, 4))
+    assert [cut_completion(each, {1})[0] for each in written] == [by_hand(target, each, 4, end={1}) for each in ids]
 
 
 def test_continuous_batching_writes_the_same_greedy_tokens(target, tokenizer):
