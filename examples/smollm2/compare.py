@@ -12,13 +12,11 @@ from pathlib import Path
 
 from datasets import load_dataset
 from journey import write_result
-from report import own_list, read, setting_name, table
+from report import compared, read
 from trl import TrlParser
 
 from hf_draftkd import evaluate_draft, load_draft, load_target, load_tokenizer
 from hf_draftkd.hub.public_names import public_report
-
-LENGTHS = (1, 2, 3, 4, 5)
 
 
 @dataclass
@@ -54,36 +52,7 @@ def main() -> None:
         if any(setting.block_efficiency is None for setting in report.settings):
             raise SystemExit("; ".join(report.warnings))
         write_result(work, options.output, {"report": public_report(report).to_dict()})
-    print(compared(work / "results", options))
-
-
-def compared(folder: Path, options: Options) -> str:
-    """A row for each group, setting and way of drafting."""
-    report = read(folder, options.output)["report"]
-    drafts = {Path(each["draft"]["name"]).name: each["settings"] for each in report["drafts"]}
-    rows = []
-    for group in options.groups:
-        found = [settings for name, settings in drafts.items() if name.rpartition("-")[0] == group]
-        trained = [read(folder, name) for name in drafts if name.rpartition("-")[0] == group]
-        steps = {each["log"][-1]["step"] for each in trained}
-        took = spread([each["seconds"] for each in trained], 0)
-        told = f"{group} ({'/'.join(map(str, sorted(steps)))} steps, {took} s)"
-        for index, setting in enumerate(found[0]):
-            for way, key in (("one by one", "block_efficiency"), ("in one pass", "parallel_block_efficiency")):
-                taus = [own_list(settings[index]).get(key) for settings in found]
-                if None not in taus:
-                    by_length = [
-                        [tau[str(length)]["value"] for tau in taus if str(length) in tau] for length in LENGTHS
-                    ]
-                    cells = [spread(values) if values else "" for values in by_length]
-                    rows.append([told, str(len(found)), setting_name(setting), way, *cells])
-    return table(["trained", "seeds", "setting", "drafts", *(f"τ({length})" for length in LENGTHS)], rows)
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """A mean, with the lowest and the highest."""
-    between = f" [{min(values):.{digits}f}, {max(values):.{digits}f}]" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.{digits}f}{between}"
+    print(compared(work / "results", options.output))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,15 @@ python examples/smollm2/report.py --results_dir WORK/results
 """
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trl import TrlParser
 
-LENGTHS = (1, 3, 5, 8)
+LENGTHS, MANY_LENGTHS = (1, 3, 5, 8), (1, 2, 3, 4, 5)
 GOAL, SHARE = 2.4, 0.12
 
 
@@ -98,30 +100,82 @@ def by_task(folder: Path, name: str) -> str:
     return table(["task", "questions", *(setting_name(each) for each in result["report"]["settings"])], rows)
 
 
-def speed(folder: Path) -> str:
+def compared(folder: Path, name: str = "compared") -> str:
+    """Drafts of several seeds, each named GROUP-SEED: a row for each group, setting and way of drafting."""
+    result = read(folder, name)
+    if result is None:
+        return ""
+    drafts = {Path(each["draft"]["name"]).name: each["settings"] for each in result["report"]["drafts"]}
     rows = []
+    for group in dict.fromkeys(map(group_of, drafts)):
+        found = [settings for name, settings in drafts.items() if group_of(name) == group]
+        trained = [read(folder, name) for name in drafts if group_of(name) == group]
+        steps = sorted({each["log"][-1]["step"] for each in trained})
+        took = spread([each["seconds"] for each in trained], 0)
+        told = f"{group} ({'/'.join(map(str, steps))} steps, {took} s)"
+        for index, setting in enumerate(found[0]):
+            for way, key in (("one by one", "block_efficiency"), ("in one pass", "parallel_block_efficiency")):
+                taus = [own_list(settings[index]).get(key) for settings in found]
+                if None not in taus:
+                    by_length = [
+                        [tau[str(length)]["value"] for tau in taus if str(length) in tau] for length in MANY_LENGTHS
+                    ]
+                    cells = [spread(values) if values else "" for values in by_length]
+                    rows.append([told, str(len(found)), setting_name(setting), way, *cells])
+    return table(["trained", "seeds", "setting", "drafts", *(f"τ({length})" for length in MANY_LENGTHS)], rows)
+
+
+def group_of(name: str) -> str:
+    """What drafts of several seeds have in common."""
+    return re.sub(r"-\d+$", "", name)
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """A mean, with the lowest and the highest."""
+    between = f" [{min(values):.{digits}f}, {max(values):.{digits}f}]" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{between}"
+
+
+def speed(folder: Path) -> str:
+    """Real decoding by draft, setting and way; of several seeds the mean with the lowest and highest."""
+    ways: dict[tuple[str, ...], list[tuple[int, float, float, dict[str, float], float]]] = {}
     for path in sorted(folder.glob("speed-*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        report = result["report"]
+        report = json.loads(path.read_text(encoding="utf-8"))["report"]
+        name, _, dtype = path.stem.removeprefix("speed-").rpartition("-")
         latency, threads = report["latency"], report["hardware"]["num_threads"]
         # transformers' own loop uses the whole head; `SpeculativeDecoding` the draft's list, the largest size.
         whole, listed = latency["draft_step_seconds"], latency["listed_draft_seconds"]
         listed, in_one_pass = listed[max(listed, key=int)], latency.get("parallel_draft_seconds", {})
         for setting in report["settings"]:
-            ways = {
-                "`assistant_model=`": (setting.get("assisted"), whole),
-                "`SpeculativeDecoding`": (setting.get("speculative"), listed),
-                "`SpeculativeDecoding`, in one pass": (setting.get("parallel", {}).get("speculative"), None),
-            }
-            for way, (found, seconds) in ways.items():
+            for way, found, seconds in (
+                ("`assistant_model=`", setting.get("assisted"), whole),
+                ("`SpeculativeDecoding`", setting.get("speculative"), listed),
+                ("`SpeculativeDecoding`, in one pass", setting.get("parallel", {}).get("speculative"), None),
+            ):
                 if found is None:
                     continue
-                length = f"{found['num_assistant_tokens']}"
-                cost = (in_one_pass[length] if seconds is None else seconds) / latency["target_step_seconds"]
-                rows.append([path.stem.removeprefix("speed-"), str(threads), setting_name(setting), way, length])
-                rows[-1] += [f"{found['mean_acceptance_length']:.2f}", f"{found['plain_tokens_per_second']:.0f}"]
-                rows[-1] += [cell(found["speedup"]), f"{cost:.2f}"]
-    heads = ["draft", "threads", "setting", "way", "γ", "counted tokens per call", "plain tokens/s", "speed-up"]
+                length = found["num_assistant_tokens"]
+                cost = (in_one_pass[str(length)] if seconds is None else seconds) / latency["target_step_seconds"]
+                counted, plain = found["mean_acceptance_length"], found["plain_tokens_per_second"]
+                key = (f"{group_of(name)}, {dtype}", str(threads), setting_name(setting), way)
+                ways.setdefault(key, []).append((length, counted, plain, found["speedup"], cost))
+    rows = []
+    for key, runs in ways.items():
+        lengths, counts, plains, speedups, costs = zip(*runs, strict=True)
+        gains = cell(speedups[0]) if len(runs) == 1 else spread([each["value"] for each in speedups])
+        lengths = "/".join(map(str, sorted(set(lengths))))
+        rows.append([*key, str(len(runs)), lengths, spread(counts), spread(plains, 0), gains, spread(costs)])
+    heads = [
+        "draft",
+        "threads",
+        "setting",
+        "way",
+        "seeds",
+        "γ",
+        "counted tokens per call",
+        "plain tokens/s",
+        "speed-up",
+    ]
     return table([*heads, "pass of the draft ÷ step of the target"], rows) if rows else ""
 
 
@@ -156,6 +210,7 @@ def main() -> None:
     print(verdict(folder, "distilled"))
     print(domain(folder, ["distilled", "parallel"]))
     print(by_task(folder, "distilled"))
+    print(compared(folder))
     print(speed(folder))
 
 
