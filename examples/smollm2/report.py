@@ -125,6 +125,24 @@ def compared(folder: Path, name: str = "compared") -> str:
     return table(["trained", "seeds", "setting", "drafts", *(f"τ({length})" for length in MANY_LENGTHS)], rows)
 
 
+def by_depth(folder: Path, name: str = "compared") -> str:
+    """How often a parallel draft's token is right at each depth, given that those before it were; whole head."""
+    result = read(folder, name)
+    groups: dict[tuple[str, str], list[list[float]]] = {}
+    for each in result["report"]["drafts"] if result else ():
+        for setting in each["settings"]:
+            if "parallel" in setting:
+                depths = [estimate["value"] for estimate in setting["parallel"]["acceptance_by_depth"]]
+                key = (group_of(Path(each["draft"]["name"]).name), setting_name(setting))
+                groups.setdefault(key, []).append(depths)
+    rows = [
+        [*key, str(len(found)), *(spread(depth) for depth in zip(*found, strict=True))] for key, found in groups.items()
+    ]
+    return (
+        table(["draft", "setting", "seeds", *(f"depth {n + 1}" for n in range(len(rows[0]) - 3))], rows) if rows else ""
+    )
+
+
 def group_of(name: str) -> str:
     """What drafts of several seeds have in common."""
     return re.sub(r"-\d+$", "", name)
@@ -138,7 +156,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def speed(folder: Path) -> str:
     """Real decoding by draft, setting and way; of several seeds the mean with the lowest and highest."""
-    ways: dict[tuple[str, ...], list[tuple[int, float, float, dict[str, float], float]]] = {}
+    ways: dict[tuple[str, ...], list[Any]] = {}
     for path in sorted(folder.glob("speed-*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))["report"]
         name, _, dtype = path.stem.removeprefix("speed-").rpartition("-")
@@ -158,25 +176,18 @@ def speed(folder: Path) -> str:
                 cost = (in_one_pass[str(length)] if seconds is None else seconds) / latency["target_step_seconds"]
                 counted, plain = found["mean_acceptance_length"], found["plain_tokens_per_second"]
                 key = (f"{group_of(name)}, {dtype}", str(threads), setting_name(setting), way)
-                ways.setdefault(key, []).append((length, counted, plain, found["speedup"], cost))
+                run = (length, counted, plain, found["predicted_speedup"], found["speedup"], cost)
+                ways.setdefault(key, []).append(run)
     rows = []
     for key, runs in ways.items():
-        lengths, counts, plains, speedups, costs = zip(*runs, strict=True)
+        lengths, counts, plains, predicted, speedups, costs = zip(*runs, strict=True)
         gains = cell(speedups[0]) if len(runs) == 1 else spread([each["value"] for each in speedups])
         lengths = "/".join(map(str, sorted(set(lengths))))
-        rows.append([*key, str(len(runs)), lengths, spread(counts), spread(plains, 0), gains, spread(costs)])
-    heads = [
-        "draft",
-        "threads",
-        "setting",
-        "way",
-        "seeds",
-        "γ",
-        "counted tokens per call",
-        "plain tokens/s",
-        "speed-up",
-    ]
-    return table([*heads, "pass of the draft ÷ step of the target"], rows) if rows else ""
+        told = [*key, str(len(runs)), lengths, spread(counts), spread(plains, 0)]
+        rows.append([*told, spread(predicted), gains, spread(costs)])
+    heads = ["draft", "threads", "setting", "way", "seeds", "γ", "counted tokens per call", "plain tokens/s"]
+    heads += ["speed-up, predicted", "measured", "pass of the draft ÷ step of the target"]
+    return table(heads, rows) if rows else ""
 
 
 def verdict(folder: Path, name: str) -> str:
@@ -211,6 +222,7 @@ def main() -> None:
     print(domain(folder, ["distilled", "parallel"]))
     print(by_task(folder, "distilled"))
     print(compared(folder))
+    print(by_depth(folder))
     print(speed(folder))
 
 
