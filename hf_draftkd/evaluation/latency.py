@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
+from transformers.utils import logging
 
 from hf_draftkd.acceptance import DRAFT_LENGTHS
 from hf_draftkd.decoding.drafting import with_sliced_head
@@ -76,18 +77,21 @@ def measure_latency(
     config = single_text_config(
         target_model, DecodingSetting(temperature=1.0), min(max_new_tokens, 48), suppress_tokens=suppress_tokens
     )
-    intervals: list[float] = []
-    for number, prompt in enumerate(prompts[:8], start=seed):
-        clock = _TokenClock()
-        generate_text(target_model, prompt, config, seed=number, streamer=clock)
-        # The prompt comes first, and the first token with it.
-        intervals += np.diff(clock.times[1:]).tolist()
-    if intervals:
-        plain = max(0.0, _cost(intervals) - found.target_step_seconds)
-        measure = partial(_overhead, target_model, draft_model, prompts[:8], found, config, seed, plain)
-        found.generate_overhead, found.speculative_overhead, found.parallel_overhead = (
-            measure(way) if way in ways else None for way in WAYS
-        )
+    texts, intervals = prompts[:8], list[float]()
+    total = len(texts) * (1 + len(_CALIBRATION_LENGTHS) * len(ways))
+    with logging.tqdm(total=total, desc="Timing single rounds", unit="text") as bar:
+        for number, prompt in enumerate(texts, start=seed):
+            clock = _TokenClock()
+            generate_text(target_model, prompt, config, seed=number, streamer=clock)
+            # The prompt comes first, and the first token with it.
+            intervals += np.diff(clock.times[1:]).tolist()
+            bar.update()
+        if intervals:
+            plain = max(0.0, _cost(intervals) - found.target_step_seconds)
+            measure = partial(_overhead, target_model, draft_model, texts, found, config, seed, plain, bar.update)
+            found.generate_overhead, found.speculative_overhead, found.parallel_overhead = (
+                measure(way) if way in ways else None for way in WAYS
+            )
     return found
 
 
@@ -99,6 +103,7 @@ def _overhead(
     config: GenerationConfig,
     seed: int,
     plain_step_seconds: float,
+    advance: Callable[[], object],
     way: str,
 ) -> GenerateOverhead | None:
     """Time of rounds of real decoding in one way beyond their forward passes; None where texts are too short to say."""
@@ -122,6 +127,7 @@ def _overhead(
             options = way_options(way, draft_model, length)
             with fixed_draft_length(draft_model, length), observe_rounds(target_model, note):
                 generate_text(target_model, prompt, config, seed=number, **options)
+            advance()
     if len(beyond) < 2:
         return None
     # So much a drafted token and so much a call.
