@@ -6,8 +6,9 @@ python examples/smollm2/answers.py --work_dir WORK [--data_dir PROMPTS]
 - seeds: there are general instructions, answered greedily and at temperature 1, so that other text is not forgotten;
 - synthetic: there is nothing, and the target writes the queries itself before it answers them.
 
-The target runs in bfloat16, in which it is later served and measured. A killed run loses the shard that it was at, and
-step 4 takes what is finished: so this may be stopped when there is enough, and other sets written first (`--sets`).
+The target runs in bfloat16, in which it is later served and measured (`--dtype` says otherwise). A killed run loses the
+batch that it was at, and step 4 takes the shards that are finished: this may be stopped when there is enough, and other
+sets written first (`--sets`).
 """
 
 import time
@@ -35,13 +36,14 @@ class Options:
     synthetic: int = field(default=32, metadata={"help": "Queries that the target writes."})
     max_new_tokens: int = field(default=160, metadata={"help": "Longest answer, in tokens."})
     batch_size: int = field(default=64, metadata={"help": "Prompts decoded together."})
+    dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, or float32 for older CPUs."})
 
 
 def main() -> None:
     (options,) = TrlParser(Options).parse_args_and_config()
     disable_progress_bars()
     work = Path(options.work_dir)
-    target, tokenizer = load_target(str(work / "target"), dtype="bfloat16"), load_tokenizer(str(work / "target"))
+    target, tokenizer = load_target(str(work / "target"), dtype=options.dtype), load_tokenizer(str(work / "target"))
     common: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
         "batch_size": options.batch_size,

@@ -27,7 +27,8 @@ class Options:
 def main() -> None:
     (options,) = TrlParser(Options).parse_args_and_config()
     work = Path(options.work_dir)
-    names = [f"speed-{options.draft}-bfloat16", f"{options.draft}-gsm8k_test"]
+    speeds = [f"speed-{options.draft}-{dtype}" for dtype in ("bfloat16", "float32")]
+    names = [*speeds, f"{options.draft}-gsm8k_test"]
     measured = [path for name in names if (path := work / "results" / f"{name}.json").exists()]
     if not measured:
         raise SystemExit(f"{options.draft} was not measured yet: run measure.py or speed.py first.")

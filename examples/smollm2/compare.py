@@ -27,6 +27,7 @@ class Options:
     groups: list[str] = field(default_factory=lambda: ["ordinary", "parallel"], metadata={"help": "Ways of training."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of each group; some may be absent."})
     questions: int = field(default=50, metadata={"help": "Of the questions that `measure.py` had answered."})
+    dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, or float32 for older CPUs."})
     output: str = field(default="compared", metadata={"help": "Name of the result."})
 
 
@@ -37,11 +38,11 @@ def main() -> None:
     names = [name for name in names if (work / "results" / f"{name}.json").exists()]
     if read(work / "results", options.output) is None:
         rows = load_dataset("parquet", data_files=str(work / "data" / "gsm8k_test" / "data" / "*"), split="train")
-        drafts = [load_draft(str(work / name), dtype="bfloat16") for name in names]
+        drafts = [load_draft(str(work / name), dtype=options.dtype) for name in names]
         size = len(drafts[0].generation_config.draft_vocabulary)
         report = evaluate_draft(
             drafts,
-            load_target(str(work / "target"), dtype="bfloat16"),
+            load_target(str(work / "target"), dtype=options.dtype),
             load_tokenizer(str(work / "target")),
             dataset=rows.select(range(2 * options.questions)),  # each question has a greedy and a sampled answer
             measure_speed=False,

@@ -48,6 +48,7 @@ class Options:
     held_out: int = field(default=128, metadata={"help": "Last rows of the domain, to compare on."})
     layers: list[int] = field(default_factory=lambda: [0, 1, 28, 29], metadata={"help": "Layers of the draft to make."})
     vocabulary: int = field(default=3072, metadata={"help": "Tokens that it may propose."})
+    dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, or float32 for older CPUs."})
 
 
 def listed(answers: Dataset, questions: Dataset, tokenizer: PreTrainedTokenizerBase, size: int) -> list[int]:
@@ -79,7 +80,7 @@ def try_out(draft: PreTrainedModel, learned: Dataset, unseen: Dataset, options: 
         report_to="none",
         logging_steps=20,
         use_cpu=True,
-        bf16=True,
+        bf16=options.dtype == "bfloat16",
         train_sampling_strategy="group_by_length",
     )
     trainer = DraftDistillTrainer(
@@ -99,7 +100,8 @@ def try_out(draft: PreTrainedModel, learned: Dataset, unseen: Dataset, options: 
 def main() -> None:
     (options,) = TrlParser(Options).parse_args_and_config()
     logging.disable_progress_bar()
-    torch.set_float32_matmul_precision("medium")  # as in step 4
+    if options.dtype == "bfloat16":
+        torch.set_float32_matmul_precision("medium")  # as in step 4
     work = Path(options.work_dir)
     target = load_target(str(work / "target"), dtype="float32")
     tokenizer = load_tokenizer(str(work / "target"))

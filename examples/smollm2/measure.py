@@ -32,6 +32,7 @@ class Options:
     per_task: int = field(default=5, metadata={"help": "Questions of each task of Spec-Bench, which has 80 of each."})
     max_new_tokens: int = field(default=160, metadata={"help": "Longest answer, in tokens."})
     batch_size: int = field(default=32, metadata={"help": "Texts decoded or scored together."})
+    dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, or float32 for older CPUs."})
 
 
 def by_task(rows: Dataset, count: int) -> Dataset:
@@ -69,7 +70,7 @@ def main() -> None:
     (options,) = TrlParser(Options).parse_args_and_config()
     disable_progress_bars()
     work = Path(options.work_dir)
-    target, tokenizer = load_target(str(work / "target"), dtype="bfloat16"), load_tokenizer(str(work / "target"))
+    target, tokenizer = load_target(str(work / "target"), dtype=options.dtype), load_tokenizer(str(work / "target"))
     for name in options.sets:
         rows = texts(name, target, tokenizer, options, work / "data" / name)
         for draft in options.drafts:
@@ -80,7 +81,7 @@ def main() -> None:
             if (work / "results" / f"{draft}-{name}.json").exists():
                 continue
             report = evaluate_draft(
-                load_draft(str(work / draft), dtype="bfloat16"),
+                load_draft(str(work / draft), dtype=options.dtype),
                 target,
                 tokenizer,
                 dataset=rows,

@@ -23,7 +23,7 @@ class Options:
 
     work_dir: str = field(default="smollm2", metadata={"help": "Folder of the whole journey: weights, data, results."})
     draft: str = field(default="distilled", metadata={"help": "Folder in --work_dir of the draft."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Number format of both models."})
+    dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, or float32 for older CPUs."})
     prompts: int = field(default=24, metadata={"help": "Questions that are decoded in every way."})
     threads: int = field(default=2, metadata={"help": "Threads; two that share their cores are slower than one."})
 

@@ -32,17 +32,21 @@ class Options:
     batch_size: int = field(default=16, metadata={"help": "Rows of a step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate; it falls to 0 as a cosine."})
     seed: int = field(default=42, metadata={"help": "Of the order of the rows."})
+    # Forward KL where the draft is far from the target, and nearer to it ever more the acceptance rate itself.
+    divergence: str = field(default="lk_hybrid", metadata={"help": "Of the draft from the target."})
     parallel_tokens: int = field(default=1, metadata={"help": "Tokens that the draft learns to predict in one pass."})
     parallel_weights: str = field(default="confidence", metadata={"help": "How its depths count: or uniform."})
     mask_token: str = field(default="<gh_stars>", metadata={"help": "Of a parallel draft; in no text here."})
     held_out: int = field(default=128, metadata={"help": "Last rows of the domain, which are not learned from."})
+    dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, or float32 for older CPUs."})
     save_steps: int = field(default=100, metadata={"help": "Steps between checkpoints; a killed run loses as many."})
 
 
 def main() -> None:
     (options,) = TrlParser(Options).parse_args_and_config()
-    # The layers compute in bfloat16 (`bf16=True`); this lets the CPU multiply float32 matrices in it too.
-    torch.set_float32_matmul_precision("medium")
+    if options.dtype == "bfloat16":
+        # So do the layers (`bf16=True`); this lets the CPU multiply float32 matrices in it too.
+        torch.set_float32_matmul_precision("medium")
     work = Path(options.work_dir)
     folder = work / options.output
     if (work / "results" / f"{options.output}.json").exists():
@@ -59,8 +63,7 @@ def main() -> None:
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.04,  # of all steps
-        # Forward KL where the draft is far from the target, and nearer to it ever more the acceptance rate itself.
-        divergence="lk_hybrid",
+        divergence=options.divergence,
         draft_vocabulary="recorded",
         parallel_tokens=options.parallel_tokens,
         parallel_weights="uniform" if options.parallel_tokens == 1 else options.parallel_weights,
@@ -73,7 +76,7 @@ def main() -> None:
         logging_steps=20,
         report_to="none",
         use_cpu=True,
-        bf16=True,
+        bf16=options.dtype == "bfloat16",
     )
     draft = AutoModelForCausalLM.from_pretrained(work / options.model, dtype="float32")
     tokenizer = load_tokenizer(str(work / "target"))
