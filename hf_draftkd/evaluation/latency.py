@@ -77,7 +77,8 @@ def measure_latency(
     config = single_text_config(
         target_model, DecodingSetting(temperature=1.0), min(max_new_tokens, 48), suppress_tokens=suppress_tokens
     )
-    texts, intervals = prompts[:8], list[float]()
+    texts = prompts[:8]
+    intervals: list[float] = []
     total = len(texts) * (1 + len(_CALIBRATION_LENGTHS) * len(ways))
     with logging.tqdm(total=total, desc="Timing single rounds", unit="text") as bar:
         for number, prompt in enumerate(texts, start=seed):

@@ -76,6 +76,18 @@ def test_the_tables_say_whether_the_goal_was_reached(journey):
     assert "| mt_bench | 1 |" in text
 
 
+def test_the_readme_shows_what_the_stored_results_hold():
+    """A table typed by hand or left behind, and speeds of several seeds that are not put together."""
+    readme = (STEPS / "README.md").read_text(encoding="utf-8")
+    text = run(STEPS / "report.py", "--results_dir", str(STEPS / "results" / "equal_seconds"), cwd=STEPS)
+    rows = [line for line in text.splitlines() if line.startswith(("| ordinary (", "| parallel ("))]
+    assert len(rows) == 6
+    # Every draft ran with one thread, which the README says once.
+    timed = [line.replace("float32 | 1 |", "float32 |", 1) for line in text.splitlines() if ", float32 |" in line]
+    assert [line.split(" | ")[3] for line in timed] == 4 * ["2"] + 6 * ["1"]
+    assert all(line in readme for line in rows + timed)
+
+
 def test_the_card_says_what_was_measured_and_done(journey):
     run(STEPS / "card.py", "--work_dir", str(journey), cwd=journey)
     text = (journey / "distilled" / "README.md").read_text(encoding="utf-8")
