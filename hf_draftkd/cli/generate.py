@@ -101,10 +101,16 @@ def _check(options: GenerateOptions, config: AlignmentDataConfig) -> None:
     required(target_model=options.target_model, output_dir=config.output_dir)
     if config.scenario != "synthetic":
         required(dataset=config.dataset)
-    needed = {"tokenizer": ("endpoint", config.endpoint), "private": ("push_to_hub", options.push_to_hub)}
-    for idle, (wanted, given) in needed.items():
-        if getattr(options, idle) and not given:
-            raise UsageError(f"`{idle}` would do nothing without `{wanted}`. Leave it out, or add that.")
+    endpoint = config.endpoint is not None
+    for idle, is_given, why in (
+        ("tokenizer", options.tokenizer and not endpoint, "without `endpoint`"),
+        ("private", options.private and not options.push_to_hub, "without `push_to_hub`"),
+        ("dtype", options.dtype != "auto" and endpoint, "beside `endpoint`, which loads the target itself"),
+        ("device_map", options.device_map and endpoint, "beside `endpoint`, which loads the target itself"),
+        ("target_model_revision", options.target_model_revision and options.tokenizer, "beside `tokenizer`"),
+    ):
+        if is_given:
+            raise UsageError(f"`{idle}` would do nothing {why}. Leave it out.")
     with usage_errors():
         new_directory(str(config.output_dir), overwrite=True)
         if options.push_to_hub:
