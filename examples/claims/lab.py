@@ -72,7 +72,8 @@ class Lab:
 
     Args:
         pair: Folder with `target`, `draft`, and queries, `train.jsonl`, `dev.jsonl` and `test.jsonl`: with the columns
-            `prompt`, `reference` (the right answer) and, for claims that judge answers, `function`.
+            `prompt`, `reference` (the right answer) and, for claims that judge answers, `function`. A draft with a
+            list of ids is trained and scored as proposing these alone.
         work_dir: Where what is made is kept.
         sizes: How much of everything.
         data_dir: Folder with public prompts, for the claims that need them.
@@ -258,6 +259,8 @@ class Lab:
             **options: Further arguments of `DraftDistillConfig`.
         """
         scratch = Path(tempfile.mkdtemp(dir=self.folder))
+        if recorded_list(draft) is not None:
+            options = {"draft_vocabulary": "recorded"} | options
         args = DraftDistillConfig(
             output_dir=str(scratch / "trainer"),
             learning_rate=rate,
@@ -332,6 +335,11 @@ class Lab:
             **options,
         )
         return folder
+
+
+def recorded_list(draft: PreTrainedModel) -> list[int] | None:
+    """The ids that a draft proposes, None for all of them."""
+    return getattr(draft.generation_config, "draft_vocabulary", None)
 
 
 def with_references(rows: Dataset) -> Dataset:

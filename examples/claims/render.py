@@ -1,6 +1,6 @@
 """Make README.md of this folder from the results alone: every figure in it is one that a cell stored.
 
-python examples/claims/render.py [--results_dir DIR] [--pair DIR] [--output README.md] [--readme ../../README.md]
+python examples/claims/render.py [--results_dir DIR] [--pair DIR] [--only A3] [--output PAGE] [--readme PAGE]
 
 The first comparison of each claim, which is what the paper makes most of, goes into the page `--readme` too.
 """
@@ -21,7 +21,7 @@ from hf_draftkd.models.identity import count_parameters
 from hf_draftkd.utils.files import write_text
 
 HEAD = """\
-# What the papers claim, tried on a small pair
+# What the papers claim, tried on a pair
 
 Made by `render.py` from the files under `results/`; no figure here is typed by hand. Each claim has its script, which
 says how it was tried; `run.py` runs them all and resumes over days:
@@ -176,12 +176,14 @@ def main() -> None:
     parser.add_argument("--results_dir", type=Path, default=HERE / "results")
     parser.add_argument("--pair", type=Path, default=DEMO)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", metavar="CLAIM", help="these claims, as A3")
     parser.add_argument("--smoke", action="store_true", help="the results are of toy sizes")
     parser.add_argument("--output", type=Path, default=HERE / "README.md")
     parser.add_argument("--readme", type=Path, help="a page with marks for the first comparison of each claim")
     options = parser.parse_args()
     results = Results(options.results_dir, pair_weights(options.pair), SMOKE if options.smoke else FULL)
-    found = judged(results, CLAIMS, options.seeds)
+    chosen = [claim for claim in CLAIMS if not options.only or claim.name in options.only]
+    found = judged(results, chosen, options.seeds)
     write_text(options.output, page(results, found, options.pair))
     if options.readme is not None:
         write_text(options.readme, with_headlines(options.readme.read_text(encoding="utf-8"), found))

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from lab import Lab, with_references
+from lab import Lab, recorded_list, with_references
 from recipes import TEMPERATURES
 from transformers import PreTrainedModel
 
@@ -28,7 +28,7 @@ def score_drafts(
 
     Args:
         target: The target that wrote the rows.
-        drafts: The drafts.
+        drafts: The drafts; one with a list of ids proposes these alone.
         rows: Alignment data, one answer to each prompt at each temperature.
         vocabulary: Score the first draft once more, last, as if it proposed these ids only.
 
@@ -37,8 +37,11 @@ def score_drafts(
         of their acceptance rates) and for each draft length the expected target `calls`; of a parallel draft also
         `parallel_calls`, those of drafting in one pass.
     """
-    lists = [] if vocabulary is None else [(0, vocabulary)]
-    found: list[dict[str, Any]] = [{} for _ in range(len(drafts) + len(lists))]
+    lists = [(place, ids) for place, draft in enumerate(drafts) if (ids := recorded_list(draft)) is not None]
+    own = [place for place, _ in lists]
+    if vocabulary is not None:
+        lists.append((0, vocabulary))
+    found: list[dict[str, Any]] = [{} for _ in range(len(drafts) + len(lists) - len(own))]
     for setting, temperature in TEMPERATURES.items():
         chosen = rows.filter(lambda at, wanted=temperature: at == wanted, input_columns="temperature")
         texts = [Text(*ids) for ids in zip(chosen["prompt_ids"], chosen["completion_ids"], strict=True)]
@@ -50,7 +53,8 @@ def score_drafts(
             vocab_size=target.config.vocab_size,
             draft_vocabularies=lists,
         )
-        for columns, by_rule in zip(found, [*result.drafts, *result.listed], strict=True):
+        by_draft = dict(enumerate(result.drafts)) | dict(zip(own, result.listed, strict=False))
+        for columns, by_rule in zip(found, [*by_draft.values(), *result.listed[len(own) :]], strict=True):
             rule, sums = next(iter(by_rule.items()))
             columns[setting] = {
                 "tokens": [int(each) for each in sums.num_tokens],

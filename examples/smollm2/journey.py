@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,25 +43,34 @@ SETS = {
 }
 
 
-def read_prompts(name: str, data_dir: str | None, limit: int | None = None) -> Dataset:
-    """The prompts of a set as conversations of one message; of Spec-Bench with the `category` of each."""
-    file, published, column = SETS[name]
+def read_rows(name: str, data_dir: str | None) -> Dataset:
+    """The rows of a set as they are published."""
+    file, published, _ = SETS[name]
     if data_dir is None:
-        rows = load_dataset(**published)
-    else:
-        path = Path(data_dir) / file
-        if not path.exists():
-            raise SystemExit(f"{path} is missing. Put it there, or leave out --data_dir to load it by its address.")
-        rows = load_dataset("json", data_files=str(path), split="train")
-    if "prompt" in rows.column_names:  # the seeds, where somebody has prepared them
-        column = "prompt"
+        return load_dataset(**published)
+    path = Path(data_dir) / file
+    if not path.exists():
+        raise SystemExit(f"{path} is missing. Put it there, or leave out --data_dir to load it by its address.")
+    return load_dataset("json", data_files=str(path), split="train")
+
+
+def conversations(rows: Dataset, column: str, kept: Sequence[str] = ("answer",)) -> Dataset:
+    """A column of questions as a `prompt` of conversations with one message, beside the columns that are kept."""
 
     def conversation(row: dict) -> dict:
         text = row[column] if isinstance(row[column], str) else row[column][0]  # of several turns the first
         return {"prompt": [{"role": "user", "content": text}]}
 
-    kept = {"category"} & set(rows.column_names)
-    rows = rows.map(conversation, remove_columns=[each for each in rows.column_names if each not in kept | {"prompt"}])
+    kept = [*kept, "prompt"]
+    return rows.map(conversation, remove_columns=[each for each in rows.column_names if each not in kept])
+
+
+def read_prompts(name: str, data_dir: str | None, limit: int | None = None) -> Dataset:
+    """The prompts of a set as conversations of one message; of Spec-Bench with the `category` of each."""
+    rows = read_rows(name, data_dir)
+    # The seeds have another column where somebody has prepared them.
+    column = "prompt" if "prompt" in rows.column_names else SETS[name][2]
+    rows = conversations(rows, column, kept=["category"])
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 

