@@ -116,10 +116,11 @@ class DriftClaim(Claim):
                 span = " to ".join(dict.fromkeys(f"−{each:.0%}" for each in (claimed.smallest, claimed.largest or 0)))
                 found.append(
                     Finding(
-                        f"{domain}: acceptance after against before tuning ({setting})",
+                        f"{domain}: acceptance after against before tuning",
                         span,
                         in_words(change, percent=True),
                         verdict(change, claimed, falls=True),
+                        setting,
                     )
                 )
         return found

@@ -29,8 +29,8 @@ CLAIM = Claim(
         Comparison("synthetic: a fifth of the rate against the full one", SYNTHETIC + FIFTH, SYNTHETIC + FULL),
         Comparison("historical: a fifth of the rate against the full one", HISTORICAL + FIFTH, HISTORICAL + FULL),
     ),
-    notes="The last row is the control: only where it says otherwise than the row above is it the synthetic text that "
-    "wants a smaller rate.",
+    notes="Among the verdicts, historical text at a fifth of the rate is the control: only where synthetic text gains "
+    "and it does not is it the synthetic text that wants a smaller rate.",
 )
 
 if __name__ == "__main__":

@@ -59,13 +59,13 @@ CLAIM = Claim(
             for label in list(DIVERGENCES)[:3]
         ),
         compared(
-            "the draft's text, FKL, against the tuned draft (best on GSM8K, greedy)",
+            "the draft's text, FKL, against the tuned draft (the paper's best, greedy)",
             "the draft's text, FKL",
             START,
             claimed=Claimed(0.61),
         ),
         compared(
-            "the target's text, RKL, against the tuned draft (best on GSM8K, T=1)",
+            "the target's text, RKL, against the tuned draft (the paper's best, T=1)",
             "the target's text, RKL",
             START,
             claimed=Claimed(0.49),

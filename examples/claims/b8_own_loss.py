@@ -53,10 +53,11 @@ class OwnLoss(Claim):
             estimate = Estimate(over_prompts.value, over_prompts.low, over_prompts.high, seeds, over_prompts.prompts)
             found.append(
                 Finding(
-                    f"rank correlation of own loss and acceptance over {len(by_state)} states ({setting})",
+                    f"rank correlation of own loss and acceptance over {len(by_state)} states",
                     "says little",
                     in_words(estimate, percent=False),
                     judged(estimate),
+                    setting,
                 )
             )
         return found

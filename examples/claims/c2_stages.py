@@ -1,6 +1,6 @@
 """C2: what does each stage of making a draft from nothing bring?
 
-Random weights, pretraining on plain text (the stock draft), tuning on given answers, and distillation behind each, at
+Random weights, pretraining on plain text (the stock draft), tuning on given answers, and distillation after each, at
 the better of two rates.
 """
 
@@ -24,10 +24,10 @@ CLAIM = Claim(
         "pretrained, tuned, distilled": Arm(WHITE_BOX, RATES[::2]),
     },
     comparisons=(
-        compared("distillation, behind pretraining", "pretrained, distilled", "pretrained"),
+        compared("distillation, after pretraining", "pretrained, distilled", "pretrained"),
         compared("pretraining, before distillation", "pretrained, distilled", "random, distilled"),
-        compared("tuning on given answers, behind pretraining", "pretrained, tuned", "pretrained"),
-        compared("distillation, behind tuning", "pretrained, tuned, distilled", "pretrained, tuned"),
+        compared("tuning on given answers, after pretraining", "pretrained, tuned", "pretrained"),
+        compared("distillation, after tuning", "pretrained, tuned, distilled", "pretrained, tuned"),
         compared("tuning, before distillation", "pretrained, tuned, distilled", "pretrained, distilled"),
     ),
 )

@@ -30,8 +30,10 @@ says how it was tried; `run.py` runs them all and resumes over days:
     python examples/claims/run.py --only A3 --budget_seconds 3600
     python examples/claims/render.py
 
-A "reproduced" or "refuted" is about this pair: a target of {target} parameters and a draft of {draft}. It says whether
-the effect shows there, not what a pair a thousand times as large does.
+A verdict is about this pair: a target of {target} parameters and a draft of {draft}. "Refuted" says that the effect
+is absent there, reversed, or smaller than the smallest that the paper reports; it says nothing of a pair a thousand
+times as large. Claim A1 needs `--data_dir`, a folder of public prompts that its script names. A SmolLM2 pair is made
+by `examples/smollm2/pair.py`.
 
 τ(γ) is the number of tokens per target call where γ are drafted. Scores are exact, over {prompts} held-out queries
 that the target answered greedily and at temperature 1 (up to {answer_tokens} tokens); both temperatures are scored
@@ -62,11 +64,16 @@ def judged(results: Results, claims: Sequence[Claim], seeds: int) -> list[tuple[
 
 
 def verdicts(found: Sequence[tuple[Claim, Arms, list[Finding]]], most: int | None = None) -> list[str]:
-    """The table of verdicts, with the first rows of each claim, or all."""
+    """The table of verdicts, with the first comparisons of each claim, or all; one row for all its temperatures."""
     lines = ["| claim | compared | paper | here | verdict |", "|---|---|---|---|---|"]
     for claim, _, findings in found:
-        for row in findings[:most]:
-            lines.append(f"| {claim.name} | {row.says} | {row.paper} | {row.here} | {row.verdict} |")
+        compared: dict[tuple[str, str], list[Finding]] = {}
+        for each in findings:
+            compared.setdefault((each.says, each.paper), []).append(each)
+        for (says, paper), settings in list(compared.items())[:most]:
+            here = "<br>".join(f"{each.setting}: {each.here}" if each.setting else each.here for each in settings)
+            judged_as = "<br>".join(dict.fromkeys(each.verdict for each in settings))
+            lines.append(f"| {claim.name} | {says} | {paper} | {here} | {judged_as} |")
         if not findings:
             lines.append(f"| {claim.name} | {claim.says} | | | not run yet |")
     return lines
@@ -95,7 +102,7 @@ def with_headlines(readme: str, found: Sequence[tuple[Claim, Arms, list[Finding]
     """A page with the first comparison of each claim, at both temperatures, between its marks."""
     before, rest = readme.split(MARKS[0])
     _, behind = rest.split(MARKS[1])
-    return "".join([before, MARKS[0], "\n".join(verdicts(found, len(TEMPERATURES))), "\n", MARKS[1], behind])
+    return "".join([before, MARKS[0], "\n".join(verdicts(found, 1)), "\n", MARKS[1], behind])
 
 
 def section(claim: Claim, arms: Arms) -> str:

@@ -73,12 +73,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of a table of verdicts."""
+    """What came of a claim, at one temperature where it was tried at several: `setting`."""
 
     says: str
     paper: str
     here: str
     verdict: str
+    setting: str = ""
 
 
 def columns(results: Sequence[Result], on: str, setting: str, metric: str, gamma: int) -> np.ndarray:
@@ -175,7 +176,7 @@ def in_paper(comparison: Comparison) -> str:
 
 
 def findings(comparisons: Sequence[Comparison], arms: Arms, settings: Sequence[str]) -> list[Finding]:
-    """A row for each comparison whose arms have results, and each temperature."""
+    """One for each comparison whose arms have results, at each temperature."""
     rows = []
     for comparison in comparisons:
         if not (arms.get(comparison.ours) and arms.get(comparison.theirs)):
@@ -184,10 +185,11 @@ def findings(comparisons: Sequence[Comparison], arms: Arms, settings: Sequence[s
             found = effect(comparison, arms, setting)
             rows.append(
                 Finding(
-                    f"{comparison.says} ({setting})",
+                    comparison.says,
                     in_paper(comparison),
                     in_words(found, percent=comparison.relative),
                     verdict(found, comparison.claimed, falls=comparison.falls),
+                    setting,
                 )
             )
     return rows

@@ -219,7 +219,8 @@ def test_kept_live_and_written_cells_run_and_are_rendered(claims, tmp_path):
     states = results.of_arm(kept, 1)[0]["states"]
     assert [state["step"] for state in states] == [1, 2]
     page = claims.render.page(results, claims.render.judged(results, [claim], 3), pair)
-    assert "| X | kept against start (greedy) | higher |" in page
+    (row,) = (line for line in page.splitlines() if line.startswith("| X | kept against start | higher | greedy: "))
+    assert "<br>T=1: " in row
     assert "undecided (2 of 3 seeds, 3 prompts)" in page
     assert "10 cells, made" in page
     assert claims.beyond.speed("PARD", results.of_arm(parallel, 2), "T=1")[0] > 0
