@@ -39,7 +39,7 @@ STAND_INS = {
     "limit=48": "limit=4",
     "num_speed_prompts=8": "num_speed_prompts=1",
     "DraftDistillConfig(": "DraftDistillConfig(max_steps=2, ",
-    'prompts["test"],': 'prompts["test"], num_speed_prompts=1,',
+    'draft, target, tokenizer, prompts["test"],': 'draft, target, tokenizer, prompts["test"], num_speed_prompts=1,',
 }
 # What is added to a command of `draftkd`, where the last of two equal options wins.
 SHORT = {

@@ -4,7 +4,7 @@
 
 A tiny model of every architecture (random weights, made from its config class) goes through the whole journey with a
 draft that agrees in part: pairing, alignment data, a training step, packing, exact evaluation and cutting. What is
-printed is the section "What was tried" of examples/README.md: what passes, what is refused and why, what goes wrong.
+printed is the page `architectures.md`: what passes, what is refused and why, what goes wrong.
 Finished architectures lie in `--output` with the versions they were tried with, and are not tried again.
 """
 
@@ -65,7 +65,7 @@ def section(results: dict[str, dict[str, Any]]) -> str:
     )
     passed = f"{len(works)} of {len(results)} architectures pass every step: {', '.join(works)}."
     lines = [
-        "## What was tried",
+        "# What works with which architecture",
         "",
         textwrap.fill(made, 120, break_on_hyphens=False),
         "",

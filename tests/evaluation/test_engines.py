@@ -252,6 +252,12 @@ def test_options_are_checked_before_the_work(options, message):
         EngineConfig(**options)
 
 
+def test_an_address_may_be_the_one_that_openai_clients_take():
+    """A server asked for `/v1/metrics` and `/v1/v1/completions`."""
+    config = EngineConfig(engine="vllm", endpoint="http://a:8000/v1/", plain_endpoint="http://b:8000/")
+    assert (config.endpoint, config.plain_endpoint) == ("http://a:8000", "http://b:8000")
+
+
 class Served(Engine):
     """An engine in Python: time is simulated, the draft gets every second token right."""
 

@@ -15,7 +15,7 @@ class EngineConfig:
     """
 
     engine: str | None = option(None, "Also measure the pair served by an engine: llama.cpp, vllm or openvino.")
-    endpoint: str | None = option(None, "Address of a running server with the draft, such as http://127.0.0.1:8080.")
+    endpoint: str | None = option(None, "Address of a running server with the draft, such as http://127.0.0.1:8080 (`/v1` is cut).")
     plain_endpoint: str | None = option(
         None, "Address of a running server of the target alone; without one no speed-up is reported."
     )
@@ -50,6 +50,9 @@ class EngineConfig:
                 whole_number(name, getattr(self, name))
         if self.launch == bool(self.endpoint or self.plain_endpoint):
             raise ValueError("Give `endpoint`, for a running server with the draft, or `launch`: one of the two ways.")
+        for name in ("endpoint", "plain_endpoint"):
+            if getattr(self, name):  # OpenAI clients take the address with `/v1`, counters lie outside of it
+                setattr(self, name, getattr(self, name).rstrip("/").removesuffix("/v1"))
         if self.parallel_drafting and self.engine != "vllm":
             raise ValueError(f"`parallel_drafting` is an option of vLLM, which {self.engine} does not have.")
         if self.plain_endpoint and not self.endpoint:

@@ -141,7 +141,7 @@ def check_servers(config: EngineConfig) -> None:
     engine = ENGINES[config.engine]
     for url in (config.endpoint, config.plain_endpoint):
         if url:
-            engine.version(url.rstrip("/"))
+            engine.version(url)
     program = config.engine_binary or engine.binary
     if config.launch and shutil.which(program) is None:
         raise ValueError(f"There is no program {program!r} to launch {engine.name} with: name it with `engine_binary`.")
@@ -240,7 +240,7 @@ def _measure(
 
     def served(pair: ServedPair) -> AbstractContextManager[str]:
         running = config.endpoint if pair.draft else config.plain_endpoint
-        return launched(engine, pair) if config.launch else nullcontext((running or "").rstrip("/"))
+        return launched(engine, pair) if config.launch else nullcontext(running or "")
 
     with served(replace(pair, draft=None)) as plain_url, served(pair) as url:
         version = engine.version(url)
