@@ -98,21 +98,7 @@ def generate_alignment_data(
             shards stay valid.
     """
     config = AlignmentDataConfig(**options) if config is None else replace(config, **options)
-    if isinstance(target_model, str) and config.endpoint is None:
-        raise ValueError(
-            f"`target_model` is a name ({target_model!r}). Load it with `load_target`, or give `endpoint`."
-        )
-    if not isinstance(target_model, str) and config.endpoint is not None:
-        raise ValueError(
-            f"An `endpoint` answers for a target that it knows by name, got a {type(target_model).__name__}. Give that "
-            "name as `target_model`, or leave out `endpoint`."
-        )
-    for name, given, wanted, there in (
-        ("endpoint_options", endpoint_options, "endpoint", config.endpoint is not None),
-        ("continuous_batching_config", continuous_batching_config, "continuous_batching", config.continuous_batching),
-    ):
-        if given and not there:
-            raise ValueError(f"`{name}` would do nothing without `{wanted}`. Leave it out, or add that.")
+    _check_arguments(target_model, config, endpoint_options, continuous_batching_config)
     if draft_model is not None:
         config.refuse_beside_draft()
     if isinstance(target_model, PreTrainedModel):
@@ -153,11 +139,7 @@ def generate_alignment_data(
         target = remote_target(target_model, tokenizer, config, endpoint_options)
     else:
         draft = _helping_draft(draft_model or config.draft_model, target_model, tokenizer)
-        turn_end, is_text = None, isinstance(asked[0]["prompt"], str)
-        if is_text and config.stop_at_turn_end:
-            raise ValueError("`stop_at_turn_end` would do nothing: the prompts are text, without turns. Leave it out.")
-        if not is_text:
-            turn_end = missing_turn_end(target_model, tokenizer, wanted=config.stop_at_turn_end)
+        turn_end = _turn_end(target_model, tokenizer, config, is_text=isinstance(asked[0]["prompt"], str))
         for left_out in left_out_warning(target_model, list(config.requests)):
             logger.warning_once(left_out)
         target = local_target(target_model, tokenizer, config, continuous_batching_config, turn_end, draft)
@@ -199,6 +181,39 @@ def generate_alignment_data(
 
     sizes = [len(shard) * sum(config.requests.values()) for shard in shards]
     return run_shards(make_shard, sizes, manifest, folder, target.brought)
+
+
+def _check_arguments(
+    target_model: "PreTrainedModel | Checkpoint | str",
+    config: AlignmentDataConfig,
+    endpoint_options: dict[str, Any] | None,
+    continuous_batching_config: ContinuousBatchingConfig | None,
+) -> None:
+    """Refuse a target that is not where the config says, and options that would do nothing there."""
+    if isinstance(target_model, str) and config.endpoint is None:
+        raise ValueError(
+            f"`target_model` is a name ({target_model!r}). Load it with `load_target`, or give `endpoint`."
+        )
+    if not isinstance(target_model, str) and config.endpoint is not None:
+        raise ValueError(
+            f"An `endpoint` answers for a target that it knows by name, got a {type(target_model).__name__}. Give that "
+            "name as `target_model`, or leave out `endpoint`."
+        )
+    for name, given, wanted, there in (
+        ("endpoint_options", endpoint_options, "endpoint", config.endpoint is not None),
+        ("continuous_batching_config", continuous_batching_config, "continuous_batching", config.continuous_batching),
+    ):
+        if given and not there:
+            raise ValueError(f"`{name}` would do nothing without `{wanted}`. Leave it out, or add that.")
+
+
+def _turn_end(
+    target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: AlignmentDataConfig, *, is_text: bool
+) -> int | None:
+    """The id that ends a turn, where the target would not stop at it by itself."""
+    if is_text and config.stop_at_turn_end:
+        raise ValueError("`stop_at_turn_end` would do nothing: the prompts are text, without turns. Leave it out.")
+    return None if is_text else missing_turn_end(target_model, tokenizer, wanted=config.stop_at_turn_end)
 
 
 def _helping_draft(

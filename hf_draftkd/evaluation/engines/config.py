@@ -15,7 +15,9 @@ class EngineConfig:
     """
 
     engine: str | None = option(None, "Also measure the pair served by an engine: llama.cpp, vllm or openvino.")
-    endpoint: str | None = option(None, "Address of a running server with the draft, such as http://127.0.0.1:8080 (`/v1` is cut).")
+    endpoint: str | None = option(
+        None, "Address of a running server with the draft, such as http://127.0.0.1:8080 (`/v1` is cut)."
+    )
     plain_endpoint: str | None = option(
         None, "Address of a running server of the target alone; without one no speed-up is reported."
     )
