@@ -98,27 +98,7 @@ def take_texts(
         contents = loaded.select_columns(["prompt", *beside]) if beside else loaded["prompt"]
         source = source or (str(prompts) if isinstance(prompts, str | Path) else None)
     else:
-        if is_recorded(dataset):
-            as_recorded = settings is None and config.temperatures is None
-            for name in ("top_p", "top_k", "repetition_penalty") if as_recorded else ():
-                # Recorded answers were written under the settings in their rows, whatever is asked for beside them.
-                if getattr(config, name) != getattr(EvaluationConfig, name):
-                    raise ValueError(
-                        f"`{name}` would do nothing: the data records the settings its answers were written under. "
-                        "Leave it out, or let the target answer again (`--regenerate`, or give `prompts`)."
-                    )
-            sets, warnings = by_this_target(target_model, recorded_texts(dataset, None if as_recorded else asked))
-            left_out = sum(source != "generated" for source in dataset["ids_source"])
-            if left_out:
-                warnings.append(
-                    f"{left_out} of {len(dataset)} rows do not hold the very tokens that a target wrote: left out."
-                )
-        else:
-            sets = other_texts(dataset, tokenizer, asked)
-            warnings.append(
-                "The texts do not say under which setting the target wrote these very tokens, so only acceptance rates "
-                "are given. Give prompts for block efficiency."
-            )
+        sets, warnings = _given_texts(target_model, tokenizer, dataset, settings, asked, config)
         # Each prompt once, and only those whose answers are measured.
         contents = dict.fromkeys(tuple(text.prompt_ids) for texts in sets for text in texts.texts)
         max_new_tokens = max(len(text.completion_ids) for texts in sets for text in texts.texts)
@@ -149,6 +129,36 @@ def take_texts(
         sha256=sha256(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n" for item in contents),
     )
     return Texts(sets, info, max_new_tokens, warnings)
+
+
+def _given_texts(
+    target_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    settings: Sequence[DecodingSetting] | None,
+    asked: Sequence[DecodingSetting],
+    config: EvaluationConfig,
+) -> tuple[list[TextSet], list[str]]:
+    """The texts of a data set, and what a reader of the report must know of them."""
+    if not is_recorded(dataset):
+        warning = (
+            "The texts do not say under which setting the target wrote these very tokens, so only acceptance rates "
+            "are given. Give prompts for block efficiency."
+        )
+        return other_texts(dataset, tokenizer, asked), [warning]
+    as_recorded = settings is None and config.temperatures is None
+    for name in ("top_p", "top_k", "repetition_penalty") if as_recorded else ():
+        # Recorded answers were written under the settings in their rows, whatever is asked for beside them.
+        if getattr(config, name) != getattr(EvaluationConfig, name):
+            raise ValueError(
+                f"`{name}` would do nothing: the data records the settings its answers were written under. "
+                "Leave it out, or let the target answer again (`--regenerate`, or give `prompts`)."
+            )
+    sets, warnings = by_this_target(target_model, recorded_texts(dataset, None if as_recorded else asked))
+    left_out = sum(source != "generated" for source in dataset["ids_source"])
+    if left_out:
+        warnings.append(f"{left_out} of {len(dataset)} rows do not hold the very tokens that a target wrote: left out.")
+    return sets, warnings
 
 
 def answers(
