@@ -53,7 +53,9 @@ class SpeedClaim(Claim):
                     gain = bootstrap(both, lambda ours, other: ratio_of_sums(ours) / ratio_of_sums(other) - 1)
                     paper = "+10% to +45%" if theirs == WITH_TUNED else "faster"
                     says_all = f"tokens a second with the distilled draft against {says}"
-                    found.append(Finding(says_all, paper, in_words(gain, percent=True), verdict(gain, claimed), setting))
+                    found.append(
+                        Finding(says_all, paper, in_words(gain, percent=True), verdict(gain, claimed), setting)
+                    )
         return found
 
     def table(self, arms: Mapping[str, Any]) -> str:

@@ -59,7 +59,9 @@ class ListClaim(Claim):
                     lambda ours, theirs, saved=whole / listed: ratio_of_sums(ours) / ratio_of_sums(theirs) * saved - 1,
                 )
                 says = f"MBSU with {results[0]['ids']} ids against all"
-                found.append(Finding(says, "+14% to +19%", in_words(change, percent=True), verdict(change, SPAN), setting))
+                found.append(
+                    Finding(says, "+14% to +19%", in_words(change, percent=True), verdict(change, SPAN), setting)
+                )
         return found
 
 

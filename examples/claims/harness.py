@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from lab import FACTS, Lab, pair_id
-from recipes import FULL, SMOKE, TEMPERATURES, Recipe, Sizes, cell_name
+from recipes import SIZES, TEMPERATURES, Recipe, Sizes, cell_name
 from scoring import own_loss, scores
 from verdicts import Comparison, Finding, findings
 
@@ -282,15 +282,15 @@ def main(claims: Sequence[Claim], argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", metavar="CLAIM", help="these claims, as A3")
     parser.add_argument("--list", action="store_true", help="only say what is done, and what is left")
     parser.add_argument("--budget_seconds", type=float, help="start no further cells after this time")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, to try the scripts; needs a --results_dir")
+    parser.add_argument("--sizes", choices=SIZES, default="full", help="how much; smoke needs a --results_dir")
     options = parser.parse_args(argv)
-    if options.smoke and options.results_dir == HERE / "results":
-        parser.error("--smoke would put toy results among the real ones: give a --results_dir.")
+    if options.sizes == "smoke" and options.results_dir == HERE / "results":
+        parser.error("--sizes smoke would put toy results among the real ones: give a --results_dir.")
     if unknown := set(options.only or ()) - {claim.name for claim in claims}:
         parser.error(f"no claim is called {unknown.pop()!r}; there are: {', '.join(claim.name for claim in claims)}")
     chosen = [claim for claim in claims if not options.only or claim.name in options.only]
     _quiet()
-    lab = Lab(options.pair, options.work_dir, SMOKE if options.smoke else FULL, options.data_dir)
+    lab = Lab(options.pair, options.work_dir, SIZES[options.sizes], options.data_dir)
     results = Results(options.results_dir, lab.weights, lab.sizes)
     if options.list:
         print(listing(chosen, results, options.seeds, lab.data_dir is not None))

@@ -32,17 +32,23 @@ class Sizes:
 
 
 FULL = Sizes()
-SMOKE = Sizes(
-    prompts=4,
-    test=3,
-    dev=2,
-    general=2,
-    answer_tokens=6,
-    batch_size=2,
-    tuning_prompts=2,
-    tuning_steps=1,
-    domain_steps=1,
-)
+SIZES = {
+    "full": FULL,
+    # For a target that takes seconds to answer. As many test queries as a verdict asks for.
+    "small": Sizes(prompts=64, test=150, dev=32, answer_tokens=64, tuning_prompts=240, tuning_steps=30),
+    # To try the scripts.
+    "smoke": Sizes(
+        prompts=4,
+        test=3,
+        dev=2,
+        general=2,
+        answer_tokens=6,
+        batch_size=2,
+        tuning_prompts=2,
+        tuning_steps=1,
+        domain_steps=1,
+    ),
+}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness import HERE, RATES, Claim, Results
 from lab import pair_weights
-from recipes import FULL, KEPT_TOKENS, SMOKE, TEMPERATURES
+from recipes import KEPT_TOKENS, SIZES, TEMPERATURES
 from run import CLAIMS
 from verdicts import RULES, Arms, Estimate, Finding, level
 
@@ -184,11 +184,11 @@ def main() -> None:
     parser.add_argument("--pair", type=Path, default=DEMO)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", metavar="CLAIM", help="these claims, as A3")
-    parser.add_argument("--smoke", action="store_true", help="the results are of toy sizes")
+    parser.add_argument("--sizes", choices=SIZES, default="full", help="those that the results were made with")
     parser.add_argument("--output", type=Path, default=HERE / "README.md")
     parser.add_argument("--readme", type=Path, help="a page with marks for the first comparison of each claim")
     options = parser.parse_args()
-    results = Results(options.results_dir, pair_weights(options.pair), SMOKE if options.smoke else FULL)
+    results = Results(options.results_dir, pair_weights(options.pair), SIZES[options.sizes])
     chosen = [claim for claim in CLAIMS if not options.only or claim.name in options.only]
     found = judged(results, chosen, options.seeds)
     write_text(options.output, page(results, found, options.pair))

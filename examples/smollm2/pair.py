@@ -1,8 +1,9 @@
 """The pair for `examples/claims`: the journey's target, a draft, and GSM8K's questions with their given answers.
 
 python examples/smollm2/pair.py  --work_dir WORK --draft distilled
-python examples/claims/run.py    --pair WORK/pair --only A3
-python examples/claims/render.py --pair WORK/pair --only A3 --output examples/smollm2/claims.md
+python examples/claims/run.py    --pair WORK/pair --sizes small --only A3
+python examples/claims/render.py --pair WORK/pair --sizes small --only A3 \\
+    --output examples/smollm2/claims.md
 """
 
 import re

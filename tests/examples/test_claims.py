@@ -27,7 +27,15 @@ def claims(monkeypatch):
 
 
 def smoke(tmp_path, *options):
-    return ["--smoke", "--work_dir", str(tmp_path / "work"), "--results_dir", str(tmp_path / "results"), *options]
+    return [
+        "--sizes",
+        "smoke",
+        "--work_dir",
+        str(tmp_path / "work"),
+        "--results_dir",
+        str(tmp_path / "results"),
+        *options,
+    ]
 
 
 def table(tokens, acceptance):
@@ -150,7 +158,7 @@ def test_results_of_another_pair_or_script_are_not_mixed_in(claims, tmp_path):
     claims.harness.main([claim], smoke(tmp_path, "--seeds", "1"))
     (folder,) = (tmp_path / "results").iterdir()
     results = claims.harness.Results(
-        tmp_path / "results", {"target": "0" * 64, "draft": "1" * 64}, claims.recipes.SMOKE
+        tmp_path / "results", {"target": "0" * 64, "draft": "1" * 64}, claims.recipes.SIZES["smoke"]
     )
     cell = claims.harness.Cell(claim.arms["arm"].what, None, 0)
     assert results.get(cell) is None
@@ -173,7 +181,7 @@ def test_the_best_rate_by_the_dev_queries_gets_the_other_seeds(claims, tmp_path)
     """A rate chosen on the test queries, or seeds spent on a rate that lost."""
     arm = claims.harness.Arm(claims.recipes.recipe("r"), (1e-3, 1e-4))
     claim = claims.harness.Claim("X", "says", "source", {"arm": arm})
-    results = claims.harness.Results(tmp_path, {"target": "0" * 64, "draft": "1" * 64}, claims.recipes.SMOKE)
+    results = claims.harness.Results(tmp_path, {"target": "0" * 64, "draft": "1" * 64}, claims.recipes.SIZES["smoke"])
 
     def store(rate, dev, test):
         tables = {"dev": {"greedy": table([4], [dev])}, "test": {"greedy": table([4], [test])}}
@@ -188,7 +196,7 @@ def test_the_best_rate_by_the_dev_queries_gets_the_other_seeds(claims, tmp_path)
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(["--smoke"], "give a --results_dir"), (["--only", "A9"], "no claim is called 'A9'")],
+    [(["--sizes", "smoke"], "give a --results_dir"), (["--only", "A9"], "no claim is called 'A9'")],
 )
 def test_what_cannot_work_is_said(options, said, tmp_path):
     """Toy results among the real ones, or a typo that runs nothing."""
@@ -214,7 +222,7 @@ def test_kept_live_and_written_cells_run_and_are_rendered(claims, tmp_path):
     claims.harness.main([claim], smoke(tmp_path, "--seeds", "2"))
     pair = claims.render.DEMO
     weights = claims.render.pair_weights(pair)
-    results = claims.harness.Results(tmp_path / "results", weights, claims.recipes.SMOKE)
+    results = claims.harness.Results(tmp_path / "results", weights, claims.recipes.SIZES["smoke"])
     assert len(list(results.folder.glob("*.json"))) == 1 + 3 + 2 + 2 + 2
     states = results.of_arm(kept, 1)[0]["states"]
     assert [state["step"] for state in states] == [1, 2]

@@ -120,11 +120,11 @@ def test_claims_are_tried_on_the_pair(journey, tmp_path):
     assert len(lines) == 32 - 8 - 2
     assert json.loads(lines[0])["reference"] == "1 + 1 = 2"
     options = ["--pair", str(journey / "pair"), "--work_dir", "work", "--results_dir", "results", "--seeds", "1"]
-    run(STEPS.parent / "claims" / "run.py", "--smoke", "--only", "A3", *options, cwd=tmp_path)
+    run(STEPS.parent / "claims" / "run.py", "--sizes", "smoke", "--only", "A3", *options, cwd=tmp_path)
     (draft, *_) = (tmp_path / "work").glob("*/drafts/queries_forward_kl*")
     assert len(json.loads((draft / "generation_config.json").read_text())["draft_vocabulary"]) == 64
     options = ["--pair", str(journey / "pair"), "--results_dir", "results", "--output", "page.md"]
-    run(STEPS.parent / "claims" / "render.py", "--smoke", "--only", "A3", *options, cwd=tmp_path)
+    run(STEPS.parent / "claims" / "render.py", "--sizes", "smoke", "--only", "A3", *options, cwd=tmp_path)
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "| white box | " in page
     assert "B6" not in page
