@@ -96,7 +96,7 @@ def run(kind: str, layers: int, seed: int, folder: Path, options: argparse.Names
                 learning_rate=options.learning_rate,
                 lr_scheduler_type="constant",
                 parallel_tokens=tokens,
-                parallel_weights=options.parallel_weights,
+                parallel_weights="uniform" if tokens == 1 else options.parallel_weights,
                 seed=seed,
                 data_seed=seed,
                 save_strategy="no",

@@ -82,12 +82,17 @@ def run(argv: list[str]) -> int:
     with usage_errors():  # what somebody wrote into the card cannot be read
         write_card(Path(str(config.output_dir)), rows)
     tokens, stopped = sum(map(len, rows["completion_ids"])), list(rows["finish_reason"]).count("stop")
-    gguf = f" --gguf_file {options.gguf_file}" if options.gguf_file else ""
+    learns_from = f" --target_model {options.target_model}"
+    if options.gguf_file:
+        learns_from += f" --gguf_file {options.gguf_file}"
+    if config.cache is not None:
+        learns_from = ""
+    elif config.endpoint is not None:
+        learns_from = " --divergence cross_entropy"
     print(
         f"{len(rows)} completions, {tokens} tokens ({tokens / len(rows):.1f} each; {stopped} ended on their own) in "
         f"{config.output_dir}, {perf_counter() - start:.0f} s in all.\n"
-        f"Train on them: draftkd train --model DRAFT --target_model {options.target_model}{gguf} "
-        f"--dataset {config.output_dir} --output_dir OUT"
+        f"Train on them: draftkd train --model DRAFT{learns_from} --dataset {config.output_dir} --output_dir OUT"
     )
     if options.push_to_hub:
         with usage_errors():

@@ -10,7 +10,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.data.sources import open_dataset
-from hf_draftkd.training.checkpoints import last_complete_checkpoint, only_run
+from hf_draftkd.training.checkpoints import check_options, checkpoints, last_complete_checkpoint, only_run
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.trainer import DraftDistillTrainer
 from hf_draftkd.utils.fields import option
@@ -57,6 +57,8 @@ def run(argv: list[str]) -> int:
     with usage_errors():
         new_directory(args.output_dir, overwrite=True, target_model=options.target_model)
         checkpoint = _where_to_start(args, overwrite=options.overwrite_output_dir)
+        if checkpoint is not None:
+            check_options(checkpoint, args)
         trainer = build_trainer(options, args, model_config)
         if trainer.is_world_process_zero():
             with only_run(args.output_dir):  # asked now: with `--overwrite_output_dir` its checkpoints would go next
@@ -64,7 +66,7 @@ def run(argv: list[str]) -> int:
     if trainer.is_world_process_zero():
         # Checkpoints of an earlier run would be taken for this run's own when it is resumed. They go only now, when
         # nothing more can be refused.
-        for old in Path(args.output_dir).glob("checkpoint-*") if options.overwrite_output_dir else ():
+        for old in checkpoints(args.output_dir) if options.overwrite_output_dir else ():
             shutil.rmtree(old, ignore_errors=True)
         processes = trainer.accelerator.num_processes
         print(f"Training on {processes} process{'es' if processes > 1 else ''}.")

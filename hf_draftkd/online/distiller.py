@@ -266,6 +266,8 @@ class OnlineDraftDistiller:
     def _learn(self) -> dict[str, Any]:
         args, held_out = self.args, self.buffer.held_out
         before = copy.deepcopy(self.draft_model) if held_out else None
+        if before is not None and not hasattr(before, "_hf_hook"):
+            vars(before).pop("forward", None)  # a trainer of TRL's leaves one that runs the original
         batches = self.buffer.batches(args.batch_size, args.num_epochs, args.replay_ratio, self._generator)
         entry: dict[str, Any] = self.learner.learn(batches)
         if not held_out:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and one run at a time in a folder.
+"""Which checkpoint a run resumes from, and with which options; one run at a time in a folder.
 
 transformers writes a checkpoint file by file, `trainer_state.json` last: where it can be read, the checkpoint is
 complete. A run that was killed in mid-save has left a folder without it. (Before a checkpoint is written over an older
@@ -14,10 +14,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_draftkd.training.config import DraftDistillConfig
+from hf_draftkd.utils.files import write_text
 
 with suppress(ImportError):  # Windows has none
     import fcntl
@@ -25,21 +29,80 @@ with suppress(ImportError):  # Windows has none
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 10  # seconds to wait for the lock of a run that may just have died
+_OPTIONS_FILE = "distillation.json"  # in each checkpoint
+# What a checkpoint goes on with, whatever is asked for. How long a run is may change.
+_KEPT = (
+    "divergence",
+    "divergence_options",
+    "loss_temperature",
+    "cross_entropy_weight",
+    "learning_rate",
+    "lr_scheduler_type",
+    "seed",
+    "lmbda",
+    "seq_kd",
+    "token_selection",
+    "selected_share",
+    "parallel_tokens",
+    "parallel_weights",
+)
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders of checkpoints, complete or not, the newest first."""
+    name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    found = [(int(match[1]), path) for path in Path(output_dir).glob("*") if (match := name.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> tuple[str | None, list[str]]:
     """The newest checkpoint that a run can resume from, None if there is none; and why each newer one was skipped."""
-    name = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    found = [(int(match[1]), path) for path in Path(output_dir).glob("*") if (match := name.fullmatch(path.name))]
     skipped = []
-    for _, path in sorted(found, reverse=True):
+    for path in checkpoints(output_dir):
         try:
             json.loads((path / TRAINER_STATE_NAME).read_text())
         except (OSError, ValueError):
             skipped.append(f"{path} (its saving was interrupted: no readable {TRAINER_STATE_NAME})")
-        else:
-            return str(path), skipped
+            continue
+        if _recorded(path).get("save_only_model"):
+            # transformers would go on with an empty optimizer and the learning rate of the first step.
+            skipped.append(f"{path} (it holds weights alone: `save_only_model`)")
+            continue
+        return str(path), skipped
     return None, skipped
+
+
+def record_options(checkpoint: str | Path, args: DraftDistillConfig) -> None:
+    """Write into a checkpoint what it was trained with."""
+    write_text(Path(checkpoint) / _OPTIONS_FILE, json.dumps(_options(args) | {"save_only_model": args.save_only_model}))
+
+
+def check_options(checkpoint: str | Path, args: DraftDistillConfig) -> None:
+    """A `ValueError` where a run would resume with other options than its checkpoint was trained with.
+
+    Part of the draft would then have been trained otherwise than its card says, and the learning rate is the
+    checkpoint's whatever is asked for.
+    """
+    recorded = _recorded(Path(checkpoint))
+    for name, value in _options(args).items():
+        if name in recorded and recorded[name] != value:
+            raise ValueError(
+                f"{str(checkpoint)!r} was trained with `{name}={recorded[name]!r}`, and this run asks for {value!r}. "
+                "Resume with the same, name another `output_dir`, or start again (`--overwrite_output_dir`)."
+            )
+
+
+def _options(args: DraftDistillConfig) -> dict[str, Any]:
+    # Enumerations of transformers are strings underneath.
+    return {name: getattr(value, "value", value) for name in _KEPT for value in [getattr(args, name)]}
+
+
+def _recorded(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says it was trained with; nothing, if an older version wrote it."""
+    try:
+        return json.loads((checkpoint / _OPTIONS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 @contextmanager

@@ -28,6 +28,15 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "truncation_mode": ("keep_start", "A completion without its prompt is not what the target was asked."),
     "include_for_metrics": ([], "Read the metrics from `trainer.evaluate()`."),
 }
+# What only one value of another option reads.
+_OPTIONS_OF_LOSSES = {
+    "beta": ("divergence", "generalized_jsd"),
+    "eta": ("divergence", "lk_hybrid"),
+    "tvd_estimator": ("divergence", "tvd_plus_plus"),
+    "tvd_statistics": ("divergence", "tvd_plus_plus"),
+    "selected_share": ("token_selection", "adaspec"),
+}
+_OPTIONS_OF_WRITING = ("max_new_tokens", "generation_temperature", "generation_top_p", "generation_top_k")
 
 
 def bf16_is_usable() -> bool:
@@ -257,10 +266,21 @@ class DraftDistillConfig(SFTConfig):
         self._check_parallel()
         self._check_writing()
 
+    def refuse_idle_loss_options(self) -> None:
+        """A `ValueError` for an option of the loss that none of ours would read."""
+        for name, (other, value) in _OPTIONS_OF_LOSSES.items():
+            if self._is_given(name) and getattr(self, other) != value:
+                raise ValueError(f'`{name}` would do nothing without `{other}="{value}"`. Leave it out, or add that.')
+
+    def _is_given(self, name: str) -> bool:
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default
+
     def _check_parallel(self) -> None:
         whole_number("parallel_tokens", self.parallel_tokens, 1, DRAFT_LENGTHS[-1])
         one_of("`parallel_weights`", self.parallel_weights, ("uniform", "confidence"))
         if self.parallel_tokens == 1:
+            if self._is_given("parallel_weights"):
+                raise ValueError("`parallel_weights` would do nothing without `parallel_tokens`. Leave it out.")
             return
         if self.packing or self.padding_free:
             raise ValueError(
@@ -286,6 +306,12 @@ class DraftDistillConfig(SFTConfig):
             _ = self.generation_setting
         except ValueError as error:
             raise ValueError(f"`generation_temperature`, `generation_top_p`, `generation_top_k`: {error}") from error
+        for name in () if self.writes_completions else _OPTIONS_OF_WRITING:
+            if self._is_given(name):
+                raise ValueError(
+                    f"`{name}` would do nothing: with `lmbda=0` and no `seq_kd` nothing is written while training. Leave "
+                    "it out, or set one of these."
+                )
         if self.lmbda == 1 and self.seq_kd:
             raise ValueError("`lmbda=1` leaves no step to the target: `seq_kd=True` would do nothing. Leave one out.")
         if self.skd_top_k is not None and not self.lmbda:

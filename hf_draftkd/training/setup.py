@@ -261,6 +261,16 @@ def draft_vocabulary(draft: PreTrainedModel, args: DraftDistillConfig, vocab_siz
     return torch.tensor(ids, device=args.device)
 
 
+def restore_forward(draft: PreTrainedModel, own: Any) -> None:
+    """Take TRL's fused head off again: it is bound to this very model, so a copy of it would run the original.
+
+    `own` is what the attribute was before: accelerate puts one on a model that is spread over devices.
+    """
+    vars(draft).pop("forward", None)
+    if own is not None:
+        draft.forward = own
+
+
 def check_whole_rows(trainer: Any) -> None:
     """Refuse to split a row over processes: the loss would miss the tokens where it is cut."""
     parallelism = trainer.accelerator.parallelism_config

@@ -49,7 +49,13 @@ from hf_draftkd.models.identity import identity_of, weights_checksum
 from hf_draftkd.models.pairing import copy_special_ids, shared_context, shared_vocab_size
 from hf_draftkd.training import setup
 from hf_draftkd.training.callbacks import BeforeFirstStep, asked_metrics, with_acceptance
-from hf_draftkd.training.checkpoints import batches_read, checkpoint_to_resume, only_run
+from hf_draftkd.training.checkpoints import (
+    batches_read,
+    check_options,
+    checkpoint_to_resume,
+    only_run,
+    record_options,
+)
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.finite import StopOnNonFiniteGradient, check_loss, check_weights
 from hf_draftkd.training.metrics import EvaluationSums, FilledUp, TrainingSums, check_best_metric, not_exact
@@ -160,10 +166,12 @@ class DraftDistillTrainer(SFTTrainer):
             raise ValueError(f"`args` must be a `DraftDistillConfig`, got a `{given}`. It takes the same, and more.")
         trains = train_dataset is not None
         self._mix_dataset = mix_dataset
+        self._custom_loss = type(self).token_loss is not DraftDistillTrainer.token_loss
+        if not self._custom_loss:  # one of the user's own may read any of them
+            args.refuse_idle_loss_options()
         check_writer(args, has_target=target_model is not None)
         known = formatting_func is None
         datasets = setup.check_datasets(train_dataset, eval_dataset, mix_dataset, args, format_known=known)
-        self._custom_loss = type(self).token_loss is not DraftDistillTrainer.token_loss
         # Whether the loss reads the target's distributions, or only its text.
         self.learns_from_target = args.needs_target or self._custom_loss
         facts = []
@@ -200,6 +208,7 @@ class DraftDistillTrainer(SFTTrainer):
         self.target_id = author(given.values()) if target is None else identity_of(unwrapped(target))
         self.data_facts = data_facts(train_dataset, self.target_id)
 
+        own_forward = vars(unwrapped(draft)).get("forward")
         # SFTTrainer would warn that it ignores them; they were used above.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
         try:
@@ -218,6 +227,7 @@ class DraftDistillTrainer(SFTTrainer):
             )
         finally:
             args.model_init_kwargs = model_init_kwargs
+        setup.restore_forward(unwrapped(self.model), own_forward)
         setup.check_whole_rows(self)
         check_saving(self)
         config = unwrapped(self.model).config.get_text_config()
@@ -566,6 +576,8 @@ class DraftDistillTrainer(SFTTrainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir, warns=self.is_world_process_zero())
+        if resume_from_checkpoint:
+            check_options(str(resume_from_checkpoint), self.args)
         self.weights_sha256 = None
         with only_run(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
             result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -597,7 +609,11 @@ class DraftDistillTrainer(SFTTrainer):
             super().save_model(output_dir, _internal_call)
         finally:
             self._saving_checkpoint = False
-        if not is_checkpoint and self.is_world_process_zero():
+        if not self.is_world_process_zero():
+            return
+        if is_checkpoint:
+            record_options(directory, self.args)
+        else:
             self.weights_sha256 = weights_checksum(directory)
             describe_run(self).save(directory)
 

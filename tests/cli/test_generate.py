@@ -100,6 +100,16 @@ def test_the_target_writes_its_own_queries(tmp_path, saved):
     assert run("generate", "--target_model", path, "--output_dir", tmp_path / "out", *options) == 0
 
 
+def test_cached_rows_are_trained_on_without_the_target(tmp_path, saved, capsys):
+    """The next command loads the big target, beside which the cache is not read."""
+    path, prompts = saved
+    options = ["--cache_distributions", "top_k=4", "--max_new_tokens", 4]
+    assert (
+        run("generate", "--target_model", path, "--dataset", prompts, "--output_dir", tmp_path / "out", *options) == 0
+    )
+    assert "draftkd train --model DRAFT --dataset" in capsys.readouterr().out
+
+
 def test_a_target_behind_an_endpoint(tmp_path, saved, capsys):
     path, prompts = saved
     with serving(make_target(), make_tokenizer()) as server:
@@ -112,7 +122,9 @@ def test_a_target_behind_an_endpoint(tmp_path, saved, capsys):
         server.die_after = len(server.requests) + 2
         assert run(*command, "--output_dir", tmp_path / "other", "--max_retries", 0, "--shard_size", 1) == 1
     assert len(load_dataset(str(tmp_path / "out"), split="train")) == 5
-    assert "run the same command again" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "run the same command again" in printed.err
+    assert "draftkd train --model DRAFT --divergence cross_entropy --dataset" in printed.out
 
 
 @pytest.mark.parametrize(

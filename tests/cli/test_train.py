@@ -106,6 +106,25 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(files, tmp_path, capsys)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_other_options_for_the_same_folder_are_refused(files, tmp_path, capsys):
+    """Nothing trained, and a card that names the options of the second run."""
+    more = {"save_strategy": "steps", "save_steps": 1}
+    assert dispatch(["train", *options(files, tmp_path / "out", **more)]) == 0
+    assert dispatch(["train", *options(files, tmp_path / "out", **more, divergence="reverse_kl")]) == 2
+    assert "was trained with `divergence='forward_kl'`" in capsys.readouterr().err
+
+
+def test_starting_again_removes_checkpoints_alone(files, tmp_path):
+    """A user's folder that happens to begin with the same word."""
+    more = {"save_strategy": "steps", "save_steps": 1}
+    assert dispatch(["train", *options(files, tmp_path / "out", max_steps=2, **more)]) == 0
+    (tmp_path / "out" / "checkpoint-notes").mkdir()
+    again = options(files, tmp_path / "out", max_steps=1, **more)
+    assert dispatch(["train", *again, "--overwrite_output_dir"]) == 0
+    found = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert found == {"checkpoint-notes", "checkpoint-1"}
+
+
 def test_half_a_checkpoint_is_not_resumed_from(files, tmp_path, capsys):
     """The highest number is taken, and the run dies reading it."""
     more = {"save_strategy": "steps", "save_steps": 1}

@@ -88,6 +88,25 @@ def test_a_run_that_dies_while_it_replaces_a_checkpoint(tmp_path, pair, tokenize
     assert len(skipped) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("divergence", "reverse_kl"), ("learning_rate", 3e-3), ("seed", 7), ("loss_temperature", 2.0)]
+)
+def test_a_run_does_not_resume_as_another(tmp_path, pair, tokenizer, name, value):
+    """Weights of one divergence under a card that names another; a learning rate asked for that nothing reads."""
+    build(tmp_path, pair, tokenizer, **SAVING).train()
+    resumed = build(tmp_path, tiny_pair("llama"), tokenizer, **SAVING | {name: value})
+    with pytest.raises(ValueError, match=f"was trained with `{name}="):
+        resumed.train(resume_from_checkpoint=True)
+
+
+def test_weights_alone_are_not_resumed_from(tmp_path, pair, tokenizer):
+    """An empty optimizer, and the learning rate of the first step once more."""
+    build(tmp_path, pair, tokenizer, **SAVING, save_only_model=True).train()
+    path, skipped = last_complete_checkpoint(tmp_path)
+    assert path is None
+    assert all("`save_only_model`" in each for each in skipped)
+
+
 def test_without_a_complete_checkpoint_resuming_is_refused(tmp_path, pair, tokenizer):
     trainer = build(tmp_path / "run", pair, tokenizer, **SAVING)
     with pytest.raises(ValueError, match="holds no complete checkpoint"):

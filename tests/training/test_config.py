@@ -49,6 +49,37 @@ def test_values_that_cannot_work_are_named(tmp_path, name, value, message):
         DraftDistillConfig(output_dir=str(tmp_path), **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("beta", 1.0, {"divergence": "generalized_jsd"}),  # reverse KL for somebody who comes from GKD
+        ("eta", 9.0, {"divergence": "lk_hybrid"}),
+        ("tvd_estimator", "full", {"divergence": "tvd_plus_plus"}),
+        ("selected_share", 0.1, {"token_selection": "adaspec"}),
+    ],
+)
+def test_an_option_of_another_loss_is_refused(tmp_path, name, value, wanted):
+    """A run of plain forward KL whose script says otherwise."""
+    with pytest.raises(ValueError, match=f"`{name}` would do nothing without"):
+        DraftDistillConfig(output_dir=str(tmp_path), **{name: value}).refuse_idle_loss_options()
+    DraftDistillConfig(output_dir=str(tmp_path), **{name: value}, **wanted).refuse_idle_loss_options()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 9),
+        ("generation_temperature", 0.3),
+        ("generation_top_k", 5),
+        ("parallel_weights", "confidence"),
+    ],
+)
+def test_an_option_of_what_is_not_done_is_refused(tmp_path, name, value):
+    """A temperature set for text that nobody writes."""
+    with pytest.raises(ValueError, match=f"`{name}` would do nothing"):
+        DraftDistillConfig(output_dir=str(tmp_path), **{name: value})
+
+
 def test_values_from_yaml_are_checked_as_well(tmp_path):
     """YAML given by `--config` bypasses argparse's types and choices."""
     path = tmp_path / "config.yaml"
