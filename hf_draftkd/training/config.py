@@ -309,8 +309,8 @@ class DraftDistillConfig(SFTConfig):
         for name in () if self.writes_completions else _OPTIONS_OF_WRITING:
             if self._is_given(name):
                 raise ValueError(
-                    f"`{name}` would do nothing: with `lmbda=0` and no `seq_kd` nothing is written while training. Leave "
-                    "it out, or set one of these."
+                    f"`{name}` would do nothing: with `lmbda=0` and no `seq_kd` nothing is written while training. "
+                    "Leave it out, or set one of these."
                 )
         if self.lmbda == 1 and self.seq_kd:
             raise ValueError("`lmbda=1` leaves no step to the target: `seq_kd=True` would do nothing. Leave one out.")
