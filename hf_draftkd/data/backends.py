@@ -44,7 +44,8 @@ class Completion:
 
     Attributes:
         token_ids: The exact tokens, with the end token if the target wrote one.
-        finish_reason: `stop` where the target ended its text, `length` where `max_new_tokens` ended it.
+        finish_reason: `stop` where the target ended its text, `length` where `max_new_tokens` ended it; `REFUSED` where
+            there is none, and no row is to be made.
         text: The text as an endpoint returned it; None where the ids are the source.
         ids_source: `generated` where these are exactly the tokens the target wrote; `retokenized` where an endpoint
             returned text only, or hid the end token.
@@ -56,6 +57,9 @@ class Completion:
     text: str | None = None
     ids_source: str = "generated"
     distributions: dict[str, Any] | None = None
+
+
+REFUSED = "refused"
 
 
 class PromptFailedError(Exception):

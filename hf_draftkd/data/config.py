@@ -20,7 +20,7 @@ _ONLY_WITH: dict[tuple[str, str | None], tuple[str, ...]] = {
         *("num_prompts", "query_max_new_tokens", "query_temperature", "query_top_p", "system_prompt"),
         *("min_characters", "max_characters", "script"),
     ),
-    ("endpoint", None): ("concurrency", "timeout", "max_retries", "send_ids"),
+    ("endpoint", None): ("concurrency", "timeout", "max_retries", "send_ids", "skip_refused"),
     ("cache_distributions", None): ("cache_loss_temperature", "cache_dtype"),
 }
 
@@ -101,6 +101,7 @@ class AlignmentDataConfig:
     timeout: float = option(600.0, "endpoint: seconds to wait for one answer.")
     max_retries: int = option(8, "endpoint: further attempts after 429, 5xx, a time-out or a lost connection.")
     send_ids: bool = option(False, "endpoint: send token ids instead of text.")
+    skip_refused: bool = option(False, "endpoint: leave out prompts that the server refuses instead of stopping.")
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without the target."""

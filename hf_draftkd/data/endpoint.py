@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_draftkd.data.backends import Backend, Completion, Groups, PromptFailedError
+from hf_draftkd.data.backends import REFUSED, Backend, Completion, Groups, PromptFailedError
 from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.server_answers import FaultyAnswerError, TokenTexts, read_completion, require_usable
 from hf_draftkd.data.shards import StoppedError
@@ -83,7 +83,12 @@ def endpoint_backend(
         with ThreadPool(config.concurrency) as pool:
             for number, got in pool.imap_unordered(ask, left):
                 if isinstance(got, Exception):
-                    raise server.failure(got, number) from None
+                    failure = server.failure(got, number)
+                    if not (config.skip_refused and isinstance(failure, PromptFailedError)):
+                        raise failure from None
+                    logger.warning("%s. The prompt is left out.", failure)
+                    yield {number: Completion([], REFUSED)}
+                    continue
                 completion = read_completion(got, tokenizer, ids_of, server.top_logprobs, ends)
                 gap = _gap(completion) if server.top_logprobs is not None else None
                 if gap is not None and gap not in warned:  # said once a run, while it can still be stopped

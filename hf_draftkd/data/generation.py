@@ -174,8 +174,8 @@ def generate_alignment_data(
             row = shards[number][error.number]
             raise StoppedError(
                 f"{str(error).rstrip('.')}. It was asked prompt {row} (from 0, of {len(asked)}), "
-                f"{_beginning(asked[row]['prompt'])}. The same command would stop there again: take this prompt out, "
-                "and name another folder, since other prompts make other shards."
+                f"{_beginning(asked[row]['prompt'])}. The same command would stop there again: with `skip_refused` "
+                "it goes on and leaves such prompts out."
             ) from None
         return alignment_rows(part, ids, answers, tokenizer, origin, target.brought)
 

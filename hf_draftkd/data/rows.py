@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from hf_draftkd.data.backends import Completion, cut_completion
+from hf_draftkd.data.backends import REFUSED, Completion, cut_completion
 from hf_draftkd.data.kept_distributions import CACHE_COLUMNS, TEMPERATURE_COLUMN, VOCAB_COLUMN, as_stored
 from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form, turn_end_id
 from hf_draftkd.decoding.setting import DecodingSetting
@@ -205,6 +205,8 @@ def alignment_rows(
     columns: dict[str, list[Any]] = {name: [] for name in features}
     for number, (row, ids) in enumerate(zip(prompts, prompt_ids, strict=True)):
         for setting, completion in ((s, each) for s, lists in answers.items() for each in lists[number]):
+            if completion.finish_reason == REFUSED:
+                continue
             text = completion.text
             if text is None:
                 text = tokenizer.decode(

@@ -423,12 +423,27 @@ def test_a_prompt_that_the_server_refuses_is_named(tmp_path, readable_target, to
     assert len(list(tmp_path.glob("data/train-*"))) == 2
 
 
+def test_a_prompt_that_the_server_refuses_can_be_left_out(tmp_path, readable_target, tokenizer, caplog):
+    """A content filter on one prompt of ten thousand, and every answer that was paid for is asked for again."""
+    with serving(readable_target, tokenizer) as server:
+        server.longest_prompt = len("<|user|>sat on the mat<|end|><|assistant|>") - 1
+        options = {"output_dir": tmp_path, "batch_size": 1, "shard_size": 1, "concurrency": 1}
+        with pytest.raises(StoppedError):
+            ask(server.url, tokenizer, **options)
+        asked = len(server.requests)
+        rows = ask(server.url, tokenizer, **options, skip_refused=True)
+        left = len(server.requests) - asked
+    assert [prompt[0]["content"] for prompt in rows["prompt"]] == ["the cat", "on", "a mat", "cat"]
+    assert left < len(CHATS) + 2  # what was written is kept; one request tries the server out
+    assert "refused the prompt" in caplog.text
+
+
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_a_refused_prompt_does_not_send_the_user_into_the_same_refusal(readable_target, tokenizer, status):
     """`run the same command again` stopped at the same prompt for ever."""
     with serving(readable_target, tokenizer) as server:
         server.faults = ["none", str(status)]
-        with pytest.raises(StoppedError, match="take this prompt out, and name another folder") as error:
+        with pytest.raises(StoppedError, match="with `skip_refused` it goes on") as error:
             ask(server.url, tokenizer, concurrency=1)
     assert "asked prompt 0 (from 0, of 5), 'the cat'" in str(error.value)
     assert "`skip_too_long` with the server's `context_length`" in str(error.value)
