@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, StaticCache
+from transformers import Cache, PretrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, StaticLayer
 
 from hf_draftkd.decoding.texts import Piece, Texts
 
 # Layers in which a hole can be masked: every token is kept, and sees others by the mask alone.
 _MASKABLE = (DynamicLayer, StaticLayer, DummyLayer)
+# Whose attention counts columns, whatever mask and positions say: MPT for its bias, GPT-Neo for its local window.
+_BY_COLUMN = ("mpt", "gpt_neo")
 
 
 class GrowingLayer(DynamicLayer):
@@ -59,9 +61,14 @@ def give_room(cache: Cache) -> Cache:
     return cache
 
 
-def can_have_holes(cache: Cache) -> bool:
-    """Whether rejected tokens may stay in the cache behind a mask: not in windows, and not in recurrent states."""
+def keeps_every_token(cache: Cache) -> bool:
+    """Whether each layer holds all that was read: windows and recurrent states do not."""
     return all(type(layer) in (*_MASKABLE, GrowingLayer) for layer in cache.layers)
+
+
+def can_have_holes(cache: Cache, config: PretrainedConfig) -> bool:
+    """Whether rejected tokens may stay in the cache behind a mask."""
+    return keeps_every_token(cache) and config.model_type not in _BY_COLUMN
 
 
 class CachedModel:
@@ -178,9 +185,9 @@ def _gather(cache: Cache, rows: Tensor, columns: Tensor) -> None:
         if isinstance(layer, DummyLayer):
             continue
         for name in ("keys", "values"):
-            states = getattr(layer, name)
-            index = columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-            kept = states[rows].gather(2, index)
+            states = getattr(layer, name)  # on the layer's own device, where a model is spread over several
+            index = columns.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+            kept = states[rows.to(states.device)].gather(2, index)
             if isinstance(layer, StaticLayer):
                 states[:, :, : columns.shape[1]] = kept
             else:

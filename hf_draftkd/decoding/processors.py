@@ -104,6 +104,11 @@ def _warpers(setting: DecodingSetting) -> list[LogitsProcessor]:
     return warpers
 
 
+def _sees_a_set(processor: LogitsProcessor) -> bool:
+    """Whether a processor reads which tokens came before, and neither their order nor how many there were."""
+    return type(processor) is RepetitionPenaltyLogitsProcessor and processor.prompt_ignore_length is None
+
+
 class Processing:
     """Turns the logits of target and draft into scores, the same way for both, and once.
 
@@ -115,7 +120,9 @@ class Processing:
 
     def __init__(self, processors: LogitsProcessorList, texts: Texts, *, is_greedy: bool) -> None:
         self.processors, self.texts = processors, texts
-        self.looks_back = any(type(processor) not in _POINTWISE for processor in processors)
+        looking_back = [processor for processor in processors if type(processor) not in _POINTWISE]
+        self.looks_back = bool(looking_back)
+        self.sees_sets = all(map(_sees_a_set, looking_back))
         self.is_identity = is_greedy and not processors
 
     def __call__(self, logits: Tensor, offset: int = 0) -> Tensor:
@@ -132,6 +139,11 @@ class Processing:
             # Only the shape [N, 1] of the ids matters here.
             ids = self.texts.ids[:1, :1].expand(scores.shape[0] * scores.shape[1], 1)
             return self.processors(ids, scores.flatten(0, 1)).view(scores.shape)
+        if self.sees_sets:
+            texts, (_, width, _) = self.texts, scores.shape
+            ids = texts.ids[texts.rows].repeat_interleave(width, dim=0)
+            lengths = ids.new_tensor([texts.lengths[row] + offset + k for row in texts.rows for k in range(width)])
+            return process_logits(scores.flatten(0, 1), ids, lengths, self.processors).view(scores.shape)
         steps = [self._with_prefix(scores[:, k], offset + k) for k in range(scores.shape[1])]
         return torch.stack(steps, dim=1)
 

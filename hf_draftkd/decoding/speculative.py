@@ -31,7 +31,7 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from hf_draftkd.acceptance import LENIENCE_FORMS, AcceptanceCounts
 from hf_draftkd.decoding.auto_length import AutoLength, FixedLength
-from hf_draftkd.decoding.caches import CachedModel, can_have_holes, give_room
+from hf_draftkd.decoding.caches import CachedModel, can_have_holes, give_room, keeps_every_token
 from hf_draftkd.decoding.compiled import CompiledModels
 from hf_draftkd.decoding.drafting import OneByOne, OnePass, Proposable, Proposal, checked_vocabulary, with_sliced_head
 from hf_draftkd.decoding.processors import Processing
@@ -65,14 +65,16 @@ class SpeculativeDecoding:
 
     transformers 5.23 hands neither `assistant_model=` nor `streamer=` of a `generate` call on to a callable. They are
     read from the running call all the same: a streamer is used, and an `assistant_model` other than this draft is an
-    error. `stop_strings=` needs `tokenizer=` here, since `generate` drops its own.
+    error. `stop_strings=` of the call needs `tokenizer=` here, since `generate` drops its own; those of a generation
+    config cannot be served (set them to None).
 
     Args:
         draft_model: A small causal LM with the target's vocabulary, on the target's device.
-        num_assistant_tokens: γ, tokens to draft a round; "auto" chooses while decoding, down to plain decoding where
-            drafting does not pay. None: what the draft's generation config records (`num_assistant_tokens`; in one
-            pass `parallel_num_assistant_tokens`), otherwise "auto". (Its `assistant_confidence_threshold` and schedule
-            are of transformers' loop and do not matter.)
+        num_assistant_tokens: γ, tokens to draft a round; "auto" chooses while decoding, by the times that it measures,
+            down to plain decoding where drafting does not pay. (For sampled text that a seed repeats, give a number.)
+            None: what the draft's generation config records (`num_assistant_tokens`; in one pass
+            `parallel_num_assistant_tokens`), otherwise "auto". (Its `assistant_confidence_threshold` and schedule are
+            of transformers' loop and do not matter.)
         parallel: Draft all γ tokens in one pass, which needs a draft trained with `parallel_tokens` of γ or more. None:
             if the draft's config says that it is such a draft. False: one by one, as with an ordinary draft.
         draft_vocabulary: Ids that the draft may propose: its head is sliced to them. None: the `draft_vocabulary` of
@@ -86,7 +88,7 @@ class SpeculativeDecoding:
             processor; copy or reduce them at once: the memory is reused in the next round.
         compile: Compile both models with static caches and fixed shapes, by `compile_config` of the call where it is
             given. The first call with a new batch size, or with longer texts than before, compiles for some
-            minutes. Eager is faster on CPUs for small models; accelerators gain.
+            minutes. On CPUs eager is faster for small models; on accelerators it was not measured.
 
     Attributes:
         compiled: With `compile`: what is kept from call to call, and `compiled.compile_seconds`.
@@ -145,19 +147,25 @@ class SpeculativeDecoding:
         self.lenience_form = one_of("form of lenience", lenience_form, LENIENCE_FORMS)
         self.streamer, self.tokenizer, self.on_logits = streamer, tokenizer, on_logits
         self.compiled = CompiledModels() if compile else None
-        suppressed = list(config.suppress_tokens or ())
+        self._suppressed = list(config.suppress_tokens or ())
         if draft_vocabulary is None:
             draft_vocabulary = recorded_vocabulary(config)
-        self._proposing_model = self.draft_model
         if draft_vocabulary is not None:
             vocab_size = self.draft_model.config.get_text_config().vocab_size
-            draft_vocabulary = sorted(checked_vocabulary(draft_vocabulary, vocab_size, suppressed))
-            self._proposing_model = with_sliced_head(self.draft_model, draft_vocabulary)
+            draft_vocabulary = sorted(checked_vocabulary(draft_vocabulary, vocab_size, self._suppressed))
         self.draft_vocabulary = draft_vocabulary
-        self._proposable = Proposable(self.draft_model, draft_vocabulary, suppressed)
+        self._place_proposals()
         self.counts = AcceptanceCounts()
         self.prompt_padding: list[int] = []
         self._known_targets: WeakSet[PreTrainedModel] = WeakSet()
+
+    def _place_proposals(self) -> None:
+        """What draws from the draft, where the draft is now."""
+        self._device = self.draft_model.device
+        self._proposing_model = self.draft_model
+        if self.draft_vocabulary is not None:
+            self._proposing_model = with_sliced_head(self.draft_model, self.draft_vocabulary)
+        self._proposable = Proposable(self.draft_model, self.draft_vocabulary, self._suppressed)
 
     def __call__(
         self,
@@ -172,6 +180,8 @@ class SpeculativeDecoding:
         """What `generate` calls, with everything prepared; returns what `generate` returns."""
         dropped = dropped_by_generate()
         self._check_pair(model, dropped.get("assistant_model"))
+        if self.draft_model.device != self._device:  # moved since
+            self._place_proposals()
         is_synced = bool(dropped.get("synced_gpus"))
         check_request(model, input_ids, logits_processor, generation_config, model_kwargs, is_synced)
         read = check_cache(
@@ -208,7 +218,8 @@ class SpeculativeDecoding:
 
         outputs = Outputs(generation_config, len(input_ids))
         listeners = [self.counts.record, *_LISTENERS.get(model, ())]
-        with evaluating(model, self.draft_model, self._proposing_model):
+        # What they share is put back as the draft itself was.
+        with evaluating(self._proposing_model, model, self.draft_model):
             _prefill(target, texts, generation_config)
             started: float | None = None
             while not all(texts.done):
@@ -305,12 +316,19 @@ class SpeculativeDecoding:
             )
         if any(draft_cache.is_linear):
             raise ValueError("The draft has linear attention, which cannot be rolled back. Decode without a draft.")
-        for name, each in (("target", cache), ("draft", draft_cache)):
-            if (self.compiled is not None or not texts.is_single) and not can_have_holes(each):
+        for name, each, reader in (("target", cache, target), ("draft", draft_cache, self.draft_model)):
+            config_of_text = reader.config.get_text_config(decoder=True)
+            if (self.compiled is not None or not texts.is_single) and not can_have_holes(each, config_of_text):
                 raise ValueError(
-                    f"The {name} has layers with a sliding window, in which texts of a batch cannot advance by "
-                    "different numbers of tokens. Decode one prompt at a time, without `compile`."
+                    f"The {name} has a sliding window, or attention that counts columns (MPT, GPT-Neo): texts of a "
+                    "batch cannot advance by different numbers of tokens in it. Decode one prompt at a time, without "
+                    "`compile`."
                 )
+        if isinstance(cache, StaticCache) and not keeps_every_token(cache):
+            raise ValueError(
+                "The target has a sliding window, which a static cache overwrites and cannot roll back. Leave out "
+                "`cache_implementation`."
+            )
         if self.compiled is not None:
             if read:
                 raise ValueError(f"`compile=True` starts with an empty cache, but the given one holds {read} tokens.")

@@ -23,7 +23,7 @@ def verify_greedy_ensemble(drafted: Tensor, scores: Tensor, q: Tensor, weight: f
 
     The token after γ accepted ones is the target's.
     """
-    p = scores.softmax(-1)
+    p = scores.softmax(-1, dtype=torch.float32)
     p[:, :-1].mul_(weight).add_(q, alpha=1 - weight)
     return _matched(drafted, p.argmax(-1))
 

@@ -1,5 +1,6 @@
 """Speculative decoding writes what `generate` writes: one text or a batch, whatever ends or shapes a text."""
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     CompileConfig,
     DynamicCache,
     GenerationConfig,
+    GPTNeoConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MptConfig,
     PreTrainedModel,
     StoppingCriteria,
     StopStringCriteria,
@@ -210,6 +214,68 @@ def test_a_sliding_window_is_served_one_text_at_a_time() -> None:
             assert torch.equal(ours, plain)
     with pytest.raises(ValueError, match="sliding window"):
         target.generate(**padded(PROMPTS), max_new_tokens=5, do_sample=False, custom_generate=decoding)
+
+
+def test_a_static_cache_with_a_window_is_refused() -> None:
+    """A rolled-back window is overwritten: the text went wrong after the first rejection."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 8, "eos_token_id": None}
+    target = MistralForCausalLM(MistralConfig(**config)).eval()
+    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "cache_implementation": "static"}
+    with pytest.raises(ValueError, match="Leave out `cache_implementation`"):
+        target.generate(PROMPTS[0], custom_generate=SpeculativeDecoding(target, 3), **options)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MptConfig(d_model=16, n_heads=2, n_layers=2, vocab_size=300, use_cache=True, eos_token_id=None),
+        GPTNeoConfig(
+            vocab_size=300,
+            hidden_size=16,
+            num_layers=2,
+            num_heads=2,
+            attention_types=[[["global", "local"], 1]],
+            window_size=8,
+            eos_token_id=None,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_attention_that_counts_columns_is_served_one_text_at_a_time(config: Any) -> None:
+    """Rejected tokens leave holes in a batch, which MPT's bias and GPT-Neo's local window count: texts went wrong."""
+    torch.manual_seed(0)
+    target = AutoModelForCausalLM.from_config(config).eval()
+    noisy = copy.deepcopy(target)
+    noisy.load_state_dict({name: w + 0.02 * torch.randn_like(w) for name, w in target.state_dict().items()})
+    decoding = SpeculativeDecoding(noisy, 3)
+    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
+    for prompt in PROMPTS:
+        plain = target.generate(prompt, **options)
+        assert torch.equal(target.generate(prompt, custom_generate=decoding, **options), plain)
+    with pytest.raises(ValueError, match="counts columns"):
+        target.generate(**padded(PROMPTS), custom_generate=decoding, **options)
+
+
+def test_a_draft_that_was_moved_is_followed() -> None:
+    """Ids and a cut head that stay where the draft was when the object was made."""
+    draft, target = tiny_pair()
+    draft.generation_config.suppress_tokens = [7]
+    decoding = SpeculativeDecoding(draft, 3)
+    decoding._device, decoding._proposable = torch.device("meta"), None  # type: ignore[assignment] # made elsewhere
+    target.generate(PROMPTS[0], max_new_tokens=4, custom_generate=decoding)
+    assert decoding._proposable.suppressed.device == draft.device
+
+
+def test_modes_are_left_as_they_were() -> None:
+    """A head cut while the draft was training put its layers back to training after every call."""
+    draft, target = tiny_pair()
+    decoding = SpeculativeDecoding(draft.train(), 3, draft_vocabulary=list(range(3, 200)))
+    draft.eval()
+    target.generate(PROMPTS[0], max_new_tokens=4, custom_generate=decoding)
+    assert not any(module.training for module in draft.modules())
 
 
 @pytest.mark.parametrize("given_to", ["object", "generate"])
