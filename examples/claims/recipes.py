@@ -35,7 +35,7 @@ FULL = Sizes()
 SIZES = {
     "full": FULL,
     # For a target that takes seconds to answer. As many test queries as a verdict asks for.
-    "small": Sizes(prompts=64, test=150, dev=32, answer_tokens=64, tuning_prompts=240, tuning_steps=30),
+    "small": Sizes(prompts=64, test=150, dev=32, general=8, answer_tokens=64, tuning_prompts=240, tuning_steps=30),
     # To try the scripts.
     "smoke": Sizes(
         prompts=4,
