@@ -1,5 +1,6 @@
 """Everything that is checked, loaded and repaired before a trainer is built."""
 
+import logging
 import warnings
 from contextlib import suppress
 from typing import Any
@@ -32,6 +33,8 @@ from hf_draftkd.models.resolve import Checkpoint, check_config, resolve
 from hf_draftkd.models.tokenizers import pad_id, tokenizer_size
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.signals import arithmetic_of
+
+logger = logging.getLogger(__name__)
 
 # What `model_init_kwargs` and `target_model_init_kwargs` may hold; the target's also `gguf_file`.
 _LOADING = ("dtype", "revision", "device_map", "quantization_config", "attn_implementation", "trust_remote_code")
@@ -259,6 +262,17 @@ def draft_vocabulary(draft: PreTrainedModel, args: DraftDistillConfig, vocab_siz
     ids = checked_vocabulary(ids, vocab_size)
     store_draft_settings(draft, {"draft_vocabulary": ids})
     return torch.tensor(ids, device=args.device)
+
+
+def warn_of_unread_caches(datasets: dict[str, Any]) -> None:
+    """Say that distributions kept at some cost are not what is learned from."""
+    for name, dataset in datasets.items():
+        if "target_token_ids" in get_dataset_column_names(dataset):
+            logger.warning(
+                "The %s dataset holds cached distributions, which are not read beside a `target_model`. Leave that out "
+                "to learn from them.",
+                name,
+            )
 
 
 def restore_forward(draft: PreTrainedModel, own: Any) -> None:

@@ -178,6 +178,8 @@ class DraftDistillTrainer(SFTTrainer):
         if self.learns_from_target and target_model is None:
             custom = {"custom_loss": self._custom_loss, "custom_collator": data_collator is not None}
             facts = check_cached(datasets, args, **custom)
+        elif target_model is not None:
+            setup.warn_of_unread_caches(datasets)
         self._cache = CachedDistributions() if facts else None
         custom_weights = type(self).token_weights is not DraftDistillTrainer.token_weights
         self._weighs_tokens = custom_weights or args.token_selection != "all"

@@ -160,6 +160,13 @@ def test_cached_training_takes_the_steps_of_live_training(tmp_path, tokenizer):
         torch.testing.assert_close(weights(trainer.model)[name], value, atol=2e-5, rtol=0)
 
 
+def test_a_cache_beside_a_target_is_said_to_be_unread(tmp_path, pair, tokenizer, caplog):
+    """A big target loaded, and a cache that was paid for left aside, without a word."""
+    rows = cached(alignment_rows(pair[1], tokenizer), pair[1], top_k=8)
+    build(tmp_path, pair, tokenizer, rows)
+    assert "cached distributions, which are not read beside a `target_model`" in caplog.text
+
+
 # Evaluation ----------------------------------------------------------------------------------------------------------
 
 
