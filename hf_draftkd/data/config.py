@@ -194,6 +194,11 @@ class AlignmentDataConfig:
             for each in self._given(idle):
                 condition = name if wanted is None else f"{name} {wanted}"
                 raise ValueError(f"`{each}` would do nothing without `{condition}`. Leave it out, or add that.")
+        if all(setting.is_greedy for setting in self.requests):
+            for each in self._given(("top_p", "top_k", "num_completions")):
+                raise ValueError(
+                    f"`{each}` would do nothing at temperature 0. Leave it out, or give a temperature above 0."
+                )
 
     def _given(self, names: Container[str]) -> list[str]:
         """Those of the fields whose value is not the default."""

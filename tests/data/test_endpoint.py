@@ -174,7 +174,7 @@ def test_a_text_that_the_target_did_not_end_is_no_row(tmp_path, readable_target,
         server.finish_reasons = {"a mat": reason}
         message = rf"finish_reason is {reason!r}.*asked prompt 3 \(from 0, of 5\), 'a mat'"
         with pytest.raises(StoppedError, match=message):
-            ask(server.url, tokenizer, output_dir=tmp_path, batch_size=1, shard_size=1, num_completions=2)
+            ask(server.url, tokenizer, output_dir=tmp_path, batch_size=1, shard_size=1)
         assert len(server.requests) == 1 + 3 + 1
     assert len(list(tmp_path.glob("data/train-*"))) == 3
 
