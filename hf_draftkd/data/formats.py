@@ -48,7 +48,7 @@ _READ = {"prompt_ids", "completion_ids", "ids_source", *AUTHOR_COLUMNS, *SETTING
 
 
 def check_format(dataset: Dataset | IterableDataset, name: str, *, text_field: str = "text") -> None:
-    """Refuse a dataset that nothing can be learnt from, before anything else happens."""
+    """Refuse a dataset that nothing can be learned from, before anything else happens."""
     if next(iter(dataset), None) is None:
         raise ValueError(f"The {name} dataset is empty. Give one with at least one row.")
     columns = get_dataset_column_names(dataset)
@@ -269,7 +269,7 @@ def with_labels_within(dataset: Any, name: str, max_length: int | None, map_kwar
 
 
 def warn_of_cuts(dataset: Dataset | IterableDataset, name: str, max_length: int | None) -> None:
-    """Say how many prepared rows, still whole, are longer than `max_length`: what is cut off them is not learnt from.
+    """Say how many prepared rows, still whole, are longer than `max_length`: what is cut off them is not learned from.
 
     None is no limit; a stream is not counted.
     """

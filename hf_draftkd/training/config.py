@@ -145,7 +145,7 @@ class DraftDistillConfig(SFTConfig):
     > - `dataloader_pin_memory`: off without an accelerator, where it only makes torch warn.
     > - `eval_strategy`: `"no"` becomes `"epoch"` where an `eval_dataset` is given, which would otherwise lie unused.
     > - `hub_strategy`: `"end"`. Half-trained drafts and adapters are not what somebody else can load.
-    > - `accelerator_config["dispatch_batches"]`: `False`, of evaluation data too. Each process reads a stream itself.
+    > - `accelerator_config["dispatch_batches"]`: `False`, for evaluation data too. Each process reads a stream itself.
     > - `ddp_find_unused_parameters`: `False`. Every parameter of a causal LM is used in every step.
     > - `use_cache`: `True`. It is saved in the draft's config, and a draft without a cache is slow; training passes
     >   never make one.
@@ -173,7 +173,9 @@ class DraftDistillConfig(SFTConfig):
 
     hub_strategy: str = option("end", "Only 'end': a draft is published whole, in one commit, after training.")
 
-    target_model_revision: str | None = option(None, "Revision of the target, when given as an id: the draft fits it.")
+    target_model_revision: str | None = option(
+        None, "Revision of the target, when given as an id: the draft is made for it."
+    )
     target_model_init_kwargs: dict[str, Any] | str | None = option(
         None, "Keyword arguments for loading the target, as JSON: dtype, device_map, quantization_config, gguf_file."
     )

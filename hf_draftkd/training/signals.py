@@ -1,8 +1,8 @@
 """What the draft learns from: a live target, its cached distributions, or only its text.
 
 The three answer the same questions, so that the trainer does not care which it has: what did the target say at the
-completion tokens of this batch (`distributions`), how often would it accept the draft there (`acceptance`), and had
-the tokens that were written been accepted draft tokens (`accepted`)?
+completion tokens of this batch (`distributions`), how often would it accept the draft there (`acceptance`), and would
+the tokens that were written have been accepted as draft tokens (`accepted`)?
 """
 
 import logging
@@ -114,8 +114,8 @@ class TextSignal:
     def accepted(
         self, draft_logits: Tensor, target: Distributions | None, written: Written, setting: DecodingSetting
     ) -> Tensor | None:
-        """[n] a_t: whether tokens that the target wrote under `setting` had been accepted draft tokens; None if that
-        cannot be told. From raw draft logits [n, V], and `distributions` at the same n positions.
+        """[n] a_t: whether tokens that the target wrote under `setting` would have been accepted draft tokens; None if
+        that cannot be told. From raw draft logits [n, V], and `distributions` at the same n positions.
         """
         if not self.judges(setting):
             return None
