@@ -32,7 +32,7 @@ class TemplateForm:
     an `object` or from `text` (their JSON); None where it shows none. The `source` names the kinds of parts it knows.
     """
 
-    part_roles: frozenset[str]
+    part_roles: tuple[str, ...]
     arguments: str | None
     source: str
 
@@ -53,11 +53,14 @@ def template_form(tokenizer: PreTrainedTokenizerBase) -> TemplateForm:
     as_text = rendered([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
     arguments = "text" if json.dumps({_ARGUMENT: 1}) in as_text else None
     return TemplateForm(
-        # In quotes the list itself was printed.
-        part_roles=frozenset(
-            role
-            for role, text in shown.items()
-            if _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text
+        # `datasets` finds what it has cached by the pickle of what made it: a set's is another one in each process.
+        part_roles=tuple(
+            sorted(
+                role
+                for role, text in shown.items()
+                # In quotes the list itself was printed.
+                if _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text
+            )
         ),
         arguments="object" if _ARGUMENT in as_object and f"'{_ARGUMENT}'" not in as_object else arguments,
         source=str(tokenizer.chat_template),
