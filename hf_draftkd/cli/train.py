@@ -34,6 +34,7 @@ class TrainOptions:
     dataset_config: str | None = option(None, "Configuration (subset) of a Hub dataset.")
     dataset_split: str = option("train", "Split of the training data.")
     eval_dataset: str | None = option(None, "Held-out data: a Hub id, a file or a folder.")
+    eval_dataset_config: str | None = option(None, "Its configuration (subset) on the Hub.")
     eval_dataset_split: str = option("train", "Split of the held-out data.")
     mix_dataset: str | None = option(
         None, "Text to interleave with the training data, against forgetting: an id, a file or a folder."
@@ -54,6 +55,8 @@ def run(argv: list[str]) -> int:
     required(model=options.model, dataset=options.dataset)
     if model_config.model_name_or_path is not None:
         raise UsageError("name the draft with `--model`; `--model_name_or_path` is not used")
+    if not model_config.use_peft:
+        _refuse_adapter_options(model_config)
     with usage_errors():
         new_directory(args.output_dir, overwrite=True, target_model=options.target_model)
         checkpoint = _where_to_start(args, overwrite=options.overwrite_output_dir)
@@ -110,11 +113,21 @@ def build_trainer(options: TrainOptions, args: DraftDistillConfig, model_config:
         reference_model=options.reference_model,
         args=args,
         train_dataset=opened(options.dataset, options.dataset_split, options.dataset_config),
-        eval_dataset=opened(options.eval_dataset, options.eval_dataset_split, options.dataset_config),
+        eval_dataset=opened(options.eval_dataset, options.eval_dataset_split, options.eval_dataset_config),
         mix_dataset=opened(options.mix_dataset, options.mix_dataset_split, options.mix_dataset_config),
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
     )
+
+
+def _refuse_adapter_options(given: ModelConfig) -> None:
+    """Refuse what says how an adapter is made where the whole draft is trained."""
+    for name, default in vars(ModelConfig()).items():
+        if (name.startswith("lora_") or name in ("use_rslora", "use_dora")) and getattr(given, name) != default:
+            raise UsageError(
+                f"`--{name}` would do nothing without `--use_peft`: the whole draft would be trained. Add that, or "
+                "leave it out."
+            )
 
 
 def _where_to_start(args: DraftDistillConfig, *, overwrite: bool) -> Any:

@@ -173,6 +173,9 @@ def test_resuming_by_true_takes_the_newest_checkpoint(files, tmp_path, capsys):
         ({"dataset": "missing.jsonl"}, "missing.jsonl"),
         ({"dataset_split": "tset"}, "tset"),
         ({"loss_temperature": 0}, "`loss_temperature` must be a number"),
+        ({"lora_r": 2}, "`--lora_r` would do nothing without `--use_peft`: the whole draft would be trained"),
+        ({"lora_target_modules": "all-linear"}, "`--lora_target_modules` would do nothing without `--use_peft`"),
+        ({"use_dora": True}, "`--use_dora` would do nothing without `--use_peft`"),
         ({"load_in_4bit": True}, "is quantised, and what it learns could not be saved"),
         ({"max_length": 4}, "Nothing is left to learn from"),
     ],
@@ -182,6 +185,16 @@ def test_bad_input_is_exit_code_2(files, tmp_path, capsys, change, message):
     captured = capsys.readouterr().err
     assert message in captured
     assert "Traceback" not in captured
+
+
+def test_each_data_set_has_its_own_configuration(files, tmp_path, capsys, monkeypatch):
+    """Held-out data was looked for in the configuration of the training data."""
+    opened = []
+    monkeypatch.setattr("hf_draftkd.cli.train.open_dataset", lambda name, **at: opened.append((name, at["config"])))
+    data = {name: f"org/{name}" for name in ("dataset", "eval_dataset", "mix_dataset")}
+    configs = {f"{name}_config": f"{name}'s" for name in data}
+    assert dispatch(["train", *options(files | data, tmp_path / "out", **configs)]) == 2  # nothing was read
+    assert opened == [(f"org/{name}", f"{name}'s") for name in data]
 
 
 @pytest.mark.parametrize("way", [["--num_layers", "1"], ["--layers", "1"], ["--share", "0.6"]])
