@@ -134,6 +134,14 @@ def prepare_pair(
     Returns:
         The draft, the frozen target (None without one), and the tokenizer they share.
     """
+    for name, its_model, what in (
+        ("model_init_kwargs", model, "model"),
+        ("target_model_init_kwargs", target_model, "target_model"),
+        ("target_model_revision", target_model, "target_model"),
+    ):
+        if getattr(args, name) and not isinstance(its_model, str):
+            why = f"there is no `{what}`" if its_model is None else f"`{what}` is loaded already"
+            raise ValueError(f"`{name}` would do nothing: {why}. Leave it out, or give the model's name or path.")
     draft_kwargs = {"dtype": "float32", **_loading_options(args, args.model_init_kwargs)}
     target_kwargs = _loading_options(args, args.target_model_init_kwargs, "gguf_file")
     if quantization_config is not None or draft_kwargs.get("quantization_config") is not None:

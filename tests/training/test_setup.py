@@ -133,13 +133,30 @@ def test_adapters_that_are_not_refused_are_saved_as_trained(tmp_path, tokenizer,
     assert (trained - stock).abs().max() > 0.1, "nothing was trained"
 
 
-def test_a_refusal_by_trl_leaves_the_arguments_as_they_were(tmp_path, pair, tokenizer):
+def test_a_refusal_by_trl_leaves_the_arguments_as_they_were(tmp_path, saved_pair, tokenizer):
     """Set right and tried again, the draft was loaded without what `model_init_kwargs` asked for."""
     args = config(tmp_path, model_init_kwargs={"dtype": "bfloat16"}, assistant_only_loss=True)
     rows = Dataset.from_list([{"text": "a"}])
     with pytest.raises(ValueError, match="dataset is not conversational"):
-        DraftDistillTrainer(*pair, args=args, train_dataset=rows, processing_class=tokenizer)
+        DraftDistillTrainer(*map(str, saved_pair), args=args, train_dataset=rows, processing_class=tokenizer)
     assert args.model_init_kwargs == {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("options", "has_target", "why"),
+    [
+        ({"model_init_kwargs": {"dtype": "bfloat16"}}, True, "`model` is loaded already"),
+        ({"target_model_init_kwargs": {"dtype": "bfloat16"}}, True, "`target_model` is loaded already"),
+        ({"target_model_revision": "v2"}, True, "`target_model` is loaded already"),
+        ({"target_model_revision": "v2", "divergence": "cross_entropy"}, False, "there is no `target_model`"),
+    ],
+    ids=str,
+)
+def test_how_to_load_what_is_not_loaded_here_is_refused(tmp_path, pair, tokenizer, options, has_target, why):
+    """Dropped without a word: a target meant to be of revision v2 was whichever was at hand."""
+    rows = Dataset.from_list([{"text": "a b"}])
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}` would do nothing: {why}"):
+        build(tmp_path, (pair[0], pair[1] if has_target else None), tokenizer, rows, **options)
 
 
 @pytest.mark.parametrize("split", [{"cp_size": 2}, {"sp_size": 2, "sp_backend": "deepspeed"}], ids=str)
