@@ -104,7 +104,7 @@ class DraftDistillTrainer(SFTTrainer):
             The target, frozen and never updated. `None` learns from the distributions that the data holds (see
             [`cache_target_distributions`]), or, black box, from text alone: `divergence="cross_entropy"`.
         args ([`DraftDistillConfig`], *optional*):
-            Configuration. Defaults to `output_dir` `"{draft}-DraftDistill"`.
+            Configuration, which is copied. Defaults to `output_dir` `"{draft}-DraftDistill"`.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
             Any format of [`~trl.SFTTrainer`], or alignment data with exact `prompt_ids` and `completion_ids`. May be
             `None` where only `evaluate()` is wanted.
@@ -164,6 +164,7 @@ class DraftDistillTrainer(SFTTrainer):
         if not isinstance(args, DraftDistillConfig):
             given = type(args).__name__
             raise ValueError(f"`args` must be a `DraftDistillConfig`, got a `{given}`. It takes the same, and more.")
+        args = copy.copy(args)  # what is settled here is of this trainer: the user's may serve for another one
         trains = train_dataset is not None
         self._mix_dataset = mix_dataset
         self._custom_loss = type(self).token_loss is not DraftDistillTrainer.token_loss

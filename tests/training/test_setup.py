@@ -142,6 +142,16 @@ def test_a_refusal_by_trl_leaves_the_arguments_as_they_were(tmp_path, saved_pair
     assert args.model_init_kwargs == {"dtype": "bfloat16"}
 
 
+def test_arguments_serve_for_a_second_trainer(tmp_path, pair, tokenizer):
+    """`eval_strategy` stayed "epoch", and the second one, without an `eval_dataset`, was refused."""
+    rows, args = alignment_rows(pair[1], tokenizer, count=4), config(tmp_path)
+    before = dict(vars(args))
+    common = {"args": args, "train_dataset": rows, "processing_class": tokenizer}
+    assert DraftDistillTrainer(*pair, eval_dataset=rows, **common).args.eval_strategy == "epoch"
+    assert vars(args) == before
+    assert DraftDistillTrainer(*pair, **common).args.eval_strategy == "no"
+
+
 @pytest.mark.parametrize(
     ("options", "has_target", "why"),
     [
