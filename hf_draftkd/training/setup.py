@@ -110,10 +110,10 @@ def check_datasets(
 def stand_in(datasets: dict[str, Any]) -> Dataset:
     """What SFTTrainer takes for training data where only `evaluate()` is wanted: it insists on some.
 
-    From a stream only one row is taken, since training on a stream requires `max_steps`.
+    It is one row, by which SFTTrainer tells the format. It is never prepared: it may be one without anything to learn.
     """
     first = next(iter(datasets.values()))
-    return Dataset.from_list([next(iter(first))]) if isinstance(first, IterableDataset) else first
+    return Dataset.from_list([next(iter(first))]) if isinstance(first, IterableDataset) else first.select([0])
 
 
 def prepare_pair(

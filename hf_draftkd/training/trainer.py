@@ -212,6 +212,7 @@ class DraftDistillTrainer(SFTTrainer):
         self.data_facts = data_facts(train_dataset, self.target_id)
 
         own_forward = vars(unwrapped(draft)).get("forward")
+        self._stand_in = None if trains else setup.stand_in(datasets)
         # SFTTrainer would warn that it ignores them; they were used above.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
         try:
@@ -219,7 +220,7 @@ class DraftDistillTrainer(SFTTrainer):
                 model=draft,
                 args=args,
                 data_collator=data_collator,
-                train_dataset=train_dataset if trains else setup.stand_in(datasets),
+                train_dataset=train_dataset if trains else self._stand_in,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 callbacks=with_acceptance(callbacks, args, evaluates=eval_dataset is not None),
@@ -314,6 +315,8 @@ class DraftDistillTrainer(SFTTrainer):
         """SFTTrainer tokenises what it reads. Here alignment rows keep their exact ids, rows of another format may be
         mixed in, and rows know where their cached distributions lie.
         """
+        if dataset is self._stand_in:
+            return dataset
         usual = super()._prepare_dataset
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):

@@ -169,6 +169,20 @@ def test_how_to_load_what_is_not_loaded_here_is_refused(tmp_path, pair, tokenize
         build(tmp_path, (pair[0], pair[1] if has_target else None), tokenizer, rows, **options)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_data_to_evaluate_on_is_not_prepared_as_training_data_too(tmp_path, pair, tokenizer, caplog, streamed):
+    """All rows were read twice, a warning told of a train dataset, and packing refused a stream's first row."""
+    masked = {"input_ids": [0, 5, 6], "labels": [-100] * 3}
+    rows = Dataset.from_list([masked, {"input_ids": [5, 6] * 99, "labels": [5, 6] * 99}])
+    given = rows.to_iterable_dataset() if streamed else rows
+    options = {"divergence": "cross_entropy", "packing": True}
+    trainer = build(tmp_path, (pair[0], None), tokenizer, eval_rows=given, **options)
+    assert trainer.train_dataset is None
+    assert "train dataset" not in caplog.text
+    assert ("of 2 rows of the eval dataset are longer" in caplog.text) is not streamed
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
 @pytest.mark.parametrize("split", [{"cp_size": 2}, {"sp_size": 2, "sp_backend": "deepspeed"}], ids=str)
 def test_rows_split_over_processes_are_refused(tmp_path, pair, tokenizer, monkeypatch, split):
     """Each process shifted the labels of its own part: a loss without the tokens where rows are cut."""
