@@ -248,8 +248,11 @@ def packed(dataset: Dataset, length: int | None, map_kwargs: dict[str, Any]) -> 
 
 def check_labels(dataset: Dataset | IterableDataset, name: str, max_length: int | None) -> None:
     """Refuse prepared rows of which no token is learned from (the first of a row, which nothing predicts, counts as
-    masked). A stream is read until the first that is.
+    masked). A stream is read until the first that is. Rows without labels, which the user prepared
+    (`skip_prepare_dataset`), are learned from on all their tokens.
     """
+    if "labels" not in get_dataset_column_names(dataset):
+        return
     if not any(label != -100 for labels in column_values(dataset, "labels") for label in labels[1:]):
         raise ValueError(
             f"Nothing is left to learn from in the {name} dataset: every token is masked, or the prompts alone "

@@ -183,6 +183,18 @@ def test_data_to_evaluate_on_is_not_prepared_as_training_data_too(tmp_path, pair
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+def test_ids_alone_that_the_user_prepared(tmp_path, pair, tokenizer):
+    """TRL's collator takes them; they failed with "Column name ['labels'] not in the dataset"."""
+    rows = Dataset.from_list([{"input_ids": row["prompt_ids"]} for row in alignment_rows(pair[1], tokenizer, count=4)])
+    losses = []
+    for options in ({"dataset_kwargs": {"skip_prepare_dataset": True}}, {}):
+        options |= {"divergence": "cross_entropy", "max_steps": 1}
+        trainer = build(tmp_path, (pair[0], None), tokenizer, rows, rows, **options)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    trainer.train()
+
+
 @pytest.mark.parametrize("split", [{"cp_size": 2}, {"sp_size": 2, "sp_backend": "deepspeed"}], ids=str)
 def test_rows_split_over_processes_are_refused(tmp_path, pair, tokenizer, monkeypatch, split):
     """Each process shifted the labels of its own part: a loss without the tokens where rows are cut."""
