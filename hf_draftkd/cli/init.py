@@ -32,7 +32,9 @@ class InitOptions:
     text_of: str | None = option(
         None, "A multimodal model: write its text model alone, as a target to give to other commands."
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "dtype the draft is written in.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "dtype it is written in; by default float32, and with `text_of` that of the model."
+    )
     seed: int = option(42, "Seed of new weights.")
     trust_remote_code: bool = option(False, "Run code that a model repository brings.")
     overwrite_output_dir: bool = option(False, "Write into a directory that is not empty.")
@@ -58,15 +60,17 @@ def run(argv: list[str]) -> int:
         at = {"revision": options.target_model_revision, "gguf_file": options.gguf_file}
         checkpoint = resolve(source, **at, **trusted)
         if options.text_of is not None:
-            text = extract_text_model(checkpoint.name, revision=checkpoint.revision)
+            as_asked = {"revision": checkpoint.revision, "dtype": options.dtype or "auto", **trusted}
+            text = extract_text_model(checkpoint.name, **as_asked)
             text.save_pretrained(directory)
             checkpoint.tokenizer.save_pretrained(directory)
             print(f"Wrote {directory}: the text model of {checkpoint.name}, {text.num_parameters():,} parameters.")
             return 0
+        dtype = options.dtype or "float32"
         if options.model is not None:
             stock = resolve(options.model, **trusted)
             check_tokenizers(stock.tokenizer, checkpoint.tokenizer)
-            draft = load_draft(stock, dtype=options.dtype)
+            draft = load_draft(stock, dtype=dtype)
             target = load_target(checkpoint)
             align_vocabulary(draft, target, checkpoint.tokenizer)
         else:
@@ -75,8 +79,8 @@ def run(argv: list[str]) -> int:
                 plan["config"] = AutoConfig.from_pretrained(options.draft_config, **trusted)
             check_plan(checkpoint.config, **plan)
             target = load_target(checkpoint)
-            dtype = getattr(torch, options.dtype)
-            draft = build_draft(target, **plan, tokenizer=checkpoint.tokenizer, dtype=dtype, seed=options.seed)
+            how = {"tokenizer": checkpoint.tokenizer, "dtype": getattr(torch, dtype), "seed": options.seed}
+            draft = build_draft(target, **plan, **how)
     draft.save_pretrained(directory)
     checkpoint.tokenizer.save_pretrained(directory)
     share = draft.num_parameters() / target.num_parameters()

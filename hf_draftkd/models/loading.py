@@ -187,7 +187,8 @@ def _load_text_of(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrained
             f"`draftkd init --text_of {name} --output_dir DIRECTORY`, and load that quantised."
         )
     given = {key: value for key, value in options.items() if value is not None}
-    return extract_text_model(name, revision=checkpoint.revision, **given)
+    trusted = {"trust_remote_code": checkpoint.trust_remote_code}
+    return extract_text_model(name, revision=checkpoint.revision, **trusted, **given)
 
 
 def _load_merged(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedModel:

@@ -117,7 +117,8 @@ def text_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
 
 
 def _load_whole(path: Any, options: dict[str, Any]) -> PreTrainedModel:
-    config = transformers.AutoConfig.from_pretrained(path, revision=options.get("revision"))
+    asked = {name: options.get(name) for name in ("revision", "trust_remote_code")}
+    config = transformers.AutoConfig.from_pretrained(path, **asked)
     # The class it was saved as: the automatic classes take some of these checkpoints for text models.
     whole_class = getattr(transformers, (config.architectures or [""])[0], None)
     if whole_class is None:

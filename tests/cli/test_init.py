@@ -1,8 +1,11 @@
 """`draftkd init` and `draftkd quickstart`: what is refused, and when."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hf_draftkd.cli.main import dispatch
 from hf_draftkd.cli.quickstart import _lines
@@ -50,6 +53,37 @@ def test_the_text_model_of_a_multimodal_one(tmp_path, capsys):
     checkpoint = resolve(tmp_path / "text")
     assert checkpoint.config.get_text_config() is checkpoint.config
     assert len(checkpoint.tokenizer) == 300
+
+
+@pytest.mark.parametrize(("words", "written"), [([], "bfloat16"), (["--dtype", "float16"], "float16")])
+def test_the_text_model_is_written_as_asked(tmp_path, capsys, words, written):
+    """`--dtype` did nothing beside `--text_of`."""
+    tiny_multimodal("Qwen3VL").to(torch.bfloat16).save_pretrained(tmp_path / "whole")
+    tiny_tokenizer().save_pretrained(tmp_path / "whole")
+    command = ["init", "--text_of", str(tmp_path / "whole"), "--output_dir", str(tmp_path / "text"), *words]
+    assert dispatch(command) == 0
+    assert {str(value.dtype) for value in load_file(tmp_path / "text" / "model.safetensors").values()} == {
+        f"torch.{written}"
+    }
+
+
+def test_code_is_trusted_for_a_text_model_too(tmp_path, capsys, monkeypatch):
+    """`--trust_remote_code` did nothing beside `--text_of`: the multimodal model's own config was refused."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    whole = tmp_path / "whole"
+    tiny_multimodal("Qwen3VL").save_pretrained(whole)
+    tiny_tokenizer().save_pretrained(whole)
+    config = json.loads((whole / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (whole / "config.json").write_text(json.dumps(config))
+    code = 'from transformers import Qwen3VLConfig\n\n\nclass Config(Qwen3VLConfig):\n    model_type = "mine"\n'
+    (whole / "mine.py").write_text(code)
+    command = ["init", "--text_of", str(whole), "--output_dir", str(tmp_path / "text")]
+    assert dispatch(command) == 2
+    assert "trust_remote_code" in capsys.readouterr().err
+    assert dispatch([*command, "--trust_remote_code"]) == 0
+    assert resolve(tmp_path / "text").config.model_type == "qwen3"
 
 
 def test_quickstart_refuses_before_it_trains(tmp_path, capsys, monkeypatch):
