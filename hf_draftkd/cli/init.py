@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.models.building import build_draft, check_plan
-from hf_draftkd.models.loading import load_draft, load_target
+from hf_draftkd.models.loading import load_draft, load_target, load_without_weights
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
 from hf_draftkd.models.resolve import resolve
 from hf_draftkd.models.text_model import extract_text_model
@@ -71,7 +71,7 @@ def run(argv: list[str]) -> int:
             stock = resolve(options.model, **trusted)
             check_tokenizers(stock.tokenizer, checkpoint.tokenizer)
             draft = load_draft(stock, dtype=dtype)
-            target = load_target(checkpoint)
+            target = load_without_weights(checkpoint)
             align_vocabulary(draft, target, checkpoint.tokenizer)
         else:
             plan = {name: getattr(options, name) for name in ("num_layers", "layers", "share")}

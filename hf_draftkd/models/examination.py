@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, get_local_safetensors_metadata
 from huggingface_hub.errors import HTTPError, SafetensorsParsingError
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from hf_draftkd.models.building import check_plan
+from hf_draftkd.models.loading import load_without_weights
 from hf_draftkd.models.pairing import check_rows, check_tokenizers, context_length
 from hf_draftkd.models.resolve import Checkpoint
 from hf_draftkd.models.sizing import TRAINED_BYTES, count_parameters, cut_layers, spread_layers, weight_bytes
-from hf_draftkd.models.text_model import text_config
 from hf_draftkd.models.tokenizers import tokenizer_size
 
 
@@ -117,11 +117,8 @@ def _refusals_go_to(refused: list[str]) -> Iterator[None]:
 
 
 def _facts(checkpoint: Checkpoint, refused: list[str]) -> ModelFacts:
-    config = checkpoint.config
-    if checkpoint.is_multimodal:
-        config = text_config(config, repr(checkpoint.name))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
+    model = load_without_weights(checkpoint)
+    config = model.config
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     in_tables = {id(table.weight): table.weight.numel() for table in tables if table is not None}
     num_tokens = None

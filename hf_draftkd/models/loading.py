@@ -10,19 +10,20 @@ Only safetensors are read, and code that comes with a model runs only when asked
 import copy
 import json
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ADAPTER_CONFIG_NAME, logging
 
 from hf_draftkd.models.forward import reads_left_to_right
 from hf_draftkd.models.identity import remember_checkpoint
 from hf_draftkd.models.resolve import Checkpoint, check_config, resolve
-from hf_draftkd.models.text_model import extract_text_model
+from hf_draftkd.models.text_model import extract_text_model, text_config
 from hf_draftkd.utils.checks import one_of
 from hf_draftkd.utils.threads import shared_cores
 
@@ -83,6 +84,24 @@ def load_draft(name_or_path: Any, **options: Any) -> PreTrainedModel:
     for parameter in model.parameters():
         # Merging leaves a base frozen. Packed integer weights of a quantised draft cannot have gradients.
         parameter.requires_grad_(parameter.is_floating_point())
+    return model
+
+
+def load_without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model that `load_target` loads, as its configs describe it, on torch's meta device: no weight is read.
+
+    A `ValueError` if there is no usable causal LM (see `Checkpoint.config`).
+    """
+    if checkpoint.is_adapter:
+        return load_without_weights(checkpoint.base)
+    config = copy.deepcopy(checkpoint.config)  # building changes it
+    if checkpoint.is_multimodal:
+        config = text_config(config, repr(checkpoint.name))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=checkpoint.trust_remote_code)
+    if checkpoint.gguf_file is None:  # beside a GGUF file transformers reads none
+        with suppress(OSError):  # there is none: it was made from the config
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.name, revision=checkpoint.revision)
     return model
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from hf_draftkd.cli.main import dispatch
 from hf_draftkd.cli.quickstart import _lines
 from hf_draftkd.models.demo import demo_path
+from hf_draftkd.models.loading import load_draft
 from hf_draftkd.models.resolve import resolve
 from tests.multimodal import tiny_multimodal
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -84,6 +85,20 @@ def test_code_is_trusted_for_a_text_model_too(tmp_path, capsys, monkeypatch):
     assert "trust_remote_code" in capsys.readouterr().err
     assert dispatch([*command, "--trust_remote_code"]) == 0
     assert resolve(tmp_path / "text").config.model_type == "qwen3"
+
+
+def test_a_stock_draft_is_repaired_without_the_weights_of_the_target(saved_pair, tmp_path, capsys):
+    """The whole target was read for the size of its vocabulary and its special ids."""
+    draft, target = saved_pair
+    (target / "model.safetensors").write_bytes(b"never read")
+    config = json.loads((target / "generation_config.json").read_text()) | {"eos_token_id": [1, 7]}
+    (target / "generation_config.json").write_text(json.dumps(config))
+    command = ["init", "--model", str(draft), "--target_model", str(target), "--output_dir", str(tmp_path / "new")]
+    assert dispatch(command) == 0
+    assert ", 0.00% of" not in capsys.readouterr().out
+    made = load_draft(tmp_path / "new")
+    assert made.config.vocab_size == resolve(target).config.vocab_size
+    assert made.generation_config.eos_token_id == [1, 7]
 
 
 def test_quickstart_refuses_before_it_trains(tmp_path, capsys, monkeypatch):

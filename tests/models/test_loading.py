@@ -8,11 +8,13 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertGenerationConfig,
+    GenerationConfig,
     LlamaForSequenceClassification,
     MambaConfig,
     MiniMaxConfig,
@@ -25,9 +27,10 @@ from transformers import (
 
 from hf_draftkd.models import loading
 from hf_draftkd.models.identity import model_revision
-from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
+from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer, load_without_weights
 from hf_draftkd.models.pairing import check_own_tokenizer
 from hf_draftkd.models.resolve import resolve
+from tests.multimodal import tiny_multimodal
 from tests.tiny import save_gguf, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 
@@ -58,6 +61,35 @@ def test_target_is_frozen_and_draft_is_trainable(saved):
         assert torch.equal(target.state_dict()[name], value)
         assert torch.equal(draft.state_dict()[name], value)
     assert load_tokenizer(saved)("a b").input_ids == tiny_tokenizer()("a b").input_ids
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # as for TestAdapters
+@pytest.mark.parametrize("kind", ["plain", "without a generation config", "adapter", "multimodal", "GGUF"])
+def test_without_weights_a_model_says_the_same_of_itself(saved, tmp_path, kind):
+    """The special ids of a config where the generation config names others, or the size of a base for its text part."""
+    path, options = saved, {}
+    generation = GenerationConfig(eos_token_id=[1, 7], suppress_tokens=[5])
+    if kind == "adapter":
+        path = tmp_path / "adapter"
+        config = LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM")
+        get_peft_model(AutoModelForCausalLM.from_pretrained(saved), config).save_pretrained(path)
+    elif kind == "multimodal":
+        tiny_multimodal("Gemma3").save_pretrained(saved)
+    elif kind == "GGUF":
+        path, options = tmp_path / "gguf", {"gguf_file": "tiny.gguf"}
+        path.mkdir()
+        save_gguf(tiny_llama(), path / "tiny.gguf")
+    if kind == "without a generation config":
+        (saved / "generation_config.json").unlink()
+    else:
+        generation.save_pretrained(saved if kind == "adapter" else path)
+    loaded, described = load_target(path, **options), load_without_weights(resolve(path, **options))
+    assert {weight.device.type for weight in described.parameters()} == {"meta"}
+    assert described.num_parameters() == loaded.num_parameters()
+    for part in ("config", "generation_config"):
+        theirs, ours = (getattr(model, part).to_dict() for model in (loaded, described))
+        for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens"):
+            assert theirs.get(name) == ours.get(name), (part, name)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
@@ -346,8 +378,6 @@ class TestAdapters:
     @pytest.fixture
     def adapter(self, saved):
         """(adapter directory, logits of base plus adapter)."""
-        from peft import LoraConfig, get_peft_model
-
         base = AutoModelForCausalLM.from_pretrained(saved)
         torch.manual_seed(0)
         config = LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM", init_lora_weights=False)
