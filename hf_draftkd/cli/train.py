@@ -34,7 +34,9 @@ class TrainOptions:
     dataset_config: str | None = option(None, "Configuration (subset) of a Hub dataset.")
     dataset_split: str = option("train", "Split of the training data.")
     eval_dataset: str | None = option(None, "Held-out data: a Hub id, a file or a folder.")
-    eval_dataset_config: str | None = option(None, "Its configuration (subset) on the Hub.")
+    eval_dataset_config: str | None = option(
+        None, "Its configuration (subset) on the Hub; by default `dataset_config` where it is the same dataset."
+    )
     eval_dataset_split: str = option("train", "Split of the held-out data.")
     mix_dataset: str | None = option(
         None, "Text to interleave with the training data, against forgetting: an id, a file or a folder."
@@ -103,6 +105,9 @@ def build_trainer(options: TrainOptions, args: DraftDistillConfig, model_config:
             raise UsageError("`--gguf_file` names a file of the target: give `--target_model` too.")
         given: Any = args.target_model_init_kwargs
         args.target_model_init_kwargs = {**(given or {}), "gguf_file": options.gguf_file}
+
+    if options.eval_dataset_config is None and options.eval_dataset == options.dataset:
+        options.eval_dataset_config = options.dataset_config
 
     def opened(name: str | None, split: str, config: str | None) -> Any:
         return None if name is None else open_dataset(name, split=split, config=config)

@@ -195,6 +195,10 @@ def test_each_data_set_has_its_own_configuration(files, tmp_path, capsys, monkey
     configs = {f"{name}_config": f"{name}'s" for name in data}
     assert dispatch(["train", *options(files | data, tmp_path / "out", **configs)]) == 2  # nothing was read
     assert opened == [(f"org/{name}", f"{name}'s") for name in data]
+    opened.clear()
+    same = {"dataset": "org/one", "eval_dataset": "org/one"}
+    assert dispatch(["train", *options(files | same, tmp_path / "out", dataset_config="main")]) == 2
+    assert opened == [("org/one", "main")] * 2
 
 
 @pytest.mark.parametrize("way", [["--num_layers", "1"], ["--layers", "1"], ["--share", "0.6"]])
