@@ -63,7 +63,9 @@ class EvaluateOptions:
     project: str = option("huggingface", "trackio, wandb: the project.")
     run_name: str | None = option(None, "trackio, wandb: the run; trackio goes on with the one of that name.")
     write: bool = option(False, "Store the best draft length in the (best) draft's generation config, a local path.")
-    dtype: str = option("auto", "Number format of the weights, such as bfloat16.")
+    dtype: str = option(
+        "auto", "Number format of all weights, such as bfloat16; auto: the target's as saved, and the same for drafts."
+    )
     model_revision: str | None = option(None, "Revision of the draft on the Hub.")
     target_model_revision: str | None = option(None, "Revision of the target on the Hub.")
     gguf_file: str | None = option(None, "Read the target from this GGUF file among its files.")
@@ -93,6 +95,8 @@ def run(argv: list[str]) -> int:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         loading: dict[str, Any] = {"dtype": options.dtype, "device_map": None if device is None else {"": device}}
         target_model = load_target(target, **loading)
+        if options.dtype == "auto":  # trained drafts are often saved in float32
+            loading["dtype"] = target_model.dtype
         models = [load_draft(draft, **loading) for draft in drafts]
         baseline = None if options.baseline is None else models.pop()
         if engine.parallel_drafting and parallel_draft(models[0].config) is None:

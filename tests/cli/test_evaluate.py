@@ -1,10 +1,12 @@
 """`draftkd evaluate`, from paths, as a user runs it."""
 
+import copy
 import json
 import sys
 from collections import Counter
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -92,6 +94,17 @@ def test_each_config_and_tokenizer_is_read_once(files, tmp_path, monkeypatch):
     for name in ("model", "target_model"):
         assert opened[str(files[name] / "config.json")] == opened[str(files[name] / "tokenizer.json")] == 1
         assert built[str(files[name])] == 1
+
+
+def test_drafts_are_loaded_in_the_targets_format(files, pair, tmp_path):
+    """Catches a draft that was saved in float32 and is timed so beside a target in bfloat16."""
+    copy.deepcopy(pair[1]).to(torch.bfloat16).save_pretrained(files["target_model"])
+    found = []
+    for words in ([], ["--dtype", "float32"]):
+        assert dispatch(options(files, tmp_path / "out", "--no_measure_speed", *words, temperatures=0, limit=2)) == 0
+        report = SpeculationReport.load(tmp_path / "out" / "report.json")
+        found.append((report.target.dtype, report.draft.dtype))
+    assert found == [("bfloat16", "bfloat16"), ("float32", "float32")]
 
 
 def test_several_drafts_and_a_yaml_file(files, tmp_path, capsys):
