@@ -63,7 +63,12 @@ class EvaluateOptions:
     project: str = option("huggingface", "trackio, wandb: the project.")
     run_name: str | None = option(None, "trackio, wandb: the run; trackio goes on with the one of that name.")
     write: bool = option(False, "Store the best draft length in the (best) draft's generation config, a local path.")
-    dtype: str = option("auto", "Number format of the weights, such as bfloat16.")
+    dtype: str = option(
+        "auto", "Number format of all weights, such as bfloat16; auto: the target's as saved, and the same for drafts."
+    )
+    device_map: str | None = option(
+        None, "Device map of the target, such as auto; by default one device. Drafts go where the target begins."
+    )
     model_revision: str | None = option(None, "Revision of the draft on the Hub.")
     target_model_revision: str | None = option(None, "Revision of the target on the Hub.")
     gguf_file: str | None = option(None, "Read the target from this GGUF file among its files.")
@@ -91,9 +96,13 @@ def run(argv: list[str]) -> int:
         texts = _texts(options)
         target, *drafts = _look_up(options)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        loading: dict[str, Any] = {"dtype": options.dtype, "device_map": None if device is None else {"": device}}
-        target_model = load_target(target, **loading)
-        models = [load_draft(draft, **loading) for draft in drafts]
+        place = None if device is None else {"": device}
+        target_model = load_target(target, dtype=options.dtype, device_map=options.device_map or place)
+        if options.device_map is not None and target_model.device.type != "meta":  # as offloaded weights are
+            place = {"": target_model.device}
+        # Trained drafts are often saved in float32.
+        dtype = target_model.dtype if options.dtype == "auto" else options.dtype
+        models = [load_draft(draft, dtype=dtype, device_map=place) for draft in drafts]
         baseline = None if options.baseline is None else models.pop()
         if engine.parallel_drafting and parallel_draft(models[0].config) is None:
             raise UsageError(f"`--parallel_drafting` needs a parallel draft, which {models[0].name_or_path} is not.")

@@ -145,7 +145,7 @@ def _check_mask(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
     if mask is not None and mask.shape == input_ids.shape:
         if bool((mask[:, 1:] < mask[:, :-1]).any()) or not bool(mask[:, -1].all()):
             raise ValueError(
-                "`attention_mask` has zeros behind a token: right padding, or a hole. Pad prompts on the left "
+                "`attention_mask` has zeros after a token: right padding, or a hole. Pad prompts on the left "
                 '(`tokenizer.padding_side = "left"`).'
             )
         expected = (mask.long().cumsum(1) - 1).clamp(min=0)

@@ -274,6 +274,12 @@ class _Evaluation:
 
     def time(self, draft: PreTrainedModel, result: DraftResult) -> None:
         """Time steps and real decoding of one draft, and judge it; fills in `result`."""
+        if draft.dtype.itemsize > self.target_model.dtype.itemsize:
+            of_draft, of_target = (str(model.dtype).removeprefix("torch.") for model in (draft, self.target_model))
+            self.warnings.append(
+                f"The draft {draft.name_or_path!r} is in {of_draft}, the target in {of_target}: load it with "
+                f"`dtype=torch.{of_target}`, or its steps take longer than they need."
+            )
         prompts = self._spread_prompts(self.config.num_speed_prompts)
         ways = self._ways(draft, prompts[0])
         lists = [ids for index, ids in self.listed if self.drafts[index] is draft]

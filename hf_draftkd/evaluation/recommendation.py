@@ -113,13 +113,15 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
     predicted = predicted_speedup(efficiency[length], length, times)
     break_even = break_even_acceptance_rate(times, efficiency)
     worth_it = _gains(setting, length, predicted, way)
-    name, cost = setting.words, times.relative_cost
+    name, drafting = setting.words, f"draft step takes {times.relative_cost:.0%} of a target step"
+    if times.draft_pass_seconds:
+        cost = times.draft_pass_seconds[length] / times.target_step_seconds
+        drafting = f"draft pass takes {cost:.0%} of a target step"
     if worth_it:
         reason = (
             f"Worth it for {name}: {_tokens(length)} a step give{'s' if length == 1 else ''} {efficiency[length]:.2f} "
             f"tokens per target call and {'is' if length == 1 else 'are'} predicted to decode "
-            f"{predicted:.2f} times as fast in transformers on this machine; a draft step takes {cost:.0%} of a target "
-            "step."
+            f"{predicted:.2f} times as fast in transformers on this machine; a {drafting}."
         )
     elif is_faster(predicted):
         reason = (
@@ -132,8 +134,8 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
             need = f"{break_even:.2f} would be needed to break even"
         reason = (
             f"Not worth it for {name}: even the best draft length ({length}) is predicted to reach "
-            f"{predicted:.2f} times the plain speed in transformers on this machine. A draft step takes {cost:.0%} of "
-            f"a target step; of single drafted tokens {setting.acceptance_rate.value:.2f} are accepted, and {need}."
+            f"{predicted:.2f} times the plain speed in transformers on this machine. A {drafting}; of single "
+            f"drafted tokens {setting.acceptance_rate.value:.2f} are accepted, and {need}."
         )
     if found := measured_run(setting, way):
         reason += f" Measured there with {_tokens(found.num_assistant_tokens)}: {_all_measured(setting, way)}."

@@ -329,7 +329,7 @@ class EngineResult:
         "Plain, in the same rounds; absent, as what follows, where no server decoded plainly."
     )
     speedup: Estimate | None = optional("Tokens/s with the draft ÷ tokens/s plain; interval over prompts.")
-    target_step_seconds: float | None = optional("One token of plain decoding in this engine, behind the prompt.")
+    target_step_seconds: float | None = optional("One token of plain decoding in this engine, after the prompt.")
     recommendation: Recommendation | None = optional("For this engine, this machine and this setting.")
 
 

@@ -231,7 +231,7 @@ def other_texts(
         dataset = with_token_ids(dataset, tokenizer)
     if empty := [row for row, ids in enumerate(dataset["prompt_ids"]) if not ids]:
         raise ValueError(
-            f"The prompts of {row_numbers(empty)} have no tokens, so nothing predicts the first token behind them. "
+            f"The prompts of {row_numbers(empty)} have no tokens, so nothing predicts the first token after them. "
             "Take them out, or begin them with some text."
         )
     return [replace(_text_set(dataset, setting), is_exact=False) for setting in settings]
@@ -300,8 +300,8 @@ def plausibility_warnings(target_model: PreTrainedModel, texts: TextSet, share: 
     if share < PLAUSIBLE:
         return [
             f"Only {share:.1%} of the tokens recorded under {texts.setting} could have been written by this target so: "
-            "they come from another model or setting, or this architecture reads a batch otherwise than one text alone "
-            "(try `batch_size=1`). Acceptance rates are given, block efficiencies are not."
+            "they come from another model or setting, or this architecture gives other logits in a batch than for a "
+            "single text (try `batch_size=1`). Acceptance rates are given, block efficiencies are not."
         ]
     return [
         f"{1 - share:.2%} of the tokens written under {texts.setting} are not what one forward pass of the target "

@@ -19,6 +19,7 @@ from huggingface_hub.hf_api import ExpandModelProperty_T
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE
 from hf_draftkd.evaluation.schema import to_plain
 from hf_draftkd.hub.access import hub_errors
 from hf_draftkd.hub.metadata import draft_for_tag
@@ -28,6 +29,8 @@ from hf_draftkd.utils.text import one_line
 
 # More than any model has; what claims more is not a count that arithmetic should meet.
 _MAX_PARAMETERS = 10**15
+# The field of `RecordedSetting` that holds the speed-up by a way of decoding.
+SPEEDUPS = {ASSISTANT_MODEL: "speedup", SPECULATIVE: "speculative_speedup", PARALLEL: "parallel_speedup"}
 # A metric outside of these was not measured, whatever a card says.
 _POSSIBLE = {
     "acceptance_rate": (0.0, 1.0),
@@ -49,7 +52,11 @@ _EXPAND: list[ExpandModelProperty_T] = ["downloads", "likes", "model-index", "pr
 
 @dataclass(frozen=True)
 class RecordedSetting:
-    """What a draft's card records about one decoding setting; what the card does not say is None."""
+    """What a draft's card records about one decoding setting; what the card does not say is None.
+
+    `speedup` is that by `assistant_model=`, `speculative_speedup` that by `SpeculativeDecoding`, `parallel_speedup`
+    that by `SpeculativeDecoding` with a parallel draft, one pass of it a round; all on the `hardware` named.
+    """
 
     decoding: DecodingSetting
     verification: str | None = None
@@ -57,6 +64,8 @@ class RecordedSetting:
     block_efficiency: float | None = None
     num_assistant_tokens: int | None = None
     speedup: float | None = None
+    speculative_speedup: float | None = None
+    parallel_speedup: float | None = None
     hardware: str | None = None
     target: str | None = None
     target_revision: str | None = None
@@ -239,11 +248,14 @@ def _recorded(info: ModelInfo) -> tuple[tuple[RecordedSetting, ...], float | Non
                 **{name: _text(args.get(name)) for name in ("verification", "target", "target_revision")},
             }
             held = settings.setdefault(tuple(shared.values()), shared)
+            if result.metric_type == "speedup":
+                way = args.get("way", ASSISTANT_MODEL)
+                if way in SPEEDUPS:  # a later version may know more
+                    held |= {SPEEDUPS[way]: value, "hardware": _text(args.get("hardware"))}
+                continue
             held[result.metric_type] = value
             if result.metric_type == "block_efficiency" and "num_assistant_tokens" in args:
                 held["num_assistant_tokens"] = whole_number("num_assistant_tokens", args["num_assistant_tokens"])
-            if result.metric_type == "speedup":
-                held["hardware"] = _text(args.get("hardware"))
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return (), None
     return tuple(RecordedSetting(**held) for held in settings.values()), relative_cost

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry
 
 from hf_draftkd.acceptance import Estimate
+from hf_draftkd.evaluation.recommendation import WAYS, measured_run
 from hf_draftkd.evaluation.report import SettingResult, SpeculationReport
 from hf_draftkd.hub.report_tables import at_length, by_domain, hardware_text, shown_length
 from hf_draftkd.models.resolve import is_hub_id
@@ -37,8 +38,8 @@ def eval_results(report: SpeculationReport | None) -> list[EvalResult]:
             if efficiency := at_length(setting.block_efficiency, length):
                 label = f"Tokens per target call, draft length {length}"
                 found.append(result("block_efficiency", label, efficiency, {"num_assistant_tokens": length}))
-            for way, run in (("assistant_model=", setting.assisted), ("SpeculativeDecoding", setting.speculative)):
-                if run:
+            for way in WAYS:
+                if run := measured_run(setting, way):
                     args = {"num_assistant_tokens": run.num_assistant_tokens, "hardware": hardware, "way": way}
                     found.append(result("speedup", f"Measured speed-up, {way}", run.speedup, args))
     if report.latency is not None:

@@ -32,6 +32,7 @@ UNTUNED_LENGTH = 5
 # Block of templates/serving_commands.txt -> title and language.
 _TITLES = {
     "generate": ("transformers: `generate`", "python"),
+    "speculative_decoding": ("transformers: `SpeculativeDecoding`", "python"),
     "custom_generate": ("transformers: `generate` with the code in this repository", "python"),
     "pipeline": ("transformers: `pipeline`", "python"),
     "vllm": ("vLLM", "bash"),
@@ -81,6 +82,7 @@ def serving_commands(
     distance = abs((pair.draft_vocab_size or 0) - (pair.target_vocab_size or 0))
     can = dict.fromkeys(("vllm", "openvino", "sglang"), sizes_known and same_size) | {
         "generate": same_size or not sizes_known,
+        "speculative_decoding": same_size or not sizes_known,
         "custom_generate": custom_generate and (same_size or not sizes_known),
         "pipeline": pair.same_special_ids is not False and (same_size or not sizes_known),
         "llama_cpp": sizes_known and distance <= LLAMA_CPP_MAX_VOCAB_DIFFERENCE and pair.same_special_ids,

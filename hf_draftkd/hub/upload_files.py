@@ -24,7 +24,11 @@ from hf_draftkd.evaluation.recommendation import PARALLEL
 from hf_draftkd.evaluation.report import Recommendation, SpeculationReport
 from hf_draftkd.hub.access import redacted
 from hf_draftkd.hub.provenance import Provenance, TrainingSummary, tuned_length
-from hf_draftkd.models.draft_length import draft_length_settings, recorded_parallel_length
+from hf_draftkd.models.draft_length import (
+    derived_generation_config,
+    draft_length_settings,
+    recorded_parallel_length,
+)
 from hf_draftkd.models.identity import count_parameters, weight_files, weights_checksum
 from hf_draftkd.models.resolve import TOKENIZER_FILES, Checkpoint, resolve
 
@@ -210,11 +214,12 @@ def custom_generate_files() -> list[PlannedFile]:
 def generation_config_file(folder: Path, advice: Recommendation | None) -> PlannedFile | None:
     """`generation_config.json` with the draft length that a report recommends; one set by hand is left alone."""
     path = folder / "generation_config.json"
-    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    is_held = path.is_file()
+    held = json.loads(path.read_text(encoding="utf-8")) if is_held else derived_generation_config(folder).to_diff_dict()
     config, parallel = GenerationConfig.from_dict(held), advice is not None and advice.way == PARALLEL
     by_hand = recorded_parallel_length(config) if parallel else tuned_length(config)
     if advice is None or by_hand is not None:
-        return PlannedFile(path.name, path) if held else None
+        return PlannedFile(path.name, path) if is_held else None
     tuned = held | draft_length_settings(advice.num_assistant_tokens, parallel=parallel)
     tuned.pop("_from_model_config", None)  # transformers would drop keys that it does not know
     return PlannedFile(path.name, _json_bytes(tuned), f"with the report's draft length {advice.num_assistant_tokens}")

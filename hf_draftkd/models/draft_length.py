@@ -67,13 +67,20 @@ def store_draft_settings(draft_model: PreTrainedModel, settings: dict[str, Any])
     _store(draft_model.generation_config, settings)
 
 
+def derived_generation_config(folder: Path, trust_remote_code: bool = False) -> GenerationConfig:
+    """What transformers derives from the model's config for a draft saved without a generation config: its special ids.
+
+    It does so no longer once there is a file, which must hold them then.
+    """
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+
+
 def write_draft_settings(folder: Path, settings: dict[str, Any], trust_remote_code: bool = False) -> Path:
     """The same for a saved draft, in whose generation config everything else stays; returns the file."""
     try:
         config = GenerationConfig.from_pretrained(folder)
-    except OSError:  # a draft saved without one: transformers then derives it from the model's config
-        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        config = GenerationConfig.from_model_config(model_config)
+    except OSError:  # a draft saved without one
+        config = derived_generation_config(folder, trust_remote_code)
     _store(config, settings)
     config.save_pretrained(folder)
     return folder / GENERATION_CONFIG_NAME

@@ -119,8 +119,8 @@ def load_tokenizer(
 def require_loaded(*models: Any) -> None:
     """Refuse what cannot be target or draft: the checks that loading makes of a checkpoint, of models in memory.
 
-    A `ValueError` if one is a name or a path, is not a decoder-only language model that transformers decodes with
-    speculatively (see `check_config`), or reads text in both directions though no config says so.
+    A `ValueError` if one is a name or a path, is not a decoder-only language model that transformers can use for
+    speculative decoding (see `check_config`), or reads text in both directions though no config says so.
     """
     for model in models:
         if isinstance(model, str | Path):

@@ -256,7 +256,7 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
     for model_class in _as_tuple(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]):
         if reason := _no_rollback(model_class):
             raise ValueError(
-                f"{kind} {reason}, so transformers does not decode with it speculatively. Choose a model with an "
+                f"{kind} {reason}, so transformers cannot use it for speculative decoding. Choose a model with an "
                 "ordinary key-value cache."
             )
 

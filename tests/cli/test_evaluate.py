@@ -1,13 +1,16 @@
 """`draftkd evaluate`, from paths, as a user runs it."""
 
+import copy
 import json
 import sys
 from collections import Counter
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, GenerationConfig
 
+from hf_draftkd.cli import evaluate
 from hf_draftkd.cli.main import dispatch
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.evaluation.report import SpeculationReport
@@ -92,6 +95,36 @@ def test_each_config_and_tokenizer_is_read_once(files, tmp_path, monkeypatch):
     for name in ("model", "target_model"):
         assert opened[str(files[name] / "config.json")] == opened[str(files[name] / "tokenizer.json")] == 1
         assert built[str(files[name])] == 1
+
+
+def test_drafts_are_loaded_in_the_targets_format(files, pair, tmp_path):
+    """Catches a draft that was saved in float32 and is timed so beside a target in bfloat16."""
+    copy.deepcopy(pair[1]).to(torch.bfloat16).save_pretrained(files["target_model"])
+    found = []
+    for words in ([], ["--dtype", "float32"]):
+        assert dispatch(options(files, tmp_path / "out", "--no_measure_speed", *words, temperatures=0, limit=2)) == 0
+        report = SpeculationReport.load(tmp_path / "out" / "report.json")
+        found.append((report.target.dtype, report.draft.dtype))
+    assert found == [("bfloat16", "bfloat16"), ("float32", "float32")]
+
+
+def test_a_target_on_several_devices_has_its_draft_where_it_begins(files, tmp_path, monkeypatch):
+    """Catches a target that fits on no single device, and a draft that is timed on another kind than its target."""
+    given = {}
+    for name in ("load_target", "load_draft"):
+        load = getattr(evaluate, name)
+
+        def loaded(*names, load=load, name=name, **how):
+            given[name] = how["device_map"]
+            return load(*names, **how)
+
+        monkeypatch.setattr(evaluate, name, loaded)
+    # As on a machine with an accelerator, on which the target is not.
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    words = ["--no_measure_speed", "--device_map", "cpu"]
+    assert dispatch(options(files, tmp_path / "out", *words, temperatures=0, limit=2)) == 0
+    assert given == {"load_target": "cpu", "load_draft": {"": torch.device("cpu")}}
 
 
 def test_several_drafts_and_a_yaml_file(files, tmp_path, capsys):

@@ -242,6 +242,17 @@ def test_a_draft_on_another_kind_of_device_is_not_timed(pair):
         evaluate_draft(elsewhere, target, tiny_tokenizer(), PROMPTS[:2])
 
 
+def test_a_draft_in_a_wider_format_than_its_target_is_said(pair):
+    """Catches a float32 draft beside a bfloat16 target whose slow steps are put down to the draft."""
+    draft, target = pair
+    low = copy.deepcopy(target).to(torch.bfloat16)
+    how = {"temperatures": (0.0,), "max_new_tokens": 4, "num_speed_prompts": 1}
+    said = "is in float32, the target in bfloat16: load it with `dtype=torch.bfloat16`"
+    for wide, narrow in ((draft, low), (copy.deepcopy(draft).to(torch.bfloat16), target)):
+        report = evaluate_draft(wide, narrow, tiny_tokenizer(), PROMPTS[:2], **how)
+        assert any(said in warning for warning in report.warnings) == (narrow is low)
+
+
 def test_a_target_that_was_moved_is_known_again(tmp_path, pair):
     """Catches rows that lose their block efficiency because the target lies in another folder than when it wrote."""
     draft, target = pair

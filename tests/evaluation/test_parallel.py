@@ -187,11 +187,13 @@ def test_the_better_way_is_recommended_at_its_own_length():
     efficiency = {length: each.block_efficiency[length] for length in (1, 2, 3, 4, 5, 6)}
     each.parallel = ParallelResult(num_tokens=6, acceptance_by_depth=[], block_efficiency=efficiency)
     times = latency(draft=3e-3)
-    times.parallel_draft_seconds = dict.fromkeys(efficiency, 3e-3)
+    times.parallel_draft_seconds = dict.fromkeys(efficiency, 4e-3)
     found = each.recommendation = recommend(each, times)
     assert found.way == PARALLEL
     assert found.num_assistant_tokens == 6
     assert recommend_overall([each], times).way == PARALLEL
+    assert "a draft step takes" not in found.reason  # which nobody makes
+    assert "; a draft pass takes 40% of a target step." in found.reason
     each.assisted = assisted(1.5)
     each.parallel.speculative = assisted(1.2, 6)
     times.speculative_overhead = None

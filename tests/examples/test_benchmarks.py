@@ -42,7 +42,7 @@ def test_the_table_of_architectures_says_what_works_and_what_is_refused(tmp_path
     printed = run(BENCHMARKS / "architectures.py", "--only", "llama", "mamba", cwd=tmp_path)
     assert "1 of 2 architectures pass every step: llama." in printed
     assert "| model | refused: keeps a running state" in printed
-    assert "does not decode with it speculatively | mamba |" in printed
+    assert "cannot use it for speculative decoding | mamba |" in printed
     assert len((tmp_path / "architectures.jsonl").read_text().splitlines()) == 2
 
 

@@ -92,6 +92,37 @@ def test_settings_that_differ_in_one_value_stay_apart(hub: FakeHub, target_sha: 
     ]
 
 
+def test_speedups_of_every_way_stay_apart(hub: FakeHub, target_sha: str, capsys, monkeypatch):
+    """Catches one speed-up that stands for all ways of decoding: that of the way which the card lists last."""
+    settings = samples.report()["settings"][:1]
+    runs = {"assistant_model=": settings[0]["assisted"], "SpeculativeDecoding": settings[0]["speculative"]}
+    settings[0]["parallel"] = {
+        "num_tokens": 5,
+        "acceptance_by_depth": [],
+        "block_efficiency": {},
+        "speculative": runs["SpeculativeDecoding"] | {"speedup": samples.estimate(2.4, 0.1)},
+    }
+    add_draft(hub, "a/draft", samples.report(settings=settings, baseline=None, paired_difference=None))
+    (recorded,) = find_drafts(TARGET)[0].settings
+    assert (recorded.speedup, recorded.speculative_speedup, recorded.parallel_speedup) == (1.85, 2.15, 2.4)
+    assert "H100" in recorded.hardware
+    monkeypatch.setenv("COLUMNS", "300")
+    assert find_command.run([TARGET]) == 0
+    speeds = "1.85 times by assistant_model=; 2.15 times by SpeculativeDecoding; 2.40 times by SpeculativeDecoding in "
+    assert speeds in capsys.readouterr().out
+
+
+def test_a_way_that_is_not_known_is_no_other_ways(hub: FakeHub, target_sha: str):
+    """Catches a later version's way of decoding read as `assistant_model=`, as what names no way rightly is."""
+    add_draft(hub, "a/draft", samples.report(baseline=None, paired_difference=None))
+    files = hub.repos["a/draft"].files()
+    card = files["README.md"].decode().replace("way: assistant_model=", "way: another")
+    card = re.sub(r"\n +way: SpeculativeDecoding", "", card)
+    hub.repos["a/draft"].commit(files | {"README.md": card.encode()}, "edit")
+    recorded = find_drafts(TARGET)[0].settings[0]
+    assert (recorded.speedup, recorded.speculative_speedup) == (2.15, None)
+
+
 def test_only_drafts_of_this_target(hub: FakeHub, target_sha: str):
     add_draft(hub, "a/mine", about(target_sha, alpha=0.4, tau=1.6))
     add_draft(hub, "b/others", about("0" * 40, alpha=0.9, tau=3.0, target="org/other"), target="org/other")

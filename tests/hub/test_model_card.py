@@ -330,6 +330,9 @@ def test_jinja_in_a_report_is_never_evaluated():
     assert "{{ 7\\*7 }}" in DraftModelCard.from_report(report, name="me/draft").text
 
 
+IN_TRANSFORMERS = {"transformers: `generate`", "transformers: `SpeculativeDecoding`"}
+
+
 class TestCommands:
     """Engines appear only where their condition on the pair is known to hold."""
 
@@ -338,7 +341,12 @@ class TestCommands:
         return set(re.findall(r"^### (transformers: `\w+`|vLLM|SGLang|llama\.cpp)$", card.text, re.MULTILINE))
 
     def test_equal_vocabularies_run_everywhere(self):
-        assert self.titles() == {"transformers: `generate`", "transformers: `pipeline`", "vLLM", "SGLang", "llama.cpp"}
+        assert self.titles() == {*IN_TRANSFORMERS, "transformers: `pipeline`", "vLLM", "SGLang", "llama.cpp"}
+
+    def test_the_way_that_a_card_recommends_is_shown(self):
+        """Catches `SpeculativeDecoding` recommended to a reader who is never told how to decode so."""
+        assert "custom_generate=SpeculativeDecoding(draft)" in full_card().text
+        assert "in one pass of the draft" not in full_card().text
 
     def test_sizes_128_apart_are_for_llama_cpp_alone(self):
         """Qwen2.5 0.5B and 7B are 128 apart: exactly what llama.cpp still takes, and vLLM refuses."""
@@ -348,7 +356,7 @@ class TestCommands:
         assert "align_vocabulary(draft, target)" in card.text
 
     def test_other_special_ids_keep_pipeline_and_llama_cpp_out(self):
-        assert self.titles(same_special_ids=False) == {"transformers: `generate`", "vLLM", "SGLang"}
+        assert self.titles(same_special_ids=False) == {*IN_TRANSFORMERS, "vLLM", "SGLang"}
 
     def test_a_tokenizer_that_llama_cpp_refuses_gets_the_reason(self):
         """Its converter looks byte-level vocabularies up by a hash: the command would end in an error."""
@@ -364,7 +372,7 @@ class TestCommands:
         assert "knows this tokenizer" in plain
 
     def test_unknown_sizes_promise_nothing_about_other_engines(self):
-        transformers = {"transformers: `generate`", "transformers: `pipeline`"}
+        transformers = {*IN_TRANSFORMERS, "transformers: `pipeline`"}
         assert self.titles(draft_vocab_size=None, target_vocab_size=None) == transformers
         # The draft's size is always known; a target that cannot be looked at must not hide every command.
         assert self.titles(target_vocab_size=None) == transformers

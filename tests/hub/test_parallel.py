@@ -32,6 +32,7 @@ def test_the_card_shows_both_ways_and_the_command_that_drafts_in_one_pass():
     assert "τ, one by one | 1.70 | 2.10 |" in card
     assert "τ, in one pass | 1.60 | 1.90 |" in card
     assert '"num_speculative_tokens": 2, "parallel_drafting": true' in card
+    assert "It drafts all tokens of a step in one pass of the draft." in card
     assert "2504.18583" in card
 
     report["recommendation"] = advice | {"way": "assistant_model="}

@@ -65,6 +65,17 @@ class TestOneCommit:
         path.write_text(json.dumps(held | {"parallel_num_assistant_tokens": 3}))
         assert generation_config_file(draft_folder, advice).source == path
 
+    def test_a_length_is_published_beside_the_special_ids_of_the_config(self, hub: FakeHub, draft_folder: Path):
+        """Catches a draft saved without a generation config that, once published, has no end-of-sequence token."""
+        path = draft_folder / "generation_config.json"
+        saved = GenerationConfig.from_pretrained(draft_folder)
+        path.unlink()
+        push(draft_folder)
+        path.write_bytes(hub.repos[ID].files()[path.name])
+        published = GenerationConfig.from_pretrained(draft_folder)
+        assert published.num_assistant_tokens == 5
+        assert published.eos_token_id == saved.eos_token_id is not None
+
     def test_a_length_set_by_hand_wins(self, hub: FakeHub, draft_folder: Path):
         path = draft_folder / "generation_config.json"
         own = {

@@ -93,7 +93,7 @@ def card_commands(hub: FakeHub, draft_folder: Path, published_target: str, tmp_p
 
     upload = push_draft(draft_folder, "me/draft", license="mit")
     blocks = re.findall(r"```python\n(.*?)```", upload.card.text, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     blocks = [re.sub(r"    revision=.*\n", "", block).replace(", revision=", ", #") for block in blocks]
     return [
         block.replace(samples.TARGET, str(tmp_path / "target")).replace("me/draft", str(draft_folder))
@@ -101,11 +101,13 @@ def card_commands(hub: FakeHub, draft_folder: Path, published_target: str, tmp_p
     ]
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["generate", "pipeline"])
-def test_the_commands_on_the_card_run(card_commands: list[str], capsys, index: int):
+@pytest.mark.parametrize("blocks", [[0, 1], [2]], ids=["generate, SpeculativeDecoding", "pipeline"])
+def test_the_commands_on_the_card_run(card_commands: list[str], capsys, blocks: list[int]):
     """Catches a card whose first line of advice does not work."""
     torch.manual_seed(0)
-    exec(compile(card_commands[index], f"card block {index}", "exec"), {})
+    names: dict = {}  # the second block uses the models of the first
+    for index in blocks:
+        exec(compile(card_commands[index], f"card block {index}", "exec"), names)
     assert capsys.readouterr().out.strip()
 
 

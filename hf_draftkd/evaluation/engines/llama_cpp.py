@@ -1,6 +1,6 @@
 """llama.cpp: `llama-server` and its own `/completion`, which takes and gives token ids and counts per request.
 
-Where the draft samples, drafted tokens behind the end of a text are counted as accepted too, up to γ − 1 for each text
+Where the draft samples, drafted tokens after the end of a text are counted as accepted too, up to γ − 1 for each text
 (`common_sampler_sample_and_accept_n_rejection` does not stop at the end as its greedy twin does). Target calls are then
 those that `/metrics` counts.
 """
@@ -60,7 +60,7 @@ class LlamaCpp(Engine):
             after = _verifications(url)
             if before is None or after is None:
                 raise ValueError(
-                    f"llama.cpp at {url} counts tokens behind the end of a sampled text as accepted. Start it with "
+                    f"llama.cpp at {url} counts tokens after the end of a sampled text as accepted. Start it with "
                     "`--metrics`, which counts target calls."
                 )
             # The last token of a full text is written without a draft, in a call that is not among these.

@@ -194,12 +194,12 @@ class _Questions:
                 place = len(os.path.commonprefix([mine, theirs]))  # noqa: RUF071 - of lists
                 raise ValueError(
                     f"{self.engine.name} at {url} has another tokenizer: of prompt {number} token {place} is "
-                    f"{theirs[place : place + 1]} there and {mine[place : place + 1]} here, behind "
+                    f"{theirs[place : place + 1]} there and {mine[place : place + 1]} here, after "
                     f"{tokenizer.decode(mine[max(place - 8, 0) : place])!r}. Serve the model that was evaluated."
                 )
 
     def step_seconds(self, url: str, runs: Sequence[Sequence[Completion]], per: str) -> float:
-        """Seconds of a step behind the prompt: those of whole answers, less those of an answer of one token."""
+        """Seconds of a step after the prompt: those of whole answers, less those of an answer of one token."""
         timed = runs[:_STEP_TIME_PROMPTS]
         first = [median(self.ask(url, place, limit=1).seconds for _ in range(3)) for place in range(len(timed))]
         seconds = sum(_sums(timed, "seconds")) - sum(len(found) * one for found, one in zip(timed, first, strict=True))
@@ -405,8 +405,8 @@ def recommend_in_engine(
         )
     if efficiency is not None:
         reason += (
-            f"; by step times measured in {engine}, {best} would be best, predicted {expected:.2f} times behind the "
-            "prompt"
+            f"; by step times measured in {engine}, {best} would be best, predicted {expected:.2f} times the plain "
+            "speed after the prompt"
         )
     if speedup.low is not None and speedup.leaves_open(1):
         reason += ". A gain and a loss both lie within this interval: more prompts would decide"

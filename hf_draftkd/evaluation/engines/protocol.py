@@ -23,7 +23,7 @@ class Completion:
     Args:
         token_ids: What it wrote; whether the end token is among them depends on the engine.
         seconds: Wall-clock of the request.
-        num_spec_steps: Target calls behind the one that read the prompt, which wrote the first token.
+        num_spec_steps: Target calls after the one that read the prompt, which wrote the first token.
         num_draft_tokens: Tokens proposed by the draft; 0 where none is loaded.
         num_accepted_draft_tokens: Of these, how many were accepted.
         is_cut: Whether the engine's own context ended the text.
@@ -42,7 +42,7 @@ class Completion:
 
     @property
     def num_later_tokens(self) -> int:
-        """Those behind the first, which the prompt's own call writes."""
+        """Those after the first, which the prompt's own call writes."""
         return max(len(self.token_ids) - 1, 0)
 
 
