@@ -251,7 +251,8 @@ def check_labels(dataset: Dataset | IterableDataset, name: str, max_length: int 
     masked). A stream is read until the first that is. Rows without labels, which the user prepared
     (`skip_prepare_dataset`), are learned from on all their tokens.
     """
-    if "labels" not in get_dataset_column_names(dataset):
+    first = next(iter(dataset), None)  # of a stream, whose rows may all have been dropped
+    if first is not None and "labels" not in first:
         return
     if not any(label != -100 for labels in column_values(dataset, "labels") for label in labels[1:]):
         raise ValueError(
