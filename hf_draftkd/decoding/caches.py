@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PretrainedConfig, PreTrainedModel, StaticCache
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, StaticLayer
 
 from hf_draftkd.decoding.texts import Piece, Texts
@@ -66,7 +66,7 @@ def keeps_every_token(cache: Cache) -> bool:
     return all(type(layer) in (*_MASKABLE, GrowingLayer) for layer in cache.layers)
 
 
-def can_have_holes(cache: Cache, config: PretrainedConfig) -> bool:
+def can_have_holes(cache: Cache, config: PreTrainedConfig) -> bool:
     """Whether rejected tokens may stay in the cache behind a mask."""
     return keeps_every_token(cache) and config.model_type not in _BY_COLUMN
 

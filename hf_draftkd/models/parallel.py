@@ -6,7 +6,7 @@ token at depth k, given the text alone. At depth 1 there is no mask token: as an
 
 from typing import Any, NamedTuple
 
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.models.tokenizers import tokenizer_size
 
@@ -33,7 +33,7 @@ class ParallelDraft(NamedTuple):
     """K: tokens that it was trained to predict in one pass."""
 
 
-def parallel_draft(config: PretrainedConfig) -> ParallelDraft | None:
+def parallel_draft(config: PreTrainedConfig) -> ParallelDraft | None:
     """Read a draft's config; None for an ordinary draft."""
     token = next((value for key in MASK_TOKEN_KEYS if (value := getattr(config, key, None)) is not None), None)
     if token is None:
