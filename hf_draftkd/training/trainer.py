@@ -15,6 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from accelerate.utils import is_peft_model
@@ -212,7 +213,8 @@ class DraftDistillTrainer(SFTTrainer):
         self.data_facts = data_facts(train_dataset, self.target_id)
 
         own_forward = vars(unwrapped(draft)).get("forward")
-        self._stand_in = None if trains else setup.stand_in(datasets)
+        stand_in = None if trains else setup.stand_in(datasets)
+        self._prepared: WeakSet[Dataset | IterableDataset] = WeakSet([] if trains else [stand_in])
         # SFTTrainer would warn that it ignores them; they were used above.
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
         try:
@@ -220,7 +222,7 @@ class DraftDistillTrainer(SFTTrainer):
                 model=draft,
                 args=args,
                 data_collator=data_collator,
-                train_dataset=train_dataset if trains else self._stand_in,
+                train_dataset=train_dataset if trains else stand_in,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 callbacks=with_acceptance(callbacks, args, evaluates=eval_dataset is not None),
@@ -315,7 +317,7 @@ class DraftDistillTrainer(SFTTrainer):
         """SFTTrainer tokenises what it reads. Here alignment rows keep their exact ids, rows of another format may be
         mixed in, and rows know where their cached distributions lie.
         """
-        if dataset is self._stand_in:
+        if dataset in self._prepared:  # `evaluate` hands over a dict's data sets twice
             return dataset
         usual = super()._prepare_dataset
         map_kwargs: dict[str, Any] = {}
@@ -358,14 +360,17 @@ class DraftDistillTrainer(SFTTrainer):
             # Without packing, SFTTrainer drops the others itself.
             with global_then_local_main_first():
                 dataset = with_labels_within(dataset, dataset_name, args.max_length, map_kwargs)
-        if not (packing and self._cache):
-            return usual(dataset, processing_class, args, packing, None, dataset_name)
-        # SFTTrainer packs `input_ids` and `labels` and drops the rest, so the packing is done here.
-        with global_then_local_main_first():
-            # As SFTTrainer does, before and after.
-            dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
-            dataset = packed(dataset, args.max_length, {**map_kwargs, "desc": f"Packing {dataset_name} dataset"})
-            return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        if packing and self._cache:
+            # SFTTrainer packs `input_ids` and `labels` and drops the rest, so the packing is done here.
+            with global_then_local_main_first():
+                # As SFTTrainer does, before and after.
+                dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+                dataset = packed(dataset, args.max_length, {**map_kwargs, "desc": f"Packing {dataset_name} dataset"})
+                dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        else:
+            dataset = usual(dataset, processing_class, args, packing, None, dataset_name)
+        self._prepared.add(dataset)
+        return dataset
 
     # Loss ------------------------------------------------------------------------------------------------------------
 

@@ -47,6 +47,21 @@ def test_predict_reads_padded_batches_as_evaluate_does(tmp_path, pair, tokenizer
         assert found[f"test_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-6)
 
 
+@pytest.mark.parametrize("form", ["live", "cached"])
+def test_a_dict_and_prepared_rows_are_evaluated_as_the_rows_are(tmp_path, pair, tokenizer, form):
+    """Rows prepared twice: transformers hands each data set of a dict to `evaluate` again. They lost what they say of
+    their writer, and with it block efficiency, or were refused as lacking distributions.
+    """
+    draft, target = pair
+    rows = alignment_rows(target, tokenizer, count=4)
+    if form == "cached":
+        rows, target = cache_target_distributions(rows, target, top_k=8), None
+    trainer = build(tmp_path, (draft, target), tokenizer, eval_rows=rows)
+    expected = trainer.evaluate(rows)["eval_block_efficiency"]
+    assert trainer.evaluate({"a": rows})["eval_a_block_efficiency"] == expected
+    assert trainer.evaluate(trainer.eval_dataset)["eval_block_efficiency"] == expected
+
+
 def test_a_stream_alone_is_evaluated_as_its_rows_are(tmp_path, pair, tokenizer):
     """`max_steps` asked for where nothing is trained."""
     rows = alignment_rows(pair[1], tokenizer, count=4)
