@@ -6,7 +6,7 @@ never tokenised a second time.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from hf_draftkd.data.collator import (
     addresses,
     setting_feature,
 )
+from hf_draftkd.data.columns import column_values, list_lengths, row_lengths, tables
 from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
 from hf_draftkd.data.rows import AUTHOR_COLUMNS, author_of, authors, other_authors
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
@@ -40,8 +41,8 @@ FORMATS: tuple[tuple[str, ...], ...] = (
     ("conversations",),
 )
 # What SFTTrainer reads beside the columns of a format. The first stand for each token of `input_ids`.
-_PER_TOKEN = ("labels", "completion_mask", "assistant_masks")
-_BESIDE_IDS = (*_PER_TOKEN, "seq_lengths")
+PER_TOKEN = ("labels", "completion_mask", "assistant_masks")
+_BESIDE_IDS = (*PER_TOKEN, "seq_lengths")
 _BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
 # What a row of alignment data is read for.
 _READ = {"prompt_ids", "completion_ids", "ids_source", *AUTHOR_COLUMNS, *SETTING_COLUMNS}
@@ -59,7 +60,7 @@ def check_format(dataset: Dataset | IterableDataset, name: str, *, text_field: s
         )
     if format_of(dataset, text_field) is None:
         raise ValueError(
-            f"The {name} dataset has the columns {columns}, none of which can be trained on. Needed is one of: "
+            f"The {name} dataset has the columns {columns}, none of which can be trained on. It needs one of: "
             + ", ".join(" + ".join(f"`{column}`" for column in needed) for needed in (*FORMATS, (text_field,)))
             + ". `draftkd generate` makes rows with `prompt_ids` and `completion_ids` from prompts."
         )
@@ -80,13 +81,12 @@ def format_of(dataset: Dataset | IterableDataset, text_field: str = "text") -> t
 
 def check_token_ids(dataset: Dataset | IterableDataset, name: str, vocab_size: int) -> None:
     """Refuse ids that the draft, of `vocab_size` rows, has no row for, before an embedding does in the middle of
-    training; the row is named. Not of a stream.
+    training; the row is named. A stream is not read.
     """
     if not isinstance(dataset, Dataset):
         return
     for column in (column for column in format_of(dataset) or () if column.endswith("_ids")):
-        first = 0
-        for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        for first, table in tables(dataset, [column]):
             ids = table[column]
             if (pc.max(pc.list_flatten(ids)).as_py() or 0) >= vocab_size:
                 number, row = next((n, row) for n, row in enumerate(ids.to_pylist()) if max(row or [0]) >= vocab_size)
@@ -96,7 +96,6 @@ def check_token_ids(dataset: Dataset | IterableDataset, name: str, vocab_size: i
                     "further, give the target, or fit the draft to it with `align_vocabulary` and save it; otherwise "
                     "the row is of another tokenizer."
                 )
-            first += len(table)
 
 
 def normalize_rows(
@@ -175,8 +174,7 @@ def _holds_whole_numbers(dataset: Any, column: str) -> bool:
 
 
 def _check_filled(dataset: Dataset, names: Sequence[str], name: str) -> None:
-    first = 0
-    for table in dataset.select_columns(list(names)).with_format("arrow").iter(batch_size=1000):
+    for first, table in tables(dataset, names):
         empty = np.logical_or.reduce([pc.is_null(table[column]).to_numpy() for column in names])
         if empty.any():
             needed = " and ".join(f"`{column}`" for column in names)
@@ -184,20 +182,19 @@ def _check_filled(dataset: Dataset, names: Sequence[str], name: str) -> None:
                 f"Row {first + int(empty.argmax())} (counted from 0) of the {name} dataset lacks {needed}, by which "
                 "its rows are read. Take it out; rows of another format can be mixed in as `mix_dataset`."
             )
-        first += len(table)
 
 
 def _check_masks(dataset: Dataset, name: str) -> None:
-    table = dataset.with_format("arrow")[:]
-    lengths = pc.list_value_length(table["input_ids"])
-    for column in (column for column in _PER_TOKEN if column in dataset.column_names):
-        fits = pc.fill_null(pc.equal(lengths, pc.list_value_length(table[column])), False).to_numpy()
-        if not fits.all():
-            raise ValueError(
-                f"Row {int(fits.argmin())} (counted from 0) of the {name} dataset has `input_ids` and `{column}` of "
-                "different lengths: each token needs its own. Correct the column, or remove it to learn from all "
-                "tokens."
-            )
+    masks = [column for column in PER_TOKEN if column in dataset.column_names]
+    for first, table in tables(dataset, ["input_ids", *masks]):
+        for column in masks:
+            fits = list_lengths(table, column) == list_lengths(table, "input_ids")
+            if not fits.all():
+                raise ValueError(
+                    f"Row {first + int(fits.argmin())} (counted from 0) of the {name} dataset has `input_ids` and "
+                    f"`{column}` of different lengths: each token needs its own. Correct the column, or remove it to "
+                    "learn from all tokens."
+                )
 
 
 def exact_features(
@@ -280,8 +277,8 @@ def warn_of_cuts(dataset: Dataset | IterableDataset, name: str, max_length: int 
     if max_length is None or isinstance(dataset, IterableDataset) or not PartialState().is_main_process:
         return
     cut = lost = longest = 0
-    for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
-        lengths = pc.list_value_length(table["input_ids"]).to_numpy()
+    for _, table in tables(dataset, ["input_ids", "labels"]):
+        lengths = list_lengths(table, "input_ids")
         longest = max(longest, int(lengths.max(initial=0)))
         too_long = table["labels"].take((lengths > max_length).nonzero()[0])
         cut += len(too_long)
@@ -312,12 +309,7 @@ def longest_text(dataset: Dataset) -> int:
     """Tokens of the longest text in prepared rows; packed rows hold several."""
     if "seq_lengths" in dataset.column_names:
         return max((max(lengths) for lengths in column_values(dataset, "seq_lengths") if lengths), default=0)
-    return max(map(len, column_values(dataset, "input_ids")), default=0)
-
-
-def column_values(dataset: Dataset | IterableDataset, name: str) -> Iterable[Any]:
-    """The entries of one column, row by row, without the memory that a whole column takes."""
-    return (row for batch in dataset.select_columns([name]).iter(batch_size=1000) for row in batch[name])
+    return int(row_lengths(dataset, "input_ids").max(initial=0))
 
 
 def _recorded_setting(row: dict[str, Any], target: ModelIdentity | None) -> list[float]:

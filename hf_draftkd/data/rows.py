@@ -13,6 +13,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_draftkd.data.backends import REFUSED, Completion, cut_completion
+from hf_draftkd.data.columns import distinct
 from hf_draftkd.data.kept_distributions import CACHE_COLUMNS, TEMPERATURE_COLUMN, VOCAB_COLUMN, as_stored
 from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form, turn_end_id
 from hf_draftkd.decoding.setting import DecodingSetting
@@ -237,8 +238,7 @@ def author_of(row: Mapping[str, Any]) -> ModelIdentity | None:
 def authors(dataset: Dataset) -> set[ModelIdentity | None]:
     """Every target that rows name, and None if some of them name none."""
     named = [name for name in AUTHOR_COLUMNS if name in dataset.column_names]
-    values = set(zip(*(dataset[name] for name in named), strict=True)) or {()}
-    return {author_of(dict(zip(named, each, strict=False))) for each in values}
+    return {author_of(row) for row in distinct(dataset, named)} if named and len(dataset) else {None}
 
 
 def other_authors(named: Iterable[ModelIdentity | None], target: ModelIdentity) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.data_utils import get_dataset_column_names
 
+from hf_draftkd.data.columns import list_lengths, tables
 from hf_draftkd.data.kept_distributions import (
     CACHE_COLUMNS,
     TEMPERATURE_COLUMN,
@@ -148,11 +150,13 @@ class CacheFacts:
 
     Attributes:
         top_k: How many of the likeliest tokens were kept; None for draws.
+        largest_id: The greatest token id among those that were kept.
         loss_temperature: The one that the distributions were kept at.
         vocab_size: Rows of the target's vocabulary, padding included; None where nothing says it.
     """
 
     top_k: int | None
+    largest_id: int
     loss_temperature: float
     vocab_size: int | None
 
@@ -164,90 +168,89 @@ def missing_cache_columns(dataset: Dataset | IterableDataset) -> list[str]:
     return [name for name in ("prompt_ids", "completion_ids", *form) if name not in columns | {VOCAB_COLUMN}]
 
 
-def rows_with_distributions(
-    dataset: Dataset | IterableDataset, name: str, *, warn: bool = True
-) -> Dataset | IterableDataset:
-    """Leave out answers of a server that came without usable log-probabilities, and warn how many they are unless
-    `warn` is False. Other rows without distributions are not meant to be there: `cache_facts` refuses them.
-    """
-    columns = ["completion_ids", "target", "target_token_ids"]
-    if isinstance(dataset, IterableDataset) or not set(columns) <= set(dataset.column_names):
-        return dataset
-    kept = []
-    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
-        written = pc.and_(*(pc.is_valid(table[column]) for column in columns[:2]))
-        kept.append(~pc.and_(written, pc.is_null(table["target_token_ids"])).to_numpy())
-    keep = np.flatnonzero(np.concatenate(kept)) if kept else np.arange(0)
-    if len(keep) in (0, len(dataset)):  # none at all: said by `cache_facts`
-        return dataset
-    if warn and PartialState().is_main_process:
-        logger.warning(
-            "%d of %d rows of the %s dataset are left out: their answers came without usable log-probabilities. To "
-            'learn from them too, give the target, or learn from text with `divergence="cross_entropy"`.',
-            *(len(dataset) - len(keep), len(dataset), name),
-        )
-    return dataset.select(keep)
+def read_cache(dataset: Dataset | IterableDataset, name: str) -> tuple[Dataset, CacheFacts]:
+    """The rows of a data set that hold distributions, and what these have in common. No cache column may be missing.
 
+    Answers of a server that came without usable log-probabilities are left out. Messages call the data set `name`.
 
-def check_kept_ids(dataset: Dataset, vocab_size: int) -> None:
-    """Refuse distributions over other tokens than the `vocab_size` that draft and tokenizer share."""
-    for table in dataset.select_columns(["target_token_ids"]).with_format("arrow").iter(batch_size=1000):
-        largest = pc.max(pc.list_flatten(pc.list_flatten(table["target_token_ids"]))).as_py()
-        if largest is not None and largest >= vocab_size:
-            raise ValueError(
-                f"The cached distributions name token {largest}, but draft and tokenizer share {vocab_size} tokens. "
-                "Cache with the pair's `tokenizer`, so that padded rows are left out, or check that the draft has the "
-                "tokenizer of the target that wrote these rows."
-            )
-
-
-def with_caches_alike(datasets: list[Any]) -> Any:
-    """The caches of several data sets as one; a `ValueError` if their columns differ."""
-    if len(datasets) == 1:
-        return datasets[0]
-    names = ("prompt_ids", "completion_ids", *CACHE_COLUMNS, TEMPERATURE_COLUMN, VOCAB_COLUMN)
-    columns = [name for name in names if name in datasets[0].column_names]
-    alike = [each.select_columns(columns) for each in datasets]
-    return concatenate_datasets([each.cast(alike[0].features) for each in alike])
-
-
-def cache_facts(dataset: Dataset | IterableDataset, name: str) -> CacheFacts:
-    """What the cache of a data set that has all its columns says of itself; messages call the data set `name`.
-
-    A `ValueError` if it is a stream, if a row has not one distribution for each completion token, or if rows were
-    cached with different options.
+    Raises:
+        ValueError: It is a stream, a row has not one distribution for each completion token, or rows were cached with
+            different options.
     """
     if isinstance(dataset, IterableDataset):
         raise ValueError(
             f"The {name} dataset is a stream, but cached distributions are looked up by row. Load it without "
             "`streaming=True`: it is read from disk as needed, not into memory."
         )
-    draws = "target_counts" in dataset.column_names
-    columns = ["completion_ids", "completion_logprobs", "target_token_ids"]
+    lists = ("completion_ids", "completion_logprobs", "target_token_ids")
+    columns = [*lists, *({"target", TEMPERATURE_COLUMN, VOCAB_COLUMN} & set(dataset.column_names))]
+    kept_rows: list[np.ndarray] = []
     widths: set[int] = set()
-    first = 0
-    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
-        written, logged, kept = (pc.fill_null(pc.list_value_length(table[each]), -1).to_numpy() for each in columns)
-        for row in np.flatnonzero((written != logged) | (written != kept)):
-            raise ValueError(
-                f"Row {first + row} of the {name} dataset has {written[row]} completion tokens, but "
-                f"{'no' if kept[row] < 0 else kept[row]} distributions. Cache them with `cache_target_distributions` "
-                "as the last step, after mixing and editing."
-            )
-        for chunk in () if draws else table["target_token_ids"].chunks:
-            widths.update(pc.unique(pc.list_value_length(chunk.flatten())).to_pylist())
-        first += len(table)
-    if len(widths) > 1:
-        raise ValueError(
-            f"Rows of the {name} dataset keep different numbers of tokens ({sorted(widths)[:5]}): they were cached "
-            "with different `top_k`. Cache all of them with one."
-        )
-    temperatures = dataset.unique(TEMPERATURE_COLUMN)
+    temperatures: set[float] = set()
+    sizes: set[int | None] = set()
+    largest = 0
+    for first, table in tables(dataset, columns):
+        written, logged, kept = (list_lengths(table, column) for column in lists)
+        withheld = (kept < 0) & (written >= 0)
+        # Only a row that a target wrote may come without: others were never cached.
+        withheld &= pc.is_valid(table["target"]).to_numpy() if "target" in columns else False
+        for row in np.flatnonzero(~withheld & ((written != logged) | (written != kept))):
+            raise ValueError(_not_cached(first + row, name, written[row], kept[row]))
+        kept_rows.append(first + np.flatnonzero(~withheld))
+        table = table.filter(pa.array(~withheld)) if withheld.any() else table
+        of_tokens = pc.list_flatten(table["target_token_ids"])
+        widths.update(pc.unique(pc.list_value_length(of_tokens)).to_pylist())
+        largest = max(largest, pc.max(pc.list_flatten(of_tokens)).as_py() or 0)
+        temperatures.update(pc.unique(table[TEMPERATURE_COLUMN]).to_pylist())
+        sizes.update(pc.unique(table[VOCAB_COLUMN]).to_pylist() if VOCAB_COLUMN in columns else ())
+    keep = np.concatenate(kept_rows) if kept_rows else np.zeros(0, dtype=np.int64)
+    if not len(keep):
+        raise ValueError(_not_cached(0, name, len(dataset[0]["completion_ids"]), -1))
+    draws = "target_counts" in dataset.column_names
+    if len(widths) > 1 and not draws:
+        raise ValueError(_DIFFERENT_SIZES.format(name=name, widths=sorted(widths)[:5]))
     if len(temperatures) > 1:
         raise ValueError(
-            f"Rows of the {name} dataset were cached at different temperatures ({temperatures[:5]}). Cache all of "
-            "them at one."
+            f"Rows of the {name} dataset were cached at different temperatures ({list(temperatures)[:5]}). Cache all "
+            "of them at one."
         )
-    sizes = dataset.unique(VOCAB_COLUMN) if VOCAB_COLUMN in dataset.column_names else []
     vocab_size = max((size for size in sizes if size is not None), default=None)
-    return CacheFacts(None if draws else max(widths, default=0), temperatures[0], vocab_size)
+    facts = CacheFacts(None if draws else max(widths, default=0), largest, temperatures.pop(), vocab_size)
+    return dataset if len(keep) == len(dataset) else dataset.select(keep), facts
+
+
+def warn_of_withheld(dataset: Dataset, rows: Dataset, name: str) -> None:
+    """Say how many rows of a data set `read_cache` left out."""
+    if len(rows) < len(dataset) and PartialState().is_main_process:
+        logger.warning(
+            "%d of %d rows of the %s dataset are left out: their answers came without usable log-probabilities. To "
+            'learn from them too, give the target, or learn from text with `divergence="cross_entropy"`.',
+            *(len(dataset) - len(rows), len(dataset), name),
+        )
+
+
+def with_caches_alike(datasets: Sequence[Dataset], facts: Sequence[CacheFacts], name: str) -> Dataset:
+    """The caches of several data sets as one; a `ValueError` if they keep different numbers of tokens."""
+    if len(datasets) == 1:
+        return datasets[0]
+    if len(widths := {fact.top_k for fact in facts}) > 1:
+        raise ValueError(_DIFFERENT_SIZES.format(name=name, widths=[width or "draws" for width in widths]))
+    names = ("prompt_ids", "completion_ids", *CACHE_COLUMNS, TEMPERATURE_COLUMN, VOCAB_COLUMN)
+    columns = [column for column in names if column in datasets[0].column_names]
+    alike = [each.select_columns(columns) for each in datasets]
+    types = alike[0].features
+    # `cast` writes every column again, whatever their types are.
+    return concatenate_datasets([each if each.features == types else each.cast(types) for each in alike])
+
+
+_DIFFERENT_SIZES = (
+    "Rows of the {name} dataset keep different numbers of tokens ({widths}): they were cached with different `top_k`. "
+    "Cache all of them with one."
+)
+
+
+def _not_cached(row: int, name: str, written: int, kept: int) -> str:
+    return (
+        f"Row {row} of the {name} dataset has {written} completion tokens, but {'no' if kept < 0 else kept} "
+        "distributions. Cache them with `cache_target_distributions` as the last step, after mixing and editing."
+    )

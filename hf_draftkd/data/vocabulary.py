@@ -9,8 +9,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
+from hf_draftkd.data.columns import tables
 from hf_draftkd.utils.checks import whole_number
 
 
@@ -44,8 +47,8 @@ def choose_draft_vocabulary(dataset: Dataset, size: int, *, keep: Iterable[int] 
 def _by_count(dataset: Dataset, column: str) -> list[int]:
     """The ids in a column, the most frequent first."""
     counts: Any = np.zeros(0, dtype=np.int64)
-    for batch in dataset.select_columns(column).iter(batch_size=1000):
-        found = np.bincount(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in batch[column]]))
+    for _, table in tables(dataset, [column]):
+        found = np.bincount(_ids(table, column))
         counts, found = sorted((counts, found), key=len)
         found[: len(counts)] += counts
         counts = found
@@ -56,7 +59,12 @@ def vocabulary_coverage(dataset: Dataset, ids: Iterable[int]) -> float:
     """Share of the completion tokens of alignment data that are on the list: what the draft could propose at all."""
     listed = np.asarray(sorted(ids))
     inside = total = 0
-    for batch in dataset.select_columns("completion_ids").iter(batch_size=1000):
-        tokens = np.concatenate([np.asarray(row, dtype=np.int64) for row in batch["completion_ids"]])
+    for _, table in tables(dataset, ["completion_ids"]):
+        tokens = _ids(table, "completion_ids")
         inside, total = inside + int(np.isin(tokens, listed).sum()), total + len(tokens)
     return inside / max(total, 1)
+
+
+def _ids(table: pa.Table, column: str) -> np.ndarray:
+    """All token ids in a column; one of empty lists alone has no type."""
+    return pc.list_flatten(table[column]).cast(pa.int64()).to_numpy()

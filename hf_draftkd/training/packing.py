@@ -5,15 +5,15 @@ In a packed row texts stand one behind the other, and `position_ids` alone tell 
 each other and the loss is wrong; others (GPT-Neo, MPT) hold tables that end with the context.
 """
 
-import heapq
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hf_draftkd.data.formats import column_values
+from hf_draftkd.data.columns import row_lengths
 from hf_draftkd.models.forward import evaluating, logits_at, unwrapped
 from hf_draftkd.models.pairing import context_length
 from hf_draftkd.training.signals import model_inputs
@@ -28,7 +28,7 @@ def longest_packed_row(dataset: Any, batch_size: int, max_length: int | None) ->
     """Tokens of the longest row that the padding-free collator makes: all rows of a batch, one behind the other."""
     if not isinstance(dataset, Dataset):
         return batch_size * (max_length or 0)
-    return sum(heapq.nlargest(batch_size, map(len, column_values(dataset, "input_ids"))))
+    return int(np.sort(row_lengths(dataset, "input_ids"))[-batch_size:].sum())
 
 
 @torch.no_grad()

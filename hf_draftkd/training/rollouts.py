@@ -28,7 +28,7 @@ from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
 
 from hf_draftkd.data.backends import LENGTH, cut_completion
-from hf_draftkd.data.formats import column_values
+from hf_draftkd.data.columns import column_values
 from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
 from hf_draftkd.decoding.texts import left_padded
 from hf_draftkd.models.forward import evaluating, seeded, unwrapped

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 
+from hf_draftkd.data.columns import distinct, row_lengths
 from hf_draftkd.data.rows import authors
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.environment import hardware_info
@@ -79,14 +80,12 @@ def data_facts(dataset: Any, target: ModelIdentity | None) -> dict[str, Any]:
         if len(revisions) == 1 and None not in revisions:
             facts["target_revision"] = revisions.pop()
     if "scenario" in columns:
-        facts["scenarios"] = sorted(filter(None, dataset.unique("scenario")))
+        facts["scenarios"] = sorted(row["scenario"] for row in distinct(dataset, ["scenario"]) if row["scenario"])
     if "completion_ids" in columns:
-        rows = dataset.select_columns(["completion_ids"]).iter(batch_size=1000)
-        facts["num_tokens"] = sum(len(ids) for batch in rows for ids in batch["completion_ids"])
+        facts["num_tokens"] = int(row_lengths(dataset, "completion_ids").sum())
     names = list(DecodingSetting().to_dict())
     if set(names) <= columns:
-        batches = dataset.select_columns(names).iter(batch_size=1000)
-        settings = {values for batch in batches for values in zip(*(batch[name] for name in names), strict=True)}
+        settings = [tuple(row[name] for name in names) for row in distinct(dataset, names)]
         # Text that a person wrote was decoded under none.
         known = sorted(values for values in settings if None not in values)
         facts["sampling"] = [DecodingSetting(*values) for values in known] or None

@@ -13,9 +13,9 @@ from trl.data_utils import get_dataset_column_names
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
-from hf_draftkd.data.formats import check_format, check_labels, check_token_ids, format_of, longest_text
+from hf_draftkd.data.formats import PER_TOKEN, check_format, check_labels, check_token_ids, format_of, longest_text
 from hf_draftkd.data.mixing import check_mix
-from hf_draftkd.data.target_cache import CacheFacts, check_kept_ids
+from hf_draftkd.data.target_cache import CacheFacts
 from hf_draftkd.decoding.drafting import checked_vocabulary
 from hf_draftkd.models.draft_length import recorded_vocabulary, store_draft_settings
 from hf_draftkd.models.forward import HeadArithmetic, unwrapped
@@ -95,7 +95,7 @@ def check_datasets(
     if args.packing and args.packing_strategy != "bfd" and train_dataset is not None:
         read = set(format_of(train_dataset, args.dataset_text_field) or ())
         if "input_ids" in read:
-            read |= {"labels", "completion_mask", "assistant_masks"} & set(get_dataset_column_names(train_dataset))
+            read |= set(PER_TOKEN) & set(get_dataset_column_names(train_dataset))
         if args.assistant_only_loss or len(read) > 1:  # a prompt, or a mask, beside what is learned from
             raise ValueError(
                 f"`packing_strategy={args.packing_strategy!r}` cuts rows where a packed row is full: completions would "
@@ -128,7 +128,7 @@ def prepare_pair(
 ) -> tuple[Any, PreTrainedModel | None, PreTrainedTokenizerBase]:
     """Load what was given by name, and make draft and target a pair.
 
-    Without a tokenizer it is the target's, else the draft's. `trains`: the draft learns and is not only evaluated;
+    Without `tokenizer`, the target's is used, else the draft's. `trains`: the draft learns and is not only evaluated;
     `adds_adapter`: an adapter will be added, and only that is trained.
 
     Returns:
@@ -219,8 +219,14 @@ def fit_to_data(
     rows = model.config.get_text_config().vocab_size
     for name, dataset in datasets.items():
         check_token_ids(dataset, name, rows)
-        if facts:
-            check_kept_ids(dataset, min(rows, tokenizer_size(tokenizer)))
+    shared = min(rows, tokenizer_size(tokenizer))
+    largest = max((fact.largest_id for fact in facts), default=0)
+    if largest >= shared:
+        raise ValueError(
+            f"The cached distributions name token {largest}, but draft and tokenizer share {shared} tokens. "
+            "Cache with the pair's `tokenizer`, so that padded rows are left out, or check that the draft has the "
+            "tokenizer of the target that wrote these rows."
+        )
 
 
 def prepare_reference(
@@ -277,8 +283,8 @@ def warn_of_unread_caches(datasets: dict[str, Any]) -> None:
     for name, dataset in datasets.items():
         if "target_token_ids" in get_dataset_column_names(dataset):
             logger.warning(
-                "The %s dataset holds cached distributions, which are not read beside a `target_model`. Leave that out "
-                "to learn from them.",
+                "The %s dataset holds cached distributions, which are not read beside a `target_model`. Leave "
+                "`target_model` out to learn from them.",
                 name,
             )
 

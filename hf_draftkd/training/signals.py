@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_draftkd.acceptance import token_acceptance_rate, token_logprob
 from hf_draftkd.data.kept_distributions import CACHE_COLUMNS
-from hf_draftkd.data.target_cache import CacheFacts, cache_facts, missing_cache_columns, rows_with_distributions
+from hf_draftkd.data.target_cache import CacheFacts, missing_cache_columns, read_cache
 from hf_draftkd.decoding.processors import logits_processors, process_logits
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.scoring import token_scores
@@ -217,11 +217,11 @@ def check_cached(
     *,
     custom_loss: bool = False,
     custom_collator: bool = False,
-) -> list[CacheFacts]:
+) -> dict[str, tuple[Dataset, CacheFacts]]:
     """Make sure, before anything is loaded, that the loss asked for can be computed from cached distributions.
 
-    `custom_loss`: `token_loss` is overridden; `custom_collator`: the user gave a collator. Returns what the caches say
-    of themselves, one entry a data set.
+    `custom_loss`: `token_loss` is overridden; `custom_collator`: the user gave a collator. Returns `read_cache` of each
+    data set.
     """
     for name, dataset in datasets.items():
         if missing := missing_cache_columns(dataset):
@@ -239,9 +239,8 @@ def check_cached(
             raise ValueError(
                 f"`{what}` cannot be changed where the target's distributions come from the data: {why}. Leave it out."
             )
-    rows = {name: rows_with_distributions(dataset, name, warn=False) for name, dataset in datasets.items()}
-    facts = {name: cache_facts(dataset, name) for name, dataset in rows.items()}
-    for name, fact in facts.items():
+    read = {name: read_cache(dataset, name) for name, dataset in datasets.items()}
+    for name, (_, fact) in read.items():
         if fact.loss_temperature != args.loss_temperature:
             raise ValueError(
                 f"The distributions of the {name} dataset were cached at `loss_temperature={fact.loss_temperature:g}`, "
@@ -250,7 +249,7 @@ def check_cached(
             )
         if fact.top_k is None:
             check_sampled("a custom `token_loss`" if custom_loss else args.divergence)
-    return list(facts.values())
+    return read
 
 
 def _processed(

@@ -39,7 +39,7 @@ from hf_draftkd.data.formats import (
     with_labels_within,
 )
 from hf_draftkd.data.mixing import mix_datasets
-from hf_draftkd.data.target_cache import rows_with_distributions, with_caches_alike
+from hf_draftkd.data.target_cache import CacheFacts, warn_of_withheld, with_caches_alike
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.metadata import TAGS
 from hf_draftkd.hub.model_card import DraftModelCard
@@ -176,10 +176,10 @@ class DraftDistillTrainer(SFTTrainer):
         datasets = setup.check_datasets(train_dataset, eval_dataset, mix_dataset, args, format_known=known)
         # Whether the loss reads the target's distributions, or only its text.
         self.learns_from_target = args.needs_target or self._custom_loss
-        facts = []
+        facts: list[CacheFacts] = []
         if self.learns_from_target and target_model is None:
             custom = {"custom_loss": self._custom_loss, "custom_collator": data_collator is not None}
-            facts = check_cached(datasets, args, **custom)
+            facts = [fact for _, fact in check_cached(datasets, args, **custom).values()]
         elif target_model is not None:
             setup.warn_of_unread_caches(datasets)
         self._cache = CachedDistributions() if facts else None
@@ -333,10 +333,12 @@ class DraftDistillTrainer(SFTTrainer):
         first_rows: dict[str, int] = {}
         if self._cache is not None:
             # Again, since `evaluate` takes other data.
-            parts = {name: rows_with_distributions(part, name) for name, part in parts.items()}
-            cached = with_caches_alike(list(parts.values()))
-            check_cached({dataset_name: cached}, args)
-            first_rows = {dataset_name: self._cache.add(cached)}
+            read = check_cached(parts, args)
+            for name, (rows, _) in read.items():
+                warn_of_withheld(parts[name], rows, name)
+                parts[name] = rows
+            facts = [fact for _, fact in read.values()]
+            first_rows = {dataset_name: self._cache.add(with_caches_alike(list(parts.values()), facts, dataset_name))}
             first_rows["mix"] = first_rows[dataset_name] + len(parts[dataset_name])
         # Whole first, so that rows of two formats can be mixed, and what `max_length` costs can be counted.
         whole = copy.copy(args)

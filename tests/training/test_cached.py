@@ -301,6 +301,25 @@ def _edited(rows):
     return rows.map(lambda row: {"completion_ids": row["completion_ids"][:1]})
 
 
+def test_the_cache_is_not_written_again(tmp_path, pair, tokenizer, monkeypatch):
+    """`Dataset.unique` copies all columns of a split, `Dataset.cast` those of every data set: gigabytes of
+    distributions, before the first step.
+    """
+    data = cached(alignment_rows(pair[1], tokenizer, count=6), pair[1], top_k=4)
+    splits = data.train_test_split(test_size=2, seed=0)
+    heavy, cast = [], Dataset.cast
+
+    def noted(dataset, *args, **options):
+        heavy.append("target_token_ids" in dataset.column_names)
+        return cast(dataset, *args, **options)
+
+    monkeypatch.setattr(Dataset, "cast", noted)
+    monkeypatch.setattr(Dataset, "flatten_indices", None)
+    build(tmp_path, (pair[0], None), tokenizer, splits["train"], splits["test"], mix_dataset=data.select([0, 1]))
+    assert heavy
+    assert not any(heavy)
+
+
 def test_caches_of_different_size_are_refused(refused, pair):
     refused(
         r"different numbers of tokens \(\[3, 4\]\)",
