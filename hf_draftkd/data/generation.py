@@ -121,7 +121,7 @@ def generate_alignment_data(
     else:
         source = source or config.dataset or "the target itself"
         if config.scenario == "synthetic":
-            _check_synthetic(config, target_model, tokenizer, context)
+            _check_synthetic(config, target_model, tokenizer, context, clock | template_options)
         else:
             prompts, prompt_counts = _read_prompts(config, tokenizer)
     # Whatever shows without the target is looked at before it is loaded.
@@ -262,7 +262,11 @@ def _load_prompts(config: AlignmentDataConfig, prompts: Any) -> Dataset:
 
 
 def _check_synthetic(
-    config: AlignmentDataConfig, target_model: Any, tokenizer: PreTrainedTokenizerBase, context: int | None
+    config: AlignmentDataConfig,
+    target_model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    template_options: dict[str, Any],
 ) -> None:
     """Refuse what shows before the target writes its first query."""
     if isinstance(target_model, str):
@@ -270,7 +274,11 @@ def _check_synthetic(
             "A target behind an `endpoint` cannot be fed an open turn exactly: synthesize with a local one."
         )
     _, start = check_synthesis(
-        tokenizer, config.num_prompts, temperature=config.query_temperature, system=config.system_prompt
+        tokenizer,
+        config.num_prompts,
+        temperature=config.query_temperature,
+        system=config.system_prompt,
+        template_options=template_options,
     )
     QueryFilter(min_characters=config.min_characters, max_characters=config.max_characters, script=config.script)
     longest = len(start) + config.query_max_new_tokens

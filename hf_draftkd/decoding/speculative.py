@@ -41,7 +41,8 @@ from hf_draftkd.decoding.texts import Outputs, Texts
 from hf_draftkd.decoding.verification import verify_greedy, verify_greedy_ensemble, verify_sampled
 from hf_draftkd.models.draft_length import recorded_parallel_length, recorded_vocabulary
 from hf_draftkd.models.forward import evaluating, unwrapped
-from hf_draftkd.models.loading import load_tokenizer, require_loaded
+from hf_draftkd.models.identity import checkpoint_of
+from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import check_tokenizers
 from hf_draftkd.models.parallel import parallel_draft
 from hf_draftkd.utils.checks import in_range, one_of, whole_number
@@ -273,9 +274,11 @@ class SpeculativeDecoding:
         check_models(self.draft_model, target)
         if target in self._known_targets:
             return
-        names = [model.name_or_path for model in (self.draft_model, target)]
-        if all(name and (Path(name) / "tokenizer_config.json").is_file() for name in names):
-            check_tokenizers(*map(load_tokenizer, names))
+        pair = self.draft_model, target
+        if all(
+            name and (Path(name) / "tokenizer_config.json").is_file() for name in (each.name_or_path for each in pair)
+        ):
+            check_tokenizers(*(checkpoint_of(each).tokenizer for each in pair))
         self._known_targets.add(target)
 
     def _lenience(self, config: GenerationConfig) -> tuple[float, str]:

@@ -143,13 +143,13 @@ def prepare_pair(
             why = f"there is no `{what}`" if its_model is None else f"`{what}` is loaded already"
             raise ValueError(f"`{name}` would do nothing: {why}. Leave it out, or give the model's name or path.")
     draft_kwargs = {"dtype": "float32", **_loading_options(args, args.model_init_kwargs)}
-    target_kwargs = _loading_options(args, args.target_model_init_kwargs, "gguf_file")
+    target_kwargs = {"revision": args.target_model_revision}
+    target_kwargs |= _loading_options(args, args.target_model_init_kwargs, "gguf_file")
     if quantization_config is not None or draft_kwargs.get("quantization_config") is not None:
         raise ValueError(_QUANTISED_DRAFT.format(name=model_name(model)))
     # Whatever shows without the weights is looked at first: a pair that does not fit is refused in seconds.
-    draft = _looked_up(model, draft_kwargs.pop("revision", None), args)
-    gguf_file = target_kwargs.pop("gguf_file", None)
-    target = None if target_model is None else _looked_up(target_model, args.target_model_revision, args, gguf_file)
+    draft = _looked_up(model, draft_kwargs)
+    target = None if target_model is None else _looked_up(target_model, target_kwargs)
     if draft is target:
         raise ValueError("`model` and `target_model` are the same object; the target is frozen. Load the model twice.")
     if tokenizer is None:
@@ -183,11 +183,14 @@ def _loading_options(args: DraftDistillConfig, given: Any, *further: str) -> dic
     return {"trust_remote_code": args.trust_remote_code, **(given or {})}
 
 
-def _looked_up(model: Any, revision: str | None, args: DraftDistillConfig, gguf_file: str | None = None) -> Any:
-    """The checkpoint of that name, or the loaded model; refused if it is not a causal LM."""
+def _looked_up(model: Any, options: dict[str, Any]) -> Any:
+    """The checkpoint of that name, or the loaded model; refused if it is not a causal LM.
+
+    What a checkpoint remembers is taken out of `options`, which are those of loading it.
+    """
+    named = {name: options.pop(name) for name in ("revision", "gguf_file", "trust_remote_code") if name in options}
     if isinstance(model, str):
-        trusted = args.trust_remote_code
-        checkpoint = resolve(model, revision=revision, trust_remote_code=trusted, gguf_file=gguf_file)
+        checkpoint = resolve(model, **named)
         checkpoint.config  # noqa: B018 - raises where it is not a usable causal LM
         return checkpoint
     check_config(model.config, model.name_or_path or type(model).__name__)
@@ -246,7 +249,7 @@ def prepare_reference(
             "`reference_model` is the same object as the draft or the target, and could tell nothing new. Give a "
             "copy of the draft that was distilled before."
         )
-    reference = _looked_up(reference_model, None, args)
+    reference = _looked_up(reference_model, {"trust_remote_code": args.trust_remote_code})
     check_own_tokenizer(reference, tokenizer)
     if isinstance(reference, Checkpoint):
         reference = load_draft(reference, dtype="float32")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     CompileConfig,
     DynamicCache,
     GenerationConfig,
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from examples.benchmarks.tiny_architectures import tiny_model
-from hf_draftkd import SpeculativeDecoding, count_acceptance
+from hf_draftkd import SpeculativeDecoding, count_acceptance, load_draft, load_target
 from hf_draftkd.decoding.caches import GrowingLayer
 from hf_draftkd.decoding.compiled import CompiledModels
 from hf_draftkd.decoding.drafting import OneByOne
@@ -49,6 +50,21 @@ def check_equal(target: PreTrainedModel, draft: PreTrainedModel, gamma: Any = 4,
         plain = target.generate(**inputs, **options)
         assert torch.equal(target.generate(**inputs, custom_generate=decoding, **options), plain)
     return decoding
+
+
+def test_tokenizers_are_read_once_and_as_the_models_were(saved_pair, monkeypatch):
+    """Read again by each `SpeculativeDecoding`, and without the code that the models were allowed to bring."""
+    read, tokenizer_of = [], AutoTokenizer.from_pretrained
+
+    def noted(name: str, **options: Any) -> Any:
+        read.append(options["trust_remote_code"])
+        return tokenizer_of(name, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", noted)
+    draft, target = load_draft(saved_pair[0], trust_remote_code=True), load_target(saved_pair[1])
+    for _ in range(2):
+        target.generate(PROMPTS[0], custom_generate=SpeculativeDecoding(draft), max_new_tokens=2)
+    assert read == [True, False]
 
 
 @pytest.mark.parametrize("gamma", [1, 4, "auto"])

@@ -12,6 +12,8 @@ from trl import SFTConfig
 
 from hf_draftkd import DraftDistillTrainer, load_target
 from hf_draftkd.models.pairing import check_weights_apart
+from hf_draftkd.models.resolve import resolve
+from hf_draftkd.training import setup
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
 from tests.training.trainers import build, config
@@ -167,6 +169,24 @@ def test_how_to_load_what_is_not_loaded_here_is_refused(tmp_path, pair, tokenize
     rows = Dataset.from_list([{"text": "a b"}])
     with pytest.raises(ValueError, match=f"`{next(iter(options))}` would do nothing: {why}"):
         build(tmp_path, (pair[0], pair[1] if has_target else None), tokenizer, rows, **options)
+
+
+@pytest.mark.parametrize("whose", ["model_init_kwargs", "target_model_init_kwargs"])
+def test_what_a_model_is_looked_up_by_may_stand_among_its_options(tmp_path, saved_pair, tokenizer, monkeypatch, whose):
+    """TRL's habit: `revision` was refused in words that no user could follow, `trust_remote_code` did nothing."""
+    looked_up = []
+
+    def resolved(name, **options):
+        looked_up.append(options)
+        return resolve(name)
+
+    monkeypatch.setattr(setup, "resolve", resolved)
+    args = config(tmp_path, **{whose: {"revision": "v2", "trust_remote_code": True}})
+    rows = Dataset.from_list([{"text": "a b"}])
+    DraftDistillTrainer(*map(str, saved_pair), args=args, train_dataset=rows, processing_class=tokenizer)
+    wanted = looked_up[whose.startswith("target")]
+    assert (wanted["revision"], wanted["trust_remote_code"]) == ("v2", True)
+    assert [each["trust_remote_code"] for each in looked_up].count(True) == 1
 
 
 @pytest.mark.parametrize("streamed", [False, True])
