@@ -258,7 +258,7 @@ def check_labels(dataset: Dataset | IterableDataset, name: str, max_length: int 
         )
 
 
-def with_labels_within(dataset: Any, name: str, max_length: int | None, map_kwargs: dict[str, Any]) -> Any:
+def learnable_rows(dataset: Any, name: str, max_length: int | None, map_kwargs: dict[str, Any]) -> Any:
     """The prepared rows whose first `max_length` tokens hold something to learn; a `ValueError` if there are none."""
 
     def is_kept(labels: list[int]) -> bool:

@@ -32,7 +32,7 @@ def require_usable(answer: Any) -> None:
         raise FaultyAnswerError(f"it holds no completion: {str(answer)[:200]!r}")
     if (reason := choices[0].finish_reason) not in (STOP, LENGTH):
         # Whatever cut the text off, the target did not end it there.
-        raise FaultyAnswerError(f"its finish_reason is {reason!r}, and not {STOP!r} or {LENGTH!r}", about_prompt=True)
+        raise FaultyAnswerError(f"its finish_reason is {reason!r}, neither {STOP!r} nor {LENGTH!r}", about_prompt=True)
 
 
 class TokenTexts:

@@ -37,7 +37,7 @@ def open_dataset(
         return _pick_split(_load(str(path) if path.is_dir() else str(source), config, path.is_dir()), split)
     if isinstance(source, Sequence):
         if not source:
-            raise ValueError("The list of prompts is empty, so there is nothing to answer.")
+            raise ValueError("The list of rows is empty. Give at least one.")
         if all(isinstance(item, Mapping) and "role" not in item for item in source):
             # `Dataset.from_list` would drop every column that the first row lacks.
             names = dict.fromkeys(name for item in source for name in item)
@@ -46,7 +46,7 @@ def open_dataset(
             columns = {text_column: list(source)}
         return Dataset.from_dict(columns, on_mixed_types="use_json")
     raise ValueError(
-        f"Prompts must be a Hub id, a path, a `datasets.Dataset` or a list, got {type(source).__name__}. An "
+        f"Rows must be a Hub id, a path, a `datasets.Dataset` or a list, got {type(source).__name__}. An "
         "`IterableDataset` has no row numbers to resume from: save it first, or load it without `streaming=True`."
     )
 
@@ -76,7 +76,7 @@ def _read_file(path: Path, column: str) -> Dataset:
     if suffix not in _BUILDERS:
         raise ValueError(f"Cannot read {path.name!r}: give one of {', '.join(_BUILDERS)}, or a folder or Hub dataset.")
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty, so there is nothing to answer.")
+        raise ValueError(f"{path} is empty. Give a file with at least one row.")
     options = {"chunksize": _check_json_lines(path)} if suffix == ".jsonl" else {}
     try:
         dataset = load_dataset(_BUILDERS[suffix], data_files=str(path), split="train", **options)

@@ -19,7 +19,7 @@ from hf_draftkd.data.backends import Backend, continuous_backend, helping_length
 from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.endpoint import endpoint_backend, without_login
 from hf_draftkd.data.messages import turn_end_id
-from hf_draftkd.data.target_cache import real_vocab_size
+from hf_draftkd.data.target_cache import num_rows, real_vocab_size
 from hf_draftkd.decoding.setting import end_token_ids
 from hf_draftkd.models.identity import ModelIdentity, identity_of, weights_fingerprint
 from hf_draftkd.models.pairing import context_length
@@ -149,7 +149,6 @@ def _read(kind: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def ids_without_token(target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """Rows of a padded vocabulary that stand for no token, and what the target suppresses itself; None if none."""
-    vocab_size = target_model.get_output_embeddings().weight.shape[0]
     own = target_model.generation_config.suppress_tokens or []
-    ids = sorted({*own, *range(tokenizer_size(tokenizer), vocab_size)})
+    ids = sorted({*own, *range(tokenizer_size(tokenizer), num_rows(target_model))})
     return ids or None

@@ -72,7 +72,7 @@ class SpeculativeDecoding:
     Args:
         draft_model: A small causal LM with the target's vocabulary, on the target's device.
         num_assistant_tokens: γ, tokens to draft a round; "auto" chooses while decoding, by the times that it measures,
-            down to plain decoding where drafting does not pay. (For sampled text that a seed repeats, give a number.)
+            down to plain decoding where drafting does not pay. (Give a number where a seed must repeat sampled text.)
             None: what the draft's generation config records (`num_assistant_tokens`; in one pass
             `parallel_num_assistant_tokens`), otherwise "auto". (Its `assistant_confidence_threshold` and schedule are
             of transformers' loop and do not matter.)
@@ -275,10 +275,9 @@ class SpeculativeDecoding:
         if target in self._known_targets:
             return
         pair = self.draft_model, target
-        if all(
-            name and (Path(name) / "tokenizer_config.json").is_file() for name in (each.name_or_path for each in pair)
-        ):
-            check_tokenizers(*(checkpoint_of(each).tokenizer for each in pair))
+        names = [model.name_or_path for model in pair]
+        if all(name and (Path(name) / "tokenizer_config.json").is_file() for name in names):
+            check_tokenizers(*(checkpoint_of(model).tokenizer for model in pair))
         self._known_targets.add(target)
 
     def _lenience(self, config: GenerationConfig) -> tuple[float, str]:

@@ -43,7 +43,7 @@ CHAT_COLUMNS = ("messages", "conversations")
 _COUNTED = ("rows", "by_draft", "completions", "tokens", "cut", "seconds")
 
 
-def writer(args: DraftDistillConfig, step: int) -> str:
+def who_writes(args: DraftDistillConfig, step: int) -> str:
     """Who writes the completions of an optimizer step (counted from 0): `data`, `target` or `draft`.
 
     The same on every process, and the same whenever the step is taken again.
@@ -157,7 +157,7 @@ class CompletionWriter:
         `step` counts the optimizer steps taken before; the draft may be wrapped; `collator` makes a batch of rows with
         `input_ids` and `labels`.
         """
-        who = writer(self._args, step)
+        who = who_writes(self._args, step)
         num_rows = sum(len(batch["input_ids"]) for batch in batches)
         self._count(rows=num_rows, by_draft=num_rows * (who == DRAFT))
         if who == DATA:

@@ -66,8 +66,6 @@ def merged(model: Any, weights: dict[str, torch.Tensor] | None = None) -> Any:
     Merging in place and taking it back would change the weights by rounding, so a copy is merged: drafts are small.
     `weights` are all of them, where the draft holds only this process's share.
     """
-    if not is_peft_model(model):
-        return model
     if weights is None:
         return copy.deepcopy(model).merge_and_unload()
     base = model.get_base_model()

@@ -32,11 +32,11 @@ from hf_draftkd.acceptance.tensors import widest_float
 from hf_draftkd.data.collator import INDEX_COLUMN, SETTING_COLUMN, CachedDistributions, DraftDistillCollator
 from hf_draftkd.data.formats import (
     exact_features,
+    learnable_rows,
     normalize_rows,
     packed,
     warn_of_cuts,
     warn_of_other_authors,
-    with_labels_within,
 )
 from hf_draftkd.data.mixing import mix_datasets
 from hf_draftkd.data.target_cache import CacheFacts, warn_of_withheld, with_caches_alike
@@ -361,7 +361,7 @@ class DraftDistillTrainer(SFTTrainer):
         if packing and args.packing_strategy == "bfd":
             # Without packing, SFTTrainer drops the others itself.
             with global_then_local_main_first():
-                dataset = with_labels_within(dataset, dataset_name, args.max_length, map_kwargs)
+                dataset = learnable_rows(dataset, dataset_name, args.max_length, map_kwargs)
         if packing and self._cache:
             # SFTTrainer packs `input_ids` and `labels` and drops the rest, so the packing is done here.
             with global_then_local_main_first():

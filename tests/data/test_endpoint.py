@@ -182,7 +182,7 @@ def test_a_text_that_the_target_did_not_end_is_no_row(tmp_path, readable_target,
 def test_a_server_of_other_finish_reasons_is_refused_before_any_work(tmp_path, readable_target, tokenizer):
     with serving(readable_target, tokenizer) as server:
         server.finish_reasons = {"Hello": "eos_token"}
-        with pytest.raises(ValueError, match=r"finish_reason is 'eos_token', and not 'stop' or 'length'\.$"):
+        with pytest.raises(ValueError, match=r"finish_reason is 'eos_token', neither 'stop' nor 'length'\.$"):
             ask(server.url, tokenizer, output_dir=tmp_path / "out")
 
 

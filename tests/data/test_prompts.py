@@ -95,7 +95,7 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub():
 
 @pytest.mark.parametrize("source", [[], Dataset.from_list([]), Dataset.from_dict({"prompt": []})])
 def test_nothing_to_answer(source):
-    with pytest.raises(ValueError, match=r"nothing to answer|column"):
+    with pytest.raises(ValueError, match=r"is empty|nothing to answer|column"):
         load_prompts(source)
 
 

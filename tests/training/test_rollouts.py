@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from trl import maybe_convert_to_chatml
 
 from hf_draftkd import DraftDistillTrainer
-from hf_draftkd.training.rollouts import check_writing, last_prompt, writer
+from hf_draftkd.training.rollouts import check_writing, last_prompt, who_writes
 from hf_draftkd.training.run_provenance import describe_run
 from tests.processes import in_two_processes
 from tests.tiny import tiny_pair, tiny_tokenizer
@@ -53,17 +53,17 @@ def greedy(model, prompt, end_ids, count=6) -> tuple[int, ...]:
 def test_shares_of_nothing_and_all_leave_nothing_to_chance(tmp_path, lmbda, seq_kd, writers):
     """A share compared with <= where < was meant."""
     args = config(tmp_path, lmbda=lmbda, seq_kd=seq_kd)
-    assert {writer(args, step) for step in range(2000)} == {writers}
+    assert {who_writes(args, step) for step in range(2000)} == {writers}
 
 
 def test_share_is_that_of_the_steps_and_follows_from_the_seed(tmp_path):
     """A share of everything but the draft's steps, or other steps after a resume or on another process."""
     args = config(tmp_path, lmbda=0.3, seq_kd=True)
-    turns = [writer(args, step) for step in range(4000)]
+    turns = [who_writes(args, step) for step in range(4000)]
     assert set(turns) == {"draft", "target"}
     assert turns.count("draft") / 4000 == pytest.approx(0.3, abs=0.03)
-    assert turns == [writer(args, step) for step in range(4000)]
-    assert turns != [writer(config(tmp_path, lmbda=0.3, seq_kd=True, seed=43), step) for step in range(4000)]
+    assert turns == [who_writes(args, step) for step in range(4000)]
+    assert turns != [who_writes(config(tmp_path, lmbda=0.3, seq_kd=True, seed=43), step) for step in range(4000)]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_who_wrote_is_logged_timed_and_on_the_card(tmp_path, pair, tokenizer):
         seq_kd=True, skd_top_k=5, max_new_tokens=6,
     )  # fmt: skip
     trainer.train()
-    by_draft = sum(writer(trainer.args, step) == "draft" for step in range(6))
+    by_draft = sum(who_writes(trainer.args, step) == "draft" for step in range(6))
     assert 0 < by_draft < 6
     entry = trainer.state.log_history[0]
     lengths = [len(completion) for _, _, completion in trainer.seen]
