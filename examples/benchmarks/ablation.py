@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("ablation"))
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread; 0: all in this one")
     parser.add_argument("--report", action="store_true", help="only print the table of what is done")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train", type=int, default=320, help="training prompts, each answered twice")
