@@ -174,6 +174,9 @@ class DecodingSetting:
 SETTING_COLUMNS = tuple(field.name for field in fields(DecodingSetting))
 """Columns in which a row records its setting, in the order of the fields."""
 
+UNFILTERED = DecodingSetting(temperature=1.0)
+"""Sampling from the model's own distribution."""
+
 
 def settings_at(
     temperatures: Sequence[float], *, top_p: float = 1.0, top_k: int = 0, repetition_penalty: float = 1.0
@@ -203,10 +206,9 @@ def left_out_warning(model: PreTrainedModel, settings: Sequence[DecodingSetting]
     config = model.generation_config
     sampled = [setting for setting in settings if not setting.is_greedy]
     found = _effective(config, _CHOOSING | (_SAMPLING if sampled else {}) | _STOPPING)
-    plain = DecodingSetting(temperature=1.0)
     for name in SETTING_COLUMNS:
         value, used = getattr(config, name), settings if name == "repetition_penalty" else sampled
-        if value not in (None, getattr(plain, name)) and any(getattr(setting, name) != value for setting in used):
+        if value not in (None, getattr(UNFILTERED, name)) and any(getattr(setting, name) != value for setting in used):
             found.append(f"{name}={value!r}")
     if not found:
         return []

@@ -11,15 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.decoding.setting import UNFILTERED, DecodingSetting
 from hf_draftkd.evaluation.scoring import Text, score_texts
 from hf_draftkd.losses import DistillationLoss, SparseTarget, Unprojected, distillation_loss
 from hf_draftkd.models.forward import head_arithmetic, in_head, predicting_positions
 from hf_draftkd.online.buffer import ServedRequest
 from hf_draftkd.online.config import OnlineDistillConfig
-
-# How a held-out text is judged if its decoding cannot be written as a setting (`min_p`, custom processors).
-_UNFILTERED = DecodingSetting(temperature=1.0)
 
 
 class Learner:
@@ -201,7 +198,8 @@ def acceptance_of(
     by_setting: dict[DecodingSetting, list[Text]] = {}
     for request in requests:
         text = Text(request.prompt_ids.tolist(), request.completion_ids.tolist())
-        by_setting.setdefault(request.setting or _UNFILTERED, []).append(text)
+        # Decoding with `min_p` or custom processors cannot be written as a setting.
+        by_setting.setdefault(request.setting or UNFILTERED, []).append(text)
     accepted, num_tokens = [0.0] * len(drafts), 0.0
     lists = [] if vocabulary is None else [(draft, vocabulary) for draft in range(len(drafts))]
     for setting, texts in by_setting.items():

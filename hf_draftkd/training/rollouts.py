@@ -29,7 +29,7 @@ from trl.models import unwrap_model_for_generation
 
 from hf_draftkd.data.backends import LENGTH, cut_completion
 from hf_draftkd.data.columns import column_values
-from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
+from hf_draftkd.decoding.setting import UNFILTERED, DecodingSetting, end_token_ids
 from hf_draftkd.decoding.texts import left_padded
 from hf_draftkd.models.forward import evaluating, seeded, unwrapped
 from hf_draftkd.models.tokenizers import pad_id
@@ -234,7 +234,7 @@ class CompletionWriter:
     ) -> GenerationConfig:
         if corrected and not setting.is_greedy:
             # What has been corrected is a finished distribution, from which `generate` only has to draw.
-            setting = DecodingSetting(temperature=1.0)
+            setting = UNFILTERED
         # Padded rows of the vocabulary stand for no token.
         tokens = range(self._vocab_size) if self._vocabulary is None or not is_draft else self._vocabulary.tolist()
         unwritten = set(range(model.config.get_text_config().vocab_size)) - set(tokens)

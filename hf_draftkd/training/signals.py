@@ -18,7 +18,7 @@ from hf_draftkd.acceptance import token_acceptance_rate, token_logprob
 from hf_draftkd.data.kept_distributions import CACHE_COLUMNS
 from hf_draftkd.data.target_cache import CacheFacts, missing_cache_columns, read_cache
 from hf_draftkd.decoding.processors import logits_processors, process_logits
-from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.decoding.setting import UNFILTERED, DecodingSetting
 from hf_draftkd.evaluation.scoring import token_scores
 from hf_draftkd.losses import SampledTarget, SparseTarget, Unprojected, acceptance_upper_bound
 from hf_draftkd.losses.sparse import check_sampled
@@ -29,7 +29,6 @@ Distributions = Tensor | SparseTarget | SampledTarget
 
 # Features of a batch that no model's forward takes.
 _OWN_FEATURES = frozenset({"labels", "decoding", *CACHE_COLUMNS})
-_UNFILTERED = DecodingSetting(temperature=1.0)
 _WHOLE_LOGITS = (
     "The logits of the %s are held for all completion tokens of a batch at once, [tokens, vocabulary], not a chunk at "
     "a time: %s. Should memory run out, lower `per_device_train_batch_size`."
@@ -155,7 +154,7 @@ class CachedTarget(TextSignal):
         return acceptance_upper_bound(draft_logits if temperature == 1 else draft_logits / temperature, target)
 
     def judges(self, setting: DecodingSetting) -> bool:
-        return super().judges(setting) or (setting == _UNFILTERED and self._temperature == 1)
+        return super().judges(setting) or (setting == UNFILTERED and self._temperature == 1)
 
     def accepted(
         self, draft_logits: Tensor, target: Distributions | None, written: Written, setting: DecodingSetting
