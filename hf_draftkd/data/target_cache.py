@@ -194,7 +194,9 @@ def read_cache(dataset: Dataset | IterableDataset, name: str) -> tuple[Dataset, 
         withheld = (kept < 0) & (written >= 0)
         # Only a row that a target wrote may come without: others were never cached.
         withheld &= pc.is_valid(table["target"]).to_numpy() if "target" in columns else False
-        for row in np.flatnonzero(~withheld & ((written != logged) | (written != kept))):
+        wrong = ~withheld & ((written != logged) | (written != kept))
+        if wrong.any():
+            row = int(wrong.argmax())
             raise ValueError(_not_cached(first + row, name, written[row], kept[row]))
         kept_rows.append(first + np.flatnonzero(~withheld))
         table = table.filter(pa.array(~withheld)) if withheld.any() else table

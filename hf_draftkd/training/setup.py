@@ -143,8 +143,8 @@ def prepare_pair(
             why = f"there is no `{what}`" if its_model is None else f"`{what}` is loaded already"
             raise ValueError(f"`{name}` would do nothing: {why}. Leave it out, or give the model's name or path.")
     draft_kwargs = {"dtype": "float32", **_loading_options(args, args.model_init_kwargs)}
-    target_kwargs = {"revision": args.target_model_revision}
-    target_kwargs |= _loading_options(args, args.target_model_init_kwargs, "gguf_file")
+    target_kwargs = _loading_options(args, args.target_model_init_kwargs, "gguf_file")
+    target_kwargs.setdefault("revision", args.target_model_revision)
     if quantization_config is not None or draft_kwargs.get("quantization_config") is not None:
         raise ValueError(_QUANTISED_DRAFT.format(name=model_name(model)))
     # Whatever shows without the weights is looked at first: a pair that does not fit is refused in seconds.
