@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
@@ -111,6 +112,12 @@ def required(**options: Any) -> None:
     missing = [f"--{name}" for name, value in options.items() if value is None]
     if missing:
         raise UsageError(f"missing: {', '.join(missing)}")
+
+
+def target_words(name: str, revision: str | None = None, gguf_file: str | None = None) -> str:
+    """The options that name a target, as a shell reads them, for the command that a user is told to run next."""
+    given = {"target_model": name, "target_model_revision": revision, "gguf_file": gguf_file}
+    return " ".join(f"--{option} {shlex.quote(value)}" for option, value in given.items() if value)
 
 
 def new_directory(path: str, *, overwrite: bool = False, target_model: str | None = None) -> Path:
