@@ -64,9 +64,11 @@ def evaluate_in_engine(
 
     Args:
         report: What `evaluate_draft` found on these texts.
-        texts: Alignment data: prompts and the target's own answers, with the setting of each.
+        texts: Alignment data: prompts and the target's own answers, with the setting of each. Those written under
+            another setting than the report's are left out.
         tokenizer: The pair's.
-        num_assistant_tokens: Draft length γ, the one that a running server was started with; by default the report's.
+        num_assistant_tokens: Draft length γ, the one that a running server was started with; by default the report's,
+            or the longest that a parallel draft has.
         config: Which engine, and where.
         **options: Fields of `EngineConfig`, which take precedence over those of `config`.
 
@@ -81,14 +83,20 @@ def evaluate_in_engine(
     config = replace(config or EngineConfig(), **options)
     if config.engine is None:
         raise ValueError("Name the `engine`: llama.cpp, vllm or openvino.")
-    text_sets = written_texts(texts)
+    asked = {each.decoding for each in report.settings}
+    text_sets = [each for each in written_texts(texts) if each.setting in asked]
+    if not text_sets:
+        raise ValueError(
+            f"None of the texts was written under a setting of the report, which has {'; '.join(map(str, asked))}. "
+            "Give the texts that it is about."
+        )
     engine = ENGINES[config.engine]
-    length = num_assistant_tokens or report.num_assistant_tokens
     longest = DRAFT_LENGTHS[-1]
     if config.parallel_drafting:
         longest = max((each.parallel.num_tokens for each in report.settings if each.parallel), default=0)
         if not longest:
             raise ValueError(f"`parallel_drafting` needs a parallel draft, which {report.draft.name} is not.")
+    length = num_assistant_tokens or min(report.num_assistant_tokens, longest)
     if not 1 <= length <= longest:
         raise ValueError(
             f"`num_assistant_tokens={length}` cannot be compared with a prediction, which there is from 1 to {longest}."
@@ -286,7 +294,7 @@ def _measure(
         given = engine.name, setting, length, counted, efficiency, target_step
         result.recommendation = recommend_in_engine(*given, calls, speedup)
         for other in _STEP_TIME_LENGTHS if config.launch else ():
-            if other != length and other in (efficiency or DRAFT_LENGTHS):
+            if other != length and other in (efficiency or ()):
                 with served(replace(pair, num_assistant_tokens=other)) as url:
                     questions.ask(url, 0)
                     answers = [[questions.ask(url, place, place)] for place in range(len(prompts[:_STEP_TIME_PROMPTS]))]
