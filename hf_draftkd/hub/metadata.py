@@ -71,7 +71,7 @@ def _result(
         task_name="Speculative decoding",
         # The index wants a data set's id; a local file has none and must not leak its path.
         dataset_type=source if _is_dataset(source) else "prompts",
-        dataset_name=one_line(domain or (source if is_hub_id(source) else "prompts")),
+        dataset_name=one_line(domain or (source if _is_dataset(source) else "prompts")),
         dataset_config=one_line(domain) if domain else None,
         dataset_args={"count": report.prompts.count, "sha256": one_line(report.prompts.sha256)},
         metric_type=kind,
