@@ -10,7 +10,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
-from hf_draftkd.cli.options import new_directory, parse, required
+from hf_draftkd.cli.options import new_directory, parse, required, whole_draft
 from hf_draftkd.data.prompts import load_prompts
 from hf_draftkd.data.sources import open_dataset
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, own_penalty
@@ -57,7 +57,7 @@ class EvaluateOptions:
     baseline: str | None = option(None, "Another draft to compare with on the same texts, usually the stock one.")
     dataset_config: str | None = option(None, "Configuration (subset) of a Hub dataset.")
     dataset_split: str | None = option(None, "Split of the dataset; `train` by default.")
-    limit: int | None = option(None, "Use only the first so many rows; with --regenerate, prompts.")
+    limit: int | None = option(None, "Use only this many rows from the start (prompts, with --regenerate).")
     regenerate: bool = option(False, "Let the target answer the prompts of alignment data again.")
     html: bool = option(False, "Write report.html as well: one page with plots.")
     report_to: list[str] | None = option(None, "Trackers that get the report: trackio, wandb, tensorboard.")
@@ -159,15 +159,15 @@ def _texts(options: EvaluateOptions) -> dict[str, Any]:
     """Prompts to answer, or recorded answers."""
     assert options.dataset is not None
     rows = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
-    is_recorded = {"prompt_ids", "completion_ids", *SETTING_COLUMNS} <= set(rows.column_names)
-    if is_recorded and options.regenerate:  # one row for each completion, but each prompt is answered once
+    names_settings = {"prompt_ids", "completion_ids", *SETTING_COLUMNS} <= set(rows.column_names)
+    if names_settings and options.regenerate:  # one row for each completion, but each prompt is answered once
         first: dict[tuple[int, ...], int] = {}
         for number, ids in enumerate(rows["prompt_ids"]):
             first.setdefault(tuple(ids), number)
         rows = rows.select(first.values())
     if options.limit is not None:
         rows = rows.select(range(min(whole_number("limit", options.limit), len(rows))))
-    if is_recorded and not options.regenerate:
+    if names_settings and not options.regenerate:
         return {"dataset": rows}
     return {"prompts": load_prompts(spec_bench_prompts(rows) if is_spec_bench(rows) else rows)}
 
@@ -186,13 +186,9 @@ def _check_parallel_draft(draft: PreTrainedModel, config: EvaluationConfig) -> N
 def _check_write(options: EvaluateOptions, config: EvaluationConfig) -> None:
     if options.write and not config.measure_speed:
         raise UsageError("`--write` stores the best draft length, which needs `--measure_speed`.")
-    for path in options.model or [] if options.write else []:
-        # An adapter's directory has no generation config: the base model's would be changed.
-        if not (Path(path) / "config.json").is_file():
-            raise UsageError(
-                f"`--write` changes the draft's own generation config, so {path!r} must be a local directory with a "
-                "whole model (merge an adapter first)."
-            )
+    if options.write:
+        for path in options.model or ():
+            whole_draft(path, "`--write`")
 
 
 def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> None:

@@ -120,6 +120,17 @@ def target_words(name: str, revision: str | None = None, gguf_file: str | None =
     return " ".join(f"--{option} {shlex.quote(value)}" for option, value in given.items() if value)
 
 
+def whole_draft(path: str, command: str) -> Path:
+    """The folder of a draft whose generation config a command or an option changes; a `UsageError` if it is none."""
+    # An adapter's folder has no generation config: the base model's would be changed.
+    if not (Path(path) / "config.json").is_file():
+        raise UsageError(
+            f"{command} changes the draft's own generation config, so {path!r} must be a local folder with a whole "
+            "model (merge an adapter first)."
+        )
+    return Path(path)
+
+
 def new_directory(path: str, *, overwrite: bool = False, target_model: str | None = None) -> Path:
     """The directory at `path` for results, which may hold something already only with `overwrite`.
 

@@ -227,6 +227,8 @@ def test_an_adapter_without_its_base_is_refused(files, tmp_path, capsys):
 def test_write_needs_a_local_draft_and_times(files, tmp_path, capsys):
     assert dispatch(options(files, tmp_path / "out", "--write", "--no_measure_speed")) == 2
     assert "--measure_speed" in capsys.readouterr().err
+    assert dispatch(options({**files, "model": "org/draft"}, tmp_path / "out", "--write")) == 2
+    assert "`--write` changes the draft's own generation config, so 'org/draft' must be" in capsys.readouterr().err
 
 
 def test_a_page_without_matplotlib_is_refused_before_the_work(files, tmp_path, capsys, monkeypatch):
@@ -272,7 +274,7 @@ def test_an_engine_that_decodes_nothing_that_was_asked_for(files, pair, tmp_path
 def test_an_engine_drafts_as_many_tokens_as_suit_its_way(files, tmp_path, capsys, monkeypatch):
     """The length that was best for one pass, handed to an engine that drafts one by one, or the other way round."""
     report, given = samples.report(), []
-    report.latency.parallel_draft_seconds = {length: 1e-3 for length in (1, 2)}
+    report.latency.parallel_draft_seconds = dict.fromkeys((1, 2), 0.001)
     for setting in report.settings:
         parallel = {length: Estimate(1 + length / 2) for length in (1, 2)}
         setting.parallel = ParallelResult(num_tokens=2, acceptance_by_depth=[], block_efficiency=parallel)

@@ -56,7 +56,7 @@ def test_a_draft_is_made_of_it_and_learns_from_it(tmp_path, folder, capsys):
         state = json.loads((tmp_path / name / "trainer_state.json").read_text())
         losses.append(state["log_history"][0]["loss"])
     assert losses[0] == pytest.approx(losses[1])
-    words = ["evaluate", "--model", tmp_path / "trained", "--dataset", tmp_path / "the rows", "--measure_speed", "false"]
+    words = ["evaluate", "--model", tmp_path / "trained", "--dataset", tmp_path / "the rows", "--no_measure_speed"]
     assert run(*words, *target, "--output_dir", tmp_path / "report") == 0
 
 
