@@ -44,7 +44,7 @@ from hf_draftkd.evaluation.statistics import (
 )
 from hf_draftkd.evaluation.texts import (
     PLAUSIBLE,
-    Texts,
+    MeasuredTexts,
     TextSet,
     check_ids,
     plausibility_warnings,
@@ -202,7 +202,7 @@ class _Evaluation:
         target_model: PreTrainedModel,
         drafts: Sequence[PreTrainedModel],
         tokenizer: PreTrainedTokenizerBase,
-        texts: Texts,
+        texts: MeasuredTexts,
         config: EvaluationConfig,
         lists: Sequence[list[list[int]]],
         vocab_size: int,

@@ -26,7 +26,7 @@ from hf_draftkd.evaluation.engines.measure import (
     recommend_in_engine,
     written_texts,
 )
-from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair
+from hf_draftkd.evaluation.engines.protocol import Engine, EngineAnswer, ServedPair
 from hf_draftkd.evaluation.html import render_page
 from hf_draftkd.evaluation.plots import speed_by_length_figure
 from hf_draftkd.evaluation.report import ParallelResult, SpeculationReport
@@ -280,7 +280,7 @@ class Served(Engine):
         ids = [prompt_ids[0] + place + self.faults.get("shift", 0) for place in range(max_new_tokens)]
         calls = (len(ids) - 1) // 2 if drafts else 0
         seconds = 1.0 + (3.0 * calls if drafts else 2.0 * (len(ids) - 1))
-        return Completion(ids, seconds, calls, 4 * calls, calls, is_cut=self.faults.get("cut", False))
+        return EngineAnswer(ids, seconds, calls, 4 * calls, calls, is_cut=self.faults.get("cut", False))
 
 
 class Letters:
@@ -429,7 +429,7 @@ def test_servers_that_cannot_be_measured_are_refused(monkeypatch, faults, messag
 
 
 def test_a_server_without_a_draft_is_refused(monkeypatch):
-    monkeypatch.setattr(Served, "complete", lambda self, url, ids, *_: Completion([1, 2], 1.0, 0, 0, 0))
+    monkeypatch.setattr(Served, "complete", lambda self, url, ids, *_: EngineAnswer([1, 2], 1.0, 0, 0, 0))
     with pytest.raises(ValueError, match="no draft loaded"):
         run(monkeypatch)
 
@@ -461,8 +461,10 @@ def test_settings_that_no_engine_decodes_are_refused_before_the_pair_is_evaluate
     check_settings(config, [GREEDY, DecodingSetting(1.0)])
     with pytest.raises(ValueError, match=r"vllm cannot measure temperature 1: vLLM .* Ask for another setting"):
         check_settings(config, [DecodingSetting(1.0)])
+    penalised = [replace(GREEDY, repetition_penalty=1.1)]
     with pytest.raises(ValueError, match="repetition penalty differently"):
-        check_settings(EngineConfig(engine="llama.cpp", endpoint="http://a"), [replace(GREEDY, repetition_penalty=1.1)])
+        check_settings(EngineConfig(engine="llama.cpp", endpoint="http://a"), penalised)
+    check_settings(EngineConfig(engine="openvino", endpoint="http://a"), penalised)
     with pytest.raises(ValueError, match="do not say under which setting"):
         written_texts(ROWS.remove_columns("ids_source"))
 

@@ -29,7 +29,7 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.engines import ENGINES
 from hf_draftkd.evaluation.engines.config import EngineConfig
 from hf_draftkd.evaluation.engines.launch import launched
-from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair
+from hf_draftkd.evaluation.engines.protocol import Engine, EngineAnswer, ServedPair
 from hf_draftkd.evaluation.environment import processor_name
 from hf_draftkd.evaluation.recommendation import is_faster, times_text
 from hf_draftkd.evaluation.report import EngineResult, Recommendation, SpeculationReport
@@ -180,7 +180,7 @@ class _Questions:
     setting: DecodingSetting
     limit: int
 
-    def ask(self, url: str, place: int, seed: int = 0, limit: int | None = None) -> Completion:
+    def ask(self, url: str, place: int, seed: int = 0, limit: int | None = None) -> EngineAnswer:
         prompt, limit = self.prompts[place], limit or self.limit
         found = self.engine.complete(url, prompt, self.setting, limit, seed)
         if found.is_cut:
@@ -206,7 +206,7 @@ class _Questions:
                     f"{tokenizer.decode(mine[max(place - 8, 0) : place])!r}. Serve the model that was evaluated."
                 )
 
-    def step_seconds(self, url: str, runs: Sequence[Sequence[Completion]], per: str) -> float:
+    def step_seconds(self, url: str, runs: Sequence[Sequence[EngineAnswer]], per: str) -> float:
         """Seconds of a step after the prompt: those of whole answers, less those of an answer of one token."""
         timed = runs[:_STEP_TIME_PROMPTS]
         first = [median(self.ask(url, place, limit=1).seconds for _ in range(3)) for place in range(len(timed))]
@@ -317,11 +317,11 @@ def _computed(
 
 def _in_turns(
     questions: _Questions, plain_url: str, url: str, tokenizer: PreTrainedTokenizerBase, rounds: int
-) -> tuple[list[list[Completion]], list[list[Completion]]]:
+) -> tuple[list[list[EngineAnswer]], list[list[EngineAnswer]]]:
     """Every prompt's answers, one a round: plain ones, of which there are none without a server, and with the draft."""
     engine, count = questions.engine, len(questions.prompts)
-    plain: list[list[Completion]] = [[] for _ in range(count)]
-    assisted: list[list[Completion]] = [[] for _ in range(count)]
+    plain: list[list[EngineAnswer]] = [[] for _ in range(count)]
+    assisted: list[list[EngineAnswer]] = [[] for _ in range(count)]
     ways = [(assisted, url), *([(plain, plain_url)] if plain_url else [])]
     for _, address in ways:
         questions.check_tokens(address, tokenizer)
@@ -427,17 +427,19 @@ def recommend_in_engine(
     )
 
 
-def _sums(runs: Sequence[Sequence[Completion]], name: str) -> list[Any]:
+def _sums(runs: Sequence[Sequence[EngineAnswer]], name: str) -> list[Any]:
     """A number of each prompt's answers, added up over the rounds."""
     return [sum(getattr(each, name) for each in found) for found in runs]
 
 
-def _num_equal(runs: Sequence[Sequence[Completion]], texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> int:
+def _num_equal(
+    runs: Sequence[Sequence[EngineAnswer]], texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase
+) -> int:
     """Prompts to which every answer is the target's own, end tokens aside."""
     longest = max(len(text.completion_ids) for text in texts)
     ends = {text.completion_ids[-1] for text in texts if len(text.completion_ids) < longest} | {tokenizer.eos_token_id}
 
-    def is_equal(found: Sequence[Completion], text: Text) -> bool:
+    def is_equal(found: Sequence[EngineAnswer], text: Text) -> bool:
         own = _without_end(text.completion_ids, ends)
         return all(_without_end(each.token_ids, ends) == own for each in found)
 
