@@ -15,7 +15,6 @@ is the same.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -24,21 +23,6 @@ from hf_draftkd.utils.checks import whole_number
 
 DRAFT_LENGTHS: tuple[int, ...] = tuple(range(1, 17))
 """The draft lengths of a report, γ = 1 … 16."""
-
-
-class PositionSums(NamedTuple):
-    """Sums over a text's expected blocks, by the drafted token's place in its block; divide after adding up texts.
-
-    With `sums` added over texts, `accepted / blocks` is vLLM's acceptance per position (how often the k-th drafted
-    token is kept), `accepted / reached` the same given that the tokens before it were kept.
-    """
-
-    blocks: torch.Tensor
-    """`[B]`: expected blocks, that is target calls."""
-    reached: torch.Tensor
-    """`[B, γ]`: expected blocks that reach their k-th drafted token, all before it accepted."""
-    accepted: torch.Tensor
-    """`[B, γ]`: expected blocks whose k-th drafted token is accepted."""
 
 
 def expected_target_calls(
@@ -89,21 +73,22 @@ def block_efficiency_by_length(
 
 def acceptance_by_position(
     accepted: torch.Tensor, num_assistant_tokens: int, mask: torch.Tensor | None = None
-) -> PositionSums:
-    """Return, for each place in a block, how often a drafted token gets there and how often it is accepted.
+) -> torch.Tensor:
+    """Return, for each text, in how many blocks the k-th drafted token is accepted, in expectation; one sweep.
 
-    Sums per text, float64, to be added up over texts before dividing. Drafted tokens that would stand beyond the end of
-    the text are not counted. Arguments and errors as in `block_efficiency`.
+    Added up over texts and divided by the target calls of all of them (`expected_target_calls`), this is vLLM's
+    acceptance per position. Drafted tokens that would stand beyond the end of the text are not counted. Arguments and
+    errors as in `block_efficiency`.
+
+    Returns:
+        Expected blocks `[B, γ]`, of the type of `expected_target_calls`.
     """
     lengths = (num_assistant_tokens,)
     accepted, mask = _check(accepted, lengths, mask)
-    reached = accepted.new_zeros(accepted.shape[0], num_assistant_tokens)
-    kept = torch.zeros_like(reached)
+    kept = accepted.new_zeros(accepted.shape[0], num_assistant_tokens)
     for t, offsets in enumerate(_sweep(accepted, lengths)):
-        here = offsets[:, 0, :-1] * mask[:, t, None]
-        reached += here
-        kept += here * _rates(accepted, t, num_assistant_tokens)
-    return PositionSums(blocks=reached[:, 0].clone(), reached=reached, accepted=kept)
+        kept += offsets[:, 0, :-1] * mask[:, t, None] * _rates(accepted, t, num_assistant_tokens)
+    return kept
 
 
 def _sweep(accepted: torch.Tensor, draft_lengths: Sequence[int]) -> Iterator[torch.Tensor]:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_draftkd.cli.errors import usage_errors
-from hf_draftkd.cli.options import parse, required
+from hf_draftkd.cli.options import parse, required, target_words
 from hf_draftkd.hub.provenance import PairFacts
 from hf_draftkd.hub.serving_commands import serving_commands
 from hf_draftkd.models.examination import Examination, ModelFacts, examine
@@ -67,7 +67,7 @@ def run(argv: list[str]) -> int:
         table.add_row(name, "\n".join(escape(one_line(line)) for line in text.split("\n")))
     Console(highlight=False).print(table)
     print("next")
-    for command in _next(target, draft, found, free):
+    for command in _next(target, draft, options, found, free):
         print(f"  {printable(command)}")
     return 2 if found.refused else 0
 
@@ -79,8 +79,8 @@ def _rows(
         if checkpoint is not None:
             at = f" at {checkpoint.revision[:7]}" if checkpoint.revision else ""
             yield name, f"{checkpoint.name}{at}" + (f"\n{_model(facts)}" if facts else "")
-    if draft is None and found.cut_layers:
-        share = found.cut_parameters / (found.target.num_parameters if found.target else 1)
+    if draft is None and found.target and found.cut_layers:
+        share = found.cut_parameters / found.target.num_parameters
         yield "draft", f"none; {found.cut_layers} of the target's layers: {_count(found.cut_parameters)} ({share:.1%})"
     if found.draft and found.target:
         yield "pair", "\n".join(_pair(found.draft, found.target, bool(found.refused)))
@@ -130,26 +130,33 @@ def _engines(draft: Checkpoint, target: Checkpoint, draft_facts: ModelFacts, tar
     return "\n".join(filter(None, [", ".join(now), later and f"once the draft is repaired: {later}"]))
 
 
-def _next(target: Checkpoint, draft: Checkpoint | None, found: Examination, free: int) -> Iterator[str]:
+def _next(
+    target: Checkpoint, draft: Checkpoint | None, options: DoctorOptions, found: Examination, free: int
+) -> Iterator[str]:
     if found.target is None:
         yield "choose another target"
         return
     name = shlex.quote(target.name)
-    whole = name if target.gguf_file is None else f"{name} --gguf_file {shlex.quote(target.gguf_file)}"
+    whole = target_words(target.name, options.target_model_revision, target.gguf_file)
     if found.draft is None or found.refused:
         if not target.is_local:
             yield f"draftkd find {name}"
-        yield f"draftkd init --target_model {whole} --num_layers {found.cut_layers or 2} --output_dir DRAFT"
-    model = "DRAFT" if draft is None or found.refused else shlex.quote(draft.name)
-    at, options, learn = f"--target_model {whole}", "", f"--target_model {whole}"
-    if found.memory.get("answering", 0) > free:  # another machine has to answer
-        at, learn = f"--endpoint URL --target_model SERVED_NAME --tokenizer {name}", "--divergence cross_entropy"
+        yield f"draftkd init {whole} --num_layers {found.cut_layers or 2} --output_dir DRAFT"
+    model = "--model DRAFT"
+    if draft is not None and not found.refused:
+        model = f"--model {shlex.quote(draft.name)}"
+        if options.model_revision:
+            model += f" --model_revision {shlex.quote(options.model_revision)}"
+    answers_here = found.memory.get("answering", 0) <= free
+    at, cache, learn = whole, "", f"{whole} "
+    if not answers_here:
+        at, learn = f"--endpoint URL --target_model SERVED_NAME --tokenizer {name}", "--divergence cross_entropy "
     elif found.memory.get("live", 0) > free:
-        options, learn = "--cache_distributions top_k=64 ", ""
-    yield f"draftkd generate {at} --dataset PROMPTS {options}--output_dir DATA"
-    yield f"draftkd train --model {model} {learn}{' ' if learn else ''}--dataset DATA --output_dir OUT"
-    if "endpoint" not in at:
-        yield f"draftkd evaluate --model OUT --target_model {whole} --dataset OTHER_PROMPTS --output_dir REPORT"
+        cache, learn = "--cache_distributions top_k=64 ", ""
+    yield f"draftkd generate {at} --dataset PROMPTS {cache}--output_dir DATA"
+    yield f"draftkd train {model} {learn}--dataset DATA --output_dir OUT"
+    if answers_here:
+        yield f"draftkd evaluate --model OUT {whole} --dataset OTHER_PROMPTS --output_dir REPORT"
 
 
 def _memory() -> tuple[int, str]:

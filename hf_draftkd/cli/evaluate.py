@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
+from transformers import PreTrainedModel
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
-from hf_draftkd.cli.options import new_directory, parse, required
+from hf_draftkd.cli.options import new_directory, parse, required, whole_draft
 from hf_draftkd.data.prompts import load_prompts
 from hf_draftkd.data.sources import open_dataset
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, own_penalty
@@ -25,7 +26,7 @@ from hf_draftkd.evaluation.engines.measure import (
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.html import save_page, training_log
 from hf_draftkd.evaluation.plots import figure_class
-from hf_draftkd.evaluation.recommendation import PARALLEL
+from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, overall_draft_lengths
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.spec_bench import is_spec_bench, spec_bench_prompts
 from hf_draftkd.evaluation.tables import ReportTable
@@ -56,7 +57,7 @@ class EvaluateOptions:
     baseline: str | None = option(None, "Another draft to compare with on the same texts, usually the stock one.")
     dataset_config: str | None = option(None, "Configuration (subset) of a Hub dataset.")
     dataset_split: str | None = option(None, "Split of the dataset; `train` by default.")
-    limit: int | None = option(None, "Use only the first so many rows; with --regenerate, prompts.")
+    limit: int | None = option(None, "Use only this many rows from the start (prompts, with --regenerate).")
     regenerate: bool = option(False, "Let the target answer the prompts of alignment data again.")
     html: bool = option(False, "Write report.html as well: one page with plots.")
     report_to: list[str] | None = option(None, "Trackers that get the report: trackio, wandb, tensorboard.")
@@ -104,14 +105,15 @@ def run(argv: list[str]) -> int:
         dtype = target_model.dtype if options.dtype == "auto" else options.dtype
         models = [load_draft(draft, dtype=dtype, device_map=place) for draft in drafts]
         baseline = None if options.baseline is None else models.pop()
-        if engine.parallel_drafting and parallel_draft(models[0].config) is None:
-            raise UsageError(f"`--parallel_drafting` needs a parallel draft, which {models[0].name_or_path} is not.")
-        if engine.engine and "dataset" in texts:
-            check_settings(engine, [each.setting for each in written_texts(texts["dataset"])])
-        elif engine.engine:
+        if engine.parallel_drafting:
+            _check_parallel_draft(models[0], config)
+        if engine.engine:
             settings = config.settings(own_penalty(target_model))
+            if "dataset" in texts:
+                recorded = [each.setting for each in written_texts(texts["dataset"])]
+                settings = recorded if config.temperatures is None else settings
             check_settings(engine, settings)
-            # The very texts are needed twice.
+        if engine.engine and "prompts" in texts:  # the very texts are needed twice
             texts = {"dataset": answers(target_model, target.tokenizer, texts["prompts"], settings, config)}
             config = replace(config, temperatures=[setting.temperature for setting in settings])
         report = evaluate_draft(
@@ -126,8 +128,10 @@ def run(argv: list[str]) -> int:
     try:
         if engine.engine:
             report.save(out / "report.json")  # before a server can fail
-            best = None if report.recommendation is None else report.recommendation.num_assistant_tokens
-            length = config.num_assistant_tokens or best
+            length = config.num_assistant_tokens
+            if length is None and report.latency is not None:  # the best one, drafting as the engine does
+                best = overall_draft_lengths(report.settings, report.latency)
+                length = best.get(PARALLEL if engine.parallel_drafting else ASSISTANT_MODEL)
             with usage_errors():
                 given = report, texts["dataset"], target.tokenizer
                 evaluate_in_engine(*given, num_assistant_tokens=length, config=engine)
@@ -155,29 +159,36 @@ def _texts(options: EvaluateOptions) -> dict[str, Any]:
     """Prompts to answer, or recorded answers."""
     assert options.dataset is not None
     rows = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
-    is_recorded = {"prompt_ids", "completion_ids", *SETTING_COLUMNS} <= set(rows.column_names)
-    if is_recorded and options.regenerate:  # one row for each completion, but each prompt is answered once
+    names_settings = {"prompt_ids", "completion_ids", *SETTING_COLUMNS} <= set(rows.column_names)
+    if names_settings and options.regenerate:  # one row for each completion, but each prompt is answered once
         first: dict[tuple[int, ...], int] = {}
         for number, ids in enumerate(rows["prompt_ids"]):
             first.setdefault(tuple(ids), number)
         rows = rows.select(first.values())
     if options.limit is not None:
         rows = rows.select(range(min(whole_number("limit", options.limit), len(rows))))
-    if is_recorded and not options.regenerate:
+    if names_settings and not options.regenerate:
         return {"dataset": rows}
     return {"prompts": load_prompts(spec_bench_prompts(rows) if is_spec_bench(rows) else rows)}
+
+
+def _check_parallel_draft(draft: PreTrainedModel, config: EvaluationConfig) -> None:
+    parallel, length = parallel_draft(draft.config), config.num_assistant_tokens
+    if parallel is None:
+        raise UsageError(f"`--parallel_drafting` needs a parallel draft, which {draft.name_or_path} is not.")
+    if length is not None and length > parallel.num_tokens:
+        raise UsageError(
+            f"`--num_assistant_tokens {length}` cannot be compared with a prediction: {draft.name_or_path} drafts "
+            f"{parallel.num_tokens} tokens in one pass at most. Serve it with that many, or fewer."
+        )
 
 
 def _check_write(options: EvaluateOptions, config: EvaluationConfig) -> None:
     if options.write and not config.measure_speed:
         raise UsageError("`--write` stores the best draft length, which needs `--measure_speed`.")
-    for path in options.model or [] if options.write else []:
-        # An adapter's directory has no generation config: the base model's would be changed.
-        if not (Path(path) / "config.json").is_file():
-            raise UsageError(
-                f"`--write` changes the draft's own generation config, so {path!r} must be a local directory with a "
-                "whole model (merge an adapter first)."
-            )
+    if options.write:
+        for path in options.model or ():
+            whole_draft(path, "`--write`")
 
 
 def _write(report: SpeculationReport, options: EvaluateOptions, out: Path) -> None:

@@ -1,5 +1,6 @@
 """`draftkd generate`: alignment data from user queries, from domain text, or from nothing."""
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from huggingface_hub import is_offline_mode
 from huggingface_hub.utils import validate_repo_id
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
-from hf_draftkd.cli.options import new_directory, parse, required
+from hf_draftkd.cli.options import new_directory, parse, required, target_words
 from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.shards import StoppedError, this_process
@@ -82,17 +83,16 @@ def run(argv: list[str]) -> int:
     with usage_errors():  # what somebody wrote into the card cannot be read
         write_card(Path(str(config.output_dir)), rows)
     tokens, stopped = sum(map(len, rows["completion_ids"])), list(rows["finish_reason"]).count("stop")
-    learns_from = f" --target_model {options.target_model}"
-    if options.gguf_file:
-        learns_from += f" --gguf_file {options.gguf_file}"
+    learns_from = " " + target_words(options.target_model, options.target_model_revision, options.gguf_file)
     if config.cache is not None:
         learns_from = ""
     elif config.endpoint is not None:
         learns_from = " --divergence cross_entropy"
+    folder = shlex.quote(str(config.output_dir))
     print(
         f"{len(rows)} completions, {tokens} tokens ({tokens / len(rows):.1f} each; {stopped} ended on their own) in "
         f"{config.output_dir}, {perf_counter() - start:.0f} s in all.\n"
-        f"Train on them: draftkd train --model DRAFT{learns_from} --dataset {config.output_dir} --output_dir OUT"
+        f"Train on them: draftkd train --model DRAFT{learns_from} --dataset {folder} --output_dir OUT"
     )
     if options.push_to_hub:
         with usage_errors():

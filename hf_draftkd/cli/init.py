@@ -1,5 +1,6 @@
 """`draftkd init`: a draft that fits a target, made from the target, from a config, or from a stock draft."""
 
+import shlex
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
-from hf_draftkd.cli.options import new_directory, parse, required
+from hf_draftkd.cli.options import new_directory, parse, required, target_words
 from hf_draftkd.models.building import build_draft, check_plan
 from hf_draftkd.models.loading import load_draft, load_target, load_without_weights
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
@@ -84,10 +85,9 @@ def run(argv: list[str]) -> int:
     draft.save_pretrained(directory)
     checkpoint.tokenizer.save_pretrained(directory)
     share = draft.num_parameters() / target.num_parameters()
-    gguf = f" --gguf_file {options.gguf_file}" if options.gguf_file else ""
+    whole = target_words(options.target_model, options.target_model_revision, options.gguf_file)
     print(
         f"Wrote {directory}: {draft.num_parameters():,} parameters, {share:.2%} of the target's. Next:\n"
-        f"  draftkd train --model {directory} --target_model {options.target_model}{gguf} "
-        "--dataset DATA --output_dir OUT"
+        f"  draftkd train --model {shlex.quote(str(directory))} {whole} --dataset DATA --output_dir OUT"
     )
     return 0

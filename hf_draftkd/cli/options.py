@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
@@ -111,6 +112,23 @@ def required(**options: Any) -> None:
     missing = [f"--{name}" for name, value in options.items() if value is None]
     if missing:
         raise UsageError(f"missing: {', '.join(missing)}")
+
+
+def target_words(name: str, revision: str | None = None, gguf_file: str | None = None) -> str:
+    """The options that name a target, as a shell reads them, for the command that a user is told to run next."""
+    given = {"target_model": name, "target_model_revision": revision, "gguf_file": gguf_file}
+    return " ".join(f"--{option} {shlex.quote(value)}" for option, value in given.items() if value)
+
+
+def whole_draft(path: str, command: str) -> Path:
+    """The folder of a draft whose generation config a command or an option changes; a `UsageError` if it is none."""
+    # An adapter's folder has no generation config: the base model's would be changed.
+    if not (Path(path) / "config.json").is_file():
+        raise UsageError(
+            f"{command} changes the draft's own generation config, so {path!r} must be a local folder with a whole "
+            "model (merge an adapter first)."
+        )
+    return Path(path)
 
 
 def new_directory(path: str, *, overwrite: bool = False, target_model: str | None = None) -> Path:

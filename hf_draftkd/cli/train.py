@@ -139,6 +139,8 @@ def _where_to_start(args: DraftDistillConfig, *, overwrite: bool) -> Any:
     """The checkpoint to resume from, None for a start; refuses to write over anything else."""
     directory = Path(args.output_dir)
     wanted = args.resume_from_checkpoint
+    if wanted is not None and overwrite:
+        raise UsageError("`--resume_from_checkpoint` goes on and `--overwrite_output_dir` starts again: leave one out.")
     # `true`, as YAML and transformers' own scripts have it, means what is done anyway: the newest complete one.
     if wanted is not None and str(wanted).lower() != "true":
         if not Path(str(wanted)).is_dir():

@@ -1,10 +1,9 @@
 """`draftkd vocabulary`: choose the tokens that a draft proposes from what its target writes, and record them."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from hf_draftkd.cli.errors import UsageError, usage_errors
-from hf_draftkd.cli.options import parse, required
+from hf_draftkd.cli.errors import usage_errors
+from hf_draftkd.cli.options import parse, required, whole_draft
 from hf_draftkd.data.sources import open_dataset
 from hf_draftkd.data.vocabulary import choose_draft_vocabulary, vocabulary_coverage
 from hf_draftkd.decoding.drafting import checked_vocabulary
@@ -30,11 +29,7 @@ def run(argv: list[str]) -> int:
     """Run `draftkd vocabulary *argv`."""
     (options,) = parse("vocabulary", [VocabularyOptions], argv, "Choose the tokens that a draft proposes.")
     required(model=options.model, dataset=options.dataset, size=options.size)
-    folder = Path(options.model)
-    if not (folder / "config.json").is_file():
-        raise UsageError(
-            f"`--model` must be a folder with a whole draft, whose generation config is changed, got {options.model!r}."
-        )
+    folder = whole_draft(options.model, "`draftkd vocabulary`")
     with usage_errors():
         checkpoint = resolve(folder, trust_remote_code=options.trust_remote_code)
         config = checkpoint.config.get_text_config()

@@ -44,7 +44,7 @@ from hf_draftkd.evaluation.statistics import (
 )
 from hf_draftkd.evaluation.texts import (
     PLAUSIBLE,
-    Texts,
+    MeasuredTexts,
     TextSet,
     check_ids,
     plausibility_warnings,
@@ -119,12 +119,12 @@ def evaluate_draft(
     checksums = [loaded_checksum(draft) for draft in drafts]
     for draft in drafts:
         align_vocabulary(draft, target_model, tokenizer)
-    vocab_size = min(shared_vocab_size(draft, target_model, tokenizer) for draft in drafts)
+    vocab_size = shared_vocab_size(drafts[0], target_model, tokenizer)  # of every draft, now that they are aligned
     sizes = [config.draft_vocabulary_sizes] * len(candidates) + [None]  # none are asked for of the baseline
     lists = [lists_to_report(draft, of_draft, vocab_size) for draft, of_draft in zip(drafts, sizes, strict=False)]
     with evaluating(target_model, *drafts):
         texts = take_texts(target_model, drafts, tokenizer, prompts, dataset, settings, source, config)
-        evaluation = _Evaluation(target_model, drafts, tokenizer, texts, config, lists)
+        evaluation = _Evaluation(target_model, drafts, tokenizer, texts, config, lists, vocab_size)
         results = evaluation.score()
         for result, checksum in zip(results, checksums, strict=True):
             result.draft.weights_sha256 = checksum
@@ -202,14 +202,15 @@ class _Evaluation:
         target_model: PreTrainedModel,
         drafts: Sequence[PreTrainedModel],
         tokenizer: PreTrainedTokenizerBase,
-        texts: Texts,
+        texts: MeasuredTexts,
         config: EvaluationConfig,
         lists: Sequence[list[list[int]]],
+        vocab_size: int,
     ) -> None:
         # (draft, ids): the lists by which its vocabulary is cut.
         self.listed = [(index, ids) for index, of_draft in enumerate(lists) for ids in of_draft]
         self.target_model, self.drafts, self.tokenizer = target_model, drafts, tokenizer
-        self.texts, self.config = texts, config
+        self.texts, self.config, self.vocab_size = texts, config, vocab_size
         self.reported_length = config.num_assistant_tokens or _DEFAULT_LENGTH
         # What real decoding of this target needs, whatever it is decoded for.
         self.decoding: dict[str, Any] = {
@@ -223,18 +224,17 @@ class _Evaluation:
 
     def score(self) -> list[DraftResult]:
         """One pass of target and drafts over every text set."""
-        vocab_size = min(map(self._vocab_size, self.drafts))
-        self.warnings += suppressed_token_warnings(self.drafts, self.target_model, vocab_size)
+        self.warnings += suppressed_token_warnings(self.drafts, self.target_model, self.vocab_size)
         total = sum(len(texts.texts) for texts in self.texts.sets)
         with logging.tqdm(total=total, desc="Scoring texts", unit="text") as bar:
             for texts in self.texts.sets:
-                check_ids(texts, vocab_size)
+                check_ids(texts, self.vocab_size)
                 scored = score_texts(
                     self.target_model,
                     self.drafts,
                     texts.texts,
                     texts.setting,
-                    vocab_size=vocab_size,
+                    vocab_size=self.vocab_size,
                     verification=self.config.verification,
                     draft_vocabularies=self.listed,
                     batch_size=self.config.batch_size,
@@ -266,10 +266,10 @@ class _Evaluation:
         """A few texts of the first setting that the target wrote itself, token by token for one draft."""
         for texts, scored in self.scored:
             if self.config.num_answers and texts.is_exact:
-                draft, rule = self.drafts[index], self._rules(texts)[0]
-                models = draft, self.target_model, self.tokenizer
+                rule = self._rules(texts)[0]
+                models = self.drafts[index], self.target_model, self.tokenizer
                 sums = scored.drafts[index][rule]
-                return show_answers(self.config.num_answers, *models, texts, rule, sums, self._vocab_size(draft))
+                return show_answers(self.config.num_answers, *models, texts, rule, sums, self.vocab_size)
         return None
 
     def time(self, draft: PreTrainedModel, result: DraftResult) -> None:
@@ -329,7 +329,7 @@ class _Evaluation:
         ways = self._ways(draft, prompts[0])
         total = len(prompts) * len(settings) * (1 + len(checked_decodings(ways, draft)))
         with logging.tqdm(total=total, desc="Checking against real decoding", unit="text") as bar:
-            how = {"ways": ways, "vocab_size": self._vocab_size(draft), "on_prompt": bar.update}
+            how = {"ways": ways, "vocab_size": self.vocab_size, "on_prompt": bar.update}
             found = self_check(self.target_model, draft, prompts, settings, **how, **self.decoding)
         if not found.equal:
             self.warnings.append(
@@ -398,9 +398,6 @@ class _Evaluation:
                 if found.block_efficiency:
                     add_token_results(found, sums[rule], texts, kinds)
         return results
-
-    def _vocab_size(self, draft: PreTrainedModel) -> int:
-        return shared_vocab_size(draft, self.target_model, self.tokenizer)
 
     def _rules(self, texts: TextSet) -> Sequence[str]:
         return (EXACT,) if texts.setting.is_greedy else self.config.verification

@@ -266,7 +266,10 @@ def _label(report: SpeculationReport, name: str, setting: SettingResult) -> str:
 
 
 def _literal(name: str) -> str:
-    """A name as it is: matplotlib reads what stands between two dollars as a formula, and no halves of characters."""
+    """A name as it is.
+
+    matplotlib would set text between two dollars as a formula, and cannot draw half a surrogate pair.
+    """
     return one_line(name).replace("$", r"\$")
 
 

@@ -66,8 +66,9 @@ def setting_result(
     result.block_efficiency = _block_efficiency(sums, prompts)
     accepted = pad_sequence(sums.accepted, batch_first=True)
     mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in sums.accepted], batch_first=True)
-    positions = acceptance_by_position(accepted, num_assistant_tokens, mask)
-    result.acceptance_by_position = (positions.accepted.sum(0) / positions.blocks.sum()).tolist()
+    kept = acceptance_by_position(accepted, num_assistant_tokens, mask).sum(0)
+    calls = sums.target_calls[:, DRAFT_LENGTHS.index(num_assistant_tokens)].sum()
+    result.acceptance_by_position = (kept / calls).tolist()
     result.mbsu = {
         length: mbsu(estimate.value, length, parameter_ratio=parameter_ratio)
         for length, estimate in result.block_efficiency.items()

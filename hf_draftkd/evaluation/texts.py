@@ -51,7 +51,7 @@ class TextSet:
 
 
 @dataclass(frozen=True)
-class Texts:
+class MeasuredTexts:
     """Everything that an evaluation measures on.
 
     Attributes:
@@ -76,7 +76,7 @@ def take_texts(
     settings: Sequence[DecodingSetting] | None,
     source: str | None,
     config: EvaluationConfig,
-) -> Texts:
+) -> MeasuredTexts:
     """Have the target answer the prompts, or take what it answered earlier. Arguments as in `evaluate_draft`.
 
     Raises:
@@ -128,7 +128,7 @@ def take_texts(
         domain=config.domain,
         sha256=sha256(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n" for item in contents),
     )
-    return Texts(sets, info, max_new_tokens, warnings)
+    return MeasuredTexts(sets, info, max_new_tokens, warnings)
 
 
 def _given_texts(
@@ -261,7 +261,7 @@ def _text_set(dataset: Dataset, setting: DecodingSetting) -> TextSet:
 
 
 def check_ids(texts: TextSet, vocab_size: int) -> None:
-    """Raises: ValueError: a text holds an id outside the pair's shared vocabulary."""
+    """Refuse texts with an id outside the pair's shared vocabulary."""
     for number, text in enumerate(texts.texts):
         if max(max(text.prompt_ids), max(text.completion_ids)) >= vocab_size:
             raise ValueError(

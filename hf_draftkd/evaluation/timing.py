@@ -67,10 +67,10 @@ def time_decoding(
 
     The draft, which has the target's vocabulary, proposes exactly `num_assistant_tokens` tokens a step. Each prompt
     starts with another way, so that none always runs on the other's warm caches; the first prompts are decoded once
-    before the clock runs. Greedy texts are compared with the plain ones, token by token. With a `batch_size` so many
-    prompts are decoded together, and what does not fill a batch is left out (`assistant_model=` takes none); sampled
-    batches are seeded one by one with `seed` and their number. `suppress_tokens` are never written, such as padded rows
-    of the vocabulary.
+    before the clock runs. Greedy texts are compared with the plain ones, token by token. `batch_size` prompts are
+    decoded together, and what does not fill a batch is left out (`assistant_model=` takes none); sampled batches are
+    seeded one by one with `seed` and their number. `suppress_tokens` are never written, such as padded rows of the
+    vocabulary.
 
     Raises:
         ValueError: A way refuses to decode these models.

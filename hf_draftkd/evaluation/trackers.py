@@ -5,12 +5,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from hf_draftkd.evaluation.recommendation import WAYS, measured_run
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.evaluation.tables import report_cells
 from hf_draftkd.utils.checks import one_of
 
 # What `report_to` may name here, and the module that must be there for it.
 TRACKERS = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
+
+# How the measured speed-up by each of the `WAYS` is called.
+_SPEEDUPS = ("speedup", "speedup_speculative_decoding", "speedup_speculative_decoding_in_parallel")
 
 
 def tracker_modules(names: Sequence[str]) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def log_report(
     for setting in report.settings:
         efficiency = (setting.block_efficiency or {}).get(report.num_assistant_tokens)
         named = {"acceptance_rate": setting.acceptance_rate, "block_efficiency": efficiency}
-        runs = {"speedup": setting.assisted, "speedup_speculative_decoding": setting.speculative}
+        runs = {key: measured_run(setting, way) for key, way in zip(_SPEEDUPS, WAYS, strict=True)}
         named |= {key: run.speedup for key, run in runs.items() if run}
         figures |= {f"report/{setting.words}/{key}": each.value for key, each in named.items() if each}
     (_, *names), *cells = report_cells(report)

@@ -82,8 +82,13 @@ def length_histogram(sizes: list[int]) -> list[tuple[int, int, int, str]]:
 def write_card(folder: Path, rows: Dataset, repo_id: str | None = None) -> None:
     """Put the card beside finished shards, as their README; words and metadata that people added to it are kept."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    card, _ = merged(alignment_card(rows, manifest, repo_id), local_card(DatasetCard, folder))
+    _write_merged(folder, alignment_card(rows, manifest, repo_id))
+
+
+def _write_merged(folder: Path, fresh: DatasetCard) -> DatasetCard:
+    card, _ = merged(fresh, local_card(DatasetCard, folder))
     write_text(folder / CARD_FILE, str(card))
+    return card
 
 
 def push_alignment_data(
@@ -110,16 +115,12 @@ def push_alignment_data(
     count = manifest["num_shards"]
     if unfinished := unfinished_shards(folder, count):
         raise ValueError(f"{len(unfinished)} of {count} shards in {folder} are not finished. Resume the run first.")
-    write_card(folder, rows, repo_id)
     afterwards = f"Nothing was published; the data are finished in {folder}: the same command publishes them."
     api = HfApi(token=writing_token(token))
     there = Repository.look(api, repo_id, private=private, afterwards=afterwards, repo_type="dataset")
-    card, _ = merged(
-        alignment_card(rows, manifest, there.repo_id),
-        local_card(DatasetCard, folder),
-        read_card(DatasetCard, there.card, f"the card of {there.repo_id}"),
-        prose,
-    )
+    fresh = alignment_card(rows, manifest, there.repo_id)
+    local, remote = _write_merged(folder, fresh), read_card(DatasetCard, there.card, f"the card of {there.repo_id}")
+    card, _ = merged(fresh, local, remote, prose)
     with TemporaryDirectory(prefix=".publishing-", dir=folder) as scratch:
         # The manifest names paths of this machine and stays here; the card says what concerns others.
         files = [PlannedFile(CARD_FILE, str(card).encode())]

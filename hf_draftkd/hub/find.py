@@ -11,6 +11,7 @@ Metrics are read from the `model-index` in the answer of one listing: no file of
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo, get_token
@@ -131,7 +132,7 @@ def find_drafts(
         target: Hub id.
         revision: Commit, branch or tag of the target that metrics should be about; by default its latest commit.
         include_base_models: Also look for drafts of the models the target derives from.
-        limit: At most so many per target.
+        limit: At most this many per target.
         token: Access token, for private drafts; by default the one that is logged in.
 
     Raises:
@@ -143,9 +144,9 @@ def find_drafts(
     whole_number("limit", limit)
     api = HfApi(token=token)
     with hub_errors(f"looking for drafts of {target}", afterwards=_AGAIN, token=token or get_token()):
-        family = list(_family(api, target, revision))
+        family = islice(_family(api, target, revision), None if include_base_models else 1)
         found: dict[str, tuple[tuple, FoundDraft]] = {}
-        for generation, (name, sha, parameters) in enumerate(family[: None if include_base_models else 1]):
+        for generation, (name, sha, parameters) in enumerate(family):
             tag = draft_for_tag(name)
             for info in api.list_models(filter=["draft-model", tag], limit=limit, expand=_EXPAND):
                 if info.id not in found:

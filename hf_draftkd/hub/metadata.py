@@ -30,8 +30,8 @@ def eval_results(report: SpeculationReport | None) -> list[EvalResult]:
     if report is None:
         return []
     found, hardware = [], hardware_text(report.hardware)
+    length = shown_length(report)
     for domain, settings in by_domain(report):
-        length = shown_length(report, settings)
         for setting in settings:
             result = partial(_result, report, domain, setting=setting)
             found.append(result("acceptance_rate", "Acceptance rate", setting.acceptance_rate, {}))
@@ -71,7 +71,7 @@ def _result(
         task_name="Speculative decoding",
         # The index wants a data set's id; a local file has none and must not leak its path.
         dataset_type=source if _is_dataset(source) else "prompts",
-        dataset_name=one_line(domain or (source if is_hub_id(source) else "prompts")),
+        dataset_name=one_line(domain or (source if _is_dataset(source) else "prompts")),
         dataset_config=one_line(domain) if domain else None,
         dataset_args={"count": report.prompts.count, "sha256": one_line(report.prompts.sha256)},
         metric_type=kind,
@@ -101,12 +101,12 @@ def benchmark_entries(report: SpeculationReport | None, task_id: str) -> list[Ev
             f"Leaderboard results need prompts from a benchmark on the Hub, and {source}. "
             "Evaluate on the benchmark's data set by its id, or leave the task out."
         )
-    settings = [setting for setting in report.settings if setting.block_efficiency]
+    length = shown_length(report)
+    settings = [setting for setting in report.settings if at_length(setting.block_efficiency, length)]
     if not settings:
         raise ValueError("The report holds no block efficiency, which is what a leaderboard result says.")
     # Greedy decoding is what benchmarks of speculative decoding compare; other settings are in the model index.
     setting = min(settings, key=lambda setting: setting.decoding.temperature)
-    length = shown_length(report, [setting])
     estimate = at_length(setting.block_efficiency, length)
     assert estimate is not None
     notes = f"tokens per target call, {setting.decoding}, {setting.verification}, draft length {length}"

@@ -119,8 +119,8 @@ class DraftModelCard(ModelCard):
             "versions": ", ".join(f"{name} {version}" for name, version in (provenance.versions or {}).items()),
             **(_measured(known) if known else dict.fromkeys(_MEASURED)),
             "training_table": _training_table(training) if training else None,
-            "training_metrics": _values("Metric", training.metrics if training else None),
-            "hyperparameters": _values("Name", training.hyperparameters if training else None),
+            "training_metrics": _value_table("Metric", training.metrics if training else None),
+            "hyperparameters": _value_table("Name", training.hyperparameters if training else None),
             **_pair(shown, target, known, training, pair, custom_generate),
             "citations": [fenced(papers()[key], "bibtex") for key in papers_used(training, known)],
         }
@@ -158,7 +158,7 @@ def _measured(report: SpeculationReport) -> dict[str, Any]:
         "speed": tables.speed_table(report.settings),
         "parallel": tables.parallel_table(report.settings),
         "engines": tables.engine_table(report),
-        "vocabulary": tables.vocabulary_table(report.settings, tables.shown_length(report, report.settings)),
+        "vocabulary": tables.vocabulary_table(report.settings, tables.shown_length(report)),
         "hardware": tables.hardware_text(report.hardware),
         "domains": [name for name, _ in tables.by_domain(report) if name],
         "tested": dict.fromkeys(str(setting.decoding) for setting in report.settings),
@@ -209,7 +209,7 @@ def _at(shown: Markdown, revision: str | None) -> Markdown:
     return Markdown(f"{shown} at {code(revision)}") if revision else shown
 
 
-def _rows(rows: Mapping[str, Any]) -> Markdown | None:
+def _known_table(rows: Mapping[str, Any]) -> Markdown | None:
     """A table of what is known."""
     return table(("", ""), [row for row in rows.items() if row[1] is not None])
 
@@ -234,7 +234,7 @@ def _summary(
     elif training and training.built_from:
         origin = text(training.built_from)
     proposed, rows = pair.draft_vocabulary_size, pair.draft_vocab_size
-    return _rows(
+    return _known_table(
         {
             "Target": target,
             "Started from": origin,
@@ -264,7 +264,7 @@ def _training_table(training: TrainingSummary) -> Markdown | None:
         writer += f"; the draft writes a fraction of {training.lmbda:g}"
     if writer and training.skd_top_k is not None:
         writer += f"; of its tokens, those outside the target's top {training.skd_top_k} are replaced by the target's"
-    return _rows(
+    return _known_table(
         {
             "Data set": _at(hub_link(dataset, "datasets/"), training.dataset_revision) if dataset else None,
             "Scenario": ", ".join(training.scenarios) if training.scenarios else None,
@@ -284,6 +284,6 @@ def _training_table(training: TrainingSummary) -> Markdown | None:
     )
 
 
-def _values(header: str, values: Mapping[str, Any] | None) -> Markdown | None:
+def _value_table(header: str, values: Mapping[str, Any] | None) -> Markdown | None:
     shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in (values or {}).items()}
     return table((header, "Value"), [(code(name), text(value)) for name, value in shown.items()])

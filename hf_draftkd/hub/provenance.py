@@ -60,7 +60,7 @@ class TrainingSummary:
     )
     lmbda: float | None = optional("Fraction of batches whose completions the draft wrote.")
     skd_top_k: int | None = optional(
-        "SKD: tokens of the draft outside the target's so many likeliest were the target's own."
+        "SKD's k: drafted tokens outside the target's k likeliest were replaced by the target's own."
     )
     dataset: str | None = optional("Training data: Hub id or path.")
     dataset_is_local: bool | None = optional("Whether `dataset` was a file or folder there.")

@@ -22,18 +22,14 @@ def recommended_length(report: SpeculationReport | None) -> int | None:
     return report.recommendation.num_assistant_tokens if report and report.recommendation else None
 
 
-def shown_length(report: SpeculationReport, settings: Sequence[SettingResult]) -> int | None:
-    """The draft length of the tables: the recommended one, else the one asked about, else the longest measured."""
-    lengths = _lengths(settings)
-    for wanted in (recommended_length(report), report.num_assistant_tokens):
-        if wanted in lengths:
-            return wanted
-    return lengths[-1] if lengths else None
+def shown_length(report: SpeculationReport) -> int:
+    """The draft length of the tables: the recommended one, else the one asked about."""
+    return recommended_length(report) or report.num_assistant_tokens
 
 
-def at_length(estimates: Mapping[int, Estimate] | None, length: int | None) -> Estimate | None:
+def at_length(estimates: Mapping[int, Estimate] | None, length: int) -> Estimate | None:
     """The estimate for one draft length, None where there is none."""
-    return estimates[length] if estimates and length is not None and length in estimates else None
+    return (estimates or {}).get(length)
 
 
 def by_domain(report: SpeculationReport) -> list[tuple[str | None, Sequence[SettingResult]]]:
@@ -54,7 +50,7 @@ def acceptance_table(
     report: SpeculationReport, settings: Sequence[SettingResult], *, is_whole: bool
 ) -> Markdown | None:
     """Acceptance rate and block efficiency per setting; for the whole also the stock draft and the difference."""
-    length = shown_length(report, settings)
+    length = shown_length(report)
     stock = report.baseline.settings if report.baseline and is_whole else []
     differences = report.paired_difference or [] if is_whole else []
     rows = []
@@ -62,6 +58,7 @@ def acceptance_table(
         old, gain = _same(stock, setting), _same(differences, setting)
         efficiency = at_length(setting.block_efficiency, length)
         in_transformers = at_length(setting.transformers_block_efficiency, length)
+        gained = at_length(gain.block_efficiency, length) if gain else None
         rows.append(
             {
                 "Decoding": str(setting.decoding),
@@ -73,7 +70,7 @@ def acceptance_table(
                 "α of the stock draft": estimate_text(old.acceptance_rate, 3) if old else None,
                 "τ of the stock draft": estimate_text(at_length(old.block_efficiency, length), 2) if old else None,
                 "Gain in α, paired": estimate_text(gain.acceptance_rate, 3, signed=True) if gain else None,
-                "Gain in τ, paired": _gain_text(gain, length) if gain else None,
+                "Gain in τ, paired": estimate_text(gained, 2, signed=True),
             }
         )
     return records(rows)
@@ -85,19 +82,9 @@ def _same(entries: Sequence[Entry], setting: SettingResult) -> Entry | None:
     return next((entry for entry in entries if (entry.decoding, entry.verification) == wanted), None)
 
 
-def _gain_text(gain: PairedDifference, length: int | None) -> Markdown | None:
-    if not gain.block_efficiency or length in gain.block_efficiency:
-        return estimate_text(at_length(gain.block_efficiency, length), 2, signed=True)
-    # The difference was taken at another length than the table's: say which.
-    other, estimate = next(iter(gain.block_efficiency.items()))
-    return Markdown(f"{estimate_text(estimate, 2, signed=True)} (γ = {other})")
-
-
 def length_table(settings: Sequence[SettingResult]) -> Markdown | None:
     """Block efficiency for every draft length that was computed."""
-    lengths = _lengths(settings)
-    if len(lengths) < 2:
-        return None
+    lengths = sorted({length for setting in settings for length in setting.block_efficiency or {}})
     rows = []
     for setting in settings:
         estimates = [at_length(setting.block_efficiency, length) for length in lengths]
@@ -106,7 +93,7 @@ def length_table(settings: Sequence[SettingResult]) -> Markdown | None:
     return table(["τ at γ =", *map(str, lengths)], rows)
 
 
-def vocabulary_table(settings: Sequence[SettingResult], length: int | None) -> Markdown | None:
+def vocabulary_table(settings: Sequence[SettingResult], length: int) -> Markdown | None:
     """What a smaller draft vocabulary costs and saves, for every size that was computed."""
     return records(
         [
@@ -204,7 +191,3 @@ def hardware_text(hardware: HardwareInfo) -> str:
         details.append(f"{hardware.num_threads} threads")
     count = f"{hardware.num_devices} × " if hardware.num_devices > 1 else ""
     return f"{count}{hardware.name} ({', '.join(details)})"
-
-
-def _lengths(settings: Sequence[SettingResult]) -> list[int]:
-    return sorted({length for setting in settings for length in setting.block_efficiency or {}})

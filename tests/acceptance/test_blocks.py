@@ -17,35 +17,33 @@ from hf_draftkd.acceptance import (
 from hf_draftkd.acceptance.tensors import widest_float
 
 
-def run_blocks(accepts: tuple[bool, ...], gamma: int) -> tuple[int, list[int], list[int]]:
+def run_blocks(accepts: tuple[bool, ...], gamma: int) -> tuple[int, list[int]]:
     """Speculative decoding of one text, token by token, given which tokens the target would accept from the draft."""
-    blocks, reached, kept = 0, [0] * gamma, [0] * gamma
+    blocks, kept = 0, [0] * gamma
     position = 0
     while position < len(accepts):
         blocks += 1
         for offset in range(gamma):
             if position == len(accepts):
                 break
-            reached[offset] += 1
             position += 1
             if not accepts[position - 1]:
                 break
             kept[offset] += 1
         else:
             position += 1  # the bonus token
-    return blocks, reached, kept
+    return blocks, kept
 
 
-def enumerate_blocks(rates: list[float], gamma: int) -> tuple[float, list[float], list[float]]:
+def enumerate_blocks(rates: list[float], gamma: int) -> tuple[float, list[float]]:
     """Expected counts: every one of the 2^T outcomes, weighted with its probability."""
-    blocks, reached, kept = 0.0, [0.0] * gamma, [0.0] * gamma
+    blocks, kept = 0.0, [0.0] * gamma
     for accepts in product([False, True], repeat=len(rates)):
         weight = math.prod(a if yes else 1 - a for a, yes in zip(rates, accepts, strict=True))
         counted = run_blocks(accepts, gamma)
         blocks += weight * counted[0]
-        reached = [x + weight * y for x, y in zip(reached, counted[1], strict=True)]
-        kept = [x + weight * y for x, y in zip(kept, counted[2], strict=True)]
-    return blocks, reached, kept
+        kept = [x + weight * y for x, y in zip(kept, counted[1], strict=True)]
+    return blocks, kept
 
 
 def calls_at(accepted, gamma, mask=None):
@@ -57,13 +55,10 @@ def calls_at(accepted, gamma, mask=None):
 def test_equals_enumeration_of_every_outcome(gamma, length):
     generator = random.Random(1000 * gamma + length)
     rates = [generator.random() for _ in range(length)]
-    blocks, reached, kept = enumerate_blocks(rates, gamma)
+    blocks, kept = enumerate_blocks(rates, gamma)
     accepted = torch.tensor([rates], dtype=torch.float64)
     assert calls_at(accepted, gamma).item() == pytest.approx(blocks, rel=1e-12)
-    sums = acceptance_by_position(accepted, gamma)
-    assert sums.blocks.item() == pytest.approx(blocks, rel=1e-12)
-    assert sums.reached[0].tolist() == pytest.approx(reached, rel=1e-12)
-    assert sums.accepted[0].tolist() == pytest.approx(kept, rel=1e-12)
+    assert acceptance_by_position(accepted, gamma)[0].tolist() == pytest.approx(kept, rel=1e-12)
 
 
 def test_two_tokens_by_hand():
@@ -73,9 +68,7 @@ def test_two_tokens_by_hand():
     assert block_efficiency(accepted, 1) == 2 / 1.75
     # γ = 5: the text ends inside the first block whenever the first token is accepted.
     assert calls_at(accepted, 5).item() == 1.75
-    sums = acceptance_by_position(accepted, 5)
-    assert sums.reached.tolist() == [[1.75, 0.25, 0, 0, 0]]
-    assert sums.accepted.tolist() == [[0.25 + 0.75 * 0.5, 0.25 * 0.5, 0, 0, 0]]
+    assert acceptance_by_position(accepted, 5).tolist() == [[0.25 + 0.75 * 0.5, 0.25 * 0.5, 0, 0, 0]]
 
 
 def test_three_tokens_by_hand_with_the_text_cut_off():
@@ -139,9 +132,9 @@ def test_padding_counts_for_nothing():
     alone = [calls_at(accepted[:1], 2).item(), calls_at(accepted[1:2, :3], 2).item(), 0.0]
     assert calls.tolist() == alone
     assert block_efficiency(padded, 2, mask) == 11 / sum(alone)
-    sums = acceptance_by_position(padded, 2, mask)
-    torch.testing.assert_close(sums.blocks, calls)
-    assert sums.reached[2].sum() == 0
+    kept = acceptance_by_position(padded, 2, mask)
+    torch.testing.assert_close(kept[1:2], acceptance_by_position(accepted[1:2, :3], 2))
+    assert kept[2].tolist() == [0, 0]
 
 
 def test_efficiency_is_a_ratio_of_sums():
@@ -160,9 +153,8 @@ def test_sums_run_in_float64_over_long_texts():
     calls = calls_at(accepted, 16)
     assert calls.dtype == torch.float64
     # Every token is drafted, corrected or a bonus: the counts must add up over the whole text.
-    sums = acceptance_by_position(accepted, 16)
-    ended_by_target = sums.blocks.item() - 1  # all but the last block, about
-    assert sums.accepted.sum().item() + ended_by_target == pytest.approx(3000, abs=1)
+    ended_by_target = calls.item() - 1  # all but the last block, about
+    assert acceptance_by_position(accepted, 16).sum().item() + ended_by_target == pytest.approx(3000, abs=1)
 
 
 def test_a_text_of_no_positions():

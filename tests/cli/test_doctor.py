@@ -18,7 +18,8 @@ def test_a_pair_and_what_to_do_next(free, tmp_path, tokenizer, capsys, monkeypat
         tokenizer.save_pretrained(tmp_path / name)
     monkeypatch.setattr(doctor, "_memory", lambda: (free, "a machine of the test"))
     monkeypatch.setenv("COLUMNS", "120")
-    assert dispatch(["doctor", str(tmp_path / "target"), str(tmp_path / "draft")]) == 0
+    words = ["doctor", str(tmp_path / "target"), str(tmp_path / "draft"), "--model_revision", "main"]
+    assert dispatch([*words, "--target_model_revision", "main"]) == 0
     shown = capsys.readouterr().out
     assert "320 rows for 300 tokens; context: 256 tokens" in shown
     assert "padded to other sizes" in shown
@@ -29,6 +30,7 @@ def test_a_pair_and_what_to_do_next(free, tmp_path, tokenizer, capsys, monkeypat
         300_000: (True, False),
         1000: (False, True),
     }[free]
+    assert f"--model {tmp_path / 'draft'} --model_revision main " in next_commands
     for line in next_commands.splitlines():
         words = shlex.split(line)
         assert words[0] == "draftkd"

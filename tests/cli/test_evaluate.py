@@ -10,10 +10,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, GenerationConfig
 
+from hf_draftkd.acceptance import Estimate
 from hf_draftkd.cli import evaluate
 from hf_draftkd.cli.main import dispatch
 from hf_draftkd.data.generation import generate_alignment_data
-from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL
+from hf_draftkd.evaluation.report import ParallelResult, SpeculationReport
+from tests.evaluation import samples
 from tests.tiny import TEXT, tiny_llama, tiny_tokenizer
 
 PROMPTS = [f"{text[: 12 + number]} {number}" for number in range(2) for text in TEXT]
@@ -224,6 +227,8 @@ def test_an_adapter_without_its_base_is_refused(files, tmp_path, capsys):
 def test_write_needs_a_local_draft_and_times(files, tmp_path, capsys):
     assert dispatch(options(files, tmp_path / "out", "--write", "--no_measure_speed")) == 2
     assert "--measure_speed" in capsys.readouterr().err
+    assert dispatch(options({**files, "model": "org/draft"}, tmp_path / "out", "--write")) == 2
+    assert "`--write` changes the draft's own generation config, so 'org/draft' must be" in capsys.readouterr().err
 
 
 def test_a_page_without_matplotlib_is_refused_before_the_work(files, tmp_path, capsys, monkeypatch):
@@ -248,6 +253,52 @@ def test_a_length_is_written_beside_a_temperature_that_does_nothing(files, tmp_p
     assert dispatch(options(files, tmp_path / "out", "--write", temperatures=0, limit=2)) == 0
     stored = GenerationConfig.from_pretrained(files["model"])
     assert (stored.eos_token_id, stored.num_assistant_tokens_schedule) == (1, "constant")
+
+
+def served(files, tmp_path, *words, **more):
+    """`draftkd evaluate` with vLLM, whose servers nobody starts."""
+    binary = {"engine": "vllm", "engine_binary": sys.executable}
+    return dispatch(options({**files, **binary, **more}, tmp_path / "out", "--launch", *words))
+
+
+def test_an_engine_that_decodes_nothing_that_was_asked_for(files, pair, tmp_path, capsys, monkeypatch):
+    """An evaluation at temperature 1, since the data holds greedy texts too, at the end of which nothing was served."""
+    monkeypatch.setattr(evaluate, "evaluate_draft", lambda *_, **__: pytest.fail("too late"))
+    rows = generate_alignment_data(pair[1], tiny_tokenizer(), PROMPTS[:2], max_new_tokens=4, temperatures=(0.0, 1.0))
+    rows.to_json(tmp_path / "rows.jsonl")
+    files["dataset"] = tmp_path / "rows.jsonl"
+    assert served(files, tmp_path, temperatures=1) == 2
+    assert "vllm cannot measure temperature 1: " in capsys.readouterr().err
+
+
+def test_an_engine_drafts_as_many_tokens_as_suit_its_way(files, tmp_path, capsys, monkeypatch):
+    """The length that was best for one pass, handed to an engine that drafts one by one, or the other way round."""
+    report, given = samples.report(), []
+    report.latency.parallel_draft_seconds = dict.fromkeys((1, 2), 0.001)
+    for setting in report.settings:
+        parallel = {length: Estimate(1 + length / 2) for length in (1, 2)}
+        setting.parallel = ParallelResult(num_tokens=2, acceptance_by_depth=[], block_efficiency=parallel)
+    monkeypatch.setattr(evaluate, "evaluate_draft", lambda *_, **__: report)
+    monkeypatch.setattr(evaluate, "evaluate_in_engine", lambda *_, **how: given.append(how["num_assistant_tokens"]))
+    config = json.loads((files["model"] / "config.json").read_text())
+    (files["model"] / "config.json").write_text(json.dumps({**config, "pard_token": 2, "parallel_tokens": 2}))
+
+    def gain(length):  # tokens per target call ÷ its time, by the figures of the sample
+        return sum(0.6**power for power in range(length + 1)) / (length * (1e-3 + 1e-4) + 11e-3 + 1e-3)
+
+    one_by_one = max(range(1, 17), key=gain)
+    assert one_by_one > 2
+    for way in (PARALLEL, ASSISTANT_MODEL):
+        report.recommendation.way = way
+        report.recommendation.num_assistant_tokens = 2 if way == PARALLEL else one_by_one
+        assert served(files, tmp_path, temperatures=0) == 0
+        assert served(files, tmp_path, "--parallel_drafting", temperatures=0) == 0
+    assert given == [one_by_one, 2] * 2
+    assert served(files, tmp_path, "--no_measure_speed", temperatures=0, num_assistant_tokens=7) == 0
+    assert given[-1] == 7
+    monkeypatch.setattr(evaluate, "evaluate_draft", lambda *_, **__: pytest.fail("too late"))
+    assert served(files, tmp_path, "--parallel_drafting", temperatures=0, num_assistant_tokens=3) == 2
+    assert "drafts 2 tokens in one pass at most" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [{"top_p": 0.9}, {"top_k": 5}, {"repetition_penalty": 1.2}])

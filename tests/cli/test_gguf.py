@@ -1,6 +1,7 @@
 """A target that exists only as a GGUF file, from one command to the next."""
 
 import json
+import shlex
 
 import pytest
 from datasets import load_dataset
@@ -12,11 +13,12 @@ from tests.tiny import save_gguf, tiny_llama, tiny_tokenizer
 
 @pytest.fixture
 def folder(tmp_path):
-    """A GGUF file and a tokenizer, no config and no safetensors."""
-    (tmp_path / "target").mkdir()
-    save_gguf(tiny_llama(), tmp_path / "target/tiny.gguf")
-    tiny_tokenizer().save_pretrained(tmp_path / "target")
-    return tmp_path / "target"
+    """A GGUF file and a tokenizer, no config and no safetensors, in a folder that a shell needs quoted."""
+    folder = tmp_path / "the target"
+    folder.mkdir()
+    save_gguf(tiny_llama(), folder / "tiny.gguf")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def run(*argv):
@@ -24,34 +26,37 @@ def run(*argv):
 
 
 def test_a_draft_is_made_of_it_and_learns_from_it(tmp_path, folder, capsys):
-    """Every command that loads a target reads the file, and what it prints to go on with names it."""
+    """Every command that loads a target reads the file, and what it prints to go on with names it: the file, its
+    folder and the revision, as a shell reads them.
+    """
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("The quick", "A draft", "When")))
-    target = ["--target_model", folder, "--gguf_file", "tiny.gguf"]
+    target = ["--target_model", folder, "--target_model_revision", "main", "--gguf_file", "tiny.gguf"]
+    named = shlex.join(map(str, target))
     assert run("doctor", *target) == 0
     shown = capsys.readouterr().out
     assert "300 rows for 300 tokens" in shown
-    assert shown.count(f"--target_model {folder} --gguf_file tiny.gguf") == 4
-    assert run("init", *target, "--num_layers", 1, "--output_dir", tmp_path / "draft") == 0
-    assert f"--target_model {folder} --gguf_file tiny.gguf" in capsys.readouterr().out
+    assert shown.count(named) == 4
+    assert run("init", *target, "--num_layers", 1, "--output_dir", tmp_path / "a draft") == 0
+    assert f"draftkd train --model '{tmp_path / 'a draft'}' {named} " in capsys.readouterr().out
     answers = ["generate", "--dataset", prompts, "--max_new_tokens", 8]
-    assert run(*answers, *target, "--output_dir", tmp_path / "rows") == 0
-    assert f"--target_model {folder} --gguf_file tiny.gguf" in capsys.readouterr().out
+    assert run(*answers, *target, "--output_dir", tmp_path / "the rows") == 0
+    assert f"{named} --dataset '{tmp_path / 'the rows'}' " in capsys.readouterr().out
     plain = tmp_path / "plain"
     load_target(folder, gguf_file="tiny.gguf").save_pretrained(plain)
     tiny_tokenizer().save_pretrained(plain)
     assert run(*answers, "--target_model", plain, "--output_dir", tmp_path / "same") == 0
-    rows, same = (load_dataset(str(tmp_path / name), split="train") for name in ("rows", "same"))
+    rows, same = (load_dataset(str(tmp_path / name), split="train") for name in ("the rows", "same"))
     assert rows["completion_ids"][:] == same["completion_ids"][:]
     losses = []
     for name, given in (("trained", target), ("beside", ["--target_model", plain])):
-        words = ["train", "--model", tmp_path / "draft", "--dataset", tmp_path / "rows", "--max_steps", 1]
+        words = ["train", "--model", tmp_path / "a draft", "--dataset", tmp_path / "the rows", "--max_steps", 1]
         words += ["--report_to", "none", "--save_strategy", "no", "--logging_steps", 1]
         assert run(*words, *given, "--output_dir", tmp_path / name) == 0
         state = json.loads((tmp_path / name / "trainer_state.json").read_text())
         losses.append(state["log_history"][0]["loss"])
     assert losses[0] == pytest.approx(losses[1])
-    words = ["evaluate", "--model", tmp_path / "trained", "--dataset", tmp_path / "rows", "--measure_speed", "false"]
+    words = ["evaluate", "--model", tmp_path / "trained", "--dataset", tmp_path / "the rows", "--no_measure_speed"]
     assert run(*words, *target, "--output_dir", tmp_path / "report") == 0
 
 

@@ -168,6 +168,10 @@ def test_resuming_by_true_takes_the_newest_checkpoint(files, tmp_path, capsys):
     ("change", "message"),
     [
         ({"resume_from_checkpoint": "nope"}, "`--resume_from_checkpoint nope` is not a directory"),
+        (
+            {"resume_from_checkpoint": ".", "overwrite_output_dir": True},
+            "`--resume_from_checkpoint` goes on and `--overwrite_output_dir` starts again: leave one out.",
+        ),
         ({"model": "no/such/path"}, "no/such/path"),
         ({"target_model": "./nowhere"}, "nowhere"),
         ({"dataset": "missing.jsonl"}, "missing.jsonl"),

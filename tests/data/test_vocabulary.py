@@ -75,5 +75,5 @@ def test_bad_usage_changes_nothing(saved_pair, tmp_path, capsys):
         assert dispatch([*words, "--dataset", str(dataset)]) == 2
         assert message in capsys.readouterr().err
     assert dispatch(["vocabulary", "--model", "org/draft", "--size", "4", "--dataset", "x"]) == 2
-    assert "folder with a whole draft" in capsys.readouterr().err
+    assert "must be a local folder with a whole model" in capsys.readouterr().err
     assert (draft_path / "generation_config.json").read_text() == before

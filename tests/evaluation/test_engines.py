@@ -11,7 +11,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 
 from hf_draftkd.acceptance import Estimate
@@ -26,7 +26,7 @@ from hf_draftkd.evaluation.engines.measure import (
     recommend_in_engine,
     written_texts,
 )
-from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair
+from hf_draftkd.evaluation.engines.protocol import Engine, EngineAnswer, ServedPair
 from hf_draftkd.evaluation.html import render_page
 from hf_draftkd.evaluation.plots import speed_by_length_figure
 from hf_draftkd.evaluation.report import ParallelResult, SpeculationReport
@@ -280,7 +280,7 @@ class Served(Engine):
         ids = [prompt_ids[0] + place + self.faults.get("shift", 0) for place in range(max_new_tokens)]
         calls = (len(ids) - 1) // 2 if drafts else 0
         seconds = 1.0 + (3.0 * calls if drafts else 2.0 * (len(ids) - 1))
-        return Completion(ids, seconds, calls, 4 * calls, calls, is_cut=self.faults.get("cut", False))
+        return EngineAnswer(ids, seconds, calls, 4 * calls, calls, is_cut=self.faults.get("cut", False))
 
 
 class Letters:
@@ -306,13 +306,18 @@ ROWS = Dataset.from_list(
 )
 
 
-def run(monkeypatch, plain_endpoint="http://plain", parallel_drafting=False, **faults):
+SAMPLED = ROWS.map(lambda _: DecodingSetting(1.0).to_dict())
+
+
+def run(
+    monkeypatch, plain_endpoint="http://plain", parallel_drafting=False, rows=ROWS, num_assistant_tokens=4, **faults
+):
     monkeypatch.setitem(ENGINES, "vllm", Served(**faults))
     report = samples.report()
     report.max_new_tokens = 9
     servers = {"engine": "vllm", "endpoint": "http://draft", "plain_endpoint": plain_endpoint, "engine_rounds": 2}
     servers["parallel_drafting"] = parallel_drafting
-    return report, evaluate_in_engine(report, ROWS, Letters(), num_assistant_tokens=4, **servers)
+    return report, evaluate_in_engine(report, rows, Letters(), num_assistant_tokens=num_assistant_tokens, **servers)
 
 
 def test_an_engine_is_measured_beside_the_prediction(monkeypatch):
@@ -335,12 +340,44 @@ def test_an_engine_is_measured_beside_the_prediction(monkeypatch):
     assert line.get_xydata().tolist() == [[4, pytest.approx(found.predicted_mean_acceptance_length.value * 2 / 3)]]
 
 
+def test_settings_that_the_report_does_not_have_are_left_out(monkeypatch):
+    """Alignment data holds texts at two temperatures, of which the report was asked for one."""
+    report = samples.report()
+    report.settings = report.settings[:1]
+    monkeypatch.setattr(samples, "report", lambda: report)
+    _, (found,) = run(monkeypatch, rows=concatenate_datasets([SAMPLED, ROWS]))
+    assert found.decoding == GREEDY
+    with pytest.raises(ValueError, match=r"None of the texts .* of the report, which has greedy\. Give the texts"):
+        run(monkeypatch, rows=SAMPLED)
+
+
+class Launched(Served):
+    def command(self, pair, port):
+        return ["serve", "--port", str(port)], {}
+
+
+def test_no_server_is_started_for_steps_whose_times_say_nothing(monkeypatch):
+    """Two more servers at other draft lengths, where no block efficiency says what they would be worth."""
+    started = []
+
+    @contextmanager
+    def launched(engine, pair):
+        started.append(pair.draft and pair.num_assistant_tokens)
+        yield "http://draft" if pair.draft else "http://plain"
+
+    monkeypatch.setitem(ENGINES, "vllm", Launched())
+    monkeypatch.setattr(measure, "launched", launched)
+    report = samples.report()
+    for computed, lengths in ((True, [None, 4, 1, 8]), (False, [None, 4])):
+        if not computed:
+            report.settings[0].block_efficiency = None
+        started.clear()
+        evaluate_in_engine(report, ROWS, Letters(), num_assistant_tokens=4, engine="vllm", launch=True)
+        assert started == lengths
+
+
 def test_what_was_counted_is_kept_where_a_later_server_does_not_start(monkeypatch):
     """Half an hour of rounds was lost with the last of four servers, which only times steps."""
-
-    class Launched(Served):
-        def command(self, pair, port):
-            return ["serve", "--port", str(port)], {}
 
     @contextmanager
     def launched(engine, pair):
@@ -392,7 +429,7 @@ def test_servers_that_cannot_be_measured_are_refused(monkeypatch, faults, messag
 
 
 def test_a_server_without_a_draft_is_refused(monkeypatch):
-    monkeypatch.setattr(Served, "complete", lambda self, url, ids, *_: Completion([1, 2], 1.0, 0, 0, 0))
+    monkeypatch.setattr(Served, "complete", lambda self, url, ids, *_: EngineAnswer([1, 2], 1.0, 0, 0, 0))
     with pytest.raises(ValueError, match="no draft loaded"):
         run(monkeypatch)
 
@@ -408,9 +445,11 @@ def test_another_model_and_another_version_are_noted(monkeypatch):
 @pytest.mark.parametrize("engine", ["vllm", "openvino"])
 def test_an_engine_is_not_started_for_what_it_gets_wrong(monkeypatch, engine):
     """VLLM 0.32 on a CPU samples with a draft from memory that nobody filled; OpenVINO loses tokens."""
-    rows = ROWS.map(lambda _: DecodingSetting(1.0, top_p=0.9).to_dict())
+    setting = DecodingSetting(1.0, top_p=0.9)
+    rows = ROWS.map(lambda _: setting.to_dict())
     monkeypatch.setattr(measure, "launched", None)
     report = samples.report()
+    report.settings[1].decoding = setting
     models = ["target", "draft"]
     assert evaluate_in_engine(report, rows, Letters(), engine=engine, launch=True, engine_models=models) == []
     assert f"temperature 1, top-p 0.9 was not measured in {engine}" in report.warnings[-1]
@@ -422,8 +461,10 @@ def test_settings_that_no_engine_decodes_are_refused_before_the_pair_is_evaluate
     check_settings(config, [GREEDY, DecodingSetting(1.0)])
     with pytest.raises(ValueError, match=r"vllm cannot measure temperature 1: vLLM .* Ask for another setting"):
         check_settings(config, [DecodingSetting(1.0)])
+    penalised = [replace(GREEDY, repetition_penalty=1.1)]
     with pytest.raises(ValueError, match="repetition penalty differently"):
-        check_settings(EngineConfig(engine="llama.cpp", endpoint="http://a"), [replace(GREEDY, repetition_penalty=1.1)])
+        check_settings(EngineConfig(engine="llama.cpp", endpoint="http://a"), penalised)
+    check_settings(EngineConfig(engine="openvino", endpoint="http://a"), penalised)
     with pytest.raises(ValueError, match="do not say under which setting"):
         written_texts(ROWS.remove_columns("ids_source"))
 
@@ -450,6 +491,9 @@ def test_a_server_that_drafts_in_one_pass_is_held_against_that_prediction(monkey
         setting.parallel = ParallelResult(num_tokens=4, acceptance_by_depth=rates, block_efficiency=efficiency)
     report, (found,) = run(monkeypatch, parallel_drafting=True)
     assert found.predicted_mean_acceptance_length == efficiency[4] != one_by_one
+    assert report.num_assistant_tokens == 5
+    report, (found,) = run(monkeypatch, parallel_drafting=True, num_assistant_tokens=None)
+    assert found.num_assistant_tokens == 4  # the report's own cannot be predicted for it
 
 
 @pytest.mark.parametrize("name", ENGINES)

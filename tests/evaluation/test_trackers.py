@@ -1,10 +1,13 @@
 """Training and report in an experiment tracker, offline."""
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 
 from hf_draftkd.cli.main import dispatch
+from hf_draftkd.evaluation import trackers
+from hf_draftkd.evaluation.report import ParallelResult
 from hf_draftkd.evaluation.trackers import log_report
 from tests.evaluation import samples
 from tests.training.rows import alignment_rows
@@ -49,6 +52,22 @@ def test_tensorboard_shows_training_and_report(tmp_path, pair, tokenizer, monkey
     }
     (table,) = events.Tensors("report/table/text_summary")
     assert "| 0.40 [0.38, 0.42] | 0.70 [0.68, 0.72] | +0.30 [0.25, 0.35] |" in table.tensor_proto.string_val[0].decode()
+
+
+def test_every_way_of_decoding_shows_its_speed_up(monkeypatch):
+    """A parallel draft, made for decoding in one pass, whose own speed-up no tracker showed."""
+    report, logged = samples.report(), {}
+    report.settings[0].parallel = ParallelResult(
+        num_tokens=2, acceptance_by_depth=[], block_efficiency={}, speculative=samples.assisted(1.9)
+    )
+    tracker = SimpleNamespace(run=None, init=dict, log=logged.update, finish=dict, Table=dict)
+    monkeypatch.setattr(trackers, "tracker_modules", lambda _: {"wandb": tracker})
+    log_report(report, ["wandb"])
+    assert {name: logged[f"report/greedy/{name}"] for name in trackers._SPEEDUPS} == {
+        "speedup": 1.5,
+        "speedup_speculative_decoding": 1.7,
+        "speedup_speculative_decoding_in_parallel": 1.9,
+    }
 
 
 def test_a_tracker_that_is_not_there_is_refused_before_the_work(saved_pair, tmp_path, capsys):

@@ -180,7 +180,9 @@ def test_drafts_of_the_base_model_come_last_and_say_so(hub: FakeHub, target_sha:
     found = find_drafts(TARGET)
     assert [draft.repo_id for draft in found] == ["b/for-target", "a/for-base"]
     assert found[1].remarks == (f"made for org/base, which {TARGET} derives from",)
+    hub.requests.clear()
     assert [draft.repo_id for draft in find_drafts(TARGET, include_base_models=False)] == ["b/for-target"]
+    assert not [path for _, path in hub.requests if "org/base" in path]
 
 
 def test_a_circle_of_base_models_ends(hub: FakeHub):

@@ -107,6 +107,14 @@ def test_metadata_round_trips_through_the_hubs_own_classes(tmp_path):
     assert first.metric_args["low"] == 0.69
 
 
+def test_the_index_names_prompts_by_the_id_of_a_data_set_alone():
+    """Prompts given in Python stood in the Hub's index as a data set called "given"."""
+    for source, name in (("given", "prompts"), ("prompts.jsonl", "prompts"), ("org/prompts", "org/prompts")):
+        about = {"source": source, "count": 3, "sha256": "00"}
+        results = eval_results(samples.checked_report(prompts=about))
+        assert {(result.dataset_type, result.dataset_name) for result in results} == {(name, name)}
+
+
 def test_two_settings_never_share_one_result():
     """Catches a model-index keyed so that temperature 1 overwrites temperature 0."""
     rates = [result for result in eval_results(samples.checked_report()) if result.metric_type == "acceptance_rate"]

@@ -8,7 +8,7 @@ those that `/metrics` counts.
 from collections.abc import Sequence
 
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair, ask, counter, fetch
+from hf_draftkd.evaluation.engines.protocol import Engine, EngineAnswer, ServedPair, ask, counter, fetch
 
 
 class LlamaCpp(Engine):
@@ -35,7 +35,7 @@ class LlamaCpp(Engine):
 
     def complete(
         self, url: str, prompt_ids: Sequence[int], setting: DecodingSetting, max_new_tokens: int, seed: int
-    ) -> Completion:
+    ) -> EngineAnswer:
         request = {
             "prompt": list(prompt_ids),
             "n_predict": max_new_tokens,
@@ -65,7 +65,7 @@ class LlamaCpp(Engine):
                 )
             # The last token of a full text is written without a draft, in a call that is not among these.
             steps = max(steps, after - before)
-        return Completion(
+        return EngineAnswer(
             token_ids=answer["tokens"],
             seconds=answer.seconds,
             num_spec_steps=steps,

@@ -29,7 +29,7 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.engines import ENGINES
 from hf_draftkd.evaluation.engines.config import EngineConfig
 from hf_draftkd.evaluation.engines.launch import launched
-from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair
+from hf_draftkd.evaluation.engines.protocol import Engine, EngineAnswer, ServedPair
 from hf_draftkd.evaluation.environment import processor_name
 from hf_draftkd.evaluation.recommendation import is_faster, times_text
 from hf_draftkd.evaluation.report import EngineResult, Recommendation, SpeculationReport
@@ -64,9 +64,11 @@ def evaluate_in_engine(
 
     Args:
         report: What `evaluate_draft` found on these texts.
-        texts: Alignment data: prompts and the target's own answers, with the setting of each.
+        texts: Alignment data: prompts and the target's own answers, with the setting of each. Those written under
+            another setting than the report's are left out.
         tokenizer: The pair's.
-        num_assistant_tokens: Draft length γ, the one that a running server was started with; by default the report's.
+        num_assistant_tokens: Draft length γ, the one that a running server was started with; by default the report's,
+            or the longest that a parallel draft has.
         config: Which engine, and where.
         **options: Fields of `EngineConfig`, which take precedence over those of `config`.
 
@@ -81,14 +83,20 @@ def evaluate_in_engine(
     config = replace(config or EngineConfig(), **options)
     if config.engine is None:
         raise ValueError("Name the `engine`: llama.cpp, vllm or openvino.")
-    text_sets = written_texts(texts)
+    asked = {each.decoding for each in report.settings}
+    text_sets = [each for each in written_texts(texts) if each.setting in asked]
+    if not text_sets:
+        raise ValueError(
+            f"None of the texts was written under a setting of the report, which has {'; '.join(map(str, asked))}. "
+            "Give the texts that it is about."
+        )
     engine = ENGINES[config.engine]
-    length = num_assistant_tokens or report.num_assistant_tokens
     longest = DRAFT_LENGTHS[-1]
     if config.parallel_drafting:
         longest = max((each.parallel.num_tokens for each in report.settings if each.parallel), default=0)
         if not longest:
             raise ValueError(f"`parallel_drafting` needs a parallel draft, which {report.draft.name} is not.")
+    length = num_assistant_tokens or min(report.num_assistant_tokens, longest)
     if not 1 <= length <= longest:
         raise ValueError(
             f"`num_assistant_tokens={length}` cannot be compared with a prediction, which there is from 1 to {longest}."
@@ -172,7 +180,7 @@ class _Questions:
     setting: DecodingSetting
     limit: int
 
-    def ask(self, url: str, place: int, seed: int = 0, limit: int | None = None) -> Completion:
+    def ask(self, url: str, place: int, seed: int = 0, limit: int | None = None) -> EngineAnswer:
         prompt, limit = self.prompts[place], limit or self.limit
         found = self.engine.complete(url, prompt, self.setting, limit, seed)
         if found.is_cut:
@@ -198,7 +206,7 @@ class _Questions:
                     f"{tokenizer.decode(mine[max(place - 8, 0) : place])!r}. Serve the model that was evaluated."
                 )
 
-    def step_seconds(self, url: str, runs: Sequence[Sequence[Completion]], per: str) -> float:
+    def step_seconds(self, url: str, runs: Sequence[Sequence[EngineAnswer]], per: str) -> float:
         """Seconds of a step after the prompt: those of whole answers, less those of an answer of one token."""
         timed = runs[:_STEP_TIME_PROMPTS]
         first = [median(self.ask(url, place, limit=1).seconds for _ in range(3)) for place in range(len(timed))]
@@ -286,7 +294,7 @@ def _measure(
         given = engine.name, setting, length, counted, efficiency, target_step
         result.recommendation = recommend_in_engine(*given, calls, speedup)
         for other in _STEP_TIME_LENGTHS if config.launch else ():
-            if other != length and other in (efficiency or DRAFT_LENGTHS):
+            if other != length and other in (efficiency or ()):
                 with served(replace(pair, num_assistant_tokens=other)) as url:
                     questions.ask(url, 0)
                     answers = [[questions.ask(url, place, place)] for place in range(len(prompts[:_STEP_TIME_PROMPTS]))]
@@ -309,11 +317,11 @@ def _computed(
 
 def _in_turns(
     questions: _Questions, plain_url: str, url: str, tokenizer: PreTrainedTokenizerBase, rounds: int
-) -> tuple[list[list[Completion]], list[list[Completion]]]:
+) -> tuple[list[list[EngineAnswer]], list[list[EngineAnswer]]]:
     """Every prompt's answers, one a round: plain ones, of which there are none without a server, and with the draft."""
     engine, count = questions.engine, len(questions.prompts)
-    plain: list[list[Completion]] = [[] for _ in range(count)]
-    assisted: list[list[Completion]] = [[] for _ in range(count)]
+    plain: list[list[EngineAnswer]] = [[] for _ in range(count)]
+    assisted: list[list[EngineAnswer]] = [[] for _ in range(count)]
     ways = [(assisted, url), *([(plain, plain_url)] if plain_url else [])]
     for _, address in ways:
         questions.check_tokens(address, tokenizer)
@@ -419,17 +427,19 @@ def recommend_in_engine(
     )
 
 
-def _sums(runs: Sequence[Sequence[Completion]], name: str) -> list[Any]:
+def _sums(runs: Sequence[Sequence[EngineAnswer]], name: str) -> list[Any]:
     """A number of each prompt's answers, added up over the rounds."""
     return [sum(getattr(each, name) for each in found) for found in runs]
 
 
-def _num_equal(runs: Sequence[Sequence[Completion]], texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> int:
+def _num_equal(
+    runs: Sequence[Sequence[EngineAnswer]], texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase
+) -> int:
     """Prompts to which every answer is the target's own, end tokens aside."""
     longest = max(len(text.completion_ids) for text in texts)
     ends = {text.completion_ids[-1] for text in texts if len(text.completion_ids) < longest} | {tokenizer.eos_token_id}
 
-    def is_equal(found: Sequence[Completion], text: Text) -> bool:
+    def is_equal(found: Sequence[EngineAnswer], text: Text) -> bool:
         own = _without_end(text.completion_ids, ends)
         return all(_without_end(each.token_ids, ends) == own for each in found)
 

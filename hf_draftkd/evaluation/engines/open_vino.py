@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.engines import openvino_server
-from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair, ask
+from hf_draftkd.evaluation.engines.protocol import Engine, EngineAnswer, ServedPair, ask
 
 
 class OpenVINO(Engine):
@@ -27,6 +27,9 @@ class OpenVINO(Engine):
 
     def fault(self, setting: DecodingSetting, is_launched: bool) -> str | None:
         if setting.is_greedy:
+            # Also with a repetition penalty, which counts the prompt and, while a draft is verified, the tokens
+            # accepted before, as in transformers (`RepetitionPenaltyTransform` and `sample_from_sequence_group` in
+            # src/cpp/src/sampling of openvino.genai, read and not run).
             return None
         # Sampling from the likeliest token alone it wrote none of 80 greedy texts (`examples/engines.py
         # --check_sampling`); at temperature 1 every second text ended in an error.
@@ -40,10 +43,10 @@ class OpenVINO(Engine):
 
     def complete(
         self, url: str, prompt_ids: Sequence[int], setting: DecodingSetting, max_new_tokens: int, seed: int
-    ) -> Completion:
+    ) -> EngineAnswer:
         request = {"prompt": list(prompt_ids), "max_new_tokens": max_new_tokens, "seed": seed, **setting.to_dict()}
         answer = ask(f"{url}/complete", request)
-        return Completion(
+        return EngineAnswer(
             token_ids=answer["tokens"],
             seconds=answer.seconds,
             num_spec_steps=max(answer["target_calls"] - 1, 0),  # one call reads the prompt

@@ -17,7 +17,7 @@ _TIMEOUT_SECONDS = 600
 
 
 @dataclass(frozen=True)
-class Completion:
+class EngineAnswer:
     """One answer of an engine.
 
     Args:
@@ -82,7 +82,7 @@ class Engine(ABC):
         binary: What `command` runs unless the user names another.
         sampled_rule: The verification rule of a launched server when sampling; greedy text is matched exactly. None
             where a launched server does not sample rightly (`fault`).
-        busy_seconds: How long a server that has nothing to do still takes a core, from the one that is asked next.
+        busy_seconds: Seconds for which an idle server still occupies a core, which slows the server asked next.
     """
 
     name: str
@@ -112,11 +112,11 @@ class Engine(ABC):
     @abstractmethod
     def complete(
         self, url: str, prompt_ids: Sequence[int], setting: DecodingSetting, max_new_tokens: int, seed: int
-    ) -> Completion:
+    ) -> EngineAnswer:
         """Answer one prompt."""
 
 
-class Answer(dict[str, Any]):
+class Reply(dict[str, Any]):
     """An object in an engine's answer: a key that is not there is a `ValueError`, of another engine or version."""
 
     seconds: float
@@ -130,7 +130,7 @@ class Answer(dict[str, Any]):
         raise ValueError(f"The answer of {self.url} has no {key}: another engine or version? {dict(self)!s:.200}")
 
 
-def ask(url: str, data: dict[str, Any] | None = None) -> Answer:
+def ask(url: str, data: dict[str, Any] | None = None) -> Reply:
     """The JSON object that GET, or POST of JSON, is answered with.
 
     Raises:
@@ -141,7 +141,7 @@ def ask(url: str, data: dict[str, Any] | None = None) -> Answer:
     text = fetch(url, data)
     seconds = time.perf_counter() - started
     try:
-        answer = json.loads(text, object_hook=lambda pairs: Answer(url, pairs))
+        answer = json.loads(text, object_hook=lambda pairs: Reply(url, pairs))
         answer.seconds = seconds
     except (json.JSONDecodeError, AttributeError) as error:
         raise ValueError(f"{url} did not answer in JSON but: {text:.120}. Is it another program?") from error

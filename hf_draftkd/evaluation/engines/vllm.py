@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation.engines.protocol import Completion, Engine, ServedPair, ask, counter, fetch
+from hf_draftkd.evaluation.engines.protocol import Engine, EngineAnswer, ServedPair, ask, counter, fetch
 
 _COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 
@@ -55,7 +55,7 @@ class VLLM(Engine):
 
     def complete(
         self, url: str, prompt_ids: Sequence[int], setting: DecodingSetting, max_new_tokens: int, seed: int
-    ) -> Completion:
+    ) -> EngineAnswer:
         request = {
             "model": _model(url),
             "prompt": list(prompt_ids),
@@ -70,7 +70,7 @@ class VLLM(Engine):
         answer = ask(f"{url}/v1/completions", request)
         steps, drafted, accepted = (now - then for now, then in zip(_counters(url), before, strict=True))
         (choice,) = answer["choices"]
-        return Completion(
+        return EngineAnswer(
             token_ids=choice["token_ids"],
             seconds=answer.seconds,
             num_spec_steps=steps,

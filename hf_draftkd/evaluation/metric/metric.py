@@ -8,7 +8,7 @@ import evaluate
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_draftkd.acceptance import block_efficiency_by_length
+from hf_draftkd.acceptance import AcceptanceCounts, block_efficiency_by_length
 
 _DESCRIPTION = """
 How well a draft model serves a target in speculative decoding: acceptance rate and tokens per target call, from
@@ -45,6 +45,14 @@ _FEATURES = {
     "logprobs": datasets.Sequence(datasets.Value("float64")),
     "counts": datasets.Value("int64"),
 }
+# What `counts` gives, as the metric card lists it.
+_COUNTED = (
+    "num_spec_steps",
+    "num_draft_tokens",
+    "num_accepted_draft_tokens",
+    "mean_acceptance_length",
+    "draft_acceptance_rate",
+)
 
 
 class SpeculativeDecoding(evaluate.Metric):
@@ -101,15 +109,9 @@ def _accepted(draft: Sequence[float], target: Sequence[float]) -> torch.Tensor:
 
 
 def _from_counts(accepted: Sequence[int], drafted: Sequence[int]) -> dict[str, Any]:
+    counts = AcceptanceCounts()
     for number, (kept, proposed) in enumerate(zip(accepted, drafted, strict=True)):
         if not 0 <= kept <= proposed:
             raise ValueError(f"Step {number} accepts {kept} of {proposed} drafted tokens, which cannot be.")
-    steps, total, kept = len(drafted), sum(drafted), sum(accepted)
-    figures = {
-        "num_spec_steps": steps,
-        "num_draft_tokens": total,
-        "num_accepted_draft_tokens": kept,
-        "mean_acceptance_length": (kept + steps) / steps,
-    }
-    # The share of nothing is absent, not 0.
-    return figures | ({"draft_acceptance_rate": kept / total} if total else {})
+        counts.record(proposed, kept)
+    return {name: value for name, value in counts.to_dict().items() if name in _COUNTED}

@@ -1,6 +1,0 @@
-"""The Space that shows the metric: `evaluate`'s own widget."""
-
-import evaluate
-from evaluate.utils import launch_gradio_widget
-
-launch_gradio_widget(evaluate.load("metric.py"))
