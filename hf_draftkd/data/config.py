@@ -47,7 +47,7 @@ class AlignmentDataConfig:
     dataset: str | None = option(None, "Prompts or domain text: a Hub id, a file or a folder. Not for synthetic.")
     dataset_config: str | None = option(None, "Configuration (subset) of a Hub dataset.")
     dataset_split: str | None = option(None, "Split of the dataset; `train` where there are several.")
-    max_prompts: int | None = option(None, "Take only the first so many rows of the dataset.")
+    max_prompts: int | None = option(None, "Take only this many rows of the dataset, from its start.")
     prompt_column: str = option("prompt", "queries: column with the prompts, strings or lists of messages.")
     drop_last_answer: bool = option(False, "queries: drop a conversation's last answer; the target answers instead.")
     skip_invalid: bool = option(False, "queries: leave out empty and malformed prompts instead of refusing them.")

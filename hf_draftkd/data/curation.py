@@ -89,7 +89,7 @@ def curate_prompts(
 
 
 def has_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> bool:
-    """Whether a text has so many tokens, found out on as little of it as it takes: it may be a whole book."""
+    """Whether a text has this many tokens, found out on as little of it as it takes: it may be a whole book."""
     size = max(count, 1) * _CHARACTERS_A_TOKEN
     while len(tokenizer(text[:size], add_special_tokens=False)["input_ids"]) < count:
         if size >= len(text):

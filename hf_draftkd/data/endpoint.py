@@ -33,7 +33,7 @@ from hf_draftkd.utils.text import printable
 logger = logging.get_logger(__name__)
 
 _RESUME = "Finished shards stay valid: run the same command again to resume."
-_SAMPLING_PROBE = 16  # tokens: no language model writes so many alike three times at temperature 2
+_SAMPLING_PROBE = 16  # tokens: no language model writes this many alike three times at temperature 2
 
 
 def endpoint_backend(

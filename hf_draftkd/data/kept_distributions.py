@@ -60,7 +60,7 @@ class CacheOptions:
         """The same for a target of V tokens, of which top-k keeps 64 unless another number is asked for.
 
         Raises:
-            ValueError: There are not so many tokens.
+            ValueError: There are fewer tokens.
         """
         if self.sampled is not None:
             return self

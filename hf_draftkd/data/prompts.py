@@ -32,7 +32,7 @@ def load_prompts(
         column: The column with the prompts, strings or lists of messages: renamed to `prompt`; the others are kept.
         split: Split to take where there are several. Defaults to `train`.
         config: Configuration (subset) of a Hub dataset.
-        limit: Take only the first so many rows.
+        limit: Take only this many rows, from the start.
         drop_last_answer: Take away assistant messages at the end of a conversation, so that the target answers again.
         skip_invalid: Leave out prompts that are empty or malformed, and say how many, instead of refusing them.
 

@@ -16,7 +16,7 @@ class FixedLength:
         self.longest = num_assistant_tokens
 
     def choose(self, num_texts: int) -> int:
-        """Tokens to draft in a round for so many texts; 0 is plain decoding."""
+        """Tokens to draft in a round for this many texts; 0 is plain decoding."""
         return self.longest
 
     def record(self, num_texts: int, num_drafted: int, accepted: list[int], seconds: float | None) -> None:

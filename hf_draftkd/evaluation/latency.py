@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from hf_draftkd.acceptance import DRAFT_LENGTHS
 from hf_draftkd.decoding.drafting import with_sliced_head
-from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.decoding.setting import UNFILTERED
 from hf_draftkd.evaluation.assisted import fixed_draft_length, observe_rounds, synchronize_accelerator
 from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE, WAYS, forward_latency
 from hf_draftkd.evaluation.report import GenerateOverhead, LatencyResult
@@ -74,9 +74,7 @@ def measure_latency(
         listed_draft_seconds={size: costs["listed", size] for size in listed} or None,
         parallel_draft_seconds={each: costs["draft", each] for each in drafting} or None,
     )
-    config = single_text_config(
-        target_model, DecodingSetting(temperature=1.0), min(max_new_tokens, 48), suppress_tokens=suppress_tokens
-    )
+    config = single_text_config(target_model, UNFILTERED, min(max_new_tokens, 48), suppress_tokens=suppress_tokens)
     texts = prompts[:8]
     intervals: list[float] = []
     total = len(texts) * (1 + len(_CALIBRATION_LENGTHS) * len(ways))

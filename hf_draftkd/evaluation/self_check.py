@@ -18,7 +18,7 @@ from hf_draftkd.models.draft_length import recorded_vocabulary
 from hf_draftkd.models.parallel import parallel_draft
 
 CHECKED_LENGTHS = (1, 3, 5)
-# Sampled numbers are compared over at least so many texts: an interval from a handful means nothing.
+# Sampled numbers are compared over at least this many texts: an interval from a handful means nothing.
 _SAMPLED_TEXTS = 32
 # Several comparisons are made; at 95% one in a few runs would raise a false alarm.
 _CONFIDENCE = 0.99

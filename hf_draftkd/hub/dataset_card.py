@@ -6,11 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pyarrow.compute as pc
 from datasets import Dataset
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.utils import validate_repo_id
 
+from hf_draftkd.data.columns import distinct, row_lengths
 from hf_draftkd.data.shards import MANIFEST, unfinished_shards
 from hf_draftkd.hub.access import writing_token
 from hf_draftkd.hub.card_merge import CARD_FILE, Place, local_card, merged, read_card
@@ -32,9 +32,7 @@ def alignment_card(rows: Dataset, manifest: dict[str, Any], repo_id: str | None 
     Names of columns, targets and sources are data that somebody else may have written: the template escapes all that
     is not marked as `Markdown`, as the cards of drafts do. `repo_id` is where it is published, for the example.
     """
-    sizes: list[int] = []
-    for part in rows.select_columns(["completion_ids"]).with_format("arrow").iter(10_000):
-        sizes += pc.list_value_length(part["completion_ids"]).to_pylist()
+    sizes = row_lengths(rows, "completion_ids").tolist()
     target = public_target(manifest) or "a model without a name"
     # No `configs`: the names of the shards say which split they are, and `datasets` 5.2 takes local folders of one name
     # whose card has `configs` for the same data set, and returns the first from its cache.
@@ -50,7 +48,7 @@ def alignment_card(rows: Dataset, manifest: dict[str, Any], repo_id: str | None 
         "repo_id": repo_id or "PATH_OR_ID",
         "rows": len(rows),
         "source": public_source(manifest["prompts"]["source"]),
-        "all_exact": rows.unique("ids_source") == ["generated"],
+        "all_exact": distinct(rows, ["ids_source"]) == [{"ids_source": "generated"}],
         "tokens": sum(sizes),
         "mean": f"{sum(sizes) / len(sizes):.1f}",
         "stopped": sum(reason == "stop" for reason in rows["finish_reason"]),
