@@ -11,7 +11,7 @@ scaled so that distributions are peaked (as a trained model's are) but greedy te
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
-    GPT2LMHeadModel,
     GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -122,7 +121,19 @@ def _special_ids() -> dict[str, int]:
     return {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
-def tiny_llama(
+# Config, and what each architecture's small models have; all in the names that every config understands.
+_KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {"tie_word_embeddings": False}),
+    "qwen3": (Qwen3Config, {"tie_word_embeddings": True, "head_dim": 8}),
+    # Learned positions, no dropout.
+    "gpt2": (GPT2Config, {"tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    # Parallel residual, `embed_in` and `embed_out`.
+    "gpt_neox": (GPTNeoXConfig, {"tie_word_embeddings": False}),
+}
+
+
+def tiny_model(
+    architecture: str,
     seed: int = 0,
     vocab_size: int = VOCAB_SIZE,
     *,
@@ -130,32 +141,36 @@ def tiny_llama(
     hidden_size: int = 16,
     real_vocab_size: int | None = None,
     eos_scale: float = 1.0,
-    **config: Any,
-) -> LlamaForCausalLM:
-    """A Llama with separate embedding and head (`tie_word_embeddings=True` ties them).
+    **options: Any,
+) -> Any:
+    """A causal LM of one of four architectures, its embedding and head tied (Qwen3, GPT-2) or separate.
 
     Args:
+        architecture: A key of `ARCHITECTURES`.
         seed: Decides every weight.
         vocab_size: Rows of the embedding and of the head.
         num_layers: Decoder layers.
         hidden_size: Width; a multiple of 8.
         real_vocab_size: Rows from here on are zero, as padding is. Default: none are.
         eos_scale: Factor on the head's end-of-sequence row; 2 makes it come up in most texts.
-        config: Any other field of the architecture's config.
+        options: Any other field of the architecture's config.
     """
-    options = {
-        "intermediate_size": 2 * hidden_size,
-        "num_attention_heads": hidden_size // 8,
-        "num_key_value_heads": hidden_size // 8,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-    } | config
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=num_layers, **_special_ids(), **options
-        )
+    config_class, own = _KINDS[architecture]
+    heads = hidden_size // 8
+    common = {"hidden_size": hidden_size, "num_hidden_layers": num_layers, "num_attention_heads": heads}
+    if architecture != "gpt2":
+        common["intermediate_size"] = 2 * hidden_size
+    if architecture in ("llama", "qwen3"):
+        common["num_key_value_heads"] = heads
+    config = config_class(
+        **{"vocab_size": vocab_size, "max_position_embeddings": 256, **_special_ids(), **common, **own, **options}
     )
+    model = AutoModelForCausalLM.from_config(config)
     return _finish(model, seed, real_vocab_size or vocab_size, eos_scale)
+
+
+ARCHITECTURES: dict[str, Callable[..., Any]] = {name: partial(tiny_model, name) for name in _KINDS}
+tiny_llama, tiny_qwen3, tiny_gpt2, tiny_gpt_neox = ARCHITECTURES.values()
 
 
 def save_gguf(model: LlamaForCausalLM, path: Path) -> None:
@@ -185,85 +200,6 @@ def save_gguf(model: LlamaForCausalLM, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def tiny_qwen3(
-    seed: int = 0,
-    vocab_size: int = VOCAB_SIZE,
-    *,
-    num_layers: int = 2,
-    hidden_size: int = 16,
-    real_vocab_size: int | None = None,
-    eos_scale: float = 1.0,
-    **config: Any,
-) -> Qwen3ForCausalLM:
-    """A Qwen3 with tied embedding and head, as its small models have. Arguments as in `tiny_llama`."""
-    options = {
-        "intermediate_size": 2 * hidden_size,
-        "num_attention_heads": hidden_size // 8,
-        "num_key_value_heads": hidden_size // 8,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-    } | config
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=num_layers, **_special_ids(), **options
-        )
-    )
-    return _finish(model, seed, real_vocab_size or vocab_size, eos_scale)
-
-
-def tiny_gpt2(
-    seed: int = 0,
-    vocab_size: int = VOCAB_SIZE,
-    *,
-    num_layers: int = 2,
-    hidden_size: int = 16,
-    real_vocab_size: int | None = None,
-    eos_scale: float = 1.0,
-    **config: Any,
-) -> GPT2LMHeadModel:
-    """A GPT-2: learned positions, tied embedding and head, no dropout. Arguments as in `tiny_llama`."""
-    options = {"n_head": hidden_size // 8, "n_positions": 256, "resid_pdrop": 0.0, "embd_pdrop": 0.0} | config
-    options = {"attn_pdrop": 0.0, "tie_word_embeddings": True} | options
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=vocab_size, n_embd=hidden_size, n_layer=num_layers, **_special_ids(), **options)
-    )
-    return _finish(model, seed, real_vocab_size or vocab_size, eos_scale)
-
-
-def tiny_gpt_neox(
-    seed: int = 0,
-    vocab_size: int = VOCAB_SIZE,
-    *,
-    num_layers: int = 2,
-    hidden_size: int = 16,
-    real_vocab_size: int | None = None,
-    eos_scale: float = 1.0,
-    **config: Any,
-) -> GPTNeoXForCausalLM:
-    """A GPT-NeoX: parallel residual, `embed_in` and `embed_out` apart. Arguments as in `tiny_llama`."""
-    options = {
-        "intermediate_size": 2 * hidden_size,
-        "num_attention_heads": hidden_size // 8,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-    } | config
-    model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=num_layers, **_special_ids(), **options
-        )
-    )
-    return _finish(model, seed, real_vocab_size or vocab_size, eos_scale)
-
-
-ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {
-    "llama": tiny_llama,
-    "qwen3": tiny_qwen3,
-    "gpt2": tiny_gpt2,
-    "gpt_neox": tiny_gpt_neox,
-}
 
 
 def tiny_pair(
