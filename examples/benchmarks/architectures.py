@@ -3,8 +3,9 @@
     python examples/benchmarks/architectures.py [--output architectures.jsonl] [--only qwen3 gemma3_text] [--jobs 1]
 
 A tiny model of every architecture (random weights, made from its config class) goes through the whole journey with a
-draft that agrees in part: pairing, alignment data, a training step, packing, exact evaluation and cutting. What is
-printed is the page `architectures.md`: what passes, what is refused and why, what goes wrong.
+draft that agrees in part: pairing, alignment data, a training step, packing, exact evaluation, `SpeculativeDecoding`
+(one by one, and in a padded batch) and cutting. What is printed is the page `architectures.md`: what passes, what is
+refused and why, what goes wrong.
 Finished architectures lie in `--output` with the versions they were tried with, and are not tried again.
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from resumable import run_all
 
-STEPS = ("pairing", "data", "training", "packing", "evaluation", "cutting")
+STEPS = ("pairing", "data", "training", "packing", "evaluation", "decoding", "batches", "cutting")
 GAMMA = 5
 NEW_TOKENS = 24
 _SECONDS = 90
@@ -59,7 +60,8 @@ def section(results: dict[str, dict[str, Any]]) -> str:
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + "): a tiny model of random weights of each architecture with a causal LM class, and a draft that agrees with "
         f"it in part, through {', '.join(STEPS[:-1])} and {STEPS[-1]}. Evaluation is exact: computed tokens per target "
-        "call equal those counted, and the assisted text is the plain one. Packing and padding give the same loss "
+        "call equal those counted, and the assisted text is the plain one. `SpeculativeDecoding` writes the plain "
+        "texts, one by one and in a padded batch. Packing and padding give the same loss "
         "(not compared where a model draws at random in training, as phimoe's experts). A "
         "cut of all layers has the target's logits."
     )
@@ -127,7 +129,7 @@ def try_architecture(description: dict[str, Any]) -> dict[str, Any]:
         return result
     journey = _Journey(target, tokenizer)
     for step in STEPS:
-        if step in ("training", "packing", "evaluation") and result["data"] != "ok":
+        if step in ("training", "packing", "evaluation", "decoding", "batches") and result["data"] != "ok":
             result[step] = "not tried, no data"
             continue
         outcome = _attempt(getattr(journey, step))
@@ -250,6 +252,30 @@ class _Journey:
                     return "fault: the assisted greedy text is not the plain one"
         counted = counts.mean_acceptance_length
         return None if computed == counted else f"fault: computed {computed}, counted {counted}"
+
+    def decoding(self) -> str | None:
+        return self._decoded(1)
+
+    def batches(self) -> str | None:
+        return self._decoded(len(self.rows))
+
+    def _decoded(self, batch_size: int) -> str | None:
+        from hf_draftkd import SpeculativeDecoding
+        from hf_draftkd.decoding.texts import left_padded
+
+        for batch in self.rows.iter(batch_size=batch_size):
+            inputs = left_padded(batch["prompt_ids"], self.tokenizer.pad_token_id, self.target.device)
+            output = self.target.generate(
+                **inputs,
+                custom_generate=SpeculativeDecoding(self.draft, GAMMA),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                use_cache=True,  # off in some configs
+            )
+            written = output[:, inputs["input_ids"].shape[1] :].tolist()
+            if any(text[: len(own)] != own for text, own in zip(written, batch["completion_ids"], strict=True)):
+                return "fault: a text is not the plain one"
+        return None
 
     def cutting(self) -> str | None:
         import torch
