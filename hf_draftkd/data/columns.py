@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
-_ROWS = 1000  # that are read at a time
+_ROWS = 256  # that are read at a time: with its distributions a long row takes a megabyte
 
 
 def tables(dataset: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
-    """Some columns of a thousand rows each, with the number of the first of them."""
+    """Some columns in parts of a few hundred rows, each with the number of its first row."""
     rows = dataset.select_columns(list(columns)).with_format("arrow")
     for first in range(0, len(rows), _ROWS):
         yield first, rows[first : first + _ROWS]

@@ -36,6 +36,11 @@ from hf_draftkd.utils.hashing import sha256
 
 logger = logging.get_logger(__name__)
 
+_DIFFERENT_SIZES = (
+    "Rows of the {name} dataset keep different numbers of tokens ({widths}): they were cached with different `top_k`. "
+    "Cache all of them with one."
+)
+
 
 def cache_target_distributions(
     dataset: Dataset,
@@ -243,12 +248,6 @@ def with_caches_alike(datasets: Sequence[Dataset], facts: Sequence[CacheFacts], 
     types = alike[0].features
     # `cast` writes every column again, whatever their types are.
     return concatenate_datasets([each if each.features == types else each.cast(types) for each in alike])
-
-
-_DIFFERENT_SIZES = (
-    "Rows of the {name} dataset keep different numbers of tokens ({widths}): they were cached with different `top_k`. "
-    "Cache all of them with one."
-)
 
 
 def _not_cached(row: int, name: str, written: int, kept: int) -> str:
