@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "hf_draftkd needs Python 3.11 or newer; name one with: make install PYTHON=python3.12"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[plots]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[plots,gguf]"
 	touch $(STAMP)
 
 $(DEV_STAMP): $(STAMP)

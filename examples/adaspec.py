@@ -36,6 +36,8 @@ def distil(selection, reference=None):
     """A new draft, trained on the tokens that `selection` says; and its metrics before and after."""
     own = copy.deepcopy(args)
     own.token_selection, own.output_dir = selection, str(Path(args.output_dir, selection))
+    if selection == "all":
+        own.selected_share = DraftDistillConfig.selected_share  # another is refused: nothing would read it
     trainer = DraftDistillTrainer(
         model=load_draft(demo_path("draft"), dtype="float32"),
         target_model=target,

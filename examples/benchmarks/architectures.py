@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def section(results: dict[str, dict[str, Any]]) -> str:
-    """The results as a section of `examples/README.md`: who passes every step, and what else came out, grouped."""
+    """The results as the page `architectures.md`: who passes every step, and what else came out, grouped."""
     versions = next(iter(results.values()))["versions"]
     works = sorted(name for name, result in results.items() if all(result.get(step) == "ok" for step in STEPS))
     outcomes: dict[tuple[str, str], list[str]] = {}

@@ -1,9 +1,10 @@
 """A1: how much acceptance does a draft lose when its target is tuned on a domain?
 
 The same draft and prompts, the target before and after some steps of plain fine-tuning on a domain: function calling
-(BFCL), maths (GSM8K), Chinese. The draft is one that was distilled for the target before. The domains are public
-prompts: `--data_dir` names their folder (`function_calls.jsonl`, `gsm8k_train.jsonl`, `gsm8k_test.jsonl`,
-`chinese_instructions.jsonl`).
+(BFCL), maths (GSM8K), Chinese. The draft is one that was distilled for the target before. `--data_dir` names a
+folder with public prompts as JSON lines: `gsm8k_train.jsonl` and `gsm8k_test.jsonl` (`question`, `answer`;
+openai/gsm8k), `function_calls.jsonl` (`messages`, `functions`, `ground_truth`; BFCL v4, simple_python, multiple and
+live_simple), `chinese_instructions.jsonl` (`prompt`, `answer`; carbonz0/alpaca-chinese-dataset).
 """
 
 import json

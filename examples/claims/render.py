@@ -28,17 +28,18 @@ says how it was tried; `run.py` runs them all and resumes over days:
 
     python examples/claims/run.py --list
     python examples/claims/run.py --only A3 --budget_seconds 3600
-    python examples/claims/render.py
+    python examples/claims/render.py --readme README.md   # this page, and the table in the root README
 
 A verdict is about this pair: a target of {target} parameters and a draft of {draft}. "Refuted" says that the effect
 is absent there, reversed, or smaller than the smallest that the paper reports; it says nothing of a pair a thousand
-times as large. Claim A1 needs `--data_dir`, a folder of public prompts that its script names. A SmolLM2 pair is made
-by `examples/smollm2/pair.py`.
+times as large. Claim A1 needs `--data_dir`, a folder of public prompts that its script names. For another
+pair give both scripts `--pair DIR --sizes small`, and `render.py` an `--output PAGE` in the place of `--readme`;
+`examples/smollm2/pair.py` makes a pair of SmolLM2.
 
 τ(γ) is the number of tokens per target call where γ are drafted. Scores are exact, over {prompts} held-out queries
 that the target answered greedily and at temperature 1 (up to {answer_tokens} tokens); both temperatures are scored
 from the same drafts. Unless a claim says otherwise, a draft is trained for three epochs over the answers to {training}
-queries (batches of {batch_size}, the rate falling to 0) from the tuned draft: the stock draft after {tuning_steps}
+queries (batches of {batch_size}, the rate falling to 0) from the tuned draft: the pair's draft after {tuning_steps}
 steps on given answers to other queries. White-box training reads the {kept} likeliest tokens of each of the target's
 distributions and the sum of the rest. Each arm's rate is the best of {rates}, or of those that its script names, on
 the dev queries with the first seed. Brackets are 95% intervals over prompts and seeds, resampled together for both

@@ -28,7 +28,7 @@ class Options:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of each group; some may be absent."})
     questions: int = field(default=50, metadata={"help": "Of the questions that `measure.py` had answered."})
     dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, or float32 for older CPUs."})
-    output: str = field(default="compared", metadata={"help": "Name of the result."})
+    output: str = field(default="compared", metadata={"help": "Name of the result; an old one is printed again."})
 
 
 def main() -> None:

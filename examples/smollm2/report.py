@@ -46,17 +46,6 @@ def setting_name(setting: dict[str, Any]) -> str:
     return "greedy" if setting["decoding"]["temperature"] == 0 else f"T = {setting['decoding']['temperature']:g}"
 
 
-def candidates(folder: Path) -> str:
-    found = read(folder, "candidates")
-    if found is None:
-        return ""
-    rows = [
-        [name, *(f"{of[key]:.3f}" for key in ("share_of_bytes", "acceptance_rate", "block_efficiency", "seconds"))]
-        for name, of in found["candidates"].items()
-    ]
-    return table(["layers, list", "bytes read ÷ target's", "α", "τ(5)", "seconds of training"], rows)
-
-
 def by_length(estimates: dict[str, Any]) -> list[str]:
     """Tokens per target call by draft length; a draft in one pass has none beyond the tokens that it was taught."""
     return [cell(estimates[str(length)]) if str(length) in estimates else "" for length in LENGTHS]
@@ -217,7 +206,6 @@ def covered(folder: Path, name: str) -> str:
 def main() -> None:
     (options,) = TrlParser(Options).parse_args_and_config()
     folder = Path(options.results_dir)
-    print(candidates(folder))
     print(verdict(folder, "distilled"))
     print(domain(folder, ["distilled", "parallel"]))
     print(by_task(folder, "distilled"))

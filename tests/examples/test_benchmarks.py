@@ -5,7 +5,6 @@ import shlex
 
 import pytest
 
-from hf_draftkd.models.demo import demo_path
 from tests.cli.run import ROOT
 from tests.processes import python, run
 
@@ -16,7 +15,6 @@ BENCHMARKS = ROOT / "examples" / "benchmarks"
     ("script", "options"),
     [
         ("generation_throughput.py", "--prompts 4 --batch_size 2 --max_new_tokens 8 --repeats 1"),
-        ("exact_vs_counted.py", "--num_texts 4 --max_new_tokens 16 --max_seconds 5"),
         ("decoding.py", "--prompts 2 --max_new_tokens 4 --batch_sizes 1 2 --temperatures 0"),
         ("generation_memory.py", "--prompts 16 32"),
         ("kept_distributions.py", "--num_prompts 4 --batch_size 2 --max_new_tokens 8 --repeats 1"),
@@ -50,8 +48,6 @@ def test_the_table_of_architectures_says_what_works_and_what_is_refused(tmp_path
     ("script", "options", "said"),
     [
         ("ablation.py", ["--report", "--output_dir", "typo"], "nothing was run in"),
-        ("exact_vs_counted.py", ["--num_texts", "1"], "one text has no interval"),
-        ("exact_vs_counted.py", ["--num_assistant_tokens", "17"], "invalid choice"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_runs(script, options, said, tmp_path):
@@ -60,13 +56,6 @@ def test_what_cannot_work_is_said_before_anything_runs(script, options, said, tm
     assert done.returncode == 2
     assert said in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_a_draft_that_needs_no_interval_is_compared(tmp_path):
-    """A division by the width 0, after everything was measured."""
-    sizes = shlex.split("--temperature 0 --num_texts 2 --max_new_tokens 4")
-    script = BENCHMARKS / "exact_vs_counted.py"
-    assert "times as fast" in run(script, "--model", demo_path("target"), *sizes, cwd=tmp_path)
 
 
 TINY = "--vocab_size 300 --batch_size 2 --prompt_tokens 4 --completion_tokens 4 --draft_width 64 --steps 1 --rounds 1"
