@@ -121,7 +121,8 @@ CLAIM = ChainClaim(
     "it is the smaller target.",
     source="arXiv 2310.08461",
     arms={"decoding": Arm(Chain(), ())},
-    notes="The paper's chain spans five sizes of T5, from XXL down; here are two targets and a draft.",
+    notes="The smaller target is as good where it surely loses fewer than 0.05 of the right functions. The paper's "
+    "chain spans five sizes of T5, from XXL down; here are two targets and a draft.",
 )
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ RULES = """\
 - It lies wholly below the smallest effect that the paper reports: **refuted** as well, whether there is a smaller
   effect (above 0) or none that can be told from zero (0 lies within).
 - Otherwise, where it contains 0: **undecided**. So is whatever has fewer than three seeds or 150 prompts.
-- B6, B8 and the quality in B7 have no smallest effect to be compared with: their scripts name the bounds.
 - Where this pair does not meet what the claim supposes, as its script says: **not comparable**, with the reason."""
 MIN_SEEDS, MIN_PROMPTS = 3, 150
 _RESAMPLES = 2000
