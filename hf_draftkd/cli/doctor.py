@@ -20,8 +20,8 @@ from hf_draftkd.hub.serving_commands import serving_commands
 from hf_draftkd.models.examination import Examination, ModelFacts, examine
 from hf_draftkd.models.resolve import Checkpoint, resolve
 from hf_draftkd.utils.fields import option
+from hf_draftkd.utils.processor import shared_cores
 from hf_draftkd.utils.text import one_line, printable
-from hf_draftkd.utils.threads import shared_cores
 
 _GB = 10**9
 _WAYS = {

@@ -25,7 +25,7 @@ from hf_draftkd.models.identity import remember_checkpoint
 from hf_draftkd.models.resolve import Checkpoint, check_config, resolve
 from hf_draftkd.models.text_model import extract_text_model, text_config
 from hf_draftkd.utils.checks import one_of
-from hf_draftkd.utils.threads import shared_cores
+from hf_draftkd.utils.processor import emulated_bfloat16, shared_cores
 
 logger = logging.get_logger(__name__)
 
@@ -143,6 +143,12 @@ def _advise_on_threads() -> None:
         logger.warning(advice)
 
 
+@cache
+def _advise_on_bfloat16() -> None:
+    if advice := emulated_bfloat16():
+        logger.warning(advice)
+
+
 def _load(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
     _advise_on_threads()
     dtype = options["dtype"]
@@ -159,6 +165,8 @@ def _load(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
         # Loading changes a config.
         model = _load_plain(checkpoint, options | {"config": copy.deepcopy(config), "gguf_file": checkpoint.gguf_file})
     remember_checkpoint(model, checkpoint)
+    if model.dtype == torch.bfloat16 and model.device.type == "cpu":
+        _advise_on_bfloat16()
     return model
 
 

@@ -494,6 +494,17 @@ class TestGGUF:
         torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
 
 
+def test_emulated_bfloat16_is_advised_against_once(saved, caplog, monkeypatch):
+    """A model saved in bfloat16, several times slower than it need be on a CPU without instructions for it."""
+    monkeypatch.setattr(loading, "emulated_bfloat16", lambda: "slow here")
+    loading._advise_on_bfloat16.cache_clear()
+    load_target(saved, dtype="float32")
+    assert "slow here" not in caplog.text
+    for _ in range(2):
+        load_target(saved, dtype="bfloat16")
+    assert caplog.text.count("slow here") == 1
+
+
 def test_threads_on_shared_cores_are_advised_against_once(saved_pair, caplog, monkeypatch):
     """Two threads of which one waits for another program's turn were ten times slower than one."""
     monkeypatch.setattr(loading, "shared_cores", lambda: "too many threads")

@@ -1,11 +1,11 @@
-"""Advice on threads, under loads that are made up."""
+"""Advice on loads and processors that are made up."""
 
 import os
 
 import pytest
 import torch
 
-from hf_draftkd.utils.threads import shared_cores
+from hf_draftkd.utils.processor import emulated_bfloat16, shared_cores
 
 
 @pytest.fixture
@@ -39,3 +39,16 @@ def test_a_system_without_a_load_average_is_left_in_peace(machine, monkeypatch):
     machine(2, 0.0, 2)
     monkeypatch.delattr(os, "getloadavg")
     assert shared_cores() is None
+
+
+@pytest.mark.parametrize(
+    ("found", "emulates"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_f": False}, True),
+        ({"architecture": "x86_64", "avx2": True, "avx512_f": True, "avx512_bf16": False}, False),  # not measured
+        ({"architecture": "aarch64"}, False),
+    ],
+)
+def test_bfloat16_is_advised_against_where_it_is_known_to_be_slow(monkeypatch, found, emulates):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert (emulated_bfloat16() is not None) == emulates
