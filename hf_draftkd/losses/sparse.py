@@ -156,6 +156,7 @@ def sparse_value_and_gradient(
     listed token; draws outside the list are left out of forward KL's sum, and its gradient stays unbiased.
     """
     if isinstance(target, SampledTarget):
+        check_sampled(divergence)
         q, log_z = softmax(draft_logits, memory.take("q", draft_logits))
         counts = target.counts if outside is None else target.counts * ~outside[target.token_ids]
         share = counts.to(q.dtype) / target.counts.sum(dim=-1, keepdim=True).to(q.dtype).clamp(min=1)
