@@ -149,7 +149,7 @@ def test_the_models_get_their_own_draft_settings_back(pair, prompts):
 def test_steps_are_timed_within_the_context(prompts):
     """Prompts and answers that fill the context: a pass of 17 tokens behind such a cache ran over GPT-2's positions."""
     longest = max(map(len, prompts))
-    draft, target = tiny_pair("gpt2", n_positions=longest + 4)
+    draft, target = tiny_pair("gpt2", max_position_embeddings=longest + 4)
     found = measure_latency(target, draft, prompts[-1:], max_new_tokens=4)
     assert found.context_length == longest + 4 - 17
     assert set(found.verify_seconds) == set(range(2, 18))
