@@ -71,7 +71,7 @@ def new_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
 def autocast() -> torch.autocast:
     """bfloat16 matrix products where the CPU has instructions for them; weights and optimizer stay float32.
 
-    Such a CPU does them about twice as fast; one that has to emulate them takes ten times as long and more.
+    Such a CPU does them about twice as fast; one that has to emulate them is far slower.
     """
     found = torch.cpu.get_capabilities()
     return torch.autocast("cpu", torch.bfloat16, enabled=any(found.get(each) for each in ("avx512_bf16", "amx_bf16")))

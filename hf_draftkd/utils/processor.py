@@ -30,8 +30,7 @@ def shared_cores() -> str | None:
 def emulated_bfloat16() -> str | None:
     """A sentence of advice for a CPU known to have no instructions for bfloat16; None for others.
 
-    On an AMD EPYC with AVX2 alone SmolLM2-135M in bfloat16 took 1.4 times as long a token as in float32, and 4.5 times
-    as long for a pass over many tokens. With AVX-512 but without bfloat16 it was not measured.
+    x86-64 with AVX2 alone was seen to be slow; with AVX-512 but without bfloat16 nothing is known, and nothing is said.
     """
     processor = torch.cpu.get_capabilities()
     if processor.get("architecture") != "x86_64" or processor.get("avx512_f"):
