@@ -1,7 +1,7 @@
 """What the README, the guides and the examples say is run: a page that went stale fails here.
 
-A page's `python` and `bash` blocks belong to one session, from top to bottom, with the demo pair in place of the
-reader's models and few steps. A block that begins with "# not run in the tests: why" needs what is not here (a GPU,
+A page's `python` and `bash` blocks belong to one session, from top to bottom, where `org/draft` and `org/target` are the
+demo pair, with few steps. A block that begins with "# not run in the tests: why" needs what is not here (a GPU,
 weights from the Hub, another engine): of it only the names, arguments and options are checked.
 """
 
@@ -21,6 +21,7 @@ import pytest
 
 from hf_draftkd.cli.main import COMMANDS, dispatch
 from hf_draftkd.models.demo import demo_path
+from hf_draftkd.models.loading import load_target, load_tokenizer
 from tests.cli.run import ROOT
 from tests.processes import run
 
@@ -28,10 +29,8 @@ GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))
 NOTEBOOK = ROOT / "examples" / "distill_a_draft.ipynb"
 PAGES = [ROOT / "README.md", *GUIDES, NOTEBOOK]
 NOT_RUN = "# not run in the tests: "
-# What a reader replaces by names of their own, and what stands for it here. Runs are cut short.
+# What stands here for what a page says: runs are cut short.
 STAND_INS = {
-    "org/draft": demo_path("draft"),
-    "org/target": demo_path("target"),
     "test_size=32": "test_size=8",
     "max_new_tokens=96": "max_new_tokens=12",
     "--num_prompts 1000": "--num_prompts 2",
@@ -113,14 +112,25 @@ def check_options(command: str, options: list[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "parse", parse)
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with `draft` and `target`, the demo pair in float32: many CPUs have to emulate its bfloat16."""
+    folder = tmp_path_factory.mktemp("org")
+    for name in ("draft", "target"):
+        load_target(demo_path(name), dtype="float32").save_pretrained(folder / name)
+        load_tokenizer(demo_path(name)).save_pretrained(folder / name)
+    return folder
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+def test_a_page_runs_from_top_to_bottom(page, models, tmp_path, monkeypatch):
     """The blocks belong to one session: later ones use what earlier ones made."""
     found = blocks(page)
     assert any(block.is_run for block in found)
     queries = Path(demo_path("dev.jsonl")).read_text(encoding="utf-8").splitlines()[:24]
     (tmp_path / "prompts.jsonl").write_text("\n".join(queries[:16]), encoding="utf-8")
     (tmp_path / "other_prompts.jsonl").write_text("\n".join(queries[16:]), encoding="utf-8")
+    (tmp_path / "org").symlink_to(models)  # so that "org/target" is a path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(HTML=str))
     namespace: dict[str, object] = {"__name__": "__main__"}
