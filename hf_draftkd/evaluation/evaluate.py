@@ -33,13 +33,12 @@ from hf_draftkd.evaluation.report import (
     SpeculationReport,
     VocabularyResult,
 )
-from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, PassResult, TextSums, in_one_pass, score_texts
+from hf_draftkd.evaluation.scoring import EXACT, PassResult, TextSums, score_texts
 from hf_draftkd.evaluation.self_check import checked_decodings, self_check
 from hf_draftkd.evaluation.statistics import (
     assisted_result,
     compare_with_prediction,
     paired_difference,
-    parallel_result,
     setting_result,
 )
 from hf_draftkd.evaluation.texts import (
@@ -370,20 +369,15 @@ class _Evaluation:
                     parameter_ratio=ratio,
                     has_blocks=texts.is_exact,
                 )
-                as_transformers = sums.get(AS_TRANSFORMERS) if rule == "rejection_sampling" else None
-                found = result_of(sums[rule], as_transformers=as_transformers)
-                if found.block_efficiency and (by_depth := sums.get(in_one_pass(rule))):
-                    found.parallel = parallel_result(by_depth, prompts)
+                found = result_of(sums)
                 results.append(found)
                 if group is not None:
                     continue
-                by_size = []
-                for (of_draft, ids), of_list in zip(self.listed, scored.listed, strict=True):
-                    if of_draft == index:
-                        of = result_of(of_list[rule])
-                        if found.parallel:
-                            of.parallel = parallel_result(of_list[in_one_pass(rule)], prompts)
-                        by_size.append((len(ids), of))
+                by_size = [
+                    (len(ids), result_of(of_list))
+                    for (of_draft, ids), of_list in zip(self.listed, scored.listed, strict=True)
+                    if of_draft == index
+                ]
                 if by_size:  # the whole vocabulary last
                     by_size.append((draft.config.get_text_config().vocab_size, found))
                     found.draft_vocabulary = [
