@@ -83,12 +83,13 @@ class TextSums:
     @classmethod
     def joined(cls, parts: Sequence["TextSums"], order: Sequence[int]) -> "TextSums":
         """Sums of several batches as one, its texts in the order named."""
-        columns: list[Any] = []
-        for column in zip(*(vars(part).values() for part in parts), strict=True):
-            rows = [row for rows in column for row in rows]
-            chosen = [rows[text] for text in order]
-            columns.append(torch.stack(chosen) if isinstance(column[0], torch.Tensor) else chosen)
-        return cls(*columns)
+        accepted = [of_text for part in parts for of_text in part.accepted]
+        return cls(
+            num_tokens=torch.cat([part.num_tokens for part in parts])[order],
+            acceptance=torch.cat([part.acceptance for part in parts])[order],
+            target_calls=torch.cat([part.target_calls for part in parts])[order],
+            accepted=[accepted[text] for text in order],
+        )
 
 
 @dataclass(frozen=True)
