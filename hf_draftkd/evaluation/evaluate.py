@@ -119,11 +119,13 @@ def evaluate_draft(
     for draft in drafts:
         align_vocabulary(draft, target_model, tokenizer)
     vocab_size = shared_vocab_size(drafts[0], target_model, tokenizer)  # of every draft, now that they are aligned
-    sizes = [config.draft_vocabulary_sizes] * len(candidates) + [None]  # none are asked for of the baseline
-    lists = [lists_to_report(draft, of_draft, vocab_size) for draft, of_draft in zip(drafts, sizes, strict=False)]
+    listed = []
+    for index, draft in enumerate(drafts):
+        sizes = config.draft_vocabulary_sizes if index < len(candidates) else None  # none are asked of the baseline
+        listed += [(index, ids) for ids in lists_to_report(draft, sizes, vocab_size)]
     with evaluating(target_model, *drafts):
         texts = take_texts(target_model, drafts, tokenizer, prompts, dataset, settings, source, config)
-        evaluation = _Evaluation(target_model, drafts, tokenizer, texts, config, lists, vocab_size)
+        evaluation = _Evaluation(target_model, drafts, tokenizer, texts, config, listed, vocab_size)
         results = evaluation.score()
         for result, checksum in zip(results, checksums, strict=True):
             result.draft.weights_sha256 = checksum
@@ -203,11 +205,10 @@ class _Evaluation:
         tokenizer: PreTrainedTokenizerBase,
         texts: MeasuredTexts,
         config: EvaluationConfig,
-        lists: Sequence[list[list[int]]],
+        listed: Sequence[tuple[int, list[int]]],
         vocab_size: int,
     ) -> None:
-        # (draft, ids): the lists by which its vocabulary is cut.
-        self.listed = [(index, ids) for index, of_draft in enumerate(lists) for ids in of_draft]
+        self.listed = listed  # (draft, ids): the lists by which its vocabulary is cut
         self.target_model, self.drafts, self.tokenizer = target_model, drafts, tokenizer
         self.texts, self.config, self.vocab_size = texts, config, vocab_size
         self.reported_length = config.num_assistant_tokens or _DEFAULT_LENGTH
@@ -290,9 +291,9 @@ class _Evaluation:
         timed = [setting for setting in result.settings if setting.is_transformers_rule]
         asked = self.config.speed_batch_sizes if SPECULATIVE in ways else []
         sizes = [size for size in asked if size <= len(prompts)]
-        # There may be few prompts, or some are alike, or too long to be timed.
-        absent = f"was timed: there are {len(prompts)} prompts for it."
-        self.warnings += [f"No batch of {size} {absent}" for size in asked if size not in sizes]
+        for size in asked:
+            if size > len(prompts):  # there are few, or some are alike, or too long to be timed
+                self.warnings.append(f"No batch of {size} was timed: there are {len(prompts)} prompts for it.")
         for setting in timed:
             measure = partial(self._decode, draft, prompts, setting.decoding)
             found = measure(length, [way for way in ways if way != PARALLEL])
