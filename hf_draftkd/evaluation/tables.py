@@ -173,9 +173,10 @@ def _rows(length: int, batch_sizes: Iterable[int]) -> list[tuple[str, Callable[[
 
 def _of_size(result: SettingResult, place: int, length: int) -> str:
     """Tokens per target call, and the predicted speed, of a draft that proposes only some tokens."""
-    if place >= len(result.draft_vocabulary or []):
+    sizes = result.draft_vocabulary or []
+    if place >= len(sizes):
         return ""
-    found = (result.draft_vocabulary or [])[place]
+    found = sizes[place]
     return ", ".join(filter(None, [estimate_text((found.block_efficiency or {}).get(length)), _prediction(found)]))
 
 
