@@ -80,12 +80,14 @@ def format_of(dataset: Dataset | IterableDataset, text_field: str = "text") -> t
 
 
 def check_token_ids(dataset: Dataset | IterableDataset, name: str, vocab_size: int) -> None:
-    """Refuse ids that the draft, of `vocab_size` rows, has no row for, before an embedding does in the middle of
-    training; the row is named. A stream is not read.
+    """Raise a `ValueError` for a token id from `vocab_size` on, and name its row of the data set.
+
+    Otherwise the draft's embedding would fail on it in the middle of training. A stream is not read.
     """
     if not isinstance(dataset, Dataset):
         return
-    for column in (column for column in format_of(dataset) or () if column.endswith("_ids")):
+    columns = [column for column in format_of(dataset) or () if column.endswith("_ids")]
+    for column in columns:
         for first, table in tables(dataset, [column]):
             ids = table[column]
             if (pc.max(pc.list_flatten(ids)).as_py() or 0) >= vocab_size:

@@ -135,8 +135,10 @@ def served_context(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def served_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a text of a target behind a server, as far as the files beside its tokenizer say."""
-    configs = (_read(kind, tokenizer) for kind in (GenerationConfig, AutoConfig))
-    return next((ids for each in configs if (ids := listed_ids(getattr(each, "eos_token_id", None)))), [])
+    for kind in (GenerationConfig, AutoConfig):
+        if ids := listed_ids(getattr(_read(kind, tokenizer), "eos_token_id", None)):
+            return ids
+    return []
 
 
 def _read(kind: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
