@@ -87,12 +87,18 @@ def local_target(
     return Target(backend, author, identity, brought)
 
 
-def missing_turn_end(target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, wanted: bool) -> int | None:
-    """The end of turn at which answers to messages are to stop, beside the target's own end tokens; usually None.
+def missing_turn_end(
+    target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, is_text: bool, wanted: bool
+) -> int | None:
+    """The end of turn at which answers are to stop, beside the target's own end tokens; usually None.
 
-    Where that is not `wanted`, and texts would run on, it is warned of. A `ValueError` if it is wanted, and the
-    template ends its turns with no special token.
+    Where that is not `wanted`, and answers to messages would run on, it is warned of. A `ValueError` if it is wanted,
+    and prompts are text, without turns, or the template ends its turns with no special token.
     """
+    if is_text:
+        if wanted:
+            raise ValueError("`stop_at_turn_end` would do nothing: the prompts are text, without turns. Leave it out.")
+        return None
     turn_end, own = turn_end_id(tokenizer), end_token_ids(target_model)
     if turn_end is None:
         if wanted:
