@@ -197,9 +197,9 @@ def check_synthesis(
     tokenizer: PreTrainedTokenizerBase,
     num_prompts: int,
     *,
-    temperature: float = 1.0,
-    system: str | None = None,
-    template_options: dict[str, Any] | None = None,
+    temperature: float,
+    system: str | None,
+    template_options: dict[str, Any],
 ) -> tuple[OpenTurn | None, list[int]]:
     """What can be refused before the target is loaded; returns the open turn, if chats have one, and the first tokens.
 
