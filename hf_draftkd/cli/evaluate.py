@@ -86,11 +86,12 @@ def run(argv: list[str]) -> int:
         out = new_directory(options.output_dir, overwrite=True)
         _check_write(options, config)
         check_servers(engine)
-        rule = ENGINES[engine.engine].sampled_rule if engine.engine and engine.launch else None
-        if rule is not None and rule not in config.verification:
-            config = replace(config, verification=[*config.verification, rule])  # to predict what will be counted
-        if engine.engine and len(options.model or ()) > 1:
-            raise UsageError("`--engine` measures one draft: name one with `--model`.")
+        if engine.engine:
+            if len(options.model or ()) > 1:
+                raise UsageError("`--engine` measures one draft: name one with `--model`.")
+            rule = ENGINES[engine.engine].sampled_rule
+            if engine.launch and rule is not None and rule not in config.verification:
+                config = replace(config, verification=[*config.verification, rule])  # to predict what will be counted
         if options.html:
             figure_class()  # before the work that the page would show
         tracker_modules(options.report_to or [])
@@ -113,9 +114,9 @@ def run(argv: list[str]) -> int:
                 recorded = [each.setting for each in written_texts(texts["dataset"])]
                 settings = recorded if config.temperatures is None else settings
             check_settings(engine, settings)
-        if engine.engine and "prompts" in texts:  # the very texts are needed twice
-            texts = {"dataset": answers(target_model, target.tokenizer, texts["prompts"], settings, config)}
-            config = replace(config, temperatures=[setting.temperature for setting in settings])
+            if "prompts" in texts:  # the very texts are needed twice
+                texts = {"dataset": answers(target_model, target.tokenizer, texts["prompts"], settings, config)}
+                config = replace(config, temperatures=[setting.temperature for setting in settings])
         report = evaluate_draft(
             models if len(models) > 1 else models[0],
             target_model,
