@@ -42,10 +42,11 @@ def measure_latency(
 ) -> LatencyResult:
     """What one step of each model costs here: forward passes with a filled cache, and what each way adds to them.
 
-    The cache holds as many tokens as the median prompt, and half of `max_new_tokens`, as far as the models read. The
-    target's passes over γ + 1 tokens are timed for all `draft_lengths`, each `num_repeats` times, those of the draft in
-    turns with them; `lists` are the first ids of the draft's recorded list, the last of them the whole, to which its
-    head is also cut. `suppress_tokens` and `seed` are those of the sampled continuations that time `generate`.
+    The cache holds as many tokens as the median prompt and half of `max_new_tokens`, or fewer where a model reads
+    fewer. Passes of the target over γ + 1 tokens, for every γ in `draft_lengths`, take turns with those of the draft;
+    each is timed `num_repeats` times. `lists` are beginnings of the draft's recorded list of ids, the whole list last:
+    the draft is also timed with its head cut to each. `suppress_tokens` and `seed` serve the sampled texts by which
+    `generate` itself is timed.
     """
     sizes = [1, *(length + 1 for length in draft_lengths)]
     length = int(median(len(prompt) for prompt in prompts)) + max_new_tokens // 2

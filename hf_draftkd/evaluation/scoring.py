@@ -31,7 +31,7 @@ AS_TRANSFORMERS = "as_transformers"
 
 
 def in_one_pass(rule: str) -> str:
-    """The name of a parallel draft's sums under a verification rule, with all tokens of a block from one pass of it."""
+    """The name of a parallel draft's sums under a verification rule, where one pass drafts all tokens of a block."""
     return f"{rule}_in_one_pass"
 
 
@@ -307,8 +307,11 @@ class _Scorer:
 def _score_batch(
     target_model: PreTrainedModel, draft_models: Sequence[PreTrainedModel], texts: Sequence[Text], scorer: _Scorer
 ) -> tuple[dict[tuple[int, str], torch.Tensor], torch.Tensor, int]:
-    """The scorer's scores, `[2, B, T]` or `[2, B, T, K]` and 0 where a text has ended; which have not; plausible
-    tokens.
+    """Run every model over one batch of texts, a slice of positions at a time.
+
+    Returns:
+        Scores `[2, B, T]` or `[2, B, T, K]` by draft and name, as `_Scorer.score` gives them and 0 behind the end of a
+        text; the mask `[B, T]` of the texts' tokens; and the number of plausible tokens.
     """
     device = target_model.device
     prompt_lengths, completion_lengths = (

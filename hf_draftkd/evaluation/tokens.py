@@ -56,8 +56,9 @@ def _kind(piece: str, before: str) -> str:
 
 
 def add_token_results(result: SettingResult, sums: TextSums, texts: TextSet, kinds: Sequence[Sequence[str]]) -> None:
-    """Put acceptance by kind and by place into the results of one setting, from what the draft scored on texts that the
-    target wrote under this very setting, and the kind of each of their tokens.
+    """Put acceptance by kind and by place into the results of one setting.
+
+    `sums` are the draft's on `texts`, which the target wrote under this very setting; `kinds` are those of each token.
     """
     by_kind = _rates(kinds, sums, texts.prompts)
     result.acceptance_by_kind = {kind: by_kind[kind] for kind in KINDS if kind in by_kind}
