@@ -246,8 +246,9 @@ def packed(dataset: Dataset, length: int | None, map_kwargs: dict[str, Any]) -> 
 
 
 def check_labels(dataset: Dataset | IterableDataset, name: str, max_length: int | None) -> None:
-    """Refuse prepared rows of which no token is learned from (the first of a row, which nothing predicts, counts as
-    masked). A stream is read until the first that is. Rows without labels, which the user prepared
+    """Raise a `ValueError` if prepared rows hold no token to learn from. A stream is read until the first such token.
+
+    The first token of a row, which nothing predicts, counts as masked. Rows without labels, which the user prepared
     (`skip_prepare_dataset`), are learned from on all their tokens.
     """
     first = next(iter(dataset), None)  # of a stream, whose rows may all have been dropped
@@ -294,9 +295,9 @@ def warn_of_cuts(dataset: Dataset | IterableDataset, name: str, max_length: int 
 
 
 def warn_of_other_authors(dataset: Dataset | IterableDataset, name: str, target: ModelIdentity | None) -> None:
-    """Say which rows of evaluation data, not yet prepared, count for no block efficiency, as another model wrote them.
+    """Warn of rows that another model wrote, which count for no block efficiency.
 
-    A stream is not looked through.
+    The rows are evaluation data, not yet prepared. A stream is not looked through.
     """
     if target is None or isinstance(dataset, IterableDataset) or not PartialState().is_main_process:
         return

@@ -62,10 +62,10 @@ def fitting_rows(
     skip_too_long: bool = False,
     beginning: Callable[[int], str] | None = None,
 ) -> list[int]:
-    """The numbers of the prompts, of these lengths, that leave room for `max_new_tokens` in the context (None: no
-    limit). `beginning` says how the prompt of a row begins, for messages.
+    """The rows of the prompts that leave room for `max_new_tokens` in the context (None: no limit).
 
-    A `ValueError` lists prompts that are empty or, unless `skip_too_long`, too long.
+    `lengths` are those of the prompts, in tokens. `beginning` says how the prompt of a row begins, for messages. A
+    `ValueError` lists prompts that are empty or, unless `skip_too_long`, too long.
     """
     empty = [row for row, length in enumerate(lengths) if length == 0]
     if empty:

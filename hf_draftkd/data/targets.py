@@ -51,7 +51,10 @@ def local_target(
     turn_end: int | None,
     draft_model: PreTrainedModel | None,
 ) -> Target:
-    """A target on this machine; `turn_end` ends its texts beside what its generation config names, a draft helps it."""
+    """A target on this machine, which a draft may help.
+
+    `turn_end` is an id that ends its texts, beside those of its generation config.
+    """
     name, suppressed = target_model.name_or_path, ids_without_token(target_model, tokenizer)
     how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
     how |= {"suppress_tokens": suppressed, "turn_end": turn_end}
