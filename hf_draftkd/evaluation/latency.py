@@ -15,7 +15,7 @@ from hf_draftkd.acceptance import DRAFT_LENGTHS
 from hf_draftkd.decoding.drafting import with_sliced_head
 from hf_draftkd.decoding.setting import UNFILTERED
 from hf_draftkd.evaluation.assisted import fixed_draft_length, observe_rounds, synchronize_accelerator
-from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE, WAYS, forward_latency
+from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, OVERHEADS, PARALLEL, SPECULATIVE, forward_latency
 from hf_draftkd.evaluation.report import GenerateOverhead, LatencyResult
 from hf_draftkd.evaluation.scoring import lengths_of
 from hf_draftkd.evaluation.timing import generate_text, single_text_config, way_options
@@ -88,14 +88,14 @@ def measure_latency(
             bar.update()
         if intervals:
             plain = max(0.0, _cost(intervals) - found.target_step_seconds)
-            measure = partial(_overhead, target_model, draft_model, texts, found, config, seed, plain, bar.update)
-            found.generate_overhead, found.speculative_overhead, found.parallel_overhead = (
-                measure(way) if way in ways else None for way in WAYS
-            )
+            for way in ways:
+                added = _overhead(way, target_model, draft_model, texts, found, config, seed, plain, bar.update)
+                setattr(found, OVERHEADS[way], added)
     return found
 
 
 def _overhead(
+    way: str,
     target_model: PreTrainedModel,
     draft_model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -104,7 +104,6 @@ def _overhead(
     seed: int,
     plain_step_seconds: float,
     advance: Callable[[], object],
-    way: str,
 ) -> GenerateOverhead | None:
     """Time of rounds of real decoding in one way beyond their forward passes; None where texts are too short to say."""
     passes = forward_latency(latency, way)

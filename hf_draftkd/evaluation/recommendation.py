@@ -23,12 +23,13 @@ ASSISTANT_MODEL, SPECULATIVE = "assistant_model=", "SpeculativeDecoding"
 PARALLEL = "SpeculativeDecoding in parallel"
 """The third, for a draft trained with `parallel_tokens`: one pass of the draft a round."""
 WAYS = (ASSISTANT_MODEL, SPECULATIVE, PARALLEL)
+# The field of `LatencyResult` that says what a way adds to the forward passes.
+OVERHEADS = {ASSISTANT_MODEL: "generate_overhead", SPECULATIVE: "speculative_overhead", PARALLEL: "parallel_overhead"}
 
 
 def way_overhead(measured: LatencyResult, way: str) -> GenerateOverhead | None:
     """What a way of decoding adds to the forward passes, where it was measured."""
-    found = measured.generate_overhead, measured.speculative_overhead, measured.parallel_overhead
-    return found[WAYS.index(way)]
+    return getattr(measured, OVERHEADS[way])
 
 
 def way_latency(measured: LatencyResult, way: str = ASSISTANT_MODEL) -> Latency:
