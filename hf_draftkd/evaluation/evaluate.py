@@ -13,7 +13,7 @@ from transformers.utils import logging
 from hf_draftkd.data.targets import ids_without_token
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.config import EvaluationConfig
-from hf_draftkd.evaluation.environment import hardware_info, model_info
+from hf_draftkd.evaluation.environment import dtype_name, hardware_info, model_info
 from hf_draftkd.evaluation.latency import measure_latency
 from hf_draftkd.evaluation.recommendation import (
     ASSISTANT_MODEL,
@@ -275,10 +275,10 @@ class _Evaluation:
     def time(self, draft: PreTrainedModel, result: DraftResult) -> None:
         """Time steps and real decoding of one draft, and judge it; fills in `result`."""
         if draft.dtype.itemsize > self.target_model.dtype.itemsize:
-            of_draft, of_target = (str(model.dtype).removeprefix("torch.") for model in (draft, self.target_model))
             self.warnings.append(
-                f"The draft {draft.name_or_path!r} is in {of_draft}, the target in {of_target}: load it with "
-                f"`dtype=torch.{of_target}`, or its steps take longer than they need."
+                f"The draft {draft.name_or_path!r} is in {dtype_name(draft)}, the target in "
+                f"{dtype_name(self.target_model)}: load it with `dtype={self.target_model.dtype}`, or its steps take "
+                "longer than they need."
             )
         prompts = self._spread_prompts(self.config.num_speed_prompts)
         ways = self._ways(draft, prompts[0])
