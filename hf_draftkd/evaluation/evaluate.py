@@ -259,8 +259,16 @@ class _Evaluation:
 
     def groups(self, index: int) -> dict[str, list[SettingResult]] | None:
         """One draft's results by domain or category; None where the data has no such column."""
-        names = sorted({name for texts in self.texts.sets for name in texts.groups or []})
-        return {name: self._settings(index, group=name) for name in names} or None
+        found: dict[str, list[SettingResult]] = {}
+        for name in sorted({name for texts in self.texts.sets for name in texts.groups or []}):
+            found[name] = []
+            for texts, scored in self.scored:
+                chosen = [text for text, group in enumerate(texts.groups or []) if group == name]
+                if chosen:
+                    sums = {key: TextSums.joined([of], chosen) for key, of in scored.drafts[index].items()}
+                    prompts = [texts.prompts[text] for text in chosen]
+                    found[name] += [self._result(index, texts, rule, sums, prompts) for rule in self._rules(texts)]
+        return found or None
 
     def answers(self, index: int) -> list[Answer] | None:
         """A few texts of the first setting that the target wrote itself, token by token for one draft."""
@@ -348,39 +356,20 @@ class _Evaluation:
             self.warnings.append(warning)
         return [ASSISTANT_MODEL]
 
-    def _settings(self, index: int, group: str | None = None) -> list[SettingResult]:
-        draft = self.drafts[index]
-        ratio = draft.num_parameters() / self.target_model.num_parameters()
-        results: list[SettingResult] = []
+    def _settings(self, index: int) -> list[SettingResult]:
+        """One draft's results on all texts, an entry for each setting and rule."""
+        results = []
         for (texts, scored), kinds in zip(self.scored, self.kinds, strict=True):
-            sums, prompts = scored.drafts[index], texts.prompts
-            if group is not None:
-                chosen = [text for text, name in enumerate(texts.groups or []) if name == group]
-                if not chosen:
-                    continue
-                sums = {name: TextSums.joined([of], chosen) for name, of in sums.items()}
-                prompts = [prompts[text] for text in chosen]
+            sums = scored.drafts[index]
             for rule in self._rules(texts):
-                result_of = partial(
-                    setting_result,
-                    texts.setting,
-                    rule,
-                    prompts=prompts,
-                    num_assistant_tokens=self.reported_length,
-                    parameter_ratio=ratio,
-                    has_blocks=texts.is_exact,
-                )
-                found = result_of(sums)
-                results.append(found)
-                if group is not None:
-                    continue
+                found = self._result(index, texts, rule, sums, texts.prompts)
                 by_size = [
-                    (len(ids), result_of(of_list))
+                    (len(ids), self._result(index, texts, rule, of_list, texts.prompts))
                     for (of_draft, ids), of_list in zip(self.listed, scored.listed, strict=True)
                     if of_draft == index
                 ]
                 if by_size:  # the whole vocabulary last
-                    by_size.append((draft.config.get_text_config().vocab_size, found))
+                    by_size.append((self.drafts[index].config.get_text_config().vocab_size, found))
                     found.draft_vocabulary = [
                         VocabularyResult(
                             size=size,
@@ -392,7 +381,22 @@ class _Evaluation:
                     ]
                 if found.block_efficiency:
                     add_token_results(found, sums[rule], texts, kinds)
+                results.append(found)
         return results
+
+    def _result(
+        self, index: int, texts: TextSet, rule: str, sums: dict[str, TextSums], prompts: Sequence[int]
+    ) -> SettingResult:
+        """One draft's result on some of the texts of a set, which answer these prompts."""
+        return setting_result(
+            texts.setting,
+            rule,
+            sums,
+            prompts,
+            num_assistant_tokens=self.reported_length,
+            parameter_ratio=self.drafts[index].num_parameters() / self.target_model.num_parameters(),
+            has_blocks=texts.is_exact,
+        )
 
     def _rules(self, texts: TextSet) -> Sequence[str]:
         return (EXACT,) if texts.setting.is_greedy else self.config.verification
