@@ -77,7 +77,6 @@ class EvaluateOptions:
 
 
 def run(argv: list[str]) -> int:
-    """`draftkd evaluate *argv`; returns the exit code."""
     about = "Measure drafts, and say whether they are worth using."
     options, config, engine = parse("evaluate", (EvaluateOptions, EvaluationConfig, EngineConfig), argv, about)
     required(**{name: getattr(options, name) for name in ("model", "target_model", "dataset", "output_dir")})
