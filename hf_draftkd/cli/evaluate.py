@@ -166,7 +166,7 @@ def _texts(options: EvaluateOptions) -> dict[str, Any]:
             first.setdefault(tuple(ids), number)
         rows = rows.select(first.values())
     if options.limit is not None:
-        rows = rows.select(range(min(whole_number("limit", options.limit), len(rows))))
+        rows = rows.take(whole_number("limit", options.limit))
     if names_settings and not options.regenerate:
         return {"dataset": rows}
     return {"prompts": load_prompts(spec_bench_prompts(rows) if is_spec_bench(rows) else rows)}

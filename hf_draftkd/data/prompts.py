@@ -46,7 +46,7 @@ def load_prompts(
         dataset = dataset.remove_columns([name for name in ["prompt"] if name in dataset.column_names])
         dataset = dataset.rename_column(column, "prompt")
     if limit is not None:
-        dataset = dataset.select(range(min(whole_number("limit", limit), len(dataset))))
+        dataset = dataset.take(whole_number("limit", limit))
     if len(dataset) == 0:
         raise ValueError(f"{_name(source)} holds no rows, so there is nothing to answer.")
     if drop_last_answer:
