@@ -77,7 +77,6 @@ class EvaluateOptions:
 
 
 def run(argv: list[str]) -> int:
-    """`draftkd evaluate *argv`; returns the exit code."""
     about = "Measure drafts, and say whether they are worth using."
     options, config, engine = parse("evaluate", (EvaluateOptions, EvaluationConfig, EngineConfig), argv, about)
     required(**{name: getattr(options, name) for name in ("model", "target_model", "dataset", "output_dir")})
@@ -86,11 +85,12 @@ def run(argv: list[str]) -> int:
         out = new_directory(options.output_dir, overwrite=True)
         _check_write(options, config)
         check_servers(engine)
-        rule = ENGINES[engine.engine].sampled_rule if engine.engine and engine.launch else None
-        if rule is not None and rule not in config.verification:
-            config = replace(config, verification=[*config.verification, rule])  # to predict what will be counted
-        if engine.engine and len(options.model or ()) > 1:
-            raise UsageError("`--engine` measures one draft: name one with `--model`.")
+        if engine.engine:
+            if len(options.model or ()) > 1:
+                raise UsageError("`--engine` measures one draft: name one with `--model`.")
+            rule = ENGINES[engine.engine].sampled_rule
+            if engine.launch and rule is not None and rule not in config.verification:
+                config = replace(config, verification=[*config.verification, rule])  # to predict what will be counted
         if options.html:
             figure_class()  # before the work that the page would show
         tracker_modules(options.report_to or [])
@@ -113,9 +113,9 @@ def run(argv: list[str]) -> int:
                 recorded = [each.setting for each in written_texts(texts["dataset"])]
                 settings = recorded if config.temperatures is None else settings
             check_settings(engine, settings)
-        if engine.engine and "prompts" in texts:  # the very texts are needed twice
-            texts = {"dataset": answers(target_model, target.tokenizer, texts["prompts"], settings, config)}
-            config = replace(config, temperatures=[setting.temperature for setting in settings])
+            if "prompts" in texts:  # the very texts are needed twice
+                texts = {"dataset": answers(target_model, target.tokenizer, texts["prompts"], settings, config)}
+                config = replace(config, temperatures=[setting.temperature for setting in settings])
         report = evaluate_draft(
             models if len(models) > 1 else models[0],
             target_model,
@@ -166,7 +166,7 @@ def _texts(options: EvaluateOptions) -> dict[str, Any]:
             first.setdefault(tuple(ids), number)
         rows = rows.select(first.values())
     if options.limit is not None:
-        rows = rows.select(range(min(whole_number("limit", options.limit), len(rows))))
+        rows = rows.take(whole_number("limit", options.limit))
     if names_settings and not options.regenerate:
         return {"dataset": rows}
     return {"prompts": load_prompts(spec_bench_prompts(rows) if is_spec_bench(rows) else rows)}

@@ -33,7 +33,6 @@ class FindOptions:
 
 
 def run(argv: list[str]) -> int:
-    """Run `draftkd find *argv`."""
     if argv and not argv[0].startswith("-"):
         argv = ["--target_model", *argv]
     (options,) = parse("find", [FindOptions], argv, "Find draft models for a target on the Hugging Face Hub.")

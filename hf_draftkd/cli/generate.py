@@ -40,7 +40,6 @@ class GenerateOptions:
 
 
 def run(argv: list[str]) -> int:
-    """`draftkd generate *argv`; returns the exit code."""
     options, config = parse(
         "generate",
         (GenerateOptions, AlignmentDataConfig),

@@ -42,7 +42,6 @@ class InitOptions:
 
 
 def run(argv: list[str]) -> int:
-    """`draftkd init *argv`; returns the exit code."""
     (options,) = parse("init", (InitOptions,), argv, "Make a draft that fits a target.")
     ways = ("model", "num_layers", "layers", "share", "draft_config", "text_of")
     chosen = [name for name in ways if getattr(options, name) is not None]

@@ -38,7 +38,6 @@ class PushOptions:
 
 
 def run(argv: list[str]) -> int:
-    """Run `draftkd push *argv`."""
     (options,) = parse("push", [PushOptions], argv, "Publish a draft model on the Hugging Face Hub.")
     required(model=options.model, repo_id=options.repo_id)
     given = vars(options)

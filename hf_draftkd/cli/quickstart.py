@@ -50,7 +50,6 @@ class QuickstartOptions:
 
 
 def run(argv: list[str]) -> int:
-    """`draftkd quickstart *argv`; returns the exit code."""
     (options,) = parse("quickstart", (QuickstartOptions,), argv, "Distil and measure a draft on the bundled demo pair.")
     console = Console()
     with usage_errors():

@@ -47,7 +47,6 @@ class TrainOptions:
 
 
 def run(argv: list[str]) -> int:
-    """`draftkd train *argv`; returns the exit code."""
     options, args, model_config = parse(
         "train",
         (TrainOptions, DraftDistillConfig, ModelConfig),

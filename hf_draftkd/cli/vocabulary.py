@@ -26,7 +26,6 @@ class VocabularyOptions:
 
 
 def run(argv: list[str]) -> int:
-    """Run `draftkd vocabulary *argv`."""
     (options,) = parse("vocabulary", [VocabularyOptions], argv, "Choose the tokens that a draft proposes.")
     required(model=options.model, dataset=options.dataset, size=options.size)
     folder = whole_draft(options.model, "`draftkd vocabulary`")

@@ -128,7 +128,7 @@ def addresses(row: int, num_prompt_tokens: int, num_completion_tokens: int) -> l
 def _at(column: pa.ChunkedArray, tokens: np.ndarray) -> Tensor:
     """The entries of a column [rows, T] or [rows, T, k] at `tokens`, counted through all rows."""
     flat: Any = column.combine_chunks().flatten()
-    if not (pa.types.is_list(flat.type) or pa.types.is_large_list(flat.type) or pa.types.is_fixed_size_list(flat.type)):
+    if not pa.types.is_nested(flat.type):
         return _tensor(flat)[tokens]
     widths = pc.list_value_length(flat).to_numpy()
     values = _tensor(flat.flatten())

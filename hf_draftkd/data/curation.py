@@ -53,7 +53,7 @@ def curate_prompts(
     data = open_dataset(source, split=split, config=config, text_column=column)
     one_of("column", column, data.column_names)
     if limit is not None:
-        data = data.select(range(min(limit, len(data))))
+        data = data.take(whole_number("limit", limit))
     as_chat = instruction is not None or (question_column is not None and bool(tokenizer.chat_template))
     counts: Counter[str] = Counter()
     seen: set[str] = set()

@@ -80,12 +80,14 @@ def format_of(dataset: Dataset | IterableDataset, text_field: str = "text") -> t
 
 
 def check_token_ids(dataset: Dataset | IterableDataset, name: str, vocab_size: int) -> None:
-    """Refuse ids that the draft, of `vocab_size` rows, has no row for, before an embedding does in the middle of
-    training; the row is named. A stream is not read.
+    """Raise a `ValueError` for a token id from `vocab_size` on, and name its row of the data set.
+
+    Otherwise the draft's embedding would fail on it in the middle of training. A stream is not read.
     """
     if not isinstance(dataset, Dataset):
         return
-    for column in (column for column in format_of(dataset) or () if column.endswith("_ids")):
+    columns = [column for column in format_of(dataset) or () if column.endswith("_ids")]
+    for column in columns:
         for first, table in tables(dataset, [column]):
             ids = table[column]
             if (pc.max(pc.list_flatten(ids)).as_py() or 0) >= vocab_size:
@@ -244,8 +246,9 @@ def packed(dataset: Dataset, length: int | None, map_kwargs: dict[str, Any]) -> 
 
 
 def check_labels(dataset: Dataset | IterableDataset, name: str, max_length: int | None) -> None:
-    """Refuse prepared rows of which no token is learned from (the first of a row, which nothing predicts, counts as
-    masked). A stream is read until the first that is. Rows without labels, which the user prepared
+    """Raise a `ValueError` if prepared rows hold no token to learn from. A stream is read until the first such token.
+
+    The first token of a row, which nothing predicts, counts as masked. Rows without labels, which the user prepared
     (`skip_prepare_dataset`), are learned from on all their tokens.
     """
     first = next(iter(dataset), None)  # of a stream, whose rows may all have been dropped
@@ -292,9 +295,9 @@ def warn_of_cuts(dataset: Dataset | IterableDataset, name: str, max_length: int 
 
 
 def warn_of_other_authors(dataset: Dataset | IterableDataset, name: str, target: ModelIdentity | None) -> None:
-    """Say which rows of evaluation data, not yet prepared, count for no block efficiency, as another model wrote them.
+    """Warn of rows that another model wrote, which count for no block efficiency.
 
-    A stream is not looked through.
+    The rows are evaluation data, not yet prepared. A stream is not looked through.
     """
     if target is None or isinstance(dataset, IterableDataset) or not PartialState().is_main_process:
         return

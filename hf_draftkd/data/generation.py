@@ -139,7 +139,8 @@ def generate_alignment_data(
         target = remote_target(target_model, tokenizer, config, endpoint_options)
     else:
         draft = _helping_draft(draft_model or config.draft_model, target_model, tokenizer)
-        turn_end = _turn_end(target_model, tokenizer, config, is_text=isinstance(asked[0]["prompt"], str))
+        is_text = isinstance(asked[0]["prompt"], str)
+        turn_end = missing_turn_end(target_model, tokenizer, is_text=is_text, wanted=config.stop_at_turn_end)
         for left_out in left_out_warning(target_model, list(config.requests)):
             logger.warning_once(left_out)
         target = local_target(target_model, tokenizer, config, continuous_batching_config, turn_end, draft)
@@ -205,15 +206,6 @@ def _check_arguments(
     ):
         if given and not there:
             raise ValueError(f"`{name}` would do nothing without `{wanted}`. Leave it out, or add that.")
-
-
-def _turn_end(
-    target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: AlignmentDataConfig, *, is_text: bool
-) -> int | None:
-    """The id that ends a turn, where the target would not stop at it by itself."""
-    if is_text and config.stop_at_turn_end:
-        raise ValueError("`stop_at_turn_end` would do nothing: the prompts are text, without turns. Leave it out.")
-    return None if is_text else missing_turn_end(target_model, tokenizer, wanted=config.stop_at_turn_end)
 
 
 def _helping_draft(

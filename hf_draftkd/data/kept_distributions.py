@@ -108,8 +108,8 @@ class KeptDistributions:
     Args:
         options: What is kept.
         vocab_size: V, the tokens that p is over; logits behind them, of padded rows, are left out.
-        prompts: The tokens of each text's prompt, which only draws need: they follow from the seed and from the text
-            up to the written token, this one included, whatever the batch.
+        prompts: The tokens of each text's prompt. Only draws need them: a draw depends on the seed and on the text up
+            to and including the written token, so that the batch does not matter.
     """
 
     def __init__(self, options: CacheOptions, vocab_size: int, prompts: Sequence[Sequence[int]] = ()) -> None:

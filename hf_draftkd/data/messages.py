@@ -47,24 +47,22 @@ def template_form(tokenizer: PreTrainedTokenizerBase) -> TemplateForm:
             return ""
 
     parts = [{"type": "text", "text": _PROBE}]
-    shown = {role: rendered([*a, {"role": role, "content": parts}, *b]) for role, (a, b) in _AROUND.items()}
+    part_roles = []
+    for role, (before, after) in sorted(_AROUND.items()):
+        text = rendered([*before, {"role": role, "content": parts}, *after])
+        # In quotes the list itself was printed.
+        if _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text:
+            part_roles.append(role)
     as_object = rendered([_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}])
     call = {**_CALL, "function": {"name": "f", "arguments": json.dumps({_ARGUMENT: 1})}}
     as_text = rendered([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
-    arguments = "text" if json.dumps({_ARGUMENT: 1}) in as_text else None
-    return TemplateForm(
-        # `datasets` finds what it has cached by the pickle of what made it: a set's is another one in each process.
-        part_roles=tuple(
-            sorted(
-                role
-                for role, text in shown.items()
-                # In quotes the list itself was printed.
-                if _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text
-            )
-        ),
-        arguments="object" if _ARGUMENT in as_object and f"'{_ARGUMENT}'" not in as_object else arguments,
-        source=str(tokenizer.chat_template),
-    )
+    arguments = None
+    if _ARGUMENT in as_object and f"'{_ARGUMENT}'" not in as_object:
+        arguments = "object"
+    elif json.dumps({_ARGUMENT: 1}) in as_text:
+        arguments = "text"
+    # Not a set: `datasets` finds what it has cached by the pickle of what made it, which differs between processes.
+    return TemplateForm(tuple(part_roles), arguments, str(tokenizer.chat_template))
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

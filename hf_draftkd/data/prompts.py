@@ -46,7 +46,7 @@ def load_prompts(
         dataset = dataset.remove_columns([name for name in ["prompt"] if name in dataset.column_names])
         dataset = dataset.rename_column(column, "prompt")
     if limit is not None:
-        dataset = dataset.select(range(min(whole_number("limit", limit), len(dataset))))
+        dataset = dataset.take(whole_number("limit", limit))
     if len(dataset) == 0:
         raise ValueError(f"{_name(source)} holds no rows, so there is nothing to answer.")
     if drop_last_answer:
@@ -62,10 +62,10 @@ def fitting_rows(
     skip_too_long: bool = False,
     beginning: Callable[[int], str] | None = None,
 ) -> list[int]:
-    """The numbers of the prompts, of these lengths, that leave room for `max_new_tokens` in the context (None: no
-    limit). `beginning` says how the prompt of a row begins, for messages.
+    """The rows of the prompts that leave room for `max_new_tokens` in the context (None: no limit).
 
-    A `ValueError` lists prompts that are empty or, unless `skip_too_long`, too long.
+    `lengths` are those of the prompts, in tokens. `beginning` says how the prompt of a row begins, for messages. A
+    `ValueError` lists prompts that are empty or, unless `skip_too_long`, too long.
     """
     empty = [row for row, length in enumerate(lengths) if length == 0]
     if empty:

@@ -197,9 +197,13 @@ def alignment_rows(
 ) -> Dataset:
     """Assemble alignment data, one row per completion, in the order of prompts, then settings.
 
-    From P prompts with the columns carried along, their P lists of token ids, and per decoding setting P lists of
-    completions. `origin` holds `scenario`, `seed` and `AUTHOR_COLUMNS` of every row, `brought` the columns that each
-    completion brings along as its `distributions`.
+    Args:
+        prompts: P prompts, with the columns to carry along.
+        prompt_ids: The token ids of each.
+        answers: For each decoding setting, the completions of each prompt.
+        tokenizer: The target's tokenizer.
+        origin: `scenario`, `seed` and `AUTHOR_COLUMNS` of every row.
+        brought: Columns that each completion brings along as its `distributions`.
     """
     brought = brought or Features()
     features = Features({**alignment_features(prompts.features), **brought})
@@ -242,7 +246,7 @@ def authors(dataset: Dataset) -> set[ModelIdentity | None]:
 
 
 def other_authors(named: Iterable[ModelIdentity | None], target: ModelIdentity) -> list[str]:
-    """The authors that are not the target in use, for messages: each with what tells it from that one."""
+    """The authors that are not the target in use, each with what differs from it, for messages."""
     differences = {each: each.difference(target) for each in named if each is not None}
     return sorted({f"{author} ({difference})" for author, difference in differences.items() if difference})
 

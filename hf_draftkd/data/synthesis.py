@@ -173,7 +173,7 @@ def synthesize_prompts(
 def _in_turn(
     sample: Callable[[int], list[tuple[str, bool]]], rounds: int, folder: Path | None, state: PartialState
 ) -> Iterator[list[tuple[str, bool]]]:
-    """The queries of each round in order, whoever wrote them; of as many rounds as processes, each writes one."""
+    """The queries of each round, in order. Processes write rounds side by side, one each, and all read all of them."""
     for first in range(0, rounds, state.num_processes):
         if folder is None:
             yield sample(first)
@@ -197,11 +197,14 @@ def check_synthesis(
     tokenizer: PreTrainedTokenizerBase,
     num_prompts: int,
     *,
-    temperature: float = 1.0,
-    system: str | None = None,
-    template_options: dict[str, Any] | None = None,
+    temperature: float,
+    system: str | None,
+    template_options: dict[str, Any],
 ) -> tuple[OpenTurn | None, list[int]]:
-    """What can be refused before the target is loaded; returns the open turn, if chats have one, and the first tokens.
+    """Refuse what can be refused before the target is loaded.
+
+    Returns:
+        The open turn (None without a chat template), and the tokens that the target starts from.
 
     Raises:
         ValueError: The template cannot be opened, there is nothing to start from, or a value is out of range.

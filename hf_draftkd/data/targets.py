@@ -51,7 +51,10 @@ def local_target(
     turn_end: int | None,
     draft_model: PreTrainedModel | None,
 ) -> Target:
-    """A target on this machine; `turn_end` ends its texts beside what its generation config names, a draft helps it."""
+    """A target on this machine, which a draft may help.
+
+    `turn_end` is an id that ends its texts, beside those of its generation config.
+    """
     name, suppressed = target_model.name_or_path, ids_without_token(target_model, tokenizer)
     how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
     how |= {"suppress_tokens": suppressed, "turn_end": turn_end}
@@ -87,12 +90,18 @@ def local_target(
     return Target(backend, author, identity, brought)
 
 
-def missing_turn_end(target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, wanted: bool) -> int | None:
-    """The end of turn at which answers to messages are to stop, beside the target's own end tokens; usually None.
+def missing_turn_end(
+    target_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, is_text: bool, wanted: bool
+) -> int | None:
+    """The end of turn at which answers are to stop, beside the target's own end tokens; usually None.
 
-    Where that is not `wanted`, and texts would run on, it is warned of. A `ValueError` if it is wanted, and the
-    template ends its turns with no special token.
+    Where that is not `wanted`, and answers to messages would run on, it is warned of. A `ValueError` if it is wanted,
+    and prompts are text, without turns, or the template ends its turns with no special token.
     """
+    if is_text:
+        if wanted:
+            raise ValueError("`stop_at_turn_end` would do nothing: the prompts are text, without turns. Leave it out.")
+        return None
     turn_end, own = turn_end_id(tokenizer), end_token_ids(target_model)
     if turn_end is None:
         if wanted:
@@ -135,8 +144,10 @@ def served_context(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def served_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a text of a target behind a server, as far as the files beside its tokenizer say."""
-    configs = (_read(kind, tokenizer) for kind in (GenerationConfig, AutoConfig))
-    return next((ids for each in configs if (ids := listed_ids(getattr(each, "eos_token_id", None)))), [])
+    for kind in (GenerationConfig, AutoConfig):
+        if ids := listed_ids(getattr(_read(kind, tokenizer), "eos_token_id", None)):
+            return ids
+    return []
 
 
 def _read(kind: Any, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -48,8 +48,7 @@ def _by_count(dataset: Dataset, column: str) -> list[int]:
     """The ids in a column, the most frequent first."""
     counts: Any = np.zeros(0, dtype=np.int64)
     for _, table in tables(dataset, [column]):
-        found = np.bincount(_ids(table, column))
-        counts, found = sorted((counts, found), key=len)
+        found = np.bincount(_ids(table, column), minlength=len(counts))
         found[: len(counts)] += counts
         counts = found
     return np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist()

@@ -20,7 +20,7 @@ def model_info(model: PreTrainedModel) -> ModelInfo:
         is_local=os.path.isdir(name),
         revision=model_revision(model),
         num_parameters=model.num_parameters(),
-        dtype=_dtype_name(model),
+        dtype=dtype_name(model),
     )
 
 
@@ -33,11 +33,12 @@ def hardware_info(model: PreTrainedModel) -> HardwareInfo:
         name=torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         num_devices=len(devices),
         num_threads=torch.get_num_threads(),
-        dtype=_dtype_name(model),
+        dtype=dtype_name(model),
     )
 
 
-def _dtype_name(model: PreTrainedModel) -> str:
+def dtype_name(model: PreTrainedModel) -> str:
+    """The number format of a model's weights, such as `float32`."""
     return str(model.dtype).removeprefix("torch.")
 
 

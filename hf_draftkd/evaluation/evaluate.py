@@ -13,7 +13,7 @@ from transformers.utils import logging
 from hf_draftkd.data.targets import ids_without_token
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.config import EvaluationConfig
-from hf_draftkd.evaluation.environment import hardware_info, model_info
+from hf_draftkd.evaluation.environment import dtype_name, hardware_info, model_info
 from hf_draftkd.evaluation.latency import measure_latency
 from hf_draftkd.evaluation.recommendation import (
     ASSISTANT_MODEL,
@@ -33,13 +33,12 @@ from hf_draftkd.evaluation.report import (
     SpeculationReport,
     VocabularyResult,
 )
-from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, PassResult, TextSums, in_one_pass, score_texts
+from hf_draftkd.evaluation.scoring import EXACT, PassResult, TextSums, score_texts
 from hf_draftkd.evaluation.self_check import checked_decodings, self_check
 from hf_draftkd.evaluation.statistics import (
     assisted_result,
     compare_with_prediction,
     paired_difference,
-    parallel_result,
     setting_result,
 )
 from hf_draftkd.evaluation.texts import (
@@ -120,11 +119,13 @@ def evaluate_draft(
     for draft in drafts:
         align_vocabulary(draft, target_model, tokenizer)
     vocab_size = shared_vocab_size(drafts[0], target_model, tokenizer)  # of every draft, now that they are aligned
-    sizes = [config.draft_vocabulary_sizes] * len(candidates) + [None]  # none are asked for of the baseline
-    lists = [lists_to_report(draft, of_draft, vocab_size) for draft, of_draft in zip(drafts, sizes, strict=False)]
+    listed = []
+    for index, draft in enumerate(drafts):
+        sizes = config.draft_vocabulary_sizes if index < len(candidates) else None  # none are asked of the baseline
+        listed += [(index, ids) for ids in lists_to_report(draft, sizes, vocab_size)]
     with evaluating(target_model, *drafts):
         texts = take_texts(target_model, drafts, tokenizer, prompts, dataset, settings, source, config)
-        evaluation = _Evaluation(target_model, drafts, tokenizer, texts, config, lists, vocab_size)
+        evaluation = _Evaluation(target_model, drafts, tokenizer, texts, config, listed, vocab_size)
         results = evaluation.score()
         for result, checksum in zip(results, checksums, strict=True):
             result.draft.weights_sha256 = checksum
@@ -204,11 +205,10 @@ class _Evaluation:
         tokenizer: PreTrainedTokenizerBase,
         texts: MeasuredTexts,
         config: EvaluationConfig,
-        lists: Sequence[list[list[int]]],
+        listed: Sequence[tuple[int, list[int]]],
         vocab_size: int,
     ) -> None:
-        # (draft, ids): the lists by which its vocabulary is cut.
-        self.listed = [(index, ids) for index, of_draft in enumerate(lists) for ids in of_draft]
+        self.listed = listed  # (draft, ids): the lists by which its vocabulary is cut
         self.target_model, self.drafts, self.tokenizer = target_model, drafts, tokenizer
         self.texts, self.config, self.vocab_size = texts, config, vocab_size
         self.reported_length = config.num_assistant_tokens or _DEFAULT_LENGTH
@@ -259,8 +259,16 @@ class _Evaluation:
 
     def groups(self, index: int) -> dict[str, list[SettingResult]] | None:
         """One draft's results by domain or category; None where the data has no such column."""
-        names = sorted({name for texts in self.texts.sets for name in texts.groups or []})
-        return {name: self._settings(index, group=name) for name in names} or None
+        found: dict[str, list[SettingResult]] = {}
+        for name in sorted({name for texts in self.texts.sets for name in texts.groups or []}):
+            found[name] = []
+            for texts, scored in self.scored:
+                chosen = [text for text, group in enumerate(texts.groups or []) if group == name]
+                if chosen:
+                    sums = {key: TextSums.joined([of], chosen) for key, of in scored.drafts[index].items()}
+                    prompts = [texts.prompts[text] for text in chosen]
+                    found[name] += [self._result(index, texts, rule, sums, prompts) for rule in self._rules(texts)]
+        return found or None
 
     def answers(self, index: int) -> list[Answer] | None:
         """A few texts of the first setting that the target wrote itself, token by token for one draft."""
@@ -275,10 +283,10 @@ class _Evaluation:
     def time(self, draft: PreTrainedModel, result: DraftResult) -> None:
         """Time steps and real decoding of one draft, and judge it; fills in `result`."""
         if draft.dtype.itemsize > self.target_model.dtype.itemsize:
-            of_draft, of_target = (str(model.dtype).removeprefix("torch.") for model in (draft, self.target_model))
             self.warnings.append(
-                f"The draft {draft.name_or_path!r} is in {of_draft}, the target in {of_target}: load it with "
-                f"`dtype=torch.{of_target}`, or its steps take longer than they need."
+                f"The draft {draft.name_or_path!r} is in {dtype_name(draft)}, the target in "
+                f"{dtype_name(self.target_model)}: load it with `dtype={self.target_model.dtype}`, or its steps take "
+                "longer than they need."
             )
         prompts = self._spread_prompts(self.config.num_speed_prompts)
         ways = self._ways(draft, prompts[0])
@@ -291,9 +299,9 @@ class _Evaluation:
         timed = [setting for setting in result.settings if setting.is_transformers_rule]
         asked = self.config.speed_batch_sizes if SPECULATIVE in ways else []
         sizes = [size for size in asked if size <= len(prompts)]
-        # There may be few prompts, or some are alike, or too long to be timed.
-        absent = f"was timed: there are {len(prompts)} prompts for it."
-        self.warnings += [f"No batch of {size} {absent}" for size in asked if size not in sizes]
+        for size in asked:
+            if size > len(prompts):  # there are few, or some are alike, or too long to be timed
+                self.warnings.append(f"No batch of {size} was timed: there are {len(prompts)} prompts for it.")
         for setting in timed:
             measure = partial(self._decode, draft, prompts, setting.decoding)
             found = measure(length, [way for way in ways if way != PARALLEL])
@@ -348,44 +356,20 @@ class _Evaluation:
             self.warnings.append(warning)
         return [ASSISTANT_MODEL]
 
-    def _settings(self, index: int, group: str | None = None) -> list[SettingResult]:
-        draft = self.drafts[index]
-        ratio = draft.num_parameters() / self.target_model.num_parameters()
-        results: list[SettingResult] = []
+    def _settings(self, index: int) -> list[SettingResult]:
+        """One draft's results on all texts, an entry for each setting and rule."""
+        results = []
         for (texts, scored), kinds in zip(self.scored, self.kinds, strict=True):
-            sums, prompts = scored.drafts[index], texts.prompts
-            if group is not None:
-                chosen = [text for text, name in enumerate(texts.groups or []) if name == group]
-                if not chosen:
-                    continue
-                sums = {name: TextSums.joined([of], chosen) for name, of in sums.items()}
-                prompts = [prompts[text] for text in chosen]
+            sums = scored.drafts[index]
             for rule in self._rules(texts):
-                result_of = partial(
-                    setting_result,
-                    texts.setting,
-                    rule,
-                    prompts=prompts,
-                    num_assistant_tokens=self.reported_length,
-                    parameter_ratio=ratio,
-                    has_blocks=texts.is_exact,
-                )
-                as_transformers = sums.get(AS_TRANSFORMERS) if rule == "rejection_sampling" else None
-                found = result_of(sums[rule], as_transformers=as_transformers)
-                if found.block_efficiency and (by_depth := sums.get(in_one_pass(rule))):
-                    found.parallel = parallel_result(by_depth, prompts)
-                results.append(found)
-                if group is not None:
-                    continue
-                by_size = []
-                for (of_draft, ids), of_list in zip(self.listed, scored.listed, strict=True):
-                    if of_draft == index:
-                        of = result_of(of_list[rule])
-                        if found.parallel:
-                            of.parallel = parallel_result(of_list[in_one_pass(rule)], prompts)
-                        by_size.append((len(ids), of))
+                found = self._result(index, texts, rule, sums, texts.prompts)
+                by_size = [
+                    (len(ids), self._result(index, texts, rule, of_list, texts.prompts))
+                    for (of_draft, ids), of_list in zip(self.listed, scored.listed, strict=True)
+                    if of_draft == index
+                ]
                 if by_size:  # the whole vocabulary last
-                    by_size.append((draft.config.get_text_config().vocab_size, found))
+                    by_size.append((self.drafts[index].config.get_text_config().vocab_size, found))
                     found.draft_vocabulary = [
                         VocabularyResult(
                             size=size,
@@ -397,7 +381,22 @@ class _Evaluation:
                     ]
                 if found.block_efficiency:
                     add_token_results(found, sums[rule], texts, kinds)
+                results.append(found)
         return results
+
+    def _result(
+        self, index: int, texts: TextSet, rule: str, sums: dict[str, TextSums], prompts: Sequence[int]
+    ) -> SettingResult:
+        """One draft's result on some of the texts of a set, which answer these prompts."""
+        return setting_result(
+            texts.setting,
+            rule,
+            sums,
+            prompts,
+            num_assistant_tokens=self.reported_length,
+            parameter_ratio=self.drafts[index].num_parameters() / self.target_model.num_parameters(),
+            has_blocks=texts.is_exact,
+        )
 
     def _rules(self, texts: TextSet) -> Sequence[str]:
         return (EXACT,) if texts.setting.is_greedy else self.config.verification

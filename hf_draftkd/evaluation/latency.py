@@ -15,7 +15,7 @@ from hf_draftkd.acceptance import DRAFT_LENGTHS
 from hf_draftkd.decoding.drafting import with_sliced_head
 from hf_draftkd.decoding.setting import UNFILTERED
 from hf_draftkd.evaluation.assisted import fixed_draft_length, observe_rounds, synchronize_accelerator
-from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE, WAYS, forward_latency
+from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, OVERHEADS, PARALLEL, SPECULATIVE, forward_latency
 from hf_draftkd.evaluation.report import GenerateOverhead, LatencyResult
 from hf_draftkd.evaluation.scoring import lengths_of
 from hf_draftkd.evaluation.timing import generate_text, single_text_config, way_options
@@ -42,10 +42,11 @@ def measure_latency(
 ) -> LatencyResult:
     """What one step of each model costs here: forward passes with a filled cache, and what each way adds to them.
 
-    The cache holds as many tokens as the median prompt, and half of `max_new_tokens`, as far as the models read. The
-    target's passes over γ + 1 tokens are timed for all `draft_lengths`, each `num_repeats` times, those of the draft in
-    turns with them; `lists` are the first ids of the draft's recorded list, the last of them the whole, to which its
-    head is also cut. `suppress_tokens` and `seed` are those of the sampled continuations that time `generate`.
+    The cache holds as many tokens as the median prompt and half of `max_new_tokens`, or fewer where a model reads
+    fewer. Passes of the target over γ + 1 tokens, for every γ in `draft_lengths`, take turns with those of the draft;
+    each is timed `num_repeats` times. `lists` are beginnings of the draft's recorded list of ids, the whole list last:
+    the draft is also timed with its head cut to each. `suppress_tokens` and `seed` serve the sampled texts by which
+    `generate` itself is timed.
     """
     sizes = [1, *(length + 1 for length in draft_lengths)]
     length = int(median(len(prompt) for prompt in prompts)) + max_new_tokens // 2
@@ -58,13 +59,12 @@ def measure_latency(
     parallel = parallel_draft(draft_model.config) if PARALLEL in ways else None
     drafting = lengths_of(parallel.num_tokens if parallel else 0)
     listed = {len(ids): _StepClock(with_sliced_head(draft_model, list(ids)), context) for ids in lists}
-    passes: list[tuple[Hashable, Callable[[], float]]] = [("draft", partial(draft.seconds, 1))]
-    passes += [(("listed", size), partial(clock.seconds, 1)) for size, clock in listed.items()]
-    passes *= 2
-    passes += [(size, partial(target.seconds, size)) for size in sizes]
+    steps: list[tuple[Hashable, Callable[[], float]]] = [("draft", partial(draft.seconds, 1))]
+    steps += [(("listed", size), partial(clock.seconds, 1)) for size, clock in listed.items()]
+    verifying = [(size, partial(target.seconds, size)) for size in sizes]
     proposing = listed[max(listed)] if listed else draft
-    passes += [(("draft", each), partial(proposing.seconds, each + 1)) for each in drafting]
-    costs = _costs(passes, num_repeats)
+    in_one_pass = [(("draft", each), partial(proposing.seconds, each + 1)) for each in drafting]
+    costs = _costs([*steps, *steps, *verifying, *in_one_pass], num_repeats)
     found = LatencyResult(
         context_length=len(context),
         target_step_seconds=costs[1],
@@ -87,14 +87,14 @@ def measure_latency(
             bar.update()
         if intervals:
             plain = max(0.0, _cost(intervals) - found.target_step_seconds)
-            measure = partial(_overhead, target_model, draft_model, texts, found, config, seed, plain, bar.update)
-            found.generate_overhead, found.speculative_overhead, found.parallel_overhead = (
-                measure(way) if way in ways else None for way in WAYS
-            )
+            for way in ways:
+                added = _overhead(way, target_model, draft_model, texts, found, config, seed, plain, bar.update)
+                setattr(found, OVERHEADS[way], added)
     return found
 
 
 def _overhead(
+    way: str,
     target_model: PreTrainedModel,
     draft_model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -103,7 +103,6 @@ def _overhead(
     seed: int,
     plain_step_seconds: float,
     advance: Callable[[], object],
-    way: str,
 ) -> GenerateOverhead | None:
     """Time of rounds of real decoding in one way beyond their forward passes; None where texts are too short to say."""
     passes = forward_latency(latency, way)

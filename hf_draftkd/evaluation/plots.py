@@ -132,7 +132,8 @@ def kind_figure(report: SpeculationReport) -> "Figure":
     for (number, (found, looks)), (place, kind) in product(enumerate(lines), enumerate(kinds)):
         if kind in found:
             at, marks = place + 0.6 * number / len(lines), {"fmt": "os^D"[number % 4], "markersize": 5, "capsize": 2}
-            _range(axes, found[kind].acceptance_rate, at, color=looks["color"], label=looks["label"], **marks)
+            rate = found[kind].acceptance_rate
+            axes.errorbar(rate.value, at, xerr=_bounds(rate), color=looks["color"], label=looks["label"], **marks)
     first, _ = lines[-1]
     names = [f"{kind}\n{first[kind].num_tokens:,}" if kind in first else kind for kind in kinds]
     axes.set_yticks(range(len(kinds)), names)
@@ -153,7 +154,8 @@ def group_figure(report: SpeculationReport) -> "Figure":
             if setting.block_efficiency:
                 style = styles.setdefault(setting.words, len(styles))
                 looks = {"color": _COLOURS[style % len(_COLOURS)], "label": setting.words, "fmt": "o", "capsize": 3}
-                _range(axes, setting.block_efficiency[report.num_assistant_tokens], place + 0.15 * style, **looks)
+                efficiency = setting.block_efficiency[report.num_assistant_tokens]
+                axes.errorbar(efficiency.value, place + 0.15 * style, xerr=_bounds(efficiency), **looks)
     _require(styles, "block efficiency by group")
     axes.set_yticks(range(len(groups)), [_literal(name) for name in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
@@ -292,10 +294,6 @@ def _curves(
         axes.fill_between(places, low, high, color=looks["color"], alpha=0.15, linewidth=0)
     _legend(figure, axes)
     return figure, axes
-
-
-def _range(axes: Any, estimate: Estimate, place: float, **looks: Any) -> None:
-    axes.errorbar(estimate.value, place, xerr=_bounds(estimate), **looks)
 
 
 def _ends(estimate: Estimate) -> tuple[float, float]:

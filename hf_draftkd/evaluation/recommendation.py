@@ -23,12 +23,13 @@ ASSISTANT_MODEL, SPECULATIVE = "assistant_model=", "SpeculativeDecoding"
 PARALLEL = "SpeculativeDecoding in parallel"
 """The third, for a draft trained with `parallel_tokens`: one pass of the draft a round."""
 WAYS = (ASSISTANT_MODEL, SPECULATIVE, PARALLEL)
+# The field of `LatencyResult` that says what a way adds to the forward passes.
+OVERHEADS = {ASSISTANT_MODEL: "generate_overhead", SPECULATIVE: "speculative_overhead", PARALLEL: "parallel_overhead"}
 
 
 def way_overhead(measured: LatencyResult, way: str) -> GenerateOverhead | None:
     """What a way of decoding adds to the forward passes, where it was measured."""
-    found = measured.generate_overhead, measured.speculative_overhead, measured.parallel_overhead
-    return found[WAYS.index(way)]
+    return getattr(measured, OVERHEADS[way])
 
 
 def way_latency(measured: LatencyResult, way: str = ASSISTANT_MODEL) -> Latency:
@@ -77,11 +78,11 @@ def measured_run(setting: SettingResult, way: str) -> AssistedResult | None:
 
 
 def overall_draft_lengths(settings: Sequence[SettingResult], latency: LatencyResult) -> dict[str, int]:
-    """For each way the one draft length under which the setting that gains least gains most; nothing without block
-    efficiencies.
+    """The best draft length for each way of decoding: the one at which the setting that gains least gains most.
 
-    Both ways of drafting one by one have the same: that of the one that gains more. `SpeculativeDecoding` is left out
-    where its times are not known, since it refuses a few models that transformers' loop takes.
+    Both ways of drafting one by one share a length: that of the way that gains more. `SpeculativeDecoding` is left out
+    where its times are not known, since it refuses a few models that transformers' loop takes. Without block
+    efficiencies there is no entry.
     """
     judged = [setting for setting in settings if setting.is_transformers_rule and expected_efficiency(setting)]
     one_by_one = [ASSISTANT_MODEL, *([SPECULATIVE] if latency.speculative_overhead is not None else [])]
@@ -154,8 +155,9 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
 
 
 def recommend_overall(settings: Sequence[SettingResult], latency: LatencyResult) -> Recommendation | None:
-    """One verdict, one draft length and one way of decoding over all settings, which have recommendations of their own:
-    the setting that gains least decides.
+    """One verdict, one draft length and one way of decoding over all settings; the setting that gains least decides.
+
+    Every setting must have its own recommendation already.
     """
     lengths = overall_draft_lengths(settings, latency)
     if not lengths:
@@ -208,8 +210,9 @@ def _least_gain(settings: Sequence[SettingResult], latency: LatencyResult, lengt
 
 
 def _better_way(settings: Sequence[SettingResult], latency: LatencyResult, lengths: dict[str, int]) -> str:
-    """The way whose least gain is largest, each at its draft length: as measured, where every way was, otherwise as
-    predicted.
+    """The way of decoding that is best for the setting which gains least by it, each way at its own draft length.
+
+    Measured speed-ups decide if every way was timed under every setting, predicted ones otherwise.
     """
     runs = {way: [run.speedup.value for each in settings if (run := measured_run(each, way))] for way in lengths}
     if all(len(speedups) == len(settings) for speedups in runs.values()):

@@ -31,7 +31,7 @@ AS_TRANSFORMERS = "as_transformers"
 
 
 def in_one_pass(rule: str) -> str:
-    """The name of a parallel draft's sums under a verification rule, with all tokens of a block from one pass of it."""
+    """The name of a parallel draft's sums under a verification rule, where one pass drafts all tokens of a block."""
     return f"{rule}_in_one_pass"
 
 
@@ -83,12 +83,13 @@ class TextSums:
     @classmethod
     def joined(cls, parts: Sequence["TextSums"], order: Sequence[int]) -> "TextSums":
         """Sums of several batches as one, its texts in the order named."""
-        columns: list[Any] = []
-        for column in zip(*(vars(part).values() for part in parts), strict=True):
-            rows = [row for rows in column for row in rows]
-            chosen = [rows[text] for text in order]
-            columns.append(torch.stack(chosen) if isinstance(column[0], torch.Tensor) else chosen)
-        return cls(*columns)
+        accepted = [of_text for part in parts for of_text in part.accepted]
+        return cls(
+            num_tokens=torch.cat([part.num_tokens for part in parts])[order],
+            acceptance=torch.cat([part.acceptance for part in parts])[order],
+            target_calls=torch.cat([part.target_calls for part in parts])[order],
+            accepted=[accepted[text] for text in order],
+        )
 
 
 @dataclass(frozen=True)
@@ -306,8 +307,11 @@ class _Scorer:
 def _score_batch(
     target_model: PreTrainedModel, draft_models: Sequence[PreTrainedModel], texts: Sequence[Text], scorer: _Scorer
 ) -> tuple[dict[tuple[int, str], torch.Tensor], torch.Tensor, int]:
-    """The scorer's scores, `[2, B, T]` or `[2, B, T, K]` and 0 where a text has ended; which have not; plausible
-    tokens.
+    """Run every model over one batch of texts, a slice of positions at a time.
+
+    Returns:
+        Scores `[2, B, T]` or `[2, B, T, K]` by draft and name, as `_Scorer.score` gives them and 0 behind the end of a
+        text; the mask `[B, T]` of the texts' tokens; and the number of plausible tokens.
     """
     device = target_model.device
     prompt_lengths, completion_lengths = (

@@ -32,28 +32,27 @@ from hf_draftkd.evaluation.report import (
     ParallelResult,
     SettingResult,
 )
-from hf_draftkd.evaluation.scoring import TextSums, in_one_pass
+from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, TextSums, in_one_pass
 from hf_draftkd.evaluation.timing import DecodingRun
 
 
 def setting_result(
     setting: DecodingSetting,
     verification: str,
-    sums: TextSums,
+    scored: dict[str, TextSums],
     prompts: Sequence[int],
     *,
     num_assistant_tokens: int,
     parameter_ratio: float,
-    as_transformers: TextSums | None = None,
     has_blocks: bool = True,
 ) -> SettingResult:
-    """The results of one draft under one setting and rule, by which the sums per text were made.
+    """The results of one draft under one setting and rule, from its sums by name (an entry of `PassResult`).
 
     Texts of one prompt are resampled together: `prompts` says which each answers. `num_assistant_tokens` is the draft
-    length of acceptance by position, `parameter_ratio` draft ÷ target parameters; `as_transformers` are the sums of the
-    draft as transformers warps it, where that differs. Without `has_blocks` (the target did not write the texts under
-    this very setting) only acceptance is given.
+    length of acceptance by position, `parameter_ratio` draft ÷ target parameters. Without `has_blocks` (the target did
+    not write the texts under this very setting) only acceptance is given.
     """
+    sums = scored[verification]
     result = SettingResult(
         decoding=setting,
         verification=verification,
@@ -73,8 +72,10 @@ def setting_result(
         length: mbsu(estimate.value, length, parameter_ratio=parameter_ratio)
         for length, estimate in result.block_efficiency.items()
     }
-    if as_transformers is not None:
-        result.transformers_block_efficiency = _block_efficiency(as_transformers, prompts)
+    if verification == "rejection_sampling" and AS_TRANSFORMERS in scored:
+        result.transformers_block_efficiency = _block_efficiency(scored[AS_TRANSFORMERS], prompts)
+    if in_one_pass(verification) in scored:
+        result.parallel = parallel_result(scored[in_one_pass(verification)], prompts)
     return result
 
 
@@ -87,9 +88,7 @@ def paired_difference(
     *,
     has_blocks: bool,
 ) -> PairedDifference:
-    """Draft minus baseline on the same texts, from their sums by name (`PassResult.drafts`). Other arguments as in
-    `setting_result`.
-    """
+    """Draft minus baseline on the same texts; arguments as in `setting_result`."""
     ours, theirs = draft[verification], baseline[verification]
     columns = (ours.acceptance, ours.num_tokens, theirs.acceptance, theirs.num_tokens)
     difference = PairedDifference(

@@ -93,10 +93,10 @@ def report_cells(report: SpeculationReport) -> Iterator[list[str]]:
         difference = differences[index] if differences else None
         changes = (difference.acceptance_rate, (difference.block_efficiency or {}).get(length)) if difference else ()
         yield [one_line(setting.words)]
-        for place, (label, show) in enumerate(_rows(length, batch_sizes)):
-            cells = [show(settings[index]) for _, settings in columns]
+        by_column = [_rows(settings[index], length, batch_sizes) for _, settings in columns]
+        for place, row in enumerate(zip(*by_column, strict=True)):
             change = [estimate_text(changes[place], "+.2f") if place < len(changes) else ""] if differences else []
-            yield [f" {label}", *cells, *change]
+            yield [f" {row[0][0]}", *(cell for _, cell in row), *change]
         for place, by_size in enumerate(setting.draft_vocabulary or []):
             cells = [_of_size(settings[index], place, length) for _, settings in columns]
             yield [f" {by_size.size:,} tokens proposed", *cells, *([""] if differences else [])]
@@ -138,45 +138,42 @@ def _folded(cell: str) -> str:
     return "\n".join(fill(line, 14) for line in lines)
 
 
-def _rows(length: int, batch_sizes: Iterable[int]) -> list[tuple[str, Callable[[SettingResult], str]]]:
-    """The rows of a setting; the first two have a paired difference."""
-
-    def tokens(efficiency: Mapping[int, Estimate] | None) -> str:
-        return estimate_text((efficiency or {}).get(length))
-
-    def share(run: AssistedResult | None) -> str:
-        return "" if run is None or run.share_of_limit is None else f"{run.share_of_limit:.0%}"
-
-    def parallel(of: SettingResult) -> str:
-        run = of.parallel and of.parallel.speculative
-        return f"{_measured(run)} at {run.num_assistant_tokens}" if run else ""
-
+def _rows(of: SettingResult, length: int, batch_sizes: Iterable[int]) -> list[tuple[str, str]]:
+    """The rows of a setting, labels and values; the first two have a paired difference."""
+    parallel = of.parallel
+    run = parallel.speculative if parallel else None
     return [
-        ("acceptance rate", lambda of: estimate_text(of.acceptance_rate)),
-        (f"tokens/call, γ={length}", lambda of: tokens(of.block_efficiency)),
-        (f"  in one pass, γ={length}", lambda of: tokens(of.parallel and of.parallel.block_efficiency)),
-        (f"MBSU, γ={length}", lambda of: f"{of.mbsu[length]:.2f}x" if of.mbsu and length in of.mbsu else ""),
-        ("predicted, at γ", lambda of: _prediction(of.recommendation)),
-        ("measured at γ", lambda of: str(of.assisted.num_assistant_tokens) if of.assisted else ""),
-        ("assistant_model=", lambda of: _measured(of.assisted)),
-        ("  of the limit", lambda of: share(of.assisted)),
-        ("SpeculativeDecoding", lambda of: _measured(of.speculative)),
-        ("  of the limit", lambda of: share(of.speculative)),
-        ("  in parallel, at γ", parallel),
-        ("tokens/s", _rate),
-        *[
-            (f"in batches of {size}", lambda of, size=size: _measured((of.speculative_batches or {}).get(size)))
-            for size in batch_sizes
-        ],
+        ("acceptance rate", estimate_text(of.acceptance_rate)),
+        (f"tokens/call, γ={length}", _tokens(of.block_efficiency, length)),
+        (f"  in one pass, γ={length}", _tokens(parallel.block_efficiency if parallel else None, length)),
+        (f"MBSU, γ={length}", f"{of.mbsu[length]:.2f}x" if of.mbsu and length in of.mbsu else ""),
+        ("predicted, at γ", _prediction(of.recommendation)),
+        ("measured at γ", str(of.assisted.num_assistant_tokens) if of.assisted else ""),
+        ("assistant_model=", _measured(of.assisted)),
+        ("  of the limit", _share_of_limit(of.assisted)),
+        ("SpeculativeDecoding", _measured(of.speculative)),
+        ("  of the limit", _share_of_limit(of.speculative)),
+        ("  in parallel, at γ", f"{_measured(run)} at {run.num_assistant_tokens}" if run else ""),
+        ("tokens/s", _rate(of)),
+        *((f"in batches of {size}", _measured((of.speculative_batches or {}).get(size))) for size in batch_sizes),
     ]
 
 
 def _of_size(result: SettingResult, place: int, length: int) -> str:
     """Tokens per target call, and the predicted speed, of a draft that proposes only some tokens."""
-    if place >= len(result.draft_vocabulary or []):
+    sizes = result.draft_vocabulary or []
+    if place >= len(sizes):
         return ""
-    found = (result.draft_vocabulary or [])[place]
-    return ", ".join(filter(None, [estimate_text((found.block_efficiency or {}).get(length)), _prediction(found)]))
+    found = sizes[place]
+    return ", ".join(filter(None, [_tokens(found.block_efficiency, length), _prediction(found)]))
+
+
+def _tokens(efficiency: Mapping[int, Estimate] | None, length: int) -> str:
+    return estimate_text((efficiency or {}).get(length))
+
+
+def _share_of_limit(run: AssistedResult | None) -> str:
+    return "" if run is None or run.share_of_limit is None else f"{run.share_of_limit:.0%}"
 
 
 def estimate_text(estimate: Estimate | None, form: str = ".2f") -> str:

@@ -271,8 +271,9 @@ def check_ids(texts: TextSet, vocab_size: int) -> None:
 
 
 def by_this_target(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) -> tuple[list[TextSet], list[str]]:
-    """The text sets, those of which a row names another target, another commit or other weights no longer exact, and
-    what to say about them: such texts do not tell this target's block efficiency.
+    """The text sets with `is_exact` false where a row names another target, commit or weights; and a warning of it.
+
+    Texts of another target say nothing about this target's block efficiency.
     """
     own = identity_of(target_model)
     judged = [
@@ -291,9 +292,9 @@ def by_this_target(target_model: PreTrainedModel, text_sets: Sequence[TextSet]) 
 
 
 def plausibility_warnings(target_model: PreTrainedModel, texts: TextSet, share: float) -> list[str]:
-    """Tokens that the target would not have written under the setting they are recorded with.
+    """A warning where some tokens are not what the target would have written under their setting.
 
-    Texts that claim nothing are not judged. `share` is that of the tokens that the target could have written.
+    `share` is the share of tokens that it could have written. Texts that are not exact anyway are not judged.
     """
     if not texts.is_exact or share == 1:
         return []
@@ -312,7 +313,10 @@ def plausibility_warnings(target_model: PreTrainedModel, texts: TextSet, share: 
 def suppressed_token_warnings(
     draft_models: Sequence[PreTrainedModel], target_model: PreTrainedModel, vocab_size: int
 ) -> list[str]:
-    """Drafts that `generate` keeps from proposing some tokens: the numbers computed here do not know that."""
+    """A warning for each draft whose generation config keeps `generate` from proposing some tokens.
+
+    The numbers computed here take no notice of that.
+    """
     targets = set(target_model.generation_config.suppress_tokens or ())
     found = []
     for draft in draft_models:

@@ -1,6 +1,6 @@
 """Which tokens does a draft miss? By their kind, by their place in the answer, and in a few answers token by token."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -56,8 +56,9 @@ def _kind(piece: str, before: str) -> str:
 
 
 def add_token_results(result: SettingResult, sums: TextSums, texts: TextSet, kinds: Sequence[Sequence[str]]) -> None:
-    """Put acceptance by kind and by place into the results of one setting, from what the draft scored on texts that the
-    target wrote under this very setting, and the kind of each of their tokens.
+    """Put acceptance by kind and by place into the results of one setting.
+
+    `sums` are the draft's on `texts`, which the target wrote under this very setting; `kinds` are those of each token.
     """
     by_kind = _rates(kinds, sums, texts.prompts)
     result.acceptance_by_kind = {kind: by_kind[kind] for kind in KINDS if kind in by_kind}
@@ -69,19 +70,17 @@ def add_token_results(result: SettingResult, sums: TextSums, texts: TextSet, kin
 
 def _rates(labels: Sequence[Sequence[T]], sums: TextSums, prompts: Sequence[int]) -> dict[T, KindResult]:
     """For each label: the acceptance of its tokens, and how many there are."""
-    total: Counter[tuple[T, int]] = Counter()
-    count: Counter[tuple[T, int]] = Counter()
+    total: dict[T, list[float]] = defaultdict(lambda: [0.0] * len(labels))
+    count: dict[T, list[int]] = defaultdict(lambda: [0] * len(labels))
     for text, (each, accepted) in enumerate(zip(labels, sums.accepted, strict=True)):
         for label, value in zip(each, accepted.tolist(), strict=True):
-            total[label, text] += value
-            count[label, text] += 1
+            total[label][text] += value
+            count[label][text] += 1
     rates = {}
-    for label in dict.fromkeys(label for label, _ in count):
-        columns = torch.tensor(
-            [[of[label, text] for text in range(len(labels))] for of in (total, count)], dtype=torch.float64
-        )
+    for label in count:
+        columns = torch.tensor([total[label], count[label]], dtype=torch.float64)
         rate = bootstrap_ratio(*by_prompt(prompts, *columns))
-        rates[label] = KindResult(acceptance_rate=rate, num_tokens=int(columns[1].sum()))
+        rates[label] = KindResult(acceptance_rate=rate, num_tokens=sum(count[label]))
     return rates
 
 

@@ -33,7 +33,8 @@ _UNITED = ("tags", "task_categories")
 def marked(name: str, content: str) -> str:
     """A section between its marks; an empty one keeps them, so that it can be filled later."""
     body = content.strip("\n")
-    return f"<!-- draftkd:begin {name} | {_HINT} -->\n{body}{chr(10) if body else ''}<!-- draftkd:end {name} -->\n"
+    body = f"{body}\n" if body else ""
+    return f"<!-- draftkd:begin {name} | {_HINT} -->\n{body}<!-- draftkd:end {name} -->\n"
 
 
 def sections_of(text: str) -> dict[str, str]:

@@ -39,9 +39,9 @@ class Repository:
 
     @classmethod
     def look(cls, api: HfApi, repo_id: str, *, private: bool | None, afterwards: str, **which: Any) -> "Repository":
-        """Look it up, `which` being its `repo_type` and `revision`. A public one is refused where it is to be private.
+        """Look it up; `which` are its `repo_type` and `revision`. A public one is refused if it is to be `private`.
 
-        A name without an owner is that of the user who is logged in.
+        A name without an owner is one of the user who is logged in.
         """
         with hub_errors(f"looking at {repo_id}", afterwards=afterwards, token=api.token):
             if "/" not in repo_id and api.token is not None:

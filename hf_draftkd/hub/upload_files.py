@@ -94,9 +94,9 @@ class DraftFolder:
 def look_at_folder(folder: str | Path, report: str | Path | SpeculationReport | None = None) -> DraftFolder:
     """Check a draft's folder and read what describes it; nothing is loaded and nothing is asked of the Hub.
 
-    Without `report`, the report or its file, one is looked for in the folder, and beside it, where the quickstart puts
-    it. What lies beside the folder nobody named: it may be a neighbour's, and is left out if it does not fit, and of
-    the pictures there those in `plots` count.
+    `report` is the report or its file. Without it, one is looked for in the folder, and then beside it, where the
+    quickstart puts it. A report beside the folder may be a neighbour's: it is left out if it does not fit, and of the
+    pictures there only those in `plots` count.
     """
     checkpoint = _check_folder(folder)
     path = Path(checkpoint.name)
@@ -237,9 +237,9 @@ def plot_files(folders: Iterable[Path]) -> list[PlannedFile]:
 
 
 def shard_files(folder: Path, count: int, target: str, public: str, scratch: Path) -> list[PlannedFile]:
-    """The shards of finished alignment data, in whose rows strangers read the `public` name of the target.
+    """The shards of finished alignment data, with the `public` name of the target in their rows.
 
-    Where that is another than theirs, shards are written again into the `scratch` folder, on whose disk they must fit.
+    Where the rows name it otherwise, shards are written again into the `scratch` folder: its disk must hold them.
     """
     paths = [shard_path(folder, number, count) for number in range(count)]
     if public != target:

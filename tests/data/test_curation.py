@@ -111,3 +111,5 @@ def test_bad_input(tokenizer):
         curate_prompts(Dataset.from_dict({"text": [1]}), tokenizer)
     with pytest.raises(ValueError, match="opening_tokens"):
         curate_prompts(data, tokenizer, opening_tokens=0)
+    with pytest.raises(ValueError, match="limit"):
+        curate_prompts(data, tokenizer, limit=0)

@@ -29,7 +29,7 @@ from hf_draftkd.evaluation.engines.measure import (
 from hf_draftkd.evaluation.engines.protocol import Engine, EngineAnswer, ServedPair
 from hf_draftkd.evaluation.html import render_page
 from hf_draftkd.evaluation.plots import speed_by_length_figure
-from hf_draftkd.evaluation.report import ParallelResult, SpeculationReport
+from hf_draftkd.evaluation.report import EngineResult, ParallelResult, SpeculationReport
 from hf_draftkd.evaluation.tables import ReportTable
 from hf_draftkd.hub.report_tables import engine_table
 from tests.evaluation import samples
@@ -512,12 +512,30 @@ def test_the_reported_command_holds_no_path_of_this_machine(tmp_path, monkeypatc
     assert "org/target" in measure._flags(ENGINES[name], replace(PAIR, target="org/target"))
 
 
+def served(length, efficiency, target_step, calls, speedup):
+    """What vLLM measured, as far as a recommendation depends on it."""
+    counts = dict.fromkeys(("num_prompts", "num_rounds", "num_spec_steps"), 1)
+    counts |= dict.fromkeys(("num_draft_tokens", "num_accepted_draft_tokens"), 1)
+    return EngineResult(
+        engine="vllm",
+        version="0.32.0",
+        decoding=GREEDY,
+        num_assistant_tokens=length,
+        **counts,
+        mean_acceptance_length=efficiency[length],
+        draft_acceptance_rate=1.0,
+        tokens_per_second=1.0,
+        call_seconds=calls,
+        target_step_seconds=target_step,
+        speedup=speedup,
+    )
+
+
 def test_the_best_length_follows_from_times_in_the_engine():
     """Calls of 3 + γ: with block efficiency 1 + γ/2 for γ ≤ 3 and 2.5 beyond, γ = 3 is best, by hand 2.5 · 3 ÷ 6."""
     efficiency = {length: Estimate(min(1 + length / 2, 2.5), None, None) for length in range(1, 17)}
-    found = recommend_in_engine(
-        "vllm", GREEDY, 8, efficiency[8], efficiency, 3.0, {1: 4.0, 8: 11.0}, Estimate(0.75, 0.7, 0.8)
-    )
+    result = served(8, efficiency, 3.0, {1: 4.0, 8: 11.0}, Estimate(0.75, 0.7, 0.8))
+    found = recommend_in_engine(result, efficiency)
     assert found.num_assistant_tokens == 3
     assert found.predicted_speedup == pytest.approx(1.25)
     assert found.worth_it
@@ -528,9 +546,8 @@ def test_the_best_length_follows_from_times_in_the_engine():
 def test_no_length_is_best_by_times_that_a_busy_machine_took():
     """By steps of 7, 20 and 11 ms a draft of 11 tokens would have been best."""
     efficiency = {length: Estimate(1 + length / 4, None, None) for length in range(1, 17)}
-    found = recommend_in_engine(
-        "vllm", GREEDY, 4, efficiency[4], efficiency, 9.0, {1: 7.0, 4: 20.0, 8: 11.0}, Estimate(1.25, 1.1, 1.4)
-    )
+    result = served(4, efficiency, 9.0, {1: 7.0, 4: 20.0, 8: 11.0}, Estimate(1.25, 1.1, 1.4))
+    found = recommend_in_engine(result, efficiency)
     assert found.num_assistant_tokens == 4
     assert found.worth_it
     assert "with 1, 4, 8 draft tokens do not grow" in found.reason

@@ -69,7 +69,7 @@ def test_greedy_block_efficiency_equals_the_counted_one_to_the_last_digit(archit
     scored = score_texts(target, [draft], texts, setting, vocab_size=vocab_size, batch_size=3)
     assert scored.share_plausible == 1
     computed = setting_result(
-        setting, EXACT, scored.drafts[0][EXACT], range(len(texts)), num_assistant_tokens=5, parameter_ratio=1.0
+        setting, EXACT, scored.drafts[0], range(len(texts)), num_assistant_tokens=5, parameter_ratio=1.0
     ).block_efficiency
     seen = set()
     for gamma in (1, 4):

@@ -38,9 +38,7 @@ def test_greedy_block_efficiency_equals_the_counted_one_for_every_size():
     )  # fmt: skip
     found = []
     for ids, sums in zip(lists, scored.listed, strict=True):
-        result = setting_result(
-            DecodingSetting(), EXACT, sums[EXACT], range(5), num_assistant_tokens=4, parameter_ratio=1.0
-        )
+        result = setting_result(DecodingSetting(), EXACT, sums, range(5), num_assistant_tokens=4, parameter_ratio=1.0)
         for length in (1, 4):
             assert result.block_efficiency[length].value == counted(
                 target, draft, prompts, ids, length, do_sample=False
@@ -61,7 +59,7 @@ def test_sampled_block_efficiency_is_the_counted_one_within_its_interval():
     )
     rule = "rejection_sampling"
     expected = setting_result(
-        setting, rule, scored.listed[0][rule], range(30), num_assistant_tokens=4, parameter_ratio=1.0
+        setting, rule, scored.listed[0], range(30), num_assistant_tokens=4, parameter_ratio=1.0
     ).block_efficiency[4]
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "num_return_sequences": 10}
     found = counted(target, draft, prompts, IDS, 4, **sampling)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from hf_draftkd.evaluation.engines import ENGINES
 from hf_draftkd.utils.checks import one_of, whole_number
 from hf_draftkd.utils.fields import option
 
@@ -46,7 +47,7 @@ class EngineConfig:
             if given or self.launch:
                 raise ValueError(f"`{(given or ['launch'])[0]}` needs `engine`: llama.cpp, vllm or openvino.")
             return
-        one_of("engine", self.engine, ("llama.cpp", "vllm", "openvino"))
+        one_of("engine", self.engine, ENGINES)
         for name in ("engine_threads", "engine_rounds", "engine_prompts"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name))

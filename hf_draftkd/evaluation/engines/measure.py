@@ -253,13 +253,12 @@ def _measure(
     with served(replace(pair, draft=None)) as plain_url, served(pair) as url:
         version = engine.version(url)
         plain, assisted = _in_turns(questions, plain_url, url, tokenizer, config.engine_rounds)
-        calls = {length: questions.step_seconds(url, assisted, "num_spec_steps")}
+        call = questions.step_seconds(url, assisted, "num_spec_steps")
         target_step = questions.step_seconds(plain_url, plain, "num_later_tokens") if plain_url else None
     tokens, seconds, steps, drafted, accepted = (
         _sums(assisted, name)
         for name in ("num_tokens", "seconds", "num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens")
     )
-    counted = bootstrap_ratio(_sums(assisted, "num_later_tokens"), steps)
     result = EngineResult(
         engine=engine.name,
         version=version,
@@ -276,31 +275,30 @@ def _measure(
         num_spec_steps=sum(steps),
         num_draft_tokens=sum(drafted),
         num_accepted_draft_tokens=sum(accepted),
-        mean_acceptance_length=counted,
+        mean_acceptance_length=bootstrap_ratio(_sums(assisted, "num_later_tokens"), steps),
         predicted_mean_acceptance_length=predicted,
         draft_acceptance_rate=sum(accepted) / sum(drafted),
         predicted_draft_acceptance_rate=None if predicted is None else (predicted.value - 1) / length,
         tokens_per_second=sum(tokens) / sum(seconds),
-        call_seconds=calls,
+        call_seconds={length: call},
     )
     by_kind = {(each.engine, each.decoding, each.flags): each for each in (*(report.engines or []), result)}
     report.engines = list(by_kind.values())  # before what can still fail
     report.warnings += [note for note in _notes(engine, result) if note not in report.warnings]
     if target_step is not None:
         plain_tokens, plain_seconds = (_sums(plain, name) for name in ("num_tokens", "seconds"))
-        speedup = bootstrap_paired_ratio_quotient(tokens, seconds, plain_tokens, plain_seconds)
         result.plain_tokens_per_second = sum(plain_tokens) / sum(plain_seconds)
-        result.speedup, result.target_step_seconds = speedup, target_step
-        given = engine.name, setting, length, counted, efficiency, target_step
-        result.recommendation = recommend_in_engine(*given, calls, speedup)
+        result.speedup = bootstrap_paired_ratio_quotient(tokens, seconds, plain_tokens, plain_seconds)
+        result.target_step_seconds = target_step
+        result.recommendation = recommend_in_engine(result, efficiency)
         for other in _STEP_TIME_LENGTHS if config.launch else ():
             if other != length and other in (efficiency or ()):
                 with served(replace(pair, num_assistant_tokens=other)) as url:
                     questions.ask(url, 0)
                     answers = [[questions.ask(url, place, place)] for place in range(len(prompts[:_STEP_TIME_PROMPTS]))]
-                    calls[other] = questions.step_seconds(url, answers, "num_spec_steps")
-        result.call_seconds = dict(sorted(calls.items()))
-        result.recommendation = recommend_in_engine(*given, calls, speedup)
+                    result.call_seconds[other] = questions.step_seconds(url, answers, "num_spec_steps")
+        result.recommendation = recommend_in_engine(result, efficiency)
+        result.call_seconds = dict(sorted(result.call_seconds.items()))
     return result
 
 
@@ -361,34 +359,22 @@ def _notes(engine: Engine, found: EngineResult) -> Iterator[str]:
         )
 
 
-def recommend_in_engine(
-    engine: str,
-    setting: DecodingSetting,
-    length: int,
-    counted: Estimate,
-    efficiency: dict[int, Estimate] | None,
-    target_step: float,
-    calls: dict[int, float],
-    speedup: Estimate,
-) -> Recommendation:
-    """The verdict for one engine, on the machine that served it with drafts of `length` tokens.
+def recommend_in_engine(found: EngineResult, efficiency: dict[int, Estimate] | None) -> Recommendation:
+    """The verdict for one engine, on the machine that served it, from what was measured with a draft and plainly.
 
-    Args:
-        engine: Its name.
-        setting: How it decoded.
-        length: Draft length that was measured.
-        counted: Tokens per target call at that length.
-        efficiency: Block efficiency by draft length, where it is known for the engine's rule.
-        target_step: Seconds per token of plain decoding there.
-        calls: Seconds of drafting and one target call there, by draft length.
-        speedup: Measured.
+    `efficiency` is block efficiency by draft length, where it is known for the engine's rule.
     """
+    length, calls = found.num_assistant_tokens, found.call_seconds
+    speedup, target_step = found.speedup, found.target_step_seconds
+    assert speedup is not None
+    assert target_step is not None
     lengths = sorted(calls)
     # A longer draft takes longer: where it did not, something else used the machine meanwhile.
     is_steady = all(calls[shorter] < calls[longer] for shorter, longer in pairwise(lengths))
     if len(calls) == 1 or not is_steady:  # what a drafted token takes is not known
         efficiency = None
-    best, expected, break_even = length, counted.value * target_step / calls[length], None
+    best, break_even = length, None
+    expected = found.mean_acceptance_length.value * target_step / calls[length]
     if efficiency is not None:
         # A call takes a fixed time and one for every drafted token.
         slope, fixed = np.polyfit(list(calls), list(calls.values()), deg=1)
@@ -403,8 +389,8 @@ def recommend_in_engine(
     if worth_it and not is_faster(speedup.value):
         verdict = f"Worth it by prediction, with {best} draft tokens a step,"
     reason = (
-        f"{verdict} in {engine} on this machine, {setting}: measured {times_text(speedup)} the plain speed with "
-        f"{length} draft tokens a step"
+        f"{verdict} in {found.engine} on this machine, {found.decoding}: measured {times_text(speedup)} the plain "
+        f"speed with {length} draft tokens a step"
     )
     if not is_steady:
         reason += (
@@ -413,8 +399,8 @@ def recommend_in_engine(
         )
     if efficiency is not None:
         reason += (
-            f"; by step times measured in {engine}, {best} would be best, predicted {expected:.2f} times the plain "
-            "speed after the prompt"
+            f"; by step times measured in {found.engine}, {best} would be best, predicted {expected:.2f} times the "
+            "plain speed after the prompt"
         )
     if speedup.low is not None and speedup.leaves_open(1):
         reason += ". A gain and a loss both lie within this interval: more prompts would decide"
