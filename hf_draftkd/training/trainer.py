@@ -351,7 +351,9 @@ class DraftDistillTrainer(SFTTrainer):
                 if name not in ("train", "mix"):
                     warn_of_other_authors(part, name, self.target_id)
                 part = exact_features(part, self.target_id, first_row=first_rows.get(name), **map_kwargs)
-            parts[name] = usual(part, processing_class, whole, False, None, name)
+            # Where rows hold ids, SFTTrainer says that it ignores the function; of all others it has made texts.
+            ignored = formatting_func if "input_ids" in get_dataset_column_names(part) else None
+            parts[name] = usual(part, processing_class, whole, False, ignored, name)
         dataset = parts[dataset_name]
         if "mix" in parts:
             with global_then_local_main_first():
