@@ -160,6 +160,7 @@ class DraftDistillTrainer(SFTTrainer):
         reference_model: str | PreTrainedModel | None = None,
     ) -> None:
         # What shows without a model is checked first.
+        setup.check_arguments(model, target_model, reference_model, processing_class)
         if args is None:
             args = DraftDistillConfig(f"{setup.model_name(model).split('/')[-1] or 'draft'}-DraftDistill")
         if not isinstance(args, DraftDistillConfig):
@@ -278,6 +279,7 @@ class DraftDistillTrainer(SFTTrainer):
         context = shared_context(*models)
         if trains:
             check_adapter(self.model)
+            setup.check_optimizer(self)
             if not isinstance(model, str):
                 setup.warn_of_lost_updates(self)
             check_writing(self, context, get_dataset_column_names(train_dataset))
