@@ -701,17 +701,22 @@ class DraftDistillTrainer(SFTTrainer):
         Returns:
             What was published; None on processes other than the first.
         """
+        if private is not None:
+            self.args.hub_private_repo = private  # for callbacks too, which may publish something beside the draft
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self.create_model_card(**kwargs)
+        tags = kwargs.pop("tags", None) or []
+        tags = [*([tags] if isinstance(tags, str) else tags), *(unwrapped(self.model).model_tags or ())]
+        self.create_model_card(tags=tags, **kwargs)
         return push_draft(
             self.args.output_dir,
             self.args.hub_model_id or Path(self.args.output_dir).name,
             commit_message=commit_message or "End of training",
             token=token or self.args.hub_token,
             revision=revision or self.args.hub_revision,
-            private=self.args.hub_private_repo if private is None else private,
+            private=self.args.hub_private_repo,
             license=license,
             language=language,
         )
