@@ -112,8 +112,10 @@ def normalize_rows(
 
     Messages, tools and template options come as the chat template reads them (see `messages.py`), and as JSON, in which
     rows that differ do not lend each other their keys. A `formatting_func` makes the text of a row that holds no token
-    ids.
+    ids. Ids come as lists, whatever `set_format` made of them: arrays would be added up where lists are joined.
     """
+    if not isinstance(dataset, Dataset) or dataset.format["type"] != "custom":  # SFTTrainer refuses a transform
+        dataset = dataset.with_format(None)
     first = next(iter(dataset), None)
     if first is None:
         return dataset
@@ -128,6 +130,8 @@ def normalize_rows(
         return dataset
     if names == ("input_ids",):
         beside = [column for column in _BESIDE_IDS if column in columns and _holds_whole_numbers(dataset, column)]
+        if isinstance(dataset, Dataset) and not set(PER_TOKEN) & set(beside):
+            _check_unpadded(dataset, name)
         dataset = dataset.select_columns([*names, *beside])
         if isinstance(dataset, Dataset):
             _check_masks(dataset, name)
@@ -183,6 +187,21 @@ def _check_filled(dataset: Dataset, names: Sequence[str], name: str) -> None:
             raise ValueError(
                 f"Row {first + int(empty.argmax())} (counted from 0) of the {name} dataset lacks {needed}, by which "
                 "its rows are read. Take it out; rows of another format can be mixed in as `mix_dataset`."
+            )
+
+
+def _check_unpadded(dataset: Dataset, name: str) -> None:
+    """Refuse ids that a tokenizer padded: the collator makes its own mask, and padding would be learned like text."""
+    if not _holds_whole_numbers(dataset, "attention_mask"):
+        return
+    for first, table in tables(dataset, ["attention_mask"]):
+        masks = table["attention_mask"]
+        if pc.min(pc.list_flatten(masks)).as_py() == 0:
+            number = next(number for number, mask in enumerate(masks.to_pylist(), first) if 0 in (mask or ()))
+            raise ValueError(
+                f"Row {number} (counted from 0) of the {name} dataset holds padding (its `attention_mask` has zeros), "
+                "which would be learned like text. Tokenize without `padding`, since batches are padded as they are "
+                "made, or give `labels` that are -100 there."
             )
 
 

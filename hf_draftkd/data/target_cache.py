@@ -96,7 +96,8 @@ def cache_target_distributions(
 
     # `map` would pickle the target to name its result; this names it by what decides it.
     decisive = (dataset._fingerprint, weights_fingerprint(target_model), options, vocab_size)
-    return dataset.map(
+    rows = dataset.with_format(None)  # lists, whatever `set_format` made of them
+    return rows.map(
         add,
         batched=True,
         batch_size=batch_size,

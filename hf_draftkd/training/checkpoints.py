@@ -84,6 +84,11 @@ def check_options(checkpoint: str | Path, args: DraftDistillConfig) -> None:
     checkpoint's whatever is asked for.
     """
     recorded = _recorded(Path(checkpoint))
+    if recorded.get("save_only_model"):
+        raise ValueError(
+            f"{str(checkpoint)!r} holds weights alone (`save_only_model`): the optimizer would start anew, and the "
+            "learning rate at its first step. Resume from another one, or begin a new run with this one as `model`."
+        )
     for name, value in _options(args).items():
         if name in recorded and recorded[name] != value:
             raise ValueError(

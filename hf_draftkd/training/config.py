@@ -333,6 +333,15 @@ class DraftDistillConfig(SFTConfig):
                 "`padding_free` with `lmbda` or `seq_kd`."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, which makes JSON of the draft's quantisation config, but not of the target's."""
+        made = super().to_dict()
+        kwargs = made["target_model_init_kwargs"]
+        if isinstance(kwargs, dict) and hasattr(kwargs.get("quantization_config"), "to_dict"):
+            quantization = kwargs["quantization_config"].to_dict()
+            made["target_model_init_kwargs"] = kwargs | {"quantization_config": quantization}
+        return made
+
     @property
     def writes_completions(self) -> bool:
         """Whether completions are written while training."""

@@ -17,7 +17,7 @@ from hf_draftkd.data.formats import PER_TOKEN, check_format, check_labels, check
 from hf_draftkd.data.mixing import check_mix
 from hf_draftkd.data.target_cache import CacheFacts
 from hf_draftkd.decoding.drafting import checked_vocabulary
-from hf_draftkd.models.draft_length import recorded_vocabulary, store_draft_settings
+from hf_draftkd.models.draft_length import drop_idle_sampling, recorded_vocabulary, store_draft_settings
 from hf_draftkd.models.forward import HeadArithmetic, unwrapped
 from hf_draftkd.models.identity import checkpoint_of
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer
@@ -59,6 +59,22 @@ def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
     """The data sets that were given, by name; `eval_dataset` may be several."""
     evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
     return {name: data for name, data in {"train": train_dataset, **evals}.items() if data is not None}
+
+
+def check_arguments(model: Any, target_model: Any, reference_model: Any, tokenizer: Any) -> None:
+    """Refuse what is neither a model nor its name, by the name of the argument, and what is no tokenizer."""
+    given_models = {"model": model, "target_model": target_model, "reference_model": reference_model}
+    for name, given in given_models.items():
+        if not isinstance(given, str | torch.nn.Module) and (given is not None or name == "model"):
+            instead = " Give `args` by name: here the target comes before it." if name == "target_model" else ""
+            raise ValueError(
+                f"`{name}` must be a model, or its id or path as text, got a `{type(given).__name__}`.{instead}"
+            )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+        raise ValueError(
+            "`processing_class` must be the tokenizer that draft and target share, got a "
+            f"`{type(tokenizer).__name__}`. Load it with `load_tokenizer`; a processor has it as `.tokenizer`."
+        )
 
 
 def check_datasets(
@@ -171,6 +187,7 @@ def prepare_pair(
             check_weights_apart(draft, target)
         target.eval().requires_grad_(False)
         align_vocabulary(unwrapped(draft), target, tokenizer)
+    drop_idle_sampling(unwrapped(draft).generation_config)  # without a target too: it could not be saved
     tokenizer.pad_token_id = pad_id(unwrapped(draft), tokenizer.pad_token_id, tokenizer.eos_token_id)
     return draft, target, tokenizer
 
@@ -205,7 +222,11 @@ def _shared_tokenizer(draft: Any, target: Any) -> PreTrainedTokenizerBase:
         # A model in memory may come from where no tokenizer lies.
         with suppress(ValueError):
             return checkpoint_of(target).tokenizer
-    return draft.tokenizer if isinstance(draft, Checkpoint) else load_tokenizer(model_name(draft))
+    if isinstance(draft, Checkpoint):
+        return draft.tokenizer
+    if not model_name(draft):
+        raise ValueError("Neither model says where its tokenizer lies. Give the tokenizer as `processing_class`.")
+    return load_tokenizer(model_name(draft))
 
 
 def fit_to_data(
@@ -337,6 +358,22 @@ def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Modul
         for tensor in (*target.parameters(), *target.buffers()):
             torch.distributed.broadcast(tensor.data, src=0)
     return target
+
+
+def check_optimizer(trainer: Any) -> None:
+    """Refuse an optimizer that was made for other parameters than those that learn now."""
+    if trainer.optimizer is None:
+        return
+    given = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    learning = {id(parameter): name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    left_out = [name for key, name in learning.items() if key not in given]
+    if left_out and given - learning.keys():
+        raise ValueError(
+            f"The optimizer in `optimizers` was made before the draft took its final form: it lacks {left_out[0]!r}, "
+            f"and holds {len(given - learning.keys())} parameters that do not learn. An adapter (`peft_config`), and "
+            "fitting the vocabulary to the target's, replace parameters. Give `optimizer_cls_and_kwargs` instead, or "
+            "call `align_vocabulary` or `get_peft_model` before making the optimizer."
+        )
 
 
 def warn_of_lost_updates(trainer: Any) -> None:

@@ -160,6 +160,7 @@ class DraftDistillTrainer(SFTTrainer):
         reference_model: str | PreTrainedModel | None = None,
     ) -> None:
         # What shows without a model is checked first.
+        setup.check_arguments(model, target_model, reference_model, processing_class)
         if args is None:
             args = DraftDistillConfig(f"{setup.model_name(model).split('/')[-1] or 'draft'}-DraftDistill")
         if not isinstance(args, DraftDistillConfig):
@@ -278,6 +279,7 @@ class DraftDistillTrainer(SFTTrainer):
         context = shared_context(*models)
         if trains:
             check_adapter(self.model)
+            setup.check_optimizer(self)
             if not isinstance(model, str):
                 setup.warn_of_lost_updates(self)
             check_writing(self, context, get_dataset_column_names(train_dataset))
@@ -351,7 +353,9 @@ class DraftDistillTrainer(SFTTrainer):
                 if name not in ("train", "mix"):
                     warn_of_other_authors(part, name, self.target_id)
                 part = exact_features(part, self.target_id, first_row=first_rows.get(name), **map_kwargs)
-            parts[name] = usual(part, processing_class, whole, False, None, name)
+            # Where rows hold ids, SFTTrainer says that it ignores the function; of all others it has made texts.
+            ignored = formatting_func if "input_ids" in get_dataset_column_names(part) else None
+            parts[name] = usual(part, processing_class, whole, False, ignored, name)
         dataset = parts[dataset_name]
         if "mix" in parts:
             with global_then_local_main_first():
@@ -697,17 +701,22 @@ class DraftDistillTrainer(SFTTrainer):
         Returns:
             What was published; None on processes other than the first.
         """
+        if private is not None:
+            self.args.hub_private_repo = private  # for callbacks too, which may publish something beside the draft
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self.create_model_card(**kwargs)
+        tags = kwargs.pop("tags", None) or []
+        tags = [*([tags] if isinstance(tags, str) else tags), *(unwrapped(self.model).model_tags or ())]
+        self.create_model_card(tags=tags, **kwargs)
         return push_draft(
             self.args.output_dir,
             self.args.hub_model_id or Path(self.args.output_dir).name,
             commit_message=commit_message or "End of training",
             token=token or self.args.hub_token,
             revision=revision or self.args.hub_revision,
-            private=self.args.hub_private_repo if private is None else private,
+            private=self.args.hub_private_repo,
             license=license,
             language=language,
         )

@@ -53,6 +53,11 @@ def test_top_k_and_tail_are_those_of_the_target(target, data, temperature, batch
         assert row["target_temperature"] == temperature
 
 
+def test_rows_are_read_as_lists_whatever_format_was_set(target, data):
+    expected, found = (cache_target_distributions(each, target, top_k=5) for each in (data, data.with_format("torch")))
+    assert list(found) == list(expected)
+
+
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_every_architecture_gives_its_own_distribution(architecture):
     """Right padding and `logits_to_keep` must mean the same for learned and for rotary positions."""

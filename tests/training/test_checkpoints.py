@@ -105,6 +105,9 @@ def test_weights_alone_are_not_resumed_from(tmp_path, pair, tokenizer):
     path, skipped = last_complete_checkpoint(tmp_path)
     assert path is None
     assert all("`save_only_model`" in each for each in skipped)
+    resumed = build(tmp_path, pair, tokenizer, **SAVING | {"max_steps": 8})
+    with pytest.raises(ValueError, match="holds weights alone"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
 def test_without_a_complete_checkpoint_resuming_is_refused(tmp_path, pair, tokenizer):

@@ -1,7 +1,11 @@
 """The configuration: sane on a machine without a GPU, and no value accepted that would do nothing or do harm."""
 
+import json
+
 import pytest
+import torch
 import yaml
+from transformers import BitsAndBytesConfig
 
 from hf_draftkd import DraftDistillConfig
 from hf_draftkd.cli.options import parse
@@ -100,3 +104,14 @@ def test_every_option_can_be_given_as_text(tmp_path):
     )
     assert config.divergence_options == {"beta": 0.25}
     assert config.target_model_init_kwargs == {"dtype": "bfloat16"}
+
+
+def test_a_quantised_target_can_be_logged(tmp_path):
+    """Fault: TensorBoard and others write the arguments as JSON, and a run with `BitsAndBytesConfig` ended there."""
+    quantization = BitsAndBytesConfig(load_in_8bit=True)
+    kwargs = {"dtype": torch.float32, "quantization_config": quantization}
+    args = DraftDistillConfig(str(tmp_path), target_model_init_kwargs=kwargs)
+    written = json.loads(args.to_json_string())["target_model_init_kwargs"]
+    assert written["dtype"] == "float32"
+    assert written["quantization_config"]["load_in_8bit"] is True
+    assert args.target_model_init_kwargs["quantization_config"] is quantization

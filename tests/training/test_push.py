@@ -1,8 +1,9 @@
 """`trainer.push_to_hub()` through the real client, against a Hub on loopback."""
 
 import pytest
+from huggingface_hub import ModelCard
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tests.hub.conftest import hub as hub  # the fixture
 from tests.training.rows import alignment_rows
@@ -29,3 +30,20 @@ def test_a_lora_draft_is_published_merged_in_one_commit_without_pickles(hub, tmp
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "copy" / name).write_bytes(files[name])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "copy").num_parameters() == num_parameters
+
+
+class Tags(TrainerCallback):
+    """As trackio's callback does: published beside the draft, and named on its card."""
+
+    def on_push_begin(self, args, state, control, model, **kwargs):
+        model.add_model_tags([f"private:{args.hub_private_repo}"])
+
+
+def test_what_callbacks_do_before_a_push_stands_on_the_card(hub, tmp_path, pair, tokenizer):
+    """Fault: `on_push_begin` was never called, and `add_model_tags` had no effect."""
+    rows = alignment_rows(pair[1], tokenizer)
+    trainer = build(tmp_path / "out", pair, tokenizer, rows, callbacks=[Tags()], hub_model_id="me/draft")
+    trainer.push_to_hub(private=True, license="mit", tags="mine")
+    tags = ModelCard(hub.repos["me/draft"].files()["README.md"].decode()).data.tags
+    assert {"mine", "private:True", "hf_draftkd"} <= set(tags)
+    assert len(tags) == len(set(tags))

@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset, load_dataset
 
 from tests.tiny import tiny_tokenizer
+from tests.training.rows import alignment_rows
 from tests.training.trainers import build
 
 TEMPLATE = (
@@ -130,6 +131,35 @@ def test_ids_keep_their_labels_and_nothing_else(learned, tokenizer):
     assert learned([{"input_ids": ids, "labels": "good"}]) == [("one two", "one two")]
     with pytest.raises(ValueError, match=r"Row 1 .*`labels` of different lengths"):
         learned([masked, {"input_ids": ids, "labels": [1]}])
+
+
+def test_padding_that_a_tokenizer_left_is_not_learned(learned, tokenizer):
+    """Fault: the collator's own mask counts every id, so half of what was learned was padding."""
+    text = tokenizer(["one two three", "one"])
+    padded = tokenizer(["one two three", "one"], padding=True)
+    ids = Dataset.from_dict(dict(text))
+    assert [found for found, _ in learned(ids)] == ["one two three", "one"]
+    with pytest.raises(ValueError, match=r"Row 1 .*train dataset holds padding"):
+        learned(Dataset.from_dict(dict(padded)))
+    # Whoever says what is learned has seen to it.
+    labels = [[each if each != tokenizer.pad_token_id else -100 for each in row] for row in padded["input_ids"]]
+    assert [found for _, found in learned(Dataset.from_dict({**padded, "labels": labels}))] == ["one two three", "one"]
+
+
+def test_a_formatting_function_that_rows_of_ids_do_not_need_is_said_to_be_ignored(learned, tokenizer, caplog):
+    rows = [{"input_ids": tokenizer("one two")["input_ids"]}]
+    assert learned(rows, formatting_func=lambda row: "three") == [("one two", "one two")]
+    assert "`formatting_func` will be ignored" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_rows_come_as_lists_whatever_format_was_set(tmp_path, pair, tokenizer, kind, streamed):
+    """Fault: `prompt_ids + completion_ids` added arrays up, or failed because their lengths differed."""
+    rows = alignment_rows(pair[1], tokenizer, count=2)
+    rows = rows.to_iterable_dataset() if streamed else rows
+    expected, found = (build(tmp_path, pair, tokenizer, each).train_dataset for each in (rows, rows.with_format(kind)))
+    assert list(found) == list(expected)
 
 
 def test_a_formatting_function_reads_every_column_and_leaves_none(learned):

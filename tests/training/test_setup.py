@@ -1,22 +1,23 @@
 """Drafts that could not learn, or would be saved as another model than was trained: refused before training."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import ParallelismConfig
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from trl import SFTConfig
 
-from hf_draftkd import DraftDistillTrainer, load_target
+from hf_draftkd import DraftDistillConfig, DraftDistillTrainer, cache_target_distributions, load_target
 from hf_draftkd.models.pairing import check_weights_apart
 from hf_draftkd.models.resolve import resolve
 from hf_draftkd.training import setup
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
-from tests.training.trainers import build, config
+from tests.training.trainers import build, config, weights
 
 LORA = LoraConfig(target_modules=["q_proj"])
 
@@ -331,6 +332,61 @@ def test_the_configuration_of_another_trainer_is_refused_by_name(tmp_path, pair,
             train_dataset=alignment_rows(pair[1], tokenizer, count=2),
             processing_class=tokenizer,
         )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": None}, "`model` must be a model, or its id or path as text, got a `NoneType`"),
+        ({"model": Path("draft")}, "`model` must be .* as text, got a `PosixPath`"),
+        ({"target_model": DraftDistillConfig}, "got a `type`. Give `args` by name"),
+        ({"processing_class": "org/target"}, "must be the tokenizer that .* got a `str`"),
+        ({"processing_class": None}, "Neither model says where its tokenizer lies"),
+    ],
+    ids=str,
+)
+def test_an_argument_of_another_kind_is_refused_by_name(tmp_path, pair, tokenizer, arguments, message):
+    """Fault: "no attribute 'config'", "no attribute 'get_vocab'", "a model needs a name, got ''"."""
+    given = {"model": pair[0], "target_model": pair[1], "processing_class": tokenizer, **arguments}
+    with pytest.raises(ValueError, match=message):
+        DraftDistillTrainer(args=config(tmp_path), train_dataset=alignment_rows(pair[1], tokenizer, count=2), **given)
+
+
+@pytest.mark.parametrize("why", ["vocabulary", "adapter"])
+def test_an_optimizer_made_for_other_parameters_is_refused(tmp_path, tokenizer, why):
+    """Fault: the head that replaced a shorter one was never trained, nor was an adapter, without a word."""
+    draft, target = tiny_pair("llama", draft_vocab_size=304, target_vocab_size=304 if why == "adapter" else 320)
+    given = {"train_dataset": alignment_rows(target, tokenizer, count=2), "processing_class": tokenizer}
+    peft = LORA if why == "adapter" else None
+
+    def trainer():
+        optimizer = torch.optim.SGD(draft.parameters(), lr=0.1)
+        return DraftDistillTrainer(
+            draft, target, config(tmp_path), optimizers=(optimizer, None), peft_config=peft, **given
+        )
+
+    with pytest.raises(ValueError, match="The optimizer in `optimizers` was made before"):
+        trainer()
+    if why == "vocabulary":  # it fits now, and the same call trains all of it
+        learned = trainer()
+        before = weights(learned.model)
+        learned.train()
+        assert not any(torch.equal(before[name], after) for name, after in weights(learned.model).items())
+
+
+@pytest.mark.parametrize("source", ["text", "cache"])
+def test_a_draft_with_idle_sampling_settings_is_saved_without_a_target_too(tmp_path, pair, tokenizer, source):
+    """Fault: transformers refused at the first checkpoint to save a temperature without `do_sample`."""
+    draft, target = pair
+    draft.generation_config.temperature = 0.6
+    rows = alignment_rows(target, tokenizer, count=2)
+    options = {"divergence": "cross_entropy"} if source == "text" else {}
+    rows = rows if source == "text" else cache_target_distributions(rows, target, top_k=4)
+    trainer = DraftDistillTrainer(
+        draft, args=config(tmp_path, **options), train_dataset=rows, processing_class=tokenizer
+    )
+    trainer.save_model()
+    assert GenerationConfig.from_pretrained(tmp_path).temperature is None
 
 
 def test_models_given_by_path(tmp_path, saved_pair, pair, tokenizer):
