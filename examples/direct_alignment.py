@@ -2,7 +2,8 @@
 
     python examples/direct_alignment.py --output_dir direct_alignment [--seeds 0 1 2]
 
-(one seed took 43 minutes on a core that other work shared; started again with the same options, it does only what is left)
+(one seed took 43 minutes on a core that other work shared; started again with the same options, it does only what is
+left)
 
 The recipe of the Llama 2 chat drafter, with the demo target in the place of Llama 2 chat:
 

@@ -1,7 +1,7 @@
 """What the README, the guides and the examples say is run: a page that went stale fails here.
 
-A page's `python` and `bash` blocks belong to one session, from top to bottom, where `org/draft` and `org/target` are the
-demo pair, with few steps. A block that begins with "# not run in the tests: why" needs what is not here (a GPU,
+A page's `python` and `bash` blocks belong to one session, from top to bottom, where `org/draft` and `org/target` are
+the demo pair, with few steps. A block that begins with "# not run in the tests: why" needs what is not here (a GPU,
 weights from the Hub, another engine): of it only the names, arguments and options are checked.
 """
 
