@@ -1,6 +1,6 @@
 """How good is the draft after 30, 60 and 120 seconds of training: ours beside TRL's distillation trainers?
 
-    python examples/benchmarks/result_per_second.py --output_dir race --jobs 2
+    python examples/benchmarks/result_per_second.py --output_dir race
     python examples/benchmarks/result_per_second.py --output_dir race --report
 
 Same draft, target, rows, batch size, float32, constant learning rate and one thread for every trainer. The clock runs
@@ -127,7 +127,7 @@ def report(results: dict[str, dict[str, Any]], sizes: dict[str, Any]) -> None:
 
     print(
         f"Batches of {sizes['batch_size']} rows; {sizes['train']} training prompts, answered by the target greedily "
-        f"and at temperature 1 in {sizes['text_seconds']:.0f} s ({sizes['text_threads']} threads) before the clock "
+        f"and at temperature 1 in {sizes['text_seconds']:.0f} s ({sizes['text_threads']} thread(s)) before the clock "
         f"starts; {sizes['held_out']} test queries, at most {sizes['max_new_tokens']} new tokens. "
         f"Block efficiency at γ = {GAMMA} with 95 % intervals over prompts, seeds pooled; in brackets "
         "the range over seeds."
