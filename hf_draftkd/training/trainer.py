@@ -32,6 +32,7 @@ from hf_draftkd.acceptance.tensors import widest_float
 from hf_draftkd.data.collator import INDEX_COLUMN, SETTING_COLUMN, CachedDistributions, DraftDistillCollator
 from hf_draftkd.data.formats import (
     exact_features,
+    format_of,
     learnable_rows,
     normalize_rows,
     packed,
@@ -345,16 +346,19 @@ class DraftDistillTrainer(SFTTrainer):
         # Whole first, so that rows of two formats can be mixed, and what `max_length` costs can be counted.
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
-        reading = {"text_field": args.dataset_text_field, "formatting_func": formatting_func}
+        text_field = args.dataset_text_field
 
         for name, part in parts.items():
+            # The function is for the training data: what is mixed in may have a format of its own.
+            has_format = name == "mix" and format_of(part, text_field) is not None
+            reader = None if has_format else formatting_func
             with global_then_local_main_first():
-                part = normalize_rows(part, processing_class, name, **reading)
+                part = normalize_rows(part, processing_class, name, text_field=text_field, formatting_func=reader)
                 if name not in ("train", "mix"):
                     warn_of_other_authors(part, name, self.target_id)
                 part = exact_features(part, self.target_id, first_row=first_rows.get(name), **map_kwargs)
             # Where rows hold ids, SFTTrainer says that it ignores the function; of all others it has made texts.
-            ignored = formatting_func if "input_ids" in get_dataset_column_names(part) else None
+            ignored = reader if "input_ids" in get_dataset_column_names(part) else None
             parts[name] = usual(part, processing_class, whole, False, ignored, name)
         dataset = parts[dataset_name]
         if "mix" in parts:

@@ -68,6 +68,17 @@ def test_prompts_are_masked_whatever_the_first_training_row_is(tmp_path, pair, t
     assert -100 not in trainer.eval_dataset["labels"][0]
 
 
+def test_a_formatting_function_leaves_text_alone_that_is_mixed_in(tmp_path, pair, tokenizer, text):
+    """Fault: it was asked for the columns of the training data there, and failed with a bare `KeyError`."""
+    asked = Dataset.from_list([{"question": "one", "answer": "two"}] * 5)
+    read = {"formatting_func": lambda row: f"{row['question']} {row['answer']}", "mix": "1:1"}
+    found = build(tmp_path, pair, tokenizer, asked, mix_dataset=text, **read).train_dataset["input_ids"]
+    assert {str(ids) for ids in found} == {str(text_ids(tokenizer, words)) for words in ["one two", *WORDS]}
+    # Rows that only the function can read go through it.
+    found = build(tmp_path, pair, tokenizer, asked, mix_dataset=asked, **read).train_dataset["input_ids"]
+    assert {str(ids) for ids in found} == {str(text_ids(tokenizer, "one two"))}
+
+
 @pytest.mark.parametrize("other", ["chats", "pairs", "ids"])
 def test_any_format_can_be_mixed_in(tmp_path, pair, tokenizer, other):
     """Not only plain text: what SFTTrainer reads alone is read in a mix."""
