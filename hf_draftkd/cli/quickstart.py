@@ -1,4 +1,4 @@
-"""`draftkd quickstart`: the whole journey on the bundled demo pair, in about three minutes on one core.
+"""`draftkd quickstart`: the whole journey on the bundled demo pair, in three to eight minutes on one core.
 
 A chat-tuned target has drifted away from its stock draft. The target answers training queries, the draft is distilled
 on the answers, both drafts are measured on test queries nobody trained on, and the distilled one is saved ready for
