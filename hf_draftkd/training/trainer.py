@@ -117,7 +117,8 @@ class DraftDistillTrainer(SFTTrainer):
             template, or the draft's where there is no target.
         mix_dataset ([`~datasets.Dataset`], *optional*):
             Rows to interleave with the training data (`args.mix` says how many), so that the draft does not forget what
-            lies outside it. Ordinarily plain text (`text`), learned from on all its tokens.
+            lies outside it. Ordinarily plain text (`text`), learned from on all its tokens. A `formatting_func` reads
+            them only where they have none of the known formats.
         reference_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             For `args.token_selection="adaspec"`, or a custom `token_weights`: a draft that was distilled before.
             Frozen, and never saved.
