@@ -278,6 +278,7 @@ def main(claims: Sequence[Claim], argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results_dir", type=Path, default=HERE / "results")
     parser.add_argument("--pair", type=Path, default=DEMO, help="folder of the pair; the bundled one by default")
     parser.add_argument("--data_dir", type=Path, help="public prompts (GSM8K, BFCL, Chinese), which claim A1 needs")
+    parser.add_argument("--mask_token", help="of parallel drafts, where the vocabulary has none in reserve")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", metavar="CLAIM", help="these claims, as A3")
     parser.add_argument("--list", action="store_true", help="only say what is done, and what is left")
@@ -290,7 +291,9 @@ def main(claims: Sequence[Claim], argv: Sequence[str] | None = None) -> None:
         parser.error(f"no claim is called {unknown.pop()!r}; there are: {', '.join(claim.name for claim in claims)}")
     chosen = [claim for claim in claims if not options.only or claim.name in options.only]
     _quiet()
-    lab = Lab(options.pair, options.work_dir, SIZES[options.sizes], options.data_dir)
+    lab = Lab(options.pair, options.work_dir, SIZES[options.sizes], options.data_dir, options.mask_token)
+    if options.mask_token not in (None, *lab.tokenizer.get_vocab()):
+        parser.error(f"the target's vocabulary has no token {options.mask_token!r}")
     results = Results(options.results_dir, lab.weights, lab.sizes)
     if options.list:
         print(listing(chosen, results, options.seeds, lab.data_dir is not None))

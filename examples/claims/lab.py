@@ -77,6 +77,7 @@ class Lab:
         work_dir: Where what is made is kept.
         sizes: How much of everything.
         data_dir: Folder with public prompts, for the claims that need them.
+        mask_token: Of parallel drafts, where the vocabulary has none in reserve.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Lab:
         work_dir: Path = Path("claims_work"),
         sizes: Sizes = FULL,
         data_dir: Path | None = None,
+        mask_token: str | None = None,
     ) -> None:
-        self.pair, self.sizes, self.data_dir = pair, sizes, data_dir
+        self.pair, self.sizes, self.data_dir, self.mask_token = pair, sizes, data_dir, mask_token
         self.weights = pair_weights(pair)
         self.folder = work_dir / pair_id(self.weights)
         record = self.folder / "sizes.json"
@@ -321,8 +323,11 @@ class Lab:
         if options.get("token_selection") == "adaspec":
             reference = self.trained(WHITE_BOX, STANDARD_RATE, seed)
             extras["reference_model"] = load_draft(str(reference), dtype="float32")
+        draft = self.draft(recipe.start, seed)
+        if self.mask_token is not None and options.get("parallel_tokens"):
+            draft.config.pard_token = self.tokenizer.get_vocab()[self.mask_token]
         self.distil(
-            self.draft(recipe.start, seed),
+            draft,
             rows,
             folder,
             rate=rate,
