@@ -71,8 +71,8 @@ CLAIM = Claim(
             claimed=Claimed(0.49),
         ),
     ),
-    notes="The target was tuned on answers of the same kind as the given ones, so that they are nearly its own text. "
-    "Where they are not, its own text may well be ahead of them.",
+    notes="The demo pair's target was tuned on answers of the same kind as the given ones, so that they are nearly its "
+    "own text. SmolLM2 was not: there its own text may well be ahead of them.",
 )
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_draftkd.losses import LinearHead, Unprojected
 
@@ -175,11 +176,15 @@ def _instead_of_head(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> It
 
 def unwrapped(model: nn.Module) -> Any:
     """The transformers model inside data-parallel, compile and PEFT wrappers."""
+    if isinstance(model, PreTrainedModel) and "_orig_mod" not in vars(model):
+        return model  # at once, since accelerate looks for deepspeed on the disk whenever it is asked
     from accelerate.utils import extract_model_from_parallel
-    from peft import PeftModel  # accelerate's `is_peft_model` reads the metadata of packages, a millisecond a call
+    from peft import PeftModel
 
+    if isinstance(model, PeftModel):
+        return unwrapped(model.get_base_model())
     inner = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
-    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    return model if inner is model else unwrapped(inner)
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def test_cut_off_anywhere_it_holds_whole_groups_and_is_continued(tmp_path, form)
         ends.append(whole.stat().st_size)
     content = whole.read_bytes()
     path = tmp_path / "cut"
-    for end in [*range(0, len(content), 307), *ends, *(each - 1 for each in ends)]:
+    for end in [*range(0, len(content), 1511), *ends, *(each - 1 for each in ends)]:
         path.write_bytes(content[:end])
         number = sum(each <= end for each in ends)
         for setting, completions in groups[number:]:

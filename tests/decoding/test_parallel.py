@@ -101,7 +101,7 @@ def test_the_same_weights_serve_as_an_ordinary_draft() -> None:
 
 
 def test_compiled_rounds_have_one_shape() -> None:
-    draft, target = parallel_pair()
+    draft, target = parallel_pair(num_layers=1)
     decoding = SpeculativeDecoding(draft, 3, compile=True)
     options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
     eager = CompileConfig(backend="eager", dynamic=False, mode=None)

@@ -26,16 +26,16 @@ def claims(monkeypatch):
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
-def smoke(tmp_path, *options):
-    return [
-        "--sizes",
-        "smoke",
-        "--work_dir",
-        str(tmp_path / "work"),
-        "--results_dir",
-        str(tmp_path / "results"),
-        *options,
-    ]
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Texts and drafts of the smallest size, which the tests share as the claims do."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture
+def smoke(work, tmp_path):
+    """Options of a short run whose results are the test's own."""
+    return ["--sizes", "smoke", "--work_dir", str(work), "--results_dir", str(tmp_path / "results")]
 
 
 def table(tokens, acceptance):
@@ -133,16 +133,16 @@ def claim_of(claims, what):
     return claims.harness.Claim("X", "says", "source", {"arm": claims.harness.Arm(what, ())})
 
 
-def test_a_killed_run_resumes_and_repeats_nothing(claims, tmp_path, capsys):
+def test_a_killed_run_resumes_and_repeats_nothing(claims, smoke, tmp_path, capsys):
     """Hours of cells that are run again, or half a file that counts as done."""
     what = Counted([])
     claim = claim_of(claims, what)
     with pytest.raises(KeyboardInterrupt):
-        claims.harness.main([claim], smoke(tmp_path))
-    claims.harness.main([claim], smoke(tmp_path, "--list"))
+        claims.harness.main([claim], smoke)
+    claims.harness.main([claim], [*smoke, "--list"])
     assert "X: 1 cells done, 2 left, about 0 s" in capsys.readouterr().out
-    claims.harness.main([claim], smoke(tmp_path))
-    claims.harness.main([claim], smoke(tmp_path))
+    claims.harness.main([claim], smoke)
+    claims.harness.main([claim], smoke)
     assert what.runs == [0, 1, 1, 2]
     (folder,) = (tmp_path / "results").iterdir()
     files = sorted(path.name for path in folder.iterdir())
@@ -152,10 +152,10 @@ def test_a_killed_run_resumes_and_repeats_nothing(claims, tmp_path, capsys):
     assert {"made", "versions", "processor", "threads"} <= stored["provenance"].keys()
 
 
-def test_results_of_another_pair_or_script_are_not_mixed_in(claims, tmp_path):
+def test_results_of_another_pair_or_script_are_not_mixed_in(claims, smoke, tmp_path):
     """Figures of the pair before, or of another number of steps, in the table of today's."""
     claim = claim_of(claims, Counted([]))
-    claims.harness.main([claim], smoke(tmp_path, "--seeds", "1"))
+    claims.harness.main([claim], [*smoke, "--seeds", "1"])
     (folder,) = (tmp_path / "results").iterdir()
     results = claims.harness.Results(
         tmp_path / "results", {"target": "0" * 64, "draft": "1" * 64}, claims.recipes.SIZES["smoke"]
@@ -167,13 +167,13 @@ def test_results_of_another_pair_or_script_are_not_mixed_in(claims, tmp_path):
     stored["sizes"]["test"] = 200
     path.write_text(json.dumps(stored))
     with pytest.raises(SystemExit, match="another sizes than the scripts say now"):
-        claims.harness.main([claim], smoke(tmp_path, "--seeds", "1"))
+        claims.harness.main([claim], [*smoke, "--seeds", "1"])
 
 
-def test_nothing_is_started_after_the_budget(claims, tmp_path):
+def test_nothing_is_started_after_the_budget(claims, smoke):
     """A night's budget that is taken for advice."""
     what = Counted([])
-    claims.harness.main([claim_of(claims, what)], smoke(tmp_path, "--budget_seconds", "-1"))
+    claims.harness.main([claim_of(claims, what)], [*smoke, "--budget_seconds", "-1"])
     assert what.runs == []
 
 
@@ -208,7 +208,7 @@ def test_what_cannot_work_is_said(options, said, tmp_path):
 # Scripts
 
 
-def test_kept_live_and_written_cells_run_and_are_rendered(claims, tmp_path):
+def test_kept_live_and_written_cells_run_and_are_rendered(claims, smoke, tmp_path):
     """A recipe that no longer trains, or a page that does not find its results."""
     recipe, arm = claims.recipes.recipe, claims.harness.Arm
     start = arm(claims.recipes.TUNED_DRAFT, (), is_seeded=False)
@@ -219,7 +219,7 @@ def test_kept_live_and_written_cells_run_and_are_rendered(claims, tmp_path):
     arms = {"start": start, "kept": kept, "live": live, "written": written, "PARD": parallel}
     comparison = claims.verdicts.Comparison("kept against start", "kept", "start")
     claim = claims.harness.Claim("X", "says", "source", arms, (comparison,))
-    claims.harness.main([claim], smoke(tmp_path, "--seeds", "2"))
+    claims.harness.main([claim], [*smoke, "--seeds", "2"])
     pair = claims.render.DEMO
     weights = claims.render.pair_weights(pair)
     results = claims.harness.Results(tmp_path / "results", weights, claims.recipes.SIZES["smoke"])
@@ -242,10 +242,10 @@ def test_kept_live_and_written_cells_run_and_are_rendered(claims, tmp_path):
     assert "what was there" not in shown
 
 
-def test_claims_about_seconds_run(claims, tmp_path):
+def test_claims_about_seconds_run(claims, smoke, tmp_path):
     """Decoding in several ways, and quality of what was decoded."""
     wanted = [claim for claim in claims.run.CLAIMS if claim.name in ("B4", "B6", "B7", "Vocabulary")]
-    claims.harness.main(wanted, smoke(tmp_path, "--seeds", "1"))
+    claims.harness.main(wanted, [*smoke, "--seeds", "1"])
     found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*/*.json")}
     assert found.keys() == {"speed_gamma7_seed0", "lenience_seed0", "chain_seed0", "vocabulary_list_seed0"}
     for claim in wanted:
@@ -267,7 +267,7 @@ def test_a_draft_with_a_list_is_scored_as_proposing_it(claims):
     assert scored(target, [listed, whole], rows, vocabulary=[1, 2, 3])[:2] == [expected, without]
 
 
-def test_a_target_drifts_on_public_prompts(claims, tmp_path):
+def test_a_target_drifts_on_public_prompts(claims, smoke, tmp_path):
     """Rows read as another file has them, or both states of the target scored on one text."""
     data = tmp_path / "data"
     data.mkdir()
@@ -284,7 +284,7 @@ def test_a_target_drifts_on_public_prompts(claims, tmp_path):
     for name, row in rows.items():
         (data / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 8)
     (drift,) = (claim for claim in claims.run.CLAIMS if claim.name == "A1")
-    claims.harness.main([drift], smoke(tmp_path, "--seeds", "1", "--data_dir", str(data)))
+    claims.harness.main([drift], [*smoke, "--seeds", "1", "--data_dir", str(data)])
     found = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("*/drift_*.json")]
     assert len(found) == 3
     assert all(each["scores"].keys() == {"before", "after"} for each in found)

@@ -10,7 +10,7 @@ from tests.training.trainers import build
 def test_held_out_figures_are_logged_without_being_asked_for(tmp_path, pair, tokenizer):
     """A held-out set that is given and never looked at; a plot that is promised and not there."""
     rows = alignment_rows(pair[1], tokenizer)
-    trainer = build(tmp_path, pair, tokenizer, rows, rows, max_steps=-1, num_train_epochs=2)
+    trainer = build(tmp_path, pair, tokenizer, rows, rows, max_steps=-1, num_train_epochs=2, plot=True)
     stock = trainer.evaluate()
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "eval_acceptance_rate" in entry]

@@ -285,7 +285,7 @@ def test_the_plot_is_drawn_from_losses_alone(tmp_path, pair, tokenizer):
     """Black box on text that nobody knows the setting of: a plot without panels, or none at all."""
     rows = Dataset.from_list([{"prompt_ids": [0, 9], "completion_ids": [7, 1]}] * 4)
     options = {"divergence": "cross_entropy", "eval_strategy": "steps", "eval_steps": 2}
-    trainer = build(tmp_path, (pair[0], None), tokenizer, rows, rows, **options)
+    trainer = build(tmp_path, (pair[0], None), tokenizer, rows, rows, plot=True, **options)
     trainer.train()
     assert not any("acceptance" in name or "block" in name for entry in trainer.state.log_history for name in entry)
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")

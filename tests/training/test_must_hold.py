@@ -52,6 +52,7 @@ def train_twice(out, world):
             eval_steps=3,
             save_strategy="steps" if name == "all" else "no",
             save_steps=2,
+            plot=True,
         )
         assert trainer.accelerator.num_processes == world
         trainer.train()

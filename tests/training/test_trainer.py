@@ -77,7 +77,7 @@ def test_every_divergence_raises_acceptance_and_moves_every_parameter(tmp_path, 
     rows = alignment_rows(pair[1], tokenizer)
     before = weights(pair[0])
     trainer = build(
-        tmp_path, pair, tokenizer, rows, rows, divergence=divergence, max_steps=30, per_device_train_batch_size=8
+        tmp_path, pair, tokenizer, rows, rows, divergence=divergence, max_steps=20, per_device_train_batch_size=8
     )
     # Cross-entropy sees nothing but the written tokens: what it raises is their acceptance in greedy decoding.
     metric = "eval_block_efficiency" if divergence == "cross_entropy" else "eval_acceptance_rate"

@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_draftkd import DraftDistillConfig, DraftDistillTrainer
+from hf_draftkd import AcceptanceCallback, DraftDistillConfig, DraftDistillTrainer
 from tests.training.rows import alignment_rows
 
 
@@ -35,12 +35,13 @@ def build(
     callbacks=None,
     formatting_func=None,
     mix_dataset=None,
+    plot=False,
     **options,
 ):
     draft, target = pair
     if rows is None and eval_rows is None:
         rows = alignment_rows(target, tokenizer)
-    return trainer_class(
+    trainer = trainer_class(
         model=draft,
         target_model=target,
         args=config(path, **options),
@@ -53,6 +54,10 @@ def build(
         formatting_func=formatting_func,
         mix_dataset=mix_dataset,
     )
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, AcceptanceCallback):
+            callback.plot = plot  # drawing takes longer than training here
+    return trainer
 
 
 def weights(model) -> dict[str, torch.Tensor]:
