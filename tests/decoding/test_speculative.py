@@ -25,7 +25,7 @@ from transformers import (
 
 from examples.benchmarks.tiny_architectures import tiny_model
 from hf_draftkd import SpeculativeDecoding, count_acceptance, load_draft, load_target
-from hf_draftkd.decoding.caches import GrowingLayer
+from hf_draftkd.decoding.caches import CachedModel, GrowingLayer
 from hf_draftkd.decoding.compiled import CompiledModels
 from hf_draftkd.decoding.drafting import OneByOne
 from hf_draftkd.decoding.texts import Texts
@@ -114,11 +114,27 @@ def test_settings_that_look_back_or_end_texts(options: dict[str, Any]) -> None:
     check_equal(target, draft, **options)
 
 
-def test_texts_of_very_different_length_squeeze_the_holes_they_leave() -> None:
-    draft, target = tiny_pair("qwen3", agreement=0.9)
-    options: dict[str, Any] = {"max_new_tokens": 120, "do_sample": False, "eos_token_id": list(range(1, 300, 40))}
+@pytest.mark.parametrize(("is_static", "gamma", "length"), [(False, 3, 160), (True, 6, 153)])
+def test_holes_that_rejected_tokens_leave_are_squeezed_out(
+    is_static: bool, gamma: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens out of order, or of another row, once a cache holds more holes than it is worth reading over, or a static
+    one is full of them: at this length it has the least room. Its steps are not compiled here.
+    """
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    draft, target = tiny_pair("qwen3", agreement=0.85)
+    squeezed, keep_rows = [], CachedModel.keep_rows
+
+    def noted(model: CachedModel, places: list[int]) -> None:
+        squeezed.append(places == list(range(len(model.read))))
+        keep_rows(model, places)
+
+    monkeypatch.setattr(CachedModel, "keep_rows", noted)
+    options: dict[str, Any] = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     plain = target.generate(**padded(PROMPTS), **options)
-    assert torch.equal(target.generate(**padded(PROMPTS), custom_generate=SpeculativeDecoding(draft, 6), **options), plain)
+    decoding = SpeculativeDecoding(draft, gamma, compile=is_static)
+    assert torch.equal(target.generate(**padded(PROMPTS), custom_generate=decoding, **options), plain)
+    assert any(squeezed)
 
 
 def test_num_return_sequences_is_a_batch() -> None:
