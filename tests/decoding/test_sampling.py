@@ -179,6 +179,30 @@ def test_lenience_accepts_as_often_as_its_form_says(form: str) -> None:
     assert chi_square_p_value(counts, number * expected.double()) > 1e-3
 
 
+@torch.no_grad()
+def test_lossy_greedy_text_is_that_of_the_ensemble() -> None:
+    """The wrong share of p and q, or the token behind accepted ones from the ensemble instead of the target."""
+    draft, target = tiny_pair(agreement=0.8)
+    gamma, weight, length = 3, 0.4, 40
+    text = PROMPT
+    while text.shape[1] < PROMPT.shape[1] + length:
+        drafted, q = text, []
+        for _ in range(gamma):
+            q.append(draft(drafted).logits[0, -1].double().softmax(0))
+            drafted = torch.cat([drafted, q[-1].argmax()[None, None]], 1)
+        p = target(drafted).logits[0, text.shape[1] - 1 :].double().softmax(-1)
+        chosen = [int((weight * p[k] + (1 - weight) * q[k]).argmax()) for k in range(gamma)] + [int(p[gamma].argmax())]
+        guesses = drafted[0, text.shape[1] :].tolist()
+        kept = next((k for k in range(gamma) if chosen[k] != guesses[k]), gamma) + 1
+        text = torch.cat([text, torch.tensor([chosen[:kept]])], 1)
+    expected = text[:, : PROMPT.shape[1] + length]
+    options: dict[str, Any] = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    lossy = SpeculativeDecoding(draft, gamma, lenience=weight, lenience_form="ensemble")
+    assert torch.equal(target.generate(PROMPT, custom_generate=lossy, **options), expected)
+    assert not torch.equal(target.generate(PROMPT, **options), expected)
+    assert 0 < lossy.counts.draft_acceptance_rate < 1
+
+
 def test_verdicts_of_single_positions() -> None:
     scores = torch.zeros(1, 3, 4)
     for position, token in enumerate([2, 3, 1]):
