@@ -196,10 +196,14 @@ def test_the_best_rate_by_the_dev_queries_gets_the_other_seeds(claims, tmp_path)
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(["--sizes", "smoke"], "give a --results_dir"), (["--only", "A9"], "no claim is called 'A9'")],
+    [
+        (["--sizes", "smoke"], "give a --results_dir"),
+        (["--only", "A9"], "no claim is called 'A9'"),
+        (["--mask_token", "<nothing>"], "has no token '<nothing>'"),
+    ],
 )
 def test_what_cannot_work_is_said(options, said, tmp_path):
-    """Toy results among the real ones, or a typo that runs nothing."""
+    """Toy results among the real ones, a typo that runs nothing, or a `KeyError` after the hours before PARD."""
     done = python(CLAIMS / "run.py", *options, cwd=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr
