@@ -119,7 +119,7 @@ def test_a_single_text_has_the_target_s_distribution() -> None:
     decoding = SpeculativeDecoding(draft, 2)
     torch.manual_seed(0)
     seen: dict[tuple[int, ...], int] = dict.fromkeys(chances, 0)
-    number = 150
+    number = 300
     for _ in range(number):
         text = target.generate(
             PROMPT, max_new_tokens=LENGTH, do_sample=True, top_k=0, custom_generate=decoding, **options
@@ -137,7 +137,7 @@ def test_counted_block_efficiency_is_the_computed_one() -> None:
     processors = logits_processors(setting)
     torch.manual_seed(0)
     differences = []
-    for _ in range(6):
+    for _ in range(10):
         decoding = SpeculativeDecoding(draft, 4)
         texts = target.generate(
             PROMPT, max_new_tokens=30, do_sample=True, temperature=0.7, top_p=0.9, top_k=0, eos_token_id=None,
