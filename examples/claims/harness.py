@@ -35,6 +35,13 @@ from hf_draftkd.utils.versions import package_versions
 HERE = Path(__file__).resolve().parent
 RATES = (3e-3, 1.5e-3, 6e-4)  # 1, 1/2 and 1/5
 SCORED_TOGETHER = 10
+LOWER_RATES: dict[str, Any] = {
+    "type": float,
+    "nargs": "+",
+    "default": (),
+    "metavar": "RATE",
+    "help": "further learning rates, for a pair that does best at the smallest; not for arms of one rate",
+}
 # Processor seconds before any cell was run: a step of each kind, and the scores of a draft.
 _GUESS, _SCORING = {"kept": 0.08, "live": 0.4, "written": 0.75}, 10.0
 
@@ -110,10 +117,24 @@ class Cell:
 
 
 class Results:
-    """The files of one pair, and of runs of one size."""
+    """The files of one pair, and of runs of one size.
 
-    def __init__(self, folder: Path, weights: dict[str, str], sizes: Sizes) -> None:
+    Args:
+        folder: Where each pair has its folder.
+        weights: The checksums of the pair's weights.
+        sizes: How much of everything.
+        lower_rates: Tried by every arm that has a choice of rates, beside its own.
+    """
+
+    def __init__(
+        self, folder: Path, weights: dict[str, str], sizes: Sizes, lower_rates: tuple[float, ...] = ()
+    ) -> None:
         self.folder, self.weights, self.sizes = folder / pair_id(weights), weights, sizes
+        self.lower_rates = lower_rates
+
+    def rates(self, arm: Arm) -> tuple[float, ...]:
+        """The rates that an arm is tried at."""
+        return arm.rates + self.lower_rates if len(arm.rates) > 1 else arm.rates
 
     def path(self, cell: Cell) -> Path:
         return self.folder / f"{cell.name}.json"
@@ -156,10 +177,10 @@ class Results:
 
     def best_rate(self, arm: Arm) -> float | None:
         """The rate whose first seed does best on the dev queries; None before all are there."""
-        found = {rate: self.get(Cell(arm.what, rate, 0)) for rate in arm.rates}
+        found = {rate: self.get(Cell(arm.what, rate, 0)) for rate in self.rates(arm)}
         if not found or None in found.values():
             return None
-        return max(arm.rates, key=lambda rate: dev_acceptance(found[rate]))  # type: ignore[arg-type]
+        return max(found, key=lambda rate: dev_acceptance(found[rate]))  # type: ignore[arg-type]
 
     def of_arm(self, arm: Arm, seeds: int) -> list[dict[str, Any]]:
         """The results of an arm at its best rate, in the order of the seeds, up to the first that is missing."""
@@ -188,7 +209,7 @@ def cells(claims: Sequence[Claim], results: Results, seeds: int, has_data: bool 
     """
     seen = set()
     for claim in claims:
-        wanted = [Cell(arm.what, rate, 0) for arm in claim.arms.values() for rate in arm.rates or (None,)]
+        wanted = [Cell(arm.what, rate, 0) for arm in claim.arms.values() for rate in results.rates(arm) or (None,)]
         for seed in range(1, seeds):
             for arm in claim.arms.values():
                 rate = results.best_rate(arm) if arm.rates else None
@@ -280,6 +301,7 @@ def main(claims: Sequence[Claim], argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", type=Path, help="public prompts (GSM8K, BFCL, Chinese), which claim A1 needs")
     parser.add_argument("--mask_token", help="of parallel drafts, where the vocabulary has none in reserve")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lower_rates", **LOWER_RATES)
     parser.add_argument("--only", nargs="+", metavar="CLAIM", help="these claims, as A3")
     parser.add_argument("--list", action="store_true", help="only say what is done, and what is left")
     parser.add_argument("--budget_seconds", type=float, help="start no further cells after this time")
@@ -294,7 +316,7 @@ def main(claims: Sequence[Claim], argv: Sequence[str] | None = None) -> None:
     lab = Lab(options.pair, options.work_dir, SIZES[options.sizes], options.data_dir, options.mask_token)
     if options.mask_token not in (None, *lab.tokenizer.get_vocab()):
         parser.error(f"the target's vocabulary has no token {options.mask_token!r}")
-    results = Results(options.results_dir, lab.weights, lab.sizes)
+    results = Results(options.results_dir, lab.weights, lab.sizes, tuple(options.lower_rates))
     if options.list:
         print(listing(chosen, results, options.seeds, lab.data_dir is not None))
         return

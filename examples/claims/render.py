@@ -1,6 +1,7 @@
 """Make README.md of this folder from the results alone: every figure in it is one that a cell stored.
 
-python examples/claims/render.py [--results_dir DIR] [--pair DIR] [--only A3] [--output PAGE] [--readme PAGE]
+python examples/claims/render.py [--results_dir DIR] [--pair DIR] [--only A3] [--lower_rates 3e-4] [--output PAGE]
+                                 [--readme PAGE]
 
 The first comparison of each claim, which is what the paper makes most of, goes into the page `--readme` too.
 """
@@ -10,7 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import HERE, RATES, Claim, Results
+from harness import HERE, LOWER_RATES, RATES, Claim, Results
 from lab import pair_weights
 from recipes import KEPT_TOKENS, SIZES, TEMPERATURES
 from run import CLAIMS
@@ -93,7 +94,7 @@ def page(results: Results, found: Sequence[tuple[Claim, Arms, list[Finding]]], p
         batch_size=sizes.batch_size,
         tuning_steps=sizes.tuning_steps,
         kept=KEPT_TOKENS,
-        rates=", ".join(f"{rate:g}" for rate in RATES),
+        rates=", ".join(f"{rate:g}" for rate in RATES + results.lower_rates),
         rules=RULES,
     )
     return "\n".join([head, "## Verdicts", "", *verdicts(found), "", *sections, provenance(results)]) + "\n"
@@ -184,12 +185,15 @@ def main() -> None:
     parser.add_argument("--results_dir", type=Path, default=HERE / "results")
     parser.add_argument("--pair", type=Path, default=DEMO)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lower_rates", **LOWER_RATES)
     parser.add_argument("--only", nargs="+", metavar="CLAIM", help="these claims, as A3")
     parser.add_argument("--sizes", choices=SIZES, default="full", help="those that the results were made with")
     parser.add_argument("--output", type=Path, default=HERE / "README.md")
     parser.add_argument("--readme", type=Path, help="a page with marks for the first comparison of each claim")
     options = parser.parse_args()
-    results = Results(options.results_dir, pair_weights(options.pair), SIZES[options.sizes])
+    results = Results(
+        options.results_dir, pair_weights(options.pair), SIZES[options.sizes], tuple(options.lower_rates)
+    )
     chosen = [claim for claim in CLAIMS if not options.only or claim.name in options.only]
     found = judged(results, chosen, options.seeds)
     write_text(options.output, page(results, found, options.pair))
