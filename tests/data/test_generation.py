@@ -231,6 +231,15 @@ def test_continuous_batching_writes_the_same_greedy_tokens(target, tokenizer):
         generate_alignment_data(target, tokenizer, TEXTS, **small, max_new_tokens=8)
 
 
+def test_a_prompt_that_continuous_batching_dropped_is_missed(target, tokenizer):
+    """A failed request is left out by transformers, and only a log says so: its prompt would have had no row."""
+    target.generate_batch = lambda **_: {"req_0": SimpleNamespace(error=None, generated_tokens=[5])}
+    small = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64)
+    options = {"continuous_batching": True, "continuous_batching_config": small, "max_new_tokens": 4}
+    with pytest.raises(RuntimeError, match="2 prompts got no answer"):
+        generate_alignment_data(target, tokenizer, TEXTS[:3], temperatures=(0.0,), **options)
+
+
 def test_rows_are_written_under_the_targets_own_penalty(target, tokenizer):
     """`evaluate` measures under it by default, and refused data just made, by default without it."""
     target.generation_config.repetition_penalty = 5.0

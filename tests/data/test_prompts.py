@@ -99,6 +99,16 @@ def test_nothing_to_answer(source):
         load_prompts(source)
 
 
+def test_rows_of_another_kind_are_refused_with_what_is_read(tmp_path):
+    """A file that `datasets` takes for text, or a stream, which could not be resumed."""
+    (tmp_path / "prompts.docx").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"Cannot read 'prompts\.docx': give one of \.jsonl"):
+        load_prompts(tmp_path / "prompts.docx")
+    stream = Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"got IterableDataset.*without `streaming=True`"):
+        load_prompts(stream)
+
+
 def test_an_empty_file(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("")
     with pytest.raises(ValueError, match="is empty"):

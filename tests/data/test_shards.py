@@ -149,6 +149,17 @@ def test_a_finished_folder_is_not_answered_again(tmp_path, target, tokenizer):
     assert again.to_list() == first.to_list()
 
 
+def test_other_package_versions_are_warned_of(tmp_path, target, tokenizer, caplog):
+    """An upgrade between two days of writing changes sampled text, and nothing would say so."""
+    first = generate_alignment_data(target, tokenizer, TEXTS[:4], output_dir=tmp_path, **OPTIONS)
+    manifest = json.loads((tmp_path / shards.MANIFEST).read_text())
+    manifest["versions"]["torch"] = "1.0"
+    (tmp_path / shards.MANIFEST).write_text(json.dumps(manifest))
+    again = generate_alignment_data(target, tokenizer, TEXTS[:4], output_dir=tmp_path, **OPTIONS)
+    assert again.to_list() == first.to_list()
+    assert "begun with other package versions" in caplog.text
+
+
 def test_a_run_goes_on_the_next_day_where_the_template_shows_the_date(tmp_path, target, monkeypatch):
     """Catches a killed run that is refused after midnight: Llama 3.2 and gpt-oss write the date into every prompt."""
     tokenizer = make_tokenizer(TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}{{ strftime_now('%d %b %Y %f') }}"))

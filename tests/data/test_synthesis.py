@@ -202,6 +202,27 @@ def test_bad_options_are_refused(target, tokenizer, options, message):
         synthesize_prompts(target, tokenizer, **{"num_prompts": 5, **options})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"query_max_new_tokens": 100, "max_new_tokens": 40}, r"and its answer 40 .* reads at most 128"),
+        ({"script": "klingon"}, "No letter's Unicode name begins with 'KLINGON'"),
+    ],
+)
+def test_what_no_query_could_pass_is_said_before_the_first(tokenizer, options, message):
+    """Queries are written for an hour, and then there is no room for an answer, or none is kept."""
+    target = make_target()
+    target.generate = None  # a single call would fail with another error
+    with pytest.raises(ValueError, match=message):
+        generate_alignment_data(target, tokenizer, scenario="synthetic", num_prompts=2, **options)
+
+
+def test_a_served_target_writes_no_queries(tokenizer):
+    """A server renders the template itself, so the turn would not be open."""
+    with pytest.raises(ValueError, match="cannot be fed an open turn exactly"):
+        generate_alignment_data("served", tokenizer, scenario="synthetic", endpoint="http://127.0.0.1:9/v1")
+
+
 def test_each_filter_is_counted_by_its_name():
     accept = QueryFilter(min_characters=5, max_characters=60, script="latin", keep=lambda text: "forbidden" not in text)
     long = "How do I sort a list of numbers in Python, please?"

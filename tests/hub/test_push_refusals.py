@@ -13,6 +13,7 @@ from tests.hub import samples
 from tests.hub.conftest import replaced, write_report
 from tests.hub.fake_hub import FakeHub
 from tests.hub.pushing import ID, push
+from tests.multimodal import tiny_multimodal
 
 # huggingface_hub 2.4 sends LFS parts as `data=`, which its own HTTP client deprecates; users upload through Xet.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
@@ -53,6 +54,13 @@ class TestBadInput:
     def test_no_folder(self, hub: FakeHub):
         with pytest.raises(ValueError, match="There is no folder 'nowhere'"):
             push(Path("nowhere"))
+
+    def test_a_multimodal_model(self, hub: FakeHub, tmp_path: Path):
+        """Catches what `assistant_model` could not take, uploaded as a draft."""
+        tiny_multimodal("Gemma3").save_pretrained(tmp_path / "images")
+        with pytest.raises(ValueError, match=r"holds a multimodal model.*--text_of"):
+            push(tmp_path / "images")
+        assert hub.requests == []
 
     def test_pickled_weights_only(self, hub: FakeHub, draft_folder: Path):
         (draft_folder / "model.safetensors").rename(draft_folder / "pytorch_model.bin")
