@@ -328,6 +328,15 @@ def test_caches_of_different_size_are_refused(refused, pair):
     )
 
 
+def test_caches_of_both_kinds_in_one_data_set_are_refused(refused, pair):
+    """All rows were read as draws: those of the likeliest tokens with the counts of other rows."""
+    refused(
+        "holds both kinds of cache",
+        {"top_k": 4},
+        lambda rows: concatenate_datasets([rows, cached(rows.select([0]), pair[1], sampled=3)]),
+    )
+
+
 def test_what_would_lose_the_link_to_the_cache_is_refused(refused):
     refused("is a stream", {"top_k": 4}, lambda rows: rows.to_iterable_dataset())
     refused("`skip_prepare_dataset` cannot", {"top_k": 4}, dataset_kwargs={"skip_prepare_dataset": True})
