@@ -24,7 +24,7 @@ from hf_draftkd.data.collator import (
     addresses,
     setting_feature,
 )
-from hf_draftkd.data.columns import column_values, list_lengths, row_lengths, tables
+from hf_draftkd.data.columns import column_values, list_lengths, row_lengths, tables, without_format
 from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
 from hf_draftkd.data.rows import AUTHOR_COLUMNS, author_of, authors, other_authors
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
@@ -114,8 +114,7 @@ def normalize_rows(
     rows that differ do not lend each other their keys. A `formatting_func` makes the text of a row that holds no token
     ids. Ids come as lists, whatever `set_format` made of them: arrays would be added up where lists are joined.
     """
-    if not isinstance(dataset, Dataset) or dataset.format["type"] != "custom":  # SFTTrainer refuses a transform
-        dataset = dataset.with_format(None)
+    dataset = without_format(dataset)  # of a transform, which SFTTrainer refuses, nothing changes
     first = next(iter(dataset), None)
     if first is None:
         return dataset
