@@ -27,8 +27,8 @@ def load_prompts(
 
     Args:
         source: A dataset id on the Hub; a local JSONL, JSON, Parquet, CSV or text file (one prompt a line, blank lines
-            are no prompts); a folder that `load_dataset` reads or `save_to_disk` wrote; a `Dataset`; or a list of strings,
-            of message lists, or of rows.
+            are no prompts); a folder that `load_dataset` reads or `save_to_disk` wrote; a `Dataset`; or a list of
+            strings, of message lists, or of rows.
         column: The column with the prompts, strings or lists of messages: renamed to `prompt`; the others are kept.
         split: Split to take where there are several. Defaults to `train`.
         config: Configuration (subset) of a Hub dataset.

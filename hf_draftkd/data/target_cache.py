@@ -69,10 +69,10 @@ def cache_target_distributions(
         seed: Seed of the draws.
 
     Returns:
-        The dataset, an older cache replaced, with `completion_logprobs` [T] (log p of the written token), `target_token_ids` [T, k] and
+        The dataset with `completion_logprobs` [T] (log p of the written token), `target_token_ids` [T, k] and
         `target_logprobs` [T, k] (likeliest first) and `target_tail_logprob` [T] (-inf where k = V); or, for draws,
         `target_token_ids` and `target_counts` [T, up to N]; with `target_temperature`, and with `target_vocab_size`,
-        padded rows included, to which a draft is fitted where the target is not at hand.
+        padded rows included, to which a draft is fitted where the target is not at hand. An older cache is replaced.
 
     Raises:
         ValueError: Columns are missing, both forms are asked for, or a value is out of range.
