@@ -385,6 +385,13 @@ def test_the_draft_is_fitted_to_the_vocabulary_that_the_cache_records(tmp_path, 
         torch.testing.assert_close(cached_gradients[name], gradient, atol=1e-5, rtol=1e-3)
 
 
+def test_an_id_that_is_none_is_refused_with_its_row(tmp_path, pair, tokenizer):
+    """An IndexError of the embedding, in the middle of training: -100 had been put among the ids too."""
+    rows = Dataset.from_list([{"input_ids": [5, 6]}, {"input_ids": [5, -100, 6]}])
+    with pytest.raises(ValueError, match=r"Row 1 .*train dataset holds -100 in `input_ids`, which is no token"):
+        build(tmp_path, pair, tokenizer, rows)
+
+
 @pytest.mark.parametrize("black_box", [True, False])
 def test_an_id_that_the_draft_lacks_is_refused_with_its_row(tmp_path, tokenizer, black_box):
     draft, target = tiny_pair("llama", draft_vocab_size=304, target_vocab_size=320)
