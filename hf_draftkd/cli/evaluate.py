@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required, whole_draft
-from hf_draftkd.data.prompts import load_prompts
+from hf_draftkd.data.prompts import is_answered, load_prompts
 from hf_draftkd.data.sources import open_dataset
-from hf_draftkd.decoding.setting import SETTING_COLUMNS, own_penalty
+from hf_draftkd.decoding.setting import own_penalty
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.engines import ENGINES
 from hf_draftkd.evaluation.engines.config import EngineConfig
@@ -93,7 +93,7 @@ def run(argv: list[str]) -> int:
                 config = replace(config, verification=[*config.verification, rule])  # to predict what will be counted
         if options.html:
             figure_class()  # before the work that the page would show
-        tracker_modules(options.report_to or [])
+        _check_trackers(options)
         texts = _texts(options)
         target, *drafts = _look_up(options)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -159,17 +159,10 @@ def _texts(options: EvaluateOptions) -> dict[str, Any]:
     """Prompts to answer, or recorded answers."""
     assert options.dataset is not None
     rows = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
-    names_settings = {"prompt_ids", "completion_ids", *SETTING_COLUMNS} <= set(rows.column_names)
-    if names_settings and options.regenerate:  # one row for each completion, but each prompt is answered once
-        first: dict[tuple[int, ...], int] = {}
-        for number, ids in enumerate(rows["prompt_ids"]):
-            first.setdefault(tuple(ids), number)
-        rows = rows.select(first.values())
-    if options.limit is not None:
-        rows = rows.take(whole_number("limit", options.limit))
-    if names_settings and not options.regenerate:
-        return {"dataset": rows}
-    return {"prompts": load_prompts(spec_bench_prompts(rows) if is_spec_bench(rows) else rows)}
+    if is_answered(rows) and not options.regenerate:
+        return {"dataset": rows if options.limit is None else rows.take(whole_number("limit", options.limit))}
+    rows = spec_bench_prompts(rows) if is_spec_bench(rows) else rows
+    return {"prompts": load_prompts(rows, limit=options.limit)}
 
 
 def _check_parallel_draft(draft: PreTrainedModel, config: EvaluationConfig) -> None:
@@ -181,6 +174,13 @@ def _check_parallel_draft(draft: PreTrainedModel, config: EvaluationConfig) -> N
             f"`--num_assistant_tokens {length}` cannot be compared with a prediction: {draft.name_or_path} drafts "
             f"{parallel.num_tokens} tokens in one pass at most. Serve it with that many, or fewer."
         )
+
+
+def _check_trackers(options: EvaluateOptions) -> None:
+    for name in ("project", "run_name"):
+        if getattr(options, name) != getattr(EvaluateOptions(), name) and not options.report_to:
+            raise UsageError(f"`--{name}` would do nothing without `--report_to`. Leave it out, or name a tracker.")
+    tracker_modules(options.report_to or [])
 
 
 def _check_write(options: EvaluateOptions, config: EvaluationConfig) -> None:

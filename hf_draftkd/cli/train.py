@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
@@ -14,6 +15,8 @@ from hf_draftkd.training.checkpoints import check_options, checkpoints, last_com
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.trainer import DraftDistillTrainer
 from hf_draftkd.utils.fields import option
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -108,6 +111,13 @@ def build_trainer(options: TrainOptions, args: DraftDistillConfig, model_config:
     if options.eval_dataset_config is None and options.eval_dataset == options.dataset:
         options.eval_dataset_config = options.dataset_config
 
+    learned = options.dataset, options.dataset_split, options.dataset_config
+    if learned == (options.eval_dataset, options.eval_dataset_split, options.eval_dataset_config):
+        logger.warning(
+            "`--eval_dataset` is the training data: what is measured there, and goes on the card, says nothing of "
+            "other text. Name another `--eval_dataset_split`, or other data."
+        )
+
     def opened(name: str | None, split: str, config: str | None) -> Any:
         return None if name is None else open_dataset(name, split=split, config=config)
 
@@ -116,7 +126,7 @@ def build_trainer(options: TrainOptions, args: DraftDistillConfig, model_config:
         target_model=options.target_model,
         reference_model=options.reference_model,
         args=args,
-        train_dataset=opened(options.dataset, options.dataset_split, options.dataset_config),
+        train_dataset=opened(*learned),
         eval_dataset=opened(options.eval_dataset, options.eval_dataset_split, options.eval_dataset_config),
         mix_dataset=opened(options.mix_dataset, options.mix_dataset_split, options.mix_dataset_config),
         quantization_config=get_quantization_config(model_config),

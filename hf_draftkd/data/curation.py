@@ -59,6 +59,7 @@ def curate_prompts(
     seen: set[str] = set()
     rows, prompts = [], []
     for number, text in enumerate(data[column]):
+        text = "" if text is None else text  # an empty cell of a CSV file
         if not isinstance(text, str):
             raise ValueError(f"Row {number} (counted from 0) of column {column!r} is not text ({type(text).__name__}).")
         prompt = text.strip() if question_column else opening(text, tokenizer, opening_tokens)

@@ -24,7 +24,7 @@ from hf_draftkd.data.collator import (
     addresses,
     setting_feature,
 )
-from hf_draftkd.data.columns import column_values, list_lengths, row_lengths, tables
+from hf_draftkd.data.columns import column_values, list_lengths, row_lengths, tables, without_format
 from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
 from hf_draftkd.data.rows import AUTHOR_COLUMNS, author_of, authors, other_authors
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
@@ -80,7 +80,7 @@ def format_of(dataset: Dataset | IterableDataset, text_field: str = "text") -> t
 
 
 def check_token_ids(dataset: Dataset | IterableDataset, name: str, vocab_size: int) -> None:
-    """Raise a `ValueError` for a token id from `vocab_size` on, and name its row of the data set.
+    """Raise a `ValueError` for a token id that is negative or from `vocab_size` on, and name its row of the data set.
 
     Otherwise the draft's embedding would fail on it in the middle of training. A stream is not read.
     """
@@ -90,7 +90,14 @@ def check_token_ids(dataset: Dataset | IterableDataset, name: str, vocab_size: i
     for column in columns:
         for first, table in tables(dataset, [column]):
             ids = table[column]
-            if (pc.max(pc.list_flatten(ids)).as_py() or 0) >= vocab_size:
+            flat = pc.list_flatten(ids)
+            if (pc.min(flat).as_py() or 0) < 0:
+                number, row = next((n, row) for n, row in enumerate(ids.to_pylist()) if min(row or [0]) < 0)
+                raise ValueError(
+                    f"Row {first + number} (counted from 0) of the {name} dataset holds {min(row)} in `{column}`, "
+                    "which is no token. What is not to be learned is -100 in `labels` alone."
+                )
+            if (pc.max(flat).as_py() or 0) >= vocab_size:
                 number, row = next((n, row) for n, row in enumerate(ids.to_pylist()) if max(row or [0]) >= vocab_size)
                 raise ValueError(
                     f"Row {first + number} (counted from 0) of the {name} dataset holds the token id {max(row)} in "
@@ -114,8 +121,7 @@ def normalize_rows(
     rows that differ do not lend each other their keys. A `formatting_func` makes the text of a row that holds no token
     ids. Ids come as lists, whatever `set_format` made of them: arrays would be added up where lists are joined.
     """
-    if not isinstance(dataset, Dataset) or dataset.format["type"] != "custom":  # SFTTrainer refuses a transform
-        dataset = dataset.with_format(None)
+    dataset = without_format(dataset)  # of a transform, which SFTTrainer refuses, nothing changes
     first = next(iter(dataset), None)
     if first is None:
         return dataset
@@ -130,8 +136,8 @@ def normalize_rows(
         return dataset
     if names == ("input_ids",):
         beside = [column for column in _BESIDE_IDS if column in columns and _holds_whole_numbers(dataset, column)]
-        if isinstance(dataset, Dataset) and not set(PER_TOKEN) & set(beside):
-            _check_unpadded(dataset, name)
+        if isinstance(dataset, Dataset):
+            _check_unpadded(dataset, name, masked=bool(set(PER_TOKEN) & set(beside)))
         dataset = dataset.select_columns([*names, *beside])
         if isinstance(dataset, Dataset):
             _check_masks(dataset, name)
@@ -150,6 +156,8 @@ def normalize_rows(
                     made[column] = read_tools(value)
                 elif column == "chat_template_kwargs":
                     made[column] = read_options(value)
+                elif not value:
+                    raise ValueError(f"`{column}` holds no message. Take the row out.")
                 elif isinstance(value, str):
                     raise ValueError(f"`{column}` is text, but the row's other column holds messages. Give both alike.")
                 else:
@@ -190,18 +198,24 @@ def _check_filled(dataset: Dataset, names: Sequence[str], name: str) -> None:
             )
 
 
-def _check_unpadded(dataset: Dataset, name: str) -> None:
-    """Refuse ids that a tokenizer padded: the collator makes its own mask, and padding would be learned like text."""
+def _check_unpadded(dataset: Dataset, name: str, *, masked: bool) -> None:
+    """Refuse ids that a tokenizer padded: the collator makes its own mask, and padding would be learned like text.
+
+    Where labels have `masked` what is not learned, padding may stand behind a text, and in front would be read as text.
+    """
     if not _holds_whole_numbers(dataset, "attention_mask"):
         return
     for first, table in tables(dataset, ["attention_mask"]):
-        masks = table["attention_mask"]
-        if pc.min(pc.list_flatten(masks)).as_py() == 0:
-            number = next(number for number, mask in enumerate(masks.to_pylist(), first) if 0 in (mask or ()))
+        is_text = pc.list_flatten(table["attention_mask"]).to_numpy() != 0
+        rows = np.repeat(np.arange(len(table)), list_lengths(table, "attention_mask").clip(min=0))
+        wrong = ~is_text
+        if masked:  # padding right before text of the same row
+            wrong = wrong[:-1] & is_text[1:] & (rows[:-1] == rows[1:])
+        if wrong.any():
             raise ValueError(
-                f"Row {number} (counted from 0) of the {name} dataset holds padding (its `attention_mask` has zeros), "
-                "which would be learned like text. Tokenize without `padding`, since batches are padded as they are "
-                "made, or give `labels` that are -100 there."
+                f"Row {first + int(rows[wrong.argmax()])} (counted from 0) of the {name} dataset holds padding (its "
+                "`attention_mask` has zeros), which would be read and learned like text. Tokenize without `padding`, "
+                "since batches are padded as they are made; padding behind a text may stay where `labels` are -100."
             )
 
 

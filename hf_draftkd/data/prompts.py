@@ -7,7 +7,9 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Json, concatenate_datasets
 from transformers.utils import logging
 
+from hf_draftkd.data.columns import column_values
 from hf_draftkd.data.sources import open_dataset, row_numbers
+from hf_draftkd.decoding.setting import SETTING_COLUMNS
 from hf_draftkd.utils.checks import one_of, whole_number
 
 logger = logging.get_logger(__name__)
@@ -27,12 +29,13 @@ def load_prompts(
 
     Args:
         source: A dataset id on the Hub; a local JSONL, JSON, Parquet, CSV or text file (one prompt a line, blank lines
-            are no prompts); a folder that `load_dataset` reads; a `Dataset`; or a list of strings, of message lists,
-            or of rows.
-        column: The column with the prompts, strings or lists of messages: renamed to `prompt`; the others are kept.
+            are no prompts); a folder that `load_dataset` reads or `save_to_disk` wrote; a `Dataset`; or a list of
+            strings, of message lists, or of rows.
+        column: The column with the prompts, strings or lists of messages: renamed to `prompt`; the others are kept. In
+            alignment data, which hold a prompt once for each of its completions, each `prompt` is taken once.
         split: Split to take where there are several. Defaults to `train`.
         config: Configuration (subset) of a Hub dataset.
-        limit: Take only this many rows, from the start.
+        limit: Take only this many rows (of alignment data: prompts), from the start.
         drop_last_answer: Take away assistant messages at the end of a conversation, so that the target answers again.
         skip_invalid: Leave out prompts that are empty or malformed, and say how many, instead of refusing them.
 
@@ -42,6 +45,8 @@ def load_prompts(
     """
     dataset = open_dataset(source, split=split, config=config, text_column=column)
     one_of("column", column, dataset.column_names)
+    if column == "prompt" and is_answered(dataset):
+        dataset = _each_prompt_once(dataset, _name(source))
     if column != "prompt":
         dataset = dataset.remove_columns([name for name in ["prompt"] if name in dataset.column_names])
         dataset = dataset.rename_column(column, "prompt")
@@ -52,6 +57,21 @@ def load_prompts(
     if drop_last_answer:
         dataset = dataset.map(_without_last_answer)
     return _check_prompts(dataset, _name(source), skip_invalid)
+
+
+def is_answered(dataset: Dataset) -> bool:
+    """Whether rows are alignment data, one for each completion of a prompt, and say how each was decoded."""
+    return {"prompt_ids", "completion_ids", *SETTING_COLUMNS} <= set(dataset.column_names)
+
+
+def _each_prompt_once(dataset: Dataset, name: str) -> Dataset:
+    first: dict[tuple[int, ...], int] = {}
+    for number, ids in enumerate(column_values(dataset, "prompt_ids")):
+        first.setdefault(tuple(ids), number)
+    if len(first) == len(dataset):
+        return dataset
+    logger.warning(f"{name} holds {len(dataset)} completions of {len(first)} prompts: each of these is taken once.")
+    return dataset.select(first.values())
 
 
 def fitting_rows(

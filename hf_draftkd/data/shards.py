@@ -101,7 +101,8 @@ def run_shards(
     open_folder(output_dir, manifest, write=state.is_main_process)
     unfinished = unfinished_shards(output_dir, count)
     if len(unfinished) < count:
-        logger.warning(f"{output_dir} holds {count - len(unfinished)} of {count} shards; resuming with the others.")
+        left = "resuming with the others" if unfinished else "nothing is left to answer"
+        logger.warning(f"{output_dir} holds {count - len(unfinished)} of {count} shards; {left}.")
     mine = [number for number in unfinished if number % state.num_processes == state.process_index]
     with completion_progress(sum(sizes[number] for number in mine), not state.is_main_process) as on_finished:
         for number in mine:
@@ -186,8 +187,9 @@ def check_shard_folder(folder: Path) -> None:
     """Raise a `ValueError` for what no shards can go to: a file, or a folder with somebody else's files."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file. Name a folder for the shards.")
-    is_begun = not folder.is_dir() or (folder / MANIFEST).exists()
-    if not is_begun and any(not path.name.startswith(".") for path in folder.iterdir()):
+    if (folder / MANIFEST).exists():
+        _read_manifest(folder)
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(
             f"{folder} is not empty and holds no {MANIFEST}, so it was not begun by this command, which will not write "
             "over it. Name another folder."
@@ -252,7 +254,16 @@ def _differences(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    """What a folder was begun with; a `ValueError` where that file is somebody else's, which many programs call so."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or "schema_version" not in manifest:
+        raise ValueError(
+            f"{folder} holds a {MANIFEST} of something else: `draftkd generate` writes another. Name another folder."
+        )
+    return manifest
 
 
 def _shown(manifest: dict[str, Any], name: str) -> str:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.config import DATASET_STATE_JSON_FILENAME
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pyarrow import ArrowException
 
+from hf_draftkd.data.columns import without_format
 from hf_draftkd.utils.checks import one_of
 
 # File suffix -> the builder of `datasets` that reads it.
@@ -26,7 +28,7 @@ def open_dataset(
     `text_column` is the name that the lines of a text file, or a list's strings, get; `split` is `train` by default.
     """
     if isinstance(source, Dataset):
-        return source
+        return without_format(source)
     if isinstance(source, DatasetDict):
         return _pick_split(source, split)
     if isinstance(source, str | Path):
@@ -59,6 +61,8 @@ def _load(name: str, config: str | None, is_local: bool) -> DatasetDict:
             f"There is no file or folder {name!r} (looked from {Path.cwd()}). A dataset of the Hub is named with its "
             "owner: org/name."
         )
+    if is_local and (Path(name) / DATASET_STATE_JSON_FILENAME).is_file():  # of `save_to_disk`
+        return DatasetDict(train=Dataset.load_from_disk(name))
     try:
         return load_dataset(name, config)
     except _UNREADABLE as error:
@@ -136,7 +140,7 @@ def _note_kinds(value: Any, place: str, kinds: set[tuple[str, str]]) -> None:
 def _pick_split(splits: DatasetDict, split: str | None) -> Dataset:
     if split is None:
         split = next(iter(splits)) if len(splits) == 1 else "train"
-    return splits[one_of("split", split, splits)]
+    return without_format(splits[one_of("split", split, splits)])
 
 
 def row_numbers(rows: Sequence[int]) -> str:

@@ -253,7 +253,8 @@ def _report(kept: int, num_prompts: int, counts: dict[str, int]) -> None:
     if kept < num_prompts:
         logger.warning(
             f"Only {kept} of {num_prompts} prompts could be synthesized from {total} queries (left out: {fallen}). For "
-            "more, raise `query_temperature` (of `synthesize_prompts`: `temperature`, or `max_rounds`)."
+            "more, raise `query_max_new_tokens` where they are unfinished, else `query_temperature` (of "
+            "`synthesize_prompts`: `max_new_tokens` and `temperature`, or `max_rounds`)."
         )
 
 

@@ -72,7 +72,7 @@ def cache_target_distributions(
         The dataset with `completion_logprobs` [T] (log p of the written token), `target_token_ids` [T, k] and
         `target_logprobs` [T, k] (likeliest first) and `target_tail_logprob` [T] (-inf where k = V); or, for draws,
         `target_token_ids` and `target_counts` [T, up to N]; with `target_temperature`, and with `target_vocab_size`,
-        padded rows included, to which a draft is fitted where the target is not at hand.
+        padded rows included, to which a draft is fitted where the target is not at hand. An older cache is replaced.
 
     Raises:
         ValueError: Columns are missing, both forms are asked for, or a value is out of range.
@@ -97,11 +97,13 @@ def cache_target_distributions(
     # `map` would pickle the target to name its result; this names it by what decides it.
     decisive = (dataset._fingerprint, weights_fingerprint(target_model), options, vocab_size)
     rows = dataset.with_format(None)  # lists, whatever `set_format` made of them
+    # An older cache goes whole: counts of its draws would be read beside the tokens of this one.
+    rows = rows.remove_columns([name for name in CACHE_COLUMNS if name in rows.column_names])
     return rows.map(
         add,
         batched=True,
         batch_size=batch_size,
-        features=Features({**dataset.features, **options.features(vocab_size)}),
+        features=Features({**rows.features, **options.features(vocab_size)}),
         new_fingerprint=sha256([repr(decisive)])[:16],
         desc="Target's distributions",
     )
@@ -187,6 +189,11 @@ def read_cache(dataset: Dataset | IterableDataset, name: str) -> tuple[Dataset, 
         raise ValueError(
             f"The {name} dataset is a stream, but cached distributions are looked up by row. Load it without "
             "`streaming=True`: it is read from disk as needed, not into memory."
+        )
+    if {"target_counts", "target_logprobs"} <= set(dataset.column_names):
+        raise ValueError(
+            f"The {name} dataset holds both kinds of cache, likeliest tokens (`target_logprobs`) and draws "
+            "(`target_counts`), and no row may be read as the other kind. Cache all rows in one way."
         )
     lists = ("completion_ids", "completion_logprobs", "target_token_ids")
     columns = [*lists, *({"target", TEMPERATURE_COLUMN, VOCAB_COLUMN} & set(dataset.column_names))]

@@ -192,7 +192,8 @@ def settings_at(
         raise ValueError("`temperatures` is empty. Give at least one, such as 0 for greedy decoding.")
     if len(set(temperatures)) < len(temperatures):
         raise ValueError(
-            f"`temperatures` repeats a value: {list(temperatures)}. Use `num_completions` for several completions."
+            f"`temperatures` repeats a value: {list(temperatures)}. Give each once; `draftkd generate` and "
+            "`generate_alignment_data` write several completions with `num_completions`."
         )
     DecodingSetting(temperature=1.0, top_p=top_p, top_k=top_k)  # a bad filter is refused even if unused
     return [

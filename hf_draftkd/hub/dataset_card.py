@@ -122,7 +122,7 @@ def push_alignment_data(
     with TemporaryDirectory(prefix=".publishing-", dir=folder) as scratch:
         # The manifest names paths of this machine and stays here; the card says what concerns others.
         files = [PlannedFile(CARD_FILE, str(card).encode())]
-        files += shard_files(folder, count, manifest["target"], public_target(manifest), Path(scratch))
+        files += shard_files(folder, count, public_target(manifest), Path(scratch))
         url, _, _ = there.commit(files, there.stale(_SHARDS, files), "Alignment data", private=private)
     return str(url)
 

@@ -236,31 +236,30 @@ def plot_files(folders: Iterable[Path]) -> list[PlannedFile]:
     return [PlannedFile(f"{PLOT_FOLDER}/{name}", path) for name, path in found.items()]
 
 
-def shard_files(folder: Path, count: int, target: str, public: str, scratch: Path) -> list[PlannedFile]:
+def shard_files(folder: Path, count: int, public: str, scratch: Path) -> list[PlannedFile]:
     """The shards of finished alignment data, with the `public` name of the target in their rows.
 
-    Where the rows name it otherwise, shards are written again into the `scratch` folder: its disk must hold them.
+    Where rows name it otherwise, and a run that went on after the target was moved has several names for it, shards are
+    written again into the `scratch` folder: its disk must hold them.
     """
     paths = [shard_path(folder, number, count) for number in range(count)]
-    if public != target:
-        paths = [_renamed(path, scratch / path.name, target, public) for path in paths]
-    return [PlannedFile(f"data/{path.name}", path) for path in paths]
+    return [PlannedFile(f"data/{path.name}", _renamed(path, scratch / path.name, public)) for path in paths]
 
 
-def _renamed(source: Path, destination: Path, old: str, new: str) -> Path:
-    with (
-        pq.ParquetFile(source) as file,
+def _renamed(source: Path, destination: Path, name: str) -> Path:
+    """A shard whose rows have this name for their target: the one that is there, or a copy."""
+    with pq.ParquetFile(source) as file:
+        if pc.all(pc.equal(file.read(["target"])["target"], name)).as_py():
+            return source
         # The schema carries the features, by which `datasets` reads the columns as they were written.
-        pq.ParquetWriter(destination, file.schema_arrow, write_page_index=True) as writer,
-    ):
-        # One row group at a time: rows with cached distributions are large.
-        for number in range(file.num_row_groups):
-            rows = file.read_row_group(number)
-            position = rows.schema.get_field_index("target")
-            names = rows.column(position)
-            renamed = pc.if_else(pc.equal(names, old), pa.scalar(new, names.type), names)
-            rows = rows.set_column(position, rows.schema.field(position), renamed)
-            writer.write_table(rows, row_group_size=rows.num_rows)
+        with pq.ParquetWriter(destination, file.schema_arrow, write_page_index=True) as writer:
+            # One row group at a time: rows with cached distributions are large.
+            for number in range(file.num_row_groups):
+                rows = file.read_row_group(number)
+                position = rows.schema.get_field_index("target")
+                field = rows.schema.field(position)
+                names = pa.repeat(pa.scalar(name, field.type), rows.num_rows)
+                writer.write_table(rows.set_column(position, field, names), row_group_size=rows.num_rows)
     return destination
 
 

@@ -189,6 +189,7 @@ def test_prompts_of_alignment_data_are_answered_once(files, pair, tmp_path):
         ({"num_asistant_tokens": 3}, "Did you mean '--num_assistant_tokens'"),
         ({"dtype": "float3"}, "float3"),
         ({"verify": -1}, "`verify` must be a whole number of at least 0, got -1"),
+        ({"run_name": "first"}, "`--run_name` would do nothing without `--report_to`"),
         ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, got 0"),
     ],
 )

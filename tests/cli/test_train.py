@@ -205,6 +205,15 @@ def test_each_data_set_has_its_own_configuration(files, tmp_path, capsys, monkey
     assert opened == [("org/one", "main")] * 2
 
 
+@pytest.mark.parametrize(("split", "is_said"), [("train", True), ("test", False)])
+def test_held_out_data_that_are_the_training_data_are_named(files, tmp_path, caplog, monkeypatch, split, is_said):
+    """The split of `--eval_dataset` is `train` unless it is named: figures of the training rows went on the card."""
+    monkeypatch.setattr("hf_draftkd.cli.train.open_dataset", lambda *_, **__: None)
+    same = {"dataset": "org/one", "eval_dataset": "org/one"}
+    assert dispatch(["train", *options(files | same, tmp_path / "out", eval_dataset_split=split)]) == 2
+    assert ("`--eval_dataset` is the training data" in caplog.text) == is_said
+
+
 @pytest.mark.parametrize("way", [["--num_layers", "1"], ["--layers", "1"], ["--share", "0.6"]])
 def test_init_makes_a_draft_of_the_target(files, tmp_path, capsys, way):
     out = tmp_path / "new"

@@ -43,6 +43,14 @@ def test_documents_become_openings_and_are_counted(tokenizer):
     )
 
 
+def test_cells_without_text_are_counted_as_empty(tmp_path, tokenizer):
+    """One empty cell of a CSV file ended the run, and nothing could leave it out."""
+    (tmp_path / "faq.csv").write_text("question,number\nwhere?,1\n,2\nwhen?,3\n")
+    prompts, counts = curate_prompts(tmp_path / "faq.csv", tokenizer, question_column="question")
+    assert counts == {"kept": 2, "empty": 1}
+    assert prompts["number"] == [1, 3]
+
+
 def test_a_book_is_not_tokenised_whole(tokenizer):
     """Catches minutes of tokenising long documents of which a sentence is used."""
     read = []

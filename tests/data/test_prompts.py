@@ -76,6 +76,32 @@ def test_folders_and_splits(tmp_path):
         load_prompts(splits, split="tset")
 
 
+@pytest.mark.parametrize("kind", [None, "numpy", "pandas", "arrow"])
+def test_rows_are_plain_whatever_format_was_set(kind):
+    """Prompts in a format of tables were "neither text nor a list of messages (Series)"; where the format left a column
+    out, its rows were lost with a KeyError once the target had answered them.
+    """
+    rows = Dataset.from_list([{"prompt": "a", "domain": "x"}, {"prompt": "b", "domain": "y"}])
+    for given in (rows.with_format(kind, columns=["prompt"]), DatasetDict(train=rows.with_format(kind))):
+        assert list(load_prompts(given)) == list(rows)
+
+
+def test_a_transform_makes_the_prompts():
+    rows = Dataset.from_list([{"prompt": "a"}]).with_transform(lambda batch: {"prompt": [f"{batch['prompt'][0]}!"]})
+    assert load_prompts(rows)["prompt"] == ["a!"]
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path):
+    """`datasets` asked for `load_from_disk`, which nobody can call on a command line."""
+    rows = Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]).select([2, 0])
+    rows.with_format("numpy").save_to_disk(tmp_path / "rows")
+    DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "splits")
+    assert list(load_prompts(tmp_path / "rows")) == list(load_prompts(tmp_path / "splits")) == list(rows)
+    assert load_prompts(tmp_path / "splits", split="test")["prompt"] == ["a"]
+    with pytest.raises(ValueError, match=r"Unknown split 'test'"):
+        load_prompts(tmp_path / "rows", split="test")
+
+
 def test_a_folder_that_is_gone_is_not_another_of_its_name(tmp_path, monkeypatch):
     """Without a network, `datasets` found rows in its cache that it had read from another folder called so."""
     (tmp_path / "rows").mkdir()

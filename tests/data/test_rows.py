@@ -188,6 +188,15 @@ def test_distributions_of_old_completions_do_not_stand_beside_new_ones(target, t
     assert new[:] == fresh[:]
 
 
+def test_prompts_of_alignment_data_are_answered_once(target, tokenizer, caplog):
+    """Answers at two temperatures, answered again: every greedy row came twice, at twice the cost, without a word."""
+    options = {"max_new_tokens": 3, "temperatures": (0.0, 1.0)}
+    old = generate_alignment_data(target, tokenizer, ["the cat", "a mat"], **options)
+    new = generate_alignment_data(target, tokenizer, old, **options)
+    assert new.to_list() == old.to_list()
+    assert "holds 4 completions of 2 prompts: each of these is taken once" in caplog.text
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_tools_and_template_options_stand_in_prompt_and_conversation(as_json):
     """Catches a conversation rendered without what its prompt was rendered with: refused as if its template did it."""

@@ -125,7 +125,7 @@ def test_only_files_of_ours_are_tidied_away(tmp_path, target, tokenizer):
     notebook, note = tmp_path / "data" / ".ipynb_checkpoints", tmp_path / "data" / ".note"
     notebook.mkdir(parents=True)
     note.touch()
-    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "manifest.json").write_text('{"schema_version": 1}')
     rows = generate_alignment_data(target, tokenizer, TEXTS[:3], output_dir=tmp_path, **OPTIONS)
     assert len(rows) == 6
     assert notebook.is_dir()
@@ -252,6 +252,15 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path, target, tokenizer):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(ValueError, match=r"is a file"):
         generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path / "thesis.tex", **OPTIONS)
+
+
+@pytest.mark.parametrize("content", ['{"name": "my web app"}', "[1, 2]", ""])
+def test_a_manifest_of_another_program_is_left_alone(tmp_path, target, tokenizer, content):
+    """It was written over, or ended in an AttributeError, or in "Expecting value: line 1 column 1 (char 0)"."""
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"holds a manifest\.json of something else.*Name another folder"):
+        generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
+    assert (tmp_path / "manifest.json").read_text() == content
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

@@ -191,7 +191,7 @@ def test_too_few_queries_are_said_and_none_is_refused(tokenizer, caplog):
     target = writing_target(end_bias=2.0)
     prompts, counts = synthesize_prompts(target, tokenizer, 5000, max_new_tokens=8, max_rounds=1)
     assert len(prompts) == counts["kept"] < 16
-    assert "raise `query_temperature`" in caplog.text
+    assert "raise `query_max_new_tokens` where they are unfinished, else `query_temperature`" in caplog.text
     with pytest.raises(ValueError, match=r"None of 16 queries was kept .*16 unfinished.*`query_max_new_tokens`"):
         synthesize_prompts(writing_target(end_bias=-1e4), tokenizer, 5, max_new_tokens=8, max_rounds=1)
 

@@ -118,6 +118,13 @@ def test_draws_do_not_depend_on_the_batch(target, data):
     assert other["target_counts"] != one["target_counts"]
 
 
+@pytest.mark.parametrize(("old", "new"), [({"sampled": 4}, {"top_k": 5}), ({"top_k": 5}, {"sampled": 4})])
+def test_a_new_cache_takes_the_place_of_an_old_one(target, data, old, new):
+    """Counts of the former draws stood beside the likeliest tokens, which were learned as if they had been drawn."""
+    again = cache_target_distributions(cache_target_distributions(data, target, **old), target, **new)
+    assert again.to_list() == cache_target_distributions(data, target, **new).to_list()
+
+
 @pytest.mark.parametrize("where", ["parquet", "hub format"])
 def test_float16_keeps_its_promised_bound_through_disk(tmp_path, target, data, where):
     exact = cache_target_distributions(data, target, top_k=200, dtype="float32")

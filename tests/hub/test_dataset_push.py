@@ -160,6 +160,18 @@ def test_an_edit_in_between_is_not_lost(hub: FakeHub, tmp_path: Path, monkeypatc
     assert card_of(hub) == "# edited meanwhile\n"
 
 
+@pytest.mark.parametrize("begun_as", ["acme/target", "/home/acme/target"])
+def test_a_target_that_was_moved_meanwhile_has_one_name(hub: FakeHub, tmp_path: Path, begun_as: str):
+    """Catches the home directory in rows of a run that went on with the same weights in another place."""
+    generate(tmp_path / "a", TEXTS, target=begun_as)
+    next((tmp_path / "a" / "data").glob("train-00001*")).unlink()
+    rows = generate(tmp_path / "a", TEXTS, target="/home/me/secret/target")
+    assert set(rows["target"]) == {begun_as, "/home/me/secret/target"}
+    push_alignment_data(tmp_path / "a", ID, rows=rows)
+    public = "acme/target" if begun_as == "acme/target" else "path/to/target"
+    assert {row["target"] for row in rows_of(hub)} == {public}
+
+
 @pytest.mark.parametrize("is_relative", [False, True])
 def test_no_path_of_this_machine_is_published(hub: FakeHub, tmp_path: Path, monkeypatch, is_relative: bool):
     """Catches a home directory in every row, and a relative path that reads like a stranger's repository elsewhere."""

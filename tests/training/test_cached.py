@@ -328,6 +328,15 @@ def test_caches_of_different_size_are_refused(refused, pair):
     )
 
 
+def test_caches_of_both_kinds_in_one_data_set_are_refused(refused, pair):
+    """All rows were read as draws: those of the likeliest tokens with the counts of other rows."""
+    refused(
+        "holds both kinds of cache",
+        {"top_k": 4},
+        lambda rows: concatenate_datasets([rows, cached(rows.select([0]), pair[1], sampled=3)]),
+    )
+
+
 def test_what_would_lose_the_link_to_the_cache_is_refused(refused):
     refused("is a stream", {"top_k": 4}, lambda rows: rows.to_iterable_dataset())
     refused("`skip_prepare_dataset` cannot", {"top_k": 4}, dataset_kwargs={"skip_prepare_dataset": True})
@@ -374,6 +383,13 @@ def test_the_draft_is_fitted_to_the_vocabulary_that_the_cache_records(tmp_path, 
     assert (draft.config.vocab_size, draft.generation_config.suppress_tokens) == (320, list(range(300, 320)))
     for name, gradient in gradients.items():
         torch.testing.assert_close(cached_gradients[name], gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_an_id_that_is_none_is_refused_with_its_row(tmp_path, pair, tokenizer):
+    """An IndexError of the embedding, in the middle of training: -100 had been put among the ids too."""
+    rows = Dataset.from_list([{"input_ids": [5, 6]}, {"input_ids": [5, -100, 6]}])
+    with pytest.raises(ValueError, match=r"Row 1 .*train dataset holds -100 in `input_ids`, which is no token"):
+        build(tmp_path, pair, tokenizer, rows)
 
 
 @pytest.mark.parametrize("black_box", [True, False])

@@ -144,6 +144,10 @@ def test_padding_that_a_tokenizer_left_is_not_learned(learned, tokenizer):
     # Whoever says what is learned has seen to it.
     labels = [[each if each != tokenizer.pad_token_id else -100 for each in row] for row in padded["input_ids"]]
     assert [found for _, found in learned(Dataset.from_dict({**padded, "labels": labels}))] == ["one two three", "one"]
+    # But in front of a text the draft and the target would read it.
+    turned = {name: [row[::-1] for row in rows] for name, rows in {**padded, "labels": labels}.items()}
+    with pytest.raises(ValueError, match=r"Row 1 .*train dataset holds padding"):
+        learned(Dataset.from_dict(turned))
 
 
 def test_a_formatting_function_that_rows_of_ids_do_not_need_is_said_to_be_ignored(learned, tokenizer, caplog):
@@ -181,6 +185,16 @@ def test_parts_are_read_and_images_refused_by_row(learned):
         learned(rows)
     with pytest.raises(ValueError, match=r"Row 1 .*train dataset lacks `messages`"):
         learned([rows[0], {"text": "one", "messages": None}])
+
+
+@pytest.mark.parametrize("row", [{"messages": []}, {"prompt": [], "completion": [assistant("x")]}])
+def test_a_conversation_without_messages_is_refused_by_row(learned, row):
+    """An IndexError inside of trl, or a row of a lone beginning-of-text token."""
+    full = {name: [user("hi"), assistant("yes")][-1:] for name in row}
+    column = next(iter(row))
+    for rows, number in (([row, full], 0), ([full, row], 1)):
+        with pytest.raises(ValueError, match=rf"Row {number} .*train dataset: `{column}` holds no message"):
+            learned(rows)
 
 
 def test_messages_beside_text_are_refused(learned):
