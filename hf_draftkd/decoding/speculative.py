@@ -198,7 +198,7 @@ class SpeculativeDecoding:
         if streamer is not None and dropped.get("streamer") is None:
             streamer.put(input_ids.cpu())
 
-        stopping = Stopping(stopping_criteria, generation_config.max_length)
+        stopping = Stopping(stopping_criteria, input_ids.shape[1])
         texts = Texts(input_ids, model_kwargs.get("attention_mask"), stopping.max_length, spare=self.length.longest + 1)
         self.prompt_padding = texts.padding
         is_greedy = not generation_config.do_sample

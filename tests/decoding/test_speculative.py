@@ -12,10 +12,12 @@ from transformers import (
     AutoTokenizer,
     CompileConfig,
     DynamicCache,
+    EosTokenCriteria,
     GenerationConfig,
     GPTNeoConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MptConfig,
     PreTrainedModel,
     StoppingCriteria,
@@ -167,6 +169,22 @@ class _EndsAfter(StoppingCriteria):
 def test_a_criterion_of_the_user_is_asked_after_every_token() -> None:
     draft, target = tiny_pair(agreement=0.95)
     check_equal(target, draft, stopping_criteria=[_EndsAfter()])
+
+
+class _EndsAtSeven(EosTokenCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return input_ids[:, -1] % 7 == 0
+
+
+@pytest.mark.parametrize(
+    "criterion", [MaxLengthCriteria(45), MaxLengthCriteria(70), MaxLengthCriteria(3), _EndsAtSeven(1)]
+)
+def test_a_criterion_of_the_user_takes_the_place_of_the_call_s_own(criterion: StoppingCriteria) -> None:
+    """Texts cut off at the call's `max_new_tokens`; a crash where the prompt is longer already, of which plain decoding
+    writes one token; another meaning of a criterion of a known kind.
+    """
+    draft, target = tiny_pair(agreement=0.95)
+    check_equal(target, draft, stopping_criteria=[criterion], max_new_tokens=25)
 
 
 class _DependsOnPosition(LogitsProcessor):
