@@ -63,6 +63,7 @@ class SpeculativeDecoding:
     Batches (left-padded, or `num_return_sequences`) work: every row accepts its own number of tokens and ends by
     itself. The result is that of `generate`: a tensor, or a dictionary with `scores` and `logits` where asked for; in
     a batch they are zero behind a row's end, and `past_key_values` is None, since the rows' caches have holes.
+    Processors are called for drafted tokens too: one that remembers earlier calls would go astray.
 
     transformers 5.23 hands neither `assistant_model=` nor `streamer=` of a `generate` call on to a callable. They are
     read from the running call all the same: a streamer is used, and an `assistant_model` other than this draft is an
@@ -202,7 +203,7 @@ class SpeculativeDecoding:
         texts = Texts(input_ids, model_kwargs.get("attention_mask"), stopping.max_length, spare=self.length.longest + 1)
         self.prompt_padding = texts.padding
         is_greedy = not generation_config.do_sample
-        processing = Processing(logits_processor, texts, is_greedy=is_greedy)
+        processing = Processing(logits_processor, texts, stopping.eos_ids, is_greedy=is_greedy)
         target, draft = self._models(model, model_kwargs["past_key_values"], texts, read, generation_config)
         needs = {"samples": not is_greedy, "needs_q": not is_greedy or lenience < 1}
         propose = OneByOne(draft, self._proposable, processing, **needs)

@@ -198,6 +198,58 @@ def test_a_processor_of_the_user_sees_the_prefix_it_would_have_seen() -> None:
     check_equal(target, draft, logits_processor=LogitsProcessorList([_DependsOnPosition()]))
 
 
+def test_a_constraint_is_never_asked_about_what_no_text_holds() -> None:
+    """Rows of a batch that are shorter were shown with what lay behind their ends, which a grammar refuses."""
+    draft, target = tiny_pair(agreement=0.95)
+    start = padded(PROMPTS)["input_ids"].shape[1]
+
+    def allowed(row: int, ids: torch.Tensor) -> list[int]:
+        groups = [token // 50 for token in ids[start:].tolist()]
+        assert groups == [k % 6 for k in range(len(groups))]
+        return list(range(50 * (len(groups) % 6), 50 * (len(groups) % 6 + 1)))
+
+    options: dict[str, Any] = {"max_new_tokens": 30, "eos_token_id": None, "prefix_allowed_tokens_fn": allowed}
+    plain = target.generate(**padded(PROMPTS), **options)
+    decoding = SpeculativeDecoding(draft, 4)
+    assert torch.equal(target.generate(**padded(PROMPTS), custom_generate=decoding, **options), plain)
+    assert 0 < decoding.counts.draft_acceptance_rate < 1
+
+
+def test_a_constraint_is_never_asked_what_follows_the_end_of_a_text() -> None:
+    """The draft goes on behind an end of sequence, where a grammar has nothing to allow."""
+    draft, target = tiny_pair(agreement=0.95)
+    start = PROMPTS[0].shape[1]
+
+    def allowed(row: int, ids: torch.Tensor) -> list[int]:
+        new = ids[start:].tolist()
+        if TOKENIZER.eos_token_id in new:
+            return []
+        return list(range(50, 150)) if len(new) < 5 else [TOKENIZER.eos_token_id]
+
+    options: dict[str, Any] = {"max_new_tokens": 30, "prefix_allowed_tokens_fn": allowed}
+    plain = target.generate(PROMPTS[0], **options)
+    ours = target.generate(PROMPTS[0], custom_generate=SpeculativeDecoding(draft, 4), **options)
+    assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("samples", [False, True])
+def test_a_constraint_that_leaves_nothing_of_the_draft_vocabulary(samples: bool) -> None:
+    """Greedily the draft went on from a token that is not allowed; sampled, it drew an id that does not exist."""
+    draft, target = tiny_pair(agreement=0.95)
+
+    class Grammar(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            new = input_ids[0, PROMPTS[0].shape[1] :].tolist()
+            assert all((token < 150) == (place % 2 == 0) for place, token in enumerate(new))
+            return scores.masked_fill((torch.arange(300) < 150) != (len(new) % 2 == 0), -torch.inf)
+
+    options: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": None, "logits_processor": [Grammar()]}
+    decoding = SpeculativeDecoding(draft, 4, draft_vocabulary=list(range(3, 150)))
+    text = target.generate(PROMPTS[0], do_sample=samples, custom_generate=decoding, **options)
+    assert text.shape[1] == PROMPTS[0].shape[1] + 20
+    assert samples or torch.equal(text, target.generate(PROMPTS[0], **options))
+
+
 def test_max_time_ends_decoding() -> None:
     draft, target = tiny_pair()
     text = target.generate(
