@@ -286,6 +286,59 @@ def test_the_returned_cache_continues_the_text() -> None:
     assert torch.equal(second.sequences, whole)
 
 
+@torch.inference_mode()
+def _served(target: PreTrainedModel, **options: Any) -> Any:
+    return target.generate(return_dict_in_generate=True, **options)
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_a_chat_goes_on_outside_of_inference_mode_and_behind_padding(is_padded: bool) -> None:
+    """An error about memory that `torch.inference_mode()` made; padding in the cache that was read as text."""
+    draft, target = tiny_pair(agreement=0.95)
+    pad = (4 if is_padded else 0, 0)
+    ids = torch.nn.functional.pad(PROMPTS[0], pad, value=2)
+    mask = torch.nn.functional.pad(torch.ones_like(PROMPTS[0]), pad)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    whole = target.generate(ids, attention_mask=mask, **(options | {"max_new_tokens": 24}))
+    mask_of_both = torch.nn.functional.pad(mask, (0, 12), value=1)
+    decoding = SpeculativeDecoding(draft, 4)
+    for continuing in ({}, {"custom_generate": decoding}):
+        first = _served(target, input_ids=ids, attention_mask=mask, custom_generate=decoding, **options)
+        second = target.generate(
+            first.sequences.clone(),
+            attention_mask=mask_of_both,
+            past_key_values=first.past_key_values,
+            **continuing,
+            **options,
+        )
+        assert torch.equal(second, whole)
+
+
+def test_a_batch_leaves_a_cache_of_the_caller_s_alone() -> None:
+    """Holes in it, and rows that are missing: plain decoding went on from it with an error, or with another text."""
+    draft, target = tiny_pair(eos_scale=2.0, agreement=0.95)
+    options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+    cache = DynamicCache(config=target.config)
+    first = target.generate(
+        **padded(PROMPTS), past_key_values=cache, custom_generate=SpeculativeDecoding(draft, 4), **options
+    )
+    mask = torch.nn.functional.pad(padded(PROMPTS)["attention_mask"], (0, first.shape[1] - 25), value=1)
+    options["eos_token_id"] = None
+    second = target.generate(first, attention_mask=mask, past_key_values=cache, **options)
+    assert torch.equal(second, target.generate(first, attention_mask=mask, **options))
+
+
+def test_ids_of_another_type() -> None:
+    draft, target = tiny_pair(agreement=0.95)
+    inputs = padded(PROMPTS)
+    inputs["input_ids"] = inputs["input_ids"].int()
+    options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+    plain = target.generate(**inputs, **options)
+    ours = target.generate(**inputs, custom_generate=SpeculativeDecoding(draft, 4), **options)
+    assert ours.dtype == plain.dtype
+    assert torch.equal(ours, plain)
+
+
 def test_a_static_cache_serves_one_text() -> None:
     draft, target = tiny_pair(agreement=0.95)
     options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
@@ -368,9 +421,19 @@ def test_a_draft_that_was_moved_is_followed() -> None:
     draft, target = tiny_pair()
     draft.generation_config.suppress_tokens = [7]
     decoding = SpeculativeDecoding(draft, 3)
-    decoding._device, decoding._proposable = torch.device("meta"), None  # type: ignore[assignment] # made elsewhere
+    decoding._placed = torch.device("meta"), draft.dtype  # made elsewhere
+    decoding._proposable = None  # type: ignore[assignment]
     target.generate(PROMPTS[0], max_new_tokens=4, custom_generate=decoding)
     assert decoding._proposable.suppressed.device == draft.device
+
+
+def test_a_draft_that_was_cast_is_followed() -> None:
+    """A head, cut before, of another type than the layers below it."""
+    draft, target = tiny_pair()
+    decoding = SpeculativeDecoding(draft, 3, draft_vocabulary=list(range(3, 200)))
+    draft.to(torch.bfloat16)
+    target.generate(PROMPTS[0], max_new_tokens=4, custom_generate=decoding)
+    assert decoding.counts.num_spec_steps > 0
 
 
 def test_modes_are_left_as_they_were() -> None:
@@ -470,6 +533,18 @@ def test_compiled_steps_write_the_same_texts() -> None:
             assert torch.equal(target.generate(**inputs, custom_generate=decoding, **compiling, **options), plain)
             assert (len(traced) > num_traced) == (decoding.compiled.compile_seconds > seconds) == is_new
     assert 0 < decoding.counts.draft_acceptance_rate < 1
+
+
+def test_compiled_caches_outlive_inference_mode_and_are_not_given_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error about memory that `torch.inference_mode()` made; a returned cache that the next call wrote over."""
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    draft, target = tiny_pair(agreement=0.95)
+    decoding = SpeculativeDecoding(draft, 3, compile=True)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    _served(target, input_ids=PROMPTS[0], custom_generate=decoding, **options)
+    ours = target.generate(PROMPTS[0], custom_generate=decoding, return_dict_in_generate=True, **options)
+    assert torch.equal(ours.sequences, target.generate(PROMPTS[0], **options))
+    assert ours.past_key_values is None
 
 
 def test_compiled_caches_do_not_pile_up() -> None:
