@@ -182,7 +182,7 @@ def with_sliced_head(draft: PreTrainedModel, ids: list[int]) -> PreTrainedModel:
     if name is None or type(head) is not nn.Linear:
         raise ValueError(
             f"`draft_vocabulary` needs a draft whose head is a linear layer of its own, but {type(draft).__name__} has "
-            f"{type(head).__name__}. Leave `draft_vocabulary` out."
+            f"{type(head).__module__}.{type(head).__name__}. Leave `draft_vocabulary` out."
         )
     rows = torch.tensor(ids, device=head.weight.device)
     sliced = nn.Linear(head.in_features, len(ids), bias=head.bias is not None, device="meta")

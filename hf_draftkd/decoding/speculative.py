@@ -91,7 +91,8 @@ class SpeculativeDecoding:
             processor; copy or reduce them at once: the memory is reused in the next round.
         compile: Compile both models with static caches and fixed shapes, by `compile_config` of the call where it is
             given. The first call with a new batch size, or with longer texts than before, compiles for some
-            minutes. On CPUs eager is faster for small models; on accelerators it was not measured.
+            minutes. On CPUs eager is faster for small models; on accelerators it was not measured. Calls share their
+            caches: make one object for each thread.
 
     Attributes:
         compiled: With `compile`: what is kept from call to call, and `compiled.compile_seconds`.

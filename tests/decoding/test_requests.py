@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import BartConfig, BartForConditionalGeneration, MambaConfig, MambaForCausalLM
 
 from hf_draftkd import SpeculativeDecoding
@@ -70,6 +70,13 @@ def test_draft_lengths(gamma: Any) -> None:
 def test_draft_vocabularies(ids: Any) -> None:
     with pytest.raises(ValueError, match="draft_vocabulary"):
         SpeculativeDecoding(DRAFT, 3, draft_vocabulary=ids)
+
+
+def test_a_draft_vocabulary_below_an_adapter_s_head() -> None:
+    """A message that said the head is `Linear` and must be linear."""
+    draft = get_peft_model(tiny_llama(2), LoraConfig(target_modules=["lm_head"], r=2))
+    with pytest.raises(ValueError, match=r"peft\..*\.Linear"):
+        SpeculativeDecoding(draft, 3, draft_vocabulary=[5, 6])
 
 
 @pytest.mark.parametrize("options", [{"lenience": 0.0}, {"lenience": 1.5}, {"lenience_form": "cubic"}])
