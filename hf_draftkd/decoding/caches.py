@@ -35,8 +35,14 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        # Whoever selects or reorders rows puts tensors of their own in the place of the views.
-        if start == 0 or self.keys.data_ptr() != self._key_room.data_ptr() or end > self._key_room.shape[-2]:
+        # Whoever selects or reorders rows puts tensors of their own in the place of the views; and room that was made
+        # under `torch.inference_mode()` can only be written to there.
+        if (
+            start == 0
+            or self.keys.data_ptr() != self._key_room.data_ptr()
+            or end > self._key_room.shape[-2]
+            or (self._key_room.is_inference() and not torch.is_inference_mode_enabled())
+        ):
             spare = max(64, end // 4)
             self._key_room = _with_room(self.keys, key_states, start, end + spare)
             self._value_room = _with_room(self.values, value_states, start, end + spare)
@@ -106,7 +112,9 @@ class CachedModel:
         self._columns = read
         self._mask: Tensor | None = None
         if texts.needs_mask:
-            self._mask = torch.ones(len(self.read), read + 64, dtype=torch.bool, device=texts.ids.device)
+            # A cache that is continued holds the padding of its text too.
+            columns = torch.arange(read + 64, device=texts.ids.device)
+            self._mask = columns >= texts.ids.new_tensor(texts.padding)[:, None]
 
     def __call__(self, piece: Piece, num_logits: int) -> Tensor:
         """Read a piece; return the logits [A, num_logits, V] of its last tokens."""

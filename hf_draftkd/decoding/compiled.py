@@ -51,7 +51,12 @@ class CompiledModels:
         capacity = (texts.ids.shape[1] + 2 * max(widths) + 127) // 64 * 64
         key = (id(model), len(texts.lengths))
         cache = self._caches.get(key)
-        if cache is None or cache.layers[0].max_cache_len < capacity:
+        # What was made under `torch.inference_mode()` can only be written to there.
+        if (
+            cache is None
+            or cache.layers[0].max_cache_len < capacity
+            or (cache.layers[0].cumulative_length.is_inference() and not torch.is_inference_mode_enabled())
+        ):
             text_config = model.config.get_text_config(decoder=True)
             cache = self._caches[key] = StaticCache(config=text_config, max_cache_len=capacity)
         cache.reset()

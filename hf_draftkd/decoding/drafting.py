@@ -37,6 +37,11 @@ class Proposable:
         self.ids = None if draft_vocabulary is None else torch.tensor(draft_vocabulary, device=draft.device)
         self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=draft.device) if suppressed else None
 
+    @property
+    def is_restricted(self) -> bool:
+        """Whether there are ids that are not proposed."""
+        return self.ids is not None or self.suppressed is not None
+
     def likeliest(self, logits: Tensor) -> Tensor:
         """[A] ids with the largest of the head's logits [A, N]."""
         if self.suppressed is not None and self.ids is None:
@@ -103,6 +108,11 @@ class OneByOne:
         if self._processing.is_identity and not self._needs_q:
             return self._proposable.likeliest(logits[:, 0])[:, None], None
         scores = self._processing(self._proposable.full(logits[:, 0])[:, None], offset)
+        if self._proposable.is_restricted and not self._processing.sees_sets:
+            # Of the ids that may be proposed a constraint may leave none: propose any that it allows.
+            nothing = scores.amax(-1, keepdim=True) == -torch.inf
+            if nothing.any():
+                scores = torch.where(nothing, self._processing(torch.zeros_like(scores), offset), scores)
         if not self._needs_q:
             return scores.argmax(-1), None
         q = scores.softmax(-1)
@@ -172,7 +182,7 @@ def with_sliced_head(draft: PreTrainedModel, ids: list[int]) -> PreTrainedModel:
     if name is None or type(head) is not nn.Linear:
         raise ValueError(
             f"`draft_vocabulary` needs a draft whose head is a linear layer of its own, but {type(draft).__name__} has "
-            f"{type(head).__name__}. Leave `draft_vocabulary` out."
+            f"{type(head).__module__}.{type(head).__name__}. Leave `draft_vocabulary` out."
         )
     rows = torch.tensor(ids, device=head.weight.device)
     sliced = nn.Linear(head.in_features, len(ids), bias=head.bias is not None, device="meta")

@@ -115,11 +115,12 @@ class Processing:
     Args:
         processors: As `generate` prepared them for the whole batch.
         texts: The texts, whose drafted tokens stand behind their ends.
+        eos_ids: Tokens that end a text.
         is_greedy: Scores are only compared then: without processors logits stay as they are.
     """
 
-    def __init__(self, processors: LogitsProcessorList, texts: Texts, *, is_greedy: bool) -> None:
-        self.processors, self.texts = processors, texts
+    def __init__(self, processors: LogitsProcessorList, texts: Texts, eos_ids: set[int], *, is_greedy: bool) -> None:
+        self.processors, self.texts, self._eos_ids = processors, texts, eos_ids
         looking_back = [processor for processor in processors if type(processor) not in _POINTWISE]
         self.looks_back = bool(looking_back)
         self.sees_sets = all(map(_sees_a_set, looking_back))
@@ -151,17 +152,23 @@ class Processing:
         """Scores [A, V], given each text's first `length + offset` columns.
 
         A processor may hold something for every row of the batch, and may count columns: so it always gets all rows
-        in their order, once for every length that occurs, and only the rows of that length are taken.
+        in their order, once for every length that occurs, and only the rows of that length are taken. In the place of
+        the others it gets one of these: behind their own ends is nothing that a constraint could make sense of. What
+        would follow a drafted end of sequence is never kept, so its scores stay as they are.
         """
-        texts = self.texts
-        lengths = [texts.lengths[row] for row in texts.rows]
-        if texts.is_single:
-            return self.processors(texts.ids[:, : lengths[0] + offset], scores.clone())
-        result = torch.empty_like(scores)
-        for length in set(lengths):
-            places = [place for place, other in enumerate(lengths) if other == length]
+        texts, result = self.texts, scores.clone()
+        lengths = {place: texts.lengths[row] for place, row in enumerate(texts.rows) if self._goes_on(row, offset)}
+        for length in set(lengths.values()):
+            places = [place for place, other in lengths.items() if other == length]
             rows = [texts.rows[place] for place in places]
             batch = scores.new_zeros(len(texts.lengths), scores.shape[1])
             batch[rows] = scores[places]
-            result[places] = self.processors(texts.ids[:, : length + offset], batch)[rows]
+            ids = texts.ids[rows[0], : length + offset].repeat(len(batch), 1)
+            ids[rows] = texts.ids[rows, : length + offset]
+            result[places] = self.processors(ids, batch)[rows]
         return result
+
+    def _goes_on(self, row: int, offset: int) -> bool:
+        """Whether none of the first `offset` tokens drafted for a text ends it."""
+        start = self.texts.lengths[row]
+        return self._eos_ids.isdisjoint(self.texts.ids[row, start : start + offset].tolist())

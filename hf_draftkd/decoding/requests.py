@@ -47,13 +47,20 @@ def check_models(draft: PreTrainedModel, target: PreTrainedModel) -> None:
     """Refuse a target that cannot be decoded speculatively, or a draft that does not fit it.
 
     Raises:
-        ValueError: The target is not a decoder with a cache, or vocabularies or devices differ.
+        ValueError: The target is not a decoder with a cache, or reads more than the text, or vocabularies or devices
+            differ.
     """
     if target.config.is_encoder_decoder or target._is_stateful:
         what = "is an encoder-decoder model" if target.config.is_encoder_decoder else "keeps a running state"
         raise ValueError(
             f"The target ({type(target).__name__}) {what}. Speculative decoding needs a decoder-only causal LM with a "
             "cache from which rejected tokens can be taken. Decode without a draft."
+        )
+    preparing = getattr(target.prepare_inputs_for_generation, "__self__", target)
+    if preparing is not target:
+        raise ValueError(
+            f"The target's inputs are prepared by {type(preparing).__name__}, as with prompt or prefix tuning: what it "
+            "adds to the text would be left out. Generate without `custom_generate`."
         )
     sizes = [model.config.get_text_config().vocab_size for model in (draft, target)]
     if sizes[0] != sizes[1]:
@@ -95,17 +102,18 @@ def check_request(
                 f"{type(processor).__name__} ({cause}) remembers earlier calls, so it cannot be applied to drafted "
                 "tokens that may be rejected. Leave it out, or generate without `custom_generate`."
             )
+    # Before the inputs: `generate` passes these two on as inputs of the model.
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name):
+            raise ValueError(
+                f"`{name}` is not collected in speculative decoding; `output_scores` and `output_logits` are."
+            )
     unknown = [name for name, value in model_kwargs.items() if value is not None and name not in _KNOWN_INPUTS]
     if unknown or input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ValueError(
             f"A draft reads token ids only, but {', '.join(unknown) or 'no `input_ids`'} was given. Generate without "
             "`custom_generate`, or take the text model out with `extract_text_model`."
         )
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(config, name) and config.return_dict_in_generate:
-            raise ValueError(
-                f"`{name}` is not collected in speculative decoding; `output_scores` and `output_logits` are."
-            )
     is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(target)
     if is_synced or (is_sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         raise ValueError(

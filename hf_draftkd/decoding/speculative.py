@@ -62,7 +62,9 @@ class SpeculativeDecoding:
     processors are set: both models' logits are processed once, by the same list, each position with its own prefix.
     Batches (left-padded, or `num_return_sequences`) work: every row accepts its own number of tokens and ends by
     itself. The result is that of `generate`: a tensor, or a dictionary with `scores` and `logits` where asked for; in
-    a batch they are zero behind a row's end, and `past_key_values` is None, since the rows' caches have holes.
+    a batch they are zero behind a row's end, and `past_key_values` is None, since the rows' caches have holes (and
+    with `compile`, since the next call writes over it). Processors are called for drafted tokens too: one that
+    remembers earlier calls would go astray.
 
     transformers 5.23 hands neither `assistant_model=` nor `streamer=` of a `generate` call on to a callable. They are
     read from the running call all the same: a streamer is used, and an `assistant_model` other than this draft is an
@@ -89,7 +91,8 @@ class SpeculativeDecoding:
             processor; copy or reduce them at once: the memory is reused in the next round.
         compile: Compile both models with static caches and fixed shapes, by `compile_config` of the call where it is
             given. The first call with a new batch size, or with longer texts than before, compiles for some
-            minutes. On CPUs eager is faster for small models; on accelerators it was not measured.
+            minutes. On CPUs eager is faster for small models; on accelerators it was not measured. Calls share their
+            caches: make one object for each thread.
 
     Attributes:
         compiled: With `compile`: what is kept from call to call, and `compiled.compile_seconds`.
@@ -161,8 +164,8 @@ class SpeculativeDecoding:
         self._known_targets: WeakSet[PreTrainedModel] = WeakSet()
 
     def _place_proposals(self) -> None:
-        """What draws from the draft, where the draft is now."""
-        self._device = self.draft_model.device
+        """What draws from the draft, as the draft is now."""
+        self._placed = self.draft_model.device, self.draft_model.dtype
         self._proposing_model = self.draft_model
         if self.draft_vocabulary is not None:
             self._proposing_model = with_sliced_head(self.draft_model, self.draft_vocabulary)
@@ -181,7 +184,7 @@ class SpeculativeDecoding:
         """What `generate` calls, with everything prepared; returns what `generate` returns."""
         dropped = dropped_by_generate()
         self._check_pair(model, dropped.get("assistant_model"))
-        if self.draft_model.device != self._device:  # moved since
+        if (self.draft_model.device, self.draft_model.dtype) != self._placed:  # moved or cast since
             self._place_proposals()
         is_synced = bool(dropped.get("synced_gpus"))
         check_request(model, input_ids, logits_processor, generation_config, model_kwargs, is_synced)
@@ -198,11 +201,11 @@ class SpeculativeDecoding:
         if streamer is not None and dropped.get("streamer") is None:
             streamer.put(input_ids.cpu())
 
-        stopping = Stopping(stopping_criteria, generation_config.max_length)
+        stopping = Stopping(stopping_criteria, input_ids.shape[1])
         texts = Texts(input_ids, model_kwargs.get("attention_mask"), stopping.max_length, spare=self.length.longest + 1)
         self.prompt_padding = texts.padding
         is_greedy = not generation_config.do_sample
-        processing = Processing(logits_processor, texts, is_greedy=is_greedy)
+        processing = Processing(logits_processor, texts, stopping.eos_ids, is_greedy=is_greedy)
         target, draft = self._models(model, model_kwargs["past_key_values"], texts, read, generation_config)
         needs = {"samples": not is_greedy, "needs_q": not is_greedy or lenience < 1}
         propose = OneByOne(draft, self._proposable, processing, **needs)
@@ -263,7 +266,8 @@ class SpeculativeDecoding:
         # Behind a finished text stands what `generate` puts there, whether or not the model has a row for it.
         pad = generation_config._pad_token_tensor
         sequences = texts.finished(0 if pad is None else int(pad))
-        return outputs.result(sequences, target.cache if texts.is_single else None)
+        # Holes are in a batch's cache, and a compiled one is written over by the next call.
+        return outputs.result(sequences, target.cache if texts.is_single and self.compiled is None else None)
 
     def _check_pair(self, target: PreTrainedModel, assistant: PreTrainedModel | None) -> None:
         if assistant is not None and unwrapped(assistant) is not self.draft_model:
@@ -311,6 +315,9 @@ class SpeculativeDecoding:
     ) -> tuple[CachedModel, CachedModel]:
         """Target and draft with their caches."""
         draft_cache = DynamicCache(config=self.draft_model.config.get_text_config(decoder=True))
+        if not texts.is_single and isinstance(cache, DynamicCache):
+            # The caller's own would be left with holes, and without the rows that ended first.
+            cache = DynamicCache(config=target.config.get_text_config(decoder=True), offloading=cache.offloading)
         if self.compiled is None and not texts.is_single and isinstance(cache, StaticCache):
             raise ValueError(
                 "A batch needs room for rejected tokens that a static cache of this length does not have. Use the "

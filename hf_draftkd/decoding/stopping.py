@@ -11,18 +11,21 @@ class Stopping:
 
     End of sequence, length and time are checked on the host; any other criterion (stop strings, one of the user's) is
     called with the whole batch up to each token. `scores` is None for it.
+
+    Args:
+        criteria: As `generate` prepared them: a length is among them.
+        prompt_length: Columns of the prompts. One token is written whatever the criteria say.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, max_length: int) -> None:
-        lengths = [each.max_length for each in criteria if isinstance(each, MaxLengthCriteria)]
-        self.max_length = min([max_length, *lengths])
+    def __init__(self, criteria: StoppingCriteriaList, prompt_length: int) -> None:
+        # A criterion of the user's replaces the call's own of its type, so the call's `max_length` may not count.
+        self.max_length = max(prompt_length + 1, min(each.max_length for each in _of_type(MaxLengthCriteria, criteria)))
         self.eos_ids: set[int] = set()
-        for each in criteria:
-            if isinstance(each, EosTokenCriteria):
-                self.eos_ids.update(each.eos_token_id.flatten().tolist())
-        self._times = StoppingCriteriaList(each for each in criteria if isinstance(each, MaxTimeCriteria))
+        for each in _of_type(EosTokenCriteria, criteria):
+            self.eos_ids.update(each.eos_token_id.flatten().tolist())
+        self._times = _of_type(MaxTimeCriteria, criteria)
         known = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)
-        self._others = StoppingCriteriaList(each for each in criteria if not isinstance(each, known))
+        self._others = StoppingCriteriaList(each for each in criteria if type(each) not in known)
 
     def is_out_of_time(self, ids: Tensor) -> bool:
         """Whether no text may get another token."""
@@ -41,3 +44,8 @@ class Stopping:
             if self._others and bool(self._others(texts.ids[:, : length + count], None)[row]):
                 return count, True
         return len(tokens), length + len(tokens) >= self.max_length
+
+
+def _of_type(kind: type, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
+    """Those of exactly this type: one derived from it may decide otherwise."""
+    return StoppingCriteriaList(each for each in criteria if type(each) is kind)

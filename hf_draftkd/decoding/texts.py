@@ -57,7 +57,7 @@ class Texts:
     def __init__(self, prompts: Tensor, mask: Tensor | None, max_length: int, spare: int) -> None:
         batch_size, self.prompt_length = prompts.shape
         columns = torch.arange(max_length + spare, device=prompts.device)
-        self.ids = torch.nn.functional.pad(prompts, (0, len(columns) - self.prompt_length))
+        self.ids = torch.nn.functional.pad(prompts.long(), (0, len(columns) - self.prompt_length))
         self.max_length = max_length
         self.lengths = [self.prompt_length] * batch_size
         self.done = [False] * batch_size

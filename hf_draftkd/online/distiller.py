@@ -15,8 +15,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property, partial, wraps
+from threading import RLock
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -40,6 +41,20 @@ from hf_draftkd.online.state import load_tensors, read_facts, save_state
 logger = logging.getLogger(__name__)
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _one_at_a_time(method: _Method) -> _Method:
+    """A method that waits until no other thread is in one of these."""
+
+    @wraps(method)
+    def alone(self: "OnlineDraftDistiller", *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, alone)
+
+
 class OnlineDraftDistiller:
     """Serves a target with a draft, and teaches the draft between requests.
 
@@ -58,7 +73,8 @@ class OnlineDraftDistiller:
     Requests are decoded by [`SpeculativeDecoding`], alone or in batches, with the draft length of the draft's
     generation config, or, where it names none, the one that pays best so far. No thread is started: an update happens
     inside `generate` after every `args.update_every` requests, or, with `args.auto_update=False`, when you call
-    `step()`. The serving loop may run under `torch.inference_mode()` or `torch.no_grad()`.
+    `step()`. Calls from several threads wait for each other. The serving loop may run under `torch.inference_mode()` or
+    `torch.no_grad()`.
 
     An update is measured before it is kept: exact acceptance of the draft before and after it on requests that were
     never learned from, each under the setting it was decoded with. If acceptance fell, weights and optimiser are put
@@ -127,7 +143,7 @@ class OnlineDraftDistiller:
         listed = self._decoding.draft_vocabulary
         self._vocabulary = None if listed is None else checked_vocabulary(listed, self._vocab_size)
         self.learner = Learner(draft_model, self._vocab_size, self.args, self._vocabulary)
-        self._on_log = on_log
+        self._on_log, self._lock = on_log, RLock()
         self._generator = torch.Generator().manual_seed(self.args.seed)
         self._window = AcceptanceCounts()  # since the last step
         self._requests_at_step = 0
@@ -135,6 +151,7 @@ class OnlineDraftDistiller:
 
     # Serving ---------------------------------------------------------------------------------------------------------
 
+    @_one_at_a_time
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """`target_model.generate(..., custom_generate=SpeculativeDecoding(draft_model))`, remembered.
 
@@ -225,6 +242,7 @@ class OnlineDraftDistiller:
 
     # Learning --------------------------------------------------------------------------------------------------------
 
+    @_one_at_a_time
     @torch.inference_mode(False)
     @torch.enable_grad()
     def step(self) -> dict[str, Any] | None:
@@ -300,6 +318,7 @@ class OnlineDraftDistiller:
 
     # State -----------------------------------------------------------------------------------------------------------
 
+    @_one_at_a_time
     def save(self, directory: str | None = None) -> None:
         """Write weights, optimiser, buffer, counters and history, whole or not at all, into `directory` or
         `args.output_dir`.
@@ -327,6 +346,7 @@ class OnlineDraftDistiller:
         }
         save_state(directory, {"draft": self.learner.state(), "requests": requests, "random": random}, facts)
 
+    @_one_at_a_time
     @torch.inference_mode(False)
     def resume(self, directory: str | None = None) -> bool:
         """Continue from a saved state: weights, optimiser, buffer, counters, history and random state.

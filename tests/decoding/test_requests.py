@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import BartConfig, BartForConditionalGeneration, MambaConfig, MambaForCausalLM
 
 from hf_draftkd import SpeculativeDecoding
@@ -24,7 +25,7 @@ def generate(**options: Any) -> Any:
         ({"num_beams": 2}, "beam"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive"),
         ({"guidance_scale": 1.5}, "guidance_scale"),
-        ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states"),
+        ({"return_dict_in_generate": True, "output_hidden_states": True}, "`output_hidden_states` is not collected"),
         ({"use_cache": False}, "use_cache"),
         ({"cache_implementation": "offloaded", "num_beams": 2}, "beam"),
         ({"assistant_model": tiny_llama(5)}, "assistant_model"),
@@ -42,6 +43,19 @@ def test_calls_that_cannot_be_honoured(options: dict[str, Any], message: str) ->
         generate(**options)
 
 
+# peft 0.21 asks transformers 5.23 for an attribute under its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_a_target_with_a_learned_prompt(kind: type) -> None:
+    """The text of the bare target, as if there were no adapter."""
+    _, target = tiny_pair()
+    tuned = get_peft_model(target, kind(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    options: dict[str, Any] = {"max_new_tokens": 4, "custom_generate": SpeculativeDecoding(DRAFT, 3)}
+    with pytest.raises(ValueError, match="prepared by PeftModelForCausalLM"):
+        tuned.generate(input_ids=PROMPT, attention_mask=torch.ones_like(PROMPT), **options)
+    target.generate(PROMPT, **options)
+
+
 def test_the_draft_itself_beside_it_is_no_contradiction() -> None:
     assert torch.equal(generate(assistant_model=DRAFT, do_sample=False), TARGET.generate(PROMPT, max_new_tokens=4))
 
@@ -56,6 +70,13 @@ def test_draft_lengths(gamma: Any) -> None:
 def test_draft_vocabularies(ids: Any) -> None:
     with pytest.raises(ValueError, match="draft_vocabulary"):
         SpeculativeDecoding(DRAFT, 3, draft_vocabulary=ids)
+
+
+def test_a_draft_vocabulary_below_an_adapter_s_head() -> None:
+    """A message that said the head is `Linear` and must be linear."""
+    draft = get_peft_model(tiny_llama(2), LoraConfig(target_modules=["lm_head"], r=2))
+    with pytest.raises(ValueError, match=r"peft\..*\.Linear"):
+        SpeculativeDecoding(draft, 3, draft_vocabulary=[5, 6])
 
 
 @pytest.mark.parametrize("options", [{"lenience": 0.0}, {"lenience": 1.5}, {"lenience_form": "cubic"}])

@@ -12,10 +12,12 @@ from transformers import (
     AutoTokenizer,
     CompileConfig,
     DynamicCache,
+    EosTokenCriteria,
     GenerationConfig,
     GPTNeoConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MptConfig,
     PreTrainedModel,
     StoppingCriteria,
@@ -169,6 +171,22 @@ def test_a_criterion_of_the_user_is_asked_after_every_token() -> None:
     check_equal(target, draft, stopping_criteria=[_EndsAfter()])
 
 
+class _EndsAtSeven(EosTokenCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return input_ids[:, -1] % 7 == 0
+
+
+@pytest.mark.parametrize(
+    "criterion", [MaxLengthCriteria(45), MaxLengthCriteria(70), MaxLengthCriteria(3), _EndsAtSeven(1)]
+)
+def test_a_criterion_of_the_user_takes_the_place_of_the_call_s_own(criterion: StoppingCriteria) -> None:
+    """Texts cut off at the call's `max_new_tokens`; a crash where the prompt is longer already, of which plain decoding
+    writes one token; another meaning of a criterion of a known kind.
+    """
+    draft, target = tiny_pair(agreement=0.95)
+    check_equal(target, draft, stopping_criteria=[criterion], max_new_tokens=25)
+
+
 class _DependsOnPosition(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores[:, input_ids.shape[1] % 5 :: 5] += 3.0
@@ -178,6 +196,58 @@ class _DependsOnPosition(LogitsProcessor):
 def test_a_processor_of_the_user_sees_the_prefix_it_would_have_seen() -> None:
     draft, target = tiny_pair(agreement=0.95)
     check_equal(target, draft, logits_processor=LogitsProcessorList([_DependsOnPosition()]))
+
+
+def test_a_constraint_is_never_asked_about_what_no_text_holds() -> None:
+    """Rows of a batch that are shorter were shown with what lay behind their ends, which a grammar refuses."""
+    draft, target = tiny_pair(agreement=0.95)
+    start = padded(PROMPTS)["input_ids"].shape[1]
+
+    def allowed(row: int, ids: torch.Tensor) -> list[int]:
+        groups = [token // 50 for token in ids[start:].tolist()]
+        assert groups == [k % 6 for k in range(len(groups))]
+        return list(range(50 * (len(groups) % 6), 50 * (len(groups) % 6 + 1)))
+
+    options: dict[str, Any] = {"max_new_tokens": 30, "eos_token_id": None, "prefix_allowed_tokens_fn": allowed}
+    plain = target.generate(**padded(PROMPTS), **options)
+    decoding = SpeculativeDecoding(draft, 4)
+    assert torch.equal(target.generate(**padded(PROMPTS), custom_generate=decoding, **options), plain)
+    assert 0 < decoding.counts.draft_acceptance_rate < 1
+
+
+def test_a_constraint_is_never_asked_what_follows_the_end_of_a_text() -> None:
+    """The draft goes on behind an end of sequence, where a grammar has nothing to allow."""
+    draft, target = tiny_pair(agreement=0.95)
+    start = PROMPTS[0].shape[1]
+
+    def allowed(row: int, ids: torch.Tensor) -> list[int]:
+        new = ids[start:].tolist()
+        if TOKENIZER.eos_token_id in new:
+            return []
+        return list(range(50, 150)) if len(new) < 5 else [TOKENIZER.eos_token_id]
+
+    options: dict[str, Any] = {"max_new_tokens": 30, "prefix_allowed_tokens_fn": allowed}
+    plain = target.generate(PROMPTS[0], **options)
+    ours = target.generate(PROMPTS[0], custom_generate=SpeculativeDecoding(draft, 4), **options)
+    assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("samples", [False, True])
+def test_a_constraint_that_leaves_nothing_of_the_draft_vocabulary(samples: bool) -> None:
+    """Greedily the draft went on from a token that is not allowed; sampled, it drew an id that does not exist."""
+    draft, target = tiny_pair(agreement=0.95)
+
+    class Grammar(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            new = input_ids[0, PROMPTS[0].shape[1] :].tolist()
+            assert all((token < 150) == (place % 2 == 0) for place, token in enumerate(new))
+            return scores.masked_fill((torch.arange(300) < 150) != (len(new) % 2 == 0), -torch.inf)
+
+    options: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": None, "logits_processor": [Grammar()]}
+    decoding = SpeculativeDecoding(draft, 4, draft_vocabulary=list(range(3, 150)))
+    text = target.generate(PROMPTS[0], do_sample=samples, custom_generate=decoding, **options)
+    assert text.shape[1] == PROMPTS[0].shape[1] + 20
+    assert samples or torch.equal(text, target.generate(PROMPTS[0], **options))
 
 
 def test_max_time_ends_decoding() -> None:
@@ -214,6 +284,59 @@ def test_the_returned_cache_continues_the_text() -> None:
     )
     whole = target.generate(PROMPTS[0], max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert torch.equal(second.sequences, whole)
+
+
+@torch.inference_mode()
+def _served(target: PreTrainedModel, **options: Any) -> Any:
+    return target.generate(return_dict_in_generate=True, **options)
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_a_chat_goes_on_outside_of_inference_mode_and_behind_padding(is_padded: bool) -> None:
+    """An error about memory that `torch.inference_mode()` made; padding in the cache that was read as text."""
+    draft, target = tiny_pair(agreement=0.95)
+    pad = (4 if is_padded else 0, 0)
+    ids = torch.nn.functional.pad(PROMPTS[0], pad, value=2)
+    mask = torch.nn.functional.pad(torch.ones_like(PROMPTS[0]), pad)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    whole = target.generate(ids, attention_mask=mask, **(options | {"max_new_tokens": 24}))
+    mask_of_both = torch.nn.functional.pad(mask, (0, 12), value=1)
+    decoding = SpeculativeDecoding(draft, 4)
+    for continuing in ({}, {"custom_generate": decoding}):
+        first = _served(target, input_ids=ids, attention_mask=mask, custom_generate=decoding, **options)
+        second = target.generate(
+            first.sequences.clone(),
+            attention_mask=mask_of_both,
+            past_key_values=first.past_key_values,
+            **continuing,
+            **options,
+        )
+        assert torch.equal(second, whole)
+
+
+def test_a_batch_leaves_a_cache_of_the_caller_s_alone() -> None:
+    """Holes in it, and rows that are missing: plain decoding went on from it with an error, or with another text."""
+    draft, target = tiny_pair(eos_scale=2.0, agreement=0.95)
+    options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+    cache = DynamicCache(config=target.config)
+    first = target.generate(
+        **padded(PROMPTS), past_key_values=cache, custom_generate=SpeculativeDecoding(draft, 4), **options
+    )
+    mask = torch.nn.functional.pad(padded(PROMPTS)["attention_mask"], (0, first.shape[1] - 25), value=1)
+    options["eos_token_id"] = None
+    second = target.generate(first, attention_mask=mask, past_key_values=cache, **options)
+    assert torch.equal(second, target.generate(first, attention_mask=mask, **options))
+
+
+def test_ids_of_another_type() -> None:
+    draft, target = tiny_pair(agreement=0.95)
+    inputs = padded(PROMPTS)
+    inputs["input_ids"] = inputs["input_ids"].int()
+    options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+    plain = target.generate(**inputs, **options)
+    ours = target.generate(**inputs, custom_generate=SpeculativeDecoding(draft, 4), **options)
+    assert ours.dtype == plain.dtype
+    assert torch.equal(ours, plain)
 
 
 def test_a_static_cache_serves_one_text() -> None:
@@ -298,9 +421,19 @@ def test_a_draft_that_was_moved_is_followed() -> None:
     draft, target = tiny_pair()
     draft.generation_config.suppress_tokens = [7]
     decoding = SpeculativeDecoding(draft, 3)
-    decoding._device, decoding._proposable = torch.device("meta"), None  # type: ignore[assignment] # made elsewhere
+    decoding._placed = torch.device("meta"), draft.dtype  # made elsewhere
+    decoding._proposable = None  # type: ignore[assignment]
     target.generate(PROMPTS[0], max_new_tokens=4, custom_generate=decoding)
     assert decoding._proposable.suppressed.device == draft.device
+
+
+def test_a_draft_that_was_cast_is_followed() -> None:
+    """A head, cut before, of another type than the layers below it."""
+    draft, target = tiny_pair()
+    decoding = SpeculativeDecoding(draft, 3, draft_vocabulary=list(range(3, 200)))
+    draft.to(torch.bfloat16)
+    target.generate(PROMPTS[0], max_new_tokens=4, custom_generate=decoding)
+    assert decoding.counts.num_spec_steps > 0
 
 
 def test_modes_are_left_as_they_were() -> None:
@@ -400,6 +533,18 @@ def test_compiled_steps_write_the_same_texts() -> None:
             assert torch.equal(target.generate(**inputs, custom_generate=decoding, **compiling, **options), plain)
             assert (len(traced) > num_traced) == (decoding.compiled.compile_seconds > seconds) == is_new
     assert 0 < decoding.counts.draft_acceptance_rate < 1
+
+
+def test_compiled_caches_outlive_inference_mode_and_are_not_given_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error about memory that `torch.inference_mode()` made; a returned cache that the next call wrote over."""
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    draft, target = tiny_pair(agreement=0.95)
+    decoding = SpeculativeDecoding(draft, 3, compile=True)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    _served(target, input_ids=PROMPTS[0], custom_generate=decoding, **options)
+    ours = target.generate(PROMPTS[0], custom_generate=decoding, return_dict_in_generate=True, **options)
+    assert torch.equal(ours.sequences, target.generate(PROMPTS[0], **options))
+    assert ours.past_key_values is None
 
 
 def test_compiled_caches_do_not_pile_up() -> None:

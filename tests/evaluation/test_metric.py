@@ -86,6 +86,12 @@ def test_bad_input_is_refused(config_name, predictions, references, message):
         load(config_name).compute(predictions=predictions, references=references)
 
 
+def test_a_draft_length_that_is_none_is_named():
+    """A TypeError: a float is not iterable."""
+    with pytest.raises(ValueError, match=r"whole number of at least 1, got 3\.0"):
+        load().compute(predictions=[[-1.0]], references=[[-1.0]], num_assistant_tokens=3.0)
+
+
 def test_an_unknown_configuration_is_refused():
     with pytest.raises(ValueError, match="no configuration 'count'"):
         load("count")

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -106,6 +107,21 @@ def test_what_is_kept_are_the_targets_raw_distributions_of_the_written_tokens(an
         rows.scatter_(1, one.target.token_ids.long(), one.target.logprobs.double())
         torch.testing.assert_close(rows, target_rows(any_pair[1], one), atol=1e-4, rtol=1e-4)
         assert one.target.tail_logprob.isneginf().all()
+
+
+def test_requests_of_several_threads_are_learned_from_as_they_were_served(pair, tokenizer):
+    """The distributions of one request kept with the text of another, or an update in the middle of a request."""
+    distiller = distiller_for(pair, top_k=VOCAB_SIZE, holdout_share=0)
+    prompts = tiny_prompts(tokenizer, 4)
+    with ThreadPoolExecutor(4) as threads:
+        outputs = list(threads.map(lambda k: distiller.generate(**request(prompts[k % 4])), range(8)))
+    assert (distiller.num_requests, len(distiller.history)) == (8, 2)
+    assert all(torch.equal(output, outputs[k % 4]) for k, output in enumerate(outputs))
+    assert len(kept_by(distiller)) == 8
+    for one in kept_by(distiller):
+        rows = torch.empty(len(one.completion_ids), VOCAB_SIZE, dtype=torch.float64)
+        rows.scatter_(1, one.target.token_ids.long(), one.target.logprobs.double())
+        torch.testing.assert_close(rows, target_rows(pair[1], one), atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_kept_equals_output_logits(pair, tokenizer):

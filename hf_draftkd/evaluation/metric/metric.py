@@ -1,6 +1,6 @@
 """Speculative decoding figures as an `evaluate` metric. See the metric card, README.md."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
@@ -75,7 +75,7 @@ class SpeculativeDecoding(evaluate.Metric):
     ) -> dict[str, Any]:
         if self.config_name == "counts":
             return _from_counts(predictions, references)
-        lengths = [num_assistant_tokens] if isinstance(num_assistant_tokens, int) else list(num_assistant_tokens)
+        lengths = [*num_assistant_tokens] if isinstance(num_assistant_tokens, Iterable) else [num_assistant_tokens]
         return _from_logprobs(predictions, references, lengths)
 
 
