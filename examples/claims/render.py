@@ -34,8 +34,8 @@ says how it was tried; `run.py` runs them all and resumes over days:
 A verdict is about this pair: a target of {target} parameters and a draft of {draft}. "Refuted" says that the effect
 is absent there, reversed, or smaller than the smallest that the paper reports; it says nothing of a pair a thousand
 times as large. Claim A1 needs `--data_dir`, a folder of public prompts that its script names. For another
-pair give both scripts `--pair DIR --sizes small`, and `render.py` an `--output PAGE` in the place of `--readme`;
-`examples/smollm2/pair.py` makes a pair of SmolLM2.
+pair give both scripts `--pair DIR --sizes small`, where it does best at the smallest rate `--lower_rates 3e-4`, and
+`render.py` an `--output PAGE` in the place of `--readme`; `examples/smollm2/pair.py` makes a pair of SmolLM2.
 
 τ(γ) is the number of tokens per target call where γ are drafted. Scores are exact, over {prompts} held-out queries
 that the target answered greedily and at temperature 1 (up to {answer_tokens} tokens); both temperatures are scored

@@ -194,6 +194,18 @@ def test_the_best_rate_by_the_dev_queries_gets_the_other_seeds(claims, tmp_path)
     assert names() == ["r_rate0.001_seed0", "r_rate0.0001_seed0", "r_rate0.001_seed1"]
 
 
+def test_lower_rates_are_tried_by_every_arm_that_has_a_choice(claims, tmp_path):
+    """One arm at its best of four rates against another at its best of three, or an arm's one rate replaced."""
+    recipe, arm = claims.recipes.recipe, claims.harness.Arm
+    arms = {"chosen": arm(recipe("r"), (1e-3, 1e-4)), "given": arm(recipe("s"), (1e-3,)), "left": arm(recipe("t"), ())}
+    claim = claims.harness.Claim("X", "says", "source", arms)
+    pair, sizes = {"target": "0" * 64, "draft": "1" * 64}, claims.recipes.SIZES["smoke"]
+    results = claims.harness.Results(tmp_path, pair, sizes, lower_rates=(1e-5,))
+    first = ["r_rate0.001_seed0", "r_rate0.0001_seed0", "r_rate1e-05_seed0", "s_rate0.001_seed0", "t_seed0"]
+    assert [cell.name for cell in claims.harness.cells([claim], results, 1)] == first
+    assert "the best of 0.003, 0.0015, 0.0006, 1e-05, or" in claims.render.page(results, [], claims.render.DEMO)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
