@@ -191,9 +191,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "README.md")
     parser.add_argument("--readme", type=Path, help="a page with marks for the first comparison of each claim")
     options = parser.parse_args()
-    results = Results(
-        options.results_dir, pair_weights(options.pair), SIZES[options.sizes], tuple(options.lower_rates)
-    )
+    results = Results(options.results_dir, pair_weights(options.pair), SIZES[options.sizes], tuple(options.lower_rates))
     chosen = [claim for claim in CLAIMS if not options.only or claim.name in options.only]
     found = judged(results, chosen, options.seeds)
     write_text(options.output, page(results, found, options.pair))
