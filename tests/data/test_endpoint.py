@@ -262,7 +262,7 @@ def test_every_end_token_of_the_target_ends_its_text(tmp_path, readable_target, 
 def test_a_server_that_hangs_is_tried_again(readable_target, tokenizer):
     with serving(readable_target, tokenizer) as server:
         server.faults = ["hang"]
-        rows = ask(server.url, tokenizer, max_retries=2, timeout=0.5)
+        rows = ask(server.url, tokenizer, max_retries=2, timeout=2)
     assert len(rows) == len(CHATS)
 
 
