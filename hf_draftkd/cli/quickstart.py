@@ -30,7 +30,7 @@ from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.resolve import resolve
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.trainer import DraftDistillTrainer
-from hf_draftkd.utils.checks import whole_number
+from hf_draftkd.utils.checks import in_range, whole_number
 from hf_draftkd.utils.fields import option
 
 PLOT = "block_efficiency.png"
@@ -55,6 +55,7 @@ def run(argv: list[str]) -> int:
     with usage_errors():
         out = new_directory(options.output_dir, overwrite=True)
         whole_number("seed", options.seed, 0, 2**32 - 1)  # numpy's bounds, met when training begins
+        in_range("num_train_epochs", options.num_train_epochs, 0, open_low=True)
         config = EvaluationConfig(
             temperatures=[0.0, 1.0],
             max_new_tokens=options.max_new_tokens,

@@ -248,6 +248,7 @@ class DraftDistillConfig(SFTConfig):
 
     def _check_distillation_values(self) -> None:
         get_divergence(self.divergence)
+        in_range("learning_rate", self.learning_rate, 0)
         in_range("loss_temperature", self.loss_temperature, 0, open_low=True)
         in_range("eta", self.eta, 0)
         in_range("selected_share", self.selected_share, 0, 1, open_low=True)

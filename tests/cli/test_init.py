@@ -107,6 +107,9 @@ def test_quickstart_refuses_before_it_trains(tmp_path, capsys, monkeypatch):
     for option in ("--num_speed_prompts", "--max_new_tokens"):
         assert dispatch(["quickstart", option, "0", "--output_dir", str(tmp_path / "out")]) == 2
         assert f"`{option[2:]}` must be" in capsys.readouterr().err
+    # It ended well, and had trained nothing.
+    assert dispatch(["quickstart", "--num_train_epochs=-1", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "`num_train_epochs` must be a number in (0, ∞), got -1.0" in capsys.readouterr().err
     assert dispatch(["quickstart", "--seed=-1", "--output_dir", str(tmp_path / "out")]) == 2
     assert "`seed` must be a whole number from 0 to 4294967295, got -1" in capsys.readouterr().err
 
