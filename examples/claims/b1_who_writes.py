@@ -72,7 +72,7 @@ CLAIM = Claim(
         ),
     ),
     notes="The demo pair's target was tuned on answers of the same kind as the given ones, so that they are nearly its "
-    "own text. SmolLM2 was not: there its own text may well be ahead of them.",
+    "own text. SmolLM2 was not.",
 )
 
 if __name__ == "__main__":
