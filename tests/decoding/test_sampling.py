@@ -119,7 +119,7 @@ def test_a_single_text_has_the_target_s_distribution() -> None:
     decoding = SpeculativeDecoding(draft, 2)
     torch.manual_seed(0)
     seen: dict[tuple[int, ...], int] = dict.fromkeys(chances, 0)
-    number = 300
+    number = 200
     for _ in range(number):
         text = target.generate(
             PROMPT, max_new_tokens=LENGTH, do_sample=True, top_k=0, custom_generate=decoding, **options

@@ -50,12 +50,12 @@ def greedy_reference(target, draft, prompt, gamma, eos=1):
     return text[start:], steps
 
 
-@pytest.mark.parametrize("gamma", [1, 3, 5])
+@pytest.mark.parametrize("gamma", [1, 4])
 @pytest.mark.parametrize("eos_scale", [0.0, 2.0])
 def test_counts_equal_a_reference_written_from_the_definition(gamma, eos_scale):
     """An accepted end of sequence counted one short, or a draft shortened by the length limit counted in full."""
     draft, target = tiny_pair("llama", eos_scale=eos_scale)
-    prompts = tiny_prompts(tiny_tokenizer(), 6)
+    prompts = tiny_prompts(tiny_tokenizer(), 3)
     rounds = []
     with torch.no_grad():
         expected = [greedy_reference(target, draft, prompt, gamma) for prompt in prompts]

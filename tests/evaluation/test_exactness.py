@@ -15,7 +15,7 @@ from hf_draftkd.evaluation.timing import generate_texts, single_text_config
 from hf_draftkd.models.pairing import align_vocabulary, shared_vocab_size
 from tests.tiny import VOCAB_SIZE, tiny_pair, tiny_prompts, tiny_tokenizer
 
-NEW_TOKENS = 40
+NEW_TOKENS = 30
 PAIRS = {
     "llama": {},
     "qwen3": {"draft_vocab_size": VOCAB_SIZE + 4, "target_vocab_size": VOCAB_SIZE + 20, "real_vocab_size": VOCAB_SIZE},
@@ -58,7 +58,7 @@ def test_greedy_block_efficiency_equals_the_counted_one_to_the_last_digit(archit
     """Any slip by one position, token, call or padded row shows as a difference here."""
     setting = SETTINGS[setting]
     draft, target, tokenizer = aligned_pair(architecture, eos_scale)
-    prompts = tiny_prompts(tokenizer, 7)
+    prompts = tiny_prompts(tokenizer, 4)
     texts = write(target, tokenizer, prompts, setting)
     lengths = {len(text.completion_ids) for text in texts}
     assert (lengths == {NEW_TOKENS}) if eos_scale == 0 else (min(lengths) < NEW_TOKENS)
@@ -83,7 +83,8 @@ def test_greedy_block_efficiency_equals_the_counted_one_to_the_last_digit(archit
 @pytest.mark.parametrize(
     ("architecture", "setting"),
     [
-        *((architecture, "temperature 1") for architecture in PAIRS),
+        ("llama", "temperature 1"),
+        ("qwen3", "temperature 1"),
         ("llama", "temperature 0.7, top-k"),
         ("qwen3", "top-p with a penalty"),
     ],
@@ -112,7 +113,7 @@ def test_sampled_block_efficiency_agrees_with_the_counted_one(architecture, sett
 
     per_text = []
     with fixed_draft_length(draft, gamma):
-        for seed in range(8, 12):
+        for seed in range(8, 11):
             for prompt in prompts:
                 with count_acceptance(target) as counts:
                     write(target, tokenizer, [prompt], setting, draft, seed=seed)
@@ -135,7 +136,7 @@ def test_a_draft_that_is_its_own_target_is_perfect(architecture, setting):
     """A repetition penalty, a filter or a temperature applied to one model only: peers measured 0.86 here."""
     setting = SETTINGS[setting]
     _, target, tokenizer = aligned_pair(architecture, eos_scale=1.5)
-    texts = write(target, tokenizer, tiny_prompts(tokenizer, 5), setting)
+    texts = write(target, tokenizer, tiny_prompts(tokenizer, 3), setting)
     rules = ("rejection_sampling", "greedy_draft", "exact_match")
     scored = score_texts(target, [target], texts, setting, vocab_size=VOCAB_SIZE, verification=rules, batch_size=2)
     sums = scored.drafts[0][EXACT if setting.is_greedy else "rejection_sampling"]

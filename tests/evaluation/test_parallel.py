@@ -78,7 +78,7 @@ def test_greedy_block_efficiency_equals_counting_to_the_last_digit(architecture,
     monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 7 * 3 * 300 * 5)
     draft, target, tokenizer = parallel_pair(architecture)
     decoding = DecodingSetting(repetition_penalty=penalty)
-    prompts = tiny_prompts(tokenizer, 5)
+    prompts = tiny_prompts(tokenizer, 4)
     texts = write(target, tokenizer, prompts, decoding)
     found = score_texts(target, [draft], texts, decoding, vocab_size=300, batch_size=3)
     sums = found.drafts[0][in_one_pass(EXACT)]

@@ -31,15 +31,16 @@ def journey(tmp_path_factory):
     }.items():
         (prompts / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     where, data = ["--work_dir", str(work)], ["--data_dir", str(prompts)]
+    fast = ["--dtype", "float32"]  # few CPUs compute in bfloat16; others take several times as long
     sizes = ["--gsm8k", "8", "--seeds", "2", "--synthetic", "1", "--max_new_tokens", "8", "--batch_size", "4"]
-    run(STEPS / "answers.py", *where, *data, *sizes, cwd=folder)
+    run(STEPS / "answers.py", *where, *data, *fast, *sizes, cwd=folder)
     run(STEPS / "draft.py", *where, *data, *["--layers", "0", "7", "--vocabulary", "64", "--held_out", "2"], cwd=folder)
-    training = [*where, *["--held_out", "2", "--epochs", "1", "--batch_size", "4"]]
+    training = [*where, *fast, *["--held_out", "2", "--epochs", "1", "--batch_size", "4"]]
     run(STEPS / "train.py", *training, cwd=folder)
     parallel = ["--model", "distilled", "--output", "parallel", "--parallel_tokens", "3", "--mask_token", "<|pad|>"]
     run(STEPS / "train.py", *training, *parallel, cwd=folder)
     sizes = ["--gsm8k", "2", "--per_task", "1", "--max_new_tokens", "8", "--drafts", "distilled", "parallel"]
-    run(STEPS / "measure.py", *where, *data, *sizes, cwd=folder)
+    run(STEPS / "measure.py", *where, *data, *fast, *sizes, cwd=folder)
     return work
 
 

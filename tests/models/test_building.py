@@ -32,13 +32,13 @@ def _same_weights(left, right):
 
 def _works_as_a_draft(draft, target, tmp_path):
     """With cache and without, saved and loaded again, it drafts and changes nothing."""
-    cached, uncached = (draft.generate(PROMPT, max_new_tokens=10, do_sample=False, use_cache=c) for c in (True, False))
+    cached, uncached = (draft.generate(PROMPT, max_new_tokens=6, do_sample=False, use_cache=c) for c in (True, False))
     assert torch.equal(cached, uncached)
     draft.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert _same_weights(draft, reloaded)
-    plain = target.generate(PROMPT, max_new_tokens=16, do_sample=False)
-    assert torch.equal(target.generate(PROMPT, max_new_tokens=16, do_sample=False, assistant_model=reloaded), plain)
+    plain = target.generate(PROMPT, max_new_tokens=8, do_sample=False)
+    assert torch.equal(target.generate(PROMPT, max_new_tokens=8, do_sample=False, assistant_model=reloaded), plain)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

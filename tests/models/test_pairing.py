@@ -52,8 +52,8 @@ def test_padded_pair_generates_like_the_target_alone(architecture, draft_rows, t
         assert not logits[..., TOKENS:].any()
         assert model.generation_config.suppress_tokens == (list(range(TOKENS, target_rows)) or None)
         for prompt in prompts:
-            plain = target.generate(prompt, max_new_tokens=16, do_sample=False)
-            assisted = target.generate(prompt, max_new_tokens=16, do_sample=False, assistant_model=model)
+            plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
+            assisted = target.generate(prompt, max_new_tokens=8, do_sample=False, assistant_model=model)
             assert torch.equal(plain, assisted)
     assert all(torch.equal(value, weights[name]) for name, value in target.state_dict().items())
 

@@ -288,15 +288,19 @@ def test_settings_of_a_method_do_what_its_paper_says(tmp_path, tokenizer, method
     )  # fmt: skip
     trainer.train()
     draft, target = pair
-    found = set()
-    for _, prompt, completion in trainer.seen:
-        texts = {
-            "data": given[prompt],
+    texts = {
+        prompt: {
+            "data": completion,
             "target": greedy(target, prompt, {1}),
             "draft": greedy(draft, prompt, {1}),
             "corrected": corrected(draft, target, prompt, 2),
         }
-        found.add(frozenset(who for who, text in texts.items() if text == completion))
+        for prompt, completion in given.items()
+    }
+    found = {
+        frozenset(who for who, text in texts[prompt].items() if text == completion)
+        for _, prompt, completion in trainer.seen
+    }
     assert all(found), "a text that nobody should have written"
     # Of the writers that a text cannot tell apart, the ones asked for.
     assert {who for whos in found for who in whos & writers} == writers
