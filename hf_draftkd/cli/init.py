@@ -13,6 +13,7 @@ from hf_draftkd.models.building import build_draft, check_plan
 from hf_draftkd.models.loading import load_draft, load_target, load_without_weights
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
 from hf_draftkd.models.resolve import resolve
+from hf_draftkd.models.sizing import loaded_parameters
 from hf_draftkd.models.text_model import extract_text_model
 from hf_draftkd.utils.fields import option
 
@@ -83,7 +84,7 @@ def run(argv: list[str]) -> int:
             draft = build_draft(target, **plan, **how)
     draft.save_pretrained(directory)
     checkpoint.tokenizer.save_pretrained(directory)
-    share = draft.num_parameters() / target.num_parameters()
+    share = draft.num_parameters() / loaded_parameters(target)
     whole = target_words(options.target_model, options.target_model_revision, options.gguf_file)
     print(
         f"Wrote {directory}: {draft.num_parameters():,} parameters, {share:.2%} of the target's. Next:\n"

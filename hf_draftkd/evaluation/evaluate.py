@@ -58,6 +58,7 @@ from hf_draftkd.models.identity import loaded_checksum
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, shared_context, shared_vocab_size
 from hf_draftkd.models.parallel import parallel_draft
+from hf_draftkd.models.sizing import loaded_parameters
 from hf_draftkd.utils.versions import package_versions
 
 _DEFAULT_LENGTH = 5
@@ -211,6 +212,8 @@ class _Evaluation:
         self.listed = listed  # (draft, ids): the lists by which its vocabulary is cut
         self.target_model, self.drafts, self.tokenizer = target_model, drafts, tokenizer
         self.texts, self.config, self.vocab_size = texts, config, vocab_size
+        size = loaded_parameters(target_model)
+        self.parameter_ratios = [loaded_parameters(draft) / size for draft in drafts]
         self.reported_length = config.num_assistant_tokens or _DEFAULT_LENGTH
         # What real decoding of this target needs, whatever it is decoded for.
         self.decoding: dict[str, Any] = {
@@ -394,7 +397,7 @@ class _Evaluation:
             sums,
             prompts,
             num_assistant_tokens=self.reported_length,
-            parameter_ratio=self.drafts[index].num_parameters() / self.target_model.num_parameters(),
+            parameter_ratio=self.parameter_ratios[index],
             has_blocks=texts.is_exact,
         )
 
