@@ -223,6 +223,8 @@ class _Evaluation:
         }
         self.warnings = texts.warnings
         self.scored: list[tuple[TextSet, PassResult]] = []
+        for each in texts.sets:
+            check_ids(each, vocab_size)
         self.kinds = [[token_kinds(tokenizer, text.completion_ids) for text in each.texts] for each in texts.sets]
 
     def score(self) -> list[DraftResult]:
@@ -231,7 +233,6 @@ class _Evaluation:
         total = sum(len(texts.texts) for texts in self.texts.sets)
         with logging.tqdm(total=total, desc="Scoring texts", unit="text") as bar:
             for texts in self.texts.sets:
-                check_ids(texts, self.vocab_size)
                 scored = score_texts(
                     self.target_model,
                     self.drafts,

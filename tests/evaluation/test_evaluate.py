@@ -344,6 +344,13 @@ def test_a_prompt_without_tokens_is_named(pair):
         evaluate_draft(*pair, tiny_tokenizer(), dataset=Dataset.from_list(rows), **QUICK)
 
 
+def test_an_id_that_is_no_token_is_named(pair):
+    """`OverflowError: can't convert negative int to unsigned`, for completions padded with -100."""
+    rows = [{"prompt_ids": [5, 6], "completion_ids": [7, 8]}, {"prompt_ids": [5, 6], "completion_ids": [7, -100]}]
+    with pytest.raises(ValueError, match="Text 1 holds -100, which is no token"):
+        evaluate_draft(*pair, tiny_tokenizer(), dataset=Dataset.from_list(rows), **QUICK)
+
+
 def test_the_hash_tells_prompts_apart(pair):
     """Catches equal hashes of other prompts: other tools, or rows of a dataset that were not the ones measured."""
     draft, target = pair
