@@ -265,9 +265,7 @@ def check_ids(texts: TextSet, vocab_size: int) -> None:
     for number, text in enumerate(texts.texts):
         ids = [*text.prompt_ids, *text.completion_ids]
         if min(ids) < 0:
-            raise ValueError(
-                f"Text {number} holds {min(ids)}, which is no token. Take padding out of the ids."
-            )
+            raise ValueError(f"Text {number} holds {min(ids)}, which is no token. Take padding out of the ids.")
         if max(ids) >= vocab_size:
             raise ValueError(
                 f"Text {number} holds token ids from {vocab_size} on, which the pair's shared vocabulary does not "
