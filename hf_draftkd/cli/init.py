@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
-from hf_draftkd.cli.options import new_directory, parse, required, target_words
+from hf_draftkd.cli.options import new_directory, parse, required, target_words, trust_words
 from hf_draftkd.models.building import build_draft, check_plan
 from hf_draftkd.models.loading import load_draft, load_target, load_without_weights
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
@@ -89,5 +89,6 @@ def run(argv: list[str]) -> int:
     print(
         f"Wrote {directory}: {draft.num_parameters():,} parameters, {share:.2%} of the target's. Next:\n"
         f"  draftkd train --model {shlex.quote(str(directory))} {whole} --dataset DATA --output_dir OUT"
+        f"{trust_words(options.trust_remote_code)}"
     )
     return 0
