@@ -344,6 +344,15 @@ def test_a_prompt_without_tokens_is_named(pair):
         evaluate_draft(*pair, tiny_tokenizer(), dataset=Dataset.from_list(rows), **QUICK)
 
 
+@pytest.mark.parametrize("broken", [0, 1])
+def test_broken_weights_are_said_before_anything_is_answered(pair, broken):
+    """`probability tensor contains either inf, nan or element < 0`, after every greedy answer had been written."""
+    with torch.no_grad():
+        pair[broken].model.layers[0].mlp.down_proj.weight[0] = float("nan")
+    with pytest.raises(ValueError, match=r"The logits of 'LlamaForCausalLM' are NaN: .* too large for torch\.float32"):
+        evaluate_draft(*pair, tiny_tokenizer(), PROMPTS[:2], **QUICK)
+
+
 def test_an_id_that_is_no_token_is_named(pair):
     """`OverflowError: can't convert negative int to unsigned`, for completions padded with -100."""
     rows = [{"prompt_ids": [5, 6], "completion_ids": [7, 8]}, {"prompt_ids": [5, 6], "completion_ids": [7, -100]}]
