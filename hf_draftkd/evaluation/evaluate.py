@@ -302,6 +302,11 @@ class _Evaluation:
         # Real decoding is transformers': it does not apply to a rule of another engine.
         timed = [setting for setting in result.settings if setting.is_transformers_rule]
         asked = self.config.speed_batch_sizes if SPECULATIVE in ways else []
+        if asked and len(prompts) > 1:
+            refusal = refused_by_speculative_decoding(self.target_model, draft, prompts[:2])
+            if refusal is not None:  # of most targets with a sliding window
+                self._warn(f"No batch was timed, since SpeculativeDecoding refuses batches of this pair: {refusal}")
+                asked = []
         sizes = [size for size in asked if size <= len(prompts)]
         for size in asked:
             if size > len(prompts):  # there are few, or some are alike, or too long to be timed
@@ -352,13 +357,15 @@ class _Evaluation:
 
     def _ways(self, draft: PreTrainedModel, prompt: Sequence[int]) -> list[str]:
         """How transformers can decode with this draft; a warning says where SpeculativeDecoding cannot."""
-        refusal = refused_by_speculative_decoding(self.target_model, draft, prompt)
+        refusal = refused_by_speculative_decoding(self.target_model, draft, [prompt])
         if refusal is None:
             return [ASSISTANT_MODEL, SPECULATIVE, *([PARALLEL] if parallel_draft(draft.config) else [])]
-        warning = f"SpeculativeDecoding was left out, since it refuses this pair: {refusal}"
+        self._warn(f"SpeculativeDecoding was left out, since it refuses this pair: {refusal}")
+        return [ASSISTANT_MODEL]
+
+    def _warn(self, warning: str) -> None:
         if warning not in self.warnings:
             self.warnings.append(warning)
-        return [ASSISTANT_MODEL]
 
     def _settings(self, index: int) -> list[SettingResult]:
         """One draft's results on all texts, an entry for each setting and rule."""

@@ -457,6 +457,18 @@ def test_a_pair_that_speculative_decoding_refuses_is_timed_without_it(pair, monk
     assert "has layers that cannot be served" in warning
 
 
+def test_a_pair_with_sliding_windows_is_timed_one_by_one():
+    """An AttributeError where the draft had read nothing yet; and batches that are refused, after all answers."""
+    window = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}
+    draft, target = tiny_pair("qwen3", **window)
+    options = {"temperatures": [0.0], "max_new_tokens": 8, "num_speed_prompts": 2, "speed_batch_sizes": [2]}
+    report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], **options)
+    assert report.settings[0].speculative.num_identical == 2
+    assert report.settings[0].speculative_batches is None
+    (warning,) = [each for each in report.warnings if each.startswith("No batch was timed")]
+    assert "sliding window" in warning
+
+
 def test_padded_vocabularies_are_aligned_first(tmp_path):
     draft, target = tiny_pair("qwen3", draft_vocab_size=304, target_vocab_size=320, real_vocab_size=300)
     draft.save_pretrained(tmp_path)
