@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_draftkd.cli.errors import usage_errors
-from hf_draftkd.cli.options import parse, required, target_words
+from hf_draftkd.cli.options import parse, required, target_words, trust_words
 from hf_draftkd.hub.provenance import PairFacts
 from hf_draftkd.hub.serving_commands import serving_commands
 from hf_draftkd.models.examination import Examination, ModelFacts, examine
@@ -136,12 +136,12 @@ def _next(
     if found.target is None:
         yield "choose another target"
         return
-    name = shlex.quote(target.name)
+    name, trusted = shlex.quote(target.name), trust_words(options.trust_remote_code)
     whole = target_words(target.name, options.target_model_revision, target.gguf_file)
     if found.draft is None or found.refused:
         if not target.is_local:
             yield f"draftkd find {name}"
-        yield f"draftkd init {whole} --num_layers {found.cut_layers or 2} --output_dir DRAFT"
+        yield f"draftkd init {whole} --num_layers {found.cut_layers or 2} --output_dir DRAFT{trusted}"
     model = "--model DRAFT"
     if draft is not None and not found.refused:
         model = f"--model {shlex.quote(draft.name)}"
@@ -153,10 +153,10 @@ def _next(
         at, learn = f"--endpoint URL --target_model SERVED_NAME --tokenizer {name}", "--divergence cross_entropy "
     elif found.memory.get("live", 0) > free:
         cache, learn = "--cache_distributions top_k=64 ", ""
-    yield f"draftkd generate {at} --dataset PROMPTS {cache}--output_dir DATA"
-    yield f"draftkd train {model} {learn}--dataset DATA --output_dir OUT"
+    yield f"draftkd generate {at} --dataset PROMPTS {cache}--output_dir DATA{trusted}"
+    yield f"draftkd train {model} {learn}--dataset DATA --output_dir OUT{trusted}"
     if answers_here:
-        yield f"draftkd evaluate --model OUT {whole} --dataset OTHER_PROMPTS --output_dir REPORT"
+        yield f"draftkd evaluate --model OUT {whole} --dataset OTHER_PROMPTS --output_dir REPORT{trusted}"
 
 
 def _memory() -> tuple[int, str]:

@@ -10,7 +10,7 @@ from huggingface_hub import is_offline_mode
 from huggingface_hub.utils import validate_repo_id
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
-from hf_draftkd.cli.options import new_directory, parse, required, target_words
+from hf_draftkd.cli.options import new_directory, parse, required, target_words, trust_words
 from hf_draftkd.data.config import AlignmentDataConfig
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.data.shards import StoppedError, this_process
@@ -92,6 +92,7 @@ def run(argv: list[str]) -> int:
         f"{len(rows)} completions, {tokens} tokens ({tokens / len(rows):.1f} each; {stopped} ended on their own) in "
         f"{config.output_dir}, {perf_counter() - start:.0f} s in all.\n"
         f"Train on them: draftkd train --model DRAFT{learns_from} --dataset {folder} --output_dir OUT"
+        f"{trust_words(options.trust_remote_code)}"
     )
     if options.push_to_hub:
         with usage_errors():

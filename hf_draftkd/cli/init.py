@@ -8,11 +8,12 @@ import torch
 from transformers import AutoConfig
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
-from hf_draftkd.cli.options import new_directory, parse, required, target_words
+from hf_draftkd.cli.options import new_directory, parse, required, target_words, trust_words
 from hf_draftkd.models.building import build_draft, check_plan
 from hf_draftkd.models.loading import load_draft, load_target, load_without_weights
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
 from hf_draftkd.models.resolve import resolve
+from hf_draftkd.models.sizing import loaded_parameters
 from hf_draftkd.models.text_model import extract_text_model
 from hf_draftkd.utils.fields import option
 
@@ -83,10 +84,11 @@ def run(argv: list[str]) -> int:
             draft = build_draft(target, **plan, **how)
     draft.save_pretrained(directory)
     checkpoint.tokenizer.save_pretrained(directory)
-    share = draft.num_parameters() / target.num_parameters()
+    share = draft.num_parameters() / loaded_parameters(target)
     whole = target_words(options.target_model, options.target_model_revision, options.gguf_file)
     print(
         f"Wrote {directory}: {draft.num_parameters():,} parameters, {share:.2%} of the target's. Next:\n"
         f"  draftkd train --model {shlex.quote(str(directory))} {whole} --dataset DATA --output_dir OUT"
+        f"{trust_words(options.trust_remote_code)}"
     )
     return 0

@@ -120,6 +120,11 @@ def target_words(name: str, revision: str | None = None, gguf_file: str | None =
     return " ".join(f"--{option} {shlex.quote(value)}" for option, value in given.items() if value)
 
 
+def trust_words(trust_remote_code: bool) -> str:
+    """The option at the end of such a command where a model's own code was allowed."""
+    return " --trust_remote_code" if trust_remote_code else ""
+
+
 def whole_draft(path: str, command: str) -> Path:
     """The folder of a draft whose generation config a command or an option changes; a `UsageError` if it is none."""
     # An adapter's folder has no generation config: the base model's would be changed.

@@ -142,7 +142,8 @@ class CachedModel:
         surplus = [max(0, seen - length) for seen, length in zip(self.read, lengths, strict=True)]
         self.read = [seen - extra for seen, extra in zip(self.read, surplus, strict=True)]
         common = min(surplus)
-        _roll_back(self.cache, common)
+        if self._columns:  # a window that holds nothing yet cannot be cropped
+            _roll_back(self.cache, common)
         self._columns -= common
         if max(surplus) > common:
             assert self._mask is not None

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_draftkd.evaluation.report import HardwareInfo, ModelInfo
 from hf_draftkd.models.identity import model_revision
+from hf_draftkd.models.sizing import loaded_parameters
 
 
 def model_info(model: PreTrainedModel) -> ModelInfo:
@@ -19,7 +20,7 @@ def model_info(model: PreTrainedModel) -> ModelInfo:
         # Recorded now: later, and in another folder, nobody can tell a relative path from an id on the Hub.
         is_local=os.path.isdir(name),
         revision=model_revision(model),
-        num_parameters=model.num_parameters(),
+        num_parameters=loaded_parameters(model),
         dtype=dtype_name(model),
     )
 

@@ -58,6 +58,7 @@ from hf_draftkd.models.identity import loaded_checksum
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, shared_context, shared_vocab_size
 from hf_draftkd.models.parallel import parallel_draft
+from hf_draftkd.models.sizing import loaded_parameters
 from hf_draftkd.utils.versions import package_versions
 
 _DEFAULT_LENGTH = 5
@@ -211,6 +212,8 @@ class _Evaluation:
         self.listed = listed  # (draft, ids): the lists by which its vocabulary is cut
         self.target_model, self.drafts, self.tokenizer = target_model, drafts, tokenizer
         self.texts, self.config, self.vocab_size = texts, config, vocab_size
+        size = loaded_parameters(target_model)
+        self.parameter_ratios = [loaded_parameters(draft) / size for draft in drafts]
         self.reported_length = config.num_assistant_tokens or _DEFAULT_LENGTH
         # What real decoding of this target needs, whatever it is decoded for.
         self.decoding: dict[str, Any] = {
@@ -220,6 +223,8 @@ class _Evaluation:
         }
         self.warnings = texts.warnings
         self.scored: list[tuple[TextSet, PassResult]] = []
+        for each in texts.sets:
+            check_ids(each, vocab_size)
         self.kinds = [[token_kinds(tokenizer, text.completion_ids) for text in each.texts] for each in texts.sets]
 
     def score(self) -> list[DraftResult]:
@@ -228,7 +233,6 @@ class _Evaluation:
         total = sum(len(texts.texts) for texts in self.texts.sets)
         with logging.tqdm(total=total, desc="Scoring texts", unit="text") as bar:
             for texts in self.texts.sets:
-                check_ids(texts, self.vocab_size)
                 scored = score_texts(
                     self.target_model,
                     self.drafts,
@@ -298,6 +302,11 @@ class _Evaluation:
         # Real decoding is transformers': it does not apply to a rule of another engine.
         timed = [setting for setting in result.settings if setting.is_transformers_rule]
         asked = self.config.speed_batch_sizes if SPECULATIVE in ways else []
+        if asked and len(prompts) > 1:
+            refusal = refused_by_speculative_decoding(self.target_model, draft, prompts[:2])
+            if refusal is not None:  # of most targets with a sliding window
+                self._warn(f"No batch was timed, since SpeculativeDecoding refuses batches of this pair: {refusal}")
+                asked = []
         sizes = [size for size in asked if size <= len(prompts)]
         for size in asked:
             if size > len(prompts):  # there are few, or some are alike, or too long to be timed
@@ -348,13 +357,15 @@ class _Evaluation:
 
     def _ways(self, draft: PreTrainedModel, prompt: Sequence[int]) -> list[str]:
         """How transformers can decode with this draft; a warning says where SpeculativeDecoding cannot."""
-        refusal = refused_by_speculative_decoding(self.target_model, draft, prompt)
+        refusal = refused_by_speculative_decoding(self.target_model, draft, [prompt])
         if refusal is None:
             return [ASSISTANT_MODEL, SPECULATIVE, *([PARALLEL] if parallel_draft(draft.config) else [])]
-        warning = f"SpeculativeDecoding was left out, since it refuses this pair: {refusal}"
+        self._warn(f"SpeculativeDecoding was left out, since it refuses this pair: {refusal}")
+        return [ASSISTANT_MODEL]
+
+    def _warn(self, warning: str) -> None:
         if warning not in self.warnings:
             self.warnings.append(warning)
-        return [ASSISTANT_MODEL]
 
     def _settings(self, index: int) -> list[SettingResult]:
         """One draft's results on all texts, an entry for each setting and rule."""
@@ -394,7 +405,7 @@ class _Evaluation:
             sums,
             prompts,
             num_assistant_tokens=self.reported_length,
-            parameter_ratio=self.drafts[index].num_parameters() / self.target_model.num_parameters(),
+            parameter_ratio=self.parameter_ratios[index],
             has_blocks=texts.is_exact,
         )
 

@@ -118,7 +118,12 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
     if times.draft_pass_seconds:
         cost = times.draft_pass_seconds[length] / times.target_step_seconds
         drafting = f"draft pass takes {cost:.0%} of a target step"
-    if worth_it:
+    if worth_it and not is_faster(predicted):
+        reason = (
+            f"Worth it for {name}: real decoding gained, though {predicted:.2f} times the plain speed was predicted "
+            f"for transformers on this machine with {_tokens(length)} a step; a {drafting}."
+        )
+    elif worth_it:
         reason = (
             f"Worth it for {name}: {_tokens(length)} a step give{'s' if length == 1 else ''} {efficiency[length]:.2f} "
             f"tokens per target call and {'is' if length == 1 else 'are'} predicted to decode "
@@ -133,6 +138,8 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
         need = "no acceptance rate would make up for that"
         if break_even is not None:
             need = f"{break_even:.2f} would be needed to break even"
+            if break_even <= setting.acceptance_rate.value:
+                need = f"{break_even:.2f} would do if all had the same chance in long texts"
         reason = (
             f"Not worth it for {name}: even the best draft length ({length}) is predicted to reach "
             f"{predicted:.2f} times the plain speed in transformers on this machine. A {drafting}; of single "

@@ -440,4 +440,4 @@ class SpeculationReport:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"There is no report at {str(path)!r}. `draftkd evaluate` writes one to OUT/report.json.")
-        return cls.from_json(path.read_text(encoding="utf-8"), where=path.name)
+        return cls.from_dict(read_json(path.read_bytes(), path.name), where=path.name)

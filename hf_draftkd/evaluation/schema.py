@@ -4,6 +4,7 @@ The dataclasses are the schema: their fields say which keys exist, which are req
 """
 
 import json
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
@@ -40,8 +41,10 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def read_json(text: str, where: str) -> Any:
-    """Plain data from JSON text that a stranger may have written; a `ValueError` says `where` it is none."""
+def read_json(text: str | bytes, where: str) -> Any:
+    """Plain data from JSON text, or its bytes in any encoding of Unicode, that a stranger may have written; a
+    `ValueError` says `where` it is none.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # the latter: brackets within brackets, by thousands
@@ -90,7 +93,7 @@ def from_plain(expected: Any, data: Any, where: str) -> Any:
         check(key_type is not int or all(name.isdecimal() for name in data), "an object with whole numbers as keys")
         return {key_type(name): from_plain(value_type, item, f"{where}.{name}") for name, item in data.items()}
     if expected is float:
-        is_number = isinstance(data, (int, float)) and not isinstance(data, bool) and abs(data) < float("inf")
+        is_number = isinstance(data, (int, float)) and not isinstance(data, bool) and abs(data) <= sys.float_info.max
         check(is_number, "a number")
         return float(data)
     if expected in _WORDS:

@@ -263,7 +263,10 @@ def _text_set(dataset: Dataset, setting: DecodingSetting) -> TextSet:
 def check_ids(texts: TextSet, vocab_size: int) -> None:
     """Refuse texts with an id outside the pair's shared vocabulary."""
     for number, text in enumerate(texts.texts):
-        if max(max(text.prompt_ids), max(text.completion_ids)) >= vocab_size:
+        ids = [*text.prompt_ids, *text.completion_ids]
+        if min(ids) < 0:
+            raise ValueError(f"Text {number} holds {min(ids)}, which is no token. Take padding out of the ids.")
+        if max(ids) >= vocab_size:
             raise ValueError(
                 f"Text {number} holds token ids from {vocab_size} on, which the pair's shared vocabulary does not "
                 "have. Was it written by another target?"

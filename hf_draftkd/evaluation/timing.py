@@ -114,12 +114,12 @@ def way_options(way: str, draft_model: PreTrainedModel, num_assistant_tokens: in
 
 
 def refused_by_speculative_decoding(
-    target_model: PreTrainedModel, draft_model: PreTrainedModel, prompt: Sequence[int]
+    target_model: PreTrainedModel, draft_model: PreTrainedModel, prompts: Sequence[Sequence[int]]
 ) -> str | None:
-    """Why `SpeculativeDecoding` cannot decode with these models, tried on one token; None where it can."""
+    """Why `SpeculativeDecoding` cannot decode these prompts together, tried on one token; None where it can."""
     config = single_text_config(target_model, DecodingSetting(), 1)
     try:
-        generate_text(target_model, prompt, config, custom_generate=SpeculativeDecoding(draft_model, 1))
+        generate_texts(target_model, prompts, config, custom_generate=SpeculativeDecoding(draft_model, 1))
     except ValueError as error:
         return str(error)
     return None

@@ -181,7 +181,7 @@ class Provenance:
         path = Path(folder) / PROVENANCE_FILE
         if not path.is_file():
             return None
-        return from_plain(cls, read_json(path.read_text(encoding="utf-8"), str(path)), PROVENANCE_FILE)
+        return from_plain(cls, read_json(path.read_bytes(), str(path)), PROVENANCE_FILE)
 
     def public(self) -> Self:
         """The same as strangers may read it: without paths of this machine and without tokens."""

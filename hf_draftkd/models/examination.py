@@ -3,17 +3,20 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, get_local_safetensors_metadata
 from huggingface_hub.errors import HTTPError, SafetensorsParsingError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_draftkd.models.building import check_plan
 from hf_draftkd.models.loading import load_without_weights
 from hf_draftkd.models.pairing import check_rows, check_tokenizers, context_length
-from hf_draftkd.models.resolve import Checkpoint
+from hf_draftkd.models.resolve import Checkpoint, read_index
 from hf_draftkd.models.sizing import TRAINED_BYTES, count_parameters, cut_layers, spread_layers, weight_bytes
 from hf_draftkd.models.tokenizers import tokenizer_size
 
@@ -146,13 +149,20 @@ def _stored(checkpoint: Checkpoint) -> dict[str, int]:
     """Number formats of the stored weights, from the headers of their files: a few kilobytes each."""
     try:
         if checkpoint.is_local:
+            folder, names = Path(checkpoint.name), [SAFE_WEIGHTS_NAME]
+            if SAFE_WEIGHTS_NAME not in checkpoint.files:
+                names = read_index(folder / SAFE_WEIGHTS_INDEX_NAME)
+            for name in names:
+                with safe_open(folder / name, framework="pt"):  # notices that it was cut off behind its header
+                    pass
             found = get_local_safetensors_metadata(checkpoint.name)
         else:
             found = HfApi().get_safetensors_metadata(checkpoint.name, revision=checkpoint.revision)
         return {str(name): count for name, count in found.parameter_count.items()}
-    except SafetensorsParsingError as error:
+    except (SafetensorsParsingError, SafetensorError) as error:
+        reason = str(error).rstrip(".")
         raise ValueError(
-            f"The weights of {checkpoint.name!r} cannot be read: {error} Download or save the model again."
+            f"The weights of {checkpoint.name!r} cannot be read: {reason}. Download or save the model again."
         ) from error
     except (OSError, HTTPError):  # without a network: the cache has no headers without weights
         return {}

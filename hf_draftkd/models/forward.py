@@ -105,7 +105,8 @@ def head_arithmetic(model: nn.Module) -> HeadArithmetic | None:
 def reads_left_to_right(model: nn.Module) -> bool:
     """Whether logits do not depend on the tokens that follow, tried on two texts with the same beginning.
 
-    CPM-Ant reads what it is given as a prompt in both directions, as models with code of their own may.
+    CPM-Ant reads what it is given as a prompt in both directions, as models with code of their own may. A `ValueError`
+    where the logits are NaN: sampling from them fails in torch, and greedy decoding writes one token again and again.
     """
     inner = unwrapped(model)
     weight = inner.get_input_embeddings().weight
@@ -116,6 +117,11 @@ def reads_left_to_right(model: nn.Module) -> bool:
     with evaluating(inner):
         logits = inner(ids % weight.shape[0], use_cache=False).logits[:, : _PROBE_LENGTH // 2].float()
     one, other = logits.to("cpu")
+    if one.isnan().any():
+        raise ValueError(
+            f"The logits of {inner.name_or_path or type(inner).__name__!r} are NaN: its weights are broken, or its "
+            f"numbers are too large for {inner.dtype}. Load it in another `dtype`, or download or save it again."
+        )
     # Half of them, since a tie of experts, decided by rounding, may change some.
     return not bool(((one - other).norm(dim=-1) > 0.01 * one.norm(dim=-1)).float().median())
 

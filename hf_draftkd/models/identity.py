@@ -192,7 +192,7 @@ def loaded_checksum(model: PreTrainedModel) -> str | None:
         with tempfile.TemporaryDirectory() as folder, without_weight_bars():
             model.save_pretrained(folder)
             return weights_checksum(Path(folder), model.dtype)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter where the disk fills up during the writing
         logger.warning(f"The weights could not be saved to take their checksum, so the report names none: {error}")
         return None
     finally:

@@ -129,7 +129,13 @@ class Checkpoint:
         check_config(config, self.name)
         if SAFE_WEIGHTS_NAME not in self.files and self.gguf_file is None:
             # transformers reads whatever file the index names, pickles too.
-            read_index(Path(str(cached_file(self.name, SAFE_WEIGHTS_INDEX_NAME, revision=self.revision))))
+            names = read_index(Path(str(cached_file(self.name, SAFE_WEIGHTS_INDEX_NAME, revision=self.revision))))
+            missing = [name for name in names if self.is_local and not (Path(self.name) / name).is_file()]
+            if missing:
+                raise ValueError(
+                    f"{self.name!r} lacks {missing[0]!r}, which its {SAFE_WEIGHTS_INDEX_NAME} names. Copy or "
+                    "download the model again."
+                )
         # transformers ignores a broken one, and with it the ids that end a chat model's answer.
         if broken := _broken_json(self, GENERATION_CONFIG_NAME):
             raise ValueError(f"{broken}. Save it again, or delete it.")

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.utils.checks import whole_number
 
 # Depth costs a draft more time than width (https://arxiv.org/abs/2504.18583); 4 layers are the published shape.
@@ -111,7 +112,7 @@ def sized_config(target_model: PreTrainedModel, share: float) -> PreTrainedConfi
             f"The target ({base.model_type!r}) is a mixture of experts, whose draft should be a dense model. Pass "
             f"the `config` of a dense model of the same family with vocab_size={text.vocab_size}."
         )
-    budget = share * target_model.num_parameters()
+    budget = share * loaded_parameters(target_model)
     _check_embeddings_fit(text, budget, share)
     # Few layers, unless the size asked for is beyond them.
     depths = [n for n in _DEPTHS if n <= text.num_hidden_layers]
@@ -148,6 +149,18 @@ def count_parameters(config: PreTrainedConfig) -> int:
     """Parameters of the causal LM this config describes, tied ones once; no memory is used."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def loaded_parameters(model: PreTrainedModel) -> int:
+    """Parameters of a loaded model, tied ones once; of a quantised one as they are before it is quantised.
+
+    Packed weights hold several numbers in one, and those of GPTQ or AWQ are no parameters of torch at all.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        return model.num_parameters()
+    inner = unwrapped(model)
+    with torch.device("meta"):
+        return type(inner)(plain_copy(inner.config)).num_parameters()
 
 
 def weight_bytes(config: PreTrainedConfig, bits: int = 16) -> int:

@@ -17,6 +17,7 @@ from hf_draftkd.evaluation.environment import hardware_info
 from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.identity import ModelIdentity, model_revision
+from hf_draftkd.models.sizing import loaded_parameters
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.utils.versions import package_versions
 
@@ -155,7 +156,7 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
             trainer.processing_class,
             draft_generation_config=draft.generation_config,
             draft_parameters=_num_parameters(trainer.model),
-            target_parameters=target.num_parameters(),
+            target_parameters=loaded_parameters(target),
         )
     return Provenance(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

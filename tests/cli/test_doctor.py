@@ -19,7 +19,7 @@ def test_a_pair_and_what_to_do_next(free, tmp_path, tokenizer, capsys, monkeypat
     monkeypatch.setattr(doctor, "_memory", lambda: (free, "a machine of the test"))
     monkeypatch.setenv("COLUMNS", "120")
     words = ["doctor", str(tmp_path / "target"), str(tmp_path / "draft"), "--model_revision", "main"]
-    assert dispatch([*words, "--target_model_revision", "main"]) == 0
+    assert dispatch([*words, "--target_model_revision", "main", "--trust_remote_code"]) == 0
     shown = capsys.readouterr().out
     assert "320 rows for 300 tokens; context: 256 tokens" in shown
     assert "padded to other sizes" in shown
@@ -33,7 +33,7 @@ def test_a_pair_and_what_to_do_next(free, tmp_path, tokenizer, capsys, monkeypat
     assert f"--model {tmp_path / 'draft'} --model_revision main " in next_commands
     for line in next_commands.splitlines():
         words = shlex.split(line)
-        assert words[0] == "draftkd"
+        assert (words[0], words[-1]) == ("draftkd", "--trust_remote_code")
         with pytest.raises(SystemExit, match="0"):
             dispatch([*words[1:], "--help"])
         known = capsys.readouterr().out

@@ -369,6 +369,9 @@ def test_a_sliding_window_is_served_one_text_at_a_time() -> None:
             plain = target.generate(prompt, max_new_tokens=30, do_sample=False)
             ours = target.generate(prompt, max_new_tokens=30, do_sample=False, custom_generate=decoding)
             assert torch.equal(ours, plain)
+        # Nothing is drafted for the last token: a draft that had read nothing ended in an AttributeError.
+        one = target.generate(prompt, max_new_tokens=1, do_sample=False, custom_generate=decoding)
+        assert torch.equal(one, plain[:, : prompt.shape[1] + 1])
     with pytest.raises(ValueError, match="sliding window"):
         target.generate(**padded(PROMPTS), max_new_tokens=5, do_sample=False, custom_generate=decoding)
 

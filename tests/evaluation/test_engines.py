@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from contextlib import contextmanager
@@ -163,6 +164,21 @@ def test_what_is_no_engine_says_so():
         engine.complete(url, [3], GREEDY, 4, 0)
 
 
+def test_a_program_that_does_not_speak_http_is_no_engine():
+    """A traceback of `BadStatusLine` for the port of another program."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet():
+            with server.accept()[0] as client:
+                client.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        with pytest.raises(ValueError, match=r"does not speak HTTP: SSH-2\.0"):
+            ENGINES["vllm"].version(f"http://127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
+
+
 def test_a_server_that_dies_quotes_what_it_said():
     """`--launch` waited fifteen minutes for a program that had ended."""
 
@@ -241,6 +257,8 @@ def test_a_command_that_is_told_to_end_again_leaves_no_server(tmp_path, monkeypa
         ({"engine": "vlm", "launch": True}, "vllm"),
         ({"engine": "vllm"}, "or `launch`"),
         ({"engine": "vllm", "plain_endpoint": "http://a"}, "give `endpoint` too"),
+        # It was asked, and said not to answer.
+        ({"engine": "vllm", "endpoint": "localhost:8000"}, "`endpoint` must begin with http:// or https://"),
         ({"engine": "llama.cpp", "launch": True}, "engine_models"),
         ({"engine": "vllm", "launch": True, "engine_rounds": 0}, "engine_rounds"),
         ({"engine": "vllm", "launch": True, "engine_prompts": 0}, "engine_prompts"),

@@ -344,6 +344,22 @@ def test_a_prompt_without_tokens_is_named(pair):
         evaluate_draft(*pair, tiny_tokenizer(), dataset=Dataset.from_list(rows), **QUICK)
 
 
+@pytest.mark.parametrize("broken", [0, 1])
+def test_broken_weights_are_said_before_anything_is_answered(pair, broken):
+    """`probability tensor contains either inf, nan or element < 0`, after every greedy answer had been written."""
+    with torch.no_grad():
+        pair[broken].model.layers[0].mlp.down_proj.weight[0] = float("nan")
+    with pytest.raises(ValueError, match=r"The logits of 'LlamaForCausalLM' are NaN: .* too large for torch\.float32"):
+        evaluate_draft(*pair, tiny_tokenizer(), PROMPTS[:2], **QUICK)
+
+
+def test_an_id_that_is_no_token_is_named(pair):
+    """`OverflowError: can't convert negative int to unsigned`, for completions padded with -100."""
+    rows = [{"prompt_ids": [5, 6], "completion_ids": [7, 8]}, {"prompt_ids": [5, 6], "completion_ids": [7, -100]}]
+    with pytest.raises(ValueError, match="Text 1 holds -100, which is no token"):
+        evaluate_draft(*pair, tiny_tokenizer(), dataset=Dataset.from_list(rows), **QUICK)
+
+
 def test_the_hash_tells_prompts_apart(pair):
     """Catches equal hashes of other prompts: other tools, or rows of a dataset that were not the ones measured."""
     draft, target = pair
@@ -439,6 +455,18 @@ def test_a_pair_that_speculative_decoding_refuses_is_timed_without_it(pair, monk
     assert {entry.way for entry in report.self_check.comparisons} == {"assistant_model="}
     (warning,) = [each for each in report.warnings if "SpeculativeDecoding" in each]
     assert "has layers that cannot be served" in warning
+
+
+def test_a_pair_with_sliding_windows_is_timed_one_by_one():
+    """An AttributeError where the draft had read nothing yet; and batches that are refused, after all answers."""
+    window = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}
+    draft, target = tiny_pair("qwen3", **window)
+    options = {"temperatures": [0.0], "max_new_tokens": 8, "num_speed_prompts": 2, "speed_batch_sizes": [2]}
+    report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], **options)
+    assert report.settings[0].speculative.num_identical == 2
+    assert report.settings[0].speculative_batches is None
+    (warning,) = [each for each in report.warnings if each.startswith("No batch was timed")]
+    assert "sliding window" in warning
 
 
 def test_padded_vocabularies_are_aligned_first(tmp_path):

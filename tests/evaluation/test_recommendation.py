@@ -72,6 +72,24 @@ def test_a_measured_loss_is_not_put_down_to_the_prediction():
     assert "break even" not in reason
 
 
+def test_a_measured_gain_is_not_put_down_to_the_prediction():
+    """Catches "Worth it: 1 draft token a step is predicted to decode 0.93 times as fast"."""
+    reason = recommend(setting(0.7, assisted=assisted(1.1)), latency(draft=9e-3)).reason
+    assert reason.startswith("Worth it for greedy: real decoding gained, though 0.")
+    assert "are predicted to decode" not in reason
+
+
+def test_short_texts_do_not_need_less_than_is_accepted():
+    """Catches "0.90 are accepted, and 0.33 would be needed to break even" against a draft, where texts end at once."""
+    short = setting(0.9)
+    short.block_efficiency = dict.fromkeys(LENGTHS, Estimate(1.0))
+    found = recommend(short, latency())
+    assert not found.worth_it
+    assert found.break_even_acceptance_rate < 0.9
+    assert "would do if all had the same chance in long texts" in found.reason
+    assert "would be needed" not in found.reason
+
+
 @pytest.mark.parametrize("measured", [0.7, 1.4])
 def test_another_draft_lengths_loss_does_not_decide(measured):
     """Catches a draft condemned at its best length because a user had it timed at one that is far too long."""

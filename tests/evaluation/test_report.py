@@ -78,6 +78,7 @@ def test_another_schema_version_is_refused(version):
             r"report\.settings\[1\]\.acceptance_rate\.value` must be a number",
         ),
         (lambda data: data["settings"][1]["acceptance_rate"].update(value=float("inf")), "must be a number"),
+        (lambda data: data["settings"][1]["acceptance_rate"].update(value=10**400), "must be a number"),
         (lambda data: data["settings"][0]["mbsu"].update(five=1.0), "whole numbers as keys"),
         (lambda data: data.update(warnings="none"), "must be a list"),
         (lambda data: data["recommendation"].update(worth_it=1), "must be true or false"),
@@ -93,10 +94,17 @@ def test_a_faulty_report_is_refused_with_the_place(change, message):
 def test_no_file_and_no_json_are_said_so(tmp_path):
     with pytest.raises(ValueError, match="There is no report at"):
         SpeculationReport.load(tmp_path / "report.json")
-    for text in ("{", "[" * 100_000):  # the second runs out of the reader's stack
-        (tmp_path / "report.json").write_text(text)
+    for text in (b"{", b"[" * 100_000, b"\x1f\x8b\x08"):  # out of the reader's stack; compressed
+        (tmp_path / "report.json").write_bytes(text)
         with pytest.raises(ValueError, match="is not JSON"):
             SpeculationReport.load(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_report_is_read_in_the_encoding_that_an_editor_gave_it(tmp_path, encoding):
+    """A UnicodeDecodeError that named no file, on a report that had been through an editor on Windows."""
+    (tmp_path / "report.json").write_text(samples.report().to_json(), encoding=encoding)
+    assert SpeculationReport.load(tmp_path / "report.json") == samples.report()
 
 
 def test_saving_leaves_one_whole_file(tmp_path):

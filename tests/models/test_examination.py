@@ -46,6 +46,20 @@ def test_a_target_alone_is_told_what_its_layers_would_make(saved_pair):
     assert found.refused == []
 
 
+@pytest.mark.parametrize(("fault", "message"), [("lost", "lacks 'model-00002-of-"), ("cut off", "cannot be read")])
+def test_weight_files_that_are_not_whole_are_refused(tmp_path, saved_pair, fault, message):
+    """Of a copy that was interrupted it was said that nothing would be refused."""
+    tiny.tiny_llama().save_pretrained(tmp_path / "copy", max_shard_size="10KB")
+    tiny.tiny_tokenizer().save_pretrained(tmp_path / "copy")
+    second = next((tmp_path / "copy").glob("model-00002-of-*"))
+    if fault == "lost":
+        second.unlink()
+    else:
+        second.write_bytes(second.read_bytes()[:-8])
+    (refused,) = examine(resolve(tmp_path / "copy"), resolve(saved_pair[0])).refused
+    assert message in refused
+
+
 def test_refusals_are_collected_and_nothing_is_loaded(tmp_path, saved_pair, monkeypatch):
     """Half a checkpoint, another tokenizer and rows that are tokens: found one after the other, hours apart."""
     monkeypatch.setattr("hf_draftkd.models.loading._load", lambda *_, **__: pytest.fail("weights were loaded"))

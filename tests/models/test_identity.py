@@ -1,6 +1,8 @@
 """Which model is this: its commit, and checksums that are equal for equal drafts in any folder, format or wrapping."""
 
 import copy
+import resource
+import signal
 
 import pytest
 import torch
@@ -63,17 +65,25 @@ def test_an_adapter_counts_once_it_is_merged(tmp_path, pair):
 
 
 def test_no_checksum_where_no_plain_weights_can_be_saved(pair, monkeypatch):
-    """Catches an evaluation that fails at its very start because a disk is full or the draft is quantised."""
+    """Catches an evaluation that fails at its very start: there is no temporary folder, or the draft is quantised."""
     draft, _ = pair
     draft.hf_quantizer = object()
     assert loaded_checksum(draft) is None
     del draft.hf_quantizer
-
-    def full(*args, **kwargs):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(draft, "save_pretrained", full)
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
     assert loaded_checksum(draft) is None
+
+
+def test_no_checksum_where_the_disk_fills_up(pair):
+    """An evaluation failed at its very start: the error is one of safetensors then, and no `OSError`."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        assert loaded_checksum(pair[0]) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_a_format_that_is_none_is_refused(tmp_path, pair):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_draftkd.models.sizing import weight_bytes
+from hf_draftkd.models.sizing import loaded_parameters, sized_config, weight_bytes
 from tests import tiny
 
 
@@ -25,3 +25,17 @@ def test_bytes_are_those_of_the_loaded_model(bits, tied, tmp_path):
         elif bits == 8 and getattr(weight, "SCB", None) is not None:
             held += weight.SCB.numel() * weight.SCB.element_size()
     assert weight_bytes(model.config, bits) == held
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_quantised_model_has_the_parameters_that_it_had_before(tied):
+    """Weights of GPTQ and AWQ are no parameters: a 7B target counted as its embeddings, and MBSU and shares by that."""
+    plain, quantised = (tiny.tiny_llama(num_layers=3, tie_word_embeddings=tied) for _ in range(2))
+    for layer in quantised.model.layers:
+        weight = layer.mlp.up_proj.weight
+        del layer.mlp.up_proj.weight
+        layer.mlp.up_proj.register_buffer("qweight", torch.zeros(weight.numel() // 8, dtype=torch.int32))
+    quantised.hf_quantizer, quantised.config.quantization_config = object(), {"quant_method": "gptq", "bits": 4}
+    assert quantised.num_parameters() < plain.num_parameters()
+    assert loaded_parameters(quantised) == loaded_parameters(plain) == plain.num_parameters()
+    assert sized_config(quantised, 0.5).to_dict() == sized_config(plain, 0.5).to_dict()

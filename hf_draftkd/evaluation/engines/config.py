@@ -54,8 +54,11 @@ class EngineConfig:
         if self.launch == bool(self.endpoint or self.plain_endpoint):
             raise ValueError("Give `endpoint`, for a running server with the draft, or `launch`: one of the two ways.")
         for name in ("endpoint", "plain_endpoint"):
-            if getattr(self, name):  # OpenAI clients take the address with `/v1`, counters lie outside of it
-                setattr(self, name, getattr(self, name).rstrip("/").removesuffix("/v1"))
+            if address := getattr(self, name):
+                if not address.startswith(("http://", "https://")):
+                    raise ValueError(f"`{name}` must begin with http:// or https://, got {address!r}.")
+                # OpenAI clients take the address with `/v1`, counters lie outside of it.
+                setattr(self, name, address.rstrip("/").removesuffix("/v1"))
         if self.parallel_drafting and self.engine != "vllm":
             raise ValueError(f"`parallel_drafting` is an option of vLLM, which {self.engine} does not have.")
         if self.plain_endpoint and not self.endpoint:

@@ -1,5 +1,6 @@
 """What is asked of an engine, whichever it is: completions by token ids, with what its draft did."""
 
+import http.client
 import json
 import re
 import time
@@ -164,6 +165,9 @@ def fetch(url: str, data: dict[str, Any] | None = None) -> str:
     except urllib.error.HTTPError as error:
         said = one_line(error.read().decode(errors="replace"))
         raise ValueError(f"{url} answered with status {error.code}: {said:.300}") from error
+    except http.client.HTTPException as error:
+        said = one_line(error)
+        raise ValueError(f"What answers at {url} does not speak HTTP: {said:.120}. Is it another program?") from error
     except OSError as error:
         raise ConnectionError(
             f"Nothing answers at {url} ({error}). Start the server first, or let `--launch` start it."
