@@ -139,7 +139,7 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
         if break_even is not None:
             need = f"{break_even:.2f} would be needed to break even"
             if break_even <= setting.acceptance_rate.value:
-                need = f"{break_even:.2f} would do if all had the same chance in long texts"
+                need = f"{break_even:.2f} would do in long texts whose tokens all have the same chance"
         reason = (
             f"Not worth it for {name}: even the best draft length ({length}) is predicted to reach "
             f"{predicted:.2f} times the plain speed in transformers on this machine. A {drafting}; of single "
