@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset, IterableDataset
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import get_dataset_column_names
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
@@ -358,6 +359,16 @@ def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Modul
         for tensor in (*target.parameters(), *target.buffers()):
             torch.distributed.broadcast(tensor.data, src=0)
     return target
+
+
+def undo_evaluation_only(trainer: Any) -> None:
+    """Have a draft that was evaluated before it is trained, by this trainer or another, prepared for training.
+
+    accelerate takes it for prepared and would not wrap it in DDP: each process would train a draft of its own.
+    """
+    if not any(isinstance(module, DistributedDataParallel) for module in trainer.model_wrapped.modules()):
+        trainer.model_wrapped = trainer.model
+        trainer.model._is_accelerate_prepared = False
 
 
 def check_optimizer(trainer: Any) -> None:

@@ -601,6 +601,8 @@ class DraftDistillTrainer(SFTTrainer):
         if resume_from_checkpoint:
             check_options(str(resume_from_checkpoint), self.args)
         self.weights_sha256 = None
+        if self.accelerator.num_processes > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            setup.undo_evaluation_only(self)
         with only_run(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         check_weights(self)
