@@ -15,7 +15,6 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
 from hf_draftkd.data.formats import PER_TOKEN, check_format, check_labels, check_token_ids, format_of, longest_text
-from hf_draftkd.data.mixing import check_mix
 from hf_draftkd.data.target_cache import CacheFacts
 from hf_draftkd.decoding.drafting import checked_vocabulary
 from hf_draftkd.models.draft_length import drop_idle_sampling, recorded_vocabulary, store_draft_settings
@@ -59,6 +58,7 @@ def model_name(model: Any) -> str:
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
     """The data sets that were given, by name; `eval_dataset` may be several."""
     evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    evals = {f"eval_{name}" if name in ("train", "mix") else name: data for name, data in evals.items()}
     return {name: data for name, data in {"train": train_dataset, **evals}.items() if data is not None}
 
 
@@ -86,7 +86,6 @@ def check_datasets(
     `format_known` is False with a `formatting_func`.
     """
     datasets = named_datasets(train_dataset, eval_dataset)
-    check_mix(train_dataset, mix_dataset, args)
     if mix_dataset is not None:
         datasets["mix"] = mix_dataset
     if not datasets:
