@@ -14,6 +14,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
+from hf_draftkd.data.columns import row_lengths
 from hf_draftkd.data.formats import PER_TOKEN, check_format, check_labels, check_token_ids, format_of, longest_text
 from hf_draftkd.data.target_cache import CacheFacts
 from hf_draftkd.decoding.drafting import checked_vocabulary
@@ -121,6 +122,21 @@ def check_datasets(
         raise ValueError("`eval_packing=True` would cut texts apart, but metrics are sums over whole texts.")
     args.eval_packing = False
     return datasets
+
+
+def check_unpacked(datasets: dict[str, Any], args: DraftDistillConfig) -> None:
+    """Refuse rows that were packed before where they are padded or packed again: their texts would see each other."""
+    for name, dataset in datasets.items():
+        is_kept_apart = name == "train" and args.padding_free and not args.packing
+        if not isinstance(dataset, Dataset) or is_kept_apart or format_of(dataset) != ("input_ids",):
+            continue
+        if "seq_lengths" in dataset.column_names and row_lengths(dataset, "seq_lengths").max(initial=0) > 1:
+            instead = "Give the rows as they were before"
+            if name == "train":
+                instead += " (`packing=True` packs them), or set `padding_free=True` and `max_length=None`"
+            raise ValueError(
+                f"Rows of the {name} dataset are packed (`seq_lengths`), and would be read as one text each. {instead}."
+            )
 
 
 def stand_in(datasets: dict[str, Any]) -> Dataset:

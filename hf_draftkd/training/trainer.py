@@ -179,6 +179,8 @@ class DraftDistillTrainer(SFTTrainer):
         known = formatting_func is None
         check_mix(train_dataset, mix_dataset, args)
         datasets = setup.check_datasets(train_dataset, eval_dataset, mix_dataset, args, format_known=known)
+        if data_collator is None:
+            setup.check_unpacked(datasets, args)
         # Whether the loss reads the target's distributions, or only its text.
         self.learns_from_target = args.needs_target or self._custom_loss
         facts: list[CacheFacts] = []
