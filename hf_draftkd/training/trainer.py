@@ -645,8 +645,14 @@ class DraftDistillTrainer(SFTTrainer):
         return result
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """Passes, and batches of the next one, that a checkpoint has seen: transformers takes a stream for endless."""
+        """Passes, and batches of the next one, that a checkpoint has seen: transformers takes a stream for endless.
+        What is logged is counted anew.
+        """
         found = super()._init_training_state(*args)
+        # Of an attempt that was interrupted, or that ran out of memory.
+        self._training_sums = TrainingSums()
+        if self._writer is not None:
+            self._writer.close_log_entry()
         in_stream = isinstance(self.train_dataset, IterableDataset) and found[1] > 0
         return batches_read(args[3], self.args.gradient_accumulation_steps) if in_stream else found
 
