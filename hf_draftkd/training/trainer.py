@@ -284,7 +284,7 @@ class DraftDistillTrainer(SFTTrainer):
         setup.check_dataset_fits(setup.named_datasets(self.train_dataset, self.eval_dataset), models, args)
         context = shared_context(*models)
         if trains:
-            check_adapter(self.model)
+            check_adapter(self.model, loads_best=args.load_best_model_at_end)
             setup.check_optimizer(self)
             if not isinstance(model, str):
                 setup.warn_of_lost_updates(self)
