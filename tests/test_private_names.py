@@ -31,6 +31,8 @@ PRIVATE_NAMES = {
     "transformers.Trainer._loss_shifts_labels": "completion tokens are counted as the loss counts them",
     "trl.SFTTrainer._set_signature_columns_if_needed": "columns that batches keep: ours are two more",
     "transformers.Trainer._signature_columns": "the same",
+    "trl.SFTTrainer._formatting_func": "what reads data that is given to `evaluate` or `predict`",
+    "accelerate.Accelerator._is_accelerate_prepared": "a draft that was evaluated first would never be wrapped in DDP",
     "transformers.TrainingArguments._VALID_DICT_FIELDS": "`target_model_init_kwargs` as JSON on the command line",
     # Of models and data sets.
     "transformers.generation.GenerationMixin._supports_logits_to_keep": "whether it can be asked for some logits only",

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.resolve import ADAPTER_CONFIG_NAME, Checkpoint, is_hub_id, read_index, resolve
 from hf_draftkd.utils.hashing import sha256
 
@@ -91,7 +92,9 @@ class ModelIdentity(NamedTuple):
 
 def identity_of(model: PreTrainedModel) -> ModelIdentity:
     """The identity of a loaded model; without its weights where they are quantised, or not all of them at hand."""
-    name, revision = model.name_or_path, model_revision(model)
+    is_adapted = getattr(model, "peft_config", None) is not None
+    # An adapter in memory makes another model of it, which has no name.
+    name, revision = ("", None) if is_adapted else (model.name_or_path, model_revision(model))
     is_plain = getattr(model, "hf_quantizer", None) is None and not any(
         weight.is_meta or weight.numel() == 0 or isinstance(weight, DTensor) for weight in model.state_dict().values()
     )
@@ -207,7 +210,8 @@ def weights_fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None
     """
 
     def pieces() -> Iterator[str | torch.Tensor]:
-        for name, weight in sorted(model.state_dict().items()):
+        # Whatever wraps them, compiled or with an adapter, the names are the same.
+        for name, weight in sorted(unwrapped(model).state_dict().items()):
             kind = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
             yield f"{name} {tuple(weight.shape)} {kind}"
             if not weight.is_meta:  # offloaded by accelerate

@@ -23,9 +23,10 @@ def check_saving(trainer: Trainer) -> None:
         raise ValueError(f"The draft could not be saved as a plain model: its weights stay sharded under {reason}.")
 
 
-def check_adapter(model: Any) -> None:
+def check_adapter(model: Any, *, loads_best: bool) -> None:
     """Refuse an adapter that no plain draft can hold: one that does not change weights, or that changes one of two
-    tied weights, since in the plain draft both would change, or neither.
+    tied weights, since in the plain draft both would change, or neither. With `loads_best` (`load_best_model_at_end`)
+    also one of which transformers would not find the best checkpoint.
 
     peft ties some such adapters (`ensure_weight_tying=True`), but then puts one on the head as well, which TRL refuses.
     Whole copies (`modules_to_save`) and `trainable_token_indices` come out right.
@@ -36,6 +37,12 @@ def check_adapter(model: Any) -> None:
         raise ValueError(
             f"An adapter of type {model.active_peft_config.peft_type.value} cannot be merged into a plain draft, which "
             "is what `generate(assistant_model=...)` needs. Choose one that changes weights, such as `LoraConfig`."
+        )
+    if loads_best and model.active_adapter != "default":
+        raise ValueError(
+            "`load_best_model_at_end` finds adapters named 'default' alone, and the draft's is "
+            f"{model.active_adapter!r}: the last checkpoint would be taken for the best. Leave out the name "
+            "(`get_peft_model(draft, config)`), or the option."
         )
     base = model.get_base_model()
     ends = {"embeddings": base.get_input_embeddings(), "head": base.get_output_embeddings()}

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset, IterableDataset
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import get_dataset_column_names
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
+from hf_draftkd.data.columns import row_lengths
 from hf_draftkd.data.formats import PER_TOKEN, check_format, check_labels, check_token_ids, format_of, longest_text
-from hf_draftkd.data.mixing import check_mix
 from hf_draftkd.data.target_cache import CacheFacts
 from hf_draftkd.decoding.drafting import checked_vocabulary
 from hf_draftkd.models.draft_length import drop_idle_sampling, recorded_vocabulary, store_draft_settings
@@ -58,6 +59,7 @@ def model_name(model: Any) -> str:
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
     """The data sets that were given, by name; `eval_dataset` may be several."""
     evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    evals = {f"eval_{name}" if name in ("train", "mix") else name: data for name, data in evals.items()}
     return {name: data for name, data in {"train": train_dataset, **evals}.items() if data is not None}
 
 
@@ -85,7 +87,6 @@ def check_datasets(
     `format_known` is False with a `formatting_func`.
     """
     datasets = named_datasets(train_dataset, eval_dataset)
-    check_mix(train_dataset, mix_dataset, args)
     if mix_dataset is not None:
         datasets["mix"] = mix_dataset
     if not datasets:
@@ -121,6 +122,21 @@ def check_datasets(
         raise ValueError("`eval_packing=True` would cut texts apart, but metrics are sums over whole texts.")
     args.eval_packing = False
     return datasets
+
+
+def check_unpacked(datasets: dict[str, Any], args: DraftDistillConfig) -> None:
+    """Refuse rows that were packed before where they are padded or packed again: their texts would see each other."""
+    for name, dataset in datasets.items():
+        is_kept_apart = name == "train" and args.padding_free and not args.packing
+        if not isinstance(dataset, Dataset) or is_kept_apart or format_of(dataset) != ("input_ids",):
+            continue
+        if "seq_lengths" in dataset.column_names and row_lengths(dataset, "seq_lengths").max(initial=0) > 1:
+            instead = "Give the rows as they were before"
+            if name == "train":
+                instead += " (`packing=True` packs them), or set `padding_free=True` and `max_length=None`"
+            raise ValueError(
+                f"Rows of the {name} dataset are packed (`seq_lengths`), and would be read as one text each. {instead}."
+            )
 
 
 def stand_in(datasets: dict[str, Any]) -> Dataset:
@@ -358,6 +374,16 @@ def place_target(target: PreTrainedModel | None, trainer: Any) -> torch.nn.Modul
         for tensor in (*target.parameters(), *target.buffers()):
             torch.distributed.broadcast(tensor.data, src=0)
     return target
+
+
+def undo_evaluation_only(trainer: Any) -> None:
+    """Have a draft that was evaluated before it is trained, by this trainer or another, prepared for training.
+
+    accelerate takes it for prepared and would not wrap it in DDP: each process would train a draft of its own.
+    """
+    if not any(isinstance(module, DistributedDataParallel) for module in trainer.model_wrapped.modules()):
+        trainer.model_wrapped = trainer.model
+        trainer.model._is_accelerate_prepared = False
 
 
 def check_optimizer(trainer: Any) -> None:

@@ -23,7 +23,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
@@ -39,7 +39,7 @@ from hf_draftkd.data.formats import (
     warn_of_cuts,
     warn_of_other_authors,
 )
-from hf_draftkd.data.mixing import mix_datasets
+from hf_draftkd.data.mixing import check_mix, mix_datasets
 from hf_draftkd.data.target_cache import CacheFacts, warn_of_withheld, with_caches_alike
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.metadata import TAGS
@@ -170,13 +170,17 @@ class DraftDistillTrainer(SFTTrainer):
             raise ValueError(f"`args` must be a `DraftDistillConfig`, got a `{given}`. It takes the same, and more.")
         args = copy.copy(args)  # what is settled here is of this trainer: the user's may serve for another one
         trains = train_dataset is not None
-        self._mix_dataset = mix_dataset
+        # SFTTrainer prepares the training data first, and evaluation data may be named `train` too.
+        self._training_data_is_next, self._mix_dataset = trains, mix_dataset
         self._custom_loss = type(self).token_loss is not DraftDistillTrainer.token_loss
         if not self._custom_loss:  # one of the user's own may read any of them
             args.refuse_idle_loss_options()
         check_writer(args, has_target=target_model is not None)
         known = formatting_func is None
+        check_mix(train_dataset, mix_dataset, args)
         datasets = setup.check_datasets(train_dataset, eval_dataset, mix_dataset, args, format_known=known)
+        if data_collator is None:
+            setup.check_unpacked(datasets, args)
         # Whether the loss reads the target's distributions, or only its text.
         self.learns_from_target = args.needs_target or self._custom_loss
         facts: list[CacheFacts] = []
@@ -280,7 +284,7 @@ class DraftDistillTrainer(SFTTrainer):
         setup.check_dataset_fits(setup.named_datasets(self.train_dataset, self.eval_dataset), models, args)
         context = shared_context(*models)
         if trains:
-            check_adapter(self.model)
+            check_adapter(self.model, loads_best=args.load_best_model_at_end)
             setup.check_optimizer(self)
             if not isinstance(model, str):
                 setup.warn_of_lost_updates(self)
@@ -323,6 +327,9 @@ class DraftDistillTrainer(SFTTrainer):
         """
         if dataset in self._prepared:  # `evaluate` hands over a dict's data sets twice
             return dataset
+        is_training, self._training_data_is_next = self._training_data_is_next, False
+        if not is_training and dataset_name in ("train", "mix"):
+            dataset_name = f"eval_{dataset_name}"
         usual = super()._prepare_dataset
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):
@@ -331,9 +338,8 @@ class DraftDistillTrainer(SFTTrainer):
         # a prompt come with the mask that this turns on.
         self.completion_only_loss = args.completion_only_loss is not False
         parts = {dataset_name: dataset}
-        if dataset_name == "train" and self._mix_dataset is not None:
-            # Once: `evaluate` may be given data of the same name.
-            parts["mix"], self._mix_dataset = self._mix_dataset, None
+        if is_training and self._mix_dataset is not None:
+            parts["mix"] = self._mix_dataset
         first_rows: dict[str, int] = {}
         if self._cache is not None:
             # Again, since `evaluate` takes other data.
@@ -519,6 +525,36 @@ class DraftDistillTrainer(SFTTrainer):
         finally:
             self.data_collator = usual
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As in trl; data that is given here is checked as the constructor's is."""
+        if not isinstance(eval_dataset, str | None):
+            eval_dataset = self._checked(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """The metrics of `evaluate`, of data in any format that it takes. There are no predictions: whole logits, which
+        would be those, are never held.
+        """
+        return super().predict(self._checked(test_dataset), ignore_keys, metric_key_prefix)
+
+    def _checked(self, given: Any) -> Any:
+        """Data that comes after the constructor, checked and prepared as what that was given."""
+        args = self.args
+        datasets = setup.check_datasets(None, given, None, args, format_known=self._formatting_func is None)
+        if isinstance(self.data_collator, DraftDistillCollator):
+            setup.check_unpacked(datasets, args)
+        if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            prepared = self._prepare_dataset
+            rest = self.processing_class, args, False, self._formatting_func
+            datasets = {name: prepared(dataset, *rest, name) for name, dataset in datasets.items()}
+        models = [self.model, *([] if self.target_model is None else [self.target_model])]
+        setup.check_dataset_fits(datasets, [unwrapped(model) for model in models], args)
+        return dict(zip(given, datasets.values(), strict=True)) if isinstance(given, dict) else datasets["eval"]
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Adds the metrics that come from sums over all texts: see [`EvaluationSums`](metrics.py)."""
         # Asked each time, since callbacks may be added or removed.
@@ -601,14 +637,22 @@ class DraftDistillTrainer(SFTTrainer):
         if resume_from_checkpoint:
             check_options(str(resume_from_checkpoint), self.args)
         self.weights_sha256 = None
+        if self.accelerator.num_processes > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            setup.undo_evaluation_only(self)
         with only_run(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         check_weights(self)
         return result
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """Passes, and batches of the next one, that a checkpoint has seen: transformers takes a stream for endless."""
+        """Passes, and batches of the next one, that a checkpoint has seen: transformers takes a stream for endless.
+        What is logged is counted anew.
+        """
         found = super()._init_training_state(*args)
+        # Of an attempt that was interrupted, or that ran out of memory.
+        self._training_sums = TrainingSums()
+        if self._writer is not None:
+            self._writer.close_log_entry()
         in_stream = isinstance(self.train_dataset, IterableDataset) and found[1] > 0
         return batches_read(args[3], self.args.gradient_accumulation_steps) if in_stream else found
 

@@ -176,6 +176,18 @@ def test_weights_that_are_not_at_hand_identify_nothing():
     assert identity_of(target.to("meta")).weights is None
 
 
+def test_an_adapter_in_memory_makes_another_model_without_a_name():
+    """Rows that an adapted target wrote were not its own to the trainer, which unwraps it, and bore its base's name."""
+    base = tiny.tiny_llama()
+    base.name_or_path = "org/base"
+    plain = identity_of(base)
+    adapted = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM"))
+    found = identity_of(adapted)
+    assert found == identity_of(adapted.get_base_model())
+    assert (found.name, found.matches(plain), plain.name) == ("", False, "org/base")
+    assert identity_of(adapted.merge_and_unload()).matches(plain)
+
+
 def test_a_fingerprint_changes_with_any_training():
     """One optimiser step moves every weight a little; the same weights give the same fingerprint."""
     target = tiny.tiny_llama()

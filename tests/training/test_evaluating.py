@@ -47,6 +47,38 @@ def test_predict_reads_padded_batches_as_evaluate_does(tmp_path, pair, tokenizer
         assert found[f"test_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-6)
 
 
+def test_data_that_comes_later_is_prepared_and_checked_as_any(tmp_path, pair, tokenizer):
+    """KeyErrors from inside of trl, figures of texts longer than the models read; `predict` took prepared rows only."""
+    rows = alignment_rows(pair[1], tokenizer, count=4)
+    trainer = build(tmp_path, pair, tokenizer, eval_rows=rows)
+    assert trainer.predict(rows).metrics["test_block_efficiency"] == trainer.evaluate()["eval_block_efficiency"]
+    long = Dataset.from_list([{"prompt_ids": [0] * 100, "completion_ids": [4] * 200}])
+    trainer.args.max_length = None
+    for data, message in (
+        (Dataset.from_list([{"question": "a"}]), r"eval dataset has the columns \['question'\]"),
+        ({"a": rows.select([])}, "a dataset is empty"),
+        (list(rows), "got a `list`"),
+        (long, "row of the eval dataset has 300 tokens, but the models read 256"),
+    ):
+        for method in (trainer.evaluate, trainer.predict):
+            with pytest.raises(ValueError, match=message):
+                method(data)
+
+
+def test_evaluation_data_may_be_named_as_training_data_is(tmp_path, pair, tokenizer):
+    """The set named `mix` looked its distributions up behind the last; one named `train` hid the training data."""
+    rows = cache_target_distributions(alignment_rows(pair[1], tokenizer), pair[1], top_k=8)
+    named = {"train": rows.select(range(4)), "mix": rows.select(range(4, 8))}
+    trainer = build(tmp_path, (pair[0], None), tokenizer, rows, named, mix_dataset=rows, mix="1:1")
+    found = trainer.evaluate()
+    assert len(trainer.train_dataset) > 8 > len(trainer.eval_dataset["train"])
+    for name, part in named.items():
+        expected = trainer.evaluate(part)
+        assert found[f"eval_{name}_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+    with pytest.raises(ValueError, match="train dataset has the columns"):
+        build(tmp_path, pair, tokenizer, Dataset.from_list([{"question": "a"}]), named)
+
+
 @pytest.mark.parametrize("form", ["live", "cached"])
 def test_a_dict_and_prepared_rows_are_evaluated_as_the_rows_are(tmp_path, pair, tokenizer, form):
     """Rows prepared twice: transformers hands each data set of a dict to `evaluate` again. They lost what they say of

@@ -62,6 +62,27 @@ def test_a_packed_row_beyond_the_context_is_tried_where_it_can_come(tmp_path, to
     assert longest_packed_row(trainer.train_dataset.to_iterable_dataset(), 2, 64) == 128
 
 
+def test_rows_that_were_packed_before_are_refused_where_their_texts_would_see_each_other(tmp_path, pair, tokenizer):
+    """Padded batches read each of them as one text: evaluated on its own training data, a draft got other figures."""
+    data = Dataset.from_list(rows(4))
+    trainer = build(tmp_path, pair, tokenizer, data, packing=True, max_length=24)
+    packed = trainer.train_dataset
+    refused = "Rows of the {} dataset are packed .*as they were before"
+    with pytest.raises(ValueError, match=refused.format("eval")):
+        trainer.evaluate(packed)
+    with pytest.raises(ValueError, match=refused.format("eval")):
+        build(tmp_path, pair, tokenizer, data, packed)
+    for options in ({}, {"packing": True, "max_length": 24}):
+        with pytest.raises(ValueError, match=refused.format("train")):
+            build(tmp_path, pair, tokenizer, packed, **options)
+    plain = build(tmp_path, pair, tokenizer, data)
+    kept_apart = build(tmp_path, pair, tokenizer, packed, padding_free=True, max_length=None)
+    losses = [
+        each.compute_loss(each.model, each.data_collator(list(each.train_dataset))) for each in (plain, kept_apart)
+    ]
+    torch.testing.assert_close(*losses)
+
+
 @pytest.mark.parametrize("streams", [False, True])
 def test_packing_drops_rows_of_which_only_the_prompt_is_left(tmp_path, pair, tokenizer, streams):
     """The warning said that they are dropped, but they were kept: steps of loss 0."""

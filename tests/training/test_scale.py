@@ -19,8 +19,11 @@ from tests.training.trainers import assert_same, build
 # Over processes ------------------------------------------------------------------------------------------------------
 
 
-def train_steps(out, world, *, resume=None):
-    """Four steps of four rows in any number of processes; a checkpoint after the second. Returns the trainer."""
+def train_steps(out, world, *, resume=None, evaluates=False):
+    """Four steps of four rows in any number of processes; a checkpoint after the second. Returns the trainer.
+
+    `evaluates`: by another trainer and by this one, before the draft is trained.
+    """
     tokenizer, pair = tiny_tokenizer(), tiny_pair("llama")
     if resume is not None:
         # What it knows afterwards can only come from the checkpoint.
@@ -29,7 +32,12 @@ def train_steps(out, world, *, resume=None):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
     batches = {"per_device_train_batch_size": 4 // (2 * world), "gradient_accumulation_steps": 2, "use_cpu": True}
     # Three steps an epoch: the run stops within the first and resumes into the second.
-    trainer = build(out, pair, tokenizer, alignment_rows(pair[1], tokenizer, count=12), **options, **batches)
+    rows = alignment_rows(pair[1], tokenizer, count=12)
+    if evaluates:
+        build(out, pair, tokenizer, eval_rows=rows, use_cpu=True).evaluate()
+    trainer = build(out, pair, tokenizer, rows, **options, **batches)
+    if evaluates:
+        trainer.evaluate(rows)
     assert trainer.accelerator.num_processes == world
     trainer.train(resume_from_checkpoint=resume)
     assert trainer.state.global_step == 4
@@ -98,7 +106,8 @@ def compare_sharded():
 
 def of_two_processes(out, checkpoint):
     for name, resume in (("straight", None), ("resumed", str(checkpoint))):
-        trainer = train_steps(out / name, 2, resume=resume)
+        # accelerate took a draft that was evaluated first for one in DDP: each process trained its own.
+        trainer = train_steps(out / name, 2, resume=resume, evaluates=resume is None)
         if trainer.is_world_process_zero():
             torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), out / f"{name}.pt")
     assert torch.distributed.get_world_size() == 2

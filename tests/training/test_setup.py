@@ -81,6 +81,15 @@ def test_an_adapter_that_no_plain_draft_can_hold_is_refused(tmp_path, pair, toke
         build(tmp_path, pair, tokenizer, peft=prompt)
 
 
+def test_an_adapter_whose_best_checkpoint_is_not_found_is_refused(tmp_path, pair, tokenizer):
+    """With a warning transformers kept the last checkpoint; the card said that it was the best."""
+    draft = get_peft_model(pair[0], LoraConfig(r=2, task_type="CAUSAL_LM"), adapter_name="mine")
+    rows = alignment_rows(pair[1], tokenizer, count=4)
+    best = {"load_best_model_at_end": True, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    with pytest.raises(ValueError, match="named 'default' alone, and the draft's is 'mine'"):
+        build(tmp_path, (draft, pair[1]), tokenizer, rows, rows, **best)
+
+
 # Adapters on tied weights --------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 from hf_draftkd import DraftDistillTrainer, load_draft
 from tests.tiny import tiny_llama, tiny_pair, tiny_tokenizer
@@ -249,6 +249,35 @@ def test_what_the_last_steps_read_is_logged(tmp_path, pair, tokenizer):
     assert "acceptance_rate" not in evaluated
     assert last["num_tokens"] == 3 * sum(len(row["prompt_ids"] + row["completion_ids"]) for row in rows)
     assert 0 < last["acceptance_rate"] < 1
+
+
+class InterruptedOnce(TrainerCallback):
+    """After the first step, as from the keyboard."""
+
+    def __init__(self):
+        self.interrupts = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupts:
+            self.interrupts = False
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_is_started_again_counts_anew(tmp_path, tokenizer):
+    """What was read and written before an interruption, or before memory ran out, stood in the next run's entry."""
+    rows = alignment_rows(tiny_pair("llama")[1], tokenizer, count=4)
+    options = {"lmbda": 0.5, "seed": 1, "max_new_tokens": 4, "max_steps": 2, "logging_steps": 2}
+    entries = []
+    for callbacks in ([], [InterruptedOnce()]):
+        trainer = build(tmp_path, tiny_pair("llama"), tokenizer, rows, callbacks=callbacks, **options)
+        for _ in callbacks:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        trainer.train()
+        entries.append(trainer.state.log_history[0])
+    assert entries[0]["completions/draft_share"] == 0.5
+    for name in ("num_tokens", "completions/draft_share"):
+        assert entries[1][name] == entries[0][name]
 
 
 @pytest.mark.parametrize("reduce", [lambda each: each.mean(), lambda each: each.sum(-1, keepdim=True)])
