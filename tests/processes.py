@@ -108,10 +108,10 @@ def _execute(words: list[str]) -> None:
 
 
 def _forked(run: Any) -> Any:
-    """`subprocess.run`, but for scripts, which are forked."""
+    """`subprocess.run`, but for scripts and our own commands, which are forked."""
 
     def forking(command: list[str], *, env: dict[str, str] | None = None, check: bool = False, **options: Any) -> Any:
-        if command[0] != sys.executable or command[1] == "-m":
+        if command[0] != sys.executable or (command[1] == "-m" and command[2] != "hf_draftkd"):
             return run(command, env=env, check=check, **options)
         sys.stdout.flush()
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:

@@ -64,6 +64,7 @@ def measure_latency(
     verifying = [(size, partial(target.seconds, size)) for size in sizes]
     proposing = listed[max(listed)] if listed else draft
     in_one_pass = [(("draft", each), partial(proposing.seconds, each + 1)) for each in drafting]
+    # Twice those of the draft, which are the shortest and decide most: every round has up to sixteen of them.
     costs = _costs([*steps, *steps, *verifying, *in_one_pass], num_repeats)
     found = LatencyResult(
         context_length=len(context),

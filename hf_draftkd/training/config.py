@@ -249,6 +249,8 @@ class DraftDistillConfig(SFTConfig):
     def _check_distillation_values(self) -> None:
         get_divergence(self.divergence)
         in_range("learning_rate", self.learning_rate, 0)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            whole_number(name, getattr(self, name))
         in_range("loss_temperature", self.loss_temperature, 0, open_low=True)
         in_range("eta", self.eta, 0)
         in_range("selected_share", self.selected_share, 0, 1, open_low=True)

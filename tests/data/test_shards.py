@@ -192,16 +192,16 @@ def test_a_run_goes_on_the_next_day_where_the_template_shows_the_date(tmp_path, 
         ({"max_new_tokens": 7}, "max_new_tokens: 6 there, 7 now"),
         ({"batch_size": 4}, "batch_size: 2 there, 4 now"),
         ({"scenario": "curated"}, 'scenario: "queries" there, "curated" now'),
-        ({"prompts": [*TEXTS[:-1], "another"]}, "prompts: "),
+        ({"prompts": [*TEXTS[:3], "another"]}, "prompts: "),
         ({"target": make_target(seed=1)}, "target_weights: "),
         ({"template": "{{ messages }}"}, "chat_template: "),
     ],
 )
 def test_other_settings_are_refused_with_the_difference(tmp_path, target, tokenizer, change, message):
     """Fault 11 of the field: rows of two revisions, templates or settings of a target in one data set."""
-    generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
+    generate_alignment_data(target, tokenizer, TEXTS[:4], output_dir=tmp_path, **OPTIONS)
     change = dict(change)
-    target, prompts = change.pop("target", target), change.pop("prompts", TEXTS)
+    target, prompts = change.pop("target", target), change.pop("prompts", TEXTS[:4])
     tokenizer.chat_template = change.pop("template", tokenizer.chat_template)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match="begun with other settings") as refusal:

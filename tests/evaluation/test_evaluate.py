@@ -33,14 +33,14 @@ def measured():
     before = draft.generation_config.to_dict(), target.generation_config.to_dict()
     draft.train()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_draftkd.evaluation.self_check._SAMPLED_TEXTS", 12)
+        patch.setattr("hf_draftkd.evaluation.self_check._SAMPLED_TEXTS", 8)
         report = evaluate_draft(
             draft,
             target,
             tiny_tokenizer(),
             rows,
             baseline=stock,
-            max_new_tokens=20,
+            max_new_tokens=12,
             num_speed_prompts=3,
             speed_batch_sizes=[2],
             verify=2,

@@ -104,9 +104,9 @@ def test_results_name_no_path_of_the_machine(journey):
 
 
 def test_speed_is_measured_in_every_way(journey):
-    options = ["--draft", "parallel", "--prompts", "1", "--threads", "1"]
+    options = ["--draft", "parallel", "--prompts", "1", "--threads", "1", "--dtype", "float32"]
     run(STEPS / "speed.py", "--work_dir", str(journey), *options, cwd=journey)
-    found = json.loads((journey / "results" / "speed-parallel-bfloat16.json").read_text(encoding="utf-8"))
+    found = json.loads((journey / "results" / "speed-parallel-float32.json").read_text(encoding="utf-8"))
     greedy = found["report"]["settings"][0]
     assert {"assisted", "speculative"} <= set(greedy)
     assert "speculative" in greedy["parallel"]
