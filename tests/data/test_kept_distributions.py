@@ -94,7 +94,7 @@ def test_logits_of_one_step_at_most_are_held(target, tokenizer, monkeypatch):
 
 def test_a_failure_leaves_no_hook_on_the_target(target, tokenizer):
     """A hook that stayed would copy the logits of every later call, and keep the last of them."""
-    target.lm_head.weight.data[5] = float("nan")
+    target.lm_head.weight.data[5, 0] = float("inf")  # NaN would be found before anything is written
     with pytest.raises(FloatingPointError, match="NaN"):
         generate_alignment_data(target, tokenizer, TEXTS, max_new_tokens=3, cache_distributions="top_k=4")
     assert not target._forward_hooks
