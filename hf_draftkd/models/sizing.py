@@ -152,13 +152,13 @@ def count_parameters(config: PreTrainedConfig) -> int:
 
 
 def loaded_parameters(model: PreTrainedModel) -> int:
-    """Parameters of a loaded model, tied ones once; of a quantised one as they are before it is quantised.
+    """Parameters of a loaded model as a plain one: tied ones once, an adapter merged, and before it is quantised.
 
     Packed weights hold several numbers in one, and those of GPTQ or AWQ are no parameters of torch at all.
     """
-    if getattr(model, "hf_quantizer", None) is None:
-        return model.num_parameters()
     inner = unwrapped(model)
+    if getattr(inner, "hf_quantizer", None) is None and getattr(inner, "peft_config", None) is None:
+        return inner.num_parameters()
     with torch.device("meta"):
         return type(inner)(plain_copy(inner.config)).num_parameters()
 

@@ -1,13 +1,10 @@
 """What a run was, in the words of the model card: taken from the run itself, so that a card cannot claim another."""
 
-import copy
 import datetime
 import os
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset
 
 from hf_draftkd.data.columns import distinct, row_lengths
@@ -155,7 +152,7 @@ def describe_run(trainer: Any, dataset_name: str | None = None) -> Provenance:
             target.config,
             trainer.processing_class,
             draft_generation_config=draft.generation_config,
-            draft_parameters=_num_parameters(trainer.model),
+            draft_parameters=loaded_parameters(trainer.model),
             target_parameters=loaded_parameters(target),
         )
     return Provenance(
@@ -174,15 +171,6 @@ def _step_of_weights(trainer: Any) -> int:
     # When a run ends, transformers loads the best checkpoint if it was asked to, and goes on counting from the last.
     is_best = trainer.args.load_best_model_at_end and trainer.control.should_training_stop
     return (is_best and state.best_global_step) or state.global_step
-
-
-def _num_parameters(model: Any) -> int:
-    """Parameters of the draft as it is saved, with its adapter merged."""
-    draft = unwrapped(model)
-    if not is_peft_model(model):
-        return draft.num_parameters()
-    with torch.device("meta"):
-        return type(draft)(copy.deepcopy(draft.config)).num_parameters()
 
 
 def _is_local(name: str | None) -> bool | None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_draftkd.models.sizing import loaded_parameters, sized_config, weight_bytes
@@ -28,7 +29,7 @@ def test_bytes_are_those_of_the_loaded_model(bits, tied, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_quantised_model_has_the_parameters_that_it_had_before(tied):
+def test_a_quantised_or_adapted_model_has_the_parameters_of_the_plain_one(tied):
     """Weights of GPTQ and AWQ are no parameters: a 7B target counted as its embeddings, and MBSU and shares by that."""
     plain, quantised = (tiny.tiny_llama(num_layers=3, tie_word_embeddings=tied) for _ in range(2))
     for layer in quantised.model.layers:
@@ -38,4 +39,6 @@ def test_a_quantised_model_has_the_parameters_that_it_had_before(tied):
     quantised.hf_quantizer, quantised.config.quantization_config = object(), {"quant_method": "gptq", "bits": 4}
     assert quantised.num_parameters() < plain.num_parameters()
     assert loaded_parameters(quantised) == loaded_parameters(plain) == plain.num_parameters()
+    adapted = get_peft_model(tiny.tiny_llama(num_layers=3, tie_word_embeddings=tied), LoraConfig(task_type="CAUSAL_LM"))
+    assert loaded_parameters(adapted) == plain.num_parameters()
     assert sized_config(quantised, 0.5).to_dict() == sized_config(plain, 0.5).to_dict()
