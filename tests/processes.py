@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 _SERVER = multiprocessing.get_context("forkserver")
@@ -22,8 +23,6 @@ _SERVER.set_forkserver_preload(["pytest", "tests.training.trainers", "tests.data
 
 
 def _run(log: str, environment: dict[str, str], module: str, name: str, arguments: tuple[Any, ...]) -> None:
-    import torch
-
     os.environ.update(environment)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
     torch.set_num_threads(1)
@@ -119,6 +118,8 @@ def _forked(run: Any) -> Any:
             if pid == 0:
                 code: Any = 0
                 try:
+                    # Renews torch's pool, lost in the fork, before the threads that load weights race to do so.
+                    torch.set_num_threads(1)
                     os.environ |= env or {}
                     os.dup2(out.fileno(), sys.stdout.fileno())
                     os.dup2(log.fileno(), sys.stderr.fileno())
