@@ -84,12 +84,14 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("alignment_data"))
     parser.add_argument("--prompts", type=int, default=32, help="prompts of each kind")
     parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--query_tokens", type=int, default=192, help="of the target's queries, at most")
     options = parser.parse_args()
     if options.output_dir.is_dir() and any(options.output_dir.iterdir()):
         parser.error(f"{options.output_dir} is not empty: rows that are there would be read, and reading be timed.")
     # float32: few CPUs compute in bfloat16, and emulating it takes several times as long.
     target, tokenizer = load_target(demo_path("target"), dtype="float32"), load_tokenizer(demo_path("target"))
-    settings = {"max_new_tokens": options.max_new_tokens, "batch_size": 16, "seed": 0}
+    batch_size = min(16, options.prompts)
+    settings = {"max_new_tokens": options.max_new_tokens, "batch_size": batch_size, "seed": 0}
     runs = []
 
     start = time.perf_counter()
@@ -125,7 +127,9 @@ def main() -> None:
     runs.append(("curated", rows, seconds))
 
     start = time.perf_counter()
-    prompts, counts = synthesize_prompts(target, tokenizer, options.prompts, max_new_tokens=192, batch_size=16)
+    prompts, counts = synthesize_prompts(
+        target, tokenizer, options.prompts, max_new_tokens=options.query_tokens, batch_size=batch_size
+    )
     rows = generate_alignment_data(
         target,
         tokenizer,

@@ -70,9 +70,9 @@ _TOY = Schedule(
 SMOKE = Plan(
     base=_TOY,
     draft=_TOY,
-    warm_up=WarmUp(steps=10, choices=6, repetitions=2, warmup_steps=2),
-    tuning=TuningPass(160, distractor_counts=(1, 2), disguise_share=0.5, warmup_steps=2, batch_size=16),
-    documents=8,
+    warm_up=WarmUp(steps=3, choices=6, repetitions=2, warmup_steps=2),
+    tuning=TuningPass(16, distractor_counts=(1, 2), disguise_share=0.5, warmup_steps=1, batch_size=8),
+    documents=2,
     vocabulary=512,
     queries=(("train", 24), ("dev", 8), ("test", 8)),
     smoke=True,

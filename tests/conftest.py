@@ -31,7 +31,7 @@ def _few_threads() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _imports_are_not_garbage() -> None:
     # `Trainer.train()` collects garbage: a third of a second each time, if all that was imported is looked through.
     gc.collect()

@@ -39,10 +39,10 @@ SIZES = {
     # To try the scripts.
     "smoke": Sizes(
         prompts=4,
-        test=3,
+        test=2,
         dev=2,
         general=2,
-        answer_tokens=6,
+        answer_tokens=4,
         batch_size=2,
         tuning_prompts=2,
         tuning_steps=1,

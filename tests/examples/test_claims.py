@@ -33,9 +33,10 @@ def work(tmp_path_factory):
 
 
 @pytest.fixture
-def smoke(work, tmp_path):
+def smoke(work, small_pair, tmp_path):
     """Options of a short run whose results are the test's own."""
-    return ["--sizes", "smoke", "--work_dir", str(work), "--results_dir", str(tmp_path / "results")]
+    where = ["--pair", str(small_pair), "--work_dir", str(work), "--results_dir", str(tmp_path / "results")]
+    return ["--sizes", "smoke", *where]
 
 
 def table(tokens, acceptance):
@@ -224,7 +225,7 @@ def test_what_cannot_work_is_said(options, said, tmp_path):
 # Scripts
 
 
-def test_kept_live_and_written_cells_run_and_are_rendered(claims, smoke, tmp_path):
+def test_kept_live_and_written_cells_run_and_are_rendered(claims, smoke, small_pair, tmp_path):
     """A recipe that no longer trains, or a page that does not find its results."""
     recipe, arm = claims.recipes.recipe, claims.harness.Arm
     start = arm(claims.recipes.TUNED_DRAFT, (), is_seeded=False)
@@ -236,21 +237,20 @@ def test_kept_live_and_written_cells_run_and_are_rendered(claims, smoke, tmp_pat
     comparison = claims.verdicts.Comparison("kept against start", "kept", "start")
     claim = claims.harness.Claim("X", "says", "source", arms, (comparison,))
     claims.harness.main([claim], [*smoke, "--seeds", "2"])
-    pair = claims.render.DEMO
-    weights = claims.render.pair_weights(pair)
+    weights = claims.render.pair_weights(small_pair)
     results = claims.harness.Results(tmp_path / "results", weights, claims.recipes.SIZES["smoke"])
     assert len(list(results.folder.glob("*.json"))) == 1 + 3 + 2 + 2 + 2
     states = results.of_arm(kept, 1)[0]["states"]
     assert [state["step"] for state in states] == [1, 2]
-    page = claims.render.page(results, claims.render.judged(results, [claim], 3), pair)
+    page = claims.render.page(results, claims.render.judged(results, [claim], 3), small_pair)
     (row,) = (line for line in page.splitlines() if line.startswith("| X | kept against start | higher | greedy: "))
     assert "<br>T=1: " in row
-    assert "undecided (2 of 3 seeds, 3 prompts)" in page
+    assert "undecided (2 of 3 seeds, 2 prompts)" in page
     assert "10 cells, made" in page
     assert claims.beyond.speed("PARD", results.of_arm(parallel, 2), "T=1")[0] > 0
     unrun = claims.harness.Claim("Y", "says more", "source", {"arm": arm(recipe("never"))})
     found = claims.render.judged(results, [unrun], 3)
-    assert "| Y | says more | | | not run yet |" in claims.render.page(results, found, pair)
+    assert "| Y | says more | | | not run yet |" in claims.render.page(results, found, small_pair)
     begin, end = claims.render.MARKS
     shown = claims.render.with_headlines(f"before\n{begin}what was there\n{end}behind\n", found)
     assert shown.startswith(f"before\n{begin}| claim |")

@@ -17,7 +17,7 @@ from tests.processes import python, run
             "adaspec.py",
             "--prompts 8 --answer_tokens 8 --max_steps 1 --eval_strategy no --eval_num_assistant_tokens 8",
         ),
-        ("alignment_data.py", "--prompts 2 --max_new_tokens 8"),
+        ("alignment_data.py", "--prompts 2 --max_new_tokens 8 --query_tokens 128"),
         (
             "direct_alignment.py",
             "--documents 4 --pretraining_steps 1 --tokens_per_step 512 --prompts 2 --queries 2 --max_new_tokens 4 "
