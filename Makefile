@@ -26,7 +26,7 @@ quickstart: $(STAMP)
 	$(BIN)/draftkd quickstart
 
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # Each engine in an environment of its own; llama.cpp is compiled. Then the demo pair is measured in all of them.
 # JOBS: compilers at a time. ENGINES_OPTIONS: more options of the script.

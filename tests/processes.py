@@ -18,7 +18,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-_SERVER = multiprocessing.get_context("forkserver")
+_FORK, _SERVER = multiprocessing.get_context("fork"), multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["pytest", "tests.training.trainers", "tests.data.small", "hf_draftkd.data.synthesis"])
 
 
@@ -93,6 +93,7 @@ def _script(words: list[str], cwd: str, out: str) -> None:
     os.chdir(cwd)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] # it may have pools
     subprocess.run = _forked(subprocess.run)
+    multiprocessing.get_context = lambda method=None: _FORK  # type: ignore[assignment, misc] # whatever they ask for
     _execute(words)
 
 

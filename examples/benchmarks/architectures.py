@@ -238,7 +238,7 @@ class _Journey:
         from hf_draftkd.evaluation.timing import generate_text, single_text_config
 
         report = evaluate_draft(
-            self.draft, self.target, self.tokenizer, dataset=self.rows, max_new_tokens=NEW_TOKENS, measure_speed=False
+            self.draft, self.target, self.tokenizer, dataset=self.rows, max_new_tokens=NEW_TOKENS, num_speed_prompts=1
         )
         (setting,) = report.settings
         if setting.block_efficiency is None:

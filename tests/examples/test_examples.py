@@ -20,7 +20,7 @@ from tests.processes import python, run
         ("alignment_data.py", "--prompts 2 --max_new_tokens 8 --query_tokens 128"),
         (
             "direct_alignment.py",
-            "--documents 4 --pretraining_steps 1 --tokens_per_step 512 --prompts 2 --queries 2 --max_new_tokens 4 "
+            "--documents 2 --pretraining_steps 1 --tokens_per_step 512 --prompts 1 --queries 2 --max_new_tokens 4 "
             "--epochs 1",
         ),
         (
