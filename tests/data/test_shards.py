@@ -34,7 +34,9 @@ def undisturbed() -> datasets.Dataset:
 def finished(tmp_path_factory) -> Path:
     """A folder that a run has finished. It is for reading: change a copy."""
     folder = tmp_path_factory.mktemp("finished") / "out"
-    generate_alignment_data(make_target(), make_tokenizer(), TEXTS, output_dir=folder, **OPTIONS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder.parent / "cache"))
+        generate_alignment_data(make_target(), make_tokenizer(), TEXTS, output_dir=folder, **OPTIONS)
     return folder
 
 
