@@ -1,5 +1,6 @@
 """Processes for tests, forked from a server that has imported the package once: trl's import alone takes seconds."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -26,7 +27,10 @@ def _run(log: str, environment: dict[str, str], module: str, name: str, argument
     os.environ.update(environment)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
     torch.set_num_threads(1)
-    getattr(import_module(module), name)(*arguments)
+    function = getattr(import_module(module), name)
+    # `Trainer.train()` collects garbage each time: not among all that was imported.
+    gc.freeze()
+    function(*arguments)
     if torch.distributed.is_initialized():
         # A process that leaves while the other still works would abort it.
         torch.distributed.barrier()

@@ -15,6 +15,12 @@ def _datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     return cache
 
 
+@pytest.fixture(autouse=True)
+def _no_authorities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is set, each HTTP client reads the whole file, for longer than a loopback server is asked."""
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+
+
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -23,6 +24,22 @@ TEXTS = [f"{'the cat ' * (number % 4)}{number}" for number in range(20)]
 OPTIONS = {"max_new_tokens": 6, "temperatures": (0.0, 1.0), "batch_size": 2, "shard_size": 4, "seed": 3}
 
 
+@pytest.fixture(scope="module")
+def undisturbed() -> datasets.Dataset:
+    """The rows of a run without a folder, whole and alone."""
+    return generate_alignment_data(make_target(), make_tokenizer(), TEXTS, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A folder that a run has finished. It is for reading: change a copy."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder.parent / "cache"))
+        generate_alignment_data(make_target(), make_tokenizer(), TEXTS, output_dir=folder, **OPTIONS)
+    return folder
+
+
 def answer_slowly(folder: Path, seconds: float) -> None:
     """What a killed or a second process runs: the same call, slowed down so that there is a moment to kill it at."""
     answer, calls = generation.answer_shard, Path(f"{folder}.process-{os.environ.get('RANK', '0')}")
@@ -38,9 +55,8 @@ def answer_slowly(folder: Path, seconds: float) -> None:
     generate_alignment_data(make_target(), make_tokenizer(), TEXTS, output_dir=folder, **OPTIONS)
 
 
-def test_a_run_killed_at_any_moment_ends_with_the_same_rows(tmp_path, target, tokenizer):
+def test_a_run_killed_at_any_moment_ends_with_the_same_rows(tmp_path, target, tokenizer, undisturbed):
     """`kill -9`, twice, then a run to the end: equal row for row to one that nobody disturbed."""
-    undisturbed = generate_alignment_data(target, tokenizer, TEXTS, **OPTIONS)
     folder = tmp_path / "out"
     for shards_before in (1, 3):
         process = started(tmp_path / "log", __name__, "answer_slowly", folder, 0.4)
@@ -61,6 +77,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_rows(tmp_path, target, to
 
 
 LONG = OPTIONS | {"shard_size": 20, "cache_distributions": "top_k=4"}
+FEW = TEXTS[:10]  # five batches for each of two settings
 
 
 def answer_a_long_shard_slowly(folder: Path) -> None:
@@ -69,22 +86,24 @@ def answer_a_long_shard_slowly(folder: Path) -> None:
     generate = target.generate
 
     def slow(*args, **kwargs):
-        with Path(f"{folder}.batches").open("a") as file:
+        with Path(f"{folder}.batches").open("a+") as file:
             file.write("batch\n")
-        time.sleep(0.2)
+            file.seek(0)
+            begun = file.read().count("batch")
+        time.sleep(0.4 if begun >= 7 else 0)  # beyond the first setting's five
         return generate(*args, **kwargs)
 
     target.generate = slow
     datasets.config.HF_DATASETS_CACHE = str(folder.parent / "cache")
-    generate_alignment_data(target, make_tokenizer(), TEXTS, output_dir=folder, **LONG)
+    generate_alignment_data(target, make_tokenizer(), FEW, output_dir=folder, **LONG)
 
 
 def test_a_killed_run_loses_a_batch_of_a_long_shard(tmp_path, target, tokenizer, monkeypatch):
-    """`kill -9` in the middle of the only shard, of 20 batches; the rows are those of an undisturbed run."""
-    undisturbed = generate_alignment_data(target, tokenizer, TEXTS, **LONG)
+    """`kill -9` in the middle of the only shard, of ten batches; the rows are those of an undisturbed run."""
+    undisturbed = generate_alignment_data(target, tokenizer, FEW, **LONG)
     folder, batches = tmp_path / "out", tmp_path / "out.batches"
     process = started(tmp_path / "log", __name__, "answer_a_long_shard_slowly", folder)
-    while not batches.exists() or batches.read_text().count("batch") < 14:  # beyond the first setting's ten
+    while not batches.exists() or batches.read_text().count("batch") < 7:
         assert process.is_alive(), (tmp_path / "log").read_text()
         time.sleep(0.02)
     process.kill()
@@ -92,8 +111,8 @@ def test_a_killed_run_loses_a_batch_of_a_long_shard(tmp_path, target, tokenizer,
     assert [path.name for path in folder.glob("data/*")] == [".train-00000-of-00001.journal"]
     begun, generate, asked = batches.read_text().count("batch"), target.generate, []
     monkeypatch.setattr(target, "generate", lambda *args, **kwargs: asked.append(1) or generate(*args, **kwargs))
-    resumed = generate_alignment_data(target, tokenizer, TEXTS, output_dir=folder, **LONG)
-    assert len(asked) <= 20 - begun + 1
+    resumed = generate_alignment_data(target, tokenizer, FEW, output_dir=folder, **LONG)
+    assert len(asked) <= 10 - begun + 1
     assert resumed.to_list() == undisturbed.to_list()
     assert not list(folder.glob("data/.*"))
 
@@ -103,21 +122,21 @@ def test_answers_under_other_settings_are_not_taken_over(tmp_path, target, token
     write = shards.write_parquet
     monkeypatch.setattr(shards, "write_parquet", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **LONG)
+        generate_alignment_data(target, tokenizer, FEW[:4], output_dir=tmp_path, **LONG)
     assert list(tmp_path.glob("data/.*.journal"))
     monkeypatch.setattr(shards, "write_parquet", write)
     other = LONG | {"max_new_tokens": 3}
-    found = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **other)
-    assert found.to_list() == generate_alignment_data(target, tokenizer, TEXTS, **other).to_list()
+    found = generate_alignment_data(target, tokenizer, FEW[:4], output_dir=tmp_path, **other)
+    assert found.to_list() == generate_alignment_data(target, tokenizer, FEW[:4], **other).to_list()
 
 
-def test_two_processes_write_the_rows_of_one(tmp_path, target, tokenizer):
+def test_two_processes_write_the_rows_of_one(tmp_path, undisturbed):
     """Torchrun on CPU: each process takes its share of whole shards, and both see all of them at the end."""
     in_two_processes(tmp_path, __name__, "answer_slowly", tmp_path / "out", 0.0)
     shares = [Path(f"{tmp_path}/out.process-{rank}").read_text().count("shard") for rank in (0, 1)]
     assert shares == [3, 2]  # two that take themselves for the only one write the same rows, twice
     together = load_dataset(str(tmp_path / "out"), split="train")
-    assert together.to_list() == generate_alignment_data(target, tokenizer, TEXTS, **OPTIONS).to_list()
+    assert together.to_list() == undisturbed.to_list()
 
 
 def test_only_files_of_ours_are_tidied_away(tmp_path, target, tokenizer):
@@ -142,21 +161,20 @@ def test_a_folder_of_other_files_gets_no_queries(tmp_path, tokenizer):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_finished_folder_is_not_answered_again(tmp_path, target, tokenizer):
-    first = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
+def test_a_finished_folder_is_not_answered_again(target, tokenizer, finished, undisturbed):
     target.generate = None
-    again = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
-    assert again.to_list() == first.to_list()
+    again = generate_alignment_data(target, tokenizer, TEXTS, output_dir=finished, **OPTIONS)
+    assert again.to_list() == undisturbed.to_list()
 
 
-def test_other_package_versions_are_warned_of(tmp_path, target, tokenizer, caplog):
+def test_other_package_versions_are_warned_of(tmp_path, target, tokenizer, finished, undisturbed, caplog):
     """An upgrade between two days of writing changes sampled text, and nothing would say so."""
-    first = generate_alignment_data(target, tokenizer, TEXTS[:4], output_dir=tmp_path, **OPTIONS)
-    manifest = json.loads((tmp_path / shards.MANIFEST).read_text())
+    folder = Path(shutil.copytree(finished, tmp_path / "out"))
+    manifest = json.loads((folder / shards.MANIFEST).read_text())
     manifest["versions"]["torch"] = "1.0"
-    (tmp_path / shards.MANIFEST).write_text(json.dumps(manifest))
-    again = generate_alignment_data(target, tokenizer, TEXTS[:4], output_dir=tmp_path, **OPTIONS)
-    assert again.to_list() == first.to_list()
+    (folder / shards.MANIFEST).write_text(json.dumps(manifest))
+    again = generate_alignment_data(target, tokenizer, TEXTS, output_dir=folder, **OPTIONS)
+    assert again.to_list() == undisturbed.to_list()
     assert "begun with other package versions" in caplog.text
 
 
@@ -192,45 +210,47 @@ def test_a_run_goes_on_the_next_day_where_the_template_shows_the_date(tmp_path, 
         ({"max_new_tokens": 7}, "max_new_tokens: 6 there, 7 now"),
         ({"batch_size": 4}, "batch_size: 2 there, 4 now"),
         ({"scenario": "curated"}, 'scenario: "queries" there, "curated" now'),
-        ({"prompts": [*TEXTS[:3], "another"]}, "prompts: "),
+        ({"prompts": [*TEXTS[:-1], "another"]}, "prompts: "),
         ({"target": make_target(seed=1)}, "target_weights: "),
         ({"template": "{{ messages }}"}, "chat_template: "),
     ],
 )
-def test_other_settings_are_refused_with_the_difference(tmp_path, target, tokenizer, change, message):
+def test_other_settings_are_refused_with_the_difference(target, tokenizer, finished, change, message):
     """Fault 11 of the field: rows of two revisions, templates or settings of a target in one data set."""
-    generate_alignment_data(target, tokenizer, TEXTS[:4], output_dir=tmp_path, **OPTIONS)
     change = dict(change)
-    target, prompts = change.pop("target", target), change.pop("prompts", TEXTS[:4])
+    target, prompts = change.pop("target", target), change.pop("prompts", TEXTS)
     tokenizer.chat_template = change.pop("template", tokenizer.chat_template)
-    before = sorted(tmp_path.rglob("*"))
+    before = contents(finished)
     with pytest.raises(ValueError, match="begun with other settings") as refusal:
-        generate_alignment_data(target, tokenizer, prompts, output_dir=tmp_path, **{**OPTIONS, **change})
+        generate_alignment_data(target, tokenizer, prompts, output_dir=finished, **{**OPTIONS, **change})
     assert message in str(refusal.value)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert contents(finished) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize(
     ("name", "reason"), [("tiny/target", "further in place"), ("tiny/other", "another model, by its weights")]
 )
-def test_a_target_with_other_weights_is_refused_with_what_became_of_it(tmp_path, target, tokenizer, name, reason):
+def test_a_target_with_other_weights_is_refused_with_what_became_of_it(tokenizer, finished, name, reason):
     """Two fingerprints say that something differs, and not whether the target was tuned or is another one."""
-    generate_alignment_data(target, tokenizer, TEXTS[:4], output_dir=tmp_path, **OPTIONS)
     other = make_target(seed=1)
     other.config.name_or_path = other.name_or_path = name
     with pytest.raises(ValueError, match=rf"the target was tiny/target \(.*{reason}"):
-        generate_alignment_data(other, tokenizer, TEXTS[:4], output_dir=tmp_path, **OPTIONS)
+        generate_alignment_data(other, tokenizer, TEXTS, output_dir=finished, **OPTIONS)
 
 
-def test_a_run_resumes_with_a_target_that_was_moved(tmp_path, target, tokenizer):
+def test_a_run_resumes_with_a_target_that_was_moved(tmp_path, target, tokenizer, finished, undisturbed):
     """Catches days of writing that cannot go on because the target's folder has another name."""
-    rows = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
+    folder = Path(shutil.copytree(finished, tmp_path / "out"))
     target.config.name_or_path = target.name_or_path = "elsewhere"
     remember_checkpoint(target, Checkpoint("elsewhere", "a" * 40, frozenset(), is_local=False))
-    shards.shard_path(tmp_path, 1, len(list((tmp_path / "data").glob("*.parquet")))).unlink()
-    again = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
-    assert again["completion_ids"] == rows["completion_ids"]
-    assert set(again["target"]) == {*rows["target"], "elsewhere"}
+    shards.shard_path(folder, 1, len(list((folder / "data").glob("*.parquet")))).unlink()
+    again = generate_alignment_data(target, tokenizer, TEXTS, output_dir=folder, **OPTIONS)
+    assert again["completion_ids"] == undisturbed["completion_ids"]
+    assert set(again["target"]) == {*undisturbed["target"], "elsewhere"}
 
 
 def test_a_folder_in_which_nothing_was_finished_starts_over(tmp_path, target, tokenizer):
@@ -264,7 +284,7 @@ def test_a_manifest_of_another_program_is_left_alone(tmp_path, target, tokenizer
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_leaves_the_finished_shards_valid(tmp_path, target, tokenizer, monkeypatch):
+def test_a_full_disk_leaves_the_finished_shards_valid(tmp_path, target, tokenizer, undisturbed, monkeypatch):
     """The third shard meets a really full device; the two before it stay, and the run resumes later."""
     write = shards.write_parquet
 
@@ -280,12 +300,11 @@ def test_a_full_disk_leaves_the_finished_shards_valid(tmp_path, target, tokenize
     assert len(list(tmp_path.glob("data/train-*"))) == 2
     monkeypatch.undo()
     resumed = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
-    assert resumed.to_list() == generate_alignment_data(target, tokenizer, TEXTS, **OPTIONS).to_list()
+    assert resumed.to_list() == undisturbed.to_list()
 
 
-def test_the_manifest_says_what_was_asked_for(tmp_path, target, tokenizer):
-    generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
+def test_the_manifest_says_what_was_asked_for(finished):
+    manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["target"] == "tiny/target"
     assert manifest["prompts"]["count"] == 20
     assert [setting["temperature"] for setting in manifest["settings"]] == [0.0, 1.0]

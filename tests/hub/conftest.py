@@ -36,6 +36,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
         monkeypatch.setenv("HF_TOKEN", WRITER)
+        # Where it is set, each client reads the whole file, for longer than this server is asked.
+        monkeypatch.delenv("SSL_CERT_FILE", raising=False)
         monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
         yield server
         _http.close_session()

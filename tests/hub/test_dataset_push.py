@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -34,6 +35,22 @@ def generate(folder: Path, prompts: list[str], target: str = "tiny/target", **op
     return generate_alignment_data(model, make_tokenizer(), prompts, **options)
 
 
+@pytest.fixture(scope="module")
+def _generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generated") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder.parent / "datasets_cache"))
+        generate(folder, TEXTS)
+    return folder
+
+
+@pytest.fixture
+def rows(_generated: Path, tmp_path: Path) -> datasets.Dataset:
+    """Those of the folder `a`."""
+    shutil.copytree(_generated, tmp_path / "a")
+    return generate(tmp_path / "a", TEXTS)  # finished, so they are read
+
+
 def rows_of(hub: FakeHub) -> list[dict]:
     files = hub.repos[ID].files()
     shards = sorted(name for name in files if name.startswith("data/train-"))
@@ -48,9 +65,9 @@ def edit(hub: FakeHub, card: str) -> None:
     hub.repos[ID].commit(hub.repos[ID].files() | {"README.md": card.encode()}, "edit on the Hub")
 
 
-def test_no_rows_of_an_earlier_push_stay(hub: FakeHub, tmp_path: Path):
+def test_no_rows_of_an_earlier_push_stay(hub: FakeHub, tmp_path: Path, rows):
     """Catches old shards beside the new ones: `load_dataset` would return rows that the card does not speak of."""
-    push_alignment_data(tmp_path / "a", ID, rows=generate(tmp_path / "a", TEXTS))
+    push_alignment_data(tmp_path / "a", ID, rows=rows)
     assert len(rows_of(hub)) == 6
     repo = hub.repos[ID]
     repo.commit(repo.files() | {"data/test-00000-of-00001.parquet": b"mine", "notes.md": b"mine"}, "own files")
@@ -62,17 +79,15 @@ def test_no_rows_of_an_earlier_push_stay(hub: FakeHub, tmp_path: Path):
     assert len(repo.messages) == before + 1, "one commit: nobody ever sees half of each"
 
 
-def test_the_same_push_again_changes_nothing(hub: FakeHub, tmp_path: Path):
-    rows = generate(tmp_path / "a", TEXTS)
+def test_the_same_push_again_changes_nothing(hub: FakeHub, tmp_path: Path, rows):
     push_alignment_data(tmp_path / "a", ID, rows=rows)
     messages = list(hub.repos[ID].messages)
     push_alignment_data(tmp_path / "a", ID, rows=rows)
     assert hub.repos[ID].messages == messages
 
 
-def test_licence_and_words_are_kept(hub: FakeHub, tmp_path: Path):
+def test_licence_and_words_are_kept(hub: FakeHub, tmp_path: Path, rows):
     """Catches a rerun that publishes data without the licence somebody gave them, and without what they wrote."""
-    rows = generate(tmp_path / "a", TEXTS)
     push_alignment_data(tmp_path / "a", ID, rows=rows)
     edit(hub, card_of(hub).replace("---\n", "---\nlicense: cc-by-4.0\n", 1) + "\nWords on the Hub.\n")
     local = tmp_path / "a" / "README.md"
@@ -90,8 +105,7 @@ def test_licence_and_words_are_kept(hub: FakeHub, tmp_path: Path):
     assert "6 completions" not in card.text
 
 
-def test_words_in_the_folder_are_published(hub: FakeHub, tmp_path: Path):
-    rows = generate(tmp_path / "a", TEXTS)
+def test_words_in_the_folder_are_published(hub: FakeHub, tmp_path: Path, rows):
     push_alignment_data(tmp_path / "a", ID, rows=rows)
     local = tmp_path / "a" / "README.md"
     local.write_text(local.read_text().replace("---\n", "---\nlicense: mit\n", 1) + "\nMy own words.\n")
@@ -104,8 +118,7 @@ def test_words_in_the_folder_are_published(hub: FakeHub, tmp_path: Path):
     ("here", "there", "what"),
     [("\nHERE\n", "\nTHERE\n", "the text"), ("license: mit\n", "license: gpl\n", "`license`")],
 )
-def test_words_on_both_sides_are_never_chosen_silently(hub: FakeHub, tmp_path: Path, here, there, what):
-    rows = generate(tmp_path / "a", TEXTS)
+def test_words_on_both_sides_are_never_chosen_silently(hub: FakeHub, tmp_path: Path, rows, here, there, what):
     push_alignment_data(tmp_path / "a", ID, rows=rows)
 
     def edited(text: str, words: str) -> str:
@@ -127,10 +140,9 @@ def test_words_on_both_sides_are_never_chosen_silently(hub: FakeHub, tmp_path: P
         push_alignment_data(tmp_path / "a", ID, rows=rows, prose="mine")
 
 
-def test_a_repository_made_by_hand_gets_the_whole_card(hub: FakeHub, tmp_path: Path):
+def test_a_repository_made_by_hand_gets_the_whole_card(hub: FakeHub, tmp_path: Path, rows):
     """Catches a card without a title: the Hub's form for a new repository writes metadata alone."""
     hub.add(ID, {"README.md": "---\nlicense: mit\n---\n"})
-    rows = generate(tmp_path / "a", TEXTS)
     push_alignment_data(tmp_path / "a", ID, rows=rows)
     card = DatasetCard(card_of(hub))
     assert card.data.license == "mit"
@@ -138,15 +150,14 @@ def test_a_repository_made_by_hand_gets_the_whole_card(hub: FakeHub, tmp_path: P
     assert card.text.startswith("\n# Alignment data\n")
 
 
-def test_a_broken_card_on_the_hub_is_not_replaced(hub: FakeHub, tmp_path: Path):
+def test_a_broken_card_on_the_hub_is_not_replaced(hub: FakeHub, tmp_path: Path, rows):
     hub.add(ID, {"README.md": "---\ntags: [a\n---\nmy words\n"})
     with pytest.raises(ValueError, match=r"metadata of the card of me/mats cannot be read"):
-        push_alignment_data(tmp_path / "a", ID, rows=generate(tmp_path / "a", TEXTS))
+        push_alignment_data(tmp_path / "a", ID, rows=rows)
     assert "my words" in card_of(hub)
 
 
-def test_an_edit_in_between_is_not_lost(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    rows = generate(tmp_path / "a", TEXTS)
+def test_an_edit_in_between_is_not_lost(hub: FakeHub, tmp_path: Path, rows, monkeypatch: pytest.MonkeyPatch):
     push_alignment_data(tmp_path / "a", ID, rows=rows)
     original = HfApi.create_commit
 
@@ -203,9 +214,8 @@ def test_no_path_of_this_machine_is_published(hub: FakeHub, tmp_path: Path, monk
     assert json.loads(after["manifest.json"])["target"] == name
 
 
-def test_a_wish_for_privacy_never_ends_in_public(hub: FakeHub, tmp_path: Path):
+def test_a_wish_for_privacy_never_ends_in_public(hub: FakeHub, tmp_path: Path, rows):
     """Catches `--private` that uploads into a repository that everybody can see."""
-    rows = generate(tmp_path / "a", TEXTS)
     hub.add(ID, {"README.md": "# mine"})
     with pytest.raises(ValueError, match="me/mats exists and is public"):
         push_alignment_data(tmp_path / "a", ID, rows=rows, private=True)

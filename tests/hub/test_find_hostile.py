@@ -57,13 +57,14 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
-def test_others_are_found_nevertheless(hub: FakeHub, sha: str, capsys, answer: dict[str, Any]):
+def test_others_are_found_nevertheless(hub: FakeHub, sha: str, capsys):
     """Catches a listing, a table or a JSON that ends in a traceback over what a stranger recorded."""
     add_draft(hub, "a/good", about(sha, alpha=0.5, tau=2.0))
-    add_draft(hub, "b/hostile", None)
-    hub.overrides["b/hostile"] = answer
-    assert {draft.repo_id for draft in find_drafts(TARGET)} == {"a/good", "b/hostile"}
+    hostile = {f"b/hostile-{number}": answer for number, answer in enumerate(ANSWERS.values())}
+    for name in hostile:
+        add_draft(hub, name, None)
+    hub.overrides |= hostile
+    assert {draft.repo_id for draft in find_drafts(TARGET)} == {"a/good", *hostile}
     for options in ([], ["--json"]):
         assert find_command.run([TARGET, *options]) == 0
         capsys.readouterr().out.encode()
@@ -79,16 +80,18 @@ IMPOSSIBLE = [
 ]
 
 
-@pytest.mark.parametrize("metric", IMPOSSIBLE, ids=lambda metric: f"{metric['type']} {metric['value']}")
-def test_a_figure_that_nothing_can_have_measured_is_none(hub: FakeHub, sha: str, metric):
+def test_a_figure_that_nothing_can_have_measured_is_none(hub: FakeHub, sha: str):
     """Catches a made-up number that puts its draft on top of the list."""
     add_draft(hub, "a/good", about(sha, alpha=0.5, tau=2.0))
-    add_draft(hub, "b/hostile", None)
-    hub.overrides["b/hostile"] = {"model-index": index([metric])}
-    good, hostile = find_drafts(TARGET)
+    for number, made_up in enumerate(IMPOSSIBLE):
+        add_draft(hub, f"b/hostile-{number}", None)
+        hub.overrides[f"b/hostile-{number}"] = {"model-index": index([made_up])}
+    good, *hostile = find_drafts(TARGET)
     assert good.repo_id == "a/good"
-    assert hostile.settings == ()
-    assert hostile.remarks == ("no metrics recorded",)
+    assert len(hostile) == len(IMPOSSIBLE)
+    for draft in hostile:
+        assert draft.settings == (), draft.repo_id
+        assert draft.remarks == ("no metrics recorded",)
 
 
 def test_a_target_whose_metadata_cannot_be_read_has_drafts_nevertheless(hub: FakeHub, sha: str):

@@ -31,7 +31,7 @@ def test_train_evaluate_push_find_generate(hub: FakeHub, tmp_path: Path, pair, t
         tokenizer.save_pretrained(folder)
     license_card = {"README.md": b"---\nlicense: mit\n---\n"}
     commit = hub.add(samples.TARGET, snapshot(target_folder) | license_card).refs["main"]
-    rows = [{"prompt": text[:12], "completion": text[12:]} for text in TEXT]
+    rows = [{"prompt": text[:12], "completion": text[12:]} for text in TEXT[:3]]
     data, prompts = tmp_path / "data.jsonl", tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))

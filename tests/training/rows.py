@@ -1,5 +1,7 @@
 """Data for trainer tests: rows as the target would have left them, and the loss written from its definition."""
 
+import copy
+
 import torch
 from datasets import Dataset
 
@@ -10,15 +12,15 @@ _WRITTEN = {}
 
 
 def alignment_rows(target, tokenizer, *, count=8, max_new_tokens=12, temperature=0.0, name=None):
-    """Rows of design.md's format, written by `target` with plain `generate`; the same ones are written once."""
+    """Rows of design.md's format, written by `target` with plain `generate`; the same ones are made once."""
     written_by = weights_fingerprint(target), target.config._name_or_path, target.generation_config.to_json_string()
     key = (written_by, len(tokenizer), count, max_new_tokens, temperature, name)
     if key not in _WRITTEN:
-        rows = _written(target, tokenizer, count, max_new_tokens, temperature, name)
+        rows = Dataset.from_list(_written(target, tokenizer, count, max_new_tokens, temperature, name))
         _WRITTEN[key] = rows, torch.get_rng_state()
     rows, random_state = _WRITTEN[key]
     torch.set_rng_state(random_state)
-    return Dataset.from_list(rows)
+    return copy.copy(rows)
 
 
 def _written(target, tokenizer, count, max_new_tokens, temperature, name):

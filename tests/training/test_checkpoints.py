@@ -3,8 +3,10 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,19 @@ from tests.training.rows import alignment_rows
 from tests.training.trainers import assert_same, build, weights
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "sgd"}
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    """The folder of a run with its three checkpoints. It is for reading: change `finished`, a copy."""
+    out, pair, tokenizer = tmp_path_factory.mktemp("finished") / "run", tiny_pair("llama"), tiny_tokenizer()
+    build(out, pair, tokenizer, **SAVING).train()
+    return out
+
+
+@pytest.fixture
+def finished(untouched, tmp_path):
+    return Path(shutil.copytree(untouched, tmp_path / "run"))
 
 
 def train_until_killed(out):
@@ -57,23 +72,21 @@ def test_kill_9_in_mid_save_leaves_the_last_complete_checkpoint(tmp_path, tokeni
     ],
     ids=["no state", "half a state"],
 )
-def test_half_a_checkpoint_is_skipped_and_named(tmp_path, pair, tokenizer, harm):
+def test_half_a_checkpoint_is_skipped_and_named(finished, harm):
     """Its number alone does not tell that it is complete."""
-    build(tmp_path, pair, tokenizer, **SAVING).train()
-    harm(tmp_path / "checkpoint-6")
-    (tmp_path / "checkpoint-notes").mkdir()
-    path, (skipped,) = last_complete_checkpoint(tmp_path)
-    assert path == str(tmp_path / "checkpoint-4")
-    assert skipped.startswith(f"{tmp_path / 'checkpoint-6'} (its saving was interrupted")
+    harm(finished / "checkpoint-6")
+    (finished / "checkpoint-notes").mkdir()
+    path, (skipped,) = last_complete_checkpoint(finished)
+    assert path == str(finished / "checkpoint-4")
+    assert skipped.startswith(f"{finished / 'checkpoint-6'} (its saving was interrupted")
 
 
 class Killed(BaseException):
     """Stands for SIGKILL."""
 
 
-def test_a_run_that_dies_while_it_replaces_a_checkpoint(tmp_path, pair, tokenizer, monkeypatch):
+def test_a_run_that_dies_while_it_replaces_a_checkpoint(finished, pair, tokenizer, monkeypatch):
     """New weights beside an old optimizer, and the older checkpoint's state to call that complete."""
-    build(tmp_path, pair, tokenizer, **SAVING).train()
 
     def dies(thing, file, *args, save=torch.save, **kwargs):
         if "checkpoint-6" in str(file) and "optimizer" in str(file):
@@ -82,32 +95,31 @@ def test_a_run_that_dies_while_it_replaces_a_checkpoint(tmp_path, pair, tokenize
 
     monkeypatch.setattr(torch, "save", dies)
     with pytest.raises(Killed):
-        build(tmp_path, tiny_pair("llama"), tokenizer, **SAVING).train()
-    path, skipped = last_complete_checkpoint(tmp_path)
-    assert path == str(tmp_path / "checkpoint-4")
+        build(finished, pair, tokenizer, **SAVING).train()
+    path, skipped = last_complete_checkpoint(finished)
+    assert path == str(finished / "checkpoint-4")
     assert len(skipped) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("divergence", "reverse_kl"), ("learning_rate", 3e-3), ("seed", 7), ("loss_temperature", 2.0)]
 )
-def test_a_run_does_not_resume_as_another(tmp_path, pair, tokenizer, name, value):
+def test_a_run_does_not_resume_as_another(untouched, pair, tokenizer, name, value):
     """Weights of one divergence under a card that names another; a learning rate asked for that nothing reads."""
-    build(tmp_path, pair, tokenizer, **SAVING).train()
-    resumed = build(tmp_path, tiny_pair("llama"), tokenizer, **SAVING | {name: value})
+    resumed = build(untouched, pair, tokenizer, **SAVING | {name: value})
     with pytest.raises(ValueError, match=f"was trained with `{name}="):
         resumed.train(resume_from_checkpoint=True)
 
 
 def test_weights_alone_are_not_resumed_from(tmp_path, pair, tokenizer):
     """An empty optimizer, and the learning rate of the first step once more."""
-    build(tmp_path, pair, tokenizer, **SAVING, save_only_model=True).train()
+    build(tmp_path, pair, tokenizer, **SAVING | {"max_steps": 2}, save_only_model=True).train()
     path, skipped = last_complete_checkpoint(tmp_path)
     assert path is None
     assert all("`save_only_model`" in each for each in skipped)
-    resumed = build(tmp_path, pair, tokenizer, **SAVING | {"max_steps": 8})
+    resumed = build(tmp_path, pair, tokenizer, **SAVING)
     with pytest.raises(ValueError, match="holds weights alone"):
-        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_without_a_complete_checkpoint_resuming_is_refused(tmp_path, pair, tokenizer):
@@ -166,15 +178,18 @@ def test_two_runs_into_one_folder(tmp_path, pair, tokenizer, monkeypatch):
     other.kill()
     other.join()
     assert not list(out.iterdir()), "a lock that stays keeps the next run out"
-    build(out, pair, tokenizer, rows, **SAVING).train()
-    build(out, pair, tokenizer, rows, **SAVING).train(resume_from_checkpoint=True)
+    trainer = build(out, pair, tokenizer, rows, **SAVING | {"max_steps": 2})
+    trainer.train()
+    trainer.train(resume_from_checkpoint=True)
 
 
 def test_workers_that_stay_do_not_keep_the_lock(tmp_path, pair, tokenizer, monkeypatch):
     """Forked while the lock was held, they kept it, and the same trainer could not train again."""
     monkeypatch.setattr(checkpoints, "_PATIENCE", 0)
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
-    trainer = build(tmp_path, pair, tokenizer, alignment_rows(pair[1], tokenizer), **workers, **SAVING)
+    trainer = build(
+        tmp_path, pair, tokenizer, alignment_rows(pair[1], tokenizer), **workers, **SAVING | {"max_steps": 2}
+    )
     trainer.train()
     trainer.train(resume_from_checkpoint=True)
 
@@ -182,7 +197,8 @@ def test_workers_that_stay_do_not_keep_the_lock(tmp_path, pair, tokenizer, monke
 def test_no_token_is_saved_with_a_draft(tmp_path, pair, tokenizer):
     """Pickled by transformers among its arguments: `hub_token` in plain letters, beside what people share."""
     token = f"hf_{'A' * 34}"
-    trainer = build(tmp_path, pair, tokenizer, alignment_rows(pair[1], tokenizer), hub_token=token, **SAVING)
+    options = SAVING | {"max_steps": 2, "hub_token": token}
+    trainer = build(tmp_path, pair, tokenizer, alignment_rows(pair[1], tokenizer), **options)
     trainer.train()
     trainer.save_model()
     assert trainer.args.hub_token == token

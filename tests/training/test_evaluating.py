@@ -118,14 +118,13 @@ def test_block_efficiency_at_a_temperature_is_that_of_the_texts_written_at_it(tm
     rows = written_at(pair[1], tokenizer, *ALL).shuffle(seed=3)
     callbacks = [AcceptanceCallback([3], temperatures=ALL)]
     found = build(tmp_path, pair, tokenizer, eval_rows=rows, callbacks=callbacks).evaluate()
+    usual = build(tmp_path, pair, tokenizer, eval_rows=rows)
     for temperature in ALL:
-        alone = build(
-            tmp_path, pair, tokenizer, eval_rows=rows.filter(lambda row, t=temperature: row["temperature"] == t)
-        ).evaluate()
+        alone = usual.evaluate(rows.filter(lambda row, t=temperature: row["temperature"] == t))
         for name in ("eval_block_efficiency", "eval_block_efficiency_at_3"):
             assert found[f"{name}_t{temperature:g}"] == pytest.approx(alone[name], rel=1e-6)
     assert len({found[f"eval_block_efficiency_t{t:g}"] for t in ALL}) == 3
-    everything = build(tmp_path, pair, tokenizer, eval_rows=rows).evaluate()
+    everything = usual.evaluate()
     assert found["eval_block_efficiency"] == pytest.approx(everything["eval_block_efficiency"], rel=1e-6)
     # By default greedy decoding and plain sampling are looked at.
     assert "eval_block_efficiency_t0.7" not in everything
@@ -184,7 +183,7 @@ def test_rows_of_others_leave_the_figures_of_a_setting_alone(tmp_path, pair, tok
     trainer = build(tmp_path, pair, tokenizer, eval_rows=concatenate_datasets([foreign, rows]))
     with pytest.warns(UserWarning, match="2 evaluation rows"):
         found = trainer.evaluate()
-    alone = build(tmp_path, pair, tokenizer, eval_rows=rows).evaluate()
+    alone = trainer.evaluate(rows)
     assert "eval_block_efficiency" not in found
     assert found["eval_block_efficiency_t0"] == alone["eval_block_efficiency"]
 
@@ -365,12 +364,10 @@ def test_block_efficiency_equals_counting_assisted_generation(tmp_path, pair, to
 def test_figures_do_not_depend_on_the_evaluation_batch_size(tmp_path, pair, tokenizer):
     rows = alignment_rows(pair[1], tokenizer, count=7, temperature=0.7)
     metrics = [
-        build(tmp_path, pair, tokenizer, eval_rows=rows, per_device_eval_batch_size=size).evaluate()
-        for size in (1, 3, 7)
+        build(tmp_path, pair, tokenizer, eval_rows=rows, per_device_eval_batch_size=size).evaluate() for size in (1, 3)
     ]
     for name in ("eval_loss", "eval_acceptance_rate", "eval_block_efficiency"):
         assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-5)
-        assert metrics[2][name] == pytest.approx(metrics[0][name], rel=1e-5)
 
 
 @pytest.mark.parametrize("change", [{"target": "another/target"}, {"ids_source": "retokenized"}])

@@ -82,7 +82,7 @@ def test_value_and_gradient_are_those_of_one_pass_for_each_token_and_depth(
 @pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "forward_kl"])
 def test_every_divergence_learns_all_depths_and_logs_the_rate_of_next_tokens(tmp_path, pair, tokenizer, divergence):
     draft, _ = pair
-    trainer = build(tmp_path, pair, tokenizer, divergence=divergence, parallel_tokens=4, learning_rate=3e-3)
+    trainer = build(tmp_path, pair, tokenizer, divergence=divergence, parallel_tokens=4, max_steps=1)
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     trainer.compute_loss(draft, batch)
@@ -130,7 +130,7 @@ def test_deeper_predictions_get_better(tmp_path, tokenizer):
     """Decoding sees it: more tokens are accepted in one pass than before."""
     draft, target = tiny_pair(agreement=0.9)
     rows = alignment_rows(target, tokenizer, count=6, max_new_tokens=10)
-    options = {"parallel_tokens": K, "max_steps": 60, "learning_rate": 5e-3, "per_device_train_batch_size": 6}
+    options = {"parallel_tokens": K, "max_steps": 15, "learning_rate": 1e-2, "per_device_train_batch_size": 6}
     trainer = build(tmp_path, (draft, target), tokenizer, rows, **options)
 
     def counted():

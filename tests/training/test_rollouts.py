@@ -1,5 +1,6 @@
 """Who writes the completions: the right model, from the right prompts, in the right share, learned from as written."""
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,7 +54,7 @@ def greedy(model, prompt, end_ids, count=6) -> tuple[int, ...]:
 def test_shares_of_nothing_and_all_leave_nothing_to_chance(tmp_path, lmbda, seq_kd, writers):
     """A share compared with <= where < was meant."""
     args = config(tmp_path, lmbda=lmbda, seq_kd=seq_kd)
-    assert {who_writes(args, step) for step in range(2000)} == {writers}
+    assert {who_writes(args, step) for step in range(1000)} == {writers}
 
 
 def test_share_is_that_of_the_steps_and_follows_from_the_seed(tmp_path):
@@ -282,21 +283,14 @@ def test_settings_of_a_method_do_what_its_paper_says(tmp_path, tokenizer, method
     pair = tiny_pair("llama", agreement=0.5)
     writing = GREEDY if writers != {"data"} else {}
     trainer = build(
-        tmp_path, pair, tokenizer, rows, trainer_class=Recording, per_device_train_batch_size=4, max_steps=6,
+        tmp_path, pair, tokenizer, rows, trainer_class=Recording, per_device_train_batch_size=4,
+        # Two writers take turns by chance.
+        max_steps=6 if len(writers) == 2 else 1,
         # So small a rate that the draft stays who it is.
         learning_rate=1e-12, optim="sgd", **options, **writing,
     )  # fmt: skip
     trainer.train()
-    draft, target = pair
-    texts = {
-        prompt: {
-            "data": completion,
-            "target": greedy(target, prompt, {1}),
-            "draft": greedy(draft, prompt, {1}),
-            "corrected": corrected(draft, target, prompt, 2),
-        }
-        for prompt, completion in given.items()
-    }
+    texts = {prompt: {"data": completion, **written_by_each(prompt)} for prompt, completion in given.items()}
     found = {
         frozenset(who for who, text in texts[prompt].items() if text == completion)
         for _, prompt, completion in trainer.seen
@@ -306,6 +300,16 @@ def test_settings_of_a_method_do_what_its_paper_says(tmp_path, tokenizer, method
     assert {who for whos in found for who in whos & writers} == writers
     if len(writers) == 1:
         assert all(writers <= whos for whos in found)
+
+
+@functools.cache
+def written_by_each(prompt):
+    draft, target = tiny_pair("llama", agreement=0.5)
+    return {
+        "target": greedy(target, prompt, {1}),
+        "draft": greedy(draft, prompt, {1}),
+        "corrected": corrected(draft, target, prompt, 2),
+    }
 
 
 def corrected(draft, target, prompt, top_k, count=6):

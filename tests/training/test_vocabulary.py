@@ -17,9 +17,9 @@ def test_it_learns_on_the_list_alone_and_keeps_it(tmp_path, pair, tokenizer):
     rows = alignment_rows(target, tokenizer)
     ids = choose_draft_vocabulary(rows, 12)
     options = {"draft_vocabulary": ids, "eval_num_assistant_tokens": 3, "learning_rate": 3e-3}
-    trainer = build(tmp_path, pair, tokenizer, rows, rows, **options)
+    trainer = build(tmp_path, pair, tokenizer, rows, **options)
     before = trainer.model.lm_head.weight.detach().clone()
-    found = trainer.evaluate()
+    found = trainer.evaluate(rows)
     decoding = SpeculativeDecoding(draft, 3, draft_vocabulary=ids)
     accepted = 0.0
     for row in rows:
@@ -36,7 +36,7 @@ def test_it_learns_on_the_list_alone_and_keeps_it(tmp_path, pair, tokenizer):
     assert found["eval_acceptance_rate"] == pytest.approx(accepted / num_tokens, abs=1e-5)
 
     trainer.train()
-    assert trainer.evaluate()["eval_loss"] < found["eval_loss"]
+    assert trainer.evaluate(rows)["eval_loss"] < found["eval_loss"]
     moved = (trainer.model.lm_head.weight.detach() != before).any(-1).nonzero()[:, 0].tolist()
     assert set(moved) == set(ids)
     trainer.save_model(str(tmp_path / "saved"))
@@ -44,7 +44,7 @@ def test_it_learns_on_the_list_alone_and_keeps_it(tmp_path, pair, tokenizer):
 
 
 def test_cached_distributions_give_the_same_as_the_target(tmp_path, tokenizer):
-    rows = alignment_rows(tiny_pair()[1], tokenizer)
+    rows = alignment_rows(tiny_pair()[1], tokenizer, count=4)
     ids = choose_draft_vocabulary(rows, 12)
     losses = []
     for is_cached in (False, True):
@@ -54,7 +54,7 @@ def test_cached_distributions_give_the_same_as_the_target(tmp_path, tokenizer):
         if is_cached:
             data = cache_target_distributions(rows, target, top_k=target.config.vocab_size)
         given = (draft, None if is_cached else target)
-        trainer = build(tmp_path, given, tokenizer, data, data, draft_vocabulary="recorded", divergence="lk_hybrid")
+        trainer = build(tmp_path, given, tokenizer, eval_rows=data, draft_vocabulary="recorded", divergence="lk_hybrid")
         metrics = trainer.evaluate()
         losses.append((metrics["eval_loss"], metrics["eval_acceptance_rate"]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
