@@ -34,6 +34,7 @@ def _few_threads() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _imports_are_not_garbage() -> None:
     # `Trainer.train()` collects garbage: a third of a second each time, if all that was imported is looked through.
+    # Files before this one may have imported more.
     gc.collect()
     gc.freeze()
 
