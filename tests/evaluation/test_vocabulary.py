@@ -55,9 +55,9 @@ def test_sampled_block_efficiency_is_the_counted_one_within_its_interval():
     draft, target, tokenizer = aligned_pair("llama")
     setting = DecodingSetting(0.7, top_p=0.9)
     prompts = tiny_prompts(tokenizer, 6)
-    texts = write_together(target, tokenizer, prompts, setting, copies=6)
+    texts = write_together(target, tokenizer, prompts, setting, copies=18)
     scored = score_texts(
-        target, [draft], texts, setting, vocab_size=VOCAB_SIZE, draft_vocabularies=[(0, IDS)], batch_size=8
+        target, [draft], texts, setting, vocab_size=VOCAB_SIZE, draft_vocabularies=[(0, IDS)], batch_size=36
     )
     rule = "rejection_sampling"
     expected = setting_result(
