@@ -1,8 +1,9 @@
 """What the README, the guides and the examples say is run: a page that went stale fails here.
 
 A page's `python` and `bash` blocks belong to one session, from top to bottom, where `org/draft` and `org/target` are
-the demo pair, with few steps. A block that begins with "# not run in the tests: why" needs what is not here (a GPU,
-weights from the Hub, another engine): of it only the names, arguments and options are checked.
+the demo pair, of the target three of its eight layers, with few steps. A block that begins with "# not run in the
+tests: why" needs what is not here (a GPU, weights from the Hub, another engine): of it only the names, arguments and
+options are checked.
 """
 
 import ast
@@ -14,16 +15,17 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from runpy import run_path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 
+from hf_draftkd import build_draft
 from hf_draftkd.cli.main import COMMANDS, dispatch
 from hf_draftkd.models.demo import demo_path
 from hf_draftkd.models.loading import load_target, load_tokenizer
 from tests.cli.run import ROOT
-from tests.processes import run
 
 GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))
 NOTEBOOK = ROOT / "examples" / "distill_a_draft.ipynb"
@@ -31,20 +33,23 @@ PAGES = [ROOT / "README.md", *GUIDES, NOTEBOOK]
 NOT_RUN = "# not run in the tests: "
 # What stands here for what a page says: runs are cut short.
 STAND_INS = {
-    "test_size=32": "test_size=8",
-    "max_new_tokens=96": "max_new_tokens=12",
-    "--num_prompts 1000": "--num_prompts 2",
+    'demo_path("target")': '"org/target"',
+    'demo_path("draft")': '"org/draft"',
+    "test_size=32": "test_size=4",
+    "max_new_tokens=96": "max_new_tokens=8",
+    "--num_prompts 1000": "--num_prompts 1 --query_max_new_tokens 64",
     "limit=320": "limit=8",
     "limit=48": "limit=4",
-    "num_speed_prompts=8": "num_speed_prompts=1",
+    "num_speed_prompts=8": "num_speed_prompts=1, temperatures=[0.0]",
     "DraftDistillConfig(": "DraftDistillConfig(max_steps=2, ",
-    'draft, target, tokenizer, prompts["test"],': 'draft, target, tokenizer, prompts["test"], num_speed_prompts=1,',
+    'evaluate_draft(draft, target, tokenizer, prompts["test"],': "evaluate_draft(draft, target, tokenizer, "
+    'prompts["test"], num_speed_prompts=1, temperatures=[0.0],',
 }
 # What is added to a command of `draftkd`, where the last of two equal options wins.
 SHORT = {
     "generate": "--max_new_tokens 8",
     "train": "--max_steps 2 --report_to none",
-    "evaluate": "--max_new_tokens 8 --limit 8 --num_speed_prompts 1 --temperatures 0",
+    "evaluate": "--max_new_tokens 8 --limit 4 --temperatures 0 --no_measure_speed",
 }
 
 
@@ -114,10 +119,11 @@ def check_options(command: str, options: list[str], monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder with `draft` and `target`, the demo pair in float32: many CPUs have to emulate its bfloat16."""
+    """A folder with `draft` and `target`, in float32: many CPUs have to emulate bfloat16."""
     folder = tmp_path_factory.mktemp("org")
-    for name in ("draft", "target"):
-        load_target(demo_path(name), dtype="float32").save_pretrained(folder / name)
+    draft, target = (load_target(demo_path(name), dtype="float32") for name in ("draft", "target"))
+    for name, model in (("draft", draft), ("target", build_draft(target, num_layers=3))):
+        model.save_pretrained(folder / name)
         load_tokenizer(demo_path(name)).save_pretrained(folder / name)
     return folder
 
@@ -182,13 +188,15 @@ def test_the_notebook_is_one_and_holds_no_outputs():
         assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == ([], None)
 
 
-def test_custom_divergence_example_is_short_and_helps(tmp_path):
+def test_custom_divergence_example_is_short_and_helps(tmp_path, capsys, monkeypatch):
     text = (ROOT / "examples" / "custom_divergence.py").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 40
     script = tmp_path / "custom_divergence.py"
-    script.write_text(text.replace("limit=128", "limit=48").replace("max_new_tokens=96", "max_new_tokens=32"))
-    output = run(script, "--max_steps", 8, "--output_dir", tmp_path / "out", cwd=tmp_path)
-    before, after = map(float, re.findall(r"(\d+\.\d+) (?:before|after)", output))
+    script.write_text(text.replace("limit=128", "limit=24").replace("max_new_tokens=96", "max_new_tokens=16"))
+    words = ["--max_steps", "4", "--per_device_train_batch_size", "4", "--learning_rate", "2e-3", "--output_dir"]
+    monkeypatch.setattr(sys, "argv", [str(script), *words, str(tmp_path / "out")])
+    run_path(str(script), run_name="__main__")
+    before, after = map(float, re.findall(r"(\d+\.\d+) (?:before|after)", capsys.readouterr().out))
     assert after > before
 
 

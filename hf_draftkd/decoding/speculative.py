@@ -53,6 +53,8 @@ OnLogits = Callable[[int, Tensor, Tensor], None]
 """A text's number in the batch, its new tokens [K], and the target's logits [K, V] from which they were chosen."""
 
 _LISTENERS: WeakKeyDictionary[PreTrainedModel, list[OnRound]] = WeakKeyDictionary()
+# Targets whose tokenizer was compared with a draft's: of a large vocabulary that takes as long as a short text.
+_KNOWN_TARGETS: WeakKeyDictionary[PreTrainedModel, WeakSet[PreTrainedModel]] = WeakKeyDictionary()
 
 
 class SpeculativeDecoding:
@@ -161,7 +163,6 @@ class SpeculativeDecoding:
         self._place_proposals()
         self.counts = AcceptanceCounts()
         self.prompt_padding: list[int] = []
-        self._known_targets: WeakSet[PreTrainedModel] = WeakSet()
 
     def _place_proposals(self) -> None:
         """What draws from the draft, as the draft is now."""
@@ -276,13 +277,14 @@ class SpeculativeDecoding:
                 "has another draft. Give one of them: `SpeculativeDecoding(assistant_model)` or `assistant_model=`."
             )
         check_models(self.draft_model, target)
-        if target in self._known_targets:
+        known = _KNOWN_TARGETS.setdefault(self.draft_model, WeakSet())
+        if target in known:
             return
         pair = self.draft_model, target
         names = [model.name_or_path for model in pair]
         if all(name and (Path(name) / "tokenizer_config.json").is_file() for name in names):
             check_tokenizers(*(checkpoint_of(model).tokenizer for model in pair))
-        self._known_targets.add(target)
+        known.add(target)
 
     def _lenience(self, config: GenerationConfig) -> tuple[float, str]:
         lenience, form = self.lenience, self.lenience_form

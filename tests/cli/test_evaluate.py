@@ -33,7 +33,7 @@ def files(tmp_path, saved_pair):
 
 
 def options(files, out, *words, **more):
-    pairs = {"max_new_tokens": 12, "num_speed_prompts": 2, **files, **more, "output_dir": out}
+    pairs = {"max_new_tokens": 6, "num_speed_prompts": 1, **files, **more, "output_dir": out}
     return ["evaluate", *(str(word) for name, value in pairs.items() for word in (f"--{name}", value)), *words]
 
 
@@ -45,18 +45,17 @@ def test_what_cannot_be_saved_is_printed(files, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(SpeculationReport, "save", full)
     with pytest.raises(OSError, match="No space"):
-        dispatch(options(files, tmp_path / "out", "--no_measure_speed", temperatures=0))
+        dispatch(options(files, tmp_path / "out", "--no_measure_speed", "--temperatures", "0", "1"))
     assert "acceptance rate" in capsys.readouterr().out
 
 
-def test_it_writes_and_prints_the_report(files, tmp_path, capsys, monkeypatch):
+def test_it_writes_and_prints_the_report(files, tmp_path, capsys):
     """With every part switched on."""
-    monkeypatch.setattr("hf_draftkd.evaluation.self_check._SAMPLED_TEXTS", 8)
     stock = tmp_path / "stock"
     tiny_llama(seed=9).save_pretrained(stock)
     tiny_tokenizer().save_pretrained(stock)
     out = tmp_path / "out"
-    assert dispatch(options(files, out, "--html", "--write", "--temperatures", "0", "1", baseline=stock, verify=2)) == 0
+    assert dispatch(options(files, out, "--html", "--write", temperatures=0, baseline=stock, verify=1)) == 0
     printed = capsys.readouterr().out
     report = SpeculationReport.load(out / "report.json")
     assert report.target.name == str(files["target_model"])

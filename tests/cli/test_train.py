@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,8 +19,8 @@ from tests.training.rows import alignment_rows
 def files(tmp_path, saved_pair, pair, tokenizer):
     """Draft, target and data on disk."""
     draft, target = saved_pair
-    rows = alignment_rows(pair[1], tokenizer, count=8, name=str(target))
-    rows.to_json(tmp_path / "rows.jsonl")
+    rows = alignment_rows(pair[1], tokenizer, name="elsewhere")  # written once
+    Dataset.from_list([row | {"target": str(target)} for row in rows]).to_json(tmp_path / "rows.jsonl")
     return {"model": draft, "target_model": target, "dataset": tmp_path / "rows.jsonl"}
 
 

@@ -54,8 +54,8 @@ def check_equal(target: PreTrainedModel, draft: PreTrainedModel, gamma: Any = 4,
     return decoding
 
 
-def test_tokenizers_are_read_once_and_as_the_models_were(saved_pair, monkeypatch):
-    """Read again by each `SpeculativeDecoding`, and without the code that the models were allowed to bring."""
+def test_tokenizers_are_read_and_compared_once_and_as_the_models_were(saved_pair, monkeypatch):
+    """Again by each `SpeculativeDecoding`, and without the code that the models were allowed to bring."""
     read, tokenizer_of = [], AutoTokenizer.from_pretrained
 
     def noted(name: str, **options: Any) -> Any:
@@ -63,10 +63,13 @@ def test_tokenizers_are_read_once_and_as_the_models_were(saved_pair, monkeypatch
         return tokenizer_of(name, **options)
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", noted)
+    compared = []
+    monkeypatch.setattr("hf_draftkd.decoding.speculative.check_tokenizers", lambda *both: compared.append(both))
     draft, target = load_draft(saved_pair[0], trust_remote_code=True), load_target(saved_pair[1])
     for _ in range(2):
         target.generate(PROMPTS[0], custom_generate=SpeculativeDecoding(draft), max_new_tokens=2)
     assert read == [True, False]
+    assert len(compared) == 1
 
 
 @pytest.mark.parametrize("gamma", [1, 4, "auto"])

@@ -12,7 +12,7 @@ from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length,
 from hf_draftkd.evaluation.timing import single_text_config
 from tests.tiny import tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
 
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 GREEDY = DecodingSetting()
 
 
@@ -55,7 +55,7 @@ def greedy_reference(target, draft, prompt, gamma, eos=1):
 def test_counts_equal_a_reference_written_from_the_definition(gamma, eos_scale):
     """An accepted end of sequence counted one short, or a draft shortened by the length limit counted in full."""
     draft, target = tiny_pair("llama", eos_scale=eos_scale)
-    prompts = tiny_prompts(tiny_tokenizer(), 3)
+    prompts = tiny_prompts(tiny_tokenizer(), 2)
     rounds = []
     with torch.no_grad():
         expected = [greedy_reference(target, draft, prompt, gamma) for prompt in prompts]

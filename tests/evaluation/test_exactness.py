@@ -15,7 +15,7 @@ from hf_draftkd.evaluation.timing import generate_texts, single_text_config
 from hf_draftkd.models.pairing import align_vocabulary, shared_vocab_size
 from tests.tiny import VOCAB_SIZE, tiny_pair, tiny_prompts, tiny_tokenizer
 
-NEW_TOKENS = 30
+NEW_TOKENS = 20
 PAIRS = {
     "llama": {},
     "qwen3": {"draft_vocab_size": VOCAB_SIZE + 4, "target_vocab_size": VOCAB_SIZE + 20, "real_vocab_size": VOCAB_SIZE},
@@ -51,14 +51,25 @@ def write(target, tokenizer, prompts, setting, draft=None, seed=0):
     return texts
 
 
-@pytest.mark.parametrize("eos_scale", [0.0, 2.0], ids=["to the limit", "ending on their own"])
-@pytest.mark.parametrize("setting", ["greedy", "greedy with a penalty"])
+def write_together(target, tokenizer, prompts, setting, copies=1, new_tokens=NEW_TOKENS):
+    """The same, plainly and in one batch, which costs what one text costs."""
+    config = single_text_config(target, setting, new_tokens, suppress_tokens=ids_without_token(target, tokenizer))
+    rows = [prompt[0].tolist() for prompt in prompts] * copies
+    written, _ = generate_texts(target, rows, config, seed=1)
+    return [Text(*pair) for pair in zip(rows, written, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "eos_scale"),
+    [("greedy", 0.0), ("greedy with a penalty", 2.0)],
+    ids=["to the limit", "with a penalty and ending on their own"],
+)
 @pytest.mark.parametrize("architecture", PAIRS)
 def test_greedy_block_efficiency_equals_the_counted_one_to_the_last_digit(architecture, setting, eos_scale):
     """Any slip by one position, token, call or padded row shows as a difference here."""
     setting = SETTINGS[setting]
-    draft, target, tokenizer = aligned_pair(architecture, eos_scale)
-    prompts = tiny_prompts(tokenizer, 4)
+    draft, target, tokenizer = aligned_pair(architecture, eos_scale, agreement=0.95)
+    prompts = tiny_prompts(tokenizer, 3)
     texts = write(target, tokenizer, prompts, setting)
     lengths = {len(text.completion_ids) for text in texts}
     assert (lengths == {NEW_TOKENS}) if eos_scale == 0 else (min(lengths) < NEW_TOKENS)
@@ -66,7 +77,7 @@ def test_greedy_block_efficiency_equals_the_counted_one_to_the_last_digit(archit
 
     vocab_size = shared_vocab_size(draft, target, tokenizer)
     assert vocab_size == VOCAB_SIZE
-    scored = score_texts(target, [draft], texts, setting, vocab_size=vocab_size, batch_size=3)
+    scored = score_texts(target, [draft], texts, setting, vocab_size=vocab_size, batch_size=2)
     assert scored.share_plausible == 1
     computed = setting_result(
         setting, EXACT, scored.drafts[0], range(len(texts)), num_assistant_tokens=5, parameter_ratio=1.0
@@ -84,7 +95,6 @@ def test_greedy_block_efficiency_equals_the_counted_one_to_the_last_digit(archit
     ("architecture", "setting"),
     [
         ("llama", "temperature 1"),
-        ("qwen3", "temperature 1"),
         ("llama", "temperature 0.7, top-k"),
         ("qwen3", "top-p with a penalty"),
     ],
@@ -95,13 +105,10 @@ def test_sampled_block_efficiency_agrees_with_the_counted_one(architecture, sett
     transformers warps the draft twice (see `transformers_draft_processors`); where that matters its own number counts.
     """
     setting = SETTINGS[setting]
-    draft, target, tokenizer = aligned_pair(architecture)
+    draft, target, tokenizer = aligned_pair(architecture, num_layers=1)
     prompts = tiny_prompts(tokenizer, 7)
-    # Plain texts cost little in one batch: many of them, and fewer that are decoded one by one.
-    config = single_text_config(target, setting, NEW_TOKENS, suppress_tokens=ids_without_token(target, tokenizer))
-    rows = [prompt[0].tolist() for prompt in prompts] * 18
-    written, _ = generate_texts(target, rows, config, seed=1)
-    texts = [Text(*pair) for pair in zip(rows, written, strict=True)]
+    # Many plain texts, and fewer that are decoded one by one.
+    texts = write_together(target, tokenizer, prompts, setting, copies=18)
     scored = score_texts(target, [draft], texts, setting, vocab_size=VOCAB_SIZE)
     assert scored.share_plausible == 1
     sums = scored.drafts[0]
@@ -136,7 +143,7 @@ def test_a_draft_that_is_its_own_target_is_perfect(architecture, setting):
     """A repetition penalty, a filter or a temperature applied to one model only: peers measured 0.86 here."""
     setting = SETTINGS[setting]
     _, target, tokenizer = aligned_pair(architecture, eos_scale=1.5)
-    texts = write(target, tokenizer, tiny_prompts(tokenizer, 3), setting)
+    texts = write_together(target, tokenizer, tiny_prompts(tokenizer, 3), setting)
     rules = ("rejection_sampling", "greedy_draft", "exact_match")
     scored = score_texts(target, [target], texts, setting, vocab_size=VOCAB_SIZE, verification=rules, batch_size=2)
     sums = scored.drafts[0][EXACT if setting.is_greedy else "rejection_sampling"]

@@ -116,8 +116,13 @@ class _Page(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_loads_nothing():
-    page = render_page(samples.report())
+@pytest.fixture(scope="module")
+def page():
+    """The page of the sample: seven drawings take seconds."""
+    return render_page(samples.report())
+
+
+def test_the_page_is_whole_and_loads_nothing(page):
     parsed = _Page()
     parsed.feed(page)
     assert parsed.open == []
@@ -133,52 +138,48 @@ def test_the_page_is_whole_and_loads_nothing():
     assert ("name", "viewport") in parsed.attributes  # a phone would otherwise shrink the page
 
 
-def test_the_page_has_each_id_once():
+def test_the_page_has_each_id_once(page):
     """Five drawings on one page: an id used twice makes one of them clip or draw the other's marks."""
     parsed = _Page()
-    parsed.feed(render_page(samples.report()))
+    parsed.feed(page)
     ids = [value for name, value in parsed.attributes if name == "id"]
     assert ids
     assert len(ids) == len(set(ids))
 
 
-def test_the_page_says_what_the_report_says():
-    page = render_page(samples.report())
+def test_the_page_says_what_the_report_says(page):
     for expected in ("distilled", "org/target", "Worth it.", "function calling", "maths", "prose", "sha256"):
         assert expected in page
     assert "A &lt;fast&gt; &amp; loud CPU" in page
     assert "<script>alert" not in page
 
 
-def test_answers_are_shown_as_they_are():
+def test_answers_are_shown_as_they_are(page):
     """Catches markup in an answer that becomes the page's, and a correction without what it corrects."""
-    report = samples.report()
-    page = render_page(report)
     assert "&lt;b&gt;" in page
     assert "<b>" not in page
-    fragment = render_answers(report)
+    fragment = render_answers(samples.report())
     assert fragment in page
     (shown,) = re.findall(r'aria-label="answer 1, greedy">(.*?)</div>', fragment, flags=re.DOTALL)
     assert re.sub(r"<del>.*?</del>|<[^>]*>", "", shown) == "The&lt;b&gt; end⏎\n"
     assert re.findall(r"<del>(.*?)</del>", shown) == [" fin"]
 
 
-def test_the_training_of_a_draft_is_read_from_its_folder(tmp_path):
+def test_the_training_of_a_draft_is_read_from_its_folder(page, tmp_path):
     (tmp_path / "trainer_state.json").write_text(
         '{"log_history": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}'
     )
-    page = render_page(samples.report(), training_log(tmp_path))
-    assert "loss a token" in page
+    assert "loss a token" in render_page(bare_report(), training_log(tmp_path))
     assert training_log(tmp_path / "org" / "draft") == []
-    assert "loss a token" not in render_page(samples.report())
+    assert "loss a token" not in page
 
 
-def test_the_same_report_gives_the_same_page(tmp_path):
-    first = save_page(samples.report(), tmp_path / "a" / "report.html").read_text()
-    assert first == save_page(samples.report(), tmp_path / "report.html").read_text()
+def test_the_same_report_gives_the_same_page(page, tmp_path):
+    assert save_page(samples.report(), tmp_path / "a" / "report.html").read_text() == page
 
 
-def test_a_bare_report_makes_a_page():
+def bare_report():
+    """One that holds nothing to draw."""
     report = samples.report()
     report.baseline = report.paired_difference = report.recommendation = report.latency = None
     report.groups = report.answers = None
@@ -186,6 +187,10 @@ def test_a_bare_report_makes_a_page():
         entry.assisted = entry.speculative = entry.recommendation = None
         entry.block_efficiency = entry.mbsu = None
         entry.acceptance_by_position = entry.acceptance_by_place = entry.acceptance_by_kind = None
-    page = render_page(report)
+    return report
+
+
+def test_a_bare_report_makes_a_page():
+    page = render_page(bare_report())
     assert "<svg" not in page
     assert "acceptance rate" in page
