@@ -6,7 +6,8 @@
     draft, target = tiny_pair("qwen3", draft_vocab_size=304, target_vocab_size=320)  # padded differently
 
 Nothing is downloaded, and nothing random is left unseeded. The weights are scaled so that distributions are peaked (as
-a trained model's are) but greedy texts differ from prompt to prompt; `eos_scale` makes the end of sequence come up inside generated text.
+a trained model's are) but greedy texts differ from prompt to prompt; `eos_scale` makes the end of sequence come up
+inside generated text.
 """
 
 from collections.abc import Callable

@@ -132,7 +132,7 @@ def test_a_single_text_has_the_target_s_distribution() -> None:
 
 
 def test_counted_block_efficiency_is_the_computed_one() -> None:
-    draft, target = tiny_pair(agreement=0.9)
+    draft, target = tiny_pair(agreement=0.9, num_layers=1)
     setting = DecodingSetting(temperature=0.7, top_p=0.9)
     processors = logits_processors(setting)
     torch.manual_seed(0)

@@ -127,7 +127,7 @@ def test_holes_that_rejected_tokens_leave_are_squeezed_out(
     one is full of them: at this length it has the least room. Its steps are not compiled here.
     """
     monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
-    draft, target = tiny_pair("qwen3", agreement=0.85)
+    draft, target = tiny_pair("qwen3", agreement=0.85, num_layers=1)
     squeezed, keep_rows = [], CachedModel.keep_rows
 
     def noted(model: CachedModel, places: list[int]) -> None:

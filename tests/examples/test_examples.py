@@ -4,7 +4,6 @@ import importlib
 
 import pytest
 
-from hf_draftkd.models.demo import demo_path
 from tests.cli.run import ROOT
 from tests.processes import python, run
 
@@ -29,14 +28,17 @@ from tests.processes import python, run
             "--parallel_tokens 3 --runs 1",
         ),
         # Nothing but transformers: the engines are not here.
-        ("engines.py", f"--engines --num_prompts 2 --max_new_tokens 8 --draft {demo_path('draft')}"),
+        (
+            "engines.py",
+            "--engines --num_prompts 2 --max_new_tokens 8 --rounds 1 --target_model {pair}/target --draft {pair}/draft",
+        ),
         ("online_serving.py", "--requests 4 --update_every 1 --max_new_tokens 8"),
     ],
 )
-def test_the_example_runs(script, options, tmp_path):
+def test_the_example_runs(script, options, small_pair, tmp_path):
     """A script behind a number that no longer runs, so that nobody can measure it again."""
-    where = ["--output_dir", str(tmp_path / "out")]
-    assert run(ROOT / "examples" / script, *options.split(), *where, cwd=tmp_path).strip()
+    options = [word.format(pair=small_pair) for word in options.split()]
+    assert run(ROOT / "examples" / script, *options, "--output_dir", tmp_path / "out", cwd=tmp_path).strip()
 
 
 def test_alignment_data_is_timed_while_it_is_written(tmp_path):
