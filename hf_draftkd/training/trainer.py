@@ -528,8 +528,15 @@ class DraftDistillTrainer(SFTTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As in trl; data that is given here is checked as the constructor's is."""
-        if not isinstance(eval_dataset, str | None):
+        """As in trl; data that is given here is checked as the constructor's is, and a string names one of its sets."""
+        if isinstance(eval_dataset, str):
+            known = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+            if eval_dataset not in known:
+                raise ValueError(
+                    f"`evaluate({eval_dataset!r})` names none of the evaluation sets {known}: a name is a key of the "
+                    "constructor's `eval_dataset`. Load the data and give it instead."
+                )
+        elif eval_dataset is not None:
             eval_dataset = self._checked(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 

@@ -77,6 +77,8 @@ def test_evaluation_data_may_be_named_as_training_data_is(tmp_path, pair, tokeni
         assert found[f"eval_{name}_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
     with pytest.raises(ValueError, match="train dataset has the columns"):
         build(tmp_path, pair, tokenizer, Dataset.from_list([{"question": "a"}]), named)
+    with pytest.raises(ValueError, match=r"names none of the evaluation sets \['train', 'mix'\]"):
+        trainer.evaluate("openai/gsm8k")
 
 
 @pytest.mark.parametrize("form", ["live", "cached"])
