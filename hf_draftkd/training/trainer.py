@@ -636,7 +636,7 @@ class DraftDistillTrainer(SFTTrainer):
         """As in transformers; `resume_from_checkpoint=True` takes the newest complete checkpoint in `args.output_dir`.
 
         Raises:
-            ValueError: There is none, or another run is training into `args.output_dir`.
+            ValueError: There is none, another run is training into `args.output_dir`, or no batch was filled.
             FloatingPointError: A loss, a gradient or the weights are not finite.
         """
         if resume_from_checkpoint is True:
@@ -648,6 +648,11 @@ class DraftDistillTrainer(SFTTrainer):
             setup.undo_evaluation_only(self)
         with only_run(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
             result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.args.dataloader_drop_last and not self.state.global_step:
+            raise ValueError(
+                "No step was taken: the rows do not fill one batch of each process, and `dataloader_drop_last` leaves "
+                "out what does not. Lower `per_device_train_batch_size`, or leave `dataloader_drop_last` out."
+            )
         check_weights(self)
         return result
 

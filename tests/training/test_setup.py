@@ -295,6 +295,15 @@ def test_a_row_longer_than_the_context_is_refused(tmp_path, pair, tokenizer):
         build(tmp_path, pair, tokenizer, rows, max_length=512)
 
 
+def test_rows_that_fill_no_batch_are_not_called_a_training(tmp_path, pair, tokenizer):
+    """An untrained draft under a card that says how it was trained: transformers only warned."""
+    rows = alignment_rows(pair[1], tokenizer, count=4)
+    options = {"per_device_train_batch_size": 8, "dataloader_drop_last": True}
+    trainer = build(tmp_path, pair, tokenizer, rows, **options)
+    with pytest.raises(ValueError, match="No step was taken"):
+        trainer.train()
+
+
 def test_different_tokenizers_are_refused_before_the_models_are_read(tmp_path, saved_pair):
     draft_path, target_path = saved_pair
     tiny_tokenizer(
