@@ -3,17 +3,18 @@
 python examples/claims/render.py [--results_dir DIR] [--pair DIR] [--only A3] [--lower_rates 3e-4] [--output PAGE]
                                  [--readme PAGE]
 
-The first comparison of each claim, which is what the paper makes most of, goes into the page `--readme` too.
+The first comparison of each claim, which is what the paper makes most of, goes into the page `--readme` too, beside what
+came of it on SmolLM2.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness import HERE, LOWER_RATES, RATES, Claim, Results
 from lab import pair_weights
-from recipes import KEPT_TOKENS, SIZES, TEMPERATURES
+from recipes import KEPT_TOKENS, SIZES, TEMPERATURES, Sizes
 from run import CLAIMS
 from verdicts import RULES, Arms, Estimate, Finding, level
 
@@ -53,9 +54,18 @@ Verdicts follow from these rules:
 
 
 MARKS = "<!-- claims: made by examples/claims/render.py -->\n", "<!-- end of claims -->\n"
+# The other pair whose results are stored: its folder, and the lower rates that it was tried at.
+SMOLLM2 = "faf714ce-265d14c4", (3e-4,)
+Judged = Sequence[tuple[Claim, Arms, list[Finding]]]
 
 
-def judged(results: Results, claims: Sequence[Claim], seeds: int) -> list[tuple[Claim, Arms, list[Finding]]]:
+def stored(folder: Path, lower_rates: tuple[float, ...]) -> Results:
+    """The results of a pair that is not at hand: they say which weights and sizes they are of."""
+    any_of_them = json.loads(next(folder.glob("*.json")).read_text(encoding="utf-8"))
+    return Results(folder.parent, any_of_them["pair"], Sizes(**any_of_them["sizes"]), lower_rates)
+
+
+def judged(results: Results, claims: Sequence[Claim], seeds: int) -> Judged:
     """Every claim with the results of its arms, and what follows from them."""
     found = []
     for claim in claims:
@@ -65,23 +75,56 @@ def judged(results: Results, claims: Sequence[Claim], seeds: int) -> list[tuple[
     return found
 
 
-def verdicts(found: Sequence[tuple[Claim, Arms, list[Finding]]], most: int | None = None) -> list[str]:
-    """The table of verdicts, with the first comparisons of each claim, or all; one row for all its temperatures."""
+def compared(findings: Sequence[Finding]) -> dict[tuple[str, str], list[Finding]]:
+    """What was compared, and what the paper says of it -> the findings at each temperature."""
+    found: dict[tuple[str, str], list[Finding]] = {}
+    for each in findings:
+        found.setdefault((each.says, each.paper), []).append(each)
+    return found
+
+
+def effects(findings: Sequence[Finding]) -> list[str]:
+    """What was found at each temperature."""
+    return [f"{each.setting}: {each.here}" if each.setting else each.here for each in findings]
+
+
+def verdicts(found: Judged) -> list[str]:
+    """The table of verdicts, one row for all temperatures of a comparison."""
     lines = ["| claim | compared | paper | here | verdict |", "|---|---|---|---|---|"]
     for claim, _, findings in found:
-        compared: dict[tuple[str, str], list[Finding]] = {}
-        for each in findings:
-            compared.setdefault((each.says, each.paper), []).append(each)
-        for (says, paper), settings in list(compared.items())[:most]:
-            here = "<br>".join(f"{each.setting}: {each.here}" if each.setting else each.here for each in settings)
-            judged_as = "<br>".join(dict.fromkeys(each.verdict for each in settings))
-            lines.append(f"| {claim.name} | {says} | {paper} | {here} | {judged_as} |")
+        for (says, paper), settings in compared(findings).items():
+            judged_as = dict.fromkeys(each.verdict for each in settings)
+            row = claim.name, says, paper, "<br>".join(effects(settings)), "<br>".join(judged_as)
+            lines.append(f"| {' | '.join(row)} |")
         if not findings:
             lines.append(f"| {claim.name} | {claim.says} | | | not run yet |")
     return lines
 
 
-def page(results: Results, found: Sequence[tuple[Claim, Arms, list[Finding]]], pair: Path) -> str:
+def headlines(pairs: Mapping[str, Judged]) -> list[str]:
+    """The first comparison of each claim, on several pairs; blank where a pair was not tried."""
+    lines = [f"| claim | compared | paper | {' | '.join(pairs)} |", f"|{'---|' * (3 + len(pairs))}"]
+    for of_pairs in zip(*pairs.values(), strict=True):
+        claim = of_pairs[0][0]
+        by_pair = [compared(findings) for _, _, findings in of_pairs]
+        if not any(by_pair):
+            lines.append(f"| {claim.name} | {claim.says} | | not run yet |{' |' * (len(pairs) - 1)}")
+            continue
+        first = next(iter(next(filter(None, by_pair))))
+        cells = [_outcome(each.get(first, [])) for each in by_pair]
+        lines.append(f"| {' | '.join([claim.name, *first, *cells])} |")
+    return lines
+
+
+def _outcome(findings: Sequence[Finding]) -> str:
+    """Effects and verdicts in one cell; a verdict that all temperatures share stands once."""
+    shared = {each.verdict for each in findings}
+    if len(shared) == 1:
+        return "<br>".join([*filter(None, effects(findings)), *shared])
+    return "<br>".join(f"{line}, {each.verdict}" for line, each in zip(effects(findings), findings, strict=True))
+
+
+def page(results: Results, found: Judged, pair: Path) -> str:
     """The whole page."""
     sections = [section(claim, arms) for claim, arms, findings in found if findings]
     sizes = results.sizes
@@ -100,11 +143,11 @@ def page(results: Results, found: Sequence[tuple[Claim, Arms, list[Finding]]], p
     return "\n".join([head, "## Verdicts", "", *verdicts(found), "", *sections, provenance(results)]) + "\n"
 
 
-def with_headlines(readme: str, found: Sequence[tuple[Claim, Arms, list[Finding]]]) -> str:
+def with_headlines(readme: str, pairs: Mapping[str, Judged]) -> str:
     """A page with the first comparison of each claim, at both temperatures, between its marks."""
     before, rest = readme.split(MARKS[0])
     _, behind = rest.split(MARKS[1])
-    return "".join([before, MARKS[0], "\n".join(verdicts(found, 1)), "\n", MARKS[1], behind])
+    return "".join([before, MARKS[0], "\n".join(headlines(pairs)), "\n", MARKS[1], behind])
 
 
 def section(claim: Claim, arms: Arms) -> str:
@@ -196,7 +239,10 @@ def main() -> None:
     found = judged(results, chosen, options.seeds)
     write_text(options.output, page(results, found, options.pair))
     if options.readme is not None:
-        write_text(options.readme, with_headlines(options.readme.read_text(encoding="utf-8"), found))
+        folder, lower_rates = SMOLLM2
+        smollm2 = judged(stored(HERE / "results" / folder, lower_rates), chosen, options.seeds)
+        pairs = {"demo pair": found, "SmolLM2-135M": smollm2}
+        write_text(options.readme, with_headlines(options.readme.read_text(encoding="utf-8"), pairs))
 
 
 if __name__ == "__main__":

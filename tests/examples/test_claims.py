@@ -252,10 +252,29 @@ def test_kept_live_and_written_cells_run_and_are_rendered(claims, smoke, small_p
     found = claims.render.judged(results, [unrun], 3)
     assert "| Y | says more | | | not run yet |" in claims.render.page(results, found, small_pair)
     begin, end = claims.render.MARKS
-    shown = claims.render.with_headlines(f"before\n{begin}what was there\n{end}behind\n", found)
+    shown = claims.render.with_headlines(f"before\n{begin}what was there\n{end}behind\n", {"here": found})
     assert shown.startswith(f"before\n{begin}| claim |")
     assert shown.endswith(f"| not run yet |\n{end}behind\n")
     assert "what was there" not in shown
+
+
+def test_headlines_of_two_pairs_stand_in_one_row(claims):
+    """A second pair's effect beside another comparison, or a verdict of one temperature given for both."""
+    found = claims.verdicts.Finding
+    claim = claims.harness.Claim("X", "says", "source", {})
+    ours = [found("a", "+1%", "+2%", "reproduced", "greedy"), found("a", "+1%", "+3%", "reproduced", "T=1")]
+    theirs = [
+        found("b", "+1%", "+9%", "reproduced", "greedy"),
+        found("a", "+1%", "-2%", "refuted", "greedy"),
+        found("a", "+1%", "+4%", "reproduced", "T=1"),
+    ]
+    pairs = {"P": [(claim, {}, ours), (claim, {}, ours)], "Q": [(claim, {}, theirs), (claim, {}, [])]}
+    head, rule, both, one = claims.render.headlines(pairs)
+    assert head == "| claim | compared | paper | P | Q |"
+    assert rule == "|---|---|---|---|---|"
+    left = "| X | a | +1% | greedy: +2%<br>T=1: +3%<br>reproduced | "
+    assert both == left + "greedy: -2%, refuted<br>T=1: +4%, reproduced |"
+    assert one == left + " |"
 
 
 def test_claims_about_seconds_run(claims, smoke, tmp_path):
