@@ -3,8 +3,8 @@
 python examples/claims/render.py [--results_dir DIR] [--pair DIR] [--only A3] [--lower_rates 3e-4] [--output PAGE]
                                  [--readme PAGE]
 
-The first comparison of each claim, which is what the paper makes most of, goes into the page `--readme` too, beside what
-came of it on SmolLM2.
+The first comparison of each claim, which is what the paper makes most of, goes into the page `--readme` too, beside
+what came of it on SmolLM2.
 """
 
 import argparse
