@@ -97,6 +97,7 @@ class Lab:
         self.folder.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(vars(sizes)))
         self._texts: dict[tuple[str, float], Dataset] = {}
+        self._asked: dict[str, Dataset] = {}
 
     # Models ----------------------------------------------------------------------------------------------------------
 
@@ -203,7 +204,14 @@ class Lab:
 
     def asked(self, name: str) -> Dataset:
         """An evaluation text: what the target answers to these prompts."""
-        return self._answered(self.questions(name), f"asked_{name}", self.target)
+        if name not in self._asked:
+            self._asked[name] = self._answered(self.questions(name), f"asked_{name}", self.target)
+        return self._asked[name]
+
+    @functools.cached_property
+    def right_answers(self) -> Dataset:
+        """The test queries with their references."""
+        return with_token_ids(with_references(self.questions("test")), self.tokenizer)
 
     def _answered(
         self, prompts: Any, name: str, target: PreTrainedModel, *, keeps: bool = False, **options: Any

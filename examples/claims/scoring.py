@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from lab import Lab, recorded_list, with_references
+from lab import Lab, recorded_list
 from recipes import TEMPERATURES
 from transformers import PreTrainedModel
 
-from hf_draftkd.data.rows import with_token_ids
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.scoring import Text, in_one_pass, score_texts
 
@@ -78,7 +77,7 @@ def _rounded(values: torch.Tensor) -> list[float]:
 def own_loss(lab: Lab, draft: PreTrainedModel) -> dict[str, float]:
     """How well the draft itself knows the task: the summed loss on the right answers in nats, and their tokens."""
     nats, count = 0.0, 0
-    rows = with_token_ids(with_references(lab.questions("test")), lab.tokenizer)
+    rows = lab.right_answers
     for prompt, completion in zip(rows["prompt_ids"], rows["completion_ids"], strict=True):
         logits = draft(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
         nats += torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="sum").item()
