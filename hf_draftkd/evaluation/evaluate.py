@@ -219,6 +219,7 @@ class _Evaluation:
         self.decoding: dict[str, Any] = {
             "max_new_tokens": texts.max_new_tokens,
             "suppress_tokens": ids_without_token(target_model, tokenizer),
+            "eos_token_id": texts.end_ids or None,
             "seed": config.seed,
         }
         self.warnings = texts.warnings

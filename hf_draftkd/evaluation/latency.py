@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,17 +37,17 @@ def measure_latency(
     ways: Sequence[str] = (ASSISTANT_MODEL, SPECULATIVE),
     lists: Sequence[Sequence[int]] = (),
     draft_lengths: Sequence[int] = DRAFT_LENGTHS,
-    suppress_tokens: list[int] | None = None,
     num_repeats: int = 7,
     seed: int = 0,
+    **overrides: Any,
 ) -> LatencyResult:
     """What one step of each model costs here: forward passes with a filled cache, and what each way adds to them.
 
     The cache holds as many tokens as the median prompt and half of `max_new_tokens`, or fewer where a model reads
     fewer. Passes of the target over γ + 1 tokens, for every γ in `draft_lengths`, take turns with those of the draft;
     each is timed `num_repeats` times. `lists` are beginnings of the draft's recorded list of ids, the whole list last:
-    the draft is also timed with its head cut to each. `suppress_tokens` and `seed` serve the sampled texts by which
-    `generate` itself is timed.
+    the draft is also timed with its head cut to each. `seed` and `overrides`, as in `single_text_config`, serve the
+    sampled texts by which `generate` itself is timed.
     """
     sizes = [1, *(length + 1 for length in draft_lengths)]
     length = int(median(len(prompt) for prompt in prompts)) + max_new_tokens // 2
@@ -75,7 +76,7 @@ def measure_latency(
         listed_draft_seconds={size: costs["listed", size] for size in listed} or None,
         parallel_draft_seconds={each: costs["draft", each] for each in drafting} or None,
     )
-    config = single_text_config(target_model, UNFILTERED, min(max_new_tokens, 48), suppress_tokens=suppress_tokens)
+    config = single_text_config(target_model, UNFILTERED, min(max_new_tokens, 48), **overrides)
     texts = prompts[:8]
     intervals: list[float] = []
     total = len(texts) * (1 + len(_CALIBRATION_LENGTHS) * len(ways))

@@ -44,9 +44,9 @@ def self_check(
     ways: Sequence[str],
     vocab_size: int,
     max_new_tokens: int,
-    suppress_tokens: list[int] | None,
     seed: int,
     on_prompt: Callable[[], Any],
+    **overrides: Any,
 ) -> SelfCheck:
     """Write texts plainly, compute block efficiency from them, and count it again with real decoding in each way.
 
@@ -58,7 +58,7 @@ def self_check(
     comparisons = []
     listed = recorded_vocabulary(draft_model.generation_config)
     for setting in settings:
-        config = single_text_config(target_model, setting, max_new_tokens, suppress_tokens=suppress_tokens)
+        config = single_text_config(target_model, setting, max_new_tokens, **overrides)
         repeats = 1 if setting.is_greedy else -(-_SAMPLED_TEXTS // len(prompts))
         runs = [prompt for prompt in prompts for _ in range(repeats)]
         texts = []

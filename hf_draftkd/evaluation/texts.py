@@ -10,11 +10,19 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_draftkd.data.backends import STOP
 from hf_draftkd.data.generation import generate_alignment_data
+from hf_draftkd.data.messages import turn_end_id
 from hf_draftkd.data.prompts import fitting_rows, load_prompts
 from hf_draftkd.data.rows import authors, other_authors, render_prompts, with_token_ids
 from hf_draftkd.data.sources import row_numbers
-from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting, left_out_warning, own_penalty
+from hf_draftkd.decoding.setting import (
+    SETTING_COLUMNS,
+    DecodingSetting,
+    end_token_ids,
+    left_out_warning,
+    own_penalty,
+)
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.report import PromptInfo
 from hf_draftkd.evaluation.scoring import Text
@@ -58,12 +66,14 @@ class MeasuredTexts:
         sets: One for each decoding setting.
         info: Which prompts were answered.
         max_new_tokens: Longest completion, in tokens: as asked for, or the longest recorded one.
+        end_ids: What ends a text: the target's own end tokens, and the end of turn where recorded answers stop at it.
         warnings: What a reader must know about the texts.
     """
 
     sets: list[TextSet]
     info: PromptInfo
     max_new_tokens: int
+    end_ids: list[int]
     warnings: list[str]
 
 
@@ -85,6 +95,7 @@ def take_texts(
     """
     penalty, max_new_tokens = own_penalty(target_model), config.max_new_tokens
     asked = settings or config.settings(penalty)
+    end_ids = end_token_ids(target_model)
     contents: Iterable[Any]
     warnings: list[str] = []
     if dataset is None:
@@ -99,6 +110,7 @@ def take_texts(
         source = source or (str(prompts) if isinstance(prompts, str | Path) else None)
     else:
         sets, warnings = _given_texts(target_model, tokenizer, dataset, settings, asked, config)
+        end_ids |= _stopped_at(dataset, turn_end_id(tokenizer))
         # Each prompt once, and only those whose answers are measured.
         contents = dict.fromkeys(tuple(text.prompt_ids) for texts in sets for text in texts.texts)
         max_new_tokens = max(len(text.completion_ids) for texts in sets for text in texts.texts)
@@ -128,7 +140,7 @@ def take_texts(
         domain=config.domain,
         sha256=sha256(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n" for item in contents),
     )
-    return MeasuredTexts(sets, info, max_new_tokens, warnings)
+    return MeasuredTexts(sets, info, max_new_tokens, sorted(end_ids), warnings)
 
 
 def _given_texts(
@@ -159,6 +171,13 @@ def _given_texts(
     if left_out:
         warnings.append(f"{left_out} of {len(dataset)} rows do not hold the very tokens that a target wrote: left out.")
     return sets, warnings
+
+
+def _stopped_at(dataset: Dataset, turn_end: int | None) -> set[int]:
+    """The end of turn, where recorded answers were made to stop there (`stop_at_turn_end`)."""
+    names = ("finish_reason", "completion_ids")
+    rows = zip(*(dataset[name] for name in names), strict=True) if set(names) <= set(dataset.column_names) else ()
+    return {turn_end for reason, ids in rows if reason == STOP and ids[-1:] == [turn_end] and turn_end is not None}
 
 
 def answers(

@@ -16,6 +16,7 @@ from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.models.identity import remember_checkpoint, weights_checksum
 from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.resolve import Checkpoint
+from tests.evaluation import samples
 from tests.tiny import TEXT, tiny_llama, tiny_pair, tiny_tokenizer
 
 PROMPTS = [f"{text[: 15 + number]} {number}" for number in range(4) for text in TEXT]
@@ -336,6 +337,28 @@ def test_other_conversations_are_read_with_their_tools_and_to_their_end(pair):
     assert report.max_new_tokens == report.settings[0].num_tokens == len(answer) + 1  # the end token is one to draft
     with pytest.raises(ValueError, match="holds no rows"):
         evaluate_draft(draft, target, tokenizer, dataset=Dataset.from_list([row]).select([]), **QUICK)
+
+
+def test_answers_that_stop_at_the_end_of_turn_are_timed_to_there(monkeypatch):
+    """Their target has no such end token: it was timed, and checked, on what it writes behind the answer."""
+    draft, target = tiny_pair("llama", eos_scale=0)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "'<|system|>'")
+    with torch.no_grad():
+        for model in (draft, target):
+            model.lm_head.weight[3] *= 3
+    talks = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[1:3]]
+    monkeypatch.setattr(evaluate, "measure_latency", lambda *_, **__: samples.latency())
+    options = {"max_new_tokens": 16, "temperatures": (0.0,), "stop_at_turn_end": True}
+    rows = generate_alignment_data(target, tokenizer, talks, **options)
+    assert set(rows["finish_reason"]) == {"stop"}
+    assert len(set(map(len, rows["completion_ids"]))) == 2, "the shorter one is the one that was run on from"
+    report = evaluate_draft(draft, target, tokenizer, dataset=rows, num_speed_prompts=2)
+    (setting,) = report.settings
+    assert setting.assisted.num_tokens == setting.speculative.num_tokens == setting.num_tokens
+    assert setting.assisted.num_identical == setting.speculative.num_identical == 2
+    length = setting.assisted.num_assistant_tokens
+    assert setting.assisted.mean_acceptance_length == setting.block_efficiency[length].value
 
 
 def test_a_prompt_without_tokens_is_named(pair):
