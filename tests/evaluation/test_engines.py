@@ -427,6 +427,7 @@ def test_a_server_alone_is_counted_and_nothing_is_said_of_speed(monkeypatch):
     console.print(ReportTable(report))
     table = console.export_text()
     assert "vllm 1.0, greedy" in table
+    assert "3, 2 times" in table
     assert "speed-up" not in table
     assert "Speed-up" not in engine_table(report)
     assert "vllm, greedy" not in [each.get_label() for each in speed_by_length_figure(report).axes[0].lines]
@@ -450,6 +451,20 @@ def test_a_server_without_a_draft_is_refused(monkeypatch):
     monkeypatch.setattr(Served, "complete", lambda self, url, ids, *_: EngineAnswer([1, 2], 1.0, 0, 0, 0))
     with pytest.raises(ValueError, match="no draft loaded"):
         run(monkeypatch)
+
+
+def test_a_first_answer_of_one_token_is_no_server_without_a_draft(monkeypatch):
+    """A draft proposes nothing where the target ends at once: "it has no draft loaded", of a server that has one."""
+    answer = Served.complete
+
+    def ends_at_once(self, url, ids, setting, limit, seed):
+        return answer(self, url, ids, setting, 1 if ids[0] == 65 else limit, seed)
+
+    monkeypatch.setattr(Served, "complete", ends_at_once)
+    rows = ROWS.map(lambda row: {"completion_ids": [65] if row["prompt_ids"][0] == 65 else row["completion_ids"]})
+    _, (found,) = run(monkeypatch, rows=rows)
+    assert found.num_identical == 3
+    assert found.mean_acceptance_length.value == 2.0
 
 
 def test_another_model_and_another_version_are_noted(monkeypatch):

@@ -252,7 +252,8 @@ def _measure(
 
     with served(replace(pair, draft=None)) as plain_url, served(pair) as url:
         version = engine.version(url)
-        plain, assisted = _in_turns(questions, plain_url, url, tokenizer, config.engine_rounds)
+        longest = max(range(len(chosen)), key=lambda place: len(chosen[place].completion_ids))
+        plain, assisted = _in_turns(questions, plain_url, url, tokenizer, config.engine_rounds, longest)
         call = questions.step_seconds(url, assisted, "num_spec_steps")
         target_step = questions.step_seconds(plain_url, plain, "num_later_tokens") if plain_url else None
     tokens, seconds, steps, drafted, accepted = (
@@ -314,9 +315,12 @@ def _computed(
 
 
 def _in_turns(
-    questions: _Questions, plain_url: str, url: str, tokenizer: PreTrainedTokenizerBase, rounds: int
+    questions: _Questions, plain_url: str, url: str, tokenizer: PreTrainedTokenizerBase, rounds: int, longest: int
 ) -> tuple[list[list[EngineAnswer]], list[list[EngineAnswer]]]:
-    """Every prompt's answers, one a round: plain ones, of which there are none without a server, and with the draft."""
+    """Every prompt's answers, one a round: plain ones, of which there are none without a server, and with the draft.
+
+    `longest` is the prompt that is asked first, to see whether anything is drafted: nothing is for a single token.
+    """
     engine, count = questions.engine, len(questions.prompts)
     plain: list[list[EngineAnswer]] = [[] for _ in range(count)]
     assisted: list[list[EngineAnswer]] = [[] for _ in range(count)]
@@ -324,9 +328,9 @@ def _in_turns(
     for _, address in ways:
         questions.check_tokens(address, tokenizer)
     # The first requests of a server pay for compilation and memory.
-    if plain_url and questions.ask(plain_url, 0).num_draft_tokens:
+    if plain_url and questions.ask(plain_url, longest).num_draft_tokens:
         raise ValueError(f"The server of plain decoding at {plain_url} drafts: start it without a draft.")
-    if not questions.ask(url, 0).num_draft_tokens:
+    if not questions.ask(url, longest).num_draft_tokens:
         raise ValueError(
             f"{engine.name} at {url} drafted nothing, or does not count: it has no draft loaded. Start it with the "
             "draft, as the card's command shows."
