@@ -52,7 +52,7 @@ def measure_latency(
     sizes = [1, *(length + 1 for length in draft_lengths)]
     length = int(median(len(prompt) for prompt in prompts)) + max_new_tokens // 2
     # Behind the cache there must be room for the longest pass: learned positions end where the context does.
-    length = max(1, min(length, shared_context(target_model, draft_model) - max(sizes)))
+    length = min(length, shared_context(target_model, draft_model) - max(sizes))
     # Which tokens stand in the cache does not matter to its speed.
     tokens = [token for prompt in prompts for token in prompt]
     context = (tokens * (1 + length // len(tokens)))[:length]
@@ -167,7 +167,8 @@ class _StepClock:
         self.model, self.context = model, context
         self.cache = DynamicCache(config=model.config)
         self.cache.activate_past_recording()  # sliding windows can then be rolled back
-        self._forward(context)
+        # Logits of a whole long context may need more memory than the model.
+        self._forward(context, **({"logits_to_keep": 1} if model._supports_logits_to_keep() else {}))
 
     def seconds(self, num_tokens: int) -> float:
         tokens = (list(self.context) * (1 + num_tokens // len(self.context)))[:num_tokens]
@@ -179,9 +180,9 @@ class _StepClock:
         self.cache.crop(-num_tokens)
         return elapsed
 
-    def _forward(self, tokens: Sequence[int]) -> None:
+    def _forward(self, tokens: Sequence[int], **options: Any) -> None:
         ids = torch.tensor([list(tokens)], device=self.model.device)
-        self.model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+        self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **options)
 
 
 class _TokenClock(BaseStreamer):
