@@ -107,7 +107,6 @@ class AssistedResult:
     speedup: Estimate = key(
         "Measured tokens/s with the draft ÷ tokens/s plain, sums over prompts; interval over prompts."
     )
-    median_speedup: float | None = optional("Median over prompts of the paired ratio.")
     predicted_speedup: float | None = optional(
         "What block efficiency and measured step times predict for this draft length, the overhead of this way "
         "included. Absent in batches."

@@ -1,7 +1,6 @@
 """From sums per text to estimates with intervals: counts added up, divided once, resampled over prompts."""
 
 from collections.abc import Sequence
-from statistics import median
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -147,7 +146,6 @@ def assisted_result(run: DecodingRun, plain: DecodingRun, num_assistant_tokens: 
         tokens_per_second=sum(run.tokens) / sum(run.seconds),
         plain_tokens_per_second=sum(plain.tokens) / sum(plain.seconds),
         speedup=bootstrap_paired_ratio_quotient(*columns),
-        median_speedup=median(new / time / (old / old_time) for new, time, old, old_time in zip(*columns, strict=True)),
         num_identical=run.num_identical,
         differences=run.differences or None,
     )

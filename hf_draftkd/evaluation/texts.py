@@ -28,6 +28,7 @@ from hf_draftkd.evaluation.report import PromptInfo
 from hf_draftkd.evaluation.scoring import Text
 from hf_draftkd.models.identity import ModelIdentity, identity_of
 from hf_draftkd.models.pairing import context_length
+from hf_draftkd.models.parallel import parallel_draft
 from hf_draftkd.utils.hashing import sha256
 
 # Below this share of tokens that the target could have written, a text was written by something else: rounding in
@@ -45,7 +46,7 @@ class TextSet:
         setting: How they were decoded.
         texts: Prompts and completions.
         prompts: For each text, which prompt it answers.
-        groups: For each text its domain or category, where the data has such a column.
+        groups: For each text its domain or category, None for a row without one, where the data has such a column.
         written_by: Every target that the rows name.
         is_exact: Whether the texts are the target's own under this setting. Otherwise block efficiency means nothing.
     """
@@ -53,7 +54,7 @@ class TextSet:
     setting: DecodingSetting
     texts: list[Text]
     prompts: list[int]
-    groups: list[str] | None = None
+    groups: list[str | None] | None = None
     written_by: frozenset[ModelIdentity] = frozenset()
     is_exact: bool = True
 
@@ -102,7 +103,7 @@ def take_texts(
         loaded = load_prompts(prompts)
         lengths = list(map(len, render_prompts(loaded, tokenizer)))
         for model in (target_model, *draft_models):
-            fitting_rows(lengths, context_length(model), max_new_tokens)
+            fitting_rows(lengths, _longest_read(model), max_new_tokens)
         sets = [_text_set(answers(target_model, tokenizer, loaded, [each], config), each) for each in asked]
         # What tells prompts apart: their text, and what a chat template writes beside it.
         beside = [name for name in ("tools", "chat_template_kwargs") if name in loaded.column_names]
@@ -116,7 +117,7 @@ def take_texts(
         max_new_tokens = max(len(text.completion_ids) for texts in sets for text in texts.texts)
     longest = max(sum(map(len, text)) for texts in sets for text in texts.texts)
     for model in (target_model, *draft_models):
-        context = context_length(model)
+        context = _longest_read(model)
         if context is not None and longest > context:
             raise ValueError(
                 f"The longest text has {longest} tokens, but {model.name_or_path or type(model).__name__!r} reads at "
@@ -141,6 +142,16 @@ def take_texts(
         sha256=sha256(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n" for item in contents),
     )
     return MeasuredTexts(sets, info, max_new_tokens, sorted(end_ids), warnings)
+
+
+def _longest_read(model: PreTrainedModel) -> int | None:
+    """The longest text that a model can be scored on: its context, and of a parallel draft no more than its sliding
+    window, out of which no mask token can look.
+    """
+    limits = [context_length(model)]
+    if parallel_draft(model.config):
+        limits.append(getattr(model.config.get_text_config(), "sliding_window", None))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _given_texts(
@@ -274,7 +285,7 @@ def _text_set(dataset: Dataset, setting: DecodingSetting) -> TextSet:
         setting=setting,
         texts=texts,
         prompts=[by_prompt.setdefault(tuple(text.prompt_ids), len(by_prompt)) for text in texts],
-        groups=None if group is None else list(map(str, dataset[group])),
+        groups=None if group is None else [None if name is None else str(name) for name in dataset[group]],
         written_by=frozenset(filter(None, authors(dataset))),
     )
 

@@ -20,8 +20,8 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.decoding.speculative import SpeculativeDecoding
 from hf_draftkd.decoding.texts import left_padded
 from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length, synchronize_accelerator
-from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE
-from hf_draftkd.evaluation.report import DecodingDifference
+from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE, real_decoding
+from hf_draftkd.evaluation.report import DecodingDifference, SettingResult
 from hf_draftkd.models.forward import seeded
 from hf_draftkd.models.tokenizers import listed_ids, pad_id
 
@@ -170,6 +170,21 @@ def generate_texts(
         elapsed = perf_counter() - started
     ends, texts = frozenset(listed_ids(config.eos_token_id)), output[:, inputs["input_ids"].shape[1] :].tolist()
     return [cut_completion(text, ends)[0] for text in texts], elapsed
+
+
+def difference_warnings(setting: SettingResult, draft_model: PreTrainedModel) -> list[str]:
+    """A warning for each way of decoding with a draft that did not write the plain greedy texts."""
+    found = []
+    for way, run in real_decoding(setting):
+        if run.differences:
+            gap = max(each.logit_gap for each in run.differences)
+            found.append(
+                f"{len(run.differences)} of {run.num_prompts} texts that {draft_model.name_or_path or 'the draft'} "
+                f"helped to write ({setting.words}, {way}) are not the plain ones: where they part, the target's logit "
+                f"of the plain token is larger by {gap:.2g} at most. Near 0 that is rounding; clearly more is a fault "
+                "worth reporting."
+            )
+    return found
 
 
 def _first_difference(
