@@ -110,6 +110,7 @@ def take_texts(
         contents = loaded.select_columns(["prompt", *beside]) if beside else loaded["prompt"]
         source = source or (str(prompts) if isinstance(prompts, str | Path) else None)
     else:
+        dataset = dataset.with_format(None)  # lists, whatever a training loop takes
         sets, warnings = _given_texts(target_model, tokenizer, dataset, settings, asked, config)
         end_ids |= _stopped_at(dataset, turn_end_id(tokenizer))
         # Each prompt once, and only those whose answers are measured.

@@ -13,8 +13,10 @@ from hf_draftkd.acceptance import Estimate
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation import evaluate, timing
+from hf_draftkd.evaluation.engines.measure import written_texts
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.report import Comparison, SelfCheck, SpeculationReport
+from hf_draftkd.evaluation.self_check import sampled_agree
 from hf_draftkd.models.identity import remember_checkpoint, weights_checksum
 from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.resolve import Checkpoint
@@ -183,6 +185,16 @@ def test_recorded_answers_give_what_fresh_ones_give(pair):
     assert fresh.settings[0].block_efficiency == recorded.settings[0].block_efficiency
     with pytest.raises(ValueError, match=r"No row was written under temperature 0\.5"):
         evaluate_draft(draft, target, tokenizer, dataset=rows, temperatures=[0.5], **QUICK)
+
+
+def test_rows_may_be_tensors(pair):
+    """`Boolean value of Tensor with more than one value is ambiguous`: rows are given in a training loop's format."""
+    rows = generate_alignment_data(pair[1], tiny_tokenizer(), PROMPTS[:2], max_new_tokens=4, temperatures=(0.0,))
+    plain = evaluate_draft(*pair, tiny_tokenizer(), dataset=rows, **QUICK)
+    tensors = rows.with_format("torch", columns=["prompt_ids", "completion_ids"])
+    found = evaluate_draft(*pair, tiny_tokenizer(), dataset=tensors, **QUICK)
+    assert (found.settings, found.prompts) == (plain.settings, plain.prompts)
+    assert written_texts(tensors) == written_texts(rows)
 
 
 def test_recorded_answers_that_do_not_fit_are_refused_or_left_out_of_timing(pair):
@@ -659,6 +671,14 @@ def test_a_self_check_that_fails_says_where(pair, monkeypatch):
     (said,) = [text for text in report.warnings if "self-check" in text]
     assert "found 1 of 2 computed numbers" in said
     assert "for temperature 1 by SpeculativeDecoding with γ = 3: computed 2.50 [2.40, 2.60], counted 1.50" in said
+
+
+def test_a_hopeless_draft_raises_no_false_alarm():
+    """Nothing was accepted in few texts, and 1.00 [1.00, 1.00] lies below 1.01 [1.0003, 1.04]: "worth reporting"."""
+    nothing = Estimate(1.0, 1.0, 1.0)
+    assert sampled_agree(Estimate(1.01, 1.0003, 1.04), nothing, 96, 96)
+    assert not sampled_agree(Estimate(1.2, 1.1, 1.3), nothing, 96, 96)
+    assert not sampled_agree(Estimate(1.0, 1.0, 1.001), Estimate(1.2, 1.1, 1.3), 96, 80)
 
 
 def test_rows_without_a_domain_are_no_group_of_that_name(pair):

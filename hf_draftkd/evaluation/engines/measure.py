@@ -118,6 +118,7 @@ def evaluate_in_engine(
 
 def written_texts(texts: Dataset) -> list[TextSet]:
     """The texts by the setting that the target wrote them under; a `ValueError` if they do not say it."""
+    texts = texts.with_format(None)
     if not is_recorded(texts):
         raise ValueError(
             "The texts do not say under which setting the target wrote them. Let it write them with "
