@@ -104,6 +104,7 @@ def take_texts(
         lengths = list(map(len, render_prompts(loaded, tokenizer)))
         for model in (target_model, *draft_models):
             fitting_rows(lengths, _longest_read(model), max_new_tokens)
+        warnings += _turn_warning(loaded, tokenizer, end_ids)
         sets = [_text_set(answers(target_model, tokenizer, loaded, [each], config), each) for each in asked]
         # What tells prompts apart: their text, and what a chat template writes beside it.
         beside = [name for name in ("tools", "chat_template_kwargs") if name in loaded.column_names]
@@ -183,6 +184,18 @@ def _given_texts(
     if left_out:
         warnings.append(f"{left_out} of {len(dataset)} rows do not hold the very tokens that a target wrote: left out.")
     return sets, warnings
+
+
+def _turn_warning(prompts: Dataset, tokenizer: PreTrainedTokenizerBase, end_ids: frozenset[int]) -> list[str]:
+    """A warning where answers to messages run on behind the end of turn, which no user of a chat model sees."""
+    turn_end = None if isinstance(prompts[0]["prompt"], str) else turn_end_id(tokenizer)
+    if turn_end is None or turn_end in end_ids:
+        return []
+    return [
+        f"The chat template ends a turn with {tokenizer.convert_ids_to_tokens(turn_end)!r} (id {turn_end}), which is "
+        "no end token in the target's generation config: answers may run on behind it, and are measured as they are. "
+        "Add the id there, or give rows made with `stop_at_turn_end`."
+    ]
 
 
 def _stopped_at(dataset: Dataset, turn_end: int | None) -> set[int]:

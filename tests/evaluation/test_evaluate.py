@@ -373,6 +373,9 @@ def test_answers_that_stop_at_the_end_of_turn_are_timed_to_there(monkeypatch):
     assert setting.assisted.num_identical == setting.speculative.num_identical == 2
     length = setting.assisted.num_assistant_tokens
     assert setting.assisted.mean_acceptance_length == setting.block_efficiency[length].value
+    fresh = evaluate_draft(draft, target, tokenizer, talks, **QUICK | {"temperatures": [0.0]})
+    said = ["'<|system|>' (id 3), which is no end token" in " ".join(each.warnings) for each in (report, fresh)]
+    assert said == [False, True]
 
 
 def test_a_prompt_without_tokens_is_named(pair):
