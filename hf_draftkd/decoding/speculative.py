@@ -126,6 +126,7 @@ class SpeculativeDecoding:
     ) -> None:
         require_loaded(draft_model)
         self.draft_model = unwrapped(draft_model)
+        self._context = shared_context(self.draft_model)
         config = self.draft_model.generation_config
         found = None if parallel is False else parallel_draft(self.draft_model.config)
         if parallel and found is None:
@@ -276,7 +277,7 @@ class SpeculativeDecoding:
     def _room(self, texts: Texts) -> int:
         """Tokens that the draft can propose within its own context; the last of them it does not read."""
         longest = max(texts.lengths[row] - texts.padding[row] for row in texts.rows)
-        room = shared_context(self.draft_model) - longest + 1
+        room = self._context - longest + 1
         if room < 1:
             logger.warning_once("A text is longer than the draft can read: from there on nothing is drafted.")
         return max(0, room)

@@ -1,19 +1,19 @@
 """The measurement checked: computed block efficiency beside what real decoding counts, on the user's own pair."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_draftkd.acceptance import DRAFT_LENGTHS, Estimate, bootstrap_ratio
+from hf_draftkd.acceptance import DRAFT_LENGTHS, bootstrap_ratio
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length
 from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE
 from hf_draftkd.evaluation.report import Comparison, SelfCheck
 from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, Text, in_one_pass, score_texts
+from hf_draftkd.evaluation.statistics import sampled_agree
 from hf_draftkd.evaluation.timing import generate_text, single_text_config, way_options
 from hf_draftkd.models.parallel import parallel_draft
 
@@ -22,9 +22,6 @@ CHECKED_LENGTHS = (1, 3, 5)
 _SAMPLED_TEXTS = 32
 # Several comparisons are made; at 95% one in a few runs would raise a false alarm.
 _CONFIDENCE = 0.99
-# Of a hopeless draft nothing may be accepted in so few texts, and an interval of equal counts has no width. Where five
-# acceptances are expected, none comes up in less than one run of a hundred.
-_MAY_BE_MISSED = 5
 
 
 def checked_decodings(ways: Sequence[str], draft_model: PreTrainedModel) -> list[tuple[str, int]]:
@@ -112,12 +109,3 @@ def self_check(
                 )
             )
     return SelfCheck(prompts=len(prompts), equal=all(each.agree for each in comparisons), comparisons=comparisons)
-
-
-def sampled_agree(computed: Estimate, counted: Estimate, num_tokens: int, num_calls: int) -> bool:
-    """Whether intervals of two samples overlap, that of the `num_tokens` counted in `num_calls` with what it may have
-    missed.
-    """
-    most = num_tokens / max(num_calls - _MAY_BE_MISSED, 1)
-    high = None if counted.high is None else max(counted.high, most)
-    return not computed.lies_apart(replace(counted, high=high))

@@ -564,6 +564,19 @@ def served(length, efficiency, target_step, calls, speedup):
     )
 
 
+def test_a_draft_of_which_nothing_was_accepted_is_no_other_model():
+    """1.00 [1.00, 1.00] lies apart from a prediction of 1.01 [1.0003, 1.04] only because so little was asked."""
+    found = served(4, {4: Estimate(1.0)}, 10e-3, {4: 12e-3}, Estimate(1.0))
+    found.version, found.num_spec_steps = ENGINES["vllm"].tested_version, 96
+    found.mean_acceptance_length, found.predicted_mean_acceptance_length = (
+        Estimate(1, 1, 1),
+        Estimate(1.01, 1.0003, 1.04),
+    )
+    assert not list(measure._notes(ENGINES["vllm"], found))
+    found.predicted_mean_acceptance_length = Estimate(1.2, 1.1, 1.3)
+    assert "more than their intervals apart" in next(measure._notes(ENGINES["vllm"], found))
+
+
 def test_the_best_length_follows_from_times_in_the_engine():
     """Calls of 3 + γ: with block efficiency 1 + γ/2 for γ ≤ 3 and 2.5 beyond, γ = 3 is best, by hand 2.5 · 3 ÷ 6."""
     efficiency = {length: Estimate(min(1 + length / 2, 2.5), None, None) for length in range(1, 17)}

@@ -16,7 +16,7 @@ from hf_draftkd.evaluation import evaluate, timing
 from hf_draftkd.evaluation.engines.measure import written_texts
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.report import Comparison, SelfCheck, SpeculationReport
-from hf_draftkd.evaluation.self_check import sampled_agree
+from hf_draftkd.evaluation.statistics import sampled_agree
 from hf_draftkd.models.identity import remember_checkpoint, weights_checksum
 from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.resolve import Checkpoint

@@ -34,6 +34,7 @@ from hf_draftkd.evaluation.environment import processor_name
 from hf_draftkd.evaluation.recommendation import is_faster, times_text
 from hf_draftkd.evaluation.report import EngineResult, Recommendation, SpeculationReport
 from hf_draftkd.evaluation.scoring import Text
+from hf_draftkd.evaluation.statistics import sampled_agree
 from hf_draftkd.evaluation.texts import TextSet, is_recorded, recorded_texts
 
 _STEP_TIME_LENGTHS = (1, 8)
@@ -351,7 +352,8 @@ def _notes(engine: Engine, found: EngineResult) -> Iterator[str]:
             "target's own: it serves another model, number format or quantisation than the one that was evaluated."
         )
     counted, predicted = found.mean_acceptance_length, found.predicted_mean_acceptance_length
-    if predicted is not None and counted.lies_apart(predicted):
+    calls = found.num_spec_steps
+    if predicted is not None and not sampled_agree(predicted, counted, counted.value * calls, calls):
         yield (
             f"{engine.name} counted {counted.value:.2f} tokens per target call for {found.decoding}, "
             f"{predicted.value:.2f} were predicted: more than their intervals apart. It does not verify drafts by "
