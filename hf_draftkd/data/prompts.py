@@ -125,6 +125,8 @@ def prompt_problem(prompt: Any) -> str | None:
         return f"is neither text nor a list of messages ({type(prompt).__name__})"
     if not prompt:
         return "is empty"
+    if all(isinstance(item, int) for item in prompt):
+        return "is a list of numbers, where text or messages are expected (ids are not taken)"
     for message in prompt:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             return "holds a message without a role"

@@ -160,7 +160,8 @@ class CachedModel:
         mask = self._mask[rows, : self._columns]
         # A stable sort puts what is masked to the left, as padding is, and keeps the order of the tokens.
         columns = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, self._columns - self._most_tokens() :]
-        _gather(self.cache, rows, columns)
+        if self._columns:  # layers that have read nothing yet hold nothing
+            _gather(self.cache, rows, columns)
         self._columns = columns.shape[1]
         self._mask = torch.nn.functional.pad(mask.gather(1, columns), (0, 64 + self._columns // 2), value=True)
 

@@ -28,6 +28,7 @@ from transformers import (
     StopStringCriteria,
 )
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
+from transformers.utils import logging
 
 from hf_draftkd.acceptance import LENIENCE_FORMS, AcceptanceCounts
 from hf_draftkd.decoding.auto_length import AutoLength, FixedLength
@@ -43,9 +44,11 @@ from hf_draftkd.models.draft_length import recorded_parallel_length, recorded_vo
 from hf_draftkd.models.forward import evaluating, unwrapped
 from hf_draftkd.models.identity import checkpoint_of
 from hf_draftkd.models.loading import require_loaded
-from hf_draftkd.models.pairing import check_tokenizers
+from hf_draftkd.models.pairing import check_tokenizers, shared_context
 from hf_draftkd.models.parallel import parallel_draft
 from hf_draftkd.utils.checks import in_range, one_of, whole_number
+
+logger = logging.get_logger(__name__)
 
 OnRound = Callable[[int, int, int], None]
 """Drafted, accepted and new tokens of one text in one round."""
@@ -66,7 +69,7 @@ class SpeculativeDecoding:
     itself. The result is that of `generate`: a tensor, or a dictionary with `scores` and `logits` where asked for; in
     a batch they are zero behind a row's end, and `past_key_values` is None, since the rows' caches have holes (and
     with `compile`, since the next call writes over it). Processors are called for drafted tokens too: one that
-    remembers earlier calls would go astray.
+    remembers earlier calls would go astray. A text that grows longer than the draft's context is written on without it.
 
     transformers 5.23 hands neither `assistant_model=` nor `streamer=` of a `generate` call on to a callable. They are
     read from the running call all the same: a streamer is used, and an `assistant_model` other than this draft is an
@@ -123,6 +126,7 @@ class SpeculativeDecoding:
     ) -> None:
         require_loaded(draft_model)
         self.draft_model = unwrapped(draft_model)
+        self._context = shared_context(self.draft_model)
         config = self.draft_model.generation_config
         found = None if parallel is False else parallel_draft(self.draft_model.config)
         if parallel and found is None:
@@ -231,7 +235,7 @@ class SpeculativeDecoding:
                 num_texts = len(texts.rows)
                 num_drafted = self.length.choose(num_texts)
                 if self.compiled is None:
-                    num_drafted = min(num_drafted, texts.most_remaining() - 1)
+                    num_drafted = min(num_drafted, texts.most_remaining() - 1, self._room(texts))
                 proposal = propose(texts, num_drafted)
                 logits = target(texts.piece(target.read, num_drafted), num_logits=num_drafted + 1)
                 target.read = [texts.lengths[row] + num_drafted for row in texts.rows]
@@ -269,6 +273,14 @@ class SpeculativeDecoding:
         sequences = texts.finished(0 if pad is None else int(pad))
         # Holes are in a batch's cache, and a compiled one is written over by the next call.
         return outputs.result(sequences, target.cache if texts.is_single and self.compiled is None else None)
+
+    def _room(self, texts: Texts) -> int:
+        """Tokens that the draft can propose within its own context; the last of them it does not read."""
+        longest = max(texts.lengths[row] - texts.padding[row] for row in texts.rows)
+        room = self._context - longest + 1
+        if room < 1:
+            logger.warning_once("A text is longer than the draft can read: from there on nothing is drafted.")
+        return max(0, room)
 
     def _check_pair(self, target: PreTrainedModel, assistant: PreTrainedModel | None) -> None:
         if assistant is not None and unwrapped(assistant) is not self.draft_model:

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hf_draftkd.acceptance import DRAFT_LENGTHS
 from hf_draftkd.data.targets import ids_without_token
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.config import EvaluationConfig
@@ -41,6 +42,7 @@ from hf_draftkd.evaluation.statistics import (
     paired_difference,
     setting_result,
 )
+from hf_draftkd.evaluation.tables import estimate_text
 from hf_draftkd.evaluation.texts import (
     PLAUSIBLE,
     MeasuredTexts,
@@ -50,7 +52,7 @@ from hf_draftkd.evaluation.texts import (
     suppressed_token_warnings,
     take_texts,
 )
-from hf_draftkd.evaluation.timing import PLAIN, refused_by_speculative_decoding, time_decoding
+from hf_draftkd.evaluation.timing import PLAIN, difference_warnings, refused_by_speculative_decoding, time_decoding
 from hf_draftkd.evaluation.tokens import add_token_results, show_answers, token_kinds
 from hf_draftkd.evaluation.vocabulary import lists_to_report, predict_by_size
 from hf_draftkd.models.forward import evaluating
@@ -184,6 +186,12 @@ def _check_models(
     """Refuse models of another tokenizer, and those whose speed on two kinds of devices would say nothing."""
     if not drafts:
         raise ValueError("`draft_model` is an empty list: give at least one draft.")
+    context = shared_context(target_model, *drafts)
+    if config.measure_speed and context <= DRAFT_LENGTHS[-1] + 1:
+        raise ValueError(
+            f"Target and drafts read {context} tokens at most, but passes over {DRAFT_LENGTHS[-1] + 1} behind a text "
+            "are to be timed. Leave speed out, `measure_speed=False`."
+        )
     for draft in drafts:
         places = {draft.device.type, target_model.device.type} - {"meta"}  # parts of a model may be offloaded
         if config.measure_speed and len(places) > 1:
@@ -219,12 +227,15 @@ class _Evaluation:
         self.decoding: dict[str, Any] = {
             "max_new_tokens": texts.max_new_tokens,
             "suppress_tokens": ids_without_token(target_model, tokenizer),
+            "eos_token_id": texts.end_ids or None,
             "seed": config.seed,
         }
         self.warnings = texts.warnings
         self.scored: list[tuple[TextSet, PassResult]] = []
         for each in texts.sets:
             check_ids(each, vocab_size)
+        if config.measure_speed or config.verify:
+            self._spread_prompts(1)  # that there is one, before the work
         self.kinds = [[token_kinds(tokenizer, text.completion_ids) for text in each.texts] for each in texts.sets]
 
     def score(self) -> list[DraftResult]:
@@ -264,7 +275,8 @@ class _Evaluation:
     def groups(self, index: int) -> dict[str, list[SettingResult]] | None:
         """One draft's results by domain or category; None where the data has no such column."""
         found: dict[str, list[SettingResult]] = {}
-        for name in sorted({name for texts in self.texts.sets for name in texts.groups or []}):
+        named = {name for texts in self.texts.sets for name in texts.groups or [] if name is not None}
+        for name in sorted(named):
             found[name] = []
             for texts, scored in self.scored:
                 chosen = [text for text, group in enumerate(texts.groups or []) if group == name]
@@ -320,6 +332,7 @@ class _Evaluation:
             batches = {size: measure(length, [SPECULATIVE], size)[SPECULATIVE] for size in sizes}
             setting.speculative_batches = batches or None
             compare_with_prediction(setting, latency)
+            self.warnings += difference_warnings(setting, draft)
         for setting in result.settings:
             setting.recommendation = recommend(setting, latency)
         predict_by_size(result.settings, latency)
@@ -347,11 +360,16 @@ class _Evaluation:
         total = len(prompts) * len(settings) * (1 + len(checked_decodings(ways, draft)))
         with logging.tqdm(total=total, desc="Checking against real decoding", unit="text") as bar:
             how = {"ways": ways, "vocab_size": self.vocab_size, "on_prompt": bar.update}
-            found = self_check(self.target_model, draft, prompts, settings, **how, **self.decoding)
-        if not found.equal:
+            # The whole of its list is the last.
+            listed = next((ids for index, ids in reversed(self.listed) if self.drafts[index] is draft), None)
+            found = self_check(self.target_model, draft, prompts, settings, listed=listed, **how, **self.decoding)
+        if wrong := [each for each in found.comparisons if not each.agree]:
+            first, texts = wrong[0], [estimate_text(each) for each in (wrong[0].computed, wrong[0].counted)]
             self.warnings.append(
-                "The self-check found computed numbers that real decoding does not confirm (see `self_check`). In low "
-                "precision near-ties do this; in float32 it is a fault worth reporting."
+                f"The self-check found {len(wrong)} of {len(found.comparisons)} computed numbers that real decoding "
+                f"does not confirm, first the tokens per call for {first.decoding} by {first.way} with γ = "
+                f"{first.num_assistant_tokens}: computed {texts[0]}, counted {texts[1]}. In low precision near-ties do "
+                "this; in float32 it is a fault worth reporting."
             )
         return found
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,22 +37,22 @@ def measure_latency(
     ways: Sequence[str] = (ASSISTANT_MODEL, SPECULATIVE),
     lists: Sequence[Sequence[int]] = (),
     draft_lengths: Sequence[int] = DRAFT_LENGTHS,
-    suppress_tokens: list[int] | None = None,
     num_repeats: int = 7,
     seed: int = 0,
+    **overrides: Any,
 ) -> LatencyResult:
     """What one step of each model costs here: forward passes with a filled cache, and what each way adds to them.
 
     The cache holds as many tokens as the median prompt and half of `max_new_tokens`, or fewer where a model reads
     fewer. Passes of the target over γ + 1 tokens, for every γ in `draft_lengths`, take turns with those of the draft;
     each is timed `num_repeats` times. `lists` are beginnings of the draft's recorded list of ids, the whole list last:
-    the draft is also timed with its head cut to each. `suppress_tokens` and `seed` serve the sampled texts by which
-    `generate` itself is timed.
+    the draft is also timed with its head cut to each. `seed` and `overrides`, as in `single_text_config`, serve the
+    sampled texts by which `generate` itself is timed.
     """
     sizes = [1, *(length + 1 for length in draft_lengths)]
     length = int(median(len(prompt) for prompt in prompts)) + max_new_tokens // 2
     # Behind the cache there must be room for the longest pass: learned positions end where the context does.
-    length = max(1, min(length, shared_context(target_model, draft_model) - max(sizes)))
+    length = min(length, shared_context(target_model, draft_model) - max(sizes))
     # Which tokens stand in the cache does not matter to its speed.
     tokens = [token for prompt in prompts for token in prompt]
     context = (tokens * (1 + length // len(tokens)))[:length]
@@ -75,7 +76,7 @@ def measure_latency(
         listed_draft_seconds={size: costs["listed", size] for size in listed} or None,
         parallel_draft_seconds={each: costs["draft", each] for each in drafting} or None,
     )
-    config = single_text_config(target_model, UNFILTERED, min(max_new_tokens, 48), suppress_tokens=suppress_tokens)
+    config = single_text_config(target_model, UNFILTERED, min(max_new_tokens, 48), **overrides)
     texts = prompts[:8]
     intervals: list[float] = []
     total = len(texts) * (1 + len(_CALIBRATION_LENGTHS) * len(ways))
@@ -166,7 +167,8 @@ class _StepClock:
         self.model, self.context = model, context
         self.cache = DynamicCache(config=model.config)
         self.cache.activate_past_recording()  # sliding windows can then be rolled back
-        self._forward(context)
+        # Logits of a whole long context may need more memory than the model.
+        self._forward(context, **({"logits_to_keep": 1} if model._supports_logits_to_keep() else {}))
 
     def seconds(self, num_tokens: int) -> float:
         tokens = (list(self.context) * (1 + num_tokens // len(self.context)))[:num_tokens]
@@ -178,9 +180,9 @@ class _StepClock:
         self.cache.crop(-num_tokens)
         return elapsed
 
-    def _forward(self, tokens: Sequence[int]) -> None:
+    def _forward(self, tokens: Sequence[int], **options: Any) -> None:
         ids = torch.tensor([list(tokens)], device=self.model.device)
-        self.model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+        self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **options)
 
 
 class _TokenClock(BaseStreamer):

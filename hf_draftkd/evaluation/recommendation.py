@@ -77,6 +77,13 @@ def measured_run(setting: SettingResult, way: str) -> AssistedResult | None:
     return setting.speculative if way == SPECULATIVE else setting.assisted
 
 
+def real_decoding(setting: SettingResult) -> list[tuple[str, AssistedResult]]:
+    """What was measured of decoding with the draft under one setting, each with the way it was decoded in."""
+    ways = {way: measured_run(setting, way) for way in WAYS}
+    ways |= {f"{SPECULATIVE}, batches of {size}": run for size, run in (setting.speculative_batches or {}).items()}
+    return [(way, run) for way, run in ways.items() if run]
+
+
 def overall_draft_lengths(settings: Sequence[SettingResult], latency: LatencyResult) -> dict[str, int]:
     """The best draft length for each way of decoding: the one at which the setting that gains least gains most.
 

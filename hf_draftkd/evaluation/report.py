@@ -107,7 +107,6 @@ class AssistedResult:
     speedup: Estimate = key(
         "Measured tokens/s with the draft ÷ tokens/s plain, sums over prompts; interval over prompts."
     )
-    median_speedup: float | None = optional("Median over prompts of the paired ratio.")
     predicted_speedup: float | None = optional(
         "What block efficiency and measured step times predict for this draft length, the overhead of this way "
         "included. Absent in batches."
@@ -354,7 +353,9 @@ class Comparison:
     num_assistant_tokens: int = key("Draft length γ.")
     computed: Estimate = key("Block efficiency from one pass over the text plain decoding wrote.")
     counted: Estimate = key("Tokens per target call of real decoding with the draft.")
-    agree: bool = key("Greedy: equal to the last digit. Sampled: the two intervals (99% here) overlap.")
+    agree: bool = key(
+        "Greedy: equal to the last digit. Sampled: the intervals (99% here) overlap, with what few texts may miss."
+    )
     way: str = key("What decoded: `assistant_model=` or `SpeculativeDecoding`.", default="assistant_model=")
 
 

@@ -412,9 +412,11 @@ class _Reader:
         sees_text = torch.arange(end, device=self.device) <= base[:, None]
         sees_block = (base == base[:, None]) & (step <= step[:, None])
         sees = torch.cat([sees_text, sees_block], 1).expand(self.batch_size, 1, -1, -1)
+        self.cache.activate_past_recording()  # or the mask tokens could not be taken out of a sliding window
         logits = self.model(
             input_ids=torch.full((self.batch_size, len(base)), draft.mask_token_id, device=self.device),
-            position_ids=(base + step).expand(self.batch_size, -1),
+            # What would stand behind the tokens just read is not looked at; learned positions may end there.
+            position_ids=(base + step).clamp(max=end - 1).expand(self.batch_size, -1),
             attention_mask=attention_mask_for(self.model, sees),
             past_key_values=self.cache,
             use_cache=True,

@@ -13,8 +13,8 @@ from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length
 from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE
 from hf_draftkd.evaluation.report import Comparison, SelfCheck
 from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, EXACT, Text, in_one_pass, score_texts
+from hf_draftkd.evaluation.statistics import sampled_agree
 from hf_draftkd.evaluation.timing import generate_text, single_text_config, way_options
-from hf_draftkd.models.draft_length import recorded_vocabulary
 from hf_draftkd.models.parallel import parallel_draft
 
 CHECKED_LENGTHS = (1, 3, 5)
@@ -42,23 +42,23 @@ def self_check(
     settings: Sequence[DecodingSetting],
     *,
     ways: Sequence[str],
+    listed: Sequence[int] | None,
     vocab_size: int,
     max_new_tokens: int,
-    suppress_tokens: list[int] | None,
     seed: int,
     on_prompt: Callable[[], Any],
+    **overrides: Any,
 ) -> SelfCheck:
     """Write texts plainly, compute block efficiency from them, and count it again with real decoding in each way.
 
-    Greedy numbers must be equal to the last digit; sampled ones agree where their 99% intervals overlap. Few prompts
-    are answered several times over when sampling. Arguments as in `time_decoding` and `score_texts`; `on_prompt` is
-    called after every prompt of every setting, however often it was answered: once written plainly, and once for each
-    of `checked_decodings`.
+    Greedy numbers must be equal to the last digit; sampled ones agree where their 99% intervals overlap, as
+    `sampled_agree` says. Few prompts are answered several times over when sampling. Arguments as in `time_decoding` and
+    `score_texts`; `listed` are the ids that the draft records, where it does. `on_prompt` is called after every prompt
+    of every setting, however often it was answered: once written plainly, and once for each of `checked_decodings`.
     """
     comparisons = []
-    listed = recorded_vocabulary(draft_model.generation_config)
     for setting in settings:
-        config = single_text_config(target_model, setting, max_new_tokens, suppress_tokens=suppress_tokens)
+        config = single_text_config(target_model, setting, max_new_tokens, **overrides)
         repeats = 1 if setting.is_greedy else -(-_SAMPLED_TEXTS // len(prompts))
         runs = [prompt for prompt in prompts for _ in range(repeats)]
         texts = []
@@ -95,7 +95,9 @@ def self_check(
             calls = computed[way].target_calls[:, DRAFT_LENGTHS.index(length)]
             expected = bootstrap_ratio(computed[way].num_tokens, calls, confidence=_CONFIDENCE)
             counted = bootstrap_ratio(*zip(*per_text, strict=True), confidence=_CONFIDENCE)
-            agree = expected.value == counted.value if setting.is_greedy else not expected.lies_apart(counted)
+            agree = expected.value == counted.value
+            if not setting.is_greedy:
+                agree = sampled_agree(expected, counted, *map(sum, zip(*per_text, strict=True)))
             comparisons.append(
                 Comparison(
                     decoding=setting,

@@ -81,25 +81,31 @@ class ReportTable:
 def report_cells(report: SpeculationReport) -> Iterator[list[str]]:
     """The rows of the table, headings first; that of a setting's name has no other cell.
 
-    One column for the baseline, one for the draft (or each of several), one for the paired difference. A report may be
+    One column for the baseline, one for the draft (or each of several), one for each paired difference. A report may be
     a stranger's: control characters in names would be commands to a terminal, and square brackets are markup to rich.
     """
     columns = named_settings(report)
-    differences = report.paired_difference if not report.drafts else None
+    differences = [("1. less baseline" if report.drafts else "difference", report.paired_difference)]
+    differences += [
+        (f"{place}. less 1.", of.paired_difference) for place, of in enumerate(report.drafts or [], start=1)
+    ]
+    paired = [(name, entries) for name, entries in differences if entries]
     length = report.num_assistant_tokens
     batch_sizes = sorted({size for setting in report.settings for size in setting.speculative_batches or {}})
-    yield ["", *(one_line(name) for name, _ in columns), *(["difference"] if differences else [])]
+    yield ["", *(one_line(name) for name, _ in columns), *(name for name, _ in paired)]
     for index, setting in enumerate(report.settings):
-        difference = differences[index] if differences else None
-        changes = (difference.acceptance_rate, (difference.block_efficiency or {}).get(length)) if difference else ()
+        changes = [
+            (entries[index].acceptance_rate, (entries[index].block_efficiency or {}).get(length))
+            for _, entries in paired
+        ]
         yield [one_line(setting.words)]
         by_column = [_rows(settings[index], length, batch_sizes) for _, settings in columns]
         for place, row in enumerate(zip(*by_column, strict=True)):
-            change = [estimate_text(changes[place], "+.2f") if place < len(changes) else ""] if differences else []
+            change = [estimate_text(each[place], "+.2f") if place < len(each) else "" for each in changes]
             yield [f" {row[0][0]}", *(cell for _, cell in row), *change]
         for place, by_size in enumerate(setting.draft_vocabulary or []):
             cells = [_of_size(settings[index], place, length) for _, settings in columns]
-            yield [f" {by_size.size:,} tokens proposed", *cells, *([""] if differences else [])]
+            yield [f" {by_size.size:,} tokens proposed", *cells, *("" for _ in paired)]
 
 
 def engine_rows(found: EngineResult) -> list[list[str]]:
@@ -107,6 +113,7 @@ def engine_rows(found: EngineResult) -> list[list[str]]:
     predicted = found.predicted_draft_acceptance_rate
     equal, plain, speedup = found.num_identical, found.plain_tokens_per_second, found.speedup
     return [
+        ["prompts, each in turns", f"{found.num_prompts}, {found.num_rounds} times"],
         ["draft length", str(found.num_assistant_tokens)],
         ["tokens/call, counted", estimate_text(found.mean_acceptance_length)],
         ["  predicted", estimate_text(found.predicted_mean_acceptance_length)],

@@ -10,16 +10,25 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_draftkd.data.backends import STOP
 from hf_draftkd.data.generation import generate_alignment_data
+from hf_draftkd.data.messages import turn_end_id
 from hf_draftkd.data.prompts import fitting_rows, load_prompts
 from hf_draftkd.data.rows import authors, other_authors, render_prompts, with_token_ids
 from hf_draftkd.data.sources import row_numbers
-from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting, left_out_warning, own_penalty
+from hf_draftkd.decoding.setting import (
+    SETTING_COLUMNS,
+    DecodingSetting,
+    end_token_ids,
+    left_out_warning,
+    own_penalty,
+)
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.report import PromptInfo
 from hf_draftkd.evaluation.scoring import Text
 from hf_draftkd.models.identity import ModelIdentity, identity_of
 from hf_draftkd.models.pairing import context_length
+from hf_draftkd.models.parallel import parallel_draft
 from hf_draftkd.utils.hashing import sha256
 
 # Below this share of tokens that the target could have written, a text was written by something else: rounding in
@@ -37,7 +46,7 @@ class TextSet:
         setting: How they were decoded.
         texts: Prompts and completions.
         prompts: For each text, which prompt it answers.
-        groups: For each text its domain or category, where the data has such a column.
+        groups: For each text its domain or category, None for a row without one, where the data has such a column.
         written_by: Every target that the rows name.
         is_exact: Whether the texts are the target's own under this setting. Otherwise block efficiency means nothing.
     """
@@ -45,7 +54,7 @@ class TextSet:
     setting: DecodingSetting
     texts: list[Text]
     prompts: list[int]
-    groups: list[str] | None = None
+    groups: list[str | None] | None = None
     written_by: frozenset[ModelIdentity] = frozenset()
     is_exact: bool = True
 
@@ -58,12 +67,14 @@ class MeasuredTexts:
         sets: One for each decoding setting.
         info: Which prompts were answered.
         max_new_tokens: Longest completion, in tokens: as asked for, or the longest recorded one.
+        end_ids: What ends a text: the target's own end tokens, and the end of turn where recorded answers stop at it.
         warnings: What a reader must know about the texts.
     """
 
     sets: list[TextSet]
     info: PromptInfo
     max_new_tokens: int
+    end_ids: list[int]
     warnings: list[str]
 
 
@@ -85,26 +96,30 @@ def take_texts(
     """
     penalty, max_new_tokens = own_penalty(target_model), config.max_new_tokens
     asked = settings or config.settings(penalty)
+    end_ids = end_token_ids(target_model)
     contents: Iterable[Any]
     warnings: list[str] = []
     if dataset is None:
         loaded = load_prompts(prompts)
         lengths = list(map(len, render_prompts(loaded, tokenizer)))
         for model in (target_model, *draft_models):
-            fitting_rows(lengths, context_length(model), max_new_tokens)
+            fitting_rows(lengths, _longest_read(model), max_new_tokens)
+        warnings += _turn_warning(loaded, tokenizer, end_ids)
         sets = [_text_set(answers(target_model, tokenizer, loaded, [each], config), each) for each in asked]
         # What tells prompts apart: their text, and what a chat template writes beside it.
         beside = [name for name in ("tools", "chat_template_kwargs") if name in loaded.column_names]
         contents = loaded.select_columns(["prompt", *beside]) if beside else loaded["prompt"]
         source = source or (str(prompts) if isinstance(prompts, str | Path) else None)
     else:
+        dataset = dataset.with_format(None)  # lists, whatever a training loop takes
         sets, warnings = _given_texts(target_model, tokenizer, dataset, settings, asked, config)
+        end_ids |= _stopped_at(dataset, turn_end_id(tokenizer))
         # Each prompt once, and only those whose answers are measured.
         contents = dict.fromkeys(tuple(text.prompt_ids) for texts in sets for text in texts.texts)
         max_new_tokens = max(len(text.completion_ids) for texts in sets for text in texts.texts)
     longest = max(sum(map(len, text)) for texts in sets for text in texts.texts)
     for model in (target_model, *draft_models):
-        context = context_length(model)
+        context = _longest_read(model)
         if context is not None and longest > context:
             raise ValueError(
                 f"The longest text has {longest} tokens, but {model.name_or_path or type(model).__name__!r} reads at "
@@ -128,7 +143,17 @@ def take_texts(
         domain=config.domain,
         sha256=sha256(json.dumps(item, ensure_ascii=False, sort_keys=True) + "\n" for item in contents),
     )
-    return MeasuredTexts(sets, info, max_new_tokens, warnings)
+    return MeasuredTexts(sets, info, max_new_tokens, sorted(end_ids), warnings)
+
+
+def _longest_read(model: PreTrainedModel) -> int | None:
+    """The longest text that a model can be scored on: its context, and of a parallel draft no more than its sliding
+    window, out of which no mask token can look.
+    """
+    limits = [context_length(model)]
+    if parallel_draft(model.config):
+        limits.append(getattr(model.config.get_text_config(), "sliding_window", None))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _given_texts(
@@ -159,6 +184,25 @@ def _given_texts(
     if left_out:
         warnings.append(f"{left_out} of {len(dataset)} rows do not hold the very tokens that a target wrote: left out.")
     return sets, warnings
+
+
+def _turn_warning(prompts: Dataset, tokenizer: PreTrainedTokenizerBase, end_ids: frozenset[int]) -> list[str]:
+    """A warning where answers to messages run on behind the end of turn, which no user of a chat model sees."""
+    turn_end = None if isinstance(prompts[0]["prompt"], str) else turn_end_id(tokenizer)
+    if turn_end is None or turn_end in end_ids:
+        return []
+    return [
+        f"The chat template ends a turn with {tokenizer.convert_ids_to_tokens(turn_end)!r} (id {turn_end}), which is "
+        "no end token in the target's generation config: answers may run on behind it, and are measured as they are. "
+        "Add the id there, or give rows made with `stop_at_turn_end`."
+    ]
+
+
+def _stopped_at(dataset: Dataset, turn_end: int | None) -> set[int]:
+    """The end of turn, where recorded answers were made to stop there (`stop_at_turn_end`)."""
+    names = ("finish_reason", "completion_ids")
+    rows = zip(*(dataset[name] for name in names), strict=True) if set(names) <= set(dataset.column_names) else ()
+    return {turn_end for reason, ids in rows if reason == STOP and ids[-1:] == [turn_end] and turn_end is not None}
 
 
 def answers(
@@ -255,7 +299,7 @@ def _text_set(dataset: Dataset, setting: DecodingSetting) -> TextSet:
         setting=setting,
         texts=texts,
         prompts=[by_prompt.setdefault(tuple(text.prompt_ids), len(by_prompt)) for text in texts],
-        groups=None if group is None else list(map(str, dataset[group])),
+        groups=None if group is None else [None if name is None else str(name) for name in dataset[group]],
         written_by=frozenset(filter(None, authors(dataset))),
     )
 

@@ -16,14 +16,14 @@ from transformers.utils import logging
 from hf_draftkd.acceptance import AcceptanceCounts
 from hf_draftkd.data.backends import cut_completion
 from hf_draftkd.decoding.processors import logits_processors, process_logits
-from hf_draftkd.decoding.setting import DecodingSetting, end_token_ids
+from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.decoding.speculative import SpeculativeDecoding
 from hf_draftkd.decoding.texts import left_padded
 from hf_draftkd.evaluation.assisted import count_acceptance, fixed_draft_length, synchronize_accelerator
-from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE
-from hf_draftkd.evaluation.report import DecodingDifference
+from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, PARALLEL, SPECULATIVE, real_decoding
+from hf_draftkd.evaluation.report import DecodingDifference, SettingResult
 from hf_draftkd.models.forward import seeded
-from hf_draftkd.models.tokenizers import pad_id
+from hf_draftkd.models.tokenizers import listed_ids, pad_id
 
 PLAIN = "plain"
 
@@ -60,8 +60,8 @@ def time_decoding(
     ways: Sequence[str] = (ASSISTANT_MODEL, SPECULATIVE),
     num_assistant_tokens: int = 5,
     batch_size: int = 1,
-    suppress_tokens: list[int] | None = None,
     seed: int = 0,
+    **overrides: Any,
 ) -> dict[str, DecodingRun]:
     """Decode every prompt (token ids) plainly and with the draft in each way, in turns, and time it.
 
@@ -69,13 +69,12 @@ def time_decoding(
     starts with another way, so that none always runs on the other's warm caches; the first prompts are decoded once
     before the clock runs. Greedy texts are compared with the plain ones, token by token. `batch_size` prompts are
     decoded together, and what does not fill a batch is left out (`assistant_model=` takes none); sampled batches are
-    seeded one by one with `seed` and their number. `suppress_tokens` are never written, such as padded rows of the
-    vocabulary.
+    seeded one by one with `seed` and their number. `overrides` are as in `single_text_config`.
 
     Raises:
         ValueError: A way refuses to decode these models.
     """
-    config = single_text_config(target_model, setting, max_new_tokens, suppress_tokens=suppress_tokens)
+    config = single_text_config(target_model, setting, max_new_tokens, **overrides)
     options = {way: way_options(way, draft_model, num_assistant_tokens) for way in ways} | {PLAIN: {}}
     names = [PLAIN, *ways]
     groups = [prompts[at : at + batch_size] for at in range(0, len(prompts) - batch_size + 1, batch_size)]
@@ -128,13 +127,16 @@ def refused_by_speculative_decoding(
 def single_text_config(
     target_model: PreTrainedModel, setting: DecodingSetting, max_new_tokens: int, **overrides: Any
 ) -> GenerationConfig:
-    """The generation config for decoding one prompt at a time, plainly or with a draft; `overrides` are its fields.
+    """The generation config for decoding one prompt at a time, plainly or with a draft.
+
+    `overrides` are its fields: `suppress_tokens` are never written, such as padded rows of the vocabulary, and
+    `eos_token_id` ends texts in the place of the target's own.
 
     Nothing that is read is padding then, so the pad id is set to the end token: transformers drops a mask of ones, and
     the draft's `generate` would guess a new one by taking every pad id *inside* the text for padding (transformers
     5.23).
     """
-    ends = sorted(end_token_ids(target_model))
+    ends = sorted(listed_ids(overrides.get("eos_token_id", target_model.generation_config.eos_token_id)))
     pad = pad_id(target_model, *ends) if ends else None
     return setting.generation_config(target_model, max_new_tokens, **{"pad_token_id": pad, **overrides})
 
@@ -166,8 +168,23 @@ def generate_texts(
         output = model.generate(**inputs, generation_config=config, **options)
         synchronize_accelerator()
         elapsed = perf_counter() - started
-    ends, texts = end_token_ids(model), output[:, inputs["input_ids"].shape[1] :].tolist()
+    ends, texts = frozenset(listed_ids(config.eos_token_id)), output[:, inputs["input_ids"].shape[1] :].tolist()
     return [cut_completion(text, ends)[0] for text in texts], elapsed
+
+
+def difference_warnings(setting: SettingResult, draft_model: PreTrainedModel) -> list[str]:
+    """A warning for each way of decoding with a draft that did not write the plain greedy texts."""
+    found = []
+    for way, run in real_decoding(setting):
+        if run.differences:
+            gap = max(each.logit_gap for each in run.differences)
+            found.append(
+                f"{len(run.differences)} of {run.num_prompts} texts that {draft_model.name_or_path or 'the draft'} "
+                f"helped to write ({setting.words}, {way}) are not the plain ones: where they part, the target's logit "
+                f"of the plain token is larger by {gap:.2g} at most. Near 0 that is rounding; clearly more is a fault "
+                "worth reporting."
+            )
+    return found
 
 
 def _first_difference(

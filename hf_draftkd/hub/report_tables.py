@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from hf_draftkd.acceptance import Estimate
-from hf_draftkd.evaluation.recommendation import WAYS, measured_run
+from hf_draftkd.evaluation.recommendation import real_decoding
 from hf_draftkd.evaluation.report import (
-    AssistedResult,
     HardwareInfo,
     PairedDifference,
     SettingResult,
@@ -173,15 +172,6 @@ def engine_table(report: SpeculationReport) -> Markdown | None:
             for found in report.engines or []
         ]
     )
-
-
-def real_decoding(setting: SettingResult) -> list[tuple[str, AssistedResult]]:
-    """What was measured of decoding with the draft under one setting, each with the way it was decoded in."""
-    ways = {way: measured_run(setting, way) for way in WAYS}
-    ways |= {
-        f"SpeculativeDecoding, batches of {size}": run for size, run in (setting.speculative_batches or {}).items()
-    }
-    return [(way, run) for way, run in ways.items() if run]
 
 
 def hardware_text(hardware: HardwareInfo) -> str:

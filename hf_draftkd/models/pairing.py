@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_draftkd.models.draft_length import drop_idle_sampling
 from hf_draftkd.models.identity import checkpoint_of
+from hf_draftkd.models.parallel import parallel_draft
 from hf_draftkd.models.resolve import Checkpoint
 from hf_draftkd.models.tokenizers import SPECIAL_IDS, tokenizer_size, vocabulary_difference
 
@@ -127,7 +128,8 @@ def align_vocabulary(
         The draft.
 
     Raises:
-        ValueError: A difference is not padding: tokens would be lost or invented.
+        ValueError: A difference is not padding: tokens would be lost or invented. Or a parallel draft's mask token is
+            among the rows to be cut.
     """
     fit_vocabulary(draft_model, _vocab_size(target_model), tokenizer)
     copy_special_ids(draft_model, target_model)
@@ -141,6 +143,13 @@ def fit_vocabulary(draft_model: PreTrainedModel, new_size: int, tokenizer: PreTr
     """
     old_size = _vocab_size(draft_model)
     _check_padding(draft_model, old_size, new_size, tokenizer)
+    parallel = parallel_draft(draft_model.config)
+    if parallel is not None and parallel.mask_token_id >= new_size:
+        raise ValueError(
+            f"The mask token by which the draft predicts several tokens in one pass (id {parallel.mask_token_id}) is "
+            f"none of the target's {new_size} rows. To use it as an ordinary draft, set "
+            "`draft_model.config.parallel_tokens = 1`."
+        )
     if old_size != new_size:
         _resize(draft_model, old_size, new_size)
 

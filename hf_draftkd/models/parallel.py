@@ -36,9 +36,8 @@ class ParallelDraft(NamedTuple):
 def parallel_draft(config: PreTrainedConfig) -> ParallelDraft | None:
     """Read a draft's config; None for an ordinary draft."""
     token = next((value for key in MASK_TOKEN_KEYS if (value := getattr(config, key, None)) is not None), None)
-    if token is None:
-        return None
-    return ParallelDraft(int(token), int(getattr(config, PARALLEL_TOKENS_KEY, _USUAL_PARALLEL_TOKENS)))
+    num_tokens = int(getattr(config, PARALLEL_TOKENS_KEY, _USUAL_PARALLEL_TOKENS))
+    return None if token is None or num_tokens == 1 else ParallelDraft(int(token), num_tokens)
 
 
 def store_parallel_draft(config: Any, mask_token_id: int, num_tokens: int) -> None:

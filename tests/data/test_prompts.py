@@ -225,6 +225,8 @@ def test_unusable_prompts_are_listed_with_their_rows():
         load_prompts([[{"role": "user", "content": " \n"}]])
     with pytest.raises(ValueError, match=r"row 0 .* ends with an empty user message"):
         load_prompts([[{"role": "system", "content": "be brief"}, {"role": "user", "content": ""}]])
+    with pytest.raises(ValueError, match=r"rows 0, 1 .* list of numbers, .* \(ids are not taken\)"):
+        load_prompts([[5, 6, 7], [8]])
     with pytest.raises(ValueError, match=r"row 1 .* without a role"):
         load_prompts([CHAT[0], [{"content": "x"}]])
     with pytest.raises(ValueError, match=r"row 0 .* content is not text"):

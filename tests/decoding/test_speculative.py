@@ -33,7 +33,8 @@ from hf_draftkd.decoding.drafting import OneByOne
 from hf_draftkd.decoding.texts import Texts
 from hf_draftkd.evaluation.assisted import fixed_draft_length
 from hf_draftkd.models.forward import evaluating
-from tests.tiny import ARCHITECTURES, tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
+from hf_draftkd.models.parallel import store_parallel_draft
+from tests.tiny import ARCHITECTURES, tiny_gpt2, tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = tiny_prompts(TOKENIZER, 5)
@@ -52,6 +53,28 @@ def check_equal(target: PreTrainedModel, draft: PreTrainedModel, gamma: Any = 4,
         plain = target.generate(**inputs, **options)
         assert torch.equal(target.generate(**inputs, custom_generate=decoding, **options), plain)
     return decoding
+
+
+@pytest.mark.parametrize("is_parallel", [False, True])
+def test_a_text_may_grow_longer_than_the_draft_can_read(is_parallel):
+    """An IndexError of GPT-2's positions in the middle of the work, for data too that a draft helps to write."""
+    target, draft = tiny_gpt2(), tiny_gpt2(max_position_embeddings=20)
+    if is_parallel:
+        store_parallel_draft(draft.config, 2, 4)
+    counts = check_equal(target, draft).counts
+    assert 0 < counts.num_draft_tokens < 3 * counts.num_spec_steps
+
+
+def test_a_batch_loses_a_text_before_anything_was_drafted():
+    """An AttributeError of the draft's empty cache, where drafting was found not to pay and a text ended at once."""
+    draft, target = tiny_pair("llama", eos_scale=2)
+    inputs = padded(PROMPTS)
+    first = target.generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": int(first[0])}
+    decoding = SpeculativeDecoding(draft)
+    decoding.length.choose = lambda num_texts: 0
+    plain = target.generate(**inputs, **options)
+    assert torch.equal(target.generate(**inputs, custom_generate=decoding, **options), plain)
 
 
 def test_tokenizers_are_read_and_compared_once_and_as_the_models_were(saved_pair, monkeypatch):

@@ -67,7 +67,6 @@ def assisted(speedup=1.5, num_assistant_tokens=4):
         tokens_per_second=150.0,
         plain_tokens_per_second=100.0,
         speedup=Estimate(speedup, speedup - 0.1, speedup + 0.1),
-        median_speedup=speedup,
         predicted_speedup=speedup + 0.05,
         share_of_limit=0.8,
     )

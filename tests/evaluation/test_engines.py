@@ -427,6 +427,7 @@ def test_a_server_alone_is_counted_and_nothing_is_said_of_speed(monkeypatch):
     console.print(ReportTable(report))
     table = console.export_text()
     assert "vllm 1.0, greedy" in table
+    assert "3, 2 times" in table
     assert "speed-up" not in table
     assert "Speed-up" not in engine_table(report)
     assert "vllm, greedy" not in [each.get_label() for each in speed_by_length_figure(report).axes[0].lines]
@@ -450,6 +451,20 @@ def test_a_server_without_a_draft_is_refused(monkeypatch):
     monkeypatch.setattr(Served, "complete", lambda self, url, ids, *_: EngineAnswer([1, 2], 1.0, 0, 0, 0))
     with pytest.raises(ValueError, match="no draft loaded"):
         run(monkeypatch)
+
+
+def test_a_first_answer_of_one_token_is_no_server_without_a_draft(monkeypatch):
+    """A draft proposes nothing where the target ends at once: "it has no draft loaded", of a server that has one."""
+    answer = Served.complete
+
+    def ends_at_once(self, url, ids, setting, limit, seed):
+        return answer(self, url, ids, setting, 1 if ids[0] == 65 else limit, seed)
+
+    monkeypatch.setattr(Served, "complete", ends_at_once)
+    rows = ROWS.map(lambda row: {"completion_ids": [65] if row["prompt_ids"][0] == 65 else row["completion_ids"]})
+    _, (found,) = run(monkeypatch, rows=rows)
+    assert found.num_identical == 3
+    assert found.mean_acceptance_length.value == 2.0
 
 
 def test_another_model_and_another_version_are_noted(monkeypatch):
@@ -547,6 +562,19 @@ def served(length, efficiency, target_step, calls, speedup):
         target_step_seconds=target_step,
         speedup=speedup,
     )
+
+
+def test_a_draft_of_which_nothing_was_accepted_is_no_other_model():
+    """1.00 [1.00, 1.00] lies apart from a prediction of 1.01 [1.0003, 1.04] only because so little was asked."""
+    found = served(4, {4: Estimate(1.0)}, 10e-3, {4: 12e-3}, Estimate(1.0))
+    found.version, found.num_spec_steps = ENGINES["vllm"].tested_version, 96
+    found.mean_acceptance_length, found.predicted_mean_acceptance_length = (
+        Estimate(1, 1, 1),
+        Estimate(1.01, 1.0003, 1.04),
+    )
+    assert not list(measure._notes(ENGINES["vllm"], found))
+    found.predicted_mean_acceptance_length = Estimate(1.2, 1.1, 1.3)
+    assert "more than their intervals apart" in next(measure._notes(ENGINES["vllm"], found))
 
 
 def test_the_best_length_follows_from_times_in_the_engine():

@@ -2,20 +2,25 @@
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 
+from hf_draftkd.acceptance import Estimate
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.evaluation import evaluate
+from hf_draftkd.evaluation import evaluate, timing
+from hf_draftkd.evaluation.engines.measure import written_texts
 from hf_draftkd.evaluation.evaluate import evaluate_draft
-from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.evaluation.report import Comparison, SelfCheck, SpeculationReport
+from hf_draftkd.evaluation.statistics import sampled_agree
 from hf_draftkd.models.identity import remember_checkpoint, weights_checksum
 from hf_draftkd.models.loading import load_draft, load_target
 from hf_draftkd.models.resolve import Checkpoint
+from tests.evaluation import samples
 from tests.tiny import TEXT, tiny_llama, tiny_pair, tiny_tokenizer
 
 PROMPTS = [f"{text[: 15 + number]} {number}" for number in range(4) for text in TEXT]
@@ -182,6 +187,16 @@ def test_recorded_answers_give_what_fresh_ones_give(pair):
         evaluate_draft(draft, target, tokenizer, dataset=rows, temperatures=[0.5], **QUICK)
 
 
+def test_rows_may_be_tensors(pair):
+    """`Boolean value of Tensor with more than one value is ambiguous`: rows are given in a training loop's format."""
+    rows = generate_alignment_data(pair[1], tiny_tokenizer(), PROMPTS[:2], max_new_tokens=4, temperatures=(0.0,))
+    plain = evaluate_draft(*pair, tiny_tokenizer(), dataset=rows, **QUICK)
+    tensors = rows.with_format("torch", columns=["prompt_ids", "completion_ids"])
+    found = evaluate_draft(*pair, tiny_tokenizer(), dataset=tensors, **QUICK)
+    assert (found.settings, found.prompts) == (plain.settings, plain.prompts)
+    assert written_texts(tensors) == written_texts(rows)
+
+
 def test_recorded_answers_that_do_not_fit_are_refused_or_left_out_of_timing(pair):
     """Positions beyond a model's context, met in the middle of the work or silently wrapped."""
     _, target = pair
@@ -336,6 +351,31 @@ def test_other_conversations_are_read_with_their_tools_and_to_their_end(pair):
     assert report.max_new_tokens == report.settings[0].num_tokens == len(answer) + 1  # the end token is one to draft
     with pytest.raises(ValueError, match="holds no rows"):
         evaluate_draft(draft, target, tokenizer, dataset=Dataset.from_list([row]).select([]), **QUICK)
+
+
+def test_answers_that_stop_at_the_end_of_turn_are_timed_to_there(monkeypatch):
+    """Their target has no such end token: it was timed, and checked, on what it writes behind the answer."""
+    draft, target = tiny_pair("llama", eos_scale=0)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "'<|system|>'")
+    with torch.no_grad():
+        for model in (draft, target):
+            model.lm_head.weight[3] *= 3
+    talks = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[1:3]]
+    monkeypatch.setattr(evaluate, "measure_latency", lambda *_, **__: samples.latency())
+    options = {"max_new_tokens": 16, "temperatures": (0.0,), "stop_at_turn_end": True}
+    rows = generate_alignment_data(target, tokenizer, talks, **options)
+    assert set(rows["finish_reason"]) == {"stop"}
+    assert len(set(map(len, rows["completion_ids"]))) == 2, "the shorter one is the one that was run on from"
+    report = evaluate_draft(draft, target, tokenizer, dataset=rows, num_speed_prompts=2)
+    (setting,) = report.settings
+    assert setting.assisted.num_tokens == setting.speculative.num_tokens == setting.num_tokens
+    assert setting.assisted.num_identical == setting.speculative.num_identical == 2
+    length = setting.assisted.num_assistant_tokens
+    assert setting.assisted.mean_acceptance_length == setting.block_efficiency[length].value
+    fresh = evaluate_draft(draft, target, tokenizer, talks, **QUICK | {"temperatures": [0.0]})
+    said = ["'<|system|>' (id 3), which is no end token" in " ".join(each.warnings) for each in (report, fresh)]
+    assert said == [False, True]
 
 
 def test_a_prompt_without_tokens_is_named(pair):
@@ -582,6 +622,73 @@ def test_the_cache_is_chosen_here_whatever_the_models_were_published_with(pair):
         assert report.settings[0].block_efficiency == plain.settings[0].block_efficiency, kind
         assert model.generation_config.cache_implementation == kind
         model.generation_config.cache_implementation = None
+
+
+def test_a_context_that_no_timed_pass_fits_is_refused_before_the_work(monkeypatch):
+    """An IndexError of GPT-2's positions, after every text had been written and scored."""
+    draft, target = tiny_pair("gpt2", max_position_embeddings=17)
+    monkeypatch.setattr(evaluate, "take_texts", lambda *_: pytest.fail("the target was asked to work"))
+    with pytest.raises(ValueError, match="read 17 tokens at most, but passes over 17"):
+        evaluate_draft(draft, target, tiny_tokenizer(), ["The"], max_new_tokens=4)
+
+
+def test_texts_that_leave_no_prompt_to_time_are_refused_before_the_work(monkeypatch):
+    """Greedy answers to long prompts and long answers to short ones: it was said once all had been scored."""
+    draft, target = tiny_pair("llama", max_position_embeddings=64)
+    rows = [
+        generate_alignment_data(target, tiny_tokenizer(), [prompt], max_new_tokens=new, temperatures=(temperature,))
+        for prompt, new, temperature in (("x" * 30, 4, 0.0), ("Hi", 40, 1.0))
+    ]
+    monkeypatch.setattr(evaluate, "score_texts", lambda *_, **__: pytest.fail("the texts were scored"))
+    for options in ({}, QUICK | {"verify": 1}):
+        with pytest.raises(ValueError, match="No prompt leaves room for 40 new tokens"):
+            evaluate_draft(draft, target, tiny_tokenizer(), dataset=concatenate_datasets(rows), **options)
+
+
+def test_texts_that_differ_from_the_plain_ones_are_said(pair, monkeypatch):
+    """A way of decoding that writes something else stood in the JSON alone."""
+    draft, target = pair
+    real = timing.generate_texts
+
+    def faulty(*given, **options):
+        texts, seconds = real(*given, **options)
+        decoding = options.get("custom_generate")
+        return ([[*texts[0][:-1], 7], *texts[1:]] if decoding and len(texts) > 1 else texts), seconds
+
+    monkeypatch.setattr(timing, "generate_texts", faulty)
+    monkeypatch.setattr(evaluate, "measure_latency", lambda *_, **__: samples.latency())
+    options = {"max_new_tokens": 4, "num_speed_prompts": 2, "speed_batch_sizes": [2], "temperatures": [0.0]}
+    report = evaluate_draft(draft, target, tiny_tokenizer(), PROMPTS[:2], **options)
+    (difference,) = report.settings[0].speculative_batches[2].differences
+    (said,) = [text for text in report.warnings if "plain ones" in text]
+    assert said.startswith("1 of 2 texts that the draft helped to write (greedy, SpeculativeDecoding, batches of 2)")
+    assert f"larger by {difference.logit_gap:.2g} at most" in said
+
+
+def test_a_self_check_that_fails_says_where(pair, monkeypatch):
+    numbers = {"computed": Estimate(2.5, 2.4, 2.6), "counted": Estimate(1.5, 1.4, 1.6), "agree": False}
+    entry = Comparison(decoding=DecodingSetting(1.0), num_assistant_tokens=3, way="SpeculativeDecoding", **numbers)
+    found = SelfCheck(prompts=1, equal=False, comparisons=[replace(entry, agree=True), entry])
+    monkeypatch.setattr(evaluate, "self_check", lambda *_, **__: found)
+    report = evaluate_draft(*pair, tiny_tokenizer(), PROMPTS[:2], verify=1, **QUICK)
+    (said,) = [text for text in report.warnings if "self-check" in text]
+    assert "found 1 of 2 computed numbers" in said
+    assert "for temperature 1 by SpeculativeDecoding with γ = 3: computed 2.50 [2.40, 2.60], counted 1.50" in said
+
+
+def test_a_hopeless_draft_raises_no_false_alarm():
+    """Nothing was accepted in few texts, and 1.00 [1.00, 1.00] lies below 1.01 [1.0003, 1.04]: "worth reporting"."""
+    nothing = Estimate(1.0, 1.0, 1.0)
+    assert sampled_agree(Estimate(1.01, 1.0003, 1.04), nothing, 96, 96)
+    assert not sampled_agree(Estimate(1.2, 1.1, 1.3), nothing, 96, 96)
+    assert not sampled_agree(Estimate(1.0, 1.0, 1.001), Estimate(1.2, 1.1, 1.3), 96, 80)
+
+
+def test_rows_without_a_domain_are_no_group_of_that_name(pair):
+    rows = Dataset.from_list([{"prompt": PROMPTS[0], "domain": "maths"}, {"prompt": PROMPTS[1], "domain": None}])
+    report = evaluate_draft(*pair, tiny_tokenizer(), rows, **QUICK | {"temperatures": [0.0]})
+    assert list(report.groups) == ["maths"]
+    assert report.settings[0].num_texts == 2
 
 
 def test_a_contradicting_setting_is_refused():

@@ -151,6 +151,7 @@ def test_the_page_says_what_the_report_says(page):
     for expected in ("distilled", "org/target", "Worth it.", "function calling", "maths", "prose", "sha256"):
         assert expected in page
     assert "A &lt;fast&gt; &amp; loud CPU" in page
+    assert "behind 64 tokens" in page
     assert "<script>alert" not in page
 
 

@@ -23,7 +23,7 @@ from hf_draftkd.models.draft_length import store_draft_settings
 from hf_draftkd.models.parallel import store_parallel_draft
 from tests.evaluation.samples import assisted, latency, setting
 from tests.evaluation.test_exactness import NEW_TOKENS, aligned_pair, write_together
-from tests.tiny import tiny_prompts
+from tests.tiny import VOCAB_SIZE, tiny_gpt2, tiny_prompts
 
 MASK = 2
 
@@ -202,6 +202,41 @@ def test_the_better_way_is_recommended_at_its_own_length():
     times.parallel_draft_seconds = dict.fromkeys(efficiency, 30e-3)
     each.assisted = each.parallel.speculative = None
     assert recommend(each, times).way == "assistant_model="
+
+
+def test_a_text_that_fills_the_draft_s_learned_positions():
+    """An IndexError: mask tokens behind the end of the text were given positions of their own."""
+    draft, target, _ = parallel_pair("gpt2")
+    text = Text([5, 6, 7], list(range(8, 40)))
+    length = sum(map(len, text))
+    short = tiny_gpt2(max_position_embeddings=length)
+    weights = draft.state_dict()
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:length]
+    short.load_state_dict(weights)
+    store_parallel_draft(short.config, MASK, 5)
+    (one,), (other,) = (
+        score_texts(target, [each], [text], DecodingSetting(1.0), vocab_size=VOCAB_SIZE).drafts
+        for each in (draft, short)
+    )
+    name = in_one_pass("rejection_sampling")
+    torch.testing.assert_close(one[name].target_calls, other[name].target_calls)
+
+
+def test_a_window_that_holds_the_text_but_not_its_mask_tokens():
+    """Catches a RuntimeError of the cache, which could not be cropped; and a text longer than the window, where mask
+    tokens would look out of it.
+    """
+    window = {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}
+    draft, target, tokenizer = parallel_pair("qwen3", sliding_window=200, **window)
+    text, name = Text([5, 6, 7], list(range(8, 37))), in_one_pass("rejection_sampling")
+    how = {"setting": DecodingSetting(1.0), "vocab_size": VOCAB_SIZE}
+    calls = []
+    for size in (200, 32):
+        draft.config.sliding_window = size
+        calls.append(score_texts(target, [draft], [text], **how).drafts[0][name].target_calls)
+    torch.testing.assert_close(*calls)
+    with pytest.raises(ValueError, match="context 32"):
+        evaluate_draft(draft, target, tokenizer, ["The quick brown fox"], max_new_tokens=31)
 
 
 def test_texts_shorter_than_the_depths():

@@ -146,6 +146,18 @@ def test_the_models_get_their_own_draft_settings_back(pair, prompts):
     assert draft.generation_config.to_dict() == before
 
 
+def test_no_logits_of_a_whole_context_are_computed(prompts):
+    """Catches a head run on thousands of tokens to fill a cache: more memory than the model, once all was scored."""
+    draft, target = tiny_pair("llama")
+    rows = []
+    for model in (draft, target):
+        model.lm_head.register_forward_hook(lambda *given: rows.append(given[-1].shape[1]))
+    long = prompts[-1] * 3
+    assert len(long) > 17
+    measure_latency(target, draft, [long], max_new_tokens=4, num_repeats=1)
+    assert max(rows) == 17
+
+
 def test_steps_are_timed_within_the_context(prompts):
     """Prompts and answers that fill the context: a pass of 17 tokens behind such a cache ran over GPT-2's positions."""
     longest = max(map(len, prompts))

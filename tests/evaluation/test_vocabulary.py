@@ -13,7 +13,7 @@ from hf_draftkd.evaluation.tables import ReportTable
 from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.models.draft_length import store_draft_settings
 from tests.evaluation.test_exactness import NEW_TOKENS, VOCAB_SIZE, aligned_pair, write_together
-from tests.tiny import tiny_prompts
+from tests.tiny import tiny_pair, tiny_prompts, tiny_tokenizer
 
 IDS = list(range(0, VOCAB_SIZE, 2))
 
@@ -67,6 +67,16 @@ def test_sampled_block_efficiency_is_the_counted_one_within_its_interval():
     found = counted(target, draft, prompts, IDS, 4, **sampling)
     spread = 2 * (expected.high - expected.low)  # two samples, each with its own noise
     assert expected.value - spread < found < expected.value + spread
+
+
+def test_a_list_may_name_padded_rows():
+    """An IndexError of the self-check, at the end: it took the list as recorded, decoding leaves such ids out."""
+    draft, target = tiny_pair("qwen3", draft_vocab_size=304, target_vocab_size=320, real_vocab_size=VOCAB_SIZE)
+    store_draft_settings(draft, {"draft_vocabulary": [*IDS[:120], 302]})
+    options = {"temperatures": [0.0], "max_new_tokens": 8, "verify": 1, "measure_speed": False}
+    report = evaluate_draft(draft, target, tiny_tokenizer(), ["The quick brown"], **options)
+    assert report.self_check.equal
+    assert report.settings[0].draft_vocabulary[-2].size == 120
 
 
 def test_the_report_holds_several_sizes_and_leaves_the_rest_alone(pair, tokenizer):

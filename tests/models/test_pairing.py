@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, pipeline
 
 from hf_draftkd.models.pairing import align_vocabulary, context_length, shared_vocab_size
+from hf_draftkd.models.parallel import parallel_draft, store_parallel_draft
 from tests.tiny import ARCHITECTURES, tiny_llama, tiny_pair, tiny_prompts, tiny_qwen3, tiny_tokenizer
 
 TOKENS = 300
@@ -173,6 +174,17 @@ def test_only_padding_may_be_cut_or_added():
     align_vocabulary(tiny_llama(vocab_size=320, real_vocab_size=304), tiny_llama(vocab_size=304))
     grown = align_vocabulary(tiny_llama(vocab_size=304), tiny_llama(vocab_size=320))
     assert grown.generation_config.suppress_tokens == list(range(304, 320))
+
+
+def test_the_mask_token_of_a_parallel_draft_is_not_cut():
+    """An IndexError of the embedding once the texts were written: a padded row is what a mask token usually is."""
+    draft, target = tiny_pair("llama", draft_vocab_size=304)
+    store_parallel_draft(draft.config, 302, 4)
+    with pytest.raises(ValueError, match=r"\(id 302\) is none of the target's 300 rows"):
+        align_vocabulary(draft, target, tiny_tokenizer())
+    draft.config.parallel_tokens = 1
+    align_vocabulary(draft, target, tiny_tokenizer())
+    assert parallel_draft(draft.config) is None
 
 
 # PEFT reads an attribute that transformers 5.23 has renamed.

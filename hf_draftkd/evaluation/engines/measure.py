@@ -34,6 +34,7 @@ from hf_draftkd.evaluation.environment import processor_name
 from hf_draftkd.evaluation.recommendation import is_faster, times_text
 from hf_draftkd.evaluation.report import EngineResult, Recommendation, SpeculationReport
 from hf_draftkd.evaluation.scoring import Text
+from hf_draftkd.evaluation.statistics import sampled_agree
 from hf_draftkd.evaluation.texts import TextSet, is_recorded, recorded_texts
 
 _STEP_TIME_LENGTHS = (1, 8)
@@ -118,6 +119,7 @@ def evaluate_in_engine(
 
 def written_texts(texts: Dataset) -> list[TextSet]:
     """The texts by the setting that the target wrote them under; a `ValueError` if they do not say it."""
+    texts = texts.with_format(None)
     if not is_recorded(texts):
         raise ValueError(
             "The texts do not say under which setting the target wrote them. Let it write them with "
@@ -252,7 +254,8 @@ def _measure(
 
     with served(replace(pair, draft=None)) as plain_url, served(pair) as url:
         version = engine.version(url)
-        plain, assisted = _in_turns(questions, plain_url, url, tokenizer, config.engine_rounds)
+        longest = max(range(len(chosen)), key=lambda place: len(chosen[place].completion_ids))
+        plain, assisted = _in_turns(questions, plain_url, url, tokenizer, config.engine_rounds, longest)
         call = questions.step_seconds(url, assisted, "num_spec_steps")
         target_step = questions.step_seconds(plain_url, plain, "num_later_tokens") if plain_url else None
     tokens, seconds, steps, drafted, accepted = (
@@ -314,9 +317,12 @@ def _computed(
 
 
 def _in_turns(
-    questions: _Questions, plain_url: str, url: str, tokenizer: PreTrainedTokenizerBase, rounds: int
+    questions: _Questions, plain_url: str, url: str, tokenizer: PreTrainedTokenizerBase, rounds: int, longest: int
 ) -> tuple[list[list[EngineAnswer]], list[list[EngineAnswer]]]:
-    """Every prompt's answers, one a round: plain ones, of which there are none without a server, and with the draft."""
+    """Every prompt's answers, one a round: plain ones, of which there are none without a server, and with the draft.
+
+    `longest` is the prompt that is asked first, to see whether anything is drafted: nothing is for a single token.
+    """
     engine, count = questions.engine, len(questions.prompts)
     plain: list[list[EngineAnswer]] = [[] for _ in range(count)]
     assisted: list[list[EngineAnswer]] = [[] for _ in range(count)]
@@ -324,9 +330,9 @@ def _in_turns(
     for _, address in ways:
         questions.check_tokens(address, tokenizer)
     # The first requests of a server pay for compilation and memory.
-    if plain_url and questions.ask(plain_url, 0).num_draft_tokens:
+    if plain_url and questions.ask(plain_url, longest).num_draft_tokens:
         raise ValueError(f"The server of plain decoding at {plain_url} drafts: start it without a draft.")
-    if not questions.ask(url, 0).num_draft_tokens:
+    if not questions.ask(url, longest).num_draft_tokens:
         raise ValueError(
             f"{engine.name} at {url} drafted nothing, or does not count: it has no draft loaded. Start it with the "
             "draft, as the card's command shows."
@@ -346,7 +352,8 @@ def _notes(engine: Engine, found: EngineResult) -> Iterator[str]:
             "target's own: it serves another model, number format or quantisation than the one that was evaluated."
         )
     counted, predicted = found.mean_acceptance_length, found.predicted_mean_acceptance_length
-    if predicted is not None and counted.lies_apart(predicted):
+    calls = found.num_spec_steps
+    if predicted is not None and not sampled_agree(predicted, counted, counted.value * calls, calls):
         yield (
             f"{engine.name} counted {counted.value:.2f} tokens per target call for {found.decoding}, "
             f"{predicted.value:.2f} were predicted: more than their intervals apart. It does not verify drafts by "
