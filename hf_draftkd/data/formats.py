@@ -44,6 +44,9 @@ FORMATS: tuple[tuple[str, ...], ...] = (
 PER_TOKEN = ("labels", "completion_mask", "assistant_masks")
 _BESIDE_IDS = (*PER_TOKEN, "seq_lengths")
 _BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
+# Who speaks in ShareGPT's `conversations`, whose `from` and `value` TRL renames. Chat templates write nothing, or
+# something else, for a role that they do not know.
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
 # What a row of alignment data is read for.
 _READ = {"prompt_ids", "completion_ids", "ids_source", *AUTHOR_COLUMNS, *SETTING_COLUMNS}
 
@@ -150,6 +153,9 @@ def normalize_rows(
 
     def read(row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
+            for message in row.get("conversations") or ():
+                if isinstance(message, dict) and "from" in message:
+                    message["from"] = _SPEAKERS.get(message["from"], message["from"])
             made = maybe_convert_to_chatml(row)
             for column, value in dict(made).items():
                 if column == "tools":
@@ -235,40 +241,33 @@ def _check_masks(dataset: Dataset, name: str) -> None:
 def exact_features(
     dataset: Dataset | IterableDataset, target: ModelIdentity | None, *, first_row: int | None = None, **map_kwargs: Any
 ) -> Any:
-    """Turn rows that already hold token ids into `input_ids`, `labels` and their setting; leave all others alone.
+    """Turn alignment rows (`prompt_ids`, `completion_ids`) into `input_ids`, `labels` and their setting; leave all
+    others alone.
 
-    Alignment rows (`prompt_ids`, `completion_ids`) become their concatenation with the prompt masked. A
-    `completion_mask` that comes with `input_ids` becomes `labels`, which `SFTTrainer` would ignore. Only rows that the
-    target in use wrote keep their decoding setting: block efficiency is exact for such text and for no other. It is
-    [temperature, top_p, top_k, repetition_penalty], nan where unknown, in `SETTING_COLUMN`. Where a cache is in use, in
-    which `first_row` is the number of the first row, `INDEX_COLUMN` is aligned with `input_ids`.
+    The two become one text with the prompt masked. Only rows that the target in use wrote keep their decoding setting:
+    block efficiency is exact for such text and for no other. It is [temperature, top_p, top_k, repetition_penalty], nan
+    where unknown, in `SETTING_COLUMN`. Where a cache is in use, in which `first_row` is the number of the first row,
+    `INDEX_COLUMN` is aligned with `input_ids`.
     """
     columns = get_dataset_column_names(dataset)
-    if {"prompt_ids", "completion_ids"} <= set(columns):
-        # Cached distributions are heavy: not even read here.
-        light = [name for name in columns if name in _READ]
+    if not {"prompt_ids", "completion_ids"} <= set(columns):
+        return dataset
+    # Cached distributions are heavy: not even read here.
+    light = [name for name in columns if name in _READ]
 
-        def features(row: dict[str, Any], index: int) -> dict[str, Any]:
-            prompt, completion = row["prompt_ids"], row["completion_ids"]
-            made = {
-                "input_ids": prompt + completion,
-                "labels": [-100] * len(prompt) + completion,
-                SETTING_COLUMN: _recorded_setting(row, target),
-            }
-            if first_row is not None:
-                made[INDEX_COLUMN] = addresses(first_row + index, len(prompt), len(completion))
-            return made
+    def features(row: dict[str, Any], index: int) -> dict[str, Any]:
+        prompt, completion = row["prompt_ids"], row["completion_ids"]
+        made = {
+            "input_ids": prompt + completion,
+            "labels": [-100] * len(prompt) + completion,
+            SETTING_COLUMN: _recorded_setting(row, target),
+        }
+        if first_row is not None:
+            made[INDEX_COLUMN] = addresses(first_row + index, len(prompt), len(completion))
+        return made
 
-        rows = dataset.select_columns(light)
-        return rows.map(features, with_indices=True, remove_columns=light, **map_kwargs)
-    if {"input_ids", "completion_mask"} <= set(columns) and "labels" not in columns:
-
-        def masked(row: dict[str, Any]) -> dict[str, Any]:
-            pairs = zip(row["input_ids"], row["completion_mask"], strict=True)
-            return {"labels": [token if counts else -100 for token, counts in pairs]}
-
-        return dataset.map(masked, remove_columns=["completion_mask"], **map_kwargs)
-    return dataset
+    rows = dataset.select_columns(light)
+    return rows.map(features, with_indices=True, remove_columns=light, **map_kwargs)
 
 
 def packed(dataset: Dataset, length: int | None, map_kwargs: dict[str, Any]) -> Dataset:

@@ -103,25 +103,37 @@ def check_datasets(
     if format_known:
         for name, dataset in datasets.items():
             check_format(dataset, name, text_field=args.dataset_text_field)
+            only_some = args.completion_only_loss and not args.assistant_only_loss and name != "mix"
+            if only_some and not _holds_more(dataset, args):
+                raise ValueError(
+                    f"`completion_only_loss=True`, but rows of the {name} dataset have no `completion`: all their "
+                    "tokens would be learned from. Split prompts off, or leave the option out. Of `messages` "
+                    "`assistant_only_loss=True` learns the answers alone."
+                )
             if args.completion_only_loss is False and "completion_ids" in get_dataset_column_names(dataset):
                 raise ValueError(
                     f"`completion_only_loss=False` has no meaning for the exact tokens in the {name} dataset: a prompt "
                     "is not what the target writes. Leave it out; to learn from other text too, give it as "
                     "`mix_dataset`."
                 )
-    if args.packing and args.packing_strategy != "bfd" and train_dataset is not None:
-        read = set(format_of(train_dataset, args.dataset_text_field) or ())
-        if "input_ids" in read:
-            read |= set(PER_TOKEN) & set(get_dataset_column_names(train_dataset))
-        if args.assistant_only_loss or len(read) > 1:  # a prompt, or a mask, beside what is learned from
-            raise ValueError(
-                f"`packing_strategy={args.packing_strategy!r}` cuts rows where a packed row is full: completions would "
-                'be learned without the prompt they answer. Leave it out: "bfd" packs whole rows.'
-            )
+    cuts = train_dataset is not None and args.packing and args.packing_strategy != "bfd"
+    if cuts and (args.assistant_only_loss or _holds_more(train_dataset, args)):
+        raise ValueError(
+            f"`packing_strategy={args.packing_strategy!r}` cuts rows where a packed row is full: completions would "
+            'be learned without the prompt they answer. Leave it out: "bfd" packs whole rows.'
+        )
     if args.eval_packing:
         raise ValueError("`eval_packing=True` would cut texts apart, but metrics are sums over whole texts.")
     args.eval_packing = False
     return datasets
+
+
+def _holds_more(dataset: Any, args: DraftDistillConfig) -> bool:
+    """Whether rows hold a prompt, or a mask, beside what is learned from."""
+    read = set(format_of(dataset, args.dataset_text_field) or ())
+    if "input_ids" in read:
+        read |= set(PER_TOKEN) & set(get_dataset_column_names(dataset))
+    return len(read) > 1
 
 
 def check_unpacked(datasets: dict[str, Any], args: DraftDistillConfig) -> None:

@@ -133,6 +133,37 @@ def test_ids_keep_their_labels_and_nothing_else(learned, tokenizer):
         learned([masked, {"input_ids": ids, "labels": [1]}])
 
 
+@pytest.mark.parametrize(("option", "first"), [(None, 3), (True, 3), (False, 2)])
+def test_masks_that_come_with_ids_hold_together(learned, tokenizer, option, first):
+    """Fault: `assistant_masks` was dropped beside `completion_mask`, which `completion_only_loss=False` kept."""
+    ids = tokenizer("When the target agrees")["input_ids"]
+    row = {"input_ids": ids, "completion_mask": [0] * 3 + [1] * (len(ids) - 3)}
+    row["assistant_masks"] = [0] * 2 + [1] * (len(ids) - 2)
+    options = {} if option is None else {"completion_only_loss": option}
+    assert learned([row], **options)[0][1] == tokenizer.decode(ids[first:])
+
+
+def test_completions_alone_are_not_learned_from_rows_without_one(learned, tokenizer):
+    """Fault: `completion_only_loss=True` on chats, texts and bare ids learned every token, without a word."""
+    chat = {"messages": [user("a"), assistant("b")]}
+    for row in (chat, {"text": "one"}, {"input_ids": tokenizer("one two")["input_ids"]}):
+        with pytest.raises(ValueError, match="rows of the train dataset have no `completion`"):
+            learned([row], completion_only_loss=True)
+    assert learned([PAIR], completion_only_loss=True)[0][1] == " three</s>"
+    marked = TEMPLATE.replace("{{ m.content or '' }}", "{% generation %}{{ m.content or '' }}{% endgeneration %}")
+    assert learned([chat], template=marked, completion_only_loss=True, assistant_only_loss=True)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_speakers_of_sharegpt_are_those_of_the_template(learned, streamed):
+    """Fault: `human` and `gpt`, roles that templates do not know. Qwen's writes nothing for them: that was learned."""
+    turns = [("system", "s"), ("human", "a"), ("gpt", "b"), ("user", "c"), ("assistant", "d")]
+    rows = Dataset.from_list([{"conversations": [{"from": who, "value": text} for who, text in turns]}] * 2)
+    found = learned(rows.to_iterable_dataset() if streamed else rows, max_steps=1)
+    expected = "<|system|>s</s><|user|>a</s><|assistant|>b</s><|user|>c</s><|assistant|>d</s>"
+    assert [text for text, _ in found] == [expected] * 2
+
+
 def test_padding_that_a_tokenizer_left_is_not_learned(learned, tokenizer):
     """Fault: the collator's own mask counts every id, so half of what was learned was padding."""
     text = tokenizer(["one two three", "one"])
