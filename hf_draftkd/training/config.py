@@ -11,7 +11,7 @@ from hf_draftkd.acceptance import DRAFT_LENGTHS
 from hf_draftkd.data.mixing import parse_mix
 from hf_draftkd.data.shards import launched_on_cpus
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.losses import DIVERGENCES, get_divergence
+from hf_draftkd.losses import DIVERGENCES, get_divergence, reads_target
 from hf_draftkd.training.token_selection import TOKEN_SELECTIONS
 from hf_draftkd.utils.checks import in_range, one_of, whole_number
 from hf_draftkd.utils.fields import option
@@ -368,4 +368,4 @@ class DraftDistillConfig(SFTConfig):
     @property
     def needs_target(self) -> bool:
         """Whether the loss reads the target's distributions (white box)."""
-        return self.divergence != "cross_entropy" and self.cross_entropy_weight < 1
+        return reads_target(self.divergence, self.cross_entropy_weight)
