@@ -16,8 +16,8 @@ from hf_draftkd.training.token_selection import TOKEN_SELECTIONS
 from hf_draftkd.utils.checks import in_range, one_of, whole_number
 from hf_draftkd.utils.fields import option
 
-# Inherited options that would silently do nothing here, each with what to use instead. A value other than the default
-# is refused by name.
+# Inherited options that would silently do nothing here, or harm, each with what to use instead, or why. A value other
+# than the default is refused by name.
 _REFUSED: dict[str, tuple[Any, str]] = {
     "loss_type": ("nll", "Choose the loss with `divergence`."),
     "label_smoothing_factor": (0.0, "The target's own distribution already smooths the labels."),
@@ -27,6 +27,8 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "hub_strategy": ("end", "A draft is published whole and measured: call `trainer.push_to_hub()` after training."),
     "truncation_mode": ("keep_start", "A completion without its prompt is not what the target was asked."),
     "include_for_metrics": ([], "Read the metrics from `trainer.evaluate()`."),
+    "bf16_full_eval": (False, "It would leave the draft itself in bfloat16, to be trained and saved so."),
+    "fp16_full_eval": (False, "It would leave the draft itself in float16, to be trained and saved so."),
 }
 # What only one value of another option reads.
 _OPTIONS_OF_LOSSES = {
@@ -153,7 +155,8 @@ class DraftDistillConfig(SFTConfig):
     >
     > Refused, since they would do nothing here: `loss_type`, `label_smoothing_factor`, `router_aux_loss_coef`,
     > `use_liger_kernel`, `batch_eval_metrics`, `include_for_metrics`, `truncation_mode="keep_end"`. Refused as
-    > well: a `chat_template_path` that is not a `.jinja` file, since it would give the draft another vocabulary.
+    > well: a `chat_template_path` that is not a `.jinja` file, since it would give the draft another vocabulary, and
+    > `bf16_full_eval` and `fp16_full_eval`, since transformers then converts the draft itself.
 
     Raises:
         ValueError: A value is out of range or of an unknown name, or a refused option is set.

@@ -516,14 +516,25 @@ class DraftDistillTrainer(SFTTrainer):
         processes get the same number of batches of a stream.
         """
         usual, num_processes = self.data_collator, self.accelerator.num_processes
-        if not kwargs.get("is_training") and isinstance(usual, DraftDistillCollator):
-            self.data_collator = usual.padded()
+        drops_last = self.args.dataloader_drop_last
+        if not kwargs.get("is_training"):
+            self.args.dataloader_drop_last = False
+            if isinstance(usual, DraftDistillCollator):
+                self.data_collator = usual.padded()
         if isinstance(dataset, torch.utils.data.IterableDataset) and num_processes > 1:
             dataset = FilledUp(dataset, batch_size * num_processes)
         try:
             return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
         finally:
-            self.data_collator = usual
+            self.data_collator, self.args.dataloader_drop_last = usual, drops_last
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in transformers, which for other data than the constructor's would hand out workers that persist, and so
+        the data that they read.
+        """
+        if eval_dataset is None or eval_dataset is self.eval_dataset or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        return self.get_test_dataloader(eval_dataset)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
