@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from transformers import SchedulerType
 from trl import SFTConfig
 
 from hf_draftkd.acceptance import DRAFT_LENGTHS
@@ -151,6 +152,7 @@ class DraftDistillConfig(SFTConfig):
     > - `ddp_find_unused_parameters`: `False`. Every parameter of a causal LM is used in every step.
     > - `use_cache`: `True`. It is saved in the draft's config, and a draft without a cache is slow; training passes
     >   never make one.
+    > - `lr_scheduler_kwargs["mode"]`: `"max"` where a scheduler follows a metric of which more is better.
     > - `logging_nan_inf_filter`: `False`. A loss that is not finite stops the run instead of being hidden.
     >
     > Refused, since they would do nothing here: `loss_type`, `label_smoothing_factor`, `router_aux_loss_coef`,
@@ -238,6 +240,10 @@ class DraftDistillConfig(SFTConfig):
             # Batches of several processes are padded to different lengths, and cannot be cut out of one. SFTTrainer
             # sees to it where the training data is a stream, not where the evaluation data is.
             self.accelerator_config.dispatch_batches = False
+        follows_metric = self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+        if follows_metric and self.greater_is_better:
+            # They take every metric for a loss, and would lower the rate where acceptance rises.
+            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
         template = self.chat_template_path
         if template is not None and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
             raise ValueError(
@@ -247,7 +253,7 @@ class DraftDistillConfig(SFTConfig):
             )
         for name, (default, reason) in _REFUSED.items():
             if getattr(self, name) != default:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` has no meaning when distilling. {reason}")
+                raise ValueError(f"`{name}={getattr(self, name)!r}` cannot be used when distilling. {reason}")
 
     def _check_distillation_values(self) -> None:
         get_divergence(self.divergence)

@@ -290,7 +290,8 @@ class DraftDistillTrainer(SFTTrainer):
                 setup.warn_of_lost_updates(self)
             check_writing(self, context, get_dataset_column_names(train_dataset))
             if isinstance(self.data_collator, DraftDistillCollator):
-                check_best_metric(args, self.eval_dataset, self.signal)
+                asked = asked_metrics(self.callback_handler.callbacks, args.eval_num_assistant_tokens)
+                check_best_metric(args, self.eval_dataset, self.signal, asked)
 
         self._writer: CompletionWriter | None = None
         if args.writes_completions and self.target_model is not None:
