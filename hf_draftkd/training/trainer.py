@@ -513,7 +513,7 @@ class DraftDistillTrainer(SFTTrainer):
     # Evaluation ------------------------------------------------------------------------------------------------------
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
-        """Metrics are sums over texts: what is evaluated comes one text a row, and each text once. All
+        """Metrics are sums over texts: what is evaluated comes one text a row, and each text once, to the last. All
         processes get the same number of batches of a stream.
         """
         usual, num_processes = self.data_collator, self.accelerator.num_processes
@@ -659,7 +659,10 @@ class DraftDistillTrainer(SFTTrainer):
         if self.accelerator.num_processes > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             setup.undo_evaluation_only(self)
         with only_run(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            try:
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                self.control.should_save = False  # which an interrupted save leaves on: no card would be written
         if self.args.dataloader_drop_last and not self.state.global_step:
             raise ValueError(
                 "No step was taken: the rows do not fill one batch of each process, and `dataloader_drop_last` leaves "

@@ -194,6 +194,21 @@ def test_workers_that_stay_do_not_keep_the_lock(tmp_path, pair, tokenizer, monke
     trainer.train(resume_from_checkpoint=True)
 
 
+def test_a_card_is_written_after_a_save_that_was_interrupted(tmp_path, pair, tokenizer, monkeypatch):
+    """None, without a word: the trainer still waited for the checkpoint, and a pushed draft had no card."""
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    trainer = build(tmp_path, pair, tokenizer, **SAVING)
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not (tmp_path / "README.md").exists()
+    trainer.create_model_card()
+    assert "| Optimiser steps | 2 |" in (tmp_path / "README.md").read_text()
+
+
 def test_no_token_is_saved_with_a_draft(tmp_path, pair, tokenizer):
     """Pickled by transformers among its arguments: `hub_token` in plain letters, beside what people share."""
     token = f"hf_{'A' * 34}"
