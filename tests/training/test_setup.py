@@ -249,6 +249,13 @@ def test_white_box_without_a_target_is_refused(tmp_path, pair, tokenizer):
     with pytest.raises(ValueError, match="`target_model` is None"):
         build(tmp_path, (pair[0], None), tokenizer, rows)
 
+    class Own(DraftDistillTrainer):
+        def token_loss(self, draft_logits, target_logits):
+            return super().token_loss(draft_logits, target_logits)
+
+    with pytest.raises(ValueError, match=r'A custom `token_loss` compares .*"cross_entropy"` and without that method'):
+        build(tmp_path, (pair[0], None), tokenizer, rows, trainer_class=Own, divergence="cross_entropy")
+
 
 def test_black_box_needs_no_target(tmp_path, pair, tokenizer):
     rows = alignment_rows(pair[1], tokenizer)
