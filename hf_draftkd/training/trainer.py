@@ -654,7 +654,7 @@ class DraftDistillTrainer(SFTTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir, warns=self.is_world_process_zero())
         if resume_from_checkpoint:
-            check_options(str(resume_from_checkpoint), self.args)
+            check_options(str(resume_from_checkpoint), self.args, has_adapter=is_peft_model(self.model))
         self.weights_sha256 = None
         if self.accelerator.num_processes > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             setup.undo_evaluation_only(self)
