@@ -24,7 +24,7 @@ from hf_draftkd.data.collator import (
     addresses,
     setting_feature,
 )
-from hf_draftkd.data.columns import column_values, list_lengths, row_lengths, tables, without_format
+from hf_draftkd.data.columns import column_values, is_transformed, list_lengths, row_lengths, tables, without_format
 from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
 from hf_draftkd.data.rows import AUTHOR_COLUMNS, author_of, authors, other_authors
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
@@ -124,7 +124,13 @@ def normalize_rows(
     rows that differ do not lend each other their keys. A `formatting_func` makes the text of a row that holds no token
     ids. Ids come as lists, whatever `set_format` made of them: arrays would be added up where lists are joined.
     """
-    dataset = without_format(dataset)  # of a transform, which SFTTrainer refuses, nothing changes
+    if is_transformed(dataset):
+        raise ValueError(
+            f"Rows of the {name} dataset are made by a transform (`set_transform`), but they are read once, before "
+            "training. Make them with `map`; or let the transform give `input_ids` and `labels`, and set "
+            '`dataset_kwargs={"skip_prepare_dataset": True}` and `remove_unused_columns=False`.'
+        )
+    dataset = without_format(dataset)
     first = next(iter(dataset), None)
     if first is None:
         return dataset

@@ -28,7 +28,7 @@ from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
 
 from hf_draftkd.data.backends import LENGTH, cut_completion
-from hf_draftkd.data.columns import column_values
+from hf_draftkd.data.columns import column_values, is_transformed
 from hf_draftkd.decoding.setting import UNFILTERED, DecodingSetting, end_token_ids
 from hf_draftkd.decoding.texts import left_padded
 from hf_draftkd.models.forward import evaluating, seeded, unwrapped
@@ -76,8 +76,8 @@ def check_writer(args: DraftDistillConfig, *, has_target: bool) -> None:
 
 
 def check_writing(trainer: Any, context: int, columns: Collection[str]) -> None:
-    """Refuse runs whose completions cannot be written: the data has no prompts (a stream is not read ahead), or the
-    models are sharded.
+    """Refuse runs whose completions cannot be written: the data has no prompts (neither a stream nor what a
+    transform makes is read ahead), or the models are sharded.
 
     `context` is the longest text that both models read, in tokens; `columns` are those of the rows as they were given.
     """
@@ -89,7 +89,7 @@ def check_writing(trainer: Any, context: int, columns: Collection[str]) -> None:
             "`skd_top_k` needs the whole target on each process, but FSDP or DeepSpeed shard it, and processes would "
             "wait for each other forever. Train on one device or with DDP, or leave `skd_top_k` out."
         )
-    if not (args.writes_completions and isinstance(dataset, Dataset)):
+    if not (args.writes_completions and isinstance(dataset, Dataset)) or is_transformed(dataset):
         return
     longest = max(map(last_prompt, column_values(dataset, "labels")), default=0)
     if longest == 0:

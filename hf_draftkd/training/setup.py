@@ -14,7 +14,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
-from hf_draftkd.data.columns import row_lengths
+from hf_draftkd.data.columns import is_transformed, row_lengths
 from hf_draftkd.data.formats import PER_TOKEN, check_format, check_labels, check_token_ids, format_of, longest_text
 from hf_draftkd.data.target_cache import CacheFacts
 from hf_draftkd.decoding.drafting import checked_vocabulary
@@ -444,6 +444,8 @@ def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftD
     """Refuse prepared data of which every token is masked, or with a row that exceeds the context of a model."""
     context = shared_context(*models)
     for name, dataset in datasets.items():
+        if is_transformed(dataset):  # its rows are made as they are asked for
+            continue
         check_labels(dataset, name, args.max_length)
         if isinstance(dataset, IterableDataset):
             continue

@@ -197,6 +197,28 @@ def test_rows_come_as_lists_whatever_format_was_set(tmp_path, pair, tokenizer, k
     assert list(found) == list(expected)
 
 
+@pytest.mark.filterwarnings("ignore:eval_block_efficiency is left out")
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_free": True, "max_length": None}, {"lmbda": 1.0, "max_new_tokens": 2}]
+)
+def test_a_transform_makes_rows_where_nothing_is_prepared(tmp_path, pair, tokenizer, options):
+    """Fault: the columns below it were looked through for `labels`; a KeyError where rows are prepared."""
+
+    def read(batch):
+        joined = zip(batch["prompt_ids"], batch["completion_ids"], strict=True)
+        made = [(prompt + completion, [-100] * len(prompt) + completion) for prompt, completion in joined]
+        return {"input_ids": [ids for ids, _ in made], "labels": [labels for _, labels in made]}
+
+    rows = alignment_rows(pair[1], tokenizer, count=4)
+    lazy = rows.with_transform(read)
+    with pytest.raises(ValueError, match=r"Rows of the train dataset are made by a transform"):
+        build(tmp_path, pair, tokenizer, lazy)
+    as_they_are = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+    trainer = build(tmp_path, pair, tokenizer, lazy, lazy, **as_they_are, **options)
+    assert trainer.evaluate()["eval_loss"] == build(tmp_path, pair, tokenizer, rows, rows).evaluate()["eval_loss"]
+    trainer.train()
+
+
 def test_a_formatting_function_reads_every_column_and_leaves_none(learned):
     rows = [{"question": "one", "answer": "two", "labels": 1, "decoding": "x"}]
 
