@@ -110,6 +110,24 @@ def check_token_ids(dataset: Dataset | IterableDataset, name: str, vocab_size: i
                 )
 
 
+def as_messages(dataset: Any) -> Any:
+    """ShareGPT's `conversations` as `messages`, by which alone SFTTrainer tells a chat; all other data as they are."""
+    if format_of(dataset) != ("conversations",):
+        return dataset
+
+    def renamed(row: dict[str, Any]) -> dict[str, Any]:
+        for message in row["conversations"] or ():
+            if isinstance(message, dict) and "from" in message:
+                message["from"] = _SPEAKERS.get(message["from"], message["from"])
+        return maybe_convert_to_chatml(row)
+
+    options = {}
+    if isinstance(dataset, Dataset):
+        kept = {name: kind for name, kind in dataset.features.items() if name != "conversations"}
+        options["features"] = Features({**kept, "messages": Json()})
+    return dataset.map(renamed, remove_columns=["conversations"], **options)
+
+
 def normalize_rows(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -131,9 +149,10 @@ def normalize_rows(
             '`dataset_kwargs={"skip_prepare_dataset": True}` and `remove_unused_columns=False`.'
         )
     dataset = without_format(dataset)
-    first = next(iter(dataset), None)
-    if first is None:
+    if next(iter(dataset), None) is None:
         return dataset
+    if formatting_func is None:
+        dataset = as_messages(dataset)
     names, columns = format_of(dataset, text_field), get_dataset_column_names(dataset)
     if formatting_func is not None and (names is None or not names[0].endswith("_ids")):
         return dataset.map(lambda row: {text_field: formatting_func(row)}, remove_columns=columns)
@@ -151,6 +170,7 @@ def normalize_rows(
         if isinstance(dataset, Dataset):
             _check_masks(dataset, name)
         return dataset
+    first = next(iter(dataset))
     if not any(isinstance(first[column], list | tuple) for column in names):
         return dataset.select_columns(list(names))
     columns = [*names, *(column for column in _BESIDE_MESSAGES if column in columns)]
@@ -159,9 +179,6 @@ def normalize_rows(
 
     def read(row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
-            for message in row.get("conversations") or ():
-                if isinstance(message, dict) and "from" in message:
-                    message["from"] = _SPEAKERS.get(message["from"], message["from"])
             made = maybe_convert_to_chatml(row)
             for column, value in dict(made).items():
                 if column == "tools":
@@ -178,11 +195,10 @@ def normalize_rows(
             raise ValueError(f"Row {index} (counted from 0) of the {name} dataset: {error}") from error
         return made
 
-    options: dict[str, Any] = {"remove_columns": [column for column in names if column == "conversations"]}
+    options: dict[str, Any] = {}
     if isinstance(dataset, Dataset):
-        made = [column if column != "conversations" else "messages" for column in columns]
-        features = Features({column: Json() for column in made})
-        options |= {"features": features, "desc": f"Reading messages of {name} dataset"}
+        features = Features({column: Json() for column in columns})
+        options = {"features": features, "desc": f"Reading messages of {name} dataset"}
     return dataset.map(read, with_indices=True, **options)
 
 

@@ -37,8 +37,6 @@ from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.correcting import CorrectedByTarget
 
 DATA, TARGET, DRAFT = "data", "target", "draft"
-# Rows of one conversation each, of which TRL learns all tokens unless it is told otherwise.
-CHAT_COLUMNS = ("messages", "conversations")
 # What is counted between two log entries, in this order.
 _COUNTED = ("rows", "by_draft", "completions", "tokens", "cut", "seconds")
 
@@ -94,10 +92,8 @@ def check_writing(trainer: Any, context: int, columns: Collection[str]) -> None:
     longest = max(map(last_prompt, column_values(dataset, "labels")), default=0)
     if longest == 0:
         instead = "Give rows with `prompt` and `completion`, chats, or what `draftkd generate` writes."
-        if not args.assistant_only_loss and set(CHAT_COLUMNS) & set(columns):
-            # TRL takes the option with the one column only.
-            convert = "" if "messages" in columns else "Convert `conversations` to `messages` (`role`, `content`). "
-            instead = f"{convert}Set `assistant_only_loss=True`: then the last answer of each chat is rewritten."
+        if not args.assistant_only_loss and "messages" in columns:
+            instead = "Set `assistant_only_loss=True`: then the last answer of each chat is rewritten."
         raise ValueError(
             f"{_asked(args)} has completions written while training, but no row of the train dataset has a prompt to "
             f"complete: all its tokens are learned from. {instead}"

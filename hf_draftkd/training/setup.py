@@ -15,7 +15,15 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
 from hf_draftkd.data.columns import is_transformed, row_lengths
-from hf_draftkd.data.formats import PER_TOKEN, check_format, check_labels, check_token_ids, format_of, longest_text
+from hf_draftkd.data.formats import (
+    PER_TOKEN,
+    as_messages,
+    check_format,
+    check_labels,
+    check_token_ids,
+    format_of,
+    longest_text,
+)
 from hf_draftkd.data.target_cache import CacheFacts
 from hf_draftkd.decoding.drafting import checked_vocabulary
 from hf_draftkd.models.draft_length import drop_idle_sampling, recorded_vocabulary, store_draft_settings
@@ -157,7 +165,8 @@ def stand_in(datasets: dict[str, Any]) -> Dataset:
     It is one row, by which SFTTrainer tells the format. It is never prepared: it may be one without anything to learn.
     """
     first = next(iter(datasets.values()))
-    return Dataset.from_list([next(iter(first))]) if isinstance(first, IterableDataset) else first.select([0])
+    row = Dataset.from_list([next(iter(first))]) if isinstance(first, IterableDataset) else first.select([0])
+    return as_messages(row)
 
 
 def prepare_pair(

@@ -31,6 +31,7 @@ from trl.trainer.utils import global_then_local_main_first
 from hf_draftkd.acceptance.tensors import widest_float
 from hf_draftkd.data.collator import INDEX_COLUMN, SETTING_COLUMN, CachedDistributions, DraftDistillCollator
 from hf_draftkd.data.formats import (
+    as_messages,
     exact_features,
     format_of,
     learnable_rows,
@@ -179,6 +180,8 @@ class DraftDistillTrainer(SFTTrainer):
         known = formatting_func is None
         check_mix(train_dataset, mix_dataset, args)
         datasets = setup.check_datasets(train_dataset, eval_dataset, mix_dataset, args, format_known=known)
+        if trains and known:
+            train_dataset = as_messages(train_dataset)  # `assistant_only_loss` asks SFTTrainer for a chat
         if data_collator is None:
             setup.check_unpacked(datasets, args)
         # Whether the loss reads the target's distributions, or only its text.

@@ -164,6 +164,19 @@ def test_speakers_of_sharegpt_are_those_of_the_template(learned, streamed):
     assert [text for text, _ in found] == [expected] * 2
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("trains", [True, False])
+def test_answers_of_conversations_are_learned_alone(tmp_path, pair, tokenizer, trains, streamed):
+    """Fault: "the dataset is not conversational", since SFTTrainer looks for `messages`."""
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    rows = Dataset.from_list([{"conversations": turns, "id": 1}] * 2)
+    rows = rows.to_iterable_dataset() if streamed else rows
+    given = (rows, None) if trains else (None, rows)
+    trainer = build(tmp_path, pair, tokenizer, *given, assistant_only_loss=True, max_steps=1)
+    (row, _) = trainer.train_dataset if trains else trainer.eval_dataset
+    assert tokenizer.decode([each for each in row["labels"] if each != -100]) == "b</s>"
+
+
 def test_padding_that_a_tokenizer_left_is_not_learned(learned, tokenizer):
     """Fault: the collator's own mask counts every id, so half of what was learned was padding."""
     text = tokenizer(["one two three", "one"])
