@@ -119,9 +119,6 @@ class CompletionWriter:
 
     `vocab_size` tokens are shared by the two, `context` is the longest text that both read, in tokens, and `vocabulary`
     are the ids that the draft may propose, and so writes (None for all).
-
-    Attributes:
-        seconds: What writing has taken on this process.
     """
 
     def __init__(
@@ -143,7 +140,6 @@ class CompletionWriter:
         self._context = context
         self._vocabulary = vocabulary
         self._counts = dict.fromkeys(_COUNTED, 0.0)
-        self.seconds = 0.0
 
     def rewrite(
         self, batches: list[dict[str, Any]], step: int, draft: torch.nn.Module, collator: Any
@@ -174,13 +170,11 @@ class CompletionWriter:
             example["labels"] = [-100] * start + completion
         remaining = iter(examples)
         batches = [collator([next(remaining) for _ in batch["input_ids"]]) for batch in batches]
-        seconds = time.perf_counter() - began
-        self.seconds += seconds
         self._count(
             completions=len(written),
             tokens=sum(len(completion) for completion, _ in written),
             cut=sum(reason == LENGTH for _, reason in written),
-            seconds=seconds,
+            seconds=time.perf_counter() - began,
         )
         return batches
 

@@ -496,11 +496,6 @@ class DraftDistillTrainer(SFTTrainer):
 
     # Rollouts --------------------------------------------------------------------------------------------------------
 
-    @property
-    def writing_seconds(self) -> float:
-        """What writing completions while training has taken on this process."""
-        return 0.0 if self._writer is None else self._writer.seconds
-
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
