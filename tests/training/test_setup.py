@@ -87,6 +87,13 @@ def test_an_adapter_that_no_plain_draft_can_hold_is_refused(tmp_path, pair, toke
         build(tmp_path, pair, tokenizer, peft=prompt)
 
 
+def test_an_adapter_that_transformers_holds_is_refused(tmp_path, pair, tokenizer):
+    """Found when the trained draft was to be saved: the folder had the adapter alone."""
+    pair[0].add_adapter(LoraConfig(r=2))
+    with pytest.raises(ValueError, match="only the adapter would be saved, and no plain draft"):
+        build(tmp_path, pair, tokenizer)
+
+
 def test_an_adapter_whose_best_checkpoint_is_not_found_is_refused(tmp_path, pair, tokenizer):
     """With a warning transformers kept the last checkpoint; the card said that it was the best."""
     draft = get_peft_model(pair[0], LoraConfig(r=2, task_type="CAUSAL_LM"), adapter_name="mine")
