@@ -25,8 +25,8 @@ def check_saving(trainer: Trainer) -> None:
 
 def check_adapter(model: Any, *, loads_best: bool) -> None:
     """Refuse an adapter that no plain draft can hold: one that transformers holds and not peft, that does not change
-    weights, or that changes one of two tied weights, since in the plain draft both would change, or neither. With `loads_best` (`load_best_model_at_end`)
-    also one of which transformers would not find the best checkpoint.
+    weights, or that changes one of two tied weights, since in the plain draft both would change, or neither. With
+    `loads_best` (`load_best_model_at_end`) also one of which transformers would not find the best checkpoint.
 
     peft ties some such adapters (`ensure_weight_tying=True`), but then puts one on the head as well, which TRL refuses.
     Whole copies (`modules_to_save`) and `trainable_token_indices` come out right.

@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from accelerate.utils import is_compiled_module
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset, IterableDataset
 from torch.nn.parallel import DistributedDataParallel
@@ -212,6 +213,11 @@ def prepare_pair(
         check_own_tokenizer(target, tokenizer, is_target=True)
     if isinstance(draft, Checkpoint):
         draft = load_draft(draft, **draft_kwargs)
+    if is_compiled_module(draft):
+        raise ValueError(
+            "The draft is compiled (`torch.compile`), and would be saved under names that nobody can load. Give the "
+            "plain model, and set `torch_compile=True`."
+        )
     if getattr(unwrapped(draft), "hf_quantizer", None) is not None:
         raise ValueError(_QUANTISED_DRAFT.format(name=model_name(unwrapped(draft))))
     learns_itself = trains and not adds_adapter

@@ -87,6 +87,13 @@ def test_an_adapter_that_no_plain_draft_can_hold_is_refused(tmp_path, pair, toke
         build(tmp_path, pair, tokenizer, peft=prompt)
 
 
+def test_a_compiled_draft_is_refused(tmp_path, pair, tokenizer):
+    """Found when the trained draft was loaded: its weights were saved as `_orig_mod.model...`."""
+    draft = torch.compile(pair[0], backend="eager")
+    with pytest.raises(ValueError, match=r"The draft is compiled .* set `torch_compile=True`"):
+        build(tmp_path, (draft, pair[1]), tokenizer)
+
+
 def test_an_adapter_that_transformers_holds_is_refused(tmp_path, pair, tokenizer):
     """Found when the trained draft was to be saved: the folder had the adapter alone."""
     pair[0].add_adapter(LoraConfig(r=2))
