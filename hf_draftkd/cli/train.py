@@ -65,7 +65,7 @@ def run(argv: list[str]) -> int:
         new_directory(args.output_dir, overwrite=True, target_model=options.target_model)
         checkpoint = _where_to_start(args, overwrite=options.overwrite_output_dir)
         if checkpoint is not None:
-            check_options(checkpoint, args)
+            check_options(checkpoint, args, has_adapter=model_config.use_peft)
         trainer = build_trainer(options, args, model_config)
         if trainer.is_world_process_zero():
             with only_run(args.output_dir):  # asked now: with `--overwrite_output_dir` its checkpoints would go next

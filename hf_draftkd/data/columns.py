@@ -18,13 +18,14 @@ def tables(dataset: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, pa.T
         yield first, rows[first : first + _ROWS]
 
 
-def without_format(dataset: Any) -> Any:
-    """All columns of a data set or stream as plain values, whatever `set_format` made of them.
+def is_transformed(dataset: Any) -> bool:
+    """Whether a transform (`set_transform`) makes the rows, whatever the columns are."""
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
-    A transform of `set_transform` makes the rows, and stays.
-    """
-    is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
-    return dataset if is_transformed else dataset.with_format(None)
+
+def without_format(dataset: Any) -> Any:
+    """All columns of a data set or stream as plain values, whatever `set_format` made of them; a transform stays."""
+    return dataset if is_transformed(dataset) else dataset.with_format(None)
 
 
 def distinct(dataset: Dataset, columns: Sequence[str]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from hf_draftkd.data.collator import (
     addresses,
     setting_feature,
 )
-from hf_draftkd.data.columns import column_values, list_lengths, row_lengths, tables, without_format
+from hf_draftkd.data.columns import column_values, is_transformed, list_lengths, row_lengths, tables, without_format
 from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
 from hf_draftkd.data.rows import AUTHOR_COLUMNS, author_of, authors, other_authors
 from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
@@ -44,6 +44,9 @@ FORMATS: tuple[tuple[str, ...], ...] = (
 PER_TOKEN = ("labels", "completion_mask", "assistant_masks")
 _BESIDE_IDS = (*PER_TOKEN, "seq_lengths")
 _BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
+# Who speaks in ShareGPT's `conversations`, whose `from` and `value` TRL renames. Chat templates write nothing, or
+# something else, for a role that they do not know.
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
 # What a row of alignment data is read for.
 _READ = {"prompt_ids", "completion_ids", "ids_source", *AUTHOR_COLUMNS, *SETTING_COLUMNS}
 
@@ -107,6 +110,24 @@ def check_token_ids(dataset: Dataset | IterableDataset, name: str, vocab_size: i
                 )
 
 
+def as_messages(dataset: Any) -> Any:
+    """ShareGPT's `conversations` as `messages`, by which alone SFTTrainer tells a chat; all other data as they are."""
+    if format_of(dataset) != ("conversations",):
+        return dataset
+
+    def renamed(row: dict[str, Any]) -> dict[str, Any]:
+        for message in row["conversations"] or ():
+            if isinstance(message, dict) and "from" in message:
+                message["from"] = _SPEAKERS.get(message["from"], message["from"])
+        return maybe_convert_to_chatml(row)
+
+    options = {}
+    if isinstance(dataset, Dataset):
+        kept = {name: kind for name, kind in dataset.features.items() if name != "conversations"}
+        options["features"] = Features({**kept, "messages": Json()})
+    return dataset.map(renamed, remove_columns=["conversations"], **options)
+
+
 def normalize_rows(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -121,10 +142,17 @@ def normalize_rows(
     rows that differ do not lend each other their keys. A `formatting_func` makes the text of a row that holds no token
     ids. Ids come as lists, whatever `set_format` made of them: arrays would be added up where lists are joined.
     """
-    dataset = without_format(dataset)  # of a transform, which SFTTrainer refuses, nothing changes
-    first = next(iter(dataset), None)
-    if first is None:
+    if is_transformed(dataset):
+        raise ValueError(
+            f"Rows of the {name} dataset are made by a transform (`set_transform`), but they are read once, before "
+            "training. Make them with `map`; or let the transform give `input_ids` and `labels`, and set "
+            '`dataset_kwargs={"skip_prepare_dataset": True}` and `remove_unused_columns=False`.'
+        )
+    dataset = without_format(dataset)
+    if next(iter(dataset), None) is None:
         return dataset
+    if formatting_func is None:
+        dataset = as_messages(dataset)
     names, columns = format_of(dataset, text_field), get_dataset_column_names(dataset)
     if formatting_func is not None and (names is None or not names[0].endswith("_ids")):
         return dataset.map(lambda row: {text_field: formatting_func(row)}, remove_columns=columns)
@@ -142,6 +170,7 @@ def normalize_rows(
         if isinstance(dataset, Dataset):
             _check_masks(dataset, name)
         return dataset
+    first = next(iter(dataset))
     if not any(isinstance(first[column], list | tuple) for column in names):
         return dataset.select_columns(list(names))
     columns = [*names, *(column for column in _BESIDE_MESSAGES if column in columns)]
@@ -166,11 +195,10 @@ def normalize_rows(
             raise ValueError(f"Row {index} (counted from 0) of the {name} dataset: {error}") from error
         return made
 
-    options: dict[str, Any] = {"remove_columns": [column for column in names if column == "conversations"]}
+    options: dict[str, Any] = {}
     if isinstance(dataset, Dataset):
-        made = [column if column != "conversations" else "messages" for column in columns]
-        features = Features({column: Json() for column in made})
-        options |= {"features": features, "desc": f"Reading messages of {name} dataset"}
+        features = Features({column: Json() for column in columns})
+        options = {"features": features, "desc": f"Reading messages of {name} dataset"}
     return dataset.map(read, with_indices=True, **options)
 
 
@@ -235,40 +263,33 @@ def _check_masks(dataset: Dataset, name: str) -> None:
 def exact_features(
     dataset: Dataset | IterableDataset, target: ModelIdentity | None, *, first_row: int | None = None, **map_kwargs: Any
 ) -> Any:
-    """Turn rows that already hold token ids into `input_ids`, `labels` and their setting; leave all others alone.
+    """Turn alignment rows (`prompt_ids`, `completion_ids`) into `input_ids`, `labels` and their setting; leave all
+    others alone.
 
-    Alignment rows (`prompt_ids`, `completion_ids`) become their concatenation with the prompt masked. A
-    `completion_mask` that comes with `input_ids` becomes `labels`, which `SFTTrainer` would ignore. Only rows that the
-    target in use wrote keep their decoding setting: block efficiency is exact for such text and for no other. It is
-    [temperature, top_p, top_k, repetition_penalty], nan where unknown, in `SETTING_COLUMN`. Where a cache is in use, in
-    which `first_row` is the number of the first row, `INDEX_COLUMN` is aligned with `input_ids`.
+    The two become one text with the prompt masked. Only rows that the target in use wrote keep their decoding setting:
+    block efficiency is exact for such text and for no other. It is [temperature, top_p, top_k, repetition_penalty], nan
+    where unknown, in `SETTING_COLUMN`. Where a cache is in use, in which `first_row` is the number of the first row,
+    `INDEX_COLUMN` is aligned with `input_ids`.
     """
     columns = get_dataset_column_names(dataset)
-    if {"prompt_ids", "completion_ids"} <= set(columns):
-        # Cached distributions are heavy: not even read here.
-        light = [name for name in columns if name in _READ]
+    if not {"prompt_ids", "completion_ids"} <= set(columns):
+        return dataset
+    # Cached distributions are heavy: not even read here.
+    light = [name for name in columns if name in _READ]
 
-        def features(row: dict[str, Any], index: int) -> dict[str, Any]:
-            prompt, completion = row["prompt_ids"], row["completion_ids"]
-            made = {
-                "input_ids": prompt + completion,
-                "labels": [-100] * len(prompt) + completion,
-                SETTING_COLUMN: _recorded_setting(row, target),
-            }
-            if first_row is not None:
-                made[INDEX_COLUMN] = addresses(first_row + index, len(prompt), len(completion))
-            return made
+    def features(row: dict[str, Any], index: int) -> dict[str, Any]:
+        prompt, completion = row["prompt_ids"], row["completion_ids"]
+        made = {
+            "input_ids": prompt + completion,
+            "labels": [-100] * len(prompt) + completion,
+            SETTING_COLUMN: _recorded_setting(row, target),
+        }
+        if first_row is not None:
+            made[INDEX_COLUMN] = addresses(first_row + index, len(prompt), len(completion))
+        return made
 
-        rows = dataset.select_columns(light)
-        return rows.map(features, with_indices=True, remove_columns=light, **map_kwargs)
-    if {"input_ids", "completion_mask"} <= set(columns) and "labels" not in columns:
-
-        def masked(row: dict[str, Any]) -> dict[str, Any]:
-            pairs = zip(row["input_ids"], row["completion_mask"], strict=True)
-            return {"labels": [token if counts else -100 for token, counts in pairs]}
-
-        return dataset.map(masked, remove_columns=["completion_mask"], **map_kwargs)
-    return dataset
+    rows = dataset.select_columns(light)
+    return rows.map(features, with_indices=True, remove_columns=light, **map_kwargs)
 
 
 def packed(dataset: Dataset, length: int | None, map_kwargs: dict[str, Any]) -> Dataset:

@@ -55,6 +55,11 @@ def load_prompts(
     if len(dataset) == 0:
         raise ValueError(f"{_name(source)} holds no rows, so there is nothing to answer.")
     if drop_last_answer:
+        if any(isinstance(prompt, str) for prompt in column_values(dataset, "prompt")):
+            raise ValueError(
+                f"`drop_last_answer` takes the last answer out of a conversation, but {_name(source)} holds prompts "
+                "that are text. Leave it out, or name the column with the messages."
+            )
         dataset = dataset.map(_without_last_answer)
     return _check_prompts(dataset, _name(source), skip_invalid)
 

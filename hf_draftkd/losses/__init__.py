@@ -10,6 +10,7 @@ from hf_draftkd.losses.divergences import (
     get_divergence,
     lk_hybrid,
     negative_log_acceptance,
+    reads_target,
     reverse_kl,
     total_variation,
     tvd_plus_plus,

@@ -189,6 +189,11 @@ def get_divergence(name: str) -> Callable[..., torch.Tensor]:
     return DIVERGENCES[one_of("divergence", name, DIVERGENCES)]
 
 
+def reads_target(divergence: str, cross_entropy_weight: float) -> bool:
+    """Whether a loss of the two reads the target's distributions (white box), or only its text."""
+    return divergence != "cross_entropy" and cross_entropy_weight < 1
+
+
 def check_divergence(name: str, options: Mapping[str, Any] | None = None) -> None:
     """Refuse a divergence, or an option of one, that does not exist or is out of range; before any long work.
 

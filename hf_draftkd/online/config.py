@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hf_draftkd.losses import check_divergence
+from hf_draftkd.losses import check_divergence, reads_target
 from hf_draftkd.utils.checks import in_range, whole_number
 from hf_draftkd.utils.fields import option
 
@@ -96,4 +96,4 @@ class OnlineDistillConfig:
     @property
     def needs_target(self) -> bool:
         """Whether the loss reads the target's distributions, or only its text."""
-        return self.divergence != "cross_entropy" and self.cross_entropy_weight < 1
+        return reads_target(self.divergence, self.cross_entropy_weight)

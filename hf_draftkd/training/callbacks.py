@@ -25,7 +25,9 @@ def with_acceptance(callbacks: list[TrainerCallback] | None, args: Any, *, evalu
     if evaluates and args.eval_strategy == IntervalStrategy.NO:
         args.eval_strategy = IntervalStrategy.EPOCH
     given = callbacks or []
-    return given if any(isinstance(each, AcceptanceCallback) for each in given) else [*given, AcceptanceCallback()]
+    # Trainer takes a class as well, and makes one.
+    is_given = any(each is AcceptanceCallback or isinstance(each, AcceptanceCallback) for each in given)
+    return given if is_given else [*given, AcceptanceCallback()]
 
 
 def asked_metrics(callbacks: list[TrainerCallback], usual_length: int) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -19,6 +19,7 @@ from typing import Any
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.utils.files import write_text
@@ -38,6 +39,11 @@ _KEPT = (
     "cross_entropy_weight",
     "learning_rate",
     "lr_scheduler_type",
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
     "seed",
     "lmbda",
     "seq_kd",
@@ -77,12 +83,20 @@ def record_options(checkpoint: str | Path, args: DraftDistillConfig) -> None:
     write_text(Path(checkpoint) / _OPTIONS_FILE, json.dumps(_options(args) | {"save_only_model": args.save_only_model}))
 
 
-def check_options(checkpoint: str | Path, args: DraftDistillConfig) -> None:
+def check_options(checkpoint: str | Path, args: DraftDistillConfig, *, has_adapter: bool) -> None:
     """A `ValueError` where a run would resume with other options than its checkpoint was trained with.
 
-    Part of the draft would then have been trained otherwise than its card says, and the learning rate is the
-    checkpoint's whatever is asked for.
+    Part of the draft would then have been trained otherwise than its card says, and the optimizer's settings are the
+    checkpoint's whatever is asked for. `has_adapter`: this run trains an adapter, and not the whole draft.
     """
+    holds_adapter = Path(checkpoint, ADAPTER_CONFIG_NAME).exists()
+    if Path(checkpoint).is_dir() and holds_adapter != has_adapter:
+        kinds = {True: "an adapter", False: "the whole draft"}
+        raise ValueError(
+            f"{str(checkpoint)!r} was trained as {kinds[holds_adapter]}, and this run trains {kinds[has_adapter]} "
+            "(`peft_config`, `--use_peft`). Resume with the same, name another `output_dir`, or start again "
+            "(`--overwrite_output_dir`)."
+        )
     recorded = _recorded(Path(checkpoint))
     if recorded.get("save_only_model"):
         raise ValueError(

@@ -5,19 +5,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from transformers import SchedulerType
 from trl import SFTConfig
 
 from hf_draftkd.acceptance import DRAFT_LENGTHS
 from hf_draftkd.data.mixing import parse_mix
 from hf_draftkd.data.shards import launched_on_cpus
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.losses import DIVERGENCES, get_divergence
+from hf_draftkd.losses import DIVERGENCES, get_divergence, reads_target
 from hf_draftkd.training.token_selection import TOKEN_SELECTIONS
 from hf_draftkd.utils.checks import in_range, one_of, whole_number
 from hf_draftkd.utils.fields import option
 
-# Inherited options that would silently do nothing here, each with what to use instead. A value other than the default
-# is refused by name.
+# Inherited options that would silently do nothing here, or harm, each with what to use instead, or why. A value other
+# than the default is refused by name.
 _REFUSED: dict[str, tuple[Any, str]] = {
     "loss_type": ("nll", "Choose the loss with `divergence`."),
     "label_smoothing_factor": (0.0, "The target's own distribution already smooths the labels."),
@@ -27,6 +28,8 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "hub_strategy": ("end", "A draft is published whole and measured: call `trainer.push_to_hub()` after training."),
     "truncation_mode": ("keep_start", "A completion without its prompt is not what the target was asked."),
     "include_for_metrics": ([], "Read the metrics from `trainer.evaluate()`."),
+    "bf16_full_eval": (False, "It would leave the draft itself in bfloat16, to be trained and saved so."),
+    "fp16_full_eval": (False, "It would leave the draft itself in float16, to be trained and saved so."),
 }
 # What only one value of another option reads.
 _OPTIONS_OF_LOSSES = {
@@ -149,11 +152,13 @@ class DraftDistillConfig(SFTConfig):
     > - `ddp_find_unused_parameters`: `False`. Every parameter of a causal LM is used in every step.
     > - `use_cache`: `True`. It is saved in the draft's config, and a draft without a cache is slow; training passes
     >   never make one.
+    > - `lr_scheduler_kwargs["mode"]`: `"max"` where a scheduler follows a metric of which more is better.
     > - `logging_nan_inf_filter`: `False`. A loss that is not finite stops the run instead of being hidden.
     >
     > Refused, since they would do nothing here: `loss_type`, `label_smoothing_factor`, `router_aux_loss_coef`,
     > `use_liger_kernel`, `batch_eval_metrics`, `include_for_metrics`, `truncation_mode="keep_end"`. Refused as
-    > well: a `chat_template_path` that is not a `.jinja` file, since it would give the draft another vocabulary.
+    > well: a `chat_template_path` that is not a `.jinja` file, since it would give the draft another vocabulary, and
+    > `bf16_full_eval` and `fp16_full_eval`, since transformers then converts the draft itself.
 
     Raises:
         ValueError: A value is out of range or of an unknown name, or a refused option is set.
@@ -235,6 +240,10 @@ class DraftDistillConfig(SFTConfig):
             # Batches of several processes are padded to different lengths, and cannot be cut out of one. SFTTrainer
             # sees to it where the training data is a stream, not where the evaluation data is.
             self.accelerator_config.dispatch_batches = False
+        follows_metric = self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+        if follows_metric and self.greater_is_better:
+            # They take every metric for a loss, and would lower the rate where acceptance rises.
+            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
         template = self.chat_template_path
         if template is not None and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
             raise ValueError(
@@ -244,7 +253,7 @@ class DraftDistillConfig(SFTConfig):
             )
         for name, (default, reason) in _REFUSED.items():
             if getattr(self, name) != default:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` has no meaning when distilling. {reason}")
+                raise ValueError(f"`{name}={getattr(self, name)!r}` cannot be used when distilling. {reason}")
 
     def _check_distillation_values(self) -> None:
         get_divergence(self.divergence)
@@ -368,4 +377,4 @@ class DraftDistillConfig(SFTConfig):
     @property
     def needs_target(self) -> bool:
         """Whether the loss reads the target's distributions (white box)."""
-        return self.divergence != "cross_entropy" and self.cross_entropy_weight < 1
+        return reads_target(self.divergence, self.cross_entropy_weight)

@@ -237,11 +237,14 @@ def not_exact(foreign_rows: int, signal: TextSignal, prefix: str = "eval") -> st
 # Best checkpoint -----------------------------------------------------------------------------------------------------
 
 
-def check_best_metric(args: DraftDistillConfig, eval_dataset: Any, signal: TextSignal) -> None:
+def check_best_metric(
+    args: DraftDistillConfig, eval_dataset: Any, signal: TextSignal, asked: tuple[Sequence[int], Sequence[float]]
+) -> None:
     """Refuse, before training, a `metric_for_best_model` that `evaluate()` will not report or that means nothing.
 
-    transformers would find out after the first evaluation. Names that it does not know are left to it. `eval_dataset`
-    holds prepared rows, several sets of them by name, or None; nothing is known of a stream.
+    transformers would find out after the first evaluation. Names that are none of ours are left to it. `eval_dataset`
+    holds prepared rows, several sets of them by name, or None; nothing is known of a stream. `asked` are further draft
+    lengths and temperatures that are measured.
     """
     given = args.metric_for_best_model
     if given is None or eval_dataset is None or args.eval_strategy == IntervalStrategy.NO:
@@ -257,7 +260,7 @@ def check_best_metric(args: DraftDistillConfig, eval_dataset: Any, signal: TextS
             )
         return
     metric = metric.removeprefix(f"{name}_")
-    reason = None
+    reason = _not_measured(metric, args.eval_num_assistant_tokens, *asked)
     if metric == "loss" and args.divergence == "tvd_plus_plus":
         reason = "the value of `tvd_plus_plus` does not measure how good a draft is. Choose the acceptance rate"
     elif metric == "acceptance_rate" != signal.acceptance_name:
@@ -268,6 +271,19 @@ def check_best_metric(args: DraftDistillConfig, eval_dataset: Any, signal: TextS
         reason = not_exact(foreign_rows, signal).removesuffix(".")
     if reason is not None:
         raise ValueError(f"`metric_for_best_model={given!r}` cannot choose a checkpoint: {reason}.")
+
+
+def _not_measured(metric: str, usual: int, lengths: Sequence[int], temperatures: Sequence[float]) -> str | None:
+    """Why a metric at a draft length or temperature is not reported; None if it is, or names neither."""
+    length = re.match(r"block_efficiency_at_(\d+)", metric)
+    if length and int(length[1]) == usual:
+        return f"at `eval_num_assistant_tokens={usual}` it is called {metric.replace(f'_at_{usual}', '', 1)!r}"
+    if length and int(length[1]) not in lengths:
+        return f"nothing asks for it. Give `AcceptanceCallback([{length[1]}])` among the `callbacks`"
+    temperature = re.fullmatch(r"acceptance_rate(?:_upper_bound)?_t(\d+(?:\.\d+)?)", metric)
+    if temperature and float(temperature[1]) not in temperatures:
+        return f"nothing asks for it. Give `AcceptanceCallback(temperatures=[{temperature[1]}])` among the `callbacks`"
+    return None
 
 
 def _foreign_rows(dataset: Any, signal: TextSignal) -> int:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hf_draftkd.data.columns import row_lengths
+from hf_draftkd.data.columns import is_transformed, row_lengths
 from hf_draftkd.models.forward import evaluating, logits_at, unwrapped
 from hf_draftkd.models.pairing import context_length
 from hf_draftkd.training.signals import model_inputs
@@ -26,7 +26,7 @@ _ROUNDING, _SHARE = 0.02, 0.1
 
 def longest_packed_row(dataset: Any, batch_size: int, max_length: int | None) -> int:
     """Tokens of the longest row that the padding-free collator makes: all rows of a batch, one behind the other."""
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, Dataset) or is_transformed(dataset):
         return batch_size * (max_length or 0)
     return int(np.sort(row_lengths(dataset, "input_ids"))[-batch_size:].sum())
 

@@ -28,7 +28,7 @@ from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
 
 from hf_draftkd.data.backends import LENGTH, cut_completion
-from hf_draftkd.data.columns import column_values
+from hf_draftkd.data.columns import column_values, is_transformed
 from hf_draftkd.decoding.setting import UNFILTERED, DecodingSetting, end_token_ids
 from hf_draftkd.decoding.texts import left_padded
 from hf_draftkd.models.forward import evaluating, seeded, unwrapped
@@ -37,8 +37,6 @@ from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.correcting import CorrectedByTarget
 
 DATA, TARGET, DRAFT = "data", "target", "draft"
-# Rows of one conversation each, of which TRL learns all tokens unless it is told otherwise.
-CHAT_COLUMNS = ("messages", "conversations")
 # What is counted between two log entries, in this order.
 _COUNTED = ("rows", "by_draft", "completions", "tokens", "cut", "seconds")
 
@@ -76,8 +74,8 @@ def check_writer(args: DraftDistillConfig, *, has_target: bool) -> None:
 
 
 def check_writing(trainer: Any, context: int, columns: Collection[str]) -> None:
-    """Refuse runs whose completions cannot be written: the data has no prompts (a stream is not read ahead), or the
-    models are sharded.
+    """Refuse runs whose completions cannot be written: the data has no prompts (neither a stream nor what a
+    transform makes is read ahead), or the models are sharded.
 
     `context` is the longest text that both models read, in tokens; `columns` are those of the rows as they were given.
     """
@@ -89,15 +87,13 @@ def check_writing(trainer: Any, context: int, columns: Collection[str]) -> None:
             "`skd_top_k` needs the whole target on each process, but FSDP or DeepSpeed shard it, and processes would "
             "wait for each other forever. Train on one device or with DDP, or leave `skd_top_k` out."
         )
-    if not (args.writes_completions and isinstance(dataset, Dataset)):
+    if not (args.writes_completions and isinstance(dataset, Dataset)) or is_transformed(dataset):
         return
     longest = max(map(last_prompt, column_values(dataset, "labels")), default=0)
     if longest == 0:
         instead = "Give rows with `prompt` and `completion`, chats, or what `draftkd generate` writes."
-        if not args.assistant_only_loss and set(CHAT_COLUMNS) & set(columns):
-            # TRL takes the option with the one column only.
-            convert = "" if "messages" in columns else "Convert `conversations` to `messages` (`role`, `content`). "
-            instead = f"{convert}Set `assistant_only_loss=True`: then the last answer of each chat is rewritten."
+        if not args.assistant_only_loss and "messages" in columns:
+            instead = "Set `assistant_only_loss=True`: then the last answer of each chat is rewritten."
         raise ValueError(
             f"{_asked(args)} has completions written while training, but no row of the train dataset has a prompt to "
             f"complete: all its tokens are learned from. {instead}"
@@ -123,9 +119,6 @@ class CompletionWriter:
 
     `vocab_size` tokens are shared by the two, `context` is the longest text that both read, in tokens, and `vocabulary`
     are the ids that the draft may propose, and so writes (None for all).
-
-    Attributes:
-        seconds: What writing has taken on this process.
     """
 
     def __init__(
@@ -147,7 +140,6 @@ class CompletionWriter:
         self._context = context
         self._vocabulary = vocabulary
         self._counts = dict.fromkeys(_COUNTED, 0.0)
-        self.seconds = 0.0
 
     def rewrite(
         self, batches: list[dict[str, Any]], step: int, draft: torch.nn.Module, collator: Any
@@ -178,13 +170,11 @@ class CompletionWriter:
             example["labels"] = [-100] * start + completion
         remaining = iter(examples)
         batches = [collator([next(remaining) for _ in batch["input_ids"]]) for batch in batches]
-        seconds = time.perf_counter() - began
-        self.seconds += seconds
         self._count(
             completions=len(written),
             tokens=sum(len(completion) for completion, _ in written),
             cut=sum(reason == LENGTH for _, reason in written),
-            seconds=seconds,
+            seconds=time.perf_counter() - began,
         )
         return batches
 

@@ -24,13 +24,19 @@ def check_saving(trainer: Trainer) -> None:
 
 
 def check_adapter(model: Any, *, loads_best: bool) -> None:
-    """Refuse an adapter that no plain draft can hold: one that does not change weights, or that changes one of two
-    tied weights, since in the plain draft both would change, or neither. With `loads_best` (`load_best_model_at_end`)
-    also one of which transformers would not find the best checkpoint.
+    """Refuse an adapter that no plain draft can hold: one that transformers holds and not peft, that does not change
+    weights, or that changes one of two tied weights, since in the plain draft both would change, or neither. With
+    `loads_best` (`load_best_model_at_end`) also one of which transformers would not find the best checkpoint.
 
     peft ties some such adapters (`ensure_weight_tying=True`), but then puts one on the head as well, which TRL refuses.
     Whole copies (`modules_to_save`) and `trainable_token_indices` come out right.
     """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "The draft carries an adapter that transformers holds (`add_adapter`, or an adapter loaded by "
+            "`AutoModelForCausalLM`): only the adapter would be saved, and no plain draft. Give `peft_config`, or "
+            "`get_peft_model(draft, config)`; `load_draft` loads a draft with its adapter merged."
+        )
     if not is_peft_model(model):
         return
     if not hasattr(model, "merge_and_unload"):

@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from accelerate.utils import is_compiled_module
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset, IterableDataset
 from torch.nn.parallel import DistributedDataParallel
@@ -14,8 +15,16 @@ from trl.data_utils import get_dataset_column_names
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import get_config_model_id
 
-from hf_draftkd.data.columns import row_lengths
-from hf_draftkd.data.formats import PER_TOKEN, check_format, check_labels, check_token_ids, format_of, longest_text
+from hf_draftkd.data.columns import is_transformed, row_lengths
+from hf_draftkd.data.formats import (
+    PER_TOKEN,
+    as_messages,
+    check_format,
+    check_labels,
+    check_token_ids,
+    format_of,
+    longest_text,
+)
 from hf_draftkd.data.target_cache import CacheFacts
 from hf_draftkd.decoding.drafting import checked_vocabulary
 from hf_draftkd.models.draft_length import drop_idle_sampling, recorded_vocabulary, store_draft_settings
@@ -103,25 +112,37 @@ def check_datasets(
     if format_known:
         for name, dataset in datasets.items():
             check_format(dataset, name, text_field=args.dataset_text_field)
+            only_some = args.completion_only_loss and not args.assistant_only_loss and name != "mix"
+            if only_some and not _holds_more(dataset, args):
+                raise ValueError(
+                    f"`completion_only_loss=True`, but rows of the {name} dataset have no `completion`: all their "
+                    "tokens would be learned from. Split prompts off, or leave the option out. Of `messages` "
+                    "`assistant_only_loss=True` learns the answers alone."
+                )
             if args.completion_only_loss is False and "completion_ids" in get_dataset_column_names(dataset):
                 raise ValueError(
                     f"`completion_only_loss=False` has no meaning for the exact tokens in the {name} dataset: a prompt "
                     "is not what the target writes. Leave it out; to learn from other text too, give it as "
                     "`mix_dataset`."
                 )
-    if args.packing and args.packing_strategy != "bfd" and train_dataset is not None:
-        read = set(format_of(train_dataset, args.dataset_text_field) or ())
-        if "input_ids" in read:
-            read |= set(PER_TOKEN) & set(get_dataset_column_names(train_dataset))
-        if args.assistant_only_loss or len(read) > 1:  # a prompt, or a mask, beside what is learned from
-            raise ValueError(
-                f"`packing_strategy={args.packing_strategy!r}` cuts rows where a packed row is full: completions would "
-                'be learned without the prompt they answer. Leave it out: "bfd" packs whole rows.'
-            )
+    cuts = train_dataset is not None and args.packing and args.packing_strategy != "bfd"
+    if cuts and (args.assistant_only_loss or _holds_more(train_dataset, args)):
+        raise ValueError(
+            f"`packing_strategy={args.packing_strategy!r}` cuts rows where a packed row is full: completions would "
+            'be learned without the prompt they answer. Leave it out: "bfd" packs whole rows.'
+        )
     if args.eval_packing:
         raise ValueError("`eval_packing=True` would cut texts apart, but metrics are sums over whole texts.")
     args.eval_packing = False
     return datasets
+
+
+def _holds_more(dataset: Any, args: DraftDistillConfig) -> bool:
+    """Whether rows hold a prompt, or a mask, beside what is learned from."""
+    read = set(format_of(dataset, args.dataset_text_field) or ())
+    if "input_ids" in read:
+        read |= set(PER_TOKEN) & set(get_dataset_column_names(dataset))
+    return len(read) > 1
 
 
 def check_unpacked(datasets: dict[str, Any], args: DraftDistillConfig) -> None:
@@ -145,7 +166,8 @@ def stand_in(datasets: dict[str, Any]) -> Dataset:
     It is one row, by which SFTTrainer tells the format. It is never prepared: it may be one without anything to learn.
     """
     first = next(iter(datasets.values()))
-    return Dataset.from_list([next(iter(first))]) if isinstance(first, IterableDataset) else first.select([0])
+    row = Dataset.from_list([next(iter(first))]) if isinstance(first, IterableDataset) else first.select([0])
+    return as_messages(row)
 
 
 def prepare_pair(
@@ -191,6 +213,11 @@ def prepare_pair(
         check_own_tokenizer(target, tokenizer, is_target=True)
     if isinstance(draft, Checkpoint):
         draft = load_draft(draft, **draft_kwargs)
+    if is_compiled_module(draft):
+        raise ValueError(
+            "The draft is compiled (`torch.compile`), and would be saved under names that nobody can load. Give the "
+            "plain model, and set `torch_compile=True`."
+        )
     if getattr(unwrapped(draft), "hf_quantizer", None) is not None:
         raise ValueError(_QUANTISED_DRAFT.format(name=model_name(unwrapped(draft))))
     learns_itself = trains and not adds_adapter
@@ -432,6 +459,8 @@ def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftD
     """Refuse prepared data of which every token is masked, or with a row that exceeds the context of a model."""
     context = shared_context(*models)
     for name, dataset in datasets.items():
+        if is_transformed(dataset):  # its rows are made as they are asked for
+            continue
         check_labels(dataset, name, args.max_length)
         if isinstance(dataset, IterableDataset):
             continue

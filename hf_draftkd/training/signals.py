@@ -224,11 +224,12 @@ def check_cached(
     """
     for name, dataset in datasets.items():
         if missing := missing_cache_columns(dataset):
+            what = "A custom `token_loss`" if custom_loss else f"`divergence={args.divergence!r}`"
             raise ValueError(
-                f"`divergence={args.divergence!r}` compares the draft with its target, but `target_model` is None and "
-                f"the {name} dataset holds no cached distributions (no {', '.join(f'`{name}`' for name in missing)}). "
-                "Give the target, cache it with `cache_target_distributions` (text: `with_token_ids` first), or train "
-                'on its text alone with `divergence="cross_entropy"`.'
+                f"{what} compares the draft with its target, but `target_model` is None and the {name} dataset holds "
+                f"no cached distributions (no {', '.join(f'`{name}`' for name in missing)}). Give the target, cache it "
+                "with `cache_target_distributions` (text: `with_token_ids` first), or train on its text alone with "
+                f'`divergence="cross_entropy"`{" and without that method" if custom_loss else ""}.'
             )
     for given, what, why in (
         (custom_collator, "data_collator", "distributions are looked up by the trainer's own"),

@@ -31,6 +31,7 @@ from trl.trainer.utils import global_then_local_main_first
 from hf_draftkd.acceptance.tensors import widest_float
 from hf_draftkd.data.collator import INDEX_COLUMN, SETTING_COLUMN, CachedDistributions, DraftDistillCollator
 from hf_draftkd.data.formats import (
+    as_messages,
     exact_features,
     format_of,
     learnable_rows,
@@ -179,6 +180,8 @@ class DraftDistillTrainer(SFTTrainer):
         known = formatting_func is None
         check_mix(train_dataset, mix_dataset, args)
         datasets = setup.check_datasets(train_dataset, eval_dataset, mix_dataset, args, format_known=known)
+        if trains and known:
+            train_dataset = as_messages(train_dataset)  # `assistant_only_loss` asks SFTTrainer for a chat
         if data_collator is None:
             setup.check_unpacked(datasets, args)
         # Whether the loss reads the target's distributions, or only its text.
@@ -290,7 +293,8 @@ class DraftDistillTrainer(SFTTrainer):
                 setup.warn_of_lost_updates(self)
             check_writing(self, context, get_dataset_column_names(train_dataset))
             if isinstance(self.data_collator, DraftDistillCollator):
-                check_best_metric(args, self.eval_dataset, self.signal)
+                asked = asked_metrics(self.callback_handler.callbacks, args.eval_num_assistant_tokens)
+                check_best_metric(args, self.eval_dataset, self.signal, asked)
 
         self._writer: CompletionWriter | None = None
         if args.writes_completions and self.target_model is not None:
@@ -492,11 +496,6 @@ class DraftDistillTrainer(SFTTrainer):
 
     # Rollouts --------------------------------------------------------------------------------------------------------
 
-    @property
-    def writing_seconds(self) -> float:
-        """What writing completions while training has taken on this process."""
-        return 0.0 if self._writer is None else self._writer.seconds
-
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
@@ -512,18 +511,29 @@ class DraftDistillTrainer(SFTTrainer):
     # Evaluation ------------------------------------------------------------------------------------------------------
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
-        """Metrics are sums over texts: what is evaluated comes one text a row, and each text once. All
+        """Metrics are sums over texts: what is evaluated comes one text a row, and each text once, to the last. All
         processes get the same number of batches of a stream.
         """
         usual, num_processes = self.data_collator, self.accelerator.num_processes
-        if not kwargs.get("is_training") and isinstance(usual, DraftDistillCollator):
-            self.data_collator = usual.padded()
+        drops_last = self.args.dataloader_drop_last
+        if not kwargs.get("is_training"):
+            self.args.dataloader_drop_last = False
+            if isinstance(usual, DraftDistillCollator):
+                self.data_collator = usual.padded()
         if isinstance(dataset, torch.utils.data.IterableDataset) and num_processes > 1:
             dataset = FilledUp(dataset, batch_size * num_processes)
         try:
             return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
         finally:
-            self.data_collator = usual
+            self.data_collator, self.args.dataloader_drop_last = usual, drops_last
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in transformers, which for other data than the constructor's would hand out workers that persist, and so
+        the data that they read.
+        """
+        if eval_dataset is None or eval_dataset is self.eval_dataset or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        return self.get_test_dataloader(eval_dataset)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -546,6 +556,8 @@ class DraftDistillTrainer(SFTTrainer):
         """The metrics of `evaluate`, of data in any format that it takes. There are no predictions: whole logits, which
         would be those, are never held.
         """
+        if isinstance(test_dataset, dict):
+            raise ValueError(f"`predict` takes one data set, got {list(test_dataset)}; `evaluate` takes several.")
         return super().predict(self._checked(test_dataset), ignore_keys, metric_key_prefix)
 
     def _checked(self, given: Any) -> Any:
@@ -642,12 +654,15 @@ class DraftDistillTrainer(SFTTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(self.args.output_dir, warns=self.is_world_process_zero())
         if resume_from_checkpoint:
-            check_options(str(resume_from_checkpoint), self.args)
+            check_options(str(resume_from_checkpoint), self.args, has_adapter=is_peft_model(self.model))
         self.weights_sha256 = None
         if self.accelerator.num_processes > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             setup.undo_evaluation_only(self)
         with only_run(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            try:
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                self.control.should_save = False  # which an interrupted save leaves on: no card would be written
         if self.args.dataloader_drop_last and not self.state.global_step:
             raise ValueError(
                 "No step was taken: the rows do not fill one batch of each process, and `dataloader_drop_last` leaves "

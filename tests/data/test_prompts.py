@@ -248,6 +248,8 @@ def test_a_conversation_that_is_already_answered():
     with pytest.raises(ValueError, match="drop_last_answer"):
         load_prompts(Dataset.from_dict({"prompt": log}))
     assert load_prompts(Dataset.from_dict({"prompt": log}), drop_last_answer=True)["prompt"] == [CHAT[0]]
+    with pytest.raises(ValueError, match="holds prompts that are text"):  # of which it would take nothing away
+        load_prompts(["User: hi\nAssistant: hello"], drop_last_answer=True)
 
 
 def test_a_folder_with_a_broken_line_names_file_and_line(tmp_path):

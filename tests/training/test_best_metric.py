@@ -5,6 +5,7 @@ from datasets import Dataset
 
 from hf_draftkd import AcceptanceCallback
 from hf_draftkd.data.target_cache import cache_target_distributions
+from hf_draftkd.training.callbacks import asked_metrics
 from hf_draftkd.training.metrics import check_best_metric
 from tests.tiny import tiny_pair
 from tests.training.rows import alignment_rows
@@ -96,12 +97,38 @@ def test_no_figure_that_is_reported_is_refused(tmp_path, tokenizer):
                 config(tmp_path, metric_for_best_model=name, eval_strategy="epoch", **options),
                 trainer.eval_dataset,
                 trainer.signal,
+                asked_metrics(trainer.callback_handler.callbacks, 5),
             )
     with pytest.raises(ValueError, match="Choose 'acceptance_rate_upper_bound'"):
         build(tmp_path, (draft, None), tokenizer, half, half, metric_for_best_model="acceptance_rate")
     with pytest.raises(ValueError, match="need the target's distributions"):
         build(tmp_path, (draft, None), tokenizer, greedy, greedy, divergence="cross_entropy",
               metric_for_best_model="acceptance_rate")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metric", "why"),
+    [
+        ("eval_block_efficiency_at_4", r"nothing asks for it. Give `AcceptanceCallback\(\[4\]\)`"),
+        ("block_efficiency_at_5_t0", "at `eval_num_assistant_tokens=5` it is called 'block_efficiency_t0'"),
+        ("eval_acceptance_rate_t0.7", r"nothing asks for it. Give `AcceptanceCallback\(temperatures=\[0.7\]\)`"),
+    ],
+)
+def test_a_figure_that_nothing_asks_for_is_refused(tmp_path, pair, tokenizer, metric, why):
+    """A KeyError of transformers, after an epoch."""
+    rows = alignment_rows(pair[1], tokenizer, count=4)
+    with pytest.raises(ValueError, match=why):
+        build(tmp_path, pair, tokenizer, rows, rows, **BEST, metric_for_best_model=metric)
+
+
+def test_a_scheduler_that_follows_a_metric_knows_which_way_is_better(tmp_path):
+    """It took a rising acceptance for a plateau, and lowered the rate."""
+    follows = STEPS | {"lr_scheduler_type": "reduce_lr_on_plateau"}
+    rising = config(
+        tmp_path, **follows, metric_for_best_model="eval_acceptance_rate", lr_scheduler_kwargs={"patience": 0}
+    )
+    assert rising.lr_scheduler_kwargs == {"mode": "max", "patience": 0}
+    assert config(tmp_path, **follows).lr_scheduler_kwargs is None  # the loss
 
 
 def test_a_figure_of_a_subclass_and_a_stream_are_left_to_the_run(tmp_path, pair, tokenizer):

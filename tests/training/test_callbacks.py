@@ -52,6 +52,8 @@ def test_callbacks_added_and_removed_later_count(tmp_path, pair, tokenizer):
     assert "eval_block_efficiency_at_3" not in trainer.evaluate()
     trainer.add_callback(AcceptanceCallback([2], temperatures=[0.7]))
     assert {"eval_block_efficiency_at_2", "eval_acceptance_rate_t0.7"} <= trainer.evaluate().keys()
+    trainer = build(tmp_path, pair, tokenizer, rows, callbacks=[AcceptanceCallback])  # Trainer takes classes too
+    assert [type(each) for each in trainer.callback_handler.callbacks].count(AcceptanceCallback) == 1
     trainer = build(tmp_path, pair, tokenizer, rows, callbacks=[AcceptanceCallback([2])])
     assert "eval_block_efficiency_at_2" in trainer.evaluate(rows)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from hf_draftkd.training import checkpoints
@@ -102,12 +103,27 @@ def test_a_run_that_dies_while_it_replaces_a_checkpoint(finished, pair, tokenize
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("divergence", "reverse_kl"), ("learning_rate", 3e-3), ("seed", 7), ("loss_temperature", 2.0)]
+    ("name", "value"),
+    [
+        ("divergence", "reverse_kl"),
+        ("learning_rate", 3e-3),
+        ("weight_decay", 0.3),
+        ("optim", "adamw_torch"),
+        ("seed", 7),
+        ("loss_temperature", 2.0),
+    ],
 )
 def test_a_run_does_not_resume_as_another(untouched, pair, tokenizer, name, value):
-    """Weights of one divergence under a card that names another; a learning rate asked for that nothing reads."""
+    """Weights of one divergence under a card that names another; what nothing reads, as the optimizer has its own."""
     resumed = build(untouched, pair, tokenizer, **SAVING | {name: value})
     with pytest.raises(ValueError, match=f"was trained with `{name}="):
+        resumed.train(resume_from_checkpoint=True)
+
+
+def test_an_adapter_does_not_resume_from_the_whole_draft(untouched, pair, tokenizer):
+    """Lists of missing keys, then "a parameter group that doesn't match the size of optimizer's group"."""
+    resumed = build(untouched, pair, tokenizer, **SAVING, peft=LoraConfig(r=2))
+    with pytest.raises(ValueError, match="trained as the whole draft, and this run trains an adapter"):
         resumed.train(resume_from_checkpoint=True)
 
 
@@ -192,6 +208,21 @@ def test_workers_that_stay_do_not_keep_the_lock(tmp_path, pair, tokenizer, monke
     )
     trainer.train()
     trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_card_is_written_after_a_save_that_was_interrupted(tmp_path, pair, tokenizer, monkeypatch):
+    """None, without a word: the trainer still waited for the checkpoint, and a pushed draft had no card."""
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    trainer = build(tmp_path, pair, tokenizer, **SAVING)
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not (tmp_path / "README.md").exists()
+    trainer.create_model_card()
+    assert "| Optimiser steps | 2 |" in (tmp_path / "README.md").read_text()
 
 
 def test_no_token_is_saved_with_a_draft(tmp_path, pair, tokenizer):

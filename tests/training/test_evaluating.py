@@ -47,6 +47,26 @@ def test_predict_reads_padded_batches_as_evaluate_does(tmp_path, pair, tokenizer
         assert found[f"test_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-6)
 
 
+def test_workers_that_stay_read_what_is_evaluated(tmp_path, pair, tokenizer):
+    """Figures of the data that were evaluated first, whatever was given: transformers hands out their workers again."""
+    rows = alignment_rows(pair[1], tokenizer, count=4)
+    parts = rows.select([0, 1]), rows.select([2, 3])
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = build(tmp_path, pair, tokenizer, eval_rows=parts[0], **workers)
+    first, other, again = (trainer.evaluate(*data)["eval_loss"] for data in ((), (parts[1],), ()))
+    assert first == again
+    assert other == build(tmp_path, pair, tokenizer, eval_rows=parts[1]).evaluate()["eval_loss"] != first
+
+
+def test_every_row_is_evaluated_whatever_training_drops(tmp_path, pair, tokenizer):
+    """`dataloader_drop_last` left rows out here too, and where they filled no batch there were no figures at all."""
+    rows = alignment_rows(pair[1], tokenizer, count=3)
+    trainer = build(tmp_path, pair, tokenizer, eval_rows=rows, dataloader_drop_last=True)
+    expected = build(tmp_path, pair, tokenizer, eval_rows=rows).evaluate()["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == trainer.predict(rows).metrics["test_loss"] == expected
+    assert trainer.args.dataloader_drop_last
+
+
 def test_data_that_comes_later_is_prepared_and_checked_as_any(tmp_path, pair, tokenizer):
     """KeyErrors from inside of trl, figures of texts longer than the models read; `predict` took prepared rows only."""
     rows = alignment_rows(pair[1], tokenizer, count=4)
@@ -56,7 +76,7 @@ def test_data_that_comes_later_is_prepared_and_checked_as_any(tmp_path, pair, to
     trainer.args.max_length = None
     for data, message in (
         (Dataset.from_list([{"question": "a"}]), r"eval dataset has the columns \['question'\]"),
-        ({"a": rows.select([])}, "a dataset is empty"),
+        ({"a": rows.select([])}, r"a dataset is empty|`predict` takes one data set, got \['a'\]"),
         (list(rows), "got a `list`"),
         (long, "row of the eval dataset has 300 tokens, but the models read 256"),
     ):

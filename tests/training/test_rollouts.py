@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from trl import maybe_convert_to_chatml
 
 from hf_draftkd import DraftDistillTrainer
 from hf_draftkd.training.rollouts import check_writing, last_prompt, who_writes
@@ -244,7 +243,7 @@ def test_who_wrote_is_logged_timed_and_on_the_card(tmp_path, pair, tokenizer):
         tmp_path, pair, tokenizer, rows, trainer_class=Recording, max_steps=6, logging_steps=6, lmbda=0.5,
         seq_kd=True, skd_top_k=5, max_new_tokens=6,
     )  # fmt: skip
-    trainer.train()
+    seconds = trainer.train().metrics["train_runtime"]
     by_draft = sum(who_writes(trainer.args, step) == "draft" for step in range(6))
     assert 0 < by_draft < 6
     entry = trainer.state.log_history[0]
@@ -252,7 +251,7 @@ def test_who_wrote_is_logged_timed_and_on_the_card(tmp_path, pair, tokenizer):
     assert entry["completions/draft_share"] == pytest.approx(by_draft / 6)
     assert entry["completions/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
     assert entry["completions/cut_share"] == pytest.approx(sum(length == 6 for length in lengths) / len(lengths))
-    assert 0 < entry["completions/seconds"] == pytest.approx(trainer.writing_seconds, rel=1e-3)
+    assert 0 < entry["completions/seconds"] < seconds
     provenance = describe_run(trainer)
     training = provenance.training
     assert provenance.hardware.startswith("1 process on ")
@@ -373,11 +372,8 @@ def test_a_chat_learned_from_as_a_whole_says_how_to_learn_from_answers(tmp_path,
     keys = {"messages": ("role", "content"), "conversations": ("from", "value")}[column]
     turns = [dict(zip(keys, turn, strict=True)) for turn in (("user", "Hi"), ("assistant", "Hello"))]
     chats = Dataset.from_list([{column: turns}] * 4)
-    with pytest.raises(ValueError, match="Set `assistant_only_loss=True`") as refused:
+    with pytest.raises(ValueError, match="Set `assistant_only_loss=True`"):
         build(tmp_path, pair, tiny_tokenizer(), chats, lmbda=1.0)
-    assert ("Convert `conversations` to `messages`" in str(refused.value)) == (column == "conversations")
-    if column == "conversations":
-        chats = chats.map(maybe_convert_to_chatml, remove_columns=column)
     build(tmp_path, pair, tiny_tokenizer(), chats, lmbda=1.0, assistant_only_loss=True)
 
 

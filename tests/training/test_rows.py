@@ -133,6 +133,50 @@ def test_ids_keep_their_labels_and_nothing_else(learned, tokenizer):
         learned([masked, {"input_ids": ids, "labels": [1]}])
 
 
+@pytest.mark.parametrize(("option", "first"), [(None, 3), (True, 3), (False, 2)])
+def test_masks_that_come_with_ids_hold_together(learned, tokenizer, option, first):
+    """Fault: `assistant_masks` was dropped beside `completion_mask`, which `completion_only_loss=False` kept."""
+    ids = tokenizer("When the target agrees")["input_ids"]
+    row = {"input_ids": ids, "completion_mask": [0] * 3 + [1] * (len(ids) - 3)}
+    row["assistant_masks"] = [0] * 2 + [1] * (len(ids) - 2)
+    options = {} if option is None else {"completion_only_loss": option}
+    assert learned([row], **options)[0][1] == tokenizer.decode(ids[first:])
+
+
+def test_completions_alone_are_not_learned_from_rows_without_one(learned, tokenizer):
+    """Fault: `completion_only_loss=True` on chats, texts and bare ids learned every token, without a word."""
+    chat = {"messages": [user("a"), assistant("b")]}
+    for row in (chat, {"text": "one"}, {"input_ids": tokenizer("one two")["input_ids"]}):
+        with pytest.raises(ValueError, match="rows of the train dataset have no `completion`"):
+            learned([row], completion_only_loss=True)
+    assert learned([PAIR], completion_only_loss=True)[0][1] == " three</s>"
+    marked = TEMPLATE.replace("{{ m.content or '' }}", "{% generation %}{{ m.content or '' }}{% endgeneration %}")
+    assert learned([chat], template=marked, completion_only_loss=True, assistant_only_loss=True)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_speakers_of_sharegpt_are_those_of_the_template(learned, streamed):
+    """Fault: `human` and `gpt`, roles that templates do not know. Qwen's writes nothing for them: that was learned."""
+    turns = [("system", "s"), ("human", "a"), ("gpt", "b"), ("user", "c"), ("assistant", "d")]
+    rows = Dataset.from_list([{"conversations": [{"from": who, "value": text} for who, text in turns]}] * 2)
+    found = learned(rows.to_iterable_dataset() if streamed else rows, max_steps=1)
+    expected = "<|system|>s</s><|user|>a</s><|assistant|>b</s><|user|>c</s><|assistant|>d</s>"
+    assert [text for text, _ in found] == [expected] * 2
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("trains", [True, False])
+def test_answers_of_conversations_are_learned_alone(tmp_path, pair, tokenizer, trains, streamed):
+    """Fault: "the dataset is not conversational", since SFTTrainer looks for `messages`."""
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    rows = Dataset.from_list([{"conversations": turns, "id": 1}] * 2)
+    rows = rows.to_iterable_dataset() if streamed else rows
+    given = (rows, None) if trains else (None, rows)
+    trainer = build(tmp_path, pair, tokenizer, *given, assistant_only_loss=True, max_steps=1)
+    (row, _) = trainer.train_dataset if trains else trainer.eval_dataset
+    assert tokenizer.decode([each for each in row["labels"] if each != -100]) == "b</s>"
+
+
 def test_padding_that_a_tokenizer_left_is_not_learned(learned, tokenizer):
     """Fault: the collator's own mask counts every id, so half of what was learned was padding."""
     text = tokenizer(["one two three", "one"])
@@ -164,6 +208,28 @@ def test_rows_come_as_lists_whatever_format_was_set(tmp_path, pair, tokenizer, k
     rows = rows.to_iterable_dataset() if streamed else rows
     expected, found = (build(tmp_path, pair, tokenizer, each).train_dataset for each in (rows, rows.with_format(kind)))
     assert list(found) == list(expected)
+
+
+@pytest.mark.filterwarnings("ignore:eval_block_efficiency is left out")
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_free": True, "max_length": None}, {"lmbda": 1.0, "max_new_tokens": 2}]
+)
+def test_a_transform_makes_rows_where_nothing_is_prepared(tmp_path, pair, tokenizer, options):
+    """Fault: the columns below it were looked through for `labels`; a KeyError where rows are prepared."""
+
+    def read(batch):
+        joined = zip(batch["prompt_ids"], batch["completion_ids"], strict=True)
+        made = [(prompt + completion, [-100] * len(prompt) + completion) for prompt, completion in joined]
+        return {"input_ids": [ids for ids, _ in made], "labels": [labels for _, labels in made]}
+
+    rows = alignment_rows(pair[1], tokenizer, count=4)
+    lazy = rows.with_transform(read)
+    with pytest.raises(ValueError, match=r"Rows of the train dataset are made by a transform"):
+        build(tmp_path, pair, tokenizer, lazy)
+    as_they_are = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+    trainer = build(tmp_path, pair, tokenizer, lazy, lazy, **as_they_are, **options)
+    assert trainer.evaluate()["eval_loss"] == build(tmp_path, pair, tokenizer, rows, rows).evaluate()["eval_loss"]
+    trainer.train()
 
 
 def test_a_formatting_function_reads_every_column_and_leaves_none(learned):

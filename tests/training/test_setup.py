@@ -87,6 +87,20 @@ def test_an_adapter_that_no_plain_draft_can_hold_is_refused(tmp_path, pair, toke
         build(tmp_path, pair, tokenizer, peft=prompt)
 
 
+def test_a_compiled_draft_is_refused(tmp_path, pair, tokenizer):
+    """Found when the trained draft was loaded: its weights were saved as `_orig_mod.model...`."""
+    draft = torch.compile(pair[0], backend="eager")
+    with pytest.raises(ValueError, match=r"The draft is compiled .* set `torch_compile=True`"):
+        build(tmp_path, (draft, pair[1]), tokenizer)
+
+
+def test_an_adapter_that_transformers_holds_is_refused(tmp_path, pair, tokenizer):
+    """Found when the trained draft was to be saved: the folder had the adapter alone."""
+    pair[0].add_adapter(LoraConfig(r=2))
+    with pytest.raises(ValueError, match="only the adapter would be saved, and no plain draft"):
+        build(tmp_path, pair, tokenizer)
+
+
 def test_an_adapter_whose_best_checkpoint_is_not_found_is_refused(tmp_path, pair, tokenizer):
     """With a warning transformers kept the last checkpoint; the card said that it was the best."""
     draft = get_peft_model(pair[0], LoraConfig(r=2, task_type="CAUSAL_LM"), adapter_name="mine")
@@ -248,6 +262,13 @@ def test_white_box_without_a_target_is_refused(tmp_path, pair, tokenizer):
     rows = alignment_rows(pair[1], tokenizer)
     with pytest.raises(ValueError, match="`target_model` is None"):
         build(tmp_path, (pair[0], None), tokenizer, rows)
+
+    class Own(DraftDistillTrainer):
+        def token_loss(self, draft_logits, target_logits):
+            return super().token_loss(draft_logits, target_logits)
+
+    with pytest.raises(ValueError, match=r'A custom `token_loss` compares .*"cross_entropy"` and without that method'):
+        build(tmp_path, (pair[0], None), tokenizer, rows, trainer_class=Own, divergence="cross_entropy")
 
 
 def test_black_box_needs_no_target(tmp_path, pair, tokenizer):
