@@ -272,8 +272,7 @@ def run_cells(lab: Lab, batch: Sequence[Cell], results: Results, deadline: float
         if recipe.epochs:
             facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             result |= {name: facts[name] for name in ("steps", "rows", "seconds")}
-        result |= {"scores": table, "own_loss": own_loss(lab, draft)}
-        result["relative_size"] = draft.num_parameters() / lab.target.num_parameters()
+        result |= {"scores": table, "relative_size": draft.num_parameters() / lab.target.num_parameters()}
         if recipe.keep_at:
             result["states"] = _states(lab, folder)
         results.put(cell, result)

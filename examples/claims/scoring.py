@@ -9,6 +9,7 @@ from lab import Lab, recorded_list
 from recipes import TEMPERATURES
 from transformers import PreTrainedModel
 
+from hf_draftkd.acceptance.tensors import only_listed
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.scoring import Text, in_one_pass, score_texts
 
@@ -75,11 +76,18 @@ def _rounded(values: torch.Tensor) -> list[float]:
 
 @torch.inference_mode()
 def own_loss(lab: Lab, draft: PreTrainedModel) -> dict[str, float]:
-    """How well the draft itself knows the task: the summed loss on the right answers in nats, and their tokens."""
+    """How well the draft itself knows the task: the summed loss on the right answers in nats, and their tokens.
+
+    Of a draft with a list of ids these are the tokens that it lists, among which alone it chooses.
+    """
     nats, count = 0.0, 0
-    rows = lab.right_answers
-    for prompt, completion in zip(rows["prompt_ids"], rows["completion_ids"], strict=True):
-        logits = draft(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
-        nats += torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="sum").item()
-        count += len(completion)
+    ids = recorded_list(draft)
+    listed = torch.tensor(range(draft.config.vocab_size) if ids is None else ids)
+    for prompt, completion in zip(lab.right_answers["prompt_ids"], lab.right_answers["completion_ids"], strict=True):
+        text, wanted = torch.tensor([[*prompt, *completion]]), torch.tensor(completion)
+        logits = draft(input_ids=text, logits_to_keep=len(wanted) + 1).logits[0, :-1]
+        known = torch.isin(wanted, listed)
+        loss = torch.nn.functional.cross_entropy(only_listed(logits, listed)[known], wanted[known], reduction="sum")
+        nats += loss.item()
+        count += int(known.sum())
     return {"nats": round(nats, 3), "tokens": count}
