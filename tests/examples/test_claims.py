@@ -307,7 +307,7 @@ def test_a_draft_with_a_list_has_its_own_loss_on_the_tokens_that_it_lists(claims
     """5.6 nats a token of SmolLM2's draft, most of them of tokens that it never learned."""
     draft, prompt, answer, ids = tiny_llama(), [1, 2], [4, 5, 8], list(range(0, 40, 2))
     lab = SimpleNamespace(right_answers={"prompt_ids": [prompt], "completion_ids": [answer]})
-    logits = draft(input_ids=torch.tensor([prompt + answer])).logits[0].double()
+    logits = draft(input_ids=torch.tensor([prompt + answer])).logits[0].detach().double()
     of_answer = {token: logits[len(prompt) - 1 + place] for place, token in enumerate(answer)}
     whole = sum(float(row.logsumexp(-1) - row[token]) for token, row in of_answer.items())
     assert claims.scoring.own_loss(lab, draft) == {"nats": pytest.approx(whole, abs=1e-3), "tokens": 3}
