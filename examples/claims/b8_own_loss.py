@@ -105,7 +105,8 @@ CLAIM = OwnLoss(
         "learning the target's answers": Arm(recipe("queries_forward_kl_states", keep_at=SHARES), (STANDARD_RATE,)),
     },
     notes="A loss says little where its correlation with acceptance is surely nearer to 0 than ±0.5. The interval is "
-    "over prompts; states and their losses are as they are.",
+    "over prompts; states and their losses are as they are. Of a draft with a list, its own loss is that of right "
+    "tokens on the list, among those listed.",
 )
 
 if __name__ == "__main__":
