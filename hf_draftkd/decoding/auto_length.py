@@ -2,6 +2,7 @@
 
 from collections import defaultdict, deque
 from collections.abc import Callable
+from functools import partial
 from statistics import fmean, linear_regression, median
 
 
@@ -51,11 +52,10 @@ class AutoLength:
         self.longest, start = longest, min(_START, longest)
         self._trials = (start, 0, max(1, start // 2))
         self._accepted, self._rejected = 3.0, 2.0
-        self._seconds: dict[int, dict[int, deque[float]]] = defaultdict(
-            lambda: defaultdict(lambda: deque[float](maxlen=9))
-        )
-        self._rounds_until_look: dict[int, int] = defaultdict(lambda: _LOOK_AT_PLAIN)
-        self._patience: dict[int, int] = defaultdict(lambda: _FIRST_LOOK_AT_DRAFT)
+        # No lambdas, which could not be pickled: for other processes, say.
+        self._seconds: dict[int, dict[int, deque[float]]] = defaultdict(partial(defaultdict, partial(deque, maxlen=9)))
+        self._rounds_until_look: dict[int, int] = defaultdict(partial(int, _LOOK_AT_PLAIN))
+        self._patience: dict[int, int] = defaultdict(partial(int, _FIRST_LOOK_AT_DRAFT))
 
     @property
     def acceptance_rate(self) -> float:

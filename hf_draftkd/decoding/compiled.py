@@ -2,7 +2,7 @@
 
 The draft begins every round with a text's last two tokens, whether it has read the first of them or not, and goes on
 one by one; a parallel draft begins with the last γ + 1, and reads γ − 1 mask tokens with them. The target always reads
-γ + 1. Prompts are read without compilation.
+γ + 1, and where the draft's context has ended one. Prompts are read without compilation.
 """
 
 from time import perf_counter

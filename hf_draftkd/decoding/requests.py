@@ -129,7 +129,8 @@ def check_cache(cache: Any, config: GenerationConfig, input_ids: Tensor, attenti
     """Refuse a cache that cannot be rolled back; return how many columns of the prompt it holds already.
 
     Raises:
-        ValueError: The cache is of another kind, has linear attention, or holds another text than the prompt.
+        ValueError: The cache is of another kind, has linear attention, or holds another text than the prompt; or the
+            mask is not the prompt's.
     """
     if type(cache) not in (DynamicCache, StaticCache) or any(cache.is_linear):
         what = "linear attention or other recurrent layers" if isinstance(cache, DynamicCache) else type(cache).__name__
@@ -144,6 +145,11 @@ def check_cache(cache: Any, config: GenerationConfig, input_ids: Tensor, attenti
             f"The given cache holds {read} tokens. Continue one text at a time, and pass all of its ids, those in the "
             f"cache included (got {list(input_ids.shape)})."
         )
+    if mask_length != input_ids.shape[1]:
+        raise ValueError(
+            f"`attention_mask` has {mask_length} columns and `input_ids` {input_ids.shape[1]}: give one number for "
+            "each token."
+        )
     return read
 
 
@@ -154,7 +160,8 @@ def _check_mask(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
         if bool((mask[:, 1:] < mask[:, :-1]).any()) or not bool(mask[:, -1].all()):
             raise ValueError(
                 "`attention_mask` has zeros after a token: right padding, or a hole. Pad prompts on the left "
-                '(`tokenizer.padding_side = "left"`).'
+                '(`tokenizer.padding_side = "left"`), and pass the tokenizer\'s mask: where there is none, `generate` '
+                "takes every pad token of a prompt for padding."
             )
         expected = (mask.long().cumsum(1) - 1).clamp(min=0)
     positions = model_kwargs.get("position_ids")

@@ -233,9 +233,7 @@ class SpeculativeDecoding:
             started: float | None = None
             while not all(texts.done):
                 num_texts = len(texts.rows)
-                num_drafted = self.length.choose(num_texts)
-                if self.compiled is None:
-                    num_drafted = min(num_drafted, texts.most_remaining() - 1, self._room(texts))
+                num_drafted = self._num_drafted(texts)
                 proposal = propose(texts, num_drafted)
                 logits = target(texts.piece(target.read, num_drafted), num_logits=num_drafted + 1)
                 target.read = [texts.lengths[row] + num_drafted for row in texts.rows]
@@ -274,13 +272,20 @@ class SpeculativeDecoding:
         # Holes are in a batch's cache, and a compiled one is written over by the next call.
         return outputs.result(sequences, target.cache if texts.is_single and self.compiled is None else None)
 
-    def _room(self, texts: Texts) -> int:
-        """Tokens that the draft can propose within its own context; the last of them it does not read."""
+    def _num_drafted(self, texts: Texts) -> int:
+        """Tokens to draft in the next round: within the draft's own context, and no more than can still be written."""
+        wanted = self.length.choose(len(texts.rows))
         longest = max(texts.lengths[row] - texts.padding[row] for row in texts.rows)
-        room = self._context - longest + 1
-        if room < 1:
-            logger.warning_once("A text is longer than the draft can read: from there on nothing is drafted.")
-        return max(0, room)
+        room = max(0, self._context - longest + 1)  # the last drafted token it does not read
+        if self.compiled is not None:
+            # One shape or nothing; positions end with the longest text asked for.
+            return wanted if wanted <= room or texts.max_length <= self._context else self._past_context()
+        return min(wanted, texts.most_remaining() - 1, room or self._past_context())
+
+    def _past_context(self) -> int:
+        """Nothing to draft, and a word about it."""
+        logger.warning_once("A text is longer than the draft can read: from there on nothing is drafted.")
+        return 0
 
     def _check_pair(self, target: PreTrainedModel, assistant: PreTrainedModel | None) -> None:
         if assistant is not None and unwrapped(assistant) is not self.draft_model:
@@ -362,7 +367,7 @@ class SpeculativeDecoding:
             if self.mask_token_id is not None:
                 shape = ((2 * longest,), longest + 1)
             return (
-                self.compiled.cached(target, texts, (longest + 1,), 1, config),
+                self.compiled.cached(target, texts, (longest + 1, 1), 1, config),
                 self.compiled.cached(self._proposing_model, texts, *shape, config),
             )
         if isinstance(cache, DynamicCache):

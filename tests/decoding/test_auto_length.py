@@ -1,5 +1,6 @@
 """The draft length that pays best is found, and a draft that does not pay is left alone."""
 
+import pickle
 import random
 
 import pytest
@@ -61,3 +62,11 @@ def test_batch_sizes_are_learned_apart() -> None:
             length.record(num_texts, gamma, [gamma * 3 // 4] * num_texts, 1 + slope * gamma)
     assert length._line(1)(4) == pytest.approx(1.4, rel=0.01)
     assert length._best((16).bit_length()) == 0 < length._best((1).bit_length())
+
+
+def test_what_was_learned_is_pickled() -> None:
+    """An AttributeError of a local function, for a SpeculativeDecoding that was given to another process."""
+    length, _ = simulate(0.8, 0.1, rounds=40)
+    again = pickle.loads(pickle.dumps(length))
+    assert [again.choose(1) for _ in range(70)] == [length.choose(1) for _ in range(70)]
+    assert again.choose(8) == length.choose(8)

@@ -31,6 +31,10 @@ def generate(**options: Any) -> Any:
         ({"assistant_model": tiny_llama(5)}, "assistant_model"),
         ({"position_ids": torch.tensor([[3, 4, 5, 6]])}, "position_ids"),
         ({"input_ids": PROMPT.repeat(2, 1), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}, "left"),
+        # The mask was ignored.
+        ({"attention_mask": torch.ones(1, 3, dtype=torch.long)}, "3 columns and `input_ids` 4"),
+        # A pad token inside a prompt: nothing said where the mask came from.
+        ({"input_ids": torch.tensor([[3, 2, 4, 5]])}, "`generate` takes every pad token"),
         ({"assistant_ensemble_weight": 0.5, "custom_generate": SpeculativeDecoding(DRAFT, 3, lenience=0.5)}, "Both"),
         ({"custom_generate": SpeculativeDecoding(DRAFT, 3, lenience=0.5), "do_sample": False}, "do_sample"),
         ({"custom_generate": SpeculativeDecoding(tiny_llama(vocab_size=304), 3)}, "align_vocabulary"),

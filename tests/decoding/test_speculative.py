@@ -27,6 +27,7 @@ from transformers import (
 
 from examples.benchmarks.tiny_architectures import tiny_model
 from hf_draftkd import SpeculativeDecoding, count_acceptance, load_draft, load_target
+from hf_draftkd.acceptance import AcceptanceCounts
 from hf_draftkd.decoding.caches import CachedModel, GrowingLayer
 from hf_draftkd.decoding.compiled import CompiledModels
 from hf_draftkd.decoding.drafting import OneByOne
@@ -63,6 +64,28 @@ def test_a_text_may_grow_longer_than_the_draft_can_read(is_parallel):
         store_parallel_draft(draft.config, 2, 4)
     counts = check_equal(target, draft).counts
     assert 0 < counts.num_draft_tokens < 3 * counts.num_spec_steps
+
+
+@pytest.mark.parametrize("is_parallel", [False, True])
+def test_compiled_rounds_end_with_the_draft_s_context_too(is_parallel, monkeypatch):
+    """The same IndexError: a round of one shape always drafted. And a context that lasts is used to its end."""
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    target, draft = tiny_gpt2(), tiny_gpt2(max_position_embeddings=36)
+    if is_parallel:
+        store_parallel_draft(draft.config, 2, 4)
+    decoding = SpeculativeDecoding(draft, 4, compile=True)
+    widest = padded(PROMPTS)["input_ids"].shape[1]
+    for inputs, max_length, drafts_to_the_end in (
+        ({"input_ids": PROMPTS[0]}, 36, True),
+        ({"input_ids": PROMPTS[0]}, 60, False),
+        (padded(PROMPTS), widest + 30, False),
+    ):
+        decoding.counts = AcceptanceCounts()
+        options: dict[str, Any] = {"max_length": max_length, "do_sample": False, "eos_token_id": None}
+        plain = target.generate(**inputs, **options)
+        assert torch.equal(target.generate(**inputs, custom_generate=decoding, **options), plain)
+        counts = decoding.counts
+        assert (counts.num_draft_tokens == 4 * counts.num_spec_steps) == drafts_to_the_end
 
 
 def test_a_batch_loses_a_text_before_anything_was_drafted():
