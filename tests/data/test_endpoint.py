@@ -462,6 +462,15 @@ def test_a_prompt_that_the_server_refuses_can_be_left_out(tmp_path, readable_tar
     assert "refused the prompt" in caplog.text
 
 
+def test_a_server_that_refuses_every_prompt_leaves_no_riddle(tmp_path, readable_target, tokenizer):
+    """Fault: `Instruction "train" corresponds to no data!`, and the same again from the finished folder."""
+    with serving(readable_target, tokenizer) as server:
+        server.finish_reasons = {"mat": "content_filter"}
+        for _ in range(2):
+            with pytest.raises(StoppedError, match=r"Every prompt was refused and left out: .* holds no rows"):
+                ask(server.url, tokenizer, output_dir=tmp_path, skip_refused=True)
+
+
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_a_refused_prompt_does_not_send_the_user_into_the_same_refusal(readable_target, tokenizer, status):
     """`run the same command again` stopped at the same prompt for ever."""
