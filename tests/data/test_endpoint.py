@@ -468,7 +468,7 @@ def test_a_server_that_refuses_every_prompt_leaves_no_riddle(tmp_path, readable_
         server.finish_reasons = {"mat": "content_filter"}
         for _ in range(2):
             with pytest.raises(StoppedError, match=r"Every prompt was refused and left out: .* holds no rows"):
-                ask(server.url, tokenizer, output_dir=tmp_path, skip_refused=True)
+                ask(server.url, tokenizer, ["a mat", "the mat"], output_dir=tmp_path, skip_refused=True)
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
