@@ -57,7 +57,7 @@ def _read_yaml(file: Path, parser: TrlParser) -> Iterator[str]:
     """
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is not YAML: {error}") from error
     if not isinstance(config, dict):
         raise UsageError(f"{file} must hold options as `name: value`.")

@@ -1,5 +1,6 @@
 """`draftkd train`: distil a target into a draft, from Hub ids or local paths."""
 
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +87,22 @@ def run(argv: list[str]) -> int:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.create_model_card()
-    if args.push_to_hub:
-        trainer.push_to_hub()
     if trainer.is_world_process_zero():
         print(f"The draft is in {args.output_dir}: target.generate(**inputs, assistant_model=draft)")
+    if args.push_to_hub:
+        _publish(trainer)
     return 0
+
+
+def _publish(trainer: DraftDistillTrainer) -> None:
+    """Publish the draft; a `UsageError` says how it can be done without training again."""
+    # Only the Hub knows whether a licence is missing: its card, or that of the base model, may have one.
+    try:
+        trainer.push_to_hub()
+    except ValueError as error:
+        name = trainer.args.hub_model_id or Path(trainer.args.output_dir).name
+        words = shlex.join(["draftkd", "push", "--model", trainer.args.output_dir, "--repo_id", name])
+        raise UsageError(f"{error} The draft is finished, `{words}` publishes it (see its --help).") from error
 
 
 def build_trainer(options: TrainOptions, args: DraftDistillConfig, model_config: ModelConfig) -> DraftDistillTrainer:

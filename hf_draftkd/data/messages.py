@@ -89,12 +89,21 @@ def read_messages(messages: Iterable[Mapping[str, Any]], form: TemplateForm) -> 
 
 def read_tools(tools: Any) -> Any:
     """A row's `tools`: read from their JSON, and without the keys that Arrow adds."""
-    return json.loads(tools) if isinstance(tools, str) else (without_nulls(tools) or None)
+    return _read_json("tools", tools) or None
 
 
 def read_options(template_kwargs: Any) -> dict[str, Any]:
-    """A row's `chat_template_kwargs`, without those of other rows."""
-    return without_nulls(template_kwargs) or {}
+    """A row's `chat_template_kwargs`, read like its tools, without those of other rows."""
+    return _read_json("chat_template_kwargs", template_kwargs) or {}
+
+
+def _read_json(column: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return without_nulls(value)
+    try:
+        return json.loads(value) if value.strip() else None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"its `{column}` are text that is no JSON: {value[:60]!r}") from error
 
 
 def without_nulls(value: Any) -> Any:
@@ -123,6 +132,8 @@ def _read_parts(parts: list[Any], role: str, form: TemplateForm) -> Any:
     for part in made:
         kind = str(part.get("type", "text" if "text" in part else None)) if isinstance(part, Mapping) else None
         if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise ValueError(f"the message of the {role} holds a part of type 'text' without a text. Take it out.")
             continue
         if kind is None or any(medium in kind for medium in _MEDIA):
             raise ValueError(

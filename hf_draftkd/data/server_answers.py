@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_draftkd.data.backends import LENGTH, STOP, Completion
 from hf_draftkd.data.kept_distributions import TEMPERATURE_COLUMN, VOCAB_COLUMN
+from hf_draftkd.data.sources import HALF_PAIR
 from hf_draftkd.models.tokenizers import tokenizer_size
 
 
@@ -33,6 +34,8 @@ def require_usable(answer: Any) -> None:
     if (reason := choices[0].finish_reason) not in (STOP, LENGTH):
         # Whatever cut the text off, the target did not end it there.
         raise FaultyAnswerError(f"its finish_reason is {reason!r}, neither {STOP!r} nor {LENGTH!r}", about_prompt=True)
+    if HALF_PAIR.search(choices[0].text):
+        raise FaultyAnswerError("its text holds half of a surrogate pair", about_prompt=True)
 
 
 class TokenTexts:
@@ -44,14 +47,19 @@ class TokenTexts:
     def __call__(self, token: str) -> int | None:
         number = token.removeprefix("token_id:")
         if number != token and number.isdecimal():
-            return int(number)
+            # One beyond the vocabulary is of another tokenizer than the one given.
+            return int(number) if int(number) < self._size else None
         return self._ids.get(token)
+
+    @cached_property
+    def _size(self) -> int:
+        return tokenizer_size(self._tokenizer)
 
     @cached_property
     def _ids(self) -> dict[str, int | None]:
         """Decodes the whole vocabulary: only where a server writes tokens as text."""
         ids: dict[str, int | None] = {}
-        for number in range(tokenizer_size(self._tokenizer)):
+        for number in range(self._size):
             for text in {self._tokenizer.decode([number]), str(self._tokenizer.convert_ids_to_tokens(number))}:
                 ids[text] = number if ids.get(text, number) == number else None
         return ids

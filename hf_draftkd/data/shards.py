@@ -24,6 +24,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, Features, concatenate_datasets, disable_progress_bars, enable_progress_bars, load_dataset
 from datasets.utils import are_progress_bars_disabled
+from pyarrow.parquet import read_metadata
 from transformers.utils import logging
 
 from hf_draftkd.data.backends import Completion
@@ -122,6 +123,8 @@ def run_shards(
             for left_by_a_killed_run in (output_dir / "data").glob(pattern):
                 left_by_a_killed_run.unlink(missing_ok=True)
     files = [str(shard_path(output_dir, number, count)) for number in range(count)]
+    if not any(read_metadata(file).num_rows for file in files):
+        raise StoppedError(f"Every prompt was refused and left out: {output_dir} holds no rows. Name another folder.")
     return load_dataset("parquet", data_files=files, split="train")
 
 

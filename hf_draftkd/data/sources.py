@@ -1,12 +1,16 @@
 """Where rows come from: the Hub, a file, a folder or memory."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
-from datasets.config import DATASET_STATE_JSON_FILENAME
+from datasets.config import DATASET_STATE_JSON_FILENAME, REPOCARD_FILENAME, REPOYAML_FILENAME
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pyarrow import ArrowException
 
@@ -16,7 +20,9 @@ from hf_draftkd.utils.checks import one_of
 # File suffix -> the builder of `datasets` that reads it.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 _UNREADABLE = (DatasetGenerationError, ArrowException, UnicodeDecodeError)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _BLOCK = 2**20  # bytes of a JSONL file parsed at a time; the 10 MB of `datasets` take ten times as much memory
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # what no UTF-8, and so no Arrow table, holds
 
 
 def open_dataset(
@@ -27,6 +33,10 @@ def open_dataset(
 
     `text_column` is the name that the lines of a text file, or a list's strings, get; `split` is `train` by default.
     """
+    is_name = isinstance(source, str | Path)
+    if config is not None and (not is_name or Path(source).expanduser().is_file()):
+        what = str(source) if is_name else f"a {type(source).__name__}"
+        raise ValueError(f"Only a dataset of the Hub or a folder has configurations, not {what}: leave out {config!r}.")
     if isinstance(source, Dataset):
         return without_format(source)
     if isinstance(source, DatasetDict):
@@ -64,15 +74,39 @@ def _load(name: str, config: str | None, is_local: bool) -> DatasetDict:
     if is_local and (Path(name) / DATASET_STATE_JSON_FILENAME).is_file():  # of `save_to_disk`
         return DatasetDict(train=Dataset.load_from_disk(name))
     try:
+        if is_local:
+            _check_one_kind(Path(name))
         return load_dataset(name, config)
     except _UNREADABLE as error:
         for path in sorted(Path(name).rglob("*.jsonl")) if is_local else ():
             _check_json_lines(path)  # names file and line
         raise ValueError(f"{name!r} cannot be read: {_reason(error)}.") from error
     except (DatasetNotFoundError, ConnectionError, OSError) as error:
+        if is_local:
+            raise ValueError(f"The folder {name!r} cannot be read: {error}") from error
         raise ValueError(
             f"{name!r} is neither a local path nor a dataset that could be read from the Hub: {error}"
         ) from error
+
+
+def _check_one_kind(folder: Path) -> None:
+    """Refuse a folder with rows in files of several kinds: `datasets` reads the commonest and is silent on the others.
+
+    Text beside files of rows may be notes or a licence. A card or YAML file says itself which files are meant.
+    """
+    declaring = [path for name in (REPOCARD_FILENAME, REPOYAML_FILENAME) if (path := folder / name).is_file()]
+    if any("configs:" in path.read_text("utf-8", "replace") for path in declaring):
+        return
+    found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
+    suffixes = Counter(Path(file).suffix.lower() for file in chain(*found.values()))
+    kinds = Counter(_BUILDERS[suffix] for suffix in suffixes.elements() if suffix in _BUILDERS)
+    texts = kinds.pop("text", 0)
+    if len(kinds) > 1 or (kinds and texts > max(kinds.values())):
+        named = ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()) if suffix in _BUILDERS)
+        raise ValueError(
+            f"{folder} holds files of several kinds ({named}), of which `datasets` would read one and pass over the "
+            "rest. Name one of the files, or a folder with one kind."
+        )
 
 
 def _read_file(path: Path, column: str) -> Dataset:
@@ -120,6 +154,9 @@ def _check_json_lines(path: Path) -> int:
                 ) from error
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, line {number} is not UTF-8 ({error.reason}): convert the file.") from error
+            # pyarrow names neither the file's line nor the character.
+            if _SURROGATE.search(line) and HALF_PAIR.search(json.dumps(row, ensure_ascii=False)):
+                raise ValueError(f"{path}, line {number} holds half of a surrogate pair (\\ud800 to \\udfff): mend it.")
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} holds a {type(row).__name__} where a JSON object is needed.")
             before = len(kinds)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.cli.main import dispatch
+from hf_draftkd.cli.train import _publish
 from hf_draftkd.data.target_cache import cache_target_distributions
 from tests.training.rows import alignment_rows
 
@@ -230,3 +233,16 @@ def test_init_refuses_a_directory_that_is_not_empty(files, tmp_path, capsys):
     argv = ["init", "--target_model", str(files["target_model"]), "--num_layers", "1", "--output_dir", str(tmp_path)]
     assert dispatch(argv) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_draft_that_cannot_be_published_is_not_trained_again():
+    """Fault: a missing licence, which shows after training, ended the command with a traceback and no next step."""
+
+    class Trainer:
+        args = SimpleNamespace(output_dir="my draft", hub_model_id=None)
+
+        def push_to_hub(self):
+            raise ValueError("Which licence?")
+
+    with pytest.raises(UsageError, match=r"Which licence.*draftkd push --model 'my draft' --repo_id 'my draft'"):
+        _publish(Trainer())

@@ -25,7 +25,7 @@ from hf_draftkd.data.shards import StoppedError
 from hf_draftkd.data.target_cache import cache_target_distributions
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.hub.dataset_card import write_card
-from tests.data.server import serving
+from tests.data.server import Handler, serving
 from tests.data.small import make_target, make_tokenizer
 
 CHATS = [[{"role": "user", "content": text}] for text in ("the cat", "on", "sat on the mat", "a mat", "cat")]
@@ -145,6 +145,28 @@ def test_a_token_named_by_no_number_is_no_id(tokenizer):
     """Catches a bare `invalid literal for int()` in the middle of a run."""
     ids_of = TokenTexts(tokenizer)
     assert [ids_of(token) for token in ("token_id:7", "token_id:x", "token_id:")] == [7, None, None]
+
+
+def test_a_token_beyond_the_vocabulary_is_no_id(tokenizer):
+    """Fault: a row held ids that no model has, called exact, where the server's tokenizer is another."""
+    assert TokenTexts(tokenizer)("token_id:999999") is None
+
+
+def test_an_answer_that_no_table_can_hold_is_named_with_its_prompt(readable_target, tokenizer, monkeypatch):
+    """Fault: half of a surrogate pair ended the run with a TypeError of the tokenizer."""
+    plain = Handler._complete
+
+    def complete(handler, body):
+        answer = plain(handler, body)
+        if "a mat" in body["prompt"]:
+            answer["choices"][0]["text"] = "half \ud83d"
+        return answer
+
+    monkeypatch.setattr(Handler, "_complete", complete)
+    with serving(readable_target, tokenizer) as server:
+        with pytest.raises(StoppedError, match=r"half of a surrogate pair.*asked prompt 3 \(from 0, of 5\), 'a mat'"):
+            ask(server.url, tokenizer)
+        assert len(ask(server.url, tokenizer, skip_refused=True)) == 4
 
 
 def test_an_interruption_waits_for_nothing(readable_target, tokenizer):
@@ -438,6 +460,15 @@ def test_a_prompt_that_the_server_refuses_can_be_left_out(tmp_path, readable_tar
     assert [prompt[0]["content"] for prompt in rows["prompt"]] == ["the cat", "on", "a mat", "cat"]
     assert left < len(CHATS) + 2  # what was written is kept; one request tries the server out
     assert "refused the prompt" in caplog.text
+
+
+def test_a_server_that_refuses_every_prompt_leaves_no_riddle(tmp_path, readable_target, tokenizer):
+    """Fault: `Instruction "train" corresponds to no data!`, and the same again from the finished folder."""
+    with serving(readable_target, tokenizer) as server:
+        server.finish_reasons = {"mat": "content_filter"}
+        for _ in range(2):
+            with pytest.raises(StoppedError, match=r"Every prompt was refused and left out: .* holds no rows"):
+                ask(server.url, tokenizer, ["a mat", "the mat"], output_dir=tmp_path, skip_refused=True)
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])

@@ -75,6 +75,22 @@ def test_what_no_draft_reads_is_refused_by_row(template, kind):
         render_prompts(prompts, make_tokenizer(template))
 
 
+@pytest.mark.parametrize("part", [{"type": "text"}, {"type": "text", "text": None}])
+def test_a_part_without_its_text_is_refused_in_words(part):
+    """Fault: "The chat template cannot render prompt 0 (from 0): 'text'"."""
+    with pytest.raises(ValueError, match=r"prompt 0 .*user holds a part of type 'text' without a text"):
+        render_prompts([[{"role": "user", "content": [part]}]], make_tokenizer())
+
+
+def test_columns_of_json_are_read_or_named():
+    """Fault: `chat_template_kwargs` as JSON, as `tools` may be, were "not a mapping"; no JSON was not named at all."""
+    assert read_options('{"enable_thinking": false}') == {"enable_thinking": False}
+    assert read_options("") == {}
+    assert read_tools("") is None
+    with pytest.raises(ValueError, match=r"its `tools` are text that is no JSON: 'search'"):
+        read_tools("search")
+
+
 def test_a_kind_of_part_that_the_template_names_reaches_it():
     message = {"role": "user", "content": [{"type": "thinking", "thinking": "hm"}, "then"]}
     tokenizer = make_tokenizer(USER_PARTS)

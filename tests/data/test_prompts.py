@@ -76,6 +76,41 @@ def test_folders_and_splits(tmp_path):
         load_prompts(splits, split="tset")
 
 
+def test_a_folder_with_files_of_several_kinds_is_refused(tmp_path):
+    """Fault: `datasets` reads the commonest kind, so the rows of the others were missing without a word."""
+    as_file(tmp_path, "csv", [{"prompt": "a"}])
+    (tmp_path / "notes.txt").write_text("not prompts")
+    assert load_prompts(tmp_path)["prompt"] == ["a"]
+    as_file(tmp_path, "jsonl", [{"prompt": "b"}])
+    with pytest.raises(ValueError, match=r"several kinds \(1 .csv, 1 .jsonl, 1 .txt\)"):
+        load_prompts(tmp_path)
+    card = "---\nconfigs:\n- config_name: one\n  data_files: prompts.jsonl\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    assert load_prompts(tmp_path)["prompt"] == ["b"]
+
+
+def test_a_folder_without_rows_is_not_called_a_dataset_of_the_hub(tmp_path):
+    """Fault: it was "neither a local path nor a dataset that could be read from the Hub"."""
+    with pytest.raises(ValueError, match=r"The folder .* cannot be read"):
+        load_prompts(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["file", "list"])
+def test_a_configuration_that_nothing_has_is_refused(tmp_path, kind):
+    """Fault: `dataset_config` did nothing, silently, beside a file."""
+    source = as_file(tmp_path, "jsonl", [{"prompt": "a"}]) if kind == "file" else ["a"]
+    with pytest.raises(ValueError, match=r"has configurations, not .*leave out 'wikitext'"):
+        load_prompts(source, config="wikitext")
+
+
+def test_half_a_surrogate_pair_is_named_by_its_line(tmp_path):
+    """Fault: pyarrow names a row of the block that it was reading, not the line."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "whole \\ud83d\\ude00"}\n{"prompt": "half \\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"prompts.jsonl, line 2 holds half of a surrogate pair"):
+        load_prompts(path)
+
+
 @pytest.mark.parametrize("kind", [None, "numpy", "pandas", "arrow"])
 def test_rows_are_plain_whatever_format_was_set(kind):
     """Prompts in a format of tables were "neither text nor a list of messages (Series)"; where the format left a column
