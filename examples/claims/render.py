@@ -59,7 +59,7 @@ SMOLLM2 = "faf714ce-265d14c4", (3e-4,)
 Judged = Sequence[tuple[Claim, Arms, list[Finding]]]
 
 
-def stored(folder: Path, lower_rates: tuple[float, ...]) -> Results:
+def stored_results(folder: Path, lower_rates: tuple[float, ...]) -> Results:
     """The results of a pair that is not at hand: they say which weights and sizes they are of."""
     any_of_them = json.loads(next(folder.glob("*.json")).read_text(encoding="utf-8"))
     return Results(folder.parent, any_of_them["pair"], Sizes(**any_of_them["sizes"]), lower_rates)
@@ -240,7 +240,7 @@ def main() -> None:
     write_text(options.output, page(results, found, options.pair))
     if options.readme is not None:
         folder, lower_rates = SMOLLM2
-        smollm2 = judged(stored(HERE / "results" / folder, lower_rates), chosen, options.seeds)
+        smollm2 = judged(stored_results(HERE / "results" / folder, lower_rates), chosen, options.seeds)
         pairs = {"demo pair": found, "SmolLM2-135M": smollm2}
         write_text(options.readme, with_headlines(options.readme.read_text(encoding="utf-8"), pairs))
 

@@ -200,9 +200,10 @@ def _turn_warning(prompts: Dataset, tokenizer: PreTrainedTokenizerBase, end_ids:
 
 def _stopped_at(dataset: Dataset, turn_end: int | None) -> set[int]:
     """The end of turn, where recorded answers were made to stop there (`stop_at_turn_end`)."""
-    names = ("finish_reason", "completion_ids")
-    rows = zip(*(dataset[name] for name in names), strict=True) if set(names) <= set(dataset.column_names) else ()
-    return {turn_end for reason, ids in rows if reason == STOP and ids[-1:] == [turn_end] and turn_end is not None}
+    if turn_end is None or not {"finish_reason", "completion_ids"} <= set(dataset.column_names):
+        return set()
+    rows = zip(dataset["finish_reason"], dataset["completion_ids"], strict=True)
+    return {turn_end} if any(reason == STOP and ids[-1:] == [turn_end] for reason, ids in rows) else set()
 
 
 def answers(
