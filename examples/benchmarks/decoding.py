@@ -32,6 +32,7 @@ from hf_draftkd import SpeculativeDecoding, align_vocabulary, load_draft, load_p
 from hf_draftkd.acceptance import Estimate, bootstrap_paired_ratio_quotient, bootstrap_ratio
 from hf_draftkd.evaluation.assisted import fixed_draft_length
 from hf_draftkd.models.demo import demo_path
+from hf_draftkd.models.forward import CACHE
 
 VOCAB_SIZE = 49_152  # of the random pair: that of SmolLM2-135M, whose shape it has
 
@@ -138,11 +139,11 @@ def step_seconds(target: PreTrainedModel, draft: PreTrainedModel, gamma: int, le
     caches, seconds = {}, {name: [] for name in kinds}
     for name, (model, _) in kinds.items():
         caches[name] = DynamicCache(config=model.config)
-        model(torch.ones(1, length, dtype=torch.long), past_key_values=caches[name], use_cache=True)
+        model(torch.ones(1, length, dtype=torch.long), **{CACHE: caches[name]}, use_cache=True)
     for _ in range(60):
         for name, (model, width) in kinds.items():
             started = time.perf_counter()
-            model(torch.ones(1, width, dtype=torch.long), past_key_values=caches[name], use_cache=True)
+            model(torch.ones(1, width, dtype=torch.long), **{CACHE: caches[name]}, use_cache=True)
             seconds[name].append(time.perf_counter() - started)
             caches[name].crop(-width)
     return {name: median(each) for name, each in seconds.items()}

@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, StaticLayer
 
 from hf_draftkd.decoding.texts import Piece, Texts
+from hf_draftkd.models.forward import CACHE
 
 # Layers in which a hole can be masked: every token is kept, and sees others by the mask alone.
 _MASKABLE = (DynamicLayer, StaticLayer, DummyLayer)
@@ -120,7 +121,7 @@ class CachedModel:
         """Read a piece; return the logits [A, num_logits, V] of its last tokens."""
         width = piece.ids.shape[1]
         end = self._columns + width
-        inputs: dict[str, Any] = {"input_ids": piece.ids, "past_key_values": self.cache, "use_cache": True}
+        inputs: dict[str, Any] = {"input_ids": piece.ids, CACHE: self.cache, "use_cache": True}
         if self._mask is not None:
             inputs["attention_mask"] = self._masked(piece, end)
         if self._takes_positions:

@@ -14,6 +14,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel, Stati
 
 from hf_draftkd.decoding.caches import CachedModel
 from hf_draftkd.decoding.texts import Piece, Texts
+from hf_draftkd.models.forward import CACHE
 
 
 class CompiledModels:
@@ -121,7 +122,7 @@ class StaticModel(CachedModel):
             "input_ids": ids,
             "position_ids": positions,
             "attention_mask": ((self._mask[:, None] & causal) | itself)[:, None],
-            "past_key_values": self.cache,
+            CACHE: self.cache,
             "use_cache": True,
             "logits_to_keep": num_logits,
         }

@@ -18,6 +18,8 @@ from transformers.generation import GenerationMode
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from hf_draftkd.models.forward import CACHE
+
 # Processors with a memory of their own, or that run the model themselves: calling them for drafted tokens, some of
 # which are rejected, would change what they do.
 _STATEFUL_PROCESSORS = {
@@ -25,7 +27,7 @@ _STATEFUL_PROCESSORS = {
     "ClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
     "SynthIDTextWatermarkLogitsProcessor": "watermarking_config",
 }
-_KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_KNOWN_INPUTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
 
 
 def dropped_by_generate() -> dict[str, Any]:

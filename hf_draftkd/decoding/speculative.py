@@ -41,7 +41,7 @@ from hf_draftkd.decoding.stopping import Stopping
 from hf_draftkd.decoding.texts import Outputs, Texts
 from hf_draftkd.decoding.verification import verify_greedy, verify_greedy_ensemble, verify_sampled
 from hf_draftkd.models.draft_length import recorded_parallel_length, recorded_vocabulary
-from hf_draftkd.models.forward import evaluating, unwrapped
+from hf_draftkd.models.forward import CACHE, evaluating, unwrapped
 from hf_draftkd.models.identity import checkpoint_of
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import check_tokenizers, shared_context
@@ -67,7 +67,7 @@ class SpeculativeDecoding:
     processors are set: both models' logits are processed once, by the same list, each position with its own prefix.
     Batches (left-padded, or `num_return_sequences`) work: every row accepts its own number of tokens and ends by
     itself. The result is that of `generate`: a tensor, or a dictionary with `scores` and `logits` where asked for; in
-    a batch they are zero behind a row's end, and `past_key_values` is None, since the rows' caches have holes (and
+    a batch they are zero behind a row's end, and the cache (`past_key_values`, since transformers 5.24 `cache`) is None, since the rows' caches have holes (and
     with `compile`, since the next call writes over it). Processors are called for drafted tokens too: one that
     remembers earlier calls would go astray. A text that grows longer than the draft's context is written on without it.
 
@@ -194,7 +194,7 @@ class SpeculativeDecoding:
         is_synced = bool(dropped.get("synced_gpus"))
         check_request(model, input_ids, logits_processor, generation_config, model_kwargs, is_synced)
         read = check_cache(
-            model_kwargs.get("past_key_values"), generation_config, input_ids, model_kwargs.get("attention_mask")
+            model_kwargs.get(CACHE), generation_config, input_ids, model_kwargs.get("attention_mask")
         )
         lenience, form = self._lenience(generation_config)
         if stop_strings is not None:
@@ -211,7 +211,7 @@ class SpeculativeDecoding:
         self.prompt_padding = texts.padding
         is_greedy = not generation_config.do_sample
         processing = Processing(logits_processor, texts, stopping.eos_ids, is_greedy=is_greedy)
-        target, draft = self._models(model, model_kwargs["past_key_values"], texts, read, generation_config)
+        target, draft = self._models(model, model_kwargs[CACHE], texts, read, generation_config)
         needs = {"samples": not is_greedy, "needs_q": not is_greedy or lenience < 1}
         propose = OneByOne(draft, self._proposable, processing, **needs)
         if self.mask_token_id is not None:

@@ -11,6 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from hf_draftkd.models.forward import CACHE
+
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
     """A batch of prompts as `generate` takes it: `input_ids` and `attention_mask`, [B, L] each."""
@@ -144,7 +146,7 @@ class Outputs:
             sequences=sequences,
             scores=_by_step(self._scores),
             logits=_by_step(self._logits),
-            past_key_values=cache,
+            **{CACHE: cache},
         )
 
 

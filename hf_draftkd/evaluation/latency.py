@@ -20,6 +20,7 @@ from hf_draftkd.evaluation.recommendation import ASSISTANT_MODEL, OVERHEADS, PAR
 from hf_draftkd.evaluation.report import GenerateOverhead, LatencyResult
 from hf_draftkd.evaluation.scoring import lengths_of
 from hf_draftkd.evaluation.timing import generate_text, single_text_config, way_options
+from hf_draftkd.models.forward import CACHE
 from hf_draftkd.models.pairing import shared_context
 from hf_draftkd.models.parallel import parallel_draft
 
@@ -182,7 +183,7 @@ class _StepClock:
 
     def _forward(self, tokens: Sequence[int], **options: Any) -> None:
         ids = torch.tensor([list(tokens)], device=self.model.device)
-        self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **options)
+        self.model(input_ids=ids, **{CACHE: self.cache}, use_cache=True, **options)
 
 
 class _TokenClock(BaseStreamer):

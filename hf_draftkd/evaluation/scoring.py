@@ -24,6 +24,7 @@ from hf_draftkd.acceptance.tensors import only_listed
 from hf_draftkd.data.parallel import attention_mask_for
 from hf_draftkd.decoding.processors import logits_processors, process_logits, transformers_draft_processors
 from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.models.forward import CACHE
 from hf_draftkd.models.parallel import ParallelDraft, parallel_draft
 
 EXACT = "exact_match"  # how greedy text is verified, whatever the engine
@@ -383,12 +384,12 @@ class _Reader:
         output = self.model(
             input_ids=tokens.to(self.device),
             attention_mask=attention_mask,
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             use_cache=True,
             return_dict=True,
             **options,
         )
-        self.cache = output.past_key_values
+        self.cache = getattr(output, CACHE)
         return output.logits
 
     def skip(self, tokens: torch.Tensor) -> None:
@@ -418,7 +419,7 @@ class _Reader:
             # What would stand behind the tokens just read is not looked at; learned positions may end there.
             position_ids=(base + step).clamp(max=end - 1).expand(self.batch_size, -1),
             attention_mask=attention_mask_for(self.model, sees),
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             use_cache=True,
             return_dict=True,
         ).logits.unflatten(1, (len(bases), steps))

@@ -10,13 +10,18 @@ chunk at a time: `hidden_at` and `in_head` never hold logits of all positions.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_draftkd.losses import LinearHead, Unprojected
+
+# What a model takes its key-value cache by, and returns it under: renamed in transformers 5.24.
+CACHE = "cache" if "cache" in {each.name for each in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 _PROBE_LENGTH = 8
 

@@ -47,6 +47,7 @@ from transformers.utils import (
     cached_file,
 )
 
+from hf_draftkd.models.forward import CACHE
 from hf_draftkd.models.text_model import is_multimodal, text_class, text_config
 from hf_draftkd.utils.checks import nearest
 
@@ -273,7 +274,7 @@ def _no_rollback(model_class: type[PreTrainedModel]) -> str | None:
         return "keeps a running state that cannot be taken back when a drafted token is rejected"
     if not model_class._supports_default_dynamic_cache():
         return "has a cache of its own that cannot be rolled back when a drafted token is rejected"
-    if "past_key_values" not in inspect.signature(model_class.forward).parameters:
+    if CACHE not in inspect.signature(model_class.forward).parameters:
         return "has no cache and reads the whole text for each token"
     return None
 

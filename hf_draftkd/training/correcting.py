@@ -9,7 +9,7 @@ from transformers import LogitsProcessor
 
 from hf_draftkd.decoding.processors import logits_processors
 from hf_draftkd.decoding.setting import DecodingSetting
-from hf_draftkd.models.forward import unwrapped
+from hf_draftkd.models.forward import CACHE, unwrapped
 
 
 def corrected_distribution(draft: Tensor, target: Tensor, allowed: Tensor) -> Tensor:
@@ -74,9 +74,9 @@ class CorrectedByTarget(LogitsProcessor):
         output = self._target(
             input_ids=new,
             attention_mask=self._mask,
-            past_key_values=self._cache,
+            **{CACHE: self._cache},
             use_cache=True,
             **{name: value for name, value in wanted.items() if name in self._parameters},
         )
-        self._cache = output.past_key_values
+        self._cache = getattr(output, CACHE)
         return output.logits[:, -1]

@@ -33,7 +33,7 @@ from hf_draftkd.decoding.compiled import CompiledModels
 from hf_draftkd.decoding.drafting import OneByOne
 from hf_draftkd.decoding.texts import Texts
 from hf_draftkd.evaluation.assisted import fixed_draft_length
-from hf_draftkd.models.forward import evaluating
+from hf_draftkd.models.forward import CACHE, evaluating
 from hf_draftkd.models.parallel import store_parallel_draft
 from tests.tiny import ARCHITECTURES, tiny_gpt2, tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
 
@@ -318,7 +318,7 @@ def test_scores_and_logits_are_those_of_plain_decoding() -> None:
         assert torch.equal(plain.sequences, ours.sequences)
         for name in ("scores", "logits"):
             torch.testing.assert_close(torch.stack(ours[name]), torch.stack(plain[name]), atol=1e-4, rtol=1e-4)
-    assert ours.past_key_values is None
+    assert getattr(ours, CACHE) is None
 
 
 def test_the_returned_cache_continues_the_text() -> None:
@@ -326,10 +326,10 @@ def test_the_returned_cache_continues_the_text() -> None:
     decoding = SpeculativeDecoding(draft, 4)
     options: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "eos_token_id": None}
     first = target.generate(PROMPTS[0], max_new_tokens=10, custom_generate=decoding, **options)
-    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
-    cache = first.past_key_values
+    assert first[CACHE].get_seq_length() == first.sequences.shape[1] - 1
+    cache = first[CACHE]
     second = target.generate(
-        first.sequences, max_new_tokens=10, past_key_values=cache, custom_generate=decoding, **options
+        first.sequences, max_new_tokens=10, **{CACHE: cache}, custom_generate=decoding, **options
     )
     whole = target.generate(PROMPTS[0], max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert torch.equal(second.sequences, whole)
@@ -356,7 +356,7 @@ def test_a_chat_goes_on_outside_of_inference_mode_and_behind_padding(is_padded: 
         second = target.generate(
             first.sequences.clone(),
             attention_mask=mask_of_both,
-            past_key_values=first.past_key_values,
+            **{CACHE: first[CACHE]},
             **continuing,
             **options,
         )
@@ -369,11 +369,11 @@ def test_a_batch_leaves_a_cache_of_the_caller_s_alone() -> None:
     options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
     cache = DynamicCache(config=target.config)
     first = target.generate(
-        **padded(PROMPTS), past_key_values=cache, custom_generate=SpeculativeDecoding(draft, 4), **options
+        **padded(PROMPTS), **{CACHE: cache}, custom_generate=SpeculativeDecoding(draft, 4), **options
     )
     mask = torch.nn.functional.pad(padded(PROMPTS)["attention_mask"], (0, first.shape[1] - 25), value=1)
     options["eos_token_id"] = None
-    second = target.generate(first, attention_mask=mask, past_key_values=cache, **options)
+    second = target.generate(first, attention_mask=mask, **{CACHE: cache}, **options)
     assert torch.equal(second, target.generate(first, attention_mask=mask, **options))
 
 
@@ -596,7 +596,7 @@ def test_compiled_caches_outlive_inference_mode_and_are_not_given_away(monkeypat
     _served(target, input_ids=PROMPTS[0], custom_generate=decoding, **options)
     ours = target.generate(PROMPTS[0], custom_generate=decoding, return_dict_in_generate=True, **options)
     assert torch.equal(ours.sequences, target.generate(PROMPTS[0], **options))
-    assert ours.past_key_values is None
+    assert getattr(ours, CACHE) is None
 
 
 def test_compiled_caches_do_not_pile_up() -> None:
