@@ -1,6 +1,7 @@
 # `make quickstart` and `make test` work on a fresh checkout: they make .venv where there is none, and reuse it.
 PYTHON ?= python3
 VENV   ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
 # Modules are compiled when they are first imported: pip would compile all of torch and transformers, for a minute and a half.
 PIP    := $(BIN)/python -m pip install --quiet --no-compile
@@ -9,20 +10,20 @@ unexport PYTHONDONTWRITEBYTECODE
 STAMP     := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: install quickstart test engines lint format clean
+.PHONY: install quickstart test test-newest engines lint format clean
 
 install: $(DEV_STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "hf_draftkd needs Python 3.11 or newer; name one with: make install PYTHON=python3.12"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
-	$(PIP) -c constraints.txt -e ".[plots,gguf]"
+	$(PIP) -c $(CONSTRAINTS) -e ".[plots,gguf]"
 	touch $(STAMP)
 
 $(DEV_STAMP): $(STAMP)
-	$(PIP) -c constraints.txt -e ".[dev]"
+	$(PIP) -c $(CONSTRAINTS) -e ".[dev]"
 	touch $(DEV_STAMP)
 
 quickstart: $(STAMP)
@@ -30,6 +31,14 @@ quickstart: $(STAMP)
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# With the newest release of everything but torch, which would bring its CUDA libraries, in a new environment.
+NEWEST := .venv-newest
+test-newest:
+	rm -rf $(NEWEST)
+	mkdir $(NEWEST)
+	grep '^torch==' constraints.txt > $(NEWEST)/constraints.txt
+	$(MAKE) test VENV=$(NEWEST) CONSTRAINTS=$(NEWEST)/constraints.txt
 
 # Each engine in an environment of its own; llama.cpp is compiled. Then the demo pair is measured in all of them.
 # JOBS: compilers at a time. ENGINES_OPTIONS: more options of the script.
@@ -80,4 +89,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(NEWEST) dist build .pytest_cache .ruff_cache .mypy_cache

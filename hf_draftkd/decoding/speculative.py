@@ -67,9 +67,9 @@ class SpeculativeDecoding:
     processors are set: both models' logits are processed once, by the same list, each position with its own prefix.
     Batches (left-padded, or `num_return_sequences`) work: every row accepts its own number of tokens and ends by
     itself. The result is that of `generate`: a tensor, or a dictionary with `scores` and `logits` where asked for; in
-    a batch they are zero behind a row's end, and the cache (`past_key_values`, since transformers 5.24 `cache`) is None, since the rows' caches have holes (and
-    with `compile`, since the next call writes over it). Processors are called for drafted tokens too: one that
-    remembers earlier calls would go astray. A text that grows longer than the draft's context is written on without it.
+    a batch they are zero behind a row's end, and no cache is returned, since the rows' caches have holes (and with
+    `compile`, since the next call writes over it). Processors are called for drafted tokens too: one that remembers
+    earlier calls would go astray. A text that grows longer than the draft's context is written on without it.
 
     transformers 5.23 hands neither `assistant_model=` nor `streamer=` of a `generate` call on to a callable. They are
     read from the running call all the same: a streamer is used, and an `assistant_model` other than this draft is an
@@ -193,9 +193,7 @@ class SpeculativeDecoding:
             self._place_proposals()
         is_synced = bool(dropped.get("synced_gpus"))
         check_request(model, input_ids, logits_processor, generation_config, model_kwargs, is_synced)
-        read = check_cache(
-            model_kwargs.get(CACHE), generation_config, input_ids, model_kwargs.get("attention_mask")
-        )
+        read = check_cache(model_kwargs.get(CACHE), generation_config, input_ids, model_kwargs.get("attention_mask"))
         lenience, form = self._lenience(generation_config)
         if stop_strings is not None:
             stopping_criteria.append(self._stop_strings(stop_strings))

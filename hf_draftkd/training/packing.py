@@ -1,8 +1,8 @@
 """Whether a model keeps the texts of a packed row apart: tried, since no config says so.
 
 In a packed row texts stand one behind the other, and `position_ids` alone tell where one ends. Some architectures
-(GPT-OSS, OPT, Bloom, Falcon and MPT in transformers 5.23) build their mask without looking at them, so that texts see
-each other and the loss is wrong; others (GPT-Neo, MPT) hold tables that end with the context.
+(GPT-OSS, OPT, Bloom and MPT in transformers 5.24; in 5.23 Falcon too) build their mask without looking at them, so that
+texts see each other and the loss is wrong; others (GPT-Neo, MPT) hold tables that end with the context.
 """
 
 from typing import Any

@@ -328,9 +328,7 @@ def test_the_returned_cache_continues_the_text() -> None:
     first = target.generate(PROMPTS[0], max_new_tokens=10, custom_generate=decoding, **options)
     assert first[CACHE].get_seq_length() == first.sequences.shape[1] - 1
     cache = first[CACHE]
-    second = target.generate(
-        first.sequences, max_new_tokens=10, **{CACHE: cache}, custom_generate=decoding, **options
-    )
+    second = target.generate(first.sequences, max_new_tokens=10, **{CACHE: cache}, custom_generate=decoding, **options)
     whole = target.generate(PROMPTS[0], max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert torch.equal(second.sequences, whole)
 
