@@ -102,7 +102,7 @@ def verdicts(found: Judged) -> list[str]:
 
 
 def headlines(pairs: Mapping[str, Judged]) -> list[str]:
-    """The first comparison of each claim, on several pairs; blank where a pair was not tried."""
+    """The first comparison of each claim that every pair has on which it was tried; blank where a pair has it not."""
     lines = [f"| claim | compared | paper | {' | '.join(pairs)} |", f"|{'---|' * (3 + len(pairs))}"]
     for of_pairs in zip(*pairs.values(), strict=True):
         claim = of_pairs[0][0]
@@ -110,7 +110,9 @@ def headlines(pairs: Mapping[str, Judged]) -> list[str]:
         if not any(by_pair):
             lines.append(f"| {claim.name} | {claim.says} | | not run yet |{' |' * (len(pairs) - 1)}")
             continue
-        first = next(iter(next(filter(None, by_pair))))
+        tried = [each for each in by_pair if each]
+        shared = [each for each in tried[0] if all(each in others for others in tried)]
+        first = (shared or list(tried[0]))[0]
         cells = [_outcome(each.get(first, [])) for each in by_pair]
         lines.append(f"| {' | '.join([claim.name, *first, *cells])} |")
     return lines

@@ -269,7 +269,8 @@ def test_headlines_of_two_pairs_stand_in_one_row(claims):
         found("a", "+1%", "-2%", "refuted", "greedy"),
         found("a", "+1%", "+4%", "reproduced", "T=1"),
     ]
-    pairs = {"P": [(claim, {}, ours), (claim, {}, ours)], "Q": [(claim, {}, theirs), (claim, {}, [])]}
+    more = [found("c", "", "+8%", "reproduced"), *ours]  # a comparison that the other pair does not have
+    pairs = {"P": [(claim, {}, more), (claim, {}, ours)], "Q": [(claim, {}, theirs), (claim, {}, [])]}
     head, rule, both, one = claims.render.headlines(pairs)
     assert head == "| claim | compared | paper | P | Q |"
     assert rule == "|---|---|---|---|---|"
