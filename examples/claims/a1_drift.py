@@ -79,6 +79,7 @@ class Drift:
         tuned = self.tuned_target(lab, learned, seed)
         found = {}
         for name, target in ((BEFORE, lab.target), (AFTER, tuned)):
+            whose = BEFORE if name == BEFORE else f"seed{seed}"  # seeds share what the target said before
             rows = generate_alignment_data(
                 target,
                 lab.tokenizer,
@@ -86,6 +87,7 @@ class Drift:
                 max_new_tokens=lab.sizes.answer_tokens,
                 temperatures=tuple(TEMPERATURES.values()),
                 batch_size=32,
+                output_dir=lab.folder / "drifted" / f"{self.name}_answers_{whose}",
             )
             (found[name],) = score_drafts(target, [draft], rows)
         return {"scores": found}
