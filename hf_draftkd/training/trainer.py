@@ -56,7 +56,6 @@ from hf_draftkd.training.checkpoints import (
     batches_read,
     check_options,
     checkpoint_to_resume,
-    only_run,
     record_options,
 )
 from hf_draftkd.training.config import DraftDistillConfig
@@ -74,6 +73,7 @@ from hf_draftkd.training.token_selection import (
     select_tokens,
     token_metrics,
 )
+from hf_draftkd.utils.files import only_run
 
 
 class DraftDistillTrainer(SFTTrainer):
@@ -648,7 +648,7 @@ class DraftDistillTrainer(SFTTrainer):
         """As in transformers; `resume_from_checkpoint=True` takes the newest complete checkpoint in `args.output_dir`.
 
         Raises:
-            ValueError: There is none, another run is training into `args.output_dir`, or no batch was filled.
+            ValueError: There is none, another run is writing to `args.output_dir`, or no batch was filled.
             FloatingPointError: A loss, a gradient or the weights are not finite.
         """
         if resume_from_checkpoint is True:
