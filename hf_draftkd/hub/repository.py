@@ -15,7 +15,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.utils import filter_repo_objects
 
 from hf_draftkd.hub.access import hub_errors
-from hf_draftkd.hub.card_merge import CARD_FILE
+from hf_draftkd.hub.card_merge import CARD_FILE, card_text
 from hf_draftkd.hub.upload_files import PlannedFile
 
 
@@ -62,7 +62,7 @@ class Repository:
             files, card = tuple(sibling.rfilename for sibling in info.siblings or ()), None
             if CARD_FILE in files:
                 path = api.hf_hub_download(repo_id, CARD_FILE, **which | {"revision": info.sha})
-                card = Path(path).read_text(encoding="utf-8-sig")
+                card = card_text(Path(path), f"The card of {repo_id}")
         now: Any = {"sha": info.sha, "private": bool(info.private), "files": files, "tags": tuple(info.tags or ())}
         return cls(api, repo_id, afterwards, **which, **now, card=card)
 

@@ -43,6 +43,8 @@ from hf_draftkd.data.formats import (
 from hf_draftkd.data.mixing import check_mix, mix_datasets
 from hf_draftkd.data.target_cache import CacheFacts, warn_of_withheld, with_caches_alike
 from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.hub.card_merge import local_card
+from hf_draftkd.hub.card_merge import merged as merged_card
 from hf_draftkd.hub.metadata import TAGS
 from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.push import push_draft
@@ -735,7 +737,7 @@ class DraftDistillTrainer(SFTTrainer):
         report: SpeculationReport | None = None,
         plots: dict[str, str] | None = None,
     ) -> None:
-        """Write the draft's card and `provenance.json` into `args.output_dir`.
+        """Write the draft's card and `provenance.json` into `args.output_dir`; what people wrote into the card stays.
 
         Args:
             model_name: Name on the card; by default the Hub id, or the output directory's name.
@@ -749,13 +751,15 @@ class DraftDistillTrainer(SFTTrainer):
             return
         directory, provenance = self.args.output_dir, describe_run(self, dataset_name)
         provenance.save(directory)
-        DraftModelCard.from_report(
+        fresh = DraftModelCard.from_report(
             report,
             provenance=provenance,
             name=self.hub_model_id or model_name or Path(directory).name,
             tags=[tags] if isinstance(tags, str) else tags or (),
             plots=plots,
-        ).save(directory)
+        )
+        card, _ = merged_card(fresh, local_card(DraftModelCard, Path(directory), fresh))
+        card.save(directory)
 
     def push_to_hub(
         self,
@@ -772,7 +776,7 @@ class DraftDistillTrainer(SFTTrainer):
 
         `revision` is a branch; it, `token` and `private` are by default those of `args`. A `license` is needed where
         the draft started from no model on the Hub to inherit one from. The call always waits for the commit, whatever
-        `blocking` says; further arguments are for `create_model_card`.
+        `blocking` says; further arguments are for `create_model_card`, whose `report` is published too.
 
         Returns:
             What was published; None on processes other than the first.
@@ -789,6 +793,7 @@ class DraftDistillTrainer(SFTTrainer):
         return push_draft(
             self.args.output_dir,
             self.args.hub_model_id or Path(self.args.output_dir).name,
+            report=kwargs.get("report"),
             commit_message=commit_message or "End of training",
             token=token or self.args.hub_token,
             revision=revision or self.args.hub_revision,

@@ -303,7 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(200, {"branches": branches, "tags": [], "converts": []})
 
     def metadata(self, repo: Repo, revision: str) -> dict[str, Any]:
-        card = repo.files(revision).get("README.md", b"").decode()
+        card = repo.files(revision).get("README.md", b"").decode(errors="replace")
         try:
             return (yaml.safe_load(card.split("---\n")[1]) or {}) if card.startswith("---\n") else {}
         except yaml.YAMLError:
