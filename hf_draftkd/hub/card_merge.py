@@ -99,18 +99,10 @@ def card_text(path: Path, where: str) -> str:
         raise ValueError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}): save it as such.") from None
 
 
-def local_card(kind: type[Card], folder: Path, fresh: Card) -> Card | None:
-    """As `read_card`, of the card in a folder for which there is a `fresh` one."""
+def local_card(kind: type[Card], folder: Path) -> Card | None:
+    """As `read_card`, of the card in a folder."""
     path = folder / CARD_FILE
-    card = read_card(kind, card_text(path, str(path)) if path.is_file() else None, str(path))
-    if card and _without_title(card) == _without_title(fresh):
-        # In the folder a title is the folder's name or the run's. On the Hub another one was chosen by a person.
-        card.text = fresh.text
-    return card
-
-
-def _without_title(card: RepoCard) -> str:
-    return "\n".join(line for line in prose_of(card.text).splitlines() if not line.startswith("# "))
+    return read_card(kind, card_text(path, str(path)) if path.is_file() else None, str(path))
 
 
 def merged(

@@ -84,7 +84,7 @@ def write_card(folder: Path, rows: Dataset, repo_id: str | None = None) -> None:
 
 
 def _write_merged(folder: Path, fresh: DatasetCard) -> DatasetCard:
-    card, _ = merged(fresh, local_card(DatasetCard, folder, fresh))
+    card, _ = merged(fresh, local_card(DatasetCard, folder))
     write_text(folder / CARD_FILE, str(card))
     return card
 

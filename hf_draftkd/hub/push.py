@@ -25,9 +25,9 @@ from transformers import AutoConfig, GenerationConfig
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub import upload_files
 from hf_draftkd.hub.access import redacted, writing_token
-from hf_draftkd.hub.card_merge import CARD_FILE, Place, local_card, merged, read_card
+from hf_draftkd.hub.card_merge import CARD_FILE, Place, merged, read_card
 from hf_draftkd.hub.metadata import benchmark_entries
-from hf_draftkd.hub.model_card import DraftModelCard
+from hf_draftkd.hub.model_card import DraftModelCard, local_model_card
 from hf_draftkd.hub.provenance import PROVENANCE_FILE, PairFacts, TrainingSummary
 from hf_draftkd.hub.public_names import public_report
 from hf_draftkd.hub.repository import Repository
@@ -210,7 +210,7 @@ def _contents(
         custom_generate=custom_generate,
         plots={Path(plot.path).stem.replace("_", " ").capitalize(): plot.path for plot in plots},
     )
-    local = local_card(DraftModelCard, draft.path, fresh)
+    local = local_model_card(draft.path, fresh)
     held = read_card(DraftModelCard, there.card, f"the card of {there.repo_id}")
     given = {key: fresh.data[key] for key in ("license", "language") if wanted[key] is not None}
     # The fresh card in the words that a person wrote, wherever those are.

@@ -43,10 +43,9 @@ from hf_draftkd.data.formats import (
 from hf_draftkd.data.mixing import check_mix, mix_datasets
 from hf_draftkd.data.target_cache import CacheFacts, warn_of_withheld, with_caches_alike
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.hub.card_merge import local_card
 from hf_draftkd.hub.card_merge import merged as merged_card
 from hf_draftkd.hub.metadata import TAGS
-from hf_draftkd.hub.model_card import DraftModelCard
+from hf_draftkd.hub.model_card import DraftModelCard, local_model_card
 from hf_draftkd.hub.push import push_draft
 from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, get_divergence
 from hf_draftkd.models.forward import in_head, predicting_positions, unwrapped
@@ -758,7 +757,7 @@ class DraftDistillTrainer(SFTTrainer):
             tags=[tags] if isinstance(tags, str) else tags or (),
             plots=plots,
         )
-        card, _ = merged_card(fresh, local_card(DraftModelCard, Path(directory), fresh))
+        card, _ = merged_card(fresh, local_model_card(Path(directory), fresh))
         card.save(directory)
 
     def push_to_hub(

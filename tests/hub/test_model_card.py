@@ -7,12 +7,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.card_merge import merged, read_card, sections_of
 from hf_draftkd.hub.citations import papers_used
 from hf_draftkd.hub.metadata import eval_results
 from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
-from hf_draftkd.hub.public_names import public_name, without_paths
+from hf_draftkd.hub.public_names import public_name, public_report, without_paths
 from tests.hub import samples
 from tests.tiny import tiny_tokenizer
 
@@ -192,6 +193,7 @@ def test_no_path_of_this_machine_is_published(tmp_path):
         ("in '/a/b/c'.", "in 'path/to/c'."),
         ("from C:\\Users\\me\\draft on", "from path/to/draft on"),
         ("--model=/a/b.", "--model=path/to/b."),
+        ("train --model '/home/me/My Drafts/d' '/x'", "train --model 'path/to/d' 'path/to/x'"),
     ],
 )
 def test_paths_inside_a_text_lose_their_directories(text: str, expected: str):
@@ -202,6 +204,13 @@ def test_paths_inside_a_text_lose_their_directories(text: str, expected: str):
 def test_what_is_no_absolute_path_stays(text: str):
     """Catches addresses and names on the Hub that are mangled."""
     assert without_paths(text) == text
+
+
+def test_a_path_with_spaces_in_a_warning_is_a_path(tmp_path):
+    """Catches half of `/home/me/My Drafts/d`, and of `C:\\Users\\Jane Doe\\d`: a path in a sentence ends nowhere."""
+    name = "/home/me/My Drafts/d"
+    report = samples.report(draft={"name": name, "num_parameters": 1}, warnings=[f"Texts that {name} helped to write."])
+    assert public_report(SpeculationReport.from_dict(report)).warnings == ["Texts that path/to/d helped to write."]
 
 
 def test_prompts_described_in_words_keep_them():
