@@ -110,7 +110,7 @@ def generate_alignment_data(
     if check_processes(folder).is_main_process and folder is not None:  # before queries are written to it
         check_shard_folder(folder)
         if folder.is_dir():
-            with alone_in(folder):  # asked now: the target is loaded before the folder is taken
+            with alone_in(folder):  # asked now: the target is loaded before the folder is kept
                 pass
     day = day_begun(folder)
     template_options = template_options or {}

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, Features, concatenate_datasets, disable_progress_bars, enable_progress_bars, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from datasets.utils import are_progress_bars_disabled
 from pyarrow import ArrowInvalid
 from pyarrow.parquet import read_metadata
@@ -32,6 +33,7 @@ from hf_draftkd.data.backends import Completion
 from hf_draftkd.data.journal import Journal
 from hf_draftkd.data.rows import author_of, other_authors
 from hf_draftkd.utils.files import only_run, replacing, write_text
+from hf_draftkd.utils.text import one_line
 
 logger = logging.get_logger(__name__)
 
@@ -100,17 +102,30 @@ def run_shards(
         with completion_progress(sum(sizes)) as on_finished:
             journal = Journal(None, brought, on_finished)
             return concatenate_datasets([make_shard(number, journal) for number in range(count)])
-    with alone_in(output_dir):
-        return _shards_in_folder(make_shard, sizes, manifest, output_dir, brought)
+    # What is finished may be read by several runs at a time.
+    with alone_in(output_dir) if unfinished_shards(output_dir, count) else nullcontext():
+        _write_shards(make_shard, sizes, manifest, output_dir, brought)
+    files = [shard_path(output_dir, number, count) for number in range(count)]
+    if not any(map(_num_rows, files)):
+        raise StoppedError(f"Every prompt was refused and left out: {output_dir} holds no rows. Name another folder.")
+    try:
+        return load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+    except (DatasetGenerationError, OSError) as error:
+        reason = one_line(error.__cause__ or error)
+        raise StoppedError(
+            f"All shards are finished in {output_dir}, but `datasets` cannot read them into its cache ({reason}). Make "
+            "room there, or set HF_DATASETS_CACHE to a folder on another disk, and run the same command again."
+        ) from error
 
 
-def _shards_in_folder(
+def _write_shards(
     make_shard: Callable[[int, Journal], Dataset],
     sizes: Sequence[int],
     manifest: dict[str, Any],
     output_dir: Path,
     brought: Features | None,
-) -> Dataset:
+) -> None:
+    """Make this process's share of the shards that are not there yet, and wait for the others'."""
     count, state = len(sizes), this_process()
     open_folder(output_dir, manifest, write=state.is_main_process)
     unfinished = unfinished_shards(output_dir, count)
@@ -137,13 +152,10 @@ def _shards_in_folder(
         for pattern in (".train-*.journal", ".train-*.parquet.*"):
             for left_by_a_killed_run in (output_dir / "data").glob(pattern):
                 left_by_a_killed_run.unlink(missing_ok=True)
-    files = [shard_path(output_dir, number, count) for number in range(count)]
-    if not any(map(_num_rows, files)):
-        raise StoppedError(f"Every prompt was refused and left out: {output_dir} holds no rows. Name another folder.")
-    return load_dataset("parquet", data_files=[str(file) for file in files], split="train")
 
 
 def _num_rows(shard: Path) -> int:
+    """Rows of a shard; a `ValueError` if it is damaged."""
     try:
         return read_metadata(shard).num_rows
     except (ArrowInvalid, OSError) as error:

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -287,6 +288,17 @@ def test_a_manifest_of_another_program_is_left_alone(tmp_path, target, tokenizer
     assert (tmp_path / "manifest.json").read_text() == content
 
 
+@contextmanager
+def small_files(size: int):
+    """No file can become larger: the errors of a full disk, on any."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_leaves_the_finished_shards_valid(tmp_path, target, tokenizer, undisturbed, monkeypatch):
     """The third shard meets a really full device; the two before it stay, and the run resumes later."""
@@ -309,13 +321,20 @@ def test_a_full_disk_leaves_the_finished_shards_valid(tmp_path, target, tokenize
 
 def test_a_disk_that_is_full_from_the_start_is_named(tmp_path, target, tokenizer):
     """A traceback from pathlib."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        with pytest.raises(StoppedError, match=r"disk is full: the manifest\.json could not be written.* 0 shards"):
-            generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        small_files(100),
+        pytest.raises(StoppedError, match=r"disk is full: the manifest\.json could not be written.* 0 shards"),
+    ):
+        generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
+
+
+def test_a_full_cache_of_datasets_is_no_lost_work(tmp_path, target, tokenizer, finished, monkeypatch):
+    """`An error occurred while generating the dataset`, when all prompts were answered: the cache is elsewhere."""
+    folder = Path(shutil.copytree(finished, tmp_path / "out"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with small_files(100), pytest.raises(StoppedError, match=r"All shards are finished in .*set HF_DATASETS_CACHE"):
+        generate_alignment_data(target, tokenizer, TEXTS, output_dir=folder, **OPTIONS)
+    assert len(generate_alignment_data(target, tokenizer, TEXTS, output_dir=folder, **OPTIONS)) == 40
 
 
 @pytest.mark.parametrize("size", [0, 100])
