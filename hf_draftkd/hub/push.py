@@ -116,7 +116,7 @@ def push_draft(
         tags: Further tags.
         private: Whether a new repository is private; None leaves it to the organisation's default. An existing one
             keeps its visibility; True refuses one that is public.
-        revision: Branch to commit to; made where it does not exist.
+        revision: Branch to commit to, made where it does not exist; or a pull request (`refs/pr/3`).
         create_pr: Open a pull request instead of committing.
         commit_message: First line of the commit.
         benchmark_task: Also write a leaderboard result (`.eval_results/`) for this task of the benchmark that the
@@ -140,6 +140,8 @@ def push_draft(
     validate_repo_id(repo_id)
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"A pull request is opened against main; leave out revision={revision!r} or `create_pr`.")
+    if not commit_message.strip():
+        raise ValueError("`commit_message` is empty. Give the commit a first line, or leave it out.")
     draft = upload_files.look_at_folder(folder, report)
     if draft.contradictions and not allow_mismatch:
         raise ValueError(

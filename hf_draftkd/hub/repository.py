@@ -88,7 +88,8 @@ class Repository:
             # `exist_ok` takes a public repository for a private one: what it is, only the Hub knows.
             info: Any = api.repo_info(**here, expand=["private"])  # type: ignore[arg-type]
             _check_private(self.repo_id, private, info)
-            if self.revision and self.revision != "main":
+            # `refs/pr/3`, a pull request that is brought up to date, is no branch.
+            if self.revision not in (None, "main") and not str(self.revision).startswith("refs/"):
                 api.create_branch(**here, branch=self.revision, exist_ok=True)
             added = [CommitOperationAdd(file.path, file.source) for file in files]
             done = api.create_commit(

@@ -288,6 +288,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def branch(self, repo_id: str, branch: str) -> None:
         repo = self.repo(repo_id, writing=True)
+        if branch.startswith("refs/"):
+            raise _Answer(400, "Invalid reference for a branch", "BadRequest")
         if branch in repo.refs:
             raise _Answer(409, "Reference already exists")
         repo.refs[branch] = repo.refs["main"]

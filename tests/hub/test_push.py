@@ -138,6 +138,8 @@ class TestOneCommit:
         upload = push(draft_folder, create_pr=True, tags=["third"])
         assert upload.url.endswith("/discussions/1")
         assert "third" in hub.repos[ID].files("refs/pr/1")["README.md"].decode()
+        push(draft_folder, revision="refs/pr/1", tags=["third", "fourth"])
+        assert "fourth" in hub.repos[ID].files("refs/pr/1")["README.md"].decode(), "a pull request is no branch to make"
         with pytest.raises(ValueError, match="pull request"):
             push(draft_folder, create_pr=True, revision="v2")
 

@@ -24,6 +24,8 @@ class TestBadInput:
         for name in ("a/b/c", "me/dr aft", "", "me/-draft-", "me/x.git"):
             with pytest.raises(ValueError, match=r"[Rr]epo[_ ]id"):
                 push(draft_folder, repo_id=name)
+        with pytest.raises(ValueError, match="`commit_message` is empty"):  # an empty repository was made
+            push(draft_folder, commit_message=" ")
         assert hub.requests == []
 
     def test_a_repository_that_holds_something_else(self, hub: FakeHub, draft_folder: Path):
