@@ -56,7 +56,9 @@ def run(argv: list[str]) -> int:
         trusted = {"trust_remote_code": options.trust_remote_code}
         at = {"revision": options.target_model_revision, "gguf_file": options.gguf_file}
         target = resolve(options.target_model, **at, **trusted)
-        draft = resolve(options.model, revision=options.model_revision, **trusted) if options.model else None
+        draft = None
+        if options.model is not None:
+            draft = resolve(options.model, revision=options.model_revision, **trusted)
         found = examine(target, draft)
     table = Table(box=SIMPLE, show_header=False, show_edge=False, padding=(0, 1), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)

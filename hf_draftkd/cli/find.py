@@ -28,7 +28,7 @@ class FindOptions:
         None, "Commit, branch or tag of the target the metrics should be about. Default: its latest commit."
     )
     include_base_models: bool = option(True, "Also list drafts of the models the target derives from.")
-    limit: int = option(50, "At most this many drafts per target.")
+    limit: int = option(50, "At most this many drafts per target, the best.")
     json: bool = option(False, "Print JSON instead of a table.")
 
 

@@ -118,7 +118,7 @@ def _check(options: GenerateOptions, config: AlignmentDataConfig) -> None:
             raise UsageError(f"`{idle}` would do nothing {why}. Leave it out.")
     with usage_errors():
         new_directory(str(config.output_dir), overwrite=True)
-        if options.push_to_hub:
+        if options.push_to_hub is not None:
             validate_repo_id(options.push_to_hub)
             if is_offline_mode():
                 raise ValueError("`--push_to_hub` needs the Hub, but HF_HUB_OFFLINE is set. Unset it, or leave it out.")

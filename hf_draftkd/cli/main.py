@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command is known, so that `draftkd --help` answers at once.
 """
 
+import io
 import logging
 import sys
 from importlib import import_module
@@ -80,6 +81,9 @@ def dispatch(argv: list[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    # A console or a file of an old encoding has no γ: that must not end a command whose work is done.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     for name in _IDLE_NOTICES:
         logging.getLogger(name).addFilter(_is_of_use)
     sys.exit(dispatch(sys.argv[1:]))

@@ -13,6 +13,7 @@ from trl import TrlParser
 
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.utils.checks import did_you_mean
+from hf_draftkd.utils.files import check_writable
 
 
 class _Parser(TrlParser):
@@ -133,21 +134,20 @@ def whole_draft(path: str, command: str) -> Path:
             f"{command} changes the draft's own generation config, so {path!r} must be a local folder with a whole "
             "model (merge an adapter first)."
         )
+    with usage_errors():
+        check_writable(path, f"{command} changes {path!r}, which")
     return Path(path)
 
 
 def new_directory(path: str, *, overwrite: bool = False, target_model: str | None = None) -> Path:
     """The directory at `path` for results, which may hold something already only with `overwrite`.
 
-    A `UsageError` if it is a file, cannot be written, or is the `target_model`, which its draft must not replace.
+    A `UsageError` if it has no name, is a file, cannot be written, or is the `target_model`, which its draft must not
+    replace.
     """
+    with usage_errors():
+        check_writable(path, f"`--output_dir {path}`")
     directory = Path(path)
-    existing = next(part for part in (directory, *directory.absolute().parents) if part.exists())
-    if not existing.is_dir():
-        raise UsageError(f"`--output_dir {path}` cannot be a directory: {existing} is a file. Name another.")
-    # Results are written last: hours later would be too late to find out.
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"`--output_dir {path}` cannot be written: no permission in {existing}. Name another.")
     if target_model is not None and directory.is_dir() and directory.resolve() == Path(target_model).resolve():
         raise UsageError(f"`--output_dir {path}` is the target itself, which the draft would replace. Name another.")
     if not overwrite and directory.is_dir() and any(directory.iterdir()):

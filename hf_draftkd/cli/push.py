@@ -21,7 +21,7 @@ class PushOptions:
     language: list[str] | None = option(None, "Language codes for the card's metadata.")
     tags: list[str] = option([], "Further tags.")
     private: bool = option(False, "Make a new repository private; refuses an existing public one.")
-    revision: str | None = option(None, "Branch to commit to.")
+    revision: str | None = option(None, "Branch to commit to, or a pull request, such as refs/pr/3.")
     create_pr: bool = option(False, "Open a pull request instead of committing.")
     commit_message: str = option("Upload draft model", "First line of the commit.")
     benchmark_task: str | None = option(

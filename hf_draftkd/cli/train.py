@@ -12,10 +12,11 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required
 from hf_draftkd.data.sources import open_dataset
-from hf_draftkd.training.checkpoints import check_options, checkpoints, last_complete_checkpoint, only_run
+from hf_draftkd.training.checkpoints import check_options, checkpoints, last_complete_checkpoint
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.trainer import DraftDistillTrainer
 from hf_draftkd.utils.fields import option
+from hf_draftkd.utils.files import only_run
 
 logger = logging.get_logger(__name__)
 
@@ -86,9 +87,10 @@ def run(argv: list[str]) -> int:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    trainer.create_model_card()
     if trainer.is_world_process_zero():
         print(f"The draft is in {args.output_dir}: target.generate(**inputs, assistant_model=draft)")
+    with usage_errors():  # what somebody wrote into the card cannot be read
+        trainer.create_model_card()
     if args.push_to_hub:
         _publish(trainer)
     return 0

@@ -22,6 +22,7 @@ from hf_draftkd.data.rows import AUTHOR_COLUMNS, alignment_rows, dated, render_p
 from hf_draftkd.data.shards import (
     DAY,
     StoppedError,
+    alone_in,
     check_processes,
     check_shard_folder,
     cut_shards,
@@ -92,8 +93,8 @@ def generate_alignment_data(
 
     Raises:
         ValueError: A value is out of range or would do nothing; prompts are unusable (see `load_prompts` and
-            `render_prompts`); `output_dir` holds something else; or an endpoint refuses the connection, the key or the
-            model.
+            `render_prompts`); `output_dir` holds something else, or another run is writing to it; or an endpoint
+            refuses the connection, the key or the model.
         StoppedError: The disk is full, or an endpoint stopped answering or refuses a prompt, which is named. Finished
             shards stay valid.
     """
@@ -108,6 +109,9 @@ def generate_alignment_data(
     folder = None if config.output_dir is None else Path(config.output_dir)
     if check_processes(folder).is_main_process and folder is not None:  # before queries are written to it
         check_shard_folder(folder)
+        if folder.is_dir():
+            with alone_in(folder):  # asked now: the target is loaded before the folder is kept
+                pass
     day = day_begun(folder)
     template_options = template_options or {}
     clock = dated(tokenizer, day)

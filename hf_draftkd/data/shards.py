@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
 from time import perf_counter
@@ -23,14 +23,17 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, Features, concatenate_datasets, disable_progress_bars, enable_progress_bars, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from datasets.utils import are_progress_bars_disabled
+from pyarrow import ArrowInvalid
 from pyarrow.parquet import read_metadata
 from transformers.utils import logging
 
 from hf_draftkd.data.backends import Completion
 from hf_draftkd.data.journal import Journal
 from hf_draftkd.data.rows import author_of, other_authors
-from hf_draftkd.utils.files import replacing, write_text
+from hf_draftkd.utils.files import only_run, replacing, write_text
+from hf_draftkd.utils.text import one_line
 
 logger = logging.get_logger(__name__)
 
@@ -94,13 +97,40 @@ def run_shards(
         brought: Columns that completions bring along.
     """
     count = len(sizes)
-    state = check_processes(output_dir)
+    check_processes(output_dir)
     if output_dir is None:
         with completion_progress(sum(sizes)) as on_finished:
             journal = Journal(None, brought, on_finished)
             return concatenate_datasets([make_shard(number, journal) for number in range(count)])
+    # What is finished may be read by several runs at a time.
+    with alone_in(output_dir) if unfinished_shards(output_dir, count) else nullcontext():
+        _write_shards(make_shard, sizes, manifest, output_dir, brought)
+    files = [shard_path(output_dir, number, count) for number in range(count)]
+    if not any(map(_num_rows, files)):
+        raise StoppedError(f"Every prompt was refused and left out: {output_dir} holds no rows. Name another folder.")
+    try:
+        return load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+    except (DatasetGenerationError, OSError) as error:
+        reason = one_line(error.__cause__ or error)
+        raise StoppedError(
+            f"All shards are finished in {output_dir}, but `datasets` cannot read them into its cache ({reason}). Make "
+            "room there, or set HF_DATASETS_CACHE to a folder on another disk, and run the same command again."
+        ) from error
+
+
+def _write_shards(
+    make_shard: Callable[[int, Journal], Dataset],
+    sizes: Sequence[int],
+    manifest: dict[str, Any],
+    output_dir: Path,
+    brought: Features | None,
+) -> None:
+    """Make this process's share of the shards that are not there yet, and wait for the others'."""
+    count, state = len(sizes), this_process()
     open_folder(output_dir, manifest, write=state.is_main_process)
     unfinished = unfinished_shards(output_dir, count)
+    for number in sorted(set(range(count)) - set(unfinished)):
+        _num_rows(shard_path(output_dir, number, count))  # a copy may have been cut off
     if len(unfinished) < count:
         left = "resuming with the others" if unfinished else "nothing is left to answer"
         logger.warning(f"{output_dir} holds {count - len(unfinished)} of {count} shards; {left}.")
@@ -122,10 +152,21 @@ def run_shards(
         for pattern in (".train-*.journal", ".train-*.parquet.*"):
             for left_by_a_killed_run in (output_dir / "data").glob(pattern):
                 left_by_a_killed_run.unlink(missing_ok=True)
-    files = [str(shard_path(output_dir, number, count)) for number in range(count)]
-    if not any(read_metadata(file).num_rows for file in files):
-        raise StoppedError(f"Every prompt was refused and left out: {output_dir} holds no rows. Name another folder.")
-    return load_dataset("parquet", data_files=files, split="train")
+
+
+def _num_rows(shard: Path) -> int:
+    """Rows of a shard; a `ValueError` if it is damaged."""
+    try:
+        return read_metadata(shard).num_rows
+    except (ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"{shard} is damaged: {error} Restore it; or delete it, and the same command answers its prompts again."
+        ) from None
+
+
+def alone_in(folder: Path | None) -> AbstractContextManager[None]:
+    """Keep other runs out of a folder, on behalf of all processes of this one."""
+    return only_run(folder) if folder is not None and this_process().is_main_process else nullcontext()
 
 
 @contextmanager
@@ -159,11 +200,12 @@ def open_folder(folder: Path, manifest: dict[str, Any], *, write: bool = True) -
 
     if write and not (path.exists() and holds_rows()):  # nothing that other settings could be mixed with
         check_shard_folder(folder)
-        (folder / "data").mkdir(parents=True, exist_ok=True)
-        if path.exists() and _differences(folder, manifest):
-            for answered_otherwise in (folder / "data").glob(".train-*.journal"):
-                answered_otherwise.unlink()
-        write_text(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        with full_disk_is_reported(f"the {MANIFEST}", folder):
+            (folder / "data").mkdir(parents=True, exist_ok=True)
+            if path.exists() and _differences(folder, manifest):
+                for answered_otherwise in (folder / "data").glob(".train-*.journal"):
+                    answered_otherwise.unlink()
+            write_text(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         return
     # A manifest of other settings is about to be replaced where nothing was finished.
     wait_until(lambda: path.exists() and (holds_rows() or not _differences(folder, manifest)))

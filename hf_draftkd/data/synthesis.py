@@ -21,6 +21,7 @@ from hf_draftkd.data.filters import QueryFilter
 from hf_draftkd.data.rows import dated, template_hash
 from hf_draftkd.data.shards import (
     DAY,
+    alone_in,
     check_processes,
     day_begun,
     full_disk_is_reported,
@@ -132,6 +133,7 @@ def synthesize_prompts(
     size = 2 * batch_size
     rounds = max_rounds if max_rounds is not None else 10 * -(-num_prompts // size)
     state = check_processes(folder)
+    manifest: dict[str, Any] = {}
     if folder is not None:
         manifest = {
             "schema_version": 1,
@@ -143,7 +145,6 @@ def synthesize_prompts(
             "versions": package_versions(),
             **({DAY: day} if clock else {}),
         }
-        open_folder(folder, manifest, write=state.is_main_process)
 
     def sample(number: int) -> list[tuple[str, bool]]:
         queries: dict[int, tuple[str, bool]] = {}
@@ -152,9 +153,13 @@ def synthesize_prompts(
         return [queries[place] for place in range(size)]
 
     kept: list[str] = []
-    with logging.tqdm(
-        total=num_prompts, desc="Target's queries", unit="query", disable=not state.is_main_process
-    ) as bar:
+    is_first = state.is_main_process
+    with (
+        alone_in(folder),
+        logging.tqdm(total=num_prompts, desc="Target's queries", unit="query", disable=not is_first) as bar,
+    ):
+        if folder is not None:
+            open_folder(folder, manifest, write=is_first)
         for queries in _in_turn(sample, rounds, folder, state):
             accepted = [query for query, finished in queries if accept(query, finished)]
             bar.update(min(len(accepted), num_prompts - len(kept)))

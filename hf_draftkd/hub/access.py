@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub import get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from hf_draftkd.utils.checks import sendable
 
@@ -58,7 +58,8 @@ def hub_errors(doing: str, *, afterwards: str, token: str | bool | None) -> Iter
         raise ConnectionError(f"HF_HUB_OFFLINE is set, so nothing is sent while {doing}. {afterwards}") from None
     except HfHubHTTPError as error:
         raise _from_response(error, doing, afterwards, token) from None
-    except (HTTPError, ConnectionError, TimeoutError) as error:
+    # The one about an entry is what a download makes of a Hub that fails; whether it is there, was looked at before.
+    except (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError) as error:
         raise ConnectionError(
             f"The Hub cannot be reached while {doing} ({type(error).__name__}: {redacted(error, token)}). {afterwards}"
         ) from None

@@ -1,7 +1,7 @@
 """A card written again: its sections and measured metadata are new, what people wrote beside them is kept.
 
 A section stands between two marks, and each mark is a whole line. Escaped data never fills a whole line, so no name
-or text from a report can fake one.
+or text from a report can fake one. Where somebody removed an end mark, what follows is theirs, not a section.
 """
 
 import re
@@ -20,7 +20,7 @@ Card = TypeVar("Card", bound=RepoCard)
 
 _HINT = "written by hf_draftkd; put your own text outside these marks"
 _SECTION = re.compile(
-    r"^<!-- draftkd:begin (?P<name>[a-z]+)[^\n]*-->[ \t]*\r?\n(?P<content>.*?)"
+    r"^<!-- draftkd:begin (?P<name>[a-z]+)[^\n]*-->[ \t]*\r?\n(?:(?!^<!-- draftkd:begin ).)*?"
     r"^<!-- draftkd:end (?P=name) -->[ \t]*\r?$\n?",
     re.MULTILINE | re.DOTALL,
 )
@@ -80,16 +80,29 @@ def read_card(kind: type[Card], text: str | None, where: str) -> Card | None:
     if not text:
         return None
     try:
-        return kind(text, ignore_metadata_errors=True)
+        card = kind(text, ignore_metadata_errors=True)
     except (yaml.YAMLError, ValueError, TypeError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"The metadata of {where} cannot be read ({problem}). Correct it first.") from None
+    languages = card.data.get("language")
+    if any(each is False for each in _items(languages)):
+        # Norwegian, which the Hub reads as such: to YAML 1.1, and so to PyYAML, a bare `no` is a boolean.
+        card.data["language"] = ["no" if each is False else each for each in _items(languages)]
+    return card
+
+
+def card_text(path: Path, where: str) -> str:
+    """The text of a card that somebody may have edited; a `ValueError` says `where` it is, if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}): save it as such.") from None
 
 
 def local_card(kind: type[Card], folder: Path) -> Card | None:
     """As `read_card`, of the card in a folder."""
     path = folder / CARD_FILE
-    return read_card(kind, path.read_text(encoding="utf-8-sig") if path.is_file() else None, str(path))
+    return read_card(kind, card_text(path, str(path)) if path.is_file() else None, str(path))
 
 
 def merged(
@@ -142,5 +155,9 @@ def _metadata(held: RepoCard, new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> list[str]:
+    return [str(item) for item in _items(value) if item is not None]
+
+
+def _items(value: Any) -> list[Any]:
     """Metadata that may be one value or several, as people write them."""
-    return [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None]
+    return value if isinstance(value, list) else [value]

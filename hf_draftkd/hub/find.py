@@ -11,6 +11,7 @@ Metrics are read from the `model-index` in the answer of one listing: no file of
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -44,6 +45,8 @@ _AGAIN = "Try again later, or search on https://huggingface.co/models?other=draf
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 # How the Hub tags a model with what it derives from; `base_model:quantized:...` and the like name it again.
 _BASE_TAG = re.compile(r"base_model:([^:]+)")
+# Drafts of one target that are ranked, whatever the limit.
+_MOST_LISTED = 1000
 # How far up a target's family to look: a fine-tune's base often has drafts already.
 _MAX_GENERATIONS = 3
 # Not `cardData`: huggingface_hub passes what a stranger wrote there to a constructor, and one that it cannot take (tags
@@ -132,7 +135,7 @@ def find_drafts(
         target: Hub id.
         revision: Commit, branch or tag of the target that metrics should be about; by default its latest commit.
         include_base_models: Also look for drafts of the models the target derives from.
-        limit: At most this many per target.
+        limit: At most this many per target, the best.
         token: Access token, for private drafts; by default the one that is logged in.
 
     Raises:
@@ -145,14 +148,15 @@ def find_drafts(
     api = HfApi(token=token)
     with hub_errors(f"looking for drafts of {target}", afterwards=_AGAIN, token=token or get_token()):
         family = islice(_family(api, target, revision), None if include_base_models else 1)
-        found: dict[str, tuple[tuple, FoundDraft]] = {}
-        for generation, (name, sha, parameters) in enumerate(family):
-            tag = draft_for_tag(name)
-            for info in api.list_models(filter=["draft-model", tag], limit=limit, expand=_EXPAND):
-                if info.id not in found:
-                    draft = _read(info, name, target, sha)
-                    found[info.id] = (_rank(draft, generation, sha, parameters), draft)
-    return [draft for _, draft in sorted(found.values(), key=lambda item: item[0])]
+        found: list[FoundDraft] = []
+        seen: set[str] = set()
+        for name, sha, parameters in family:
+            # All, since the Hub's order knows nothing of metrics.
+            listed = api.list_models(filter=["draft-model", draft_for_tag(name)], limit=_MOST_LISTED, expand=_EXPAND)
+            drafts = [_read(info, name, target, sha) for info in listed if info.id not in seen]
+            seen |= {draft.repo_id for draft in drafts}
+            found += sorted(drafts, key=partial(_rank, sha=sha, target_parameters=parameters))[:limit]
+    return found
 
 
 def _family(api: HfApi, target: str, revision: str | None) -> Iterator[tuple[str, str | None, int | None]]:
@@ -266,15 +270,14 @@ def _text(value: object) -> str | None:
     return None if value is None else one_line(value)[:200]
 
 
-def _rank(draft: FoundDraft, generation: int, sha: str | None, target_parameters: int | None) -> tuple:
-    """Smaller is better."""
+def _rank(draft: FoundDraft, *, sha: str | None, target_parameters: int | None) -> tuple:
+    """Smaller is better, among drafts for one target."""
     typical, cost, speedup = draft.typical, draft.relative_cost, 0.0
     if draft.num_parameters and target_parameters:
         cost = draft.num_parameters / target_parameters
     if cost is not None and typical and typical.block_efficiency and typical.num_assistant_tokens:
         speedup = typical.block_efficiency / (cost * typical.num_assistant_tokens + 1)
     return (
-        generation,
         typical is None,
         typical is None or not _is_about(typical.target_revision, sha),
         -speedup,  # never 0 where it is known

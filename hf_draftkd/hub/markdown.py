@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.hub.card_merge import marked
 from hf_draftkd.models.resolve import is_hub_id
-from hf_draftkd.utils.text import one_line
+from hf_draftkd.utils.text import one_line, printable
 
 # The characters that begin or end Markdown inside a line. Escaping more would only make the source harder to read.
 _ACTIVE = re.compile(r"([\\`*_\[\]|~$!#])")
@@ -50,7 +50,8 @@ def code(value: object) -> Markdown:
 
 
 def fenced(content: str, language: str) -> Markdown:
-    """A code block whose fence is longer than any run of backticks inside it."""
+    """A code block whose fence is longer than any run of backticks inside it, without a line that is a mark of ours."""
+    content = re.sub(r"^<!-- (?=draftkd:)", "<!--", printable(content), flags=re.MULTILINE)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", content)), default=0))
     return Markdown(f"{fence}{language}\n{content.strip()}\n{fence}")
 

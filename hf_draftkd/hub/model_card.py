@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from hf_draftkd.evaluation.recommendation import PARALLEL
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub import report_tables as tables
-from hf_draftkd.hub.card_merge import CARD_FILE
+from hf_draftkd.hub.card_merge import CARD_FILE, local_card, prose_of
 from hf_draftkd.hub.citations import papers, papers_used
 from hf_draftkd.hub.markdown import Markdown, code, fenced, hub_link, render_card, table, text
 from hf_draftkd.hub.metadata import TAGS, draft_for_tag, eval_results
@@ -134,6 +134,19 @@ class DraftModelCard(ModelCard):
         """Write the card, whole or not at all, into a file, or into a folder as `README.md`."""
         path = Path(filepath)
         return write_text(path / CARD_FILE if path.is_dir() else path, self.render())
+
+
+def local_model_card(folder: Path, fresh: DraftModelCard) -> DraftModelCard | None:
+    """The card in a draft's folder, for which there is a `fresh` one; None without one."""
+    card = local_card(DraftModelCard, folder)
+    if card and _without_title(card) == _without_title(fresh):
+        # In the folder a title is the folder's name or the run's. On the Hub another one was chosen by a person.
+        card.text = fresh.text
+    return card
+
+
+def _without_title(card: DraftModelCard) -> str:
+    return "\n".join(line for line in prose_of(card.text).splitlines() if not line.startswith("# "))
 
 
 # What the template knows of a report beyond its fields.

@@ -8,8 +8,12 @@ from hf_draftkd.evaluation.report import DraftResult, ModelInfo, SpeculationRepo
 from hf_draftkd.models.resolve import is_hub_id
 from hf_draftkd.utils.text import one_line
 
-# `/home/me/draft`, `~/draft`, `C:\\draft` inside a text; not the `/org/name` of an address or of `me/org/name`.
-_PATH = re.compile(r"(?<![\w:/.~\\-])(?:~?/|[A-Za-z]:[\\/])[^\s'\"`,;:()]*\w[^\s'\"`,;:()]*")
+# `/home/me/draft`, `~/draft`, `C:\\draft` inside a text; not the `/org/name` of an address or of `me/org/name`. Spaces
+# are part of a path in quotes.
+_PATH = re.compile(
+    r"(?<=')(?:~?/|[A-Za-z]:[\\/])[^'\n]*\w[^'\n]*(?=')|"
+    r"(?<![\w:/.~\\-])(?:~?/|[A-Za-z]:[\\/])[^\s'\"`,;:()]*\w[^\s'\"`,;:()]*"
+)
 
 # No repository of prompts is called so: a relative path, which may have existed elsewhere.
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
@@ -58,6 +62,16 @@ def public_report(report: SpeculationReport) -> SpeculationReport:
     def of_draft(result: DraftResult) -> DraftResult:
         return replace(result, draft=named(result.draft))
 
+    results = [*filter(None, [report.baseline]), *(report.drafts or [])]
+    public = {each.name: named(each).name for each in (report.target, report.draft, *(one.draft for one in results))}
+    paths = [name for name in public if any(mark in name for mark in "/\\") and not is_public(public[name])]
+
+    def said(warning: str) -> str:
+        # A path with spaces ends nowhere in a sentence: first those that are known.
+        for path in sorted(paths, key=len, reverse=True):
+            warning = warning.replace(path, public[path])
+        return without_paths(warning)
+
     prompts = report.prompts
     return replace(
         report,
@@ -66,5 +80,5 @@ def public_report(report: SpeculationReport) -> SpeculationReport:
         prompts=replace(prompts, source=public_source(prompts.source, prompts.is_local)),
         baseline=of_draft(report.baseline) if report.baseline else None,
         drafts=[of_draft(result) for result in report.drafts] if report.drafts else None,
-        warnings=[without_paths(warning) for warning in report.warnings],
+        warnings=[said(warning) for warning in report.warnings],
     )

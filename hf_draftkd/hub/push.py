@@ -25,9 +25,9 @@ from transformers import AutoConfig, GenerationConfig
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub import upload_files
 from hf_draftkd.hub.access import redacted, writing_token
-from hf_draftkd.hub.card_merge import CARD_FILE, Place, local_card, merged, prose_of, read_card
+from hf_draftkd.hub.card_merge import CARD_FILE, Place, merged, read_card
 from hf_draftkd.hub.metadata import benchmark_entries
-from hf_draftkd.hub.model_card import DraftModelCard
+from hf_draftkd.hub.model_card import DraftModelCard, local_model_card
 from hf_draftkd.hub.provenance import PROVENANCE_FILE, PairFacts, TrainingSummary
 from hf_draftkd.hub.public_names import public_report
 from hf_draftkd.hub.repository import Repository
@@ -47,6 +47,9 @@ _STALE = [
     "model.safetensors",
     "model-?????-of-?????.safetensors",
     "model.safetensors.index.json",
+    # An adapter that was there before: transformers would load it, with its base, and not these weights.
+    "adapter_config.json",
+    "adapter_model.*",
 ]
 _AGAIN = "Nothing was published, nothing on disk has changed: the same command tries again."
 _WORDS_OF = {"hub": "the card on the Hub", "local": f"the {CARD_FILE} in the folder"}
@@ -113,7 +116,7 @@ def push_draft(
         tags: Further tags.
         private: Whether a new repository is private; None leaves it to the organisation's default. An existing one
             keeps its visibility; True refuses one that is public.
-        revision: Branch to commit to; made where it does not exist.
+        revision: Branch to commit to, made where it does not exist; or a pull request (`refs/pr/3`).
         create_pr: Open a pull request instead of committing.
         commit_message: First line of the commit.
         benchmark_task: Also write a leaderboard result (`.eval_results/`) for this task of the benchmark that the
@@ -137,6 +140,8 @@ def push_draft(
     validate_repo_id(repo_id)
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"A pull request is opened against main; leave out revision={revision!r} or `create_pr`.")
+    if not commit_message.strip():
+        raise ValueError("`commit_message` is empty. Give the commit a first line, or leave it out.")
     draft = upload_files.look_at_folder(folder, report)
     if draft.contradictions and not allow_mismatch:
         raise ValueError(
@@ -207,10 +212,7 @@ def _contents(
         custom_generate=custom_generate,
         plots={Path(plot.path).stem.replace("_", " ").capitalize(): plot.path for plot in plots},
     )
-    local = local_card(DraftModelCard, draft.path)
-    if local and _without_title(local) == _without_title(fresh):
-        # In the folder a title is the folder's name or the run's. On the Hub another one was chosen by a person.
-        local.text = fresh.text
+    local = local_model_card(draft.path, fresh)
     held = read_card(DraftModelCard, there.card, f"the card of {there.repo_id}")
     given = {key: fresh.data[key] for key in ("license", "language") if wanted[key] is not None}
     # The fresh card in the words that a person wrote, wherever those are.
@@ -234,10 +236,6 @@ def _contents(
         entries = eval_result_entries_to_yaml(benchmark_entries(report, task))
         files.append(PlannedFile(_BENCHMARK_FILE, yaml.safe_dump(entries, sort_keys=False).encode()))
     return card, files
-
-
-def _without_title(card: DraftModelCard) -> str:
-    return "\n".join(line for line in prose_of(card.text).splitlines() if not line.startswith("# "))
 
 
 def _pair(draft: DraftFolder, generation: PlannedFile | None, token: str | bool | None) -> PairFacts:

@@ -15,7 +15,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.utils import filter_repo_objects
 
 from hf_draftkd.hub.access import hub_errors
-from hf_draftkd.hub.card_merge import CARD_FILE
+from hf_draftkd.hub.card_merge import CARD_FILE, card_text
 from hf_draftkd.hub.upload_files import PlannedFile
 
 
@@ -62,7 +62,7 @@ class Repository:
             files, card = tuple(sibling.rfilename for sibling in info.siblings or ()), None
             if CARD_FILE in files:
                 path = api.hf_hub_download(repo_id, CARD_FILE, **which | {"revision": info.sha})
-                card = Path(path).read_text(encoding="utf-8-sig")
+                card = card_text(Path(path), f"The card of {repo_id}")
         now: Any = {"sha": info.sha, "private": bool(info.private), "files": files, "tags": tuple(info.tags or ())}
         return cls(api, repo_id, afterwards, **which, **now, card=card)
 
@@ -88,7 +88,8 @@ class Repository:
             # `exist_ok` takes a public repository for a private one: what it is, only the Hub knows.
             info: Any = api.repo_info(**here, expand=["private"])  # type: ignore[arg-type]
             _check_private(self.repo_id, private, info)
-            if self.revision and self.revision != "main":
+            # `refs/pr/3`, a pull request that is brought up to date, is no branch.
+            if self.revision not in (None, "main") and not str(self.revision).startswith("refs/"):
                 api.create_branch(**here, branch=self.revision, exist_ok=True)
             added = [CommitOperationAdd(file.path, file.source) for file in files]
             done = api.create_commit(

@@ -95,8 +95,8 @@ def look_at_folder(folder: str | Path, report: str | Path | SpeculationReport | 
     """Check a draft's folder and read what describes it; nothing is loaded and nothing is asked of the Hub.
 
     `report` is the report or its file. Without it, one is looked for in the folder, and then beside it, where the
-    quickstart puts it. A report beside the folder may be a neighbour's: it is left out if it does not fit, and of the
-    pictures there only those in `plots` count.
+    quickstart puts it. A report beside the folder may be a neighbour's: it is left out if it does not fit. Of the
+    pictures beside a report only those in `plots` count: the others may be anybody's.
     """
     checkpoint = _check_folder(folder)
     path = Path(checkpoint.name)
@@ -111,8 +111,7 @@ def look_at_folder(folder: str | Path, report: str | Path | SpeculationReport | 
     if report is None and (was_named or beside.is_file()):
         report = path / REPORT_FILE if was_named else beside
     if report is not None and not isinstance(report, SpeculationReport):
-        parent = Path(report).resolve().parent
-        pictures += [parent, parent / PLOT_FOLDER] if was_named else [parent / PLOT_FOLDER]
+        pictures.append(Path(report).resolve().parent / PLOT_FOLDER)
         report = SpeculationReport.load(report)
     if report is not None:
         unfit = _contradictions(report, path, parameters, provenance.training)

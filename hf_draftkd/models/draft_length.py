@@ -3,6 +3,7 @@ that it may propose, which `SpeculativeDecoding` reads.
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
@@ -82,8 +83,10 @@ def write_draft_settings(folder: Path, settings: dict[str, Any], trust_remote_co
     except OSError:  # a draft saved without one
         config = derived_generation_config(folder, trust_remote_code)
     _store(config, settings)
-    config.save_pretrained(folder)
-    return folder / GENERATION_CONFIG_NAME
+    # What is there may be hours of work: it goes only once the new file is whole.
+    with TemporaryDirectory(prefix=".settings-", dir=folder) as scratch:
+        config.save_pretrained(scratch)
+        return Path(scratch, GENERATION_CONFIG_NAME).replace(folder / GENERATION_CONFIG_NAME)
 
 
 def _store(config: GenerationConfig, settings: dict[str, Any]) -> None:

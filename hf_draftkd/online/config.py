@@ -70,7 +70,9 @@ class OnlineDistillConfig:
     holdout_size: int = option(16, "Held-out requests kept; the oldest make room.")
 
     # The rest
-    output_dir: str | None = option(None, "Where the state is saved automatically; None saves nothing.")
+    output_dir: str | None = option(
+        None, "Where the state is saved automatically, each server in a directory of its own; None saves nothing."
+    )
     save_every: int = option(16, "Requests between two saves: the most that a crash can lose.")
     max_history: int = option(1000, "Entries of `history` that are kept.")
     seed: int = option(0, "Decides which requests are held out and which older ones are seen again.")

@@ -36,7 +36,8 @@ from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, che
 from hf_draftkd.online.buffer import ReplayBuffer, ServedRequest
 from hf_draftkd.online.config import OnlineDistillConfig
 from hf_draftkd.online.learner import Learner, acceptance_of
-from hf_draftkd.online.state import load_tensors, read_facts, save_state
+from hf_draftkd.online.state import last_written, load_tensors, read_facts, save_state
+from hf_draftkd.utils.files import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class OnlineDraftDistiller:
 
     Raises:
         ValueError: The pair does not fit, nothing of the draft can be trained (or it was loaded under
-            `torch.inference_mode()`), or the target is in training mode.
+            `torch.inference_mode()`), the target is in training mode, or `args.output_dir` cannot be written to.
     """
 
     @torch.inference_mode(False)  # Weights made under it, for a longer vocabulary or a bfloat16 draft, could not learn.
@@ -147,7 +148,11 @@ class OnlineDraftDistiller:
         self._generator = torch.Generator().manual_seed(self.args.seed)
         self._window = AcceptanceCounts()  # since the last step
         self._requests_at_step = 0
-        self._must_resume = self.args.output_dir is not None and read_facts(self.args.output_dir) is not None
+        self._must_resume = False
+        self._last_written: int | None = None  # the state in `output_dir`, by this distiller or read by it
+        if self.args.output_dir is not None:
+            check_writable(self.args.output_dir, f"`output_dir={self.args.output_dir!r}`")
+            self._must_resume = read_facts(self.args.output_dir) is not None
 
     # Serving ---------------------------------------------------------------------------------------------------------
 
@@ -327,11 +332,17 @@ class OnlineDraftDistiller:
         others can load, call `draft_model.save_pretrained`.
 
         Raises:
-            ValueError: Neither is given, or `args.output_dir` holds the state of an earlier run.
+            ValueError: Neither is given, or `args.output_dir` holds the state of an earlier run, or what another
+                process has saved since.
         """
         directory, is_own = self._state_directory(directory)
         if is_own:
             self._check_resumed()
+            if last_written(directory) not in (None, self._last_written):
+                raise ValueError(
+                    f"Another process has saved its state to `output_dir={directory!r}`, and it would be overwritten. "
+                    "Give each server a directory of its own."
+                )
         requests, buffer = self.buffer.pack()
         random = {"generator": self._generator.get_state()}
         facts = {
@@ -345,6 +356,8 @@ class OnlineDraftDistiller:
             "window": vars(self._window),
         }
         save_state(directory, {"draft": self.learner.state(), "requests": requests, "random": random}, facts)
+        if is_own:
+            self._last_written = last_written(directory)
 
     @_one_at_a_time
     @torch.inference_mode(False)
@@ -376,7 +389,8 @@ class OnlineDraftDistiller:
         self._requests_at_step = facts["requests_at_step"]
         self.history = deque(facts["history"], maxlen=self.args.max_history)
         self.counts, self._window = AcceptanceCounts(**facts["counts"]), AcceptanceCounts(**facts["window"])
-        self._must_resume &= not is_own
+        if is_own:
+            self._must_resume, self._last_written = False, last_written(directory)
         return True
 
     def _state_directory(self, directory: str | None) -> tuple[str, bool]:

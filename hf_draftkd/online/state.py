@@ -32,6 +32,14 @@ def save_state(directory: str, groups: Mapping[str, Mapping[str, Tensor]], facts
         save_file(tensors, temporary, {"facts": json.dumps(facts)})
 
 
+def last_written(directory: str) -> int | None:
+    """When the state that lies here was written, in nanoseconds; None where there is none."""
+    try:
+        return Path(directory, STATE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 def read_facts(directory: str) -> dict[str, Any] | None:
     """The facts of the state that lies here, None where there is none; a `ValueError` if it cannot be read."""
     path = Path(directory, STATE)

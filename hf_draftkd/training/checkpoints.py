@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and with which options; one run at a time in a folder.
+"""Which checkpoint a run resumes from, and with which options.
 
 transformers writes a checkpoint file by file, `trainer_state.json` last: where it can be read, the checkpoint is
 complete. A run that was killed in mid-save has left a folder without it. (Before a checkpoint is written over an older
@@ -8,11 +8,7 @@ one of the same step, `DraftDistillTrainer` removes the older one's state.)
 import json
 import logging
 import math
-import os
 import re
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +20,8 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.utils.files import write_text
 
-with suppress(ImportError):  # Windows has none
-    import fcntl
-
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 10  # seconds to wait for the lock of a run that may just have died
 _OPTIONS_FILE = "distillation.json"  # in each checkpoint
 # What a checkpoint goes on with, whatever is asked for. How long a run is may change.
 _KEPT = (
@@ -122,42 +114,6 @@ def _recorded(checkpoint: Path) -> dict[str, Any]:
         return json.loads((checkpoint / _OPTIONS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-@contextmanager
-def only_run(directory: str | Path) -> Iterator[None]:
-    """Keep other runs out of a folder until this one ends, however it ends; a `ValueError` if one is in it already.
-
-    Call it on one process of a run. The system's lock on the folder leaves no file behind. Where there is no such lock
-    (Windows, some network disks), nothing is kept out.
-    """
-    os.makedirs(directory, exist_ok=True)
-    try:
-        handle = os.open(directory, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        yield
-        return
-    try:
-        # Workers of a run that was killed hold its lock until they notice.
-        for attempt in range(_PATIENCE + 1):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == _PATIENCE:
-                    raise ValueError(
-                        f"Another run is training into {str(directory)!r}, and the checkpoints of both would mix. Wait "
-                        "for it to end, stop it, or choose another `output_dir`."
-                    ) from None
-                time.sleep(1)
-            except OSError:
-                break
-        yield
-    finally:
-        with suppress(OSError):
-            # Closing is not enough: persistent workers of the data loader hold the same lock.
-            fcntl.flock(handle, fcntl.LOCK_UN)
-        os.close(handle)
 
 
 def checkpoint_to_resume(output_dir: str | Path, *, warns: bool) -> str:

@@ -43,8 +43,9 @@ from hf_draftkd.data.formats import (
 from hf_draftkd.data.mixing import check_mix, mix_datasets
 from hf_draftkd.data.target_cache import CacheFacts, warn_of_withheld, with_caches_alike
 from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.hub.card_merge import merged as merged_card
 from hf_draftkd.hub.metadata import TAGS
-from hf_draftkd.hub.model_card import DraftModelCard
+from hf_draftkd.hub.model_card import DraftModelCard, local_model_card
 from hf_draftkd.hub.push import push_draft
 from hf_draftkd.losses import DistillationLoss, Unprojected, distillation_loss, get_divergence
 from hf_draftkd.models.forward import in_head, predicting_positions, unwrapped
@@ -56,7 +57,6 @@ from hf_draftkd.training.checkpoints import (
     batches_read,
     check_options,
     checkpoint_to_resume,
-    only_run,
     record_options,
 )
 from hf_draftkd.training.config import DraftDistillConfig
@@ -74,6 +74,7 @@ from hf_draftkd.training.token_selection import (
     select_tokens,
     token_metrics,
 )
+from hf_draftkd.utils.files import only_run
 
 
 class DraftDistillTrainer(SFTTrainer):
@@ -648,7 +649,7 @@ class DraftDistillTrainer(SFTTrainer):
         """As in transformers; `resume_from_checkpoint=True` takes the newest complete checkpoint in `args.output_dir`.
 
         Raises:
-            ValueError: There is none, another run is training into `args.output_dir`, or no batch was filled.
+            ValueError: There is none, another run is writing to `args.output_dir`, or no batch was filled.
             FloatingPointError: A loss, a gradient or the weights are not finite.
         """
         if resume_from_checkpoint is True:
@@ -735,7 +736,7 @@ class DraftDistillTrainer(SFTTrainer):
         report: SpeculationReport | None = None,
         plots: dict[str, str] | None = None,
     ) -> None:
-        """Write the draft's card and `provenance.json` into `args.output_dir`.
+        """Write the draft's card and `provenance.json` into `args.output_dir`; what people wrote into the card stays.
 
         Args:
             model_name: Name on the card; by default the Hub id, or the output directory's name.
@@ -749,13 +750,15 @@ class DraftDistillTrainer(SFTTrainer):
             return
         directory, provenance = self.args.output_dir, describe_run(self, dataset_name)
         provenance.save(directory)
-        DraftModelCard.from_report(
+        fresh = DraftModelCard.from_report(
             report,
             provenance=provenance,
             name=self.hub_model_id or model_name or Path(directory).name,
             tags=[tags] if isinstance(tags, str) else tags or (),
             plots=plots,
-        ).save(directory)
+        )
+        card, _ = merged_card(fresh, local_model_card(Path(directory), fresh))
+        card.save(directory)
 
     def push_to_hub(
         self,
@@ -772,7 +775,7 @@ class DraftDistillTrainer(SFTTrainer):
 
         `revision` is a branch; it, `token` and `private` are by default those of `args`. A `license` is needed where
         the draft started from no model on the Hub to inherit one from. The call always waits for the commit, whatever
-        `blocking` says; further arguments are for `create_model_card`.
+        `blocking` says; further arguments are for `create_model_card`, whose `report` is published too.
 
         Returns:
             What was published; None on processes other than the first.
@@ -789,6 +792,7 @@ class DraftDistillTrainer(SFTTrainer):
         return push_draft(
             self.args.output_dir,
             self.args.hub_model_id or Path(self.args.output_dir).name,
+            report=kwargs.get("report"),
             commit_message=commit_message or "End of training",
             token=token or self.args.hub_token,
             revision=revision or self.args.hub_revision,

@@ -48,5 +48,6 @@ def test_a_pair_that_will_be_refused_is_exit_code_2(saved_pair, tmp_path, capsys
     shown = capsys.readouterr().out
     assert "The tokenizers of draft and target differ" in shown
     assert "draftkd init" in shown
-    assert dispatch(["doctor", str(target), str(tmp_path / "nothing")]) == 2
-    assert "There is no directory" in capsys.readouterr().err
+    for name, message in ((str(tmp_path / "nothing"), "There is no directory"), ("", "A model needs a name")):
+        assert dispatch(["doctor", str(target), name]) == 2
+        assert message in capsys.readouterr().err

@@ -134,6 +134,7 @@ def test_a_target_behind_an_endpoint(tmp_path, saved, capsys):
         (["--batch_size", 0], "batch_size"),
         (["--max_new_tokens", 100], "the target reads at most 128"),
         (["--push_to_hub", "a/b/c"], "Repo id must"),
+        (["--push_to_hub", ""], "Repo id must"),  # of a variable that is not set: nothing was published
         (["--push_to_hub", "me/data"], "HF_HUB_OFFLINE is set"),
         ([], "is not empty and holds no manifest.json"),
     ],

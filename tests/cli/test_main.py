@@ -1,5 +1,6 @@
 """The command itself: exit codes, help, and how little it loads."""
 
+import io
 import subprocess
 import sys
 
@@ -77,6 +78,16 @@ def test_what_a_message_quotes_is_no_command_to_the_terminal(capsys, tmp_path):
     said = capsys.readouterr().err
     assert said.endswith("\n")
     assert said.removesuffix("\n").replace("\n", "").isprintable()
+
+
+def test_an_old_encoding_ends_no_command(monkeypatch):
+    """UnicodeEncodeError instead of the table of an evaluation of hours, in a file that Windows writes as cp1252."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252", write_through=True))
+    monkeypatch.setattr(main, "dispatch", lambda argv: print("γ = 5, é"))
+    with pytest.raises(SystemExit):
+        main.main()
+    assert written.getvalue().decode("cp1252").split() == ["\\u03b3", "=", "5,", "é"]
 
 
 @pytest.mark.parametrize(

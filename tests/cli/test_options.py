@@ -9,7 +9,7 @@ from hf_draftkd.cli.errors import UsageError
 from hf_draftkd.cli.evaluate import EvaluateOptions
 from hf_draftkd.cli.init import InitOptions
 from hf_draftkd.cli.main import dispatch
-from hf_draftkd.cli.options import new_directory, parse
+from hf_draftkd.cli.options import new_directory, parse, whole_draft
 from hf_draftkd.cli.push import PushOptions
 from hf_draftkd.cli.train import TrainOptions
 from hf_draftkd.evaluation.config import EvaluationConfig
@@ -143,6 +143,17 @@ def test_an_output_directory_that_cannot_be_written_is_found_out_first(tmp_path,
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="file is a file"):
         new_directory(str(tmp_path / "file" / "out"))
+    with pytest.raises(UsageError, match="is empty: a variable may not be set"):
+        new_directory("")
+
+
+def test_a_draft_that_cannot_be_written_is_found_out_first(saved_pair, monkeypatch):
+    """PermissionError after hours of measuring, where `--write` stores the best length."""
+    folder = str(saved_pair[0])
+    assert whole_draft(folder, "`--write`") == saved_pair[0]
+    monkeypatch.setattr("os.access", lambda path, mode: path != saved_pair[0])
+    with pytest.raises(UsageError, match=r"`--write` changes .*cannot be written: no permission"):
+        whole_draft(folder, "`--write`")
 
 
 @pytest.mark.parametrize("command", ["init", "train"])

@@ -3,8 +3,10 @@
 import datetime
 import json
 import os
+import resource
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -13,9 +15,12 @@ from datasets import load_dataset
 
 from hf_draftkd.data import generation, shards
 from hf_draftkd.data.generation import generate_alignment_data
+from hf_draftkd.data.shards import StoppedError
 from hf_draftkd.data.synthesis import synthesize_prompts
 from hf_draftkd.models.identity import remember_checkpoint
 from hf_draftkd.models.resolve import Checkpoint
+from hf_draftkd.utils import files
+from hf_draftkd.utils.files import only_run
 from tests.data.small import TEMPLATE, make_target, make_tokenizer
 from tests.data.test_synthesis import writing_target
 from tests.processes import in_two_processes, started
@@ -283,6 +288,17 @@ def test_a_manifest_of_another_program_is_left_alone(tmp_path, target, tokenizer
     assert (tmp_path / "manifest.json").read_text() == content
 
 
+@contextmanager
+def small_files(size: int):
+    """No file can become larger: the errors of a full disk, on any."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_leaves_the_finished_shards_valid(tmp_path, target, tokenizer, undisturbed, monkeypatch):
     """The third shard meets a really full device; the two before it stay, and the run resumes later."""
@@ -301,6 +317,61 @@ def test_a_full_disk_leaves_the_finished_shards_valid(tmp_path, target, tokenize
     monkeypatch.undo()
     resumed = generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
     assert resumed.to_list() == undisturbed.to_list()
+
+
+def test_a_disk_that_is_full_from_the_start_is_named(tmp_path, target, tokenizer):
+    """A traceback from pathlib."""
+    with (
+        small_files(100),
+        pytest.raises(StoppedError, match=r"disk is full: the manifest\.json could not be written.* 0 shards"),
+    ):
+        generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS)
+
+
+def test_a_full_cache_of_datasets_is_no_lost_work(tmp_path, target, tokenizer, finished, monkeypatch):
+    """`An error occurred while generating the dataset`, when all prompts were answered: the cache is elsewhere."""
+    folder = Path(shutil.copytree(finished, tmp_path / "out"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with small_files(100), pytest.raises(StoppedError, match=r"All shards are finished in .*set HF_DATASETS_CACHE"):
+        generate_alignment_data(target, tokenizer, TEXTS, output_dir=folder, **OPTIONS)
+    assert len(generate_alignment_data(target, tokenizer, TEXTS, output_dir=folder, **OPTIONS)) == 40
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_shard_that_was_cut_off_is_named(tmp_path, target, tokenizer, finished, size):
+    """`An error occurred while generating the dataset`, where a copy of the folder had met a full disk."""
+    folder = Path(shutil.copytree(finished, tmp_path / "out"))
+    shard = folder / "data" / "train-00001-of-00005.parquet"
+    os.truncate(shard, size)
+    with pytest.raises(ValueError, match=r"train-00001-of-00005\.parquet is damaged.*delete it"):
+        generate_alignment_data(target, tokenizer, TEXTS, output_dir=folder, **OPTIONS)
+
+
+@pytest.mark.parametrize("scenario", ["queries", "synthetic"])
+def test_two_runs_into_one_folder(tmp_path, target, tokenizer, monkeypatch, scenario):
+    """Rows of one under the manifest of the other: it had other settings, and found nothing finished yet."""
+    monkeypatch.setattr(files, "_PATIENCE", 0)
+    asked = {"queries": {"prompts": TEXTS}, "synthetic": {"scenario": "synthetic", "num_prompts": 2}}[scenario]
+    with only_run(tmp_path), pytest.raises(ValueError, match=r"Another run is writing to .*choose another"):
+        generate_alignment_data(target, tokenizer, output_dir=tmp_path, **OPTIONS | asked)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_is_kept_until_the_last_shard(tmp_path, target, tokenizer, monkeypatch):
+    """The other run began while this one wrote its first shard."""
+    monkeypatch.setattr(files, "_PATIENCE", 0)
+    answer, asked = generation.answer_shard, []
+
+    def meanwhile(*args):
+        if not asked:
+            asked.append(1)
+            with pytest.raises(ValueError, match="Another run is writing"):
+                generate_alignment_data(target, tokenizer, TEXTS, output_dir=tmp_path, **OPTIONS | {"seed": 4})
+        return answer(*args)
+
+    monkeypatch.setattr(generation, "answer_shard", meanwhile)
+    rows = generate_alignment_data(target, tokenizer, TEXTS[:4], output_dir=tmp_path, **OPTIONS)
+    assert set(rows["seed"]) == {json.loads((tmp_path / "manifest.json").read_text())["seed"]} == {3}
 
 
 def test_the_manifest_says_what_was_asked_for(finished):

@@ -288,6 +288,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def branch(self, repo_id: str, branch: str) -> None:
         repo = self.repo(repo_id, writing=True)
+        if branch.startswith("refs/"):
+            raise _Answer(400, "Invalid reference for a branch", "BadRequest")
         if branch in repo.refs:
             raise _Answer(409, "Reference already exists")
         repo.refs[branch] = repo.refs["main"]
@@ -303,7 +305,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(200, {"branches": branches, "tags": [], "converts": []})
 
     def metadata(self, repo: Repo, revision: str) -> dict[str, Any]:
-        card = repo.files(revision).get("README.md", b"").decode()
+        card = repo.files(revision).get("README.md", b"").decode(errors="replace")
         try:
             return (yaml.safe_load(card.split("---\n")[1]) or {}) if card.startswith("---\n") else {}
         except yaml.YAMLError:

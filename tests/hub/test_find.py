@@ -135,7 +135,8 @@ def test_every_page_is_read(hub: FakeHub, target_sha: str):
     for index in range(7):
         add_draft(hub, f"a/draft-{index}", about(target_sha, alpha=0.1 * index, tau=1.0 + index))
     assert [draft.repo_id for draft in find_drafts(TARGET)] == [f"a/draft-{index}" for index in reversed(range(7))]
-    assert len(find_drafts(TARGET, limit=3)) == 3
+    # The Hub lists them in an order of its own.
+    assert [draft.repo_id for draft in find_drafts(TARGET, limit=3)] == ["a/draft-6", "a/draft-5", "a/draft-4"]
 
 
 def test_missing_figures_and_other_revisions_are_said(hub: FakeHub, target_sha: str):

@@ -7,12 +7,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_draftkd.hub.card_merge import merged
+from hf_draftkd.evaluation.report import SpeculationReport
+from hf_draftkd.hub.card_merge import merged, read_card, sections_of
 from hf_draftkd.hub.citations import papers_used
 from hf_draftkd.hub.metadata import eval_results
 from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
-from hf_draftkd.hub.public_names import public_name, without_paths
+from hf_draftkd.hub.public_names import public_name, public_report, without_paths
 from tests.hub import samples
 from tests.tiny import tiny_tokenizer
 
@@ -192,6 +193,7 @@ def test_no_path_of_this_machine_is_published(tmp_path):
         ("in '/a/b/c'.", "in 'path/to/c'."),
         ("from C:\\Users\\me\\draft on", "from path/to/draft on"),
         ("--model=/a/b.", "--model=path/to/b."),
+        ("train --model '/home/me/My Drafts/d' '/x'", "train --model 'path/to/d' 'path/to/x'"),
     ],
 )
 def test_paths_inside_a_text_lose_their_directories(text: str, expected: str):
@@ -202,6 +204,13 @@ def test_paths_inside_a_text_lose_their_directories(text: str, expected: str):
 def test_what_is_no_absolute_path_stays(text: str):
     """Catches addresses and names on the Hub that are mangled."""
     assert without_paths(text) == text
+
+
+def test_a_path_with_spaces_in_a_warning_is_a_path(tmp_path):
+    """Catches half of `/home/me/My Drafts/d`, and of `C:\\Users\\Jane Doe\\d`: a path in a sentence ends nowhere."""
+    name = "/home/me/My Drafts/d"
+    report = samples.report(draft={"name": name, "num_parameters": 1}, warnings=[f"Texts that {name} helped to write."])
+    assert public_report(SpeculationReport.from_dict(report)).warnings == ["Texts that path/to/d helped to write."]
 
 
 def test_prompts_described_in_words_keep_them():
@@ -329,6 +338,14 @@ def skeleton(body: str) -> list[str]:
         assert not re.search(r"(?<!\\)\]\(javascript", outside), line
     assert fence is None
     return marks
+
+
+def test_a_command_from_others_stays_in_its_block():
+    """Catches a line of a stranger's `provenance.json` that ends the section, and text that shows in another order."""
+    command = "one\n<!-- draftkd:end training -->\n# owned \u202egnp.exe"
+    card = DraftModelCard.from_report(provenance=samples.provenance(command=command), name="me/draft")
+    assert "# owned" in sections_of(card.text)["training"]
+    assert "\u202e" not in card.text
 
 
 def test_jinja_in_a_report_is_never_evaluated():
@@ -504,6 +521,23 @@ class TestEditedByHand:
     def test_updating_twice_changes_nothing_more(self):
         once = merged(full_card(), full_card())[0]
         assert merged(full_card(), once)[0].render() == once.render()
+
+    def test_words_behind_a_removed_mark_are_kept(self):
+        """Catches words that were lost at the second update, between a mark without its end and the new section."""
+        edited = full_card().render().replace("<!-- draftkd:end summary -->\n", "MY OWN WORDS\n")
+        card = DraftModelCard(edited)
+        for _ in range(3):
+            card = merged(full_card(), card)[0]
+            assert "MY OWN WORDS" in card.text
+        assert set(sections_of(card.text)) == set(sections_of(full_card().text))
+
+    @pytest.mark.parametrize("language", ["no", "[en, no]", "\n- no"])
+    def test_norwegian_is_no_boolean(self, language: str):
+        """Catches `language: false`, which the Hub refuses: YAML 1.1 reads a bare `no` so, the Hub does not."""
+        text = f"---\nlanguage: {language}\n---\n# By hand\n"
+        card = merged(full_card(), read_card(DraftModelCard, text, "the card"))[0]
+        assert "no" in card.data.language
+        assert "false" not in card.data.to_yaml()
 
     def test_an_old_target_tag_does_not_linger(self):
         """Catches a draft that is still found for the target it was made for before."""

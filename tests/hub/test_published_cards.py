@@ -72,6 +72,16 @@ class TestCardOnTheHub:
             push(draft_folder)
         assert hub.repos[ID].files()["README.md"] == card
 
+    def test_a_card_in_another_encoding_is_named(self, hub: FakeHub, draft_folder: Path):
+        """Catches "can't decode byte 0xe9", which names no file."""
+        card = "---\nlicense: mit\n---\n# Mes mots à moi\n".encode("latin-1")
+        hub.add(ID, {"README.md": card})
+        with pytest.raises(ValueError, match=r"The card of me/draft is not UTF-8 .*save it as such"):
+            push(draft_folder)
+        (draft_folder / "README.md").write_bytes(card)
+        with pytest.raises(ValueError, match=r"draft/README\.md is not UTF-8"):
+            push(draft_folder, repo_id="me/other")
+
     def test_an_edit_in_between_is_not_lost(self, hub: FakeHub, draft_folder: Path, monkeypatch):
         """Catches a push that overwrites what somebody wrote after the card was read."""
         push(draft_folder)

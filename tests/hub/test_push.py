@@ -113,6 +113,13 @@ class TestOneCommit:
         }
         assert set(hub.repos[ID].files()) == PUBLISHED | {"CITATION.cff"}
 
+    def test_an_adapter_that_was_there_before_goes(self, hub: FakeHub, draft_folder: Path):
+        """Catches a merged draft that nobody loads: transformers takes the adapter's base, and puts the adapter on."""
+        adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"old", "notes.md": b"mine"}
+        hub.add(ID, adapter | {"README.md": b"---\ntags: [draft-model]\n---\n"})
+        assert set(push(draft_folder).deleted) == {"adapter_config.json", "adapter_model.safetensors"}
+        assert set(hub.repos[ID].files()) == PUBLISHED | {"notes.md"}
+
     def test_sharded_weights(self, hub: FakeHub, draft_folder: Path, pair):
         before = weights_checksum(draft_folder)
         (draft_folder / "model.safetensors").unlink()
@@ -131,6 +138,8 @@ class TestOneCommit:
         upload = push(draft_folder, create_pr=True, tags=["third"])
         assert upload.url.endswith("/discussions/1")
         assert "third" in hub.repos[ID].files("refs/pr/1")["README.md"].decode()
+        push(draft_folder, revision="refs/pr/1", tags=["third", "fourth"])
+        assert "fourth" in hub.repos[ID].files("refs/pr/1")["README.md"].decode(), "a pull request is no branch to make"
         with pytest.raises(ValueError, match="pull request"):
             push(draft_folder, create_pr=True, revision="v2")
 
@@ -253,6 +262,13 @@ class TestFaults:
         hub.fail(method, path, times=2, **fault)
         push(draft_folder)
         assert set(hub.repos[ID].files()) >= PUBLISHED
+
+    def test_a_card_that_cannot_be_fetched(self, hub: FakeHub, draft_folder: Path):
+        """Catches FileNotFoundError: the user was told of bad usage where the Hub failed."""
+        hub.add(ID, {"README.md": "# Mine\n"})
+        hub.fail("HEAD", "/resolve/", times=20, status=500)
+        with pytest.raises(ConnectionError, match=r"cannot be reached while looking at .*the same command tries again"):
+            push(draft_folder)
 
     @pytest.mark.parametrize(
         ("token", "repo_id", "message"),

@@ -24,6 +24,8 @@ class TestBadInput:
         for name in ("a/b/c", "me/dr aft", "", "me/-draft-", "me/x.git"):
             with pytest.raises(ValueError, match=r"[Rr]epo[_ ]id"):
                 push(draft_folder, repo_id=name)
+        with pytest.raises(ValueError, match="`commit_message` is empty"):  # an empty repository was made
+            push(draft_folder, commit_message=" ")
         assert hub.requests == []
 
     def test_a_repository_that_holds_something_else(self, hub: FakeHub, draft_folder: Path):
@@ -163,7 +165,7 @@ class TestMismatch:
         assert "report.json" in {file.path for file in push(draft_folder, dry_run=True).files}
 
     def test_pictures_beside_the_folder_stay_at_home(self, hub: FakeHub, draft_folder: Path, pair):
-        """Catches a holiday in public: the folder above a draft may be anybody's home, and nobody named it."""
+        """Catches a holiday in public: the folder above a draft, or of a report, may be anybody's home."""
         (draft_folder / "report.json").unlink()
         above = draft_folder.parent
         write_report(above, pair)
@@ -171,7 +173,9 @@ class TestMismatch:
         for name in ("holiday.png", "plots/speed.png"):
             (above / name).write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(9))
         plots = {"plots/block_efficiency.png", "plots/speed.png"}
-        assert {file.path for file in push(draft_folder, dry_run=True).files if file.path.endswith(".png")} == plots
+        for report in (None, above / "report.json"):
+            upload = push(draft_folder, report=report, dry_run=True)
+            assert {file.path for file in upload.files if file.path.endswith(".png")} == plots
 
     def test_one_folder_has_many_paths(self, hub: FakeHub, draft_folder: Path, pair, monkeypatch):
         """Catches `./target` in training and its absolute path in evaluation taken for two targets."""

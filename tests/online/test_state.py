@@ -104,3 +104,25 @@ def test_a_broken_state_is_named(pair, tmp_path):
     state.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="cannot be read"):
         again.resume()
+
+
+def test_two_servers_do_not_share_a_directory(tokenizer, tmp_path, caplog):
+    """Workers of one web server: each wrote over what the other had learned."""
+    first, second = (distiller_for(tiny_pair("llama"), output_dir=str(tmp_path)) for _ in range(2))
+    serve(first, tokenizer, 2)
+    first.save()
+    with pytest.raises(ValueError, match="Another process has saved its state"):
+        second.save()
+    second.save(str(tmp_path / "own"))
+    first.save()
+    again = distiller_for(tiny_pair("llama"), output_dir=str(tmp_path))
+    assert again.resume()
+    assert again.num_requests == 2
+    again.save()
+
+
+def test_a_directory_that_cannot_be_is_refused(pair, tmp_path):
+    """Each save failed, in a log that nobody read, until the server was stopped."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"`output_dir=.*cannot be a directory: .*file is a file"):
+        distiller_for(pair, output_dir=str(tmp_path / "file" / "online"))

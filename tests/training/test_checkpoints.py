@@ -13,8 +13,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from hf_draftkd.training import checkpoints
 from hf_draftkd.training.checkpoints import last_complete_checkpoint
+from hf_draftkd.utils import files
+from hf_draftkd.utils.files import only_run
 from tests.processes import started
 from tests.tiny import tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
@@ -175,7 +176,7 @@ def test_the_best_checkpoint_is_kept_and_found(tmp_path, pair, tokenizer):
 
 
 def hold(out, is_in):
-    with checkpoints.only_run(out):
+    with only_run(out):
         is_in.touch()
         time.sleep(120)
 
@@ -183,13 +184,13 @@ def hold(out, is_in):
 def test_two_runs_into_one_folder(tmp_path, pair, tokenizer, monkeypatch):
     """Checkpoints of both, mixed; and a run with `--overwrite_output_dir` removes the other's."""
     rows = alignment_rows(pair[1], tokenizer)
-    monkeypatch.setattr(checkpoints, "_PATIENCE", 0)
+    monkeypatch.setattr(files, "_PATIENCE", 0)
     out = tmp_path / "out"
     other = started(tmp_path / "log", __name__, "hold", out, tmp_path / "in")
     while not (tmp_path / "in").exists():
         assert other.is_alive(), (tmp_path / "log").read_text()
         time.sleep(0.02)
-    with pytest.raises(ValueError, match=r"Another run is training into .*choose another `output_dir`"):
+    with pytest.raises(ValueError, match=r"Another run is writing to .*choose another `output_dir`"):
         build(out, pair, tokenizer, rows, **SAVING).train()
     other.kill()
     other.join()
@@ -201,7 +202,7 @@ def test_two_runs_into_one_folder(tmp_path, pair, tokenizer, monkeypatch):
 
 def test_workers_that_stay_do_not_keep_the_lock(tmp_path, pair, tokenizer, monkeypatch):
     """Forked while the lock was held, they kept it, and the same trainer could not train again."""
-    monkeypatch.setattr(checkpoints, "_PATIENCE", 0)
+    monkeypatch.setattr(files, "_PATIENCE", 0)
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
     trainer = build(
         tmp_path, pair, tokenizer, alignment_rows(pair[1], tokenizer), **workers, **SAVING | {"max_steps": 2}

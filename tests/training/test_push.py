@@ -5,6 +5,8 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from hf_draftkd.evaluation.report import SpeculationReport
+from tests.hub import samples
 from tests.hub.conftest import hub as hub  # the fixture
 from tests.training.rows import alignment_rows
 from tests.training.trainers import build
@@ -47,3 +49,21 @@ def test_what_callbacks_do_before_a_push_stands_on_the_card(hub, tmp_path, pair,
     tags = ModelCard(hub.repos["me/draft"].files()["README.md"].decode()).data.tags
     assert {"mine", "private:True", "hf_draftkd"} <= set(tags)
     assert len(tags) == len(set(tags))
+
+
+def test_what_was_measured_and_what_people_wrote_is_published(hub, tmp_path, pair, tokenizer):
+    """Fault: the report went into the folder's card alone, and the card that people had edited was written over."""
+    draft, target = pair
+    trainer = build(tmp_path / "out", pair, tokenizer, alignment_rows(target, tokenizer), hub_model_id="me/draft")
+    trainer.save_model()
+    trainer.create_model_card()
+    card = tmp_path / "out" / "README.md"
+    card.write_text(card.read_text() + "\nMy own words.\n")
+    models = {"draft": draft, "target": target}
+    named = {kind: {"name": "", "num_parameters": model.num_parameters()} for kind, model in models.items()}
+    trainer.push_to_hub(license="mit", report=SpeculationReport.from_dict(samples.report(**named)))
+    files = hub.repos["me/draft"].files()
+    assert "My own words." in card.read_text()
+    assert b"My own words." in files["README.md"]
+    assert b"Acceptance rate" in files["README.md"]
+    assert "report.json" in files
