@@ -64,7 +64,7 @@ def test_target_is_frozen_and_draft_is_trainable(saved):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # as for TestAdapters
-@pytest.mark.parametrize("kind", ["plain", "without a generation config", "adapter", "multimodal", "GGUF"])
+@pytest.mark.parametrize("kind", ["plain", "without a generation config", "adapter", "multimodal", "GGUF", "bare"])
 def test_without_weights_a_model_says_the_same_of_itself(saved, tmp_path, kind):
     """The special ids of a config where the generation config names others, or the size of a base for its text part."""
     path, options = saved, {}
@@ -73,13 +73,15 @@ def test_without_weights_a_model_says_the_same_of_itself(saved, tmp_path, kind):
         path = tmp_path / "adapter"
         config = LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM")
         get_peft_model(AutoModelForCausalLM.from_pretrained(saved), config).save_pretrained(path)
-    elif kind == "multimodal":
-        tiny_multimodal("Gemma3").save_pretrained(saved)
+    elif kind in ("multimodal", "bare"):
+        whole = tiny_multimodal("Gemma3")
+        whole.config.eos_token_id = [1, 5]
+        whole.save_pretrained(saved)
     elif kind == "GGUF":
         path, options = tmp_path / "gguf", {"gguf_file": "tiny.gguf"}
         path.mkdir()
         save_gguf(tiny_llama(), path / "tiny.gguf")
-    if kind == "without a generation config":
+    if kind in ("without a generation config", "bare"):
         (saved / "generation_config.json").unlink()
     else:
         generation.save_pretrained(saved if kind == "adapter" else path)
@@ -265,6 +267,14 @@ class TestNoModelThere:
         LlamaForSequenceClassification(tiny_llama().config).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="LlamaForSequenceClassification, which has no language-modelling head"):
             load_target(tmp_path)
+
+    def test_a_quantisation_that_transformers_does_not_know(self, saved):
+        """Of a checkpoint of ModelOpt the 8-bit codes were taken for the weights, and their scales left out."""
+        config = json.loads((saved / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
+        (saved / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="quantised by 'modelopt', which transformers does not read"):
+            load_target(saved)
 
     def test_code_that_comes_with_a_model_does_not_run_unasked(self, saved):
         config = json.loads((saved / "config.json").read_text())
