@@ -267,20 +267,24 @@ def _load_merged(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedM
     from peft import PeftModel
 
     base = _load(checkpoint.base, **options)
-    another = (
-        f"Was the adapter trained on {checkpoint.base.name!r}? Correct `base_model_name_or_path` in its "
-        f"{ADAPTER_CONFIG_NAME}, or save the adapter again. If tokens were added to the base before the "
-        "training, merge it where that was done, and save the whole model."
-    )
+    if checkpoint.base.is_multimodal:
+        another = "Was it trained on the whole of its multimodal base? Merge it there, save the result, and load that."
+    else:
+        another = (
+            f"Was the adapter trained on {checkpoint.base.name!r}? Correct `base_model_name_or_path` in its "
+            f"{ADAPTER_CONFIG_NAME}, or save the adapter again. If tokens were added to the base before the "
+            "training, merge it where that was done, and save the whole model."
+        )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # they are separated below
             adapted = PeftModel.from_pretrained(base, checkpoint.name, revision=checkpoint.revision)
             # PEFT skips weights that it does not find, or finds no place for; only a second loading reports them.
             found = adapted.load_adapter(checkpoint.name, adapted.active_adapter, revision=checkpoint.revision)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         # torch adds a line for each weight that does not fit.
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]).rstrip(".")
         raise ValueError(f"The weights of adapter {checkpoint.name!r} cannot be read: {reason}. {another}") from error
@@ -290,10 +294,22 @@ def _load_merged(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedM
             f"The weights of adapter {checkpoint.name!r} do not fit its base model, and would be applied in part: "
             f"{_first(unfit, 2)}. {another}"
         )
+    _separate_adapted_ends(adapted.get_base_model())
     merged = adapted.merge_and_unload(safe_merge=True)
     # Another model than its base: metrics and data must not be recorded under the base's name.
     merged.name_or_path = merged.config.name_or_path = checkpoint.name
     return merged
+
+
+def _separate_adapted_ends(model: PreTrainedModel) -> None:
+    """Give the head a weight of its own where an adapter changes one of two tied ends: merging would change both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings, head = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
+    if (embeddings, head) != ends and embeddings.weight is head.weight:
+        head.weight = torch.nn.Parameter(head.weight.clone())
+        model.config.tie_word_embeddings = False
 
 
 def _first(names: list[str], count: int) -> str:
