@@ -101,6 +101,7 @@ def text_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
         # Gemma 3 lists its ends of sequence for the whole; what its text part names is the class's own.
         if value is not None and (key == "eos_token_id" or getattr(new, key, None) is None):
             setattr(new, key, value)
+    new.tie_word_embeddings = config.tie_word_embeddings  # the head stands outside the text part
     return new
 
 
