@@ -18,7 +18,7 @@ _HOMES = {
     "OnlineDraftDistiller": "hf_draftkd.online.distiller",
     "SpeculativeDecoding": "hf_draftkd.decoding.speculative",
     "build_draft": "hf_draftkd.models.building",
-    "extract_text_model": "hf_draftkd.models.text_model",
+    "extract_text_model": "hf_draftkd.models.loading",
     "align_vocabulary": "hf_draftkd.models.pairing",
     "load_target": "hf_draftkd.models.loading",
     "load_draft": "hf_draftkd.models.loading",
@@ -60,11 +60,11 @@ if TYPE_CHECKING:
     from hf_draftkd.hub.model_card import DraftModelCard as DraftModelCard
     from hf_draftkd.hub.push import push_draft as push_draft
     from hf_draftkd.models.building import build_draft as build_draft
+    from hf_draftkd.models.loading import extract_text_model as extract_text_model
     from hf_draftkd.models.loading import load_draft as load_draft
     from hf_draftkd.models.loading import load_target as load_target
     from hf_draftkd.models.loading import load_tokenizer as load_tokenizer
     from hf_draftkd.models.pairing import align_vocabulary as align_vocabulary
-    from hf_draftkd.models.text_model import extract_text_model as extract_text_model
     from hf_draftkd.online.config import OnlineDistillConfig as OnlineDistillConfig
     from hf_draftkd.online.distiller import OnlineDraftDistiller as OnlineDraftDistiller
     from hf_draftkd.training.callbacks import AcceptanceCallback as AcceptanceCallback

@@ -10,11 +10,10 @@ from transformers import AutoConfig
 from hf_draftkd.cli.errors import UsageError, usage_errors
 from hf_draftkd.cli.options import new_directory, parse, required, target_words, trust_words
 from hf_draftkd.models.building import build_draft, check_plan
-from hf_draftkd.models.loading import load_draft, load_target, load_without_weights
+from hf_draftkd.models.loading import extract_text_model, load_draft, load_target, load_without_weights
 from hf_draftkd.models.pairing import align_vocabulary, check_tokenizers
 from hf_draftkd.models.resolve import resolve
 from hf_draftkd.models.sizing import loaded_parameters
-from hf_draftkd.models.text_model import extract_text_model
 from hf_draftkd.utils.fields import option
 
 
@@ -61,8 +60,7 @@ def run(argv: list[str]) -> int:
         at = {"revision": options.target_model_revision, "gguf_file": options.gguf_file}
         checkpoint = resolve(source, **at, **trusted)
         if options.text_of is not None:
-            as_asked = {"revision": checkpoint.revision, "dtype": options.dtype or "auto", **trusted}
-            text = extract_text_model(checkpoint.name, **as_asked)
+            text = extract_text_model(checkpoint, dtype=options.dtype or "auto")
             text.save_pretrained(directory)
             checkpoint.tokenizer.save_pretrained(directory)
             print(f"Wrote {directory}: the text model of {checkpoint.name}, {text.num_parameters():,} parameters.")

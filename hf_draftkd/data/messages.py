@@ -28,11 +28,13 @@ _AROUND: dict[str, tuple[list[Any], list[Any]]] = {
 class TemplateForm:
     """The form in which a chat template takes messages.
 
-    `part_roles` are the roles whose content it reads as a list of parts. It writes the `arguments` of a tool call from
-    an `object` or from `text` (their JSON); None where it shows none. The `source` names the kinds of parts it knows.
+    `part_roles` are the roles whose content it reads as a list of parts; of `only_parts` it leaves out content that is
+    text, without a word. It writes the `arguments` of a tool call from an `object` or from `text` (their JSON); None
+    where it shows none. The `source` names the kinds of parts it knows.
     """
 
     part_roles: tuple[str, ...]
+    only_parts: tuple[str, ...]
     arguments: str | None
     source: str
 
@@ -47,12 +49,14 @@ def template_form(tokenizer: PreTrainedTokenizerBase) -> TemplateForm:
             return ""
 
     parts = [{"type": "text", "text": _PROBE}]
-    part_roles = []
+    part_roles, only_parts = [], []
     for role, (before, after) in sorted(_AROUND.items()):
         text = rendered([*before, {"role": role, "content": parts}, *after])
         # In quotes the list itself was printed.
         if _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text:
             part_roles.append(role)
+            if _PROBE not in rendered([*before, {"role": role, "content": _PROBE}, *after]):
+                only_parts.append(role)
     as_object = rendered([_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}])
     call = {**_CALL, "function": {"name": "f", "arguments": json.dumps({_ARGUMENT: 1})}}
     as_text = rendered([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
@@ -62,13 +66,14 @@ def template_form(tokenizer: PreTrainedTokenizerBase) -> TemplateForm:
     elif json.dumps({_ARGUMENT: 1}) in as_text:
         arguments = "text"
     # Not a set: `datasets` finds what it has cached by the pickle of what made it, which differs between processes.
-    return TemplateForm(tuple(part_roles), arguments, str(tokenizer.chat_template))
+    return TemplateForm(tuple(part_roles), tuple(only_parts), arguments, str(tokenizer.chat_template))
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that a chat template puts right behind an answer; None where it puts none."""
     messages = [_USER, {"role": "assistant", "content": _PROBE}]
     try:
+        messages = read_messages(messages, template_form(tokenizer))
         behind = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition(_PROBE)[2]
     except Exception:  # templates raise whatever their author chose
         return None
@@ -117,8 +122,11 @@ def _read_message(message: Mapping[str, Any], form: TemplateForm) -> dict[str, A
     made = without_nulls(message)
     if "content" in message:  # templates look at it without asking whether it is there
         made["content"] = content = without_nulls(message["content"])
+        role = str(message.get("role"))
+        if isinstance(content, str) and role in form.only_parts:
+            content = [content]
         if isinstance(content, list):
-            made["content"] = _read_parts(content, str(message.get("role")), form)
+            made["content"] = _read_parts(content, role, form)
     for call in made.get("tool_calls") or ():
         function = call.get("function", call) if isinstance(call, dict) else {}
         if "arguments" in function:

@@ -60,7 +60,7 @@ from hf_draftkd.models.identity import loaded_checksum
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, shared_context, shared_vocab_size
 from hf_draftkd.models.parallel import parallel_draft
-from hf_draftkd.models.sizing import loaded_parameters
+from hf_draftkd.models.sizing import is_mixture, loaded_parameters
 from hf_draftkd.utils.versions import package_versions
 
 _DEFAULT_LENGTH = 5
@@ -231,6 +231,11 @@ class _Evaluation:
             "seed": config.seed,
         }
         self.warnings = texts.warnings
+        if is_mixture(target_model.config):
+            self.warnings.append(
+                "The target is a mixture of experts, which reads only some of its parameters for a token. MBSU counts "
+                "them all, so that a draft looks cheaper than it is: go by measured speed."
+            )
         self.scored: list[tuple[TextSet, PassResult]] = []
         for each in texts.sets:
             check_ids(each, vocab_size)

@@ -9,7 +9,6 @@ Copied layers are a starting point that already speaks the target's language and
 model must be pretrained first (https://arxiv.org/abs/2403.00858), and can be much narrower, hence faster.
 """
 
-import copy
 import math
 from typing import Any
 
@@ -26,7 +25,7 @@ from transformers import (
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import align_vocabulary
 from hf_draftkd.models.resolve import check_config
-from hf_draftkd.models.sizing import check_share, cut_layers, evenly_spread, sized_config, spread_layers
+from hf_draftkd.models.sizing import check_share, cut_layers, evenly_spread, plain_copy, sized_config, spread_layers
 from hf_draftkd.utils.checks import whole_number
 
 # Whether a layer leaves its keys to later ones follows from which of those are there.
@@ -80,7 +79,7 @@ def build_draft(
     if share is not None:
         new_config = sized_config(target_model, share)
     elif config is not None:
-        new_config = copy.deepcopy(config)
+        new_config = plain_copy(config)
     else:
         _check_copyable(target_model)
         if num_layers is not None:
@@ -267,7 +266,10 @@ def _checked_layers(layers: list[int], depth: int) -> list[int]:
 def _check_copyable(target_model: PreTrainedModel) -> None:
     reason = None
     if getattr(target_model.config, "quantization_config", None) is not None:
-        reason = "is quantised, and packed weights are no start for training. Load it without quantisation"
+        reason = (
+            "is quantised, and packed weights are no start for training. Load it without quantisation (where its files "
+            "are quantised, take those that they were made from)"
+        )
     elif getattr(target_model, "peft_config", None):
         reason = "carries a PEFT adapter. Merge it first: `target.merge_and_unload()`"
     elif any(p.is_meta for p in target_model.parameters()):

@@ -1,5 +1,6 @@
 """What can be said of a pair before its weights are there: from configs, tokenizers and the headers of weight files."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from hf_draftkd.models.pairing import check_rows, check_tokenizers, context_leng
 from hf_draftkd.models.resolve import Checkpoint, read_index
 from hf_draftkd.models.sizing import TRAINED_BYTES, count_parameters, cut_layers, spread_layers, weight_bytes
 from hf_draftkd.models.tokenizers import tokenizer_size
+
+# Quantisations that transformers undoes on loading where there is no accelerator.
+_EXPANDED_ON_CPU = ("fp8", "mxfp4")
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,21 @@ class ModelFacts:
 
     def weight_bytes(self, bits: int | None = None) -> int:
         """Bytes of the weights in memory: as `dtype="auto"` loads them, or in 8 or 4 bits."""
-        if stored := self.quantization:
-            bits = bits or stored.get("bits") or (4 if stored.get("load_in_4bit") else 8)
-        return weight_bytes(self.config, bits or (32 if self.config.dtype in (None, torch.float32) else 16))
+        if bits is not None or not self.quantization:
+            return weight_bytes(self.config, bits or self._bits)
+        if self.quantization.get("quant_method") in _EXPANDED_ON_CPU and not torch.accelerator.is_available():
+            return weight_bytes(self.config, 16)
+        if self.stored:
+            return sum(count * _bits_of(number_format) for number_format, count in self.stored.items()) // 8
+        guess = 4 if self.quantization.get("load_in_4bit") else 8
+        return weight_bytes(self.config, self.quantization.get("bits") or guess)
+
+    @property
+    def _bits(self) -> int:
+        """Of a number as it is loaded: by the config, else as most of them are stored."""
+        if self.config.dtype is not None:
+            return torch.finfo(self.config.dtype).bits
+        return _bits_of(max(self.stored, key=self.stored.__getitem__)) if self.stored else 32
 
     @property
     def quantization(self) -> dict[str, Any]:
@@ -173,4 +189,13 @@ def _memory(target: ModelFacts | None, draft_parameters: int) -> dict[str, int]:
     if target is None:
         return {"cached": draft}
     alone = target.weight_bytes()
-    return {"answering": alone, "live": alone + draft, "4 bits": target.weight_bytes(4) + draft, "cached": draft}
+    found = {"answering": alone, "live": alone + draft}
+    if not target.quantization:  # what is quantised already cannot be loaded in 4 bits
+        found["4 bits"] = target.weight_bytes(4) + draft
+    return found | {"cached": draft}
+
+
+def _bits_of(number_format: str) -> int:
+    """Of a number in one of the formats of safetensors, such as F32, BF16 or F8_E4M3."""
+    found = re.search(r"\d+", number_format)
+    return int(found[0]) if found else 8  # BOOL

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ADAPTER_CONFIG_NAME, logging
@@ -23,7 +24,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, logging
 from hf_draftkd.models.forward import reads_left_to_right
 from hf_draftkd.models.identity import remember_checkpoint
 from hf_draftkd.models.resolve import Checkpoint, check_config, resolve
-from hf_draftkd.models.text_model import extract_text_model, text_config
+from hf_draftkd.models.text_model import text_config, text_model_of
 from hf_draftkd.utils.checks import one_of
 from hf_draftkd.utils.processor import emulated_bfloat16, shared_cores
 
@@ -85,6 +86,27 @@ def load_draft(name_or_path: Any, **options: Any) -> PreTrainedModel:
         # Merging leaves a base frozen. Packed integer weights of a quantised draft cannot have gradients.
         parameter.requires_grad_(parameter.is_floating_point())
     return model
+
+
+def extract_text_model(model_or_path: Any, **options: Any) -> PreTrainedModel:
+    """The causal LM of a multimodal model: the text layers and the head, without vision or audio tower.
+
+    Args:
+        model_or_path: A multimodal model, in plain weights on one device; or what names one, as in `load_target`.
+        options: Where it is named: `revision`, `trust_remote_code`, and those of `from_pretrained`, such as `dtype`.
+
+    Returns:
+        The model, in eval mode. It shares its weights with a `model_or_path` that is a model: nothing is copied. Its
+        config says "tied" exactly where embedding and head are one matrix, whatever the multimodal config says.
+
+    Raises:
+        ValueError: There is no text model that can stand alone, or its logits are not those of the whole; or weights
+            cannot be read (see `load_target`).
+    """
+    if isinstance(model_or_path, PreTrainedModel):
+        return text_model_of(model_or_path)
+    named = {name: options.pop(name) for name in ("revision", "trust_remote_code") if name in options}
+    return text_model_of(_load_whole(resolve(model_or_path, **named), options))
 
 
 def load_without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -171,9 +193,19 @@ def _load(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
 
 
 def _load_plain(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedModel:
+    model = _from_pretrained(AutoModelForCausalLM, checkpoint, options)
+    if checkpoint.gguf_file is not None:
+        # Its weights were expanded: what says that they are quantised keeps them from being saved.
+        model.hf_quantizer, model.is_quantized = None, False
+        for key in ("quantization_config", "_pre_quantization_dtype"):
+            vars(model.config).pop(key, None)
+    return model
+
+
+def _from_pretrained(model_class: Any, checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedModel:
     name = checkpoint.name
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = model_class.from_pretrained(
             name,
             revision=checkpoint.revision,
             trust_remote_code=checkpoint.trust_remote_code,
@@ -198,11 +230,6 @@ def _load_plain(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedMo
             f"The weights of {name!r} are incomplete and would be filled with random numbers: {_first(missing, 3)} "
             "missing. Give a model that was saved whole, head included."
         )
-    if checkpoint.gguf_file is not None:
-        # Its weights were expanded: what says that they are quantised keeps them from being saved.
-        model.hf_quantizer, model.is_quantized = None, False
-        for key in ("quantization_config", "_pre_quantization_dtype"):
-            vars(model.config).pop(key, None)
     return model
 
 
@@ -213,9 +240,22 @@ def _load_text_of(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrained
             f"{name!r} is multimodal, and its text model cannot be taken out of quantised weights. Save it once, with "
             f"`draftkd init --text_of {name} --output_dir DIRECTORY`, and load that quantised."
         )
-    given = {key: value for key, value in options.items() if value is not None}
-    trusted = {"trust_remote_code": checkpoint.trust_remote_code}
-    return extract_text_model(name, revision=checkpoint.revision, **trusted, **given)
+    return text_model_of(_load_whole(checkpoint, options))
+
+
+def _load_whole(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedModel:
+    """A multimodal model with its towers."""
+    config = checkpoint.config
+    if not checkpoint.is_multimodal:
+        raise ValueError(f"{checkpoint.name!r} is a text model already ({config.model_type!r}): use it as it is.")
+    # The class it was saved as: the automatic classes take some of these checkpoints for text models.
+    whole_class = getattr(transformers, (config.architectures or [""])[0], None)
+    if whole_class is None:
+        raise ValueError(
+            f"{checkpoint.name!r} does not say which class of transformers it was saved as (architectures: "
+            f"{config.architectures}). Load it yourself and give the model to `extract_text_model`."
+        )
+    return _from_pretrained(whole_class, checkpoint, options).eval()
 
 
 def _load_merged(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedModel:
@@ -227,19 +267,24 @@ def _load_merged(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedM
     from peft import PeftModel
 
     base = _load(checkpoint.base, **options)
-    another = (
-        f"Was the adapter trained on {checkpoint.base.name!r}? Correct `base_model_name_or_path` in its "
-        f"{ADAPTER_CONFIG_NAME}, or save the adapter again."
-    )
+    if checkpoint.base.is_multimodal:
+        another = "Was it trained on the whole of its multimodal base? Merge it there, save the result, and load that."
+    else:
+        another = (
+            f"Was the adapter trained on {checkpoint.base.name!r}? Correct `base_model_name_or_path` in its "
+            f"{ADAPTER_CONFIG_NAME}, or save the adapter again. If tokens were added to the base before the "
+            "training, merge it where that was done, and save the whole model."
+        )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # they are separated below
             adapted = PeftModel.from_pretrained(base, checkpoint.name, revision=checkpoint.revision)
             # PEFT skips weights that it does not find, or finds no place for; only a second loading reports them.
             found = adapted.load_adapter(checkpoint.name, adapted.active_adapter, revision=checkpoint.revision)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         # torch adds a line for each weight that does not fit.
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]).rstrip(".")
         raise ValueError(f"The weights of adapter {checkpoint.name!r} cannot be read: {reason}. {another}") from error
@@ -249,10 +294,22 @@ def _load_merged(checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedM
             f"The weights of adapter {checkpoint.name!r} do not fit its base model, and would be applied in part: "
             f"{_first(unfit, 2)}. {another}"
         )
+    _separate_adapted_ends(adapted.get_base_model())
     merged = adapted.merge_and_unload(safe_merge=True)
     # Another model than its base: metrics and data must not be recorded under the base's name.
     merged.name_or_path = merged.config.name_or_path = checkpoint.name
     return merged
+
+
+def _separate_adapted_ends(model: PreTrainedModel) -> None:
+    """Give the head a weight of its own where an adapter changes one of two tied ends: merging would change both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings, head = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
+    if (embeddings, head) != ends and embeddings.weight is head.weight:
+        head.weight = torch.nn.Parameter(head.weight.clone())
+        model.config.tie_word_embeddings = False
 
 
 def _first(names: list[str], count: int) -> str:

@@ -37,6 +37,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING,
 )
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
@@ -128,6 +129,8 @@ class Checkpoint:
         if self.is_multimodal and text_class(config) is not None:
             config = text_config(config, repr(self.name))  # what `load_target` takes out of it
         check_config(config, self.name)
+        if self.gguf_file is None:
+            _check_quantisation(self._config, self.name)
         if SAFE_WEIGHTS_NAME not in self.files and self.gguf_file is None:
             # transformers reads whatever file the index names, pickles too.
             names = read_index(Path(str(cached_file(self.name, SAFE_WEIGHTS_INDEX_NAME, revision=self.revision))))
@@ -403,6 +406,16 @@ def _check_files(checkpoint: Checkpoint) -> None:
         raise ValueError(
             f"{name!r} has a {CONFIG_NAME} but no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. "
             "Give a directory that `save_pretrained` of a whole model wrote."
+        )
+
+
+def _check_quantisation(config: PreTrainedConfig, name: str) -> None:
+    """Refuse weights quantised in a way that transformers does not know: it would take their codes for the weights."""
+    stored = getattr(config, "quantization_config", None)
+    if stored and not AutoHfQuantizer.supports_quant_method(stored):
+        raise ValueError(
+            f"The weights of {name!r} are quantised by {stored['quant_method']!r}, which transformers does not read. "
+            "Choose the model that they were made from, or one that is quantised in another way."
         )
 
 

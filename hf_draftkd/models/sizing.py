@@ -107,7 +107,7 @@ def sized_config(target_model: PreTrainedModel, share: float) -> PreTrainedConfi
     text = base.get_text_config()
     if getattr(text, "num_kv_shared_layers", None):
         text.num_kv_shared_layers = 0  # which layer has whose keys depends on the depth
-    if any((getattr(text, name, None) or 0) > 1 for name in _EXPERTS):
+    if is_mixture(base):
         raise ValueError(
             f"The target ({base.model_type!r}) is a mixture of experts, whose draft should be a dense model. Pass "
             f"the `config` of a dense model of the same family with vocab_size={text.vocab_size}."
@@ -130,6 +130,11 @@ def sized_config(target_model: PreTrainedModel, share: float) -> PreTrainedConfi
     return min(found, key=lambda each: each[0])[1]
 
 
+def is_mixture(config: PreTrainedConfig) -> bool:
+    """Whether a model is a mixture of experts, which reads only some of its parameters for a token."""
+    return any((getattr(config.get_text_config(), name, None) or 0) > 1 for name in _EXPERTS)
+
+
 def check_share(share: float) -> None:
     """Raise a `ValueError` for a share of the target's parameters that does not lie between 0 and 1."""
     if not isinstance(share, int | float) or not 0 < share < 1:
@@ -137,7 +142,7 @@ def check_share(share: float) -> None:
 
 
 def plain_copy(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy that describes a new model: no quantisation, no origin, no dtype."""
+    """A copy that describes a new model: no quantisation, no origin."""
     new = copy.deepcopy(config)
     if hasattr(new, "quantization_config"):
         del new.quantization_config
@@ -248,6 +253,9 @@ def _with_width(config: PreTrainedConfig, width: int, head_dim: int) -> PreTrain
 def _head_sizes(text: PreTrainedConfig) -> list[int]:
     """Halved heads only where whole ones leave the width too coarse a choice; rotary positions need an even size."""
     head_dim = _head_dim(text)
+    rotary = getattr(text, "rope_parameters", None) or {}
+    if any(isinstance(value, list) for value in rotary.values()):  # a factor for each dimension of a head (Phi 3)
+        return [head_dim]
     return [n for n in (head_dim, head_dim // 2, head_dim // 4) if n >= 8 and n % 2 == 0] or [head_dim]
 
 

@@ -1,6 +1,6 @@
 """The language model inside a multimodal checkpoint, as an ordinary causal LM.
 
-    text = extract_text_model("org/vision-language")    # or a model in memory
+    text = extract_text_model("org/vision-language")    # of `loading`, which loads the whole; `text_model_of` has one
     text.save_pretrained("text-only")
 
 Gemma 3, Mistral 3, Llava, SmolVLM, Qwen3-VL and similar models are a causal LM with a vision or audio tower beside it.
@@ -13,13 +13,12 @@ import copy
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from hf_draftkd.models.forward import evaluating
-from hf_draftkd.models.tokenizers import SPECIAL_IDS
+from hf_draftkd.models.tokenizers import SPECIAL_IDS, listed_ids
 
 # Text models without a causal LM class, the model type that computes the same on text alone, and what its config must
 # say besides.
@@ -33,21 +32,8 @@ _PROBE_LENGTH = 24
 _ROUNDING = 1e-5  # of the largest logit
 
 
-def extract_text_model(model_or_path: Any, **options: Any) -> PreTrainedModel:
-    """The causal LM of a multimodal model: the text layers and the head, without vision or audio tower.
-
-    Args:
-        model_or_path: A multimodal model, in plain weights on one device; or the local directory or Hub id of one.
-        options: For a path: of `from_pretrained`, such as `revision` and `dtype`.
-
-    Returns:
-        The model, in eval mode. It shares its weights with a `model_or_path` that is a model: nothing is copied. Its
-        config says "tied" exactly where embedding and head are one matrix, whatever the multimodal config says.
-
-    Raises:
-        ValueError: There is no text model that can stand alone, or its logits are not those of the whole.
-    """
-    model = model_or_path if isinstance(model_or_path, PreTrainedModel) else _load_whole(model_or_path, options)
+def text_model_of(model: PreTrainedModel) -> PreTrainedModel:
+    """What `extract_text_model` returns for a multimodal model in memory; the same errors."""
     name = repr(model.name_or_path or type(model).__name__)
     if not is_multimodal(model.config):
         raise ValueError(f"{name} is a text model already ({model.config.model_type!r}): use it as it is.")
@@ -110,28 +96,13 @@ def text_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
         # Sections for time, height and width: on text all three positions are equal.
         values["rope_parameters"] = {k: v for k, v in text.rope_parameters.items() if not k.startswith("mrope")}
         new = found.config_class(**values, **_EQUAL_ON_TEXT[text.model_type][1])
-    for key in SPECIAL_IDS:
-        if getattr(new, key, None) is None:
-            setattr(new, key, getattr(config, key, None))
+    for key in (*SPECIAL_IDS, "dtype", "quantization_config"):
+        value = getattr(config, key, None)
+        # Gemma 3 lists its ends of sequence for the whole; what its text part names is the class's own.
+        if value is not None and (key == "eos_token_id" or getattr(new, key, None) is None):
+            setattr(new, key, value)
+    new.tie_word_embeddings = config.tie_word_embeddings  # the head stands outside the text part
     return new
-
-
-def _load_whole(path: Any, options: dict[str, Any]) -> PreTrainedModel:
-    asked = {name: options.get(name) for name in ("revision", "trust_remote_code")}
-    config = transformers.AutoConfig.from_pretrained(path, **asked)
-    # The class it was saved as: the automatic classes take some of these checkpoints for text models.
-    whole_class = getattr(transformers, (config.architectures or [""])[0], None)
-    if whole_class is None:
-        raise ValueError(
-            f"{str(path)!r} does not say which class of transformers it was saved as (architectures: "
-            f"{config.architectures}). Load it yourself and give the model to `extract_text_model`."
-        )
-    model, info = whole_class.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
-    # transformers fills what a checkpoint lacks with random numbers and continues.
-    missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
-    if missing:
-        raise ValueError(f"The weights of {str(path)!r} are incomplete: {missing[0]} is missing. Save the model again.")
-    return model.eval()
 
 
 def _check_plain(model: PreTrainedModel, name: str) -> None:
@@ -157,7 +128,8 @@ def _share_buffers(text: nn.Module, decoder: nn.Module) -> None:
 
 @torch.no_grad()
 def _check_equal(text: PreTrainedModel, whole: PreTrainedModel, name: str) -> None:
-    special = {value for key, value in vars(whole.config).items() if key.endswith(("_id", "_index"))}
+    numbers = [value for key, value in vars(whole.config).items() if key.endswith(("_id", "_index"))]
+    special = {number for value in numbers for number in listed_ids(value)}  # Gemma 3 has two ends of sequence
     plain = [i for i in range(min(text.config.vocab_size, 1000)) if i not in special]
     ids = torch.tensor([[plain[7 * i % len(plain)] for i in range(_PROBE_LENGTH)]], device=whole.device)
     with evaluating(whole):

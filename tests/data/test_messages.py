@@ -22,6 +22,11 @@ USER_PARTS = (
     "{% if part.type == 'thinking' %}!{% endif %}{% endfor %}"
     "{% else %}{{ '' + m.content }}{% endif %}{% endfor %}"
 )
+# SmolVLM and Llava: text that stands in no part is left out.
+ONLY_PARTS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<pad>{% endfor %}"
+)
 OBJECT = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
 JSON = "{% for m in messages %}{% for c in m.tool_calls %}{{ '' + c.function.arguments }}{% endfor %}{% endfor %}"
 PRINTED = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}{% endfor %}"
@@ -43,6 +48,7 @@ def call(arguments):
         (TEMPLATE, (), "object"),
         (PARTS, ("assistant", "system", "tool", "user"), None),
         (USER_PARTS, ("user",), None),
+        (ONLY_PARTS, ("assistant", "system", "tool", "user"), None),
         (OBJECT, (), "object"),
         (JSON, (), "text"),
         (PRINTED, (), "text"),
@@ -61,6 +67,13 @@ def test_parts_of_text_are_joined_or_left_to_the_template(template, shown):
     tokenizer = make_tokenizer(template)
     (ids,) = render_prompts([[user("one ", " two")]], tokenizer)
     assert tokenizer.decode(ids) == "<|user|>" + shown
+
+
+def test_text_becomes_a_part_where_the_template_reads_nothing_else():
+    """Every prompt was empty, without a word."""
+    tokenizer = make_tokenizer(ONLY_PARTS)
+    (ids,) = render_prompts([[{"role": "user", "content": "the cat"}]], tokenizer)
+    assert tokenizer.decode(ids) == "<|user|>the cat<pad>"
 
 
 @pytest.mark.parametrize("template", [TEXT, PARTS, USER_PARTS])
@@ -130,7 +143,13 @@ def test_text_that_exists_is_read_in_the_same_form(tokenizer):
 
 @pytest.mark.parametrize(
     ("template", "end"),
-    [(TEMPLATE, "<|end|>"), (TEXT, None), (TEXT.replace("{% endfor", "<pad>\n{% endfor"), "<pad>"), (OBJECT, None)],
+    [
+        (TEMPLATE, "<|end|>"),
+        (TEXT, None),
+        (TEXT.replace("{% endfor", "<pad>\n{% endfor"), "<pad>"),
+        (ONLY_PARTS, "<pad>"),
+        (OBJECT, None),
+    ],
 )
 def test_the_end_of_a_turn_is_what_follows_an_answer(template, end):
     tokenizer = make_tokenizer(template)

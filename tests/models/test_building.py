@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -13,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
+    Phi3Config,
     Qwen3MoeConfig,
     T5Config,
 )
@@ -213,6 +215,27 @@ def test_share_keeps_grouped_heads():
     assert draft.config.num_attention_heads == 4 * draft.config.num_key_value_heads
 
 
+def test_share_keeps_heads_that_have_a_factor_for_each_dimension():
+    """Halved heads: `Attempting to broadcast a dimension of length 8`."""
+    factors = {name: [1.0] * 16 for name in ("short_factor", "long_factor")}
+    config = Phi3Config(
+        vocab_size=300,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, **factors},
+        original_max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    draft = build_draft(AutoModelForCausalLM.from_config(config), share=0.05)
+    assert draft.config.hidden_size // draft.config.num_attention_heads == 32
+
+
 def test_random_weights_depend_on_the_seed_alone():
     target = tiny_llama()
     torch.manual_seed(1)
@@ -236,6 +259,16 @@ def test_a_given_config_of_another_architecture(tmp_path):
     draft = build_draft(target, config=tiny_gpt2(hidden_size=8, num_layers=1).config)
     assert draft.config.model_type == "gpt2"
     _works_as_a_draft(draft, target, tmp_path)
+
+
+def test_of_a_given_config_only_the_architecture_is_taken(tmp_path):
+    """Random weights went by the name of the model whose config it was, and were quantised when they were loaded."""
+    tiny_llama().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    draft = build_draft(tiny_llama(), config=config)
+    assert draft.name_or_path == draft.config.name_or_path == ""
+    assert not hasattr(draft.config, "quantization_config")
 
 
 def test_evenly_spread_has_both_ends_and_no_layer_twice():

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_draftkd.models.examination import examine
+from hf_draftkd.models.loading import load_target
 from hf_draftkd.models.resolve import resolve
 from tests import tiny
+from tests.multimodal import tiny_multimodal
 
 
 def saved(path, model, tokenizer=None):
@@ -84,14 +86,41 @@ def test_refusals_are_collected_and_nothing_is_loaded(tmp_path, saved_pair, monk
     assert "reads text in both directions" in found.refused[0]
 
 
-def test_quantised_weights_are_counted_as_stored_and_refused_in_a_draft(saved_pair):
-    """A 4-bit target taken for four times its size; a draft that could never be saved."""
+@pytest.mark.parametrize("kind", ["a config without a number format", "multimodal"])
+def test_the_number_format_is_that_of_loading(kind, tmp_path, tokenizer):
+    """Bfloat16 taken for float32, and so twice the bytes: the format of a multimodal model stands outside its text
+    config.
+    """
+    model = tiny_multimodal("Gemma3") if kind == "multimodal" else tiny.tiny_llama()
+    checkpoint = saved(tmp_path, model.bfloat16(), tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if kind == "multimodal":
+        config["text_config"].pop("dtype", None)
+    else:
+        config.pop("dtype")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_target(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert examine(checkpoint).memory["answering"] == 2 * loaded.num_parameters()
+
+
+def test_quantised_weights_are_counted_as_stored_and_refused_in_a_draft(saved_pair, monkeypatch):
+    """A 4-bit target taken for four times its size; 4 bits offered for it again; a draft that could never be saved."""
     draft, target = saved_pair
-    for folder in saved_pair:
+    weights = load_file(target / "model.safetensors")
+    packed = {name: value.to(torch.uint8) if "proj" in name else value.bfloat16() for name, value in weights.items()}
+    save_file(packed, target / "model.safetensors", metadata={"format": "pt"})
+    for folder, method in ((draft, "gptq"), (target, "compressed-tensors")):
         config = json.loads((folder / "config.json").read_text())
-        quantised = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+        quantised = config | {"quantization_config": {"quant_method": method}}
         (folder / "config.json").write_text(json.dumps(quantised))
     found = examine(resolve(target), resolve(draft))
-    assert found.memory["live"] == found.memory["4 bits"]
+    assert found.memory["answering"] == sum(value.numel() * value.element_size() for value in packed.values())
+    assert "4 bits" not in found.memory
     (message,) = found.refused
     assert message.startswith(f"The weights of {str(draft)!r} are quantised")
+    # Without an accelerator transformers expands such a target to 16 bits.
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    config = json.loads((target / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (target / "config.json").write_text(json.dumps(config))
+    assert examine(resolve(target)).memory["answering"] == 2 * tiny.tiny_llama().num_parameters()

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertGenerationConfig,
+    Gemma3ForConditionalGeneration,
     GenerationConfig,
     LlamaForSequenceClassification,
     MambaConfig,
@@ -26,12 +27,13 @@ from transformers import (
 )
 
 from hf_draftkd.models import loading
+from hf_draftkd.models.building import build_draft
 from hf_draftkd.models.identity import model_revision
 from hf_draftkd.models.loading import load_draft, load_target, load_tokenizer, load_without_weights
 from hf_draftkd.models.pairing import check_own_tokenizer
 from hf_draftkd.models.resolve import resolve
 from tests.multimodal import tiny_multimodal
-from tests.tiny import save_gguf, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.tiny import save_gguf, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_target_is_frozen_and_draft_is_trainable(saved):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # as for TestAdapters
-@pytest.mark.parametrize("kind", ["plain", "without a generation config", "adapter", "multimodal", "GGUF"])
+@pytest.mark.parametrize("kind", ["plain", "without a generation config", "adapter", "multimodal", "GGUF", "bare"])
 def test_without_weights_a_model_says_the_same_of_itself(saved, tmp_path, kind):
     """The special ids of a config where the generation config names others, or the size of a base for its text part."""
     path, options = saved, {}
@@ -73,13 +75,15 @@ def test_without_weights_a_model_says_the_same_of_itself(saved, tmp_path, kind):
         path = tmp_path / "adapter"
         config = LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM")
         get_peft_model(AutoModelForCausalLM.from_pretrained(saved), config).save_pretrained(path)
-    elif kind == "multimodal":
-        tiny_multimodal("Gemma3").save_pretrained(saved)
+    elif kind in ("multimodal", "bare"):
+        whole = tiny_multimodal("Gemma3")
+        whole.config.eos_token_id = [1, 5]
+        whole.save_pretrained(saved)
     elif kind == "GGUF":
         path, options = tmp_path / "gguf", {"gguf_file": "tiny.gguf"}
         path.mkdir()
         save_gguf(tiny_llama(), path / "tiny.gguf")
-    if kind == "without a generation config":
+    if kind in ("without a generation config", "bare"):
         (saved / "generation_config.json").unlink()
     else:
         generation.save_pretrained(saved if kind == "adapter" else path)
@@ -266,6 +270,14 @@ class TestNoModelThere:
         with pytest.raises(ValueError, match="LlamaForSequenceClassification, which has no language-modelling head"):
             load_target(tmp_path)
 
+    def test_a_quantisation_that_transformers_does_not_know(self, saved):
+        """Of a checkpoint of ModelOpt the 8-bit codes were taken for the weights, and their scales left out."""
+        config = json.loads((saved / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
+        (saved / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="quantised by 'modelopt', which transformers does not read"):
+            load_target(saved)
+
     def test_code_that_comes_with_a_model_does_not_run_unasked(self, saved):
         config = json.loads((saved / "config.json").read_text())
         config |= {
@@ -398,6 +410,32 @@ class TestAdapters:
         assert not (tmp_path / "merged" / "adapter_config.json").exists()
         again = load_draft(tmp_path / "merged").state_dict()
         assert all(torch.equal(value, again[name]) for name, value in draft.state_dict().items())
+
+    @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+    @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+    @pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
+    def test_one_of_two_tied_ends(self, tmp_path, end):
+        """Merging changed the other one too: logits up to 49 off, without a word."""
+        tiny_qwen3().save_pretrained(tmp_path / "base")
+        config = LoraConfig(target_modules=["q_proj", end], r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
+        adapted.save_pretrained(tmp_path / "adapter")
+        merged = load_target(tmp_path / "adapter")
+        merged.save_pretrained(tmp_path / "merged")
+        ids = torch.arange(8)[None]
+        with torch.no_grad():
+            expected = adapted(ids).logits
+            for model in (merged, load_target(tmp_path / "merged"), build_draft(merged, num_layers=2)):
+                torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+    def test_one_of_a_whole_multimodal_model(self, tmp_path):
+        """An error of PEFT alone, and no word of what to do."""
+        tiny_multimodal("Gemma3").save_pretrained(tmp_path / "base")
+        base = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "base")
+        config = LoraConfig(target_modules=r".*language_model.*\.q_proj", r=2)
+        get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+        with pytest.raises(ValueError, match=r"its multimodal base\? Merge it there"):
+            load_target(tmp_path / "adapter")
 
     def test_it_goes_by_its_own_name(self, adapter, saved):
         """A report on the adapter that names the base, and answers of the one taken for those of the other."""

@@ -1,15 +1,18 @@
 """The text model of a multimodal checkpoint: the same logits, bit for bit, and an ordinary causal LM ever after."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, Mamba2Config, Qwen3ForCausalLM
 
 from examples.benchmarks.tiny_architectures import tiny_model
 from hf_draftkd.data.generation import generate_alignment_data
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.models.building import build_draft
-from hf_draftkd.models.loading import load_draft, load_target
-from hf_draftkd.models.text_model import extract_text_model
+from hf_draftkd.models.loading import extract_text_model, load_draft, load_target, load_without_weights
+from hf_draftkd.models.resolve import resolve
 from tests.multimodal import MULTIMODAL, tiny_multimodal
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -51,11 +54,14 @@ def test_logits_are_those_of_the_whole_and_stay_so_when_saved(name, tied, tmp_pa
 @pytest.mark.parametrize(("tied", "tied_text"), [(False, True), (True, False)])
 @pytest.mark.parametrize("name", ["Gemma3", "Llava", "Mistral3", "Qwen3VL", "SmolVLM"])
 def test_configs_that_disagree_on_tying(name, tied, tied_text, tmp_path):
-    """Untied outside and tied in `text_config`: taking the text config's word gave logits 5.7 off, silently."""
+    """Untied outside and tied in `text_config`: taking the text config's word gave logits 5.7 off, silently; and of
+    InternVL, the other way round, `doctor` said that its weights were incomplete.
+    """
     whole = _shaken(tiny_multimodal(name, tied=tied, tied_text=tied_text))
     whole.save_pretrained(tmp_path / "whole")
     text = extract_text_model(tmp_path / "whole")
     assert torch.equal(_logits(text), _logits(whole))
+    assert load_without_weights(resolve(tmp_path / "whole")).num_parameters() == text.num_parameters()
     text.save_pretrained(tmp_path / "text")
     assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "text")), _logits(whole))
 
@@ -63,10 +69,12 @@ def test_configs_that_disagree_on_tying(name, tied, tied_text, tmp_path):
 def test_settings_of_the_whole_come_along(tmp_path):
     """Ends of turn stand in the generation config of the whole; precision is that of the file."""
     whole = tiny_multimodal("Gemma3").to(torch.bfloat16)
-    whole.generation_config.eos_token_id = [1, 5]
+    # Gemma 3's own config lists two: `unhashable type: 'list'`.
+    whole.generation_config.eos_token_id = whole.config.eos_token_id = [1, 5]
     whole.save_pretrained(tmp_path)
     text = extract_text_model(str(tmp_path), dtype="auto")
     assert text.generation_config.eos_token_id == [1, 5]
+    assert text.config.eos_token_id == [1, 5]
     assert text.dtype == torch.bfloat16
     assert not text.training
     assert text.name_or_path == str(tmp_path)
@@ -134,8 +142,32 @@ def test_incomplete_weights_are_refused(tmp_path):
     whole = tiny_multimodal("Qwen3VL")
     state = {name: value for name, value in whole.state_dict().items() if name != "lm_head.weight"}
     whole.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match=r"lm_head\.weight is missing"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight missing"):
         load_target(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("cut off", "cannot be read"),
+        ("config", r"down_proj\.weight is \[32, 48\] in the file and \[32, 64\]"),
+        ("pickle", "names 'model.bin', which is not a safetensors file"),
+    ],
+)
+def test_weights_are_read_as_carefully_as_those_of_a_text_model(tmp_path, fault, message):
+    """Tracebacks of safetensors and transformers; and an index that names a pickle was followed."""
+    tiny_multimodal("Qwen3VL").save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    if fault == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    elif fault == "config":
+        config.write_text(config.read_text().replace('"intermediate_size": 48', '"intermediate_size": 64'))
+    else:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights), "model.bin")}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        weights.rename(tmp_path / "model.bin")
+    with pytest.raises(ValueError, match=message):
+        extract_text_model(tmp_path)
 
 
 IN_MEMORY = {
