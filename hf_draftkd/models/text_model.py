@@ -101,7 +101,8 @@ def text_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
         # Gemma 3 lists its ends of sequence for the whole; what its text part names is the class's own.
         if value is not None and (key == "eos_token_id" or getattr(new, key, None) is None):
             setattr(new, key, value)
-    new.tie_word_embeddings = config.tie_word_embeddings  # the head stands outside the text part
+    # Where the head stands outside the text part, as it does in most, the whole says whether it is tied.
+    new.tie_word_embeddings = getattr(config, "tie_word_embeddings", new.tie_word_embeddings)
     return new
 
 

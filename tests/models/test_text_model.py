@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BertConfig, Mamba2Config, Qwen3ForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig, Mamba2Config, Qwen3ForCausalLM
 
 from examples.benchmarks.tiny_architectures import tiny_model
 from hf_draftkd.data.generation import generate_alignment_data
@@ -13,6 +13,7 @@ from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.models.building import build_draft
 from hf_draftkd.models.loading import extract_text_model, load_draft, load_target, load_without_weights
 from hf_draftkd.models.resolve import resolve
+from hf_draftkd.models.text_model import text_config
 from tests.multimodal import MULTIMODAL, tiny_multimodal
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -64,6 +65,13 @@ def test_configs_that_disagree_on_tying(name, tied, tied_text, tmp_path):
     assert load_without_weights(resolve(tmp_path / "whole")).num_parameters() == text.num_parameters()
     text.save_pretrained(tmp_path / "text")
     assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "text")), _logits(whole))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_audio", "voxtral"])
+def test_a_whole_that_does_not_say_whether_it_is_tied(kind):
+    """Its head belongs to the text part: `object has no attribute 'tie_word_embeddings'`."""
+    whole = CONFIG_MAPPING[kind]()
+    assert text_config(whole, kind).tie_word_embeddings == whole.get_text_config().tie_word_embeddings
 
 
 def test_settings_of_the_whole_come_along(tmp_path):
