@@ -75,7 +75,7 @@ def _described(name: str, value: object) -> str | None:
         return None
     try:
         signature = str(inspect.signature(value))  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):  # AttributeError: `select.epoll` in Python 3.13
         signature = "(...)"
     return f"{name}{signature}\n    " + documentation.replace("\n", "\n    ")
 

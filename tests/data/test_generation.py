@@ -305,7 +305,7 @@ def test_answers_stop_at_the_end_of_turn_where_asked(target, tokenizer, caplog, 
     assert "eos_token_id` is [1]" in caplog.text
     caplog.clear()
     stopped = generate_alignment_data(target, tokenizer, chats, stop_at_turn_end=True, **options)
-    assert caplog.text == ""
+    assert not [each for each in caplog.records if each.name.startswith("hf_draftkd")]
     assert running_on["completion_ids"] == [by_hand(target, each, 12, end={1}) for each in ids]
     assert stopped["completion_ids"] == [by_hand(target, each, 12, end={1, end}) for each in ids]
     assert stopped["completion_ids"] != running_on["completion_ids"]

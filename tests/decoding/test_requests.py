@@ -27,7 +27,6 @@ def generate(**options: Any) -> Any:
         ({"guidance_scale": 1.5}, "guidance_scale"),
         ({"return_dict_in_generate": True, "output_hidden_states": True}, "`output_hidden_states` is not collected"),
         ({"use_cache": False}, "use_cache"),
-        ({"cache_implementation": "offloaded", "num_beams": 2}, "beam"),
         ({"assistant_model": tiny_llama(5)}, "assistant_model"),
         ({"position_ids": torch.tensor([[3, 4, 5, 6]])}, "position_ids"),
         ({"input_ids": PROMPT.repeat(2, 1), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}, "left"),
