@@ -110,7 +110,8 @@ def main() -> None:
 def quickstart(out: Path) -> Path:
     folder = out / "quickstart"
     if not (folder / "report.json").exists():
-        subprocess.run([sys.executable, "-m", "hf_draftkd", "quickstart", "--output_dir", str(folder)], check=True)
+        words = ["quickstart", "--output_dir", str(folder), "--overwrite_output_dir"]  # of a run that was cut off
+        subprocess.run([sys.executable, "-m", "hf_draftkd", *words], check=True)
     return folder / "draft"
 
 

@@ -47,13 +47,16 @@ class QuickstartOptions:
     num_train_epochs: float = option(3.0, "Passes over the target's answers.")
     max_new_tokens: int = option(96, "Longest answer, in tokens.")
     seed: int = option(0, "Seed of sampling and training.")
+    overwrite_output_dir: bool = option(False, "Write into a directory of another name that is not empty.")
 
 
 def run(argv: list[str]) -> int:
     (options,) = parse("quickstart", (QuickstartOptions,), argv, "Distil and measure a draft on the bundled demo pair.")
     console = Console()
     with usage_errors():
-        out = new_directory(options.output_dir, overwrite=True)
+        # The default folder is replaced when the command is run again; another may hold a draft of the user's.
+        replaces = options.overwrite_output_dir or options.output_dir == QuickstartOptions.output_dir
+        out = new_directory(options.output_dir, overwrite=replaces)
         whole_number("seed", options.seed, 0, 2**32 - 1)  # numpy's bounds, met when training begins
         in_range("num_train_epochs", options.num_train_epochs, 0, open_low=True)
         config = EvaluationConfig(

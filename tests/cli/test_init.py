@@ -114,6 +114,13 @@ def test_quickstart_refuses_before_it_trains(tmp_path, capsys, monkeypatch):
     assert "`seed` must be a whole number from 0 to 4294967295, got -1" in capsys.readouterr().err
 
 
+def test_quickstart_leaves_a_draft_that_is_there_alone(tmp_path, capsys):
+    """`draftkd quickstart --output_dir .` replaced the weights in `./draft`."""
+    (tmp_path / "draft").mkdir()
+    assert dispatch(["quickstart", "--output_dir", str(tmp_path)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
 def test_the_lines_that_quickstart_ends_with_show_the_draft_at_work(capsys):
     """Lines that do not run, or name a folder relative to where nobody is."""
     exec(_lines(Path(demo_path("draft")), 8), {})
