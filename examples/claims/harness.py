@@ -149,7 +149,8 @@ class Results:
         if not path.exists():
             return None
         result = json.loads(path.read_text(encoding="utf-8"))
-        wanted = {"cell": cell.description, "pair": self.weights, "sizes": asdict(self.sizes)}
+        sizes = asdict(self.sizes) | {"general": result["sizes"]["general"]}
+        wanted = {"cell": cell.description, "pair": self.weights, "sizes": sizes}
         unlike = [key for key, value in wanted.items() if result[key] != value]
         if unlike:
             raise SystemExit(

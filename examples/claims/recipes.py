@@ -12,7 +12,10 @@ TUNED_SHARE = {BRIEFLY: 1 / 4, TUNED: 1}  # of `Sizes.tuning_steps`
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; recorded with each result, since results of other sizes do not compare."""
+    """How much of everything; recorded with each result, since results of other sizes do not compare.
+
+    `general` alone may differ: nothing is trained on these prompts, and a comparison says how many it rests on.
+    """
 
     prompts: int = 160  # training queries, each answered greedily and at temperature 1
     test: int = 200
@@ -35,7 +38,7 @@ FULL = Sizes()
 SIZES = {
     "full": FULL,
     # For a target that takes seconds to answer. As many test queries as a verdict asks for.
-    "small": Sizes(prompts=64, test=150, dev=32, general=8, answer_tokens=64, tuning_prompts=240, tuning_steps=30),
+    "small": Sizes(prompts=64, test=150, dev=32, general=150, answer_tokens=64, tuning_prompts=240, tuning_steps=30),
     # To try the scripts.
     "smoke": Sizes(
         prompts=4,
