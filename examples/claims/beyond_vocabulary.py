@@ -31,10 +31,12 @@ class Listed:
 
     def measure(self, lab: Lab, seed: int) -> dict[str, Any]:
         """Scores both ways, and the parameters that a step reads."""
-        draft = load_draft(str(lab.trained(WHITE_BOX, STANDARD_RATE, seed)), dtype="float32")
+        folder = str(lab.trained(WHITE_BOX, STANDARD_RATE, seed))
+        draft, listed = (load_draft(folder, dtype="float32") for _ in range(2))
         size = draft.config.vocab_size // SHARE
         ids = choose_draft_vocabulary(lab.text("queries"), size, keep=[lab.tokenizer.eos_token_id])
-        tables = score_drafts(lab.target, [draft], lab.asked("test"), ids)
+        listed.generation_config.draft_vocabulary = ids
+        tables = score_drafts(lab.target, [draft, listed], lab.asked("test"))
         saved = (draft.config.vocab_size - len(ids)) * draft.config.hidden_size
         read = {WHOLE: draft.num_parameters(), LISTED: draft.num_parameters() - saved}
         return {

@@ -21,27 +21,21 @@ def scores(lab: Lab, drafts: Sequence[PreTrainedModel], name: str) -> list[dict[
     return score_drafts(lab.target, drafts, lab.asked(name))
 
 
-def score_drafts(
-    target: PreTrainedModel, drafts: Sequence[PreTrainedModel], rows: Dataset, vocabulary: Sequence[int] | None = None
-) -> list[dict[str, Any]]:
+def score_drafts(target: PreTrainedModel, drafts: Sequence[PreTrainedModel], rows: Dataset) -> list[dict[str, Any]]:
     """Exact scores of several drafts on the target's own text, which the target reads once for all of them.
 
     Args:
         target: The target that wrote the rows.
         drafts: The drafts; one with a list of ids proposes these alone.
         rows: Alignment data, one answer to each prompt at each temperature.
-        vocabulary: Score the first draft once more, last, as if it proposed these ids only.
 
     Returns:
         For each draft: temperature -> columns by prompt, in the order of the prompts: `tokens`, `acceptance` (the sum
         of their acceptance rates) and for each draft length the expected target `calls`; of a parallel draft also
         `parallel_calls`, those of drafting in one pass.
     """
-    lists = [(place, ids) for place, draft in enumerate(drafts) if (ids := recorded_list(draft)) is not None]
-    own = [place for place, _ in lists]
-    if vocabulary is not None:
-        lists.append((0, vocabulary))
-    found: list[dict[str, Any]] = [{} for _ in range(len(drafts) + len(lists) - len(own))]
+    lists = {place: ids for place, draft in enumerate(drafts) if (ids := recorded_list(draft)) is not None}
+    found: list[dict[str, Any]] = [{} for _ in drafts]
     for setting, temperature in TEMPERATURES.items():
         chosen = rows.filter(lambda at, wanted=temperature: at == wanted, input_columns="temperature")
         texts = [Text(*ids) for ids in zip(chosen["prompt_ids"], chosen["completion_ids"], strict=True)]
@@ -51,10 +45,12 @@ def score_drafts(
             texts,
             DecodingSetting(temperature=temperature),
             vocab_size=target.config.vocab_size,
-            draft_vocabularies=lists,
+            draft_vocabularies=list(lists.items()),
+            listed_only=True,
         )
-        by_draft = dict(enumerate(result.drafts)) | dict(zip(own, result.listed, strict=False))
-        for columns, by_rule in zip(found, [*by_draft.values(), *result.listed[len(own) :]], strict=True):
+        whole, listed = iter(result.drafts), iter(result.listed)
+        for place, columns in enumerate(found):
+            by_rule = next(listed if place in lists else whole)
             rule, sums = next(iter(by_rule.items()))
             columns[setting] = {
                 "tokens": [int(each) for each in sums.num_tokens],

@@ -98,9 +98,9 @@ class PassResult:
     """What one pass over the texts of one setting says.
 
     Attributes:
-        drafts: For each draft, in the order given: verification rule → sums. `as_transformers` stands beside the rules
-            where transformers' `generate` warps the draft's distribution differently (`transformers_draft_processors`),
-            and `in_one_pass` of each rule for a parallel draft.
+        drafts: For each draft that is scored over its whole head, in the order given: verification rule → sums.
+            `as_transformers` stands beside the rules where transformers' `generate` warps the draft's distribution
+            differently (`transformers_draft_processors`), and `in_one_pass` of each rule for a parallel draft.
         share_plausible: Share of the tokens that this target could have written under the setting: its likeliest one
             when greedy, any with a chance above 0 when sampling.
         listed: The same as `drafts`, for each of the `draft_vocabularies` asked for.
@@ -171,6 +171,7 @@ def score_texts(
     vocab_size: int,
     verification: Sequence[str] = ("rejection_sampling",),
     draft_vocabularies: Sequence[tuple[int, Sequence[int]]] = (),
+    listed_only: bool = False,
     parallel: bool = True,
     batch_size: int = 8,
     on_texts: Callable[[int], Any] = lambda count: None,
@@ -186,6 +187,7 @@ def score_texts(
         verification: Rules for sampled text. Greedy text is always verified exactly: the one rule `exact_match`.
         draft_vocabularies: Pairs of a draft's index and ids: also score that draft had it proposed these ids only. Its
             distribution is masked to them and renormalised before anything else, the target's never is.
+        listed_only: Leave out the whole heads of the drafts that `draft_vocabularies` names.
         parallel: Score parallel drafts in one pass too; False: as ordinary drafts alone.
         batch_size: Texts per forward pass.
         on_texts: Called with the number of texts done, after every batch.
@@ -194,7 +196,9 @@ def score_texts(
         FloatingPointError: A model returned NaN or inf.
     """
     order = sorted(range(len(texts)), key=lambda index: sum(map(len, texts[index])))
-    scorer = _Scorer(target_model, setting, verification, vocab_size, draft_vocabularies, parallel)
+    with_list = {draft for draft, _ in draft_vocabularies} if listed_only else set()
+    whole = [(draft, None) for draft in range(len(draft_models)) if draft not in with_list]
+    scorer = _Scorer(target_model, setting, verification, vocab_size, [*whole, *draft_vocabularies], parallel)
     parts: dict[int, dict[str, list[TextSums]]] = defaultdict(lambda: defaultdict(list))
     plausible = total = 0
     for start in range(0, len(order), batch_size):
@@ -207,7 +211,7 @@ def score_texts(
         on_texts(len(batch))
     back = sorted(range(len(order)), key=order.__getitem__)
     sums = [{name: TextSums.joined(found, back) for name, found in parts[draft].items()} for draft in sorted(parts)]
-    return PassResult(sums[: len(draft_models)], plausible / max(total, 1), sums[len(draft_models) :])
+    return PassResult(sums[: len(whole)], plausible / max(total, 1), sums[len(whole) :])
 
 
 @torch.inference_mode()
@@ -248,11 +252,11 @@ class _Scorer:
         setting: DecodingSetting,
         verification: Sequence[str],
         vocab_size: int,
-        draft_vocabularies: Sequence[tuple[int, Sequence[int]]],
+        heads: Sequence[tuple[int, Sequence[int] | None]],
         parallel: bool,
     ) -> None:
-        self.listed = [
-            (draft, torch.tensor(list(ids), device=target_model.device)) for draft, ids in draft_vocabularies
+        self.heads = [
+            (draft, ids if ids is None else torch.tensor(list(ids), device=target_model.device)) for draft, ids in heads
         ]
         self.setting, self.vocab_size, self.parallel = setting, vocab_size, parallel
         self.rules = (EXACT,) if setting.is_greedy else tuple(verification)
@@ -276,13 +280,13 @@ class _Scorer:
             at: The positions.
 
         Returns:
-            `[2, N]`, in one pass `[2, N, K]`, by draft and name; each list of ids counts as a further draft.
+            `[2, N]`, in one pass `[2, N, K]`, by place in `heads` and name.
         """
         p = process_logits(target, at.texts, at.places, self.processors)
         written = p.gather(-1, at.tokens[:, None]).squeeze(-1)
         plausible = written == p.amax(-1) if self.setting.is_greedy else written > float("-inf")
         found: dict[tuple[int, str], torch.Tensor] = {}
-        for number, (draft, ids) in enumerate([*((draft, None) for draft in range(len(drafts))), *self.listed]):
+        for number, (draft, ids) in enumerate(self.heads):
             for rule, scores in self._by_rule(p, only_listed(drafts[draft], ids), at).items():
                 found[number, rule] = scores
             if ids is None and self.draft_processors is not None:  # transformers' own loop knows no list
@@ -311,7 +315,7 @@ def _score_batch(
     """Run every model over one batch of texts, a slice of positions at a time.
 
     Returns:
-        Scores `[2, B, T]` or `[2, B, T, K]` by draft and name, as `_Scorer.score` gives them and 0 behind the end of a
+        Scores `[2, B, T]` or `[2, B, T, K]` by head and name, as `_Scorer.score` gives them and 0 behind the end of a
         text; the mask `[B, T]` of the texts' tokens; and the number of plausible tokens.
     """
     device = target_model.device

@@ -210,10 +210,11 @@ def acceptance_of(
             setting,
             vocab_size=vocab_size,
             draft_vocabularies=lists,
+            listed_only=True,
             parallel=False,
             batch_size=batch_size,
         )
-        by_draft = [next(iter(rules.values())) for rules in (scored.listed if lists else scored.drafts)]
+        by_draft = [next(iter(rules.values())) for rules in scored.listed or scored.drafts]
         accepted = [total + float(sums.acceptance.sum()) for total, sums in zip(accepted, by_draft, strict=True)]
         num_tokens += float(by_draft[0].num_tokens.sum())
     return [total / num_tokens for total in accepted]

@@ -7,13 +7,13 @@ from rich.console import Console
 from hf_draftkd import SpeculativeDecoding, evaluate_draft
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.evaluation.report import SpeculationReport
-from hf_draftkd.evaluation.scoring import EXACT, score_texts
+from hf_draftkd.evaluation.scoring import EXACT, Text, score_texts
 from hf_draftkd.evaluation.statistics import setting_result
 from hf_draftkd.evaluation.tables import ReportTable
 from hf_draftkd.hub.model_card import DraftModelCard
 from hf_draftkd.models.draft_length import store_draft_settings
 from tests.evaluation.test_exactness import NEW_TOKENS, VOCAB_SIZE, aligned_pair, write_together
-from tests.tiny import tiny_pair, tiny_prompts, tiny_tokenizer
+from tests.tiny import tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
 
 IDS = list(range(0, VOCAB_SIZE, 2))
 
@@ -49,6 +49,18 @@ def test_greedy_block_efficiency_equals_the_counted_one_for_every_size():
     assert found[0] < found[1]
     plain = score_texts(target, [draft], texts, DecodingSetting(), vocab_size=VOCAB_SIZE)
     assert torch.equal(scored.drafts[0][EXACT].target_calls, plain.drafts[0][EXACT].target_calls)
+
+
+def test_a_draft_is_scored_by_its_list_alone_where_that_is_wanted():
+    """A whole head that nobody asked for, or the sums of one draft given to another."""
+    target, listed, whole = (tiny_llama(seed=seed) for seed in range(3))
+    texts, lists = [Text([1, 2], [3, 4, 5])], [(0, IDS[:20])]
+    options = {"vocab_size": VOCAB_SIZE, "draft_vocabularies": lists}
+    both = score_texts(target, [listed, whole], texts, DecodingSetting(), **options)
+    alone = score_texts(target, [listed, whole], texts, DecodingSetting(), **options, listed_only=True)
+    (of_whole,), (of_list,) = alone.drafts, alone.listed
+    assert torch.equal(of_whole[EXACT].target_calls, both.drafts[1][EXACT].target_calls)
+    assert torch.equal(of_list[EXACT].target_calls, both.listed[0][EXACT].target_calls)
 
 
 def test_sampled_block_efficiency_is_the_counted_one_within_its_interval():

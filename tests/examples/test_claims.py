@@ -1,5 +1,6 @@
 """The claims: their harness runs each cell once, their verdicts follow from the numbers, their scripts run."""
 
+import copy
 import importlib
 import json
 from dataclasses import dataclass
@@ -296,12 +297,17 @@ def test_a_draft_with_a_list_is_scored_as_proposing_it(claims):
     target, listed, whole = tiny_llama(seed=0), tiny_llama(seed=1), tiny_llama(seed=2)
     rows = Dataset.from_dict({"prompt_ids": [[1, 2]] * 2, "completion_ids": [[3, 4, 5]] * 2, "temperature": [0.0, 1.0]})
     ids = list(range(0, 40, 2))
+    others = sorted(set(range(listed.config.vocab_size)) - set(ids))
     scored = claims.scoring.score_drafts
-    expected = scored(target, [listed], rows, vocabulary=ids)[1]
-    without = scored(target, [whole], rows)[0]
+    masked = copy.deepcopy(listed)
+    masked.lm_head.register_forward_hook(
+        lambda head, _, logits: logits.index_fill(-1, torch.tensor(others), -torch.inf)
+    )
+    (expected,), (without,) = scored(target, [masked], rows), scored(target, [whole], rows)
+    assert expected != scored(target, [listed], rows)[0]
     listed.generation_config.draft_vocabulary = ids
     assert scored(target, [whole, listed], rows) == [without, expected]
-    assert scored(target, [listed, whole], rows, vocabulary=[1, 2, 3])[:2] == [expected, without]
+    assert scored(target, [listed, whole], rows) == [expected, without]
 
 
 def test_a_draft_with_a_list_has_its_own_loss_on_the_tokens_that_it_lists(claims):
