@@ -104,8 +104,8 @@ def check_options(checkpoint: str | Path, args: DraftDistillConfig, *, has_adapt
 
 
 def _options(args: DraftDistillConfig) -> dict[str, Any]:
-    # Enumerations of transformers are strings underneath.
-    return {name: getattr(value, "value", value) for name in _KEPT for value in [getattr(args, name)]}
+    given = args.to_dict() | {"divergence_options": args.divergence_options}
+    return {name: given[name] for name in _KEPT}
 
 
 def _recorded(checkpoint: Path) -> dict[str, Any]:
@@ -119,8 +119,9 @@ def _recorded(checkpoint: Path) -> dict[str, Any]:
 def checkpoint_to_resume(output_dir: str | Path, *, warns: bool) -> str:
     """The newest complete checkpoint, or a `ValueError`; what was passed over is logged where `warns`."""
     checkpoint, skipped = last_complete_checkpoint(output_dir)
-    for reason in skipped if warns else ():
-        logger.warning("Not resumed from %s", reason)
+    if warns:
+        for reason in skipped:
+            logger.warning("Not resumed from %s", reason)
     if checkpoint is None:
         raise ValueError(
             f"`resume_from_checkpoint=True`, but {str(output_dir)!r} holds no complete checkpoint"
