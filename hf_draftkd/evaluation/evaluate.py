@@ -36,12 +36,7 @@ from hf_draftkd.evaluation.report import (
 )
 from hf_draftkd.evaluation.scoring import EXACT, PassResult, TextSums, score_texts
 from hf_draftkd.evaluation.self_check import checked_decodings, self_check
-from hf_draftkd.evaluation.statistics import (
-    assisted_result,
-    compare_with_prediction,
-    paired_difference,
-    setting_result,
-)
+from hf_draftkd.evaluation.statistics import assisted_result, compare_with_prediction, paired_difference, setting_result
 from hf_draftkd.evaluation.tables import estimate_text
 from hf_draftkd.evaluation.texts import (
     PLAUSIBLE,
@@ -240,7 +235,7 @@ class _Evaluation:
         for each in texts.sets:
             check_ids(each, vocab_size)
         if config.measure_speed or config.verify:
-            self._spread_prompts(1)  # that there is one, before the work
+            self._spread_prompts(1)  # raises before the work where there is none
         self.kinds = [[token_kinds(tokenizer, text.completion_ids) for text in each.texts] for each in texts.sets]
 
     def score(self) -> list[DraftResult]:
@@ -321,7 +316,7 @@ class _Evaluation:
         asked = self.config.speed_batch_sizes if SPECULATIVE in ways else []
         if asked and len(prompts) > 1:
             refusal = refused_by_speculative_decoding(self.target_model, draft, prompts[:2])
-            if refusal is not None:  # of most targets with a sliding window
+            if refusal is not None:  # most targets with a sliding window are refused
                 self._warn(f"No batch was timed, since SpeculativeDecoding refuses batches of this pair: {refusal}")
                 asked = []
         sizes = [size for size in asked if size <= len(prompts)]
