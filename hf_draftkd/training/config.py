@@ -1,7 +1,9 @@
 """What a distillation run is made of: `SFTConfig` plus the few values that distilling adds."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, ClassVar
 
 import torch
@@ -40,6 +42,12 @@ _OPTIONS_OF_LOSSES = {
     "selected_share": ("token_selection", "adaspec"),
 }
 _OPTIONS_OF_WRITING = ("max_new_tokens", "generation_temperature", "generation_top_p", "generation_top_k")
+
+
+def plain_options(args: "DraftDistillConfig", names: Iterable[str]) -> dict[str, Any]:
+    """Options by name, as JSON has them. (`to_dict` writes into the dictionaries among them.)"""
+    values = {name: getattr(args, name) for name in names}
+    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
 
 def bf16_is_usable() -> bool:

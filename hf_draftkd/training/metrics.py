@@ -60,9 +60,7 @@ class FilledUp(IterableDataset):
     accelerate would repeat rows from its beginning instead: it could not drop them again, since a stream's length is
     unknown; or it would shard by file, and wait forever where some processes have more rows.
 
-    Args:
-        rows: The stream.
-        multiple: What the number of rows becomes a multiple of: the rows of one batch on all processes together.
+    The number of rows becomes a multiple of `multiple`, the rows of one batch on all processes together.
     """
 
     def __init__(self, rows: Any, multiple: int) -> None:

@@ -15,7 +15,7 @@ from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.identity import ModelIdentity, model_revision
 from hf_draftkd.models.sizing import loaded_parameters
-from hf_draftkd.training.config import DraftDistillConfig
+from hf_draftkd.training.config import DraftDistillConfig, plain_options
 from hf_draftkd.utils.versions import package_versions
 
 # Arguments that shape the weights. A list of what may be shown, since others hold tokens and paths.
@@ -184,8 +184,7 @@ def _hardware(draft: Any, num_processes: int) -> str:
 
 
 def _changed(args: DraftDistillConfig) -> dict[str, Any]:
-    fields, given = DraftDistillConfig.__dataclass_fields__, args.to_dict()
-    shown = {name: given[name] for name in _SHOWN}
+    fields, shown = DraftDistillConfig.__dataclass_fields__, plain_options(args, _SHOWN)
     # TRL's default of None stands for a choice by machine, and False is what an ordinary CPU gets.
     shown["bf16"] = shown["bf16"] or None
     return {name: value for name, value in shown.items() if value is not None and value != fields[name].default}

@@ -461,7 +461,7 @@ def draft_arithmetic(trainer: Any) -> HeadArithmetic | None:
 
 
 def check_dataset_fits(datasets: dict[str, Any], context: int, args: DraftDistillConfig) -> None:
-    """Refuse prepared data of which every token is masked, or with a row longer than `context`, which models share."""
+    """Refuse prepared data of which every token is masked, or with a row that exceeds the models' shared `context`."""
     for name, dataset in datasets.items():
         if is_transformed(dataset):  # its rows are made as they are asked for
             continue
