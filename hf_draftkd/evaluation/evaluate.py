@@ -392,26 +392,33 @@ class _Evaluation:
             sums = scored.drafts[index]
             for rule in self._rules(texts):
                 found = self._result(index, texts, rule, sums, texts.prompts)
-                by_size = [
-                    (len(ids), self._result(index, texts, rule, of_list, texts.prompts))
-                    for (of_draft, ids), of_list in zip(self.listed, scored.listed, strict=True)
-                    if of_draft == index
-                ]
-                if by_size:  # the whole vocabulary last
-                    by_size.append((self.drafts[index].config.get_text_config().vocab_size, found))
-                    found.draft_vocabulary = [
-                        VocabularyResult(
-                            size=size,
-                            acceptance_rate=of.acceptance_rate,
-                            block_efficiency=of.block_efficiency,
-                            parallel_block_efficiency=of.parallel.block_efficiency if of.parallel else None,
-                        )
-                        for size, of in by_size
-                    ]
+                found.draft_vocabulary = self._by_size(index, texts, scored, found)
                 if found.block_efficiency:
                     add_token_results(found, sums[rule], texts, kinds)
                 results.append(found)
         return results
+
+    def _by_size(
+        self, index: int, texts: TextSet, scored: PassResult, whole: SettingResult
+    ) -> list[VocabularyResult] | None:
+        """The results of one draft by its lists, the `whole` vocabulary last; None where it records no list."""
+        found = [
+            (len(ids), self._result(index, texts, whole.verification, sums, texts.prompts))
+            for (draft, ids), sums in zip(self.listed, scored.listed, strict=True)
+            if draft == index
+        ]
+        if not found:
+            return None
+        found.append((self.drafts[index].config.get_text_config().vocab_size, whole))
+        return [
+            VocabularyResult(
+                size=size,
+                acceptance_rate=of.acceptance_rate,
+                block_efficiency=of.block_efficiency,
+                parallel_block_efficiency=of.parallel.block_efficiency if of.parallel else None,
+            )
+            for size, of in found
+        ]
 
     def _result(
         self, index: int, texts: TextSet, rule: str, sums: dict[str, TextSums], prompts: Sequence[int]
