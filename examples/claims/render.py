@@ -19,7 +19,7 @@ from run import CLAIMS
 from verdicts import RULES, Arms, Estimate, Finding, level
 
 from hf_draftkd.models.demo import DEMO
-from hf_draftkd.models.identity import count_parameters
+from hf_draftkd.models.identity import stored_parameters
 from hf_draftkd.utils.files import write_text
 
 HEAD = """\
@@ -132,8 +132,8 @@ def page(results: Results, found: Judged, pair: Path) -> str:
     sections = [section(claim, arms) for claim, arms, findings in found if findings]
     sizes = results.sizes
     head = HEAD.format(
-        target=f"{count_parameters(pair / 'target'):,}",
-        draft=f"{count_parameters(pair / 'draft'):,}",
+        target=f"{stored_parameters(pair / 'target'):,}",
+        draft=f"{stored_parameters(pair / 'draft'):,}",
         prompts=sizes.test,
         answer_tokens=sizes.answer_tokens,
         training=sizes.prompts,

@@ -1,5 +1,6 @@
 """`draftkd evaluate`: how good one or several drafts are for a target, on this machine, and whether they pay."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,7 @@ from hf_draftkd.decoding.setting import own_penalty
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.engines import ENGINES
 from hf_draftkd.evaluation.engines.config import EngineConfig
-from hf_draftkd.evaluation.engines.measure import (
-    check_servers,
-    check_settings,
-    evaluate_in_engine,
-    written_texts,
-)
+from hf_draftkd.evaluation.engines.measure import check_servers, check_settings, evaluate_in_engine, written_texts
 from hf_draftkd.evaluation.evaluate import evaluate_draft
 from hf_draftkd.evaluation.html import save_page, training_log
 from hf_draftkd.evaluation.plots import figure_class
@@ -38,7 +34,7 @@ from hf_draftkd.models.pairing import check_own_tokenizer
 from hf_draftkd.models.parallel import parallel_draft
 from hf_draftkd.models.resolve import Checkpoint, resolve
 from hf_draftkd.utils.checks import whole_number
-from hf_draftkd.utils.fields import option
+from hf_draftkd.utils.fields import given_fields, option
 from hf_draftkd.utils.text import printable
 
 
@@ -96,14 +92,7 @@ def run(argv: list[str]) -> int:
         _check_trackers(options)
         texts = _texts(options)
         target, *drafts = _look_up(options)
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        place = None if device is None else {"": device}
-        target_model = load_target(target, dtype=options.dtype, device_map=options.device_map or place)
-        if options.device_map is not None and target_model.device.type != "meta":  # as offloaded weights are
-            place = {"": target_model.device}
-        # Trained drafts are often saved in float32.
-        dtype = target_model.dtype if options.dtype == "auto" else options.dtype
-        models = [load_draft(draft, dtype=dtype, device_map=place) for draft in drafts]
+        target_model, models = _load(target, drafts, options)
         baseline = None if options.baseline is None else models.pop()
         if engine.parallel_drafting:
             _check_parallel_draft(models[0], config)
@@ -133,8 +122,8 @@ def run(argv: list[str]) -> int:
                 best = overall_draft_lengths(report.settings, report.latency)
                 length = best.get(PARALLEL if engine.parallel_drafting else ASSISTANT_MODEL)
             with usage_errors():
-                given = report, texts["dataset"], target.tokenizer
-                evaluate_in_engine(*given, num_assistant_tokens=length, config=engine)
+                rows = texts["dataset"]
+                evaluate_in_engine(report, rows, target.tokenizer, num_assistant_tokens=length, config=engine)
     finally:
         _write(report, options, out)
     return 0
@@ -153,6 +142,20 @@ def _look_up(options: EvaluateOptions) -> list[Checkpoint]:
         checkpoint.config  # noqa: B018 - raises where it is not a usable causal LM
         check_own_tokenizer(checkpoint, found[0].tokenizer)
     return found
+
+
+def _load(
+    target: Checkpoint, drafts: Sequence[Checkpoint], options: EvaluateOptions
+) -> tuple[PreTrainedModel, list[PreTrainedModel]]:
+    """The models: the target as asked for, drafts in its number format and where it begins."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    place = None if device is None else {"": device}
+    target_model = load_target(target, dtype=options.dtype, device_map=options.device_map or place)
+    if options.device_map is not None and target_model.device.type != "meta":  # as offloaded weights are
+        place = {"": target_model.device}
+    # Trained drafts are often saved in float32.
+    dtype = target_model.dtype if options.dtype == "auto" else options.dtype
+    return target_model, [load_draft(draft, dtype=dtype, device_map=place) for draft in drafts]
 
 
 def _texts(options: EvaluateOptions) -> dict[str, Any]:
@@ -177,8 +180,8 @@ def _check_parallel_draft(draft: PreTrainedModel, config: EvaluationConfig) -> N
 
 
 def _check_trackers(options: EvaluateOptions) -> None:
-    for name in ("project", "run_name"):
-        if getattr(options, name) != getattr(EvaluateOptions(), name) and not options.report_to:
+    for name in given_fields(options, ("project", "run_name")):
+        if not options.report_to:
             raise UsageError(f"`--{name}` would do nothing without `--report_to`. Leave it out, or name a tracker.")
     tracker_modules(options.report_to or [])
 

@@ -75,8 +75,9 @@ def run(argv: list[str]) -> int:
     if trainer.is_world_process_zero():
         # Checkpoints of an earlier run would be taken for this run's own when it is resumed. They go only now, when
         # nothing more can be refused.
-        for old in checkpoints(args.output_dir) if options.overwrite_output_dir else ():
-            shutil.rmtree(old, ignore_errors=True)
+        if options.overwrite_output_dir:
+            for old in checkpoints(args.output_dir):
+                shutil.rmtree(old, ignore_errors=True)
         processes = trainer.accelerator.num_processes
         print(f"Training on {processes} process{'es' if processes > 1 else ''}.")
     trainer.train(resume_from_checkpoint=checkpoint)

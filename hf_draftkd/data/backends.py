@@ -177,7 +177,7 @@ def local_backend(
     elif cache is not None:
         recorder = StepRecorder()
         options["stopping_criteria"] = StoppingCriteriaList([recorder])
-    # On a copy, so that the caller's stays as it is. Any id pads: it is masked in front, and cut off behind.
+    # A copy, so that the caller's stays as it is. Any id will do as padding: it is masked in front, and cut off behind.
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "left"
     tokenizer.pad_token_id = pad_id(target_model, tokenizer.pad_token_id, tokenizer.eos_token_id)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
-_ROWS = 256  # that are read at a time: with its distributions a long row takes a megabyte
+_ROWS = 256  # read at a time: a long row with its distributions takes a megabyte
 
 
 def tables(dataset: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:

@@ -1,13 +1,12 @@
 """What alignment data are made of: one config for `generate_alignment_data` and for `draftkd generate`."""
 
 import os
-from collections.abc import Container
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 from hf_draftkd.data.kept_distributions import CacheOptions
 from hf_draftkd.decoding.setting import DecodingSetting, settings_at
 from hf_draftkd.utils.checks import in_range, one_of, whole_number
-from hf_draftkd.utils.fields import option
+from hf_draftkd.utils.fields import given_fields, option
 
 SCENARIOS = ("queries", "curated", "synthetic")
 
@@ -174,12 +173,14 @@ class AlignmentDataConfig:
 
     def refuse_beside_prompts(self) -> None:
         """Refuse what says where prompts come from, for a caller who brings them."""
-        for each in self._given(("dataset", *_ONLY_WITH["scenario", "curated"], *_ONLY_WITH["scenario", "synthetic"])):
+        for each in given_fields(
+            self, ("dataset", *_ONLY_WITH["scenario", "curated"], *_ONLY_WITH["scenario", "synthetic"])
+        ):
             raise ValueError(f"`{each}` would do nothing beside `prompts`. Leave out one of them.")
 
     def refuse_beside_draft(self) -> None:
         """Refuse ways of answering in which no draft can help."""
-        for each in self._given(("endpoint", "continuous_batching")):
+        for each in given_fields(self, ("endpoint", "continuous_batching")):
             raise ValueError(
                 f"`draft_model` helps a local target that decodes in plain batches, which `{each}` does not do. Leave "
                 "out one of them."
@@ -191,15 +192,11 @@ class AlignmentDataConfig:
             value = getattr(self, name)
             if value is not None if wanted is None else value == wanted:
                 continue
-            for each in self._given(idle):
+            for each in given_fields(self, idle):
                 condition = name if wanted is None else f"{name} {wanted}"
                 raise ValueError(f"`{each}` would do nothing without `{condition}`. Leave it out, or add that.")
         if all(setting.is_greedy for setting in self.requests):
-            for each in self._given(("top_p", "top_k", "num_completions")):
+            for each in given_fields(self, ("top_p", "top_k", "num_completions")):
                 raise ValueError(
                     f"`{each}` would do nothing at temperature 0. Leave it out, or give a temperature above 0."
                 )
-
-    def _given(self, names: Container[str]) -> list[str]:
-        """Those of the fields whose value is not the default."""
-        return [each.name for each in fields(self) if each.name in names and getattr(self, each.name) != each.default]

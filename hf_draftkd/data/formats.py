@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, Json, LargeList, List, Value
@@ -17,13 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
 
-from hf_draftkd.data.collator import (
-    INDEX_COLUMN,
-    SETTING_COLUMN,
-    UNKNOWN_SETTING,
-    addresses,
-    setting_feature,
-)
+from hf_draftkd.data.collator import INDEX_COLUMN, SETTING_COLUMN, UNKNOWN_SETTING, addresses, setting_feature
 from hf_draftkd.data.columns import column_values, is_transformed, list_lengths, row_lengths, tables, without_format
 from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form
 from hf_draftkd.data.rows import AUTHOR_COLUMNS, author_of, authors, other_authors
@@ -92,22 +87,22 @@ def check_token_ids(dataset: Dataset | IterableDataset, name: str, vocab_size: i
     columns = [column for column in format_of(dataset) or () if column.endswith("_ids")]
     for column in columns:
         for first, table in tables(dataset, [column]):
-            ids = table[column]
-            flat = pc.list_flatten(ids)
-            if (pc.min(flat).as_py() or 0) < 0:
-                number, row = next((n, row) for n, row in enumerate(ids.to_pylist()) if min(row or [0]) < 0)
+            ids = pc.list_flatten(table[column]).to_numpy()
+            wrong = (ids < 0) | (ids >= vocab_size)
+            if not wrong.any():
+                continue
+            found, row = ids[wrong.argmax()], first + _entry_rows(table, column)[wrong.argmax()]
+            if found < 0:
                 raise ValueError(
-                    f"Row {first + number} (counted from 0) of the {name} dataset holds {min(row)} in `{column}`, "
-                    "which is no token. What is not to be learned is -100 in `labels` alone."
+                    f"Row {row} (counted from 0) of the {name} dataset holds {found} in `{column}`, which is no token. "
+                    "What is not to be learned is -100 in `labels` alone."
                 )
-            if (pc.max(flat).as_py() or 0) >= vocab_size:
-                number, row = next((n, row) for n, row in enumerate(ids.to_pylist()) if max(row or [0]) >= vocab_size)
-                raise ValueError(
-                    f"Row {first + number} (counted from 0) of the {name} dataset holds the token id {max(row)} in "
-                    f"`{column}`, but the draft's vocabulary has {vocab_size} rows. If the target pads its vocabulary "
-                    "further, give the target, or fit the draft to it with `align_vocabulary` and save it; otherwise "
-                    "the row is of another tokenizer."
-                )
+            raise ValueError(
+                f"Row {row} (counted from 0) of the {name} dataset holds the token id {found} in `{column}`, but the "
+                f"draft's vocabulary has {vocab_size} rows. If the target pads its vocabulary further, give the "
+                "target, or fit the draft to it with `align_vocabulary` and save it; otherwise the row is of another "
+                "tokenizer."
+            )
 
 
 def as_messages(dataset: Any) -> Any:
@@ -174,7 +169,11 @@ def normalize_rows(
     if not any(isinstance(first[column], list | tuple) for column in names):
         return dataset.select_columns(list(names))
     columns = [*names, *(column for column in _BESIDE_MESSAGES if column in columns)]
-    dataset = dataset.select_columns(columns)
+    return _with_read_messages(dataset.select_columns(columns), columns, tokenizer, name)
+
+
+def _with_read_messages(dataset: Any, columns: list[str], tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
+    """Conversations, and what the template reads beside them, in the form in which it reads them."""
     form = template_form(tokenizer)
 
     def read(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -226,6 +225,11 @@ def _check_filled(dataset: Dataset, names: Sequence[str], name: str) -> None:
             )
 
 
+def _entry_rows(table: pa.Table, column: str) -> np.ndarray:
+    """The row in which each entry of the rows' lists stands, in the order of `list_flatten`."""
+    return np.repeat(np.arange(len(table)), list_lengths(table, column).clip(min=0))
+
+
 def _check_unpadded(dataset: Dataset, name: str, *, masked: bool) -> None:
     """Refuse ids that a tokenizer padded: the collator makes its own mask, and padding would be learned like text.
 
@@ -235,7 +239,7 @@ def _check_unpadded(dataset: Dataset, name: str, *, masked: bool) -> None:
         return
     for first, table in tables(dataset, ["attention_mask"]):
         is_text = pc.list_flatten(table["attention_mask"]).to_numpy() != 0
-        rows = np.repeat(np.arange(len(table)), list_lengths(table, "attention_mask").clip(min=0))
+        rows = _entry_rows(table, "attention_mask")
         wrong = ~is_text
         if masked:  # padding right before text of the same row
             wrong = wrong[:-1] & is_text[1:] & (rows[:-1] == rows[1:])

@@ -106,15 +106,11 @@ def generate_alignment_data(
         require_loaded(target_model)
     if config.cache is not None:
         config.cache.within(tokenizer_size(tokenizer))
-    folder = None if config.output_dir is None else Path(config.output_dir)
-    if check_processes(folder).is_main_process and folder is not None:  # before queries are written to it
-        check_shard_folder(folder)
-        if folder.is_dir():
-            with alone_in(folder):  # asked now: the target is loaded before the folder is kept
-                pass
+    folder = _folder_to_write(config)
     day = day_begun(folder)
     template_options = template_options or {}
     clock = dated(tokenizer, day)
+    rendering = clock | template_options
     context = config.context_length
     if context is None:
         context = served_context(tokenizer) if isinstance(target_model, str) else context_length(target_model)
@@ -125,11 +121,11 @@ def generate_alignment_data(
     else:
         source = source or config.dataset or "the target itself"
         if config.scenario == "synthetic":
-            _check_synthetic(config, target_model, tokenizer, context, clock | template_options)
+            _check_synthetic(config, target_model, tokenizer, context, rendering)
         else:
             prompts, prompt_counts = _read_prompts(config, tokenizer)
     # Whatever shows without the target is looked at before it is loaded.
-    check = partial(_check_prompts, tokenizer, config, context, clock | template_options)
+    check = partial(_check_prompts, tokenizer, config, context, rendering)
     checked = None if prompts is None else check(prompts)
     if isinstance(target_model, Checkpoint):
         target_model = load_target(target_model, **(loading or {}))
@@ -172,7 +168,7 @@ def generate_alignment_data(
 
     def make_shard(number: int, journal: Journal) -> Dataset:
         part = asked.select(shards[number])
-        ids = render_prompts(part, tokenizer, **(clock | template_options))
+        ids = render_prompts(part, tokenizer, **rendering)
         try:
             answers = answer_shard(ids, config.requests, target.backend, (config.seed, number), journal)
         except PromptFailedError as error:
@@ -210,6 +206,17 @@ def _check_arguments(
     ):
         if given and not there:
             raise ValueError(f"`{name}` would do nothing without `{wanted}`. Leave it out, or add that.")
+
+
+def _folder_to_write(config: AlignmentDataConfig) -> Path | None:
+    """The folder for the shards, once it is clear that this run may write there; queries are the first to go there."""
+    folder = None if config.output_dir is None else Path(config.output_dir)
+    if check_processes(folder).is_main_process and folder is not None:
+        check_shard_folder(folder)
+        if folder.is_dir():
+            with alone_in(folder):  # asked now: the target is loaded before the folder is kept
+                pass
+    return folder
 
 
 def _helping_draft(
@@ -355,7 +362,7 @@ def answer_shard(
                     journal.add(place, group)
                     completions |= group
         except PromptFailedError as error:
-            error.number //= count
+            error.number //= count  # each prompt was asked so often
             raise
         in_order = [completions[number] for number in range(len(repeated))]
         answers[setting] = [in_order[start : start + count] for start in range(0, len(repeated), count)]

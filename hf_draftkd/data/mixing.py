@@ -6,7 +6,7 @@ The drafter of https://arxiv.org/abs/2403.00858 was fine-tuned on nine parts of 
 import math
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, concatenate_datasets, interleave_datasets
+from datasets import Dataset, Features, IterableDataset, interleave_datasets
 
 from hf_draftkd.data.collator import INDEX_COLUMN, SETTING_COLUMN
 
@@ -62,7 +62,7 @@ def mix_datasets(alignment: Dataset, text: Dataset, mix: str | None, seed: int) 
     # Enough that the alignment data run out first: the others number n s / (1 - s), give or take sqrt(n s) / (1 - s).
     expected = len(alignment) * share / (1 - share)
     needed = math.ceil(expected + 8 * math.sqrt(len(alignment) * share) / (1 - share) + 8)
-    repeated = concatenate_datasets([parts[1]] * -(-needed // len(text)))
+    repeated = parts[1].repeat(-(-needed // len(text)))
     return interleave_datasets(
         [parts[0], repeated], probabilities=[1 - share, share], seed=seed, stopping_strategy="first_exhausted"
     )

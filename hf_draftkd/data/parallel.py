@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from hf_draftkd.models.forward import evaluating, logits_at, unwrapped
 from hf_draftkd.models.pairing import context_length
 
-# Of the positions that teach depth k, this share teaches depth k + 1 too; but of all positions never less than the
-# second. The values are the paper's.
+# The first share of the positions that teach depth k teaches depth k + 1 too, but never less than the second share of
+# all positions. The values are the paper's.
 _RETENTION, _LEAST = 0.7, 0.2
 
 # Half precision rounds a logit by about 1%; a mask or a position that is not looked at changes most by far more.
@@ -66,7 +66,8 @@ def parallel_rows(batch: dict[str, Tensor], keep: Tensor, depths: Tensor, mask_t
     (size, width), device = ids.shape, ids.device
     rows, places = keep.nonzero(as_tuple=True)
     number = torch.arange(len(rows), device=device)
-    # The last of a run has one token to predict, the one before it two.
+    # The last of a run has one token to predict, the one before it two. `ends.cumsum(0) - ends` is the number of the
+    # run that a position is in, and so of its end among all ends.
     ends = torch.ones_like(rows, dtype=torch.bool)
     ends[:-1] = (rows[1:] != rows[:-1]) | (places[1:] != places[:-1] + 1)
     left = ends.nonzero()[:, 0][ends.cumsum(0) - ends.long()] - number + 1

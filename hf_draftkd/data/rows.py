@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_draftkd.data.backends import REFUSED, Completion, cut_completion
 from hf_draftkd.data.columns import distinct
 from hf_draftkd.data.kept_distributions import CACHE_COLUMNS, TEMPERATURE_COLUMN, VOCAB_COLUMN, as_stored
-from hf_draftkd.data.messages import read_messages, read_options, read_tools, template_form, turn_end_id
+from hf_draftkd.data.messages import TemplateForm, read_messages, read_options, read_tools, template_form, turn_end_id
 from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.models.identity import ModelIdentity
 from hf_draftkd.utils.checks import one_of
@@ -128,8 +128,9 @@ def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
             the prompt with it.
     """
     is_text = "text" in dataset.column_names and not {"prompt", "completion"} <= set(dataset.column_names)
-    for name in () if is_text else ("prompt", "completion"):
-        one_of("column", name, dataset.column_names)
+    if not is_text:
+        for name in ("prompt", "completion"):
+            one_of("column", name, dataset.column_names)
     features = Features(
         {**dataset.features, **{name: List(Value("int32")) for name in ("prompt_ids", "completion_ids")}}
         | {"ids_source": Value("string")}
@@ -143,42 +144,53 @@ def with_token_ids(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, **templ
     ends: list[int | None] = [tokenizer.eos_token_id, turn_end_id(tokenizer)] if talks else []
 
     def encode(row: dict[str, Any], number: int) -> dict[str, Any]:
-        if is_text:
-            end = str(tokenizer.eos_token or "")
-            ids = tokenizer(row["text"] if row["text"].endswith(end) else row["text"] + end)["input_ids"]
-            return {**row, "prompt_ids": ids[:1], "completion_ids": ids[1:], "ids_source": "retokenized"}
-        if form is None:
-            prompt_ids = _render_text(row["prompt"], tokenizer)
-            ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-            ids = ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
-        else:
-            answer = row["completion"]
-            if isinstance(answer, str) or len(answer) != 1:
-                got = "text" if isinstance(answer, str) else f"{len(answer)} messages"
-                raise ValueError(
-                    f"Row {number} (counted from 0): the completion of messages must be one message, the answer, got "
-                    f"{got}. Make a row of each answer, with all that comes before it in the prompt."
-                )
-            options = _template_options(row, template_options)
-            try:
-                messages = read_messages([*row["prompt"], *answer], form)
-            except ValueError as error:
-                raise ValueError(f"Row {number} (counted from 0): {error}") from error
-            whole = tokenizer.apply_chat_template(messages, **options)
-            prompt = messages[: len(row["prompt"])]
-            prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
-            if whole[: len(prompt_ids)] != prompt_ids:
-                raise ValueError(
-                    f"Row {number} (counted from 0): the chat template does not continue the rendered prompt when the "
-                    "completion is added, so there are no completion tokens. Generate the data with the target instead."
-                )
-            ids = whole[len(prompt_ids) :]
-            # Templates put a line break behind the end token, which no target writes.
-            if (last := next((each for each in ends if each in ids), None)) is not None:
-                ids, _ = cut_completion(ids, frozenset([last]))
-        return {**row, "prompt_ids": prompt_ids, "completion_ids": ids, "ids_source": "retokenized"}
+        try:
+            if is_text:
+                end = str(tokenizer.eos_token or "")
+                ids = tokenizer(row["text"] if row["text"].endswith(end) else row["text"] + end)["input_ids"]
+                prompt, completion = ids[:1], ids[1:]
+            elif form is None:
+                prompt = _render_text(row["prompt"], tokenizer)
+                completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+                completion += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+            else:
+                prompt, completion = _answered_ids(row, form, ends, tokenizer, template_options)
+        except ValueError as error:
+            raise ValueError(f"Row {number} (counted from 0): {error}") from error
+        return {**row, "prompt_ids": prompt, "completion_ids": completion, "ids_source": "retokenized"}
 
     return dataset.map(encode, with_indices=True, features=features, desc="Encoding text")
+
+
+def _answered_ids(
+    row: Mapping[str, Any],
+    form: TemplateForm,
+    ends: Sequence[int | None],
+    tokenizer: PreTrainedTokenizerBase,
+    template_options: Mapping[str, Any],
+) -> tuple[list[int], list[int]]:
+    """The tokens of a row's messages, and those by which its answer continues them up to one of `ends`."""
+    answer = row["completion"]
+    if isinstance(answer, str) or len(answer) != 1:
+        got = "text" if isinstance(answer, str) else f"{len(answer)} messages"
+        raise ValueError(
+            f"the completion of messages must be one message, the answer, got {got}. Make a row of each answer, with "
+            "all that comes before it in the prompt."
+        )
+    options = _template_options(row, template_options)
+    messages = read_messages([*row["prompt"], *answer], form)
+    whole = tokenizer.apply_chat_template(messages, **options)
+    prompt = tokenizer.apply_chat_template(messages[: len(row["prompt"])], add_generation_prompt=True, **options)
+    if whole[: len(prompt)] != prompt:
+        raise ValueError(
+            "the chat template does not continue the rendered prompt when the completion is added, so there are no "
+            "completion tokens. Generate the data with the target instead."
+        )
+    completion = whole[len(prompt) :]
+    # Templates put a line break behind the end token, which no target writes.
+    if (last := next((each for each in ends if each in completion), None)) is not None:
+        completion, _ = cut_completion(completion, frozenset([last]))
+    return prompt, completion
 
 
 def _template_options(row: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

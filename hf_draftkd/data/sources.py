@@ -78,8 +78,9 @@ def _load(name: str, config: str | None, is_local: bool) -> DatasetDict:
             _check_one_kind(Path(name))
         return load_dataset(name, config)
     except _UNREADABLE as error:
-        for path in sorted(Path(name).rglob("*.jsonl")) if is_local else ():
-            _check_json_lines(path)  # names file and line
+        if is_local:
+            for path in sorted(Path(name).rglob("*.jsonl")):
+                _check_json_lines(path)  # names file and line
         raise ValueError(f"{name!r} cannot be read: {_reason(error)}.") from error
     except (DatasetNotFoundError, ConnectionError, OSError) as error:
         if is_local:
@@ -168,10 +169,12 @@ def _check_json_lines(path: Path) -> int:
 
 def _note_kinds(value: Any, place: str, kinds: set[tuple[str, str]]) -> None:
     kinds.add((place, type(value).__name__))
-    for name, each in value.items() if isinstance(value, dict) else ():
-        _note_kinds(each, f"{place}.{name}", kinds)
-    for each in value if isinstance(value, list) else ():
-        _note_kinds(each, f"{place}[]", kinds)
+    if isinstance(value, dict):
+        for name, each in value.items():
+            _note_kinds(each, f"{place}.{name}", kinds)
+    elif isinstance(value, list):
+        for each in value:
+            _note_kinds(each, f"{place}[]", kinds)
 
 
 def _pick_split(splits: DatasetDict, split: str | None) -> Dataset:

@@ -71,7 +71,7 @@ def local_target(
     identity = {
         "target": name,
         "target_revision": author.revision,
-        # Of quantised weights, too: a run goes on with the very target that it was begun with.
+        # Quantised weights have one too: a run goes on with the very target that it was begun with.
         "target_weights": author.weights or weights_fingerprint(target_model),
         "target_dtype": str(target_model.dtype),
         "backend": "continuous batching" if config.continuous_batching else "generate",

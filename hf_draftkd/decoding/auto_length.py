@@ -51,7 +51,7 @@ class AutoLength:
     def __init__(self, longest: int = 16) -> None:
         self.longest, start = longest, min(_START, longest)
         self._trials = (start, 0, max(1, start // 2))
-        self._accepted, self._rejected = 3.0, 2.0
+        self._accepted, self._rejected = 3.0, 2.0  # as if five tokens had been seen: the first few do not decide
         # No lambdas, which could not be pickled: for other processes, say.
         self._seconds: dict[int, dict[int, deque[float]]] = defaultdict(partial(defaultdict, partial(deque, maxlen=9)))
         self._rounds_until_look: dict[int, int] = defaultdict(partial(int, _LOOK_AT_PLAIN))

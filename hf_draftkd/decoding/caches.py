@@ -18,7 +18,7 @@ from hf_draftkd.models.forward import CACHE
 
 # Layers in which a hole can be masked: every token is kept, and sees others by the mask alone.
 _MASKABLE = (DynamicLayer, StaticLayer, DummyLayer)
-# Whose attention counts columns, whatever mask and positions say: MPT for its bias, GPT-Neo for its local window.
+# Models that count columns, whatever mask and positions say: MPT for its bias, GPT-Neo for its local window.
 _BY_COLUMN = ("mpt", "gpt_neo")
 
 
@@ -79,13 +79,7 @@ def can_have_holes(cache: Cache, config: PreTrainedConfig) -> bool:
 
 
 class CachedModel:
-    """A model, its cache, and which columns of the cache belong to which text.
-
-    Args:
-        model: A causal LM.
-        cache: Its cache.
-        texts: What it is to read.
-        read: Columns of each text that the cache holds already.
+    """A causal LM, its cache, and which columns of that belong to which text; it holds `read` of each already.
 
     Attributes:
         read: Columns of each text in the cache.
@@ -96,13 +90,7 @@ class CachedModel:
     num_unread = 1
     drops_rows = True
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: Cache,
-        texts: Texts,
-        read: int = 0,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, cache: Cache, texts: Texts, read: int = 0) -> None:
         parameters = inspect.signature(model.forward).parameters
         self.model, self.cache = model, cache
         self.read = [read] * len(texts.lengths)
@@ -111,18 +99,17 @@ class CachedModel:
         self._takes_positions = "position_ids" in parameters
         self._takes_number = "logits_to_keep" in parameters
         self._columns = read
-        self._mask: Tensor | None = None
-        if texts.needs_mask:
-            # A cache that is continued holds the padding of its text too.
-            columns = torch.arange(read + 64, device=texts.ids.device)
-            self._mask = columns >= texts.ids.new_tensor(texts.padding)[:, None]
+        self._needs_mask = texts.needs_mask
+        # A cache that is continued holds the padding of its text too.
+        columns = torch.arange(read + 64, device=texts.ids.device)
+        self._mask = columns >= texts.ids.new_tensor(texts.padding)[:, None]
 
     def __call__(self, piece: Piece, num_logits: int) -> Tensor:
         """Read a piece; return the logits [A, num_logits, V] of its last tokens."""
         width = piece.ids.shape[1]
         end = self._columns + width
         inputs: dict[str, Any] = {"input_ids": piece.ids, CACHE: self.cache, "use_cache": True}
-        if self._mask is not None:
+        if self._needs_mask:
             inputs["attention_mask"] = self._masked(piece, end)
         if self._takes_positions:
             inputs["position_ids"] = piece.positions
@@ -132,7 +119,6 @@ class CachedModel:
         return self.model(**inputs).logits[:, -num_logits:]
 
     def _masked(self, piece: Piece, end: int) -> Tensor:
-        assert self._mask is not None
         if end > self._mask.shape[1]:
             self._mask = torch.nn.functional.pad(self._mask, (0, end + end // 2 - self._mask.shape[1]), value=True)
         self._mask[:, self._columns : end] = True if piece.is_token is None else piece.is_token
@@ -147,14 +133,14 @@ class CachedModel:
             _roll_back(self.cache, common)
         self._columns -= common
         if max(surplus) > common:
-            assert self._mask is not None
+            # Pieces end in the same column in all rows (`Texts.piece`): what a row has rejected beyond the others are
+            # its last columns. They are counted from the end here.
             left = torch.tensor([extra - common for extra in surplus], device=self._mask.device)[:, None]
             columns = torch.arange(max(surplus) - common, 0, -1, device=self._mask.device)
             self._mask[:, self._columns - len(columns) : self._columns] &= columns > left
 
     def keep_rows(self, places: list[int]) -> None:
         """Drop the rows of finished texts, and holes with them; `places` are the rows that stay."""
-        assert self._mask is not None
         self.read = [self.read[place] for place in places]
         self._padding = [self._padding[place] for place in places]
         rows = torch.tensor(places, device=self._mask.device)

@@ -109,7 +109,6 @@ class StaticModel(CachedModel):
 
     def __call__(self, piece: Piece, num_logits: int) -> Tensor:
         """Read a piece; return the logits [B, num_logits, V] of its last tokens."""
-        assert self._mask is not None
         width = piece.ids.shape[1]
         end = self._columns + width
         self._mask[:, self._columns : end] = True if piece.is_token is None else piece.is_token
@@ -134,7 +133,6 @@ class StaticModel(CachedModel):
     def keep(self, lengths: list[int]) -> None:
         """Forget what was read behind `lengths` columns of each text, and mask what the cache still holds there."""
         super().keep(lengths)
-        assert self._mask is not None
         self._mask[:, self._columns :] = False
 
     def squeeze_if_worthwhile(self, num_new: int) -> None:
@@ -147,5 +145,4 @@ class StaticModel(CachedModel):
     def keep_rows(self, places: list[int]) -> None:
         """Close the holes; all rows stay."""
         super().keep_rows(places)
-        assert self._mask is not None
         self._mask = torch.nn.functional.pad(self._mask[:, : self._columns], (0, self._capacity - self._columns))

@@ -22,6 +22,12 @@ class Proposal(NamedTuple):
     q: Tensor | None
     """[A, γ, V]: the distributions they were drawn from. None where only the tokens are needed."""
 
+    @classmethod
+    def joined(cls, steps: list["Proposal"]) -> "Proposal":
+        """Proposals of one token each, one behind the other."""
+        tokens, distributions = zip(*steps, strict=True)
+        return cls(torch.cat(tokens, 1), None if distributions[0] is None else torch.cat(distributions, 1))
+
 
 class Proposable:
     """The ids that a draft may propose, and how its logits become logits over all ids.
@@ -89,34 +95,32 @@ class OneByOne:
         span = texts.piece(self.draft.read, num_tokens - 1)
         start = span.ids.shape[1] - (num_tokens - 1)
         piece = span.part(slice(0, start))
-        tokens, distributions = [], []
+        steps = []
         for k in range(num_tokens):
-            token, q = self._choose(self.draft(piece, num_logits=1), k)
-            tokens.append(token)
-            if q is not None:
-                distributions.append(q)
-            if self._processing.looks_back:
-                texts.write(token, offset=k)
-            piece = Piece(token, span.positions[:, start + k : start + k + 1], None)
+            step = self._choose(self.draft(piece, num_logits=1), k)
+            steps.append(step)
+            if self._processing.looks_back:  # else all are written at once: in a batch each write is a transfer
+                texts.write(step.tokens, offset=k)
+            piece = Piece(step.tokens, span.positions[:, start + k : start + k + 1], None)
         self.draft.read = [texts.lengths[row] + num_tokens - 1 for row in texts.rows]
-        drafted = torch.cat(tokens, 1)
-        texts.write(drafted, offset=0)
-        return Proposal(drafted, torch.cat(distributions, 1) if distributions else None)
+        proposal = Proposal.joined(steps)
+        texts.write(proposal.tokens, offset=0)
+        return proposal
 
-    def _choose(self, logits: Tensor, offset: int) -> tuple[Tensor, Tensor | None]:
-        """Token [A, 1] from the head's logits [A, 1, N], and q [A, 1, V] where it is needed."""
+    def _choose(self, logits: Tensor, offset: int) -> Proposal:
+        """The token `offset` places behind the texts' ends, from the head's logits [A, 1, N]."""
         if self._processing.is_identity and not self._needs_q:
-            return self._proposable.likeliest(logits[:, 0])[:, None], None
+            return Proposal(self._proposable.likeliest(logits[:, 0])[:, None], None)
         scores = self._processing(self._proposable.full(logits[:, 0])[:, None], offset)
         if self._proposable.is_restricted and not self._processing.sees_sets:
-            # Of the ids that may be proposed a constraint may leave none: propose any that it allows.
+            # A constraint may allow none of the ids that may be proposed: then propose any that it allows.
             nothing = scores.amax(-1, keepdim=True) == -torch.inf
             if nothing.any():
                 scores = torch.where(nothing, self._processing(torch.zeros_like(scores), offset), scores)
         if not self._needs_q:
-            return scores.argmax(-1), None
+            return Proposal(scores.argmax(-1), None)
         q = scores.softmax(-1)
-        return draw(q[:, 0]) if self._samples else scores.argmax(-1), q
+        return Proposal(draw(q[:, 0]) if self._samples else scores.argmax(-1), q)
 
 
 class OnePass(OneByOne):
@@ -143,15 +147,12 @@ class OnePass(OneByOne):
         self.draft.read = [end + num_tokens - 1 for end in ends]
         # No later token may see the mask tokens.
         self.draft.keep(ends)
-        tokens, distributions = [], []
+        steps = []
         for k in range(num_tokens):
-            token, q = self._choose(logits[:, k : k + 1], k)
-            tokens.append(token)
-            if q is not None:
-                distributions.append(q)
+            steps.append(self._choose(logits[:, k : k + 1], k))
             # The next one's processors look back at this one.
-            texts.write(token, offset=k)
-        return Proposal(torch.cat(tokens, 1), torch.cat(distributions, 1) if distributions else None)
+            texts.write(steps[k].tokens, offset=k)
+        return Proposal.joined(steps)
 
 
 def checked_vocabulary(ids: list[int], vocab_size: int, suppressed: Iterable[int] = ()) -> list[int]:

@@ -46,9 +46,9 @@ class CompleteGenerationConfig(GenerationConfig):
         return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **kwargs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class DecodingSetting:
-    """One way of choosing the next token.
+    """One way of choosing the next token. Settings are sorted by temperature first, then field by field.
 
     Args:
         temperature: 0 is greedy decoding; 1 samples from the model's own distribution.

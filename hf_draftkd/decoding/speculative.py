@@ -34,12 +34,12 @@ from hf_draftkd.acceptance import LENIENCE_FORMS, AcceptanceCounts
 from hf_draftkd.decoding.auto_length import AutoLength, FixedLength
 from hf_draftkd.decoding.caches import CachedModel, can_have_holes, give_room, keeps_every_token
 from hf_draftkd.decoding.compiled import CompiledModels
-from hf_draftkd.decoding.drafting import OneByOne, OnePass, Proposable, Proposal, checked_vocabulary, with_sliced_head
+from hf_draftkd.decoding.drafting import OneByOne, OnePass, Proposable, checked_vocabulary, with_sliced_head
 from hf_draftkd.decoding.processors import Processing
 from hf_draftkd.decoding.requests import check_cache, check_models, check_request, dropped_by_generate
 from hf_draftkd.decoding.stopping import Stopping
 from hf_draftkd.decoding.texts import Outputs, Texts
-from hf_draftkd.decoding.verification import verify_greedy, verify_greedy_ensemble, verify_sampled
+from hf_draftkd.decoding.verification import verify
 from hf_draftkd.models.draft_length import recorded_parallel_length, recorded_vocabulary
 from hf_draftkd.models.forward import CACHE, evaluating, unwrapped
 from hf_draftkd.models.identity import checkpoint_of
@@ -139,20 +139,19 @@ class SpeculativeDecoding:
         if num_assistant_tokens is None:
             recorded = config.num_assistant_tokens if found is None else recorded_parallel_length(config)
             num_assistant_tokens = recorded or "auto"
-        if compile and num_assistant_tokens == "auto":
-            raise ValueError('`compile=True` has one shape: give `num_assistant_tokens` as a number, not "auto".')
-        if num_assistant_tokens != "auto":
-            num_assistant_tokens = whole_number("num_assistant_tokens", num_assistant_tokens)
-            if longest is not None and num_assistant_tokens > longest:
+        self.length: AutoLength | FixedLength
+        if num_assistant_tokens == "auto":
+            if compile:
+                raise ValueError('`compile=True` has one shape: give `num_assistant_tokens` as a number, not "auto".')
+            self.length = AutoLength(longest or 16)
+        else:
+            length = whole_number("num_assistant_tokens", num_assistant_tokens)
+            if longest is not None and length > longest:
                 raise ValueError(
-                    f"`num_assistant_tokens={num_assistant_tokens}`, but the draft was trained to predict {longest} "
-                    f"tokens in one pass. Give {longest} or less, or draft one by one with `parallel=False`."
+                    f"`num_assistant_tokens={length}`, but the draft was trained to predict {longest} tokens in one "
+                    f"pass. Give {longest} or less, or draft one by one with `parallel=False`."
                 )
-        self.length = (
-            AutoLength(longest=longest or 16)
-            if isinstance(num_assistant_tokens, str)
-            else FixedLength(num_assistant_tokens)
-        )
+            self.length = FixedLength(length)
         self.lenience = in_range("lenience", lenience, 0, 1, open_low=True)
         self.lenience_form = one_of("form of lenience", lenience_form, LENIENCE_FORMS)
         self.streamer, self.tokenizer, self.on_logits = streamer, tokenizer, on_logits
@@ -197,13 +196,7 @@ class SpeculativeDecoding:
         lenience, form = self._lenience(generation_config)
         if stop_strings is not None:
             stopping_criteria.append(self._stop_strings(stop_strings))
-        # The prompt went to the streamer of `generate` already.
-        streamer = dropped.get("streamer") or self.streamer
-        if streamer is not None and len(input_ids) > 1:
-            raise ValueError(f"A streamer follows one text, but the batch has {len(input_ids)}. Leave it out.")
-        if streamer is not None and dropped.get("streamer") is None:
-            streamer.put(input_ids.cpu())
-
+        streamer = self._streamer(dropped.get("streamer"), input_ids)
         stopping = Stopping(stopping_criteria, input_ids.shape[1])
         texts = Texts(input_ids, model_kwargs.get("attention_mask"), stopping.max_length, spare=self.length.longest + 1)
         self.prompt_padding = texts.padding
@@ -214,14 +207,6 @@ class SpeculativeDecoding:
         propose = OneByOne(draft, self._proposable, processing, **needs)
         if self.mask_token_id is not None:
             propose = OnePass(draft, self._proposable, processing, self.mask_token_id, **needs)
-
-        def verify(proposal: Proposal, scores: Tensor) -> Tensor:
-            if not is_greedy:
-                q = scores[:, :0] if proposal.q is None else proposal.q
-                return verify_sampled(proposal.tokens, scores, q, lenience=lenience, form=form)
-            if proposal.q is not None and lenience < 1:
-                return verify_greedy_ensemble(proposal.tokens, scores, proposal.q, lenience)
-            return verify_greedy(proposal.tokens, scores)
 
         outputs = Outputs(generation_config, len(input_ids))
         listeners = [self.counts.record, *_LISTENERS.get(model, ())]
@@ -236,7 +221,7 @@ class SpeculativeDecoding:
                 logits = target(texts.piece(target.read, num_drafted), num_logits=num_drafted + 1)
                 target.read = [texts.lengths[row] + num_drafted for row in texts.rows]
                 scores = processing(logits)
-                verdict = verify(proposal, scores)
+                verdict = verify(*proposal, scores, is_greedy=is_greedy, lenience=lenience, form=form)
                 texts.write(verdict[:, :-1], offset=0)
 
                 accepted = []
@@ -313,6 +298,15 @@ class SpeculativeDecoding:
                 '(`do_sample=True`), or use `lenience_form="ensemble"`.'
             )
         return lenience, form
+
+    def _streamer(self, given: BaseStreamer | None, input_ids: Tensor) -> BaseStreamer | None:
+        """The streamer of this call, `given` to `generate`, or of all calls; it has the prompt."""
+        streamer = given or self.streamer
+        if streamer is not None and len(input_ids) > 1:
+            raise ValueError(f"A streamer follows one text, but the batch has {len(input_ids)}. Leave it out.")
+        if streamer is not None and given is None:  # `generate` put the prompt into its own already
+            streamer.put(input_ids.cpu())
+        return streamer
 
     def _stop_strings(self, stop_strings: str | list[str]) -> StopStringCriteria:
         if self.tokenizer is None:

@@ -97,7 +97,8 @@ class Texts:
             return Piece(self.ids[:, columns], self._positions[:, columns], is_token)
         lengths = [self.lengths[row] for row in self.rows]
         width = max(length - seen for length, seen in zip(lengths, read, strict=True))
-        # One transfer: where each row starts, and what it has seen.
+        # All rows end in the last column, and what a row has read before is masked in front of it. One transfer: where
+        # each row ends, and what it has seen.
         ends, seen, rows = self.ids.new_tensor([lengths, read, self.rows])[:, :, None]
         index = (ends - width + self._columns[: width + num_drafted]).clamp(min=0)
         is_token = self._is_token[rows, index] & (index >= seen)

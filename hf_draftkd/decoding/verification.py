@@ -13,6 +13,15 @@ from hf_draftkd.acceptance import LENIENCE_FORMS
 from hf_draftkd.acceptance.tensors import draw
 
 
+def verify(drafted: Tensor, q: Tensor | None, scores: Tensor, *, is_greedy: bool, lenience: float, form: str) -> Tensor:
+    """The verdict as a call of `generate` asks for it; `q` is None where nothing was drafted or nothing looks at it."""
+    if not is_greedy:
+        return verify_sampled(drafted, scores, scores[:, :0] if q is None else q, lenience=lenience, form=form)
+    if q is not None and lenience < 1:
+        return verify_greedy_ensemble(drafted, scores, q, lenience)
+    return verify_greedy(drafted, scores)
+
+
 def verify_greedy(drafted: Tensor, scores: Tensor) -> Tensor:
     """Accept drafted tokens as long as each is the target's likeliest."""
     return _matched(drafted, scores.argmax(-1))
@@ -45,7 +54,7 @@ def verify_sampled(
     q_drafted = q.gather(-1, drafted[..., None])[..., 0]
     if lenience < 1:
         p_drafted = LENIENCE_FORMS[form](p_drafted, q_drafted, lenience)
-    accepted = torch.rand_like(q_drafted) * q_drafted < p_drafted
+    accepted = torch.rand_like(q_drafted) * q_drafted < p_drafted  # rand < p/q, without dividing by a q of 0
     num_accepted = accepted.long().cumprod(1).sum(1, keepdim=True)
 
     rows = torch.arange(len(drafted), device=drafted.device)

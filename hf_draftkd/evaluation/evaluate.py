@@ -36,12 +36,7 @@ from hf_draftkd.evaluation.report import (
 )
 from hf_draftkd.evaluation.scoring import EXACT, PassResult, TextSums, score_texts
 from hf_draftkd.evaluation.self_check import checked_decodings, self_check
-from hf_draftkd.evaluation.statistics import (
-    assisted_result,
-    compare_with_prediction,
-    paired_difference,
-    setting_result,
-)
+from hf_draftkd.evaluation.statistics import assisted_result, compare_with_prediction, paired_difference, setting_result
 from hf_draftkd.evaluation.tables import estimate_text
 from hf_draftkd.evaluation.texts import (
     PLAUSIBLE,
@@ -240,7 +235,7 @@ class _Evaluation:
         for each in texts.sets:
             check_ids(each, vocab_size)
         if config.measure_speed or config.verify:
-            self._spread_prompts(1)  # that there is one, before the work
+            self._spread_prompts(1)  # raises before the work where there is none
         self.kinds = [[token_kinds(tokenizer, text.completion_ids) for text in each.texts] for each in texts.sets]
 
     def score(self) -> list[DraftResult]:
@@ -321,7 +316,7 @@ class _Evaluation:
         asked = self.config.speed_batch_sizes if SPECULATIVE in ways else []
         if asked and len(prompts) > 1:
             refusal = refused_by_speculative_decoding(self.target_model, draft, prompts[:2])
-            if refusal is not None:  # of most targets with a sliding window
+            if refusal is not None:  # most targets with a sliding window are refused
                 self._warn(f"No batch was timed, since SpeculativeDecoding refuses batches of this pair: {refusal}")
                 asked = []
         sizes = [size for size in asked if size <= len(prompts)]
@@ -397,26 +392,33 @@ class _Evaluation:
             sums = scored.drafts[index]
             for rule in self._rules(texts):
                 found = self._result(index, texts, rule, sums, texts.prompts)
-                by_size = [
-                    (len(ids), self._result(index, texts, rule, of_list, texts.prompts))
-                    for (of_draft, ids), of_list in zip(self.listed, scored.listed, strict=True)
-                    if of_draft == index
-                ]
-                if by_size:  # the whole vocabulary last
-                    by_size.append((self.drafts[index].config.get_text_config().vocab_size, found))
-                    found.draft_vocabulary = [
-                        VocabularyResult(
-                            size=size,
-                            acceptance_rate=of.acceptance_rate,
-                            block_efficiency=of.block_efficiency,
-                            parallel_block_efficiency=of.parallel.block_efficiency if of.parallel else None,
-                        )
-                        for size, of in by_size
-                    ]
+                found.draft_vocabulary = self._by_size(index, texts, scored, found)
                 if found.block_efficiency:
                     add_token_results(found, sums[rule], texts, kinds)
                 results.append(found)
         return results
+
+    def _by_size(
+        self, index: int, texts: TextSet, scored: PassResult, whole: SettingResult
+    ) -> list[VocabularyResult] | None:
+        """The results of one draft by its lists, the `whole` vocabulary last; None where it records no list."""
+        found = [
+            (len(ids), self._result(index, texts, whole.verification, sums, texts.prompts))
+            for (draft, ids), sums in zip(self.listed, scored.listed, strict=True)
+            if draft == index
+        ]
+        if not found:
+            return None
+        found.append((self.drafts[index].config.get_text_config().vocab_size, whole))
+        return [
+            VocabularyResult(
+                size=size,
+                acceptance_rate=of.acceptance_rate,
+                block_efficiency=of.block_efficiency,
+                parallel_block_efficiency=of.parallel.block_efficiency if of.parallel else None,
+            )
+            for size, of in found
+        ]
 
     def _result(
         self, index: int, texts: TextSet, rule: str, sums: dict[str, TextSums], prompts: Sequence[int]

@@ -3,20 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hf_draftkd.acceptance import (
-    Estimate,
-    Latency,
-    best_draft_length,
-    break_even_acceptance_rate,
-    predicted_speedup,
-)
-from hf_draftkd.evaluation.report import (
-    AssistedResult,
-    GenerateOverhead,
-    LatencyResult,
-    Recommendation,
-    SettingResult,
-)
+from hf_draftkd.acceptance import Estimate, Latency, best_draft_length, break_even_acceptance_rate, predicted_speedup
+from hf_draftkd.evaluation.report import AssistedResult, GenerateOverhead, LatencyResult, Recommendation, SettingResult
 
 ASSISTANT_MODEL, SPECULATIVE = "assistant_model=", "SpeculativeDecoding"
 """The two ways to decode with a draft in transformers: its own loop, and `custom_generate=` with this package's."""
@@ -119,52 +107,57 @@ def recommend(setting: SettingResult, latency: LatencyResult) -> Recommendation 
     length = lengths[way]
     times, efficiency = way_latency(latency, way), expected_efficiency(setting, way)
     predicted = predicted_speedup(efficiency[length], length, times)
-    break_even = break_even_acceptance_rate(times, efficiency)
-    worth_it = _gains(setting, length, predicted, way)
-    name, drafting = setting.words, f"draft step takes {times.relative_cost:.0%} of a target step"
-    if times.draft_pass_seconds:
-        cost = times.draft_pass_seconds[length] / times.target_step_seconds
-        drafting = f"draft pass takes {cost:.0%} of a target step"
-    if worth_it and not is_faster(predicted):
-        reason = (
-            f"Worth it for {name}: real decoding gained, though {predicted:.2f} times the plain speed was predicted "
-            f"for transformers on this machine with {_tokens(length)} a step; a {drafting}."
-        )
-    elif worth_it:
-        reason = (
-            f"Worth it for {name}: {_tokens(length)} a step give{'s' if length == 1 else ''} {efficiency[length]:.2f} "
-            f"tokens per target call and {'is' if length == 1 else 'are'} predicted to decode "
-            f"{predicted:.2f} times as fast in transformers on this machine; a {drafting}."
-        )
-    elif is_faster(predicted):
-        reason = (
-            f"Not worth it for {name}: {predicted:.2f} times the plain speed was predicted for transformers on this "
-            f"machine with {_tokens(length)} a step, and real decoding did not gain."
-        )
-    else:
-        need = "no acceptance rate would make up for that"
-        if break_even is not None:
-            need = f"{break_even:.2f} would be needed to break even"
-            if break_even <= setting.acceptance_rate.value:
-                need = f"{break_even:.2f} would do in long texts whose tokens all have the same chance"
-        reason = (
-            f"Not worth it for {name}: even the best draft length ({length}) is predicted to reach "
-            f"{predicted:.2f} times the plain speed in transformers on this machine. A {drafting}; of single "
-            f"drafted tokens {setting.acceptance_rate.value:.2f} are accepted, and {need}."
-        )
-    if found := measured_run(setting, way):
-        reason += f" Measured there with {_tokens(found.num_assistant_tokens)}: {_all_measured(setting, way)}."
-        if found.speedup.low is None:
-            reason += " One prompt gives no interval: more prompts would decide."
-        elif found.speedup.leaves_open(1):
-            reason += " A gain and a loss both lie within this interval: more prompts would decide."
-    return Recommendation(
-        worth_it=worth_it,
+    found = Recommendation(
+        worth_it=_gains(setting, length, predicted, way),
         num_assistant_tokens=length,
         way=way if setting.is_transformers_rule else None,
         predicted_speedup=predicted,
-        break_even_acceptance_rate=break_even,
-        reason=reason,
+        break_even_acceptance_rate=break_even_acceptance_rate(times, efficiency),
+        reason="",
+    )
+    found.reason = _verdict(found, setting, efficiency[length], times)
+    if run := measured_run(setting, way):
+        found.reason += f" Measured there with {_tokens(run.num_assistant_tokens)}: {_all_measured(setting, way)}."
+        if run.speedup.low is None:
+            found.reason += " One prompt gives no interval: more prompts would decide."
+        elif run.speedup.leaves_open(1):
+            found.reason += " A gain and a loss both lie within this interval: more prompts would decide."
+    return found
+
+
+def _verdict(found: Recommendation, setting: SettingResult, efficiency: float, times: Latency) -> str:
+    """A recommendation in words, without what was measured; `efficiency` is that of its draft length."""
+    name, length, predicted = setting.words, found.num_assistant_tokens, found.predicted_speedup
+    break_even, accepted = found.break_even_acceptance_rate, setting.acceptance_rate.value
+    drafting = f"draft step takes {times.relative_cost:.0%} of a target step"
+    if times.draft_pass_seconds:
+        cost = times.draft_pass_seconds[length] / times.target_step_seconds
+        drafting = f"draft pass takes {cost:.0%} of a target step"
+    if found.worth_it and not is_faster(predicted):
+        return (
+            f"Worth it for {name}: real decoding gained, though {predicted:.2f} times the plain speed was predicted "
+            f"for transformers on this machine with {_tokens(length)} a step; a {drafting}."
+        )
+    if found.worth_it:
+        return (
+            f"Worth it for {name}: {_tokens(length)} a step give{'s' if length == 1 else ''} {efficiency:.2f} tokens "
+            f"per target call and {'is' if length == 1 else 'are'} predicted to decode {predicted:.2f} times as fast "
+            f"in transformers on this machine; a {drafting}."
+        )
+    if is_faster(predicted):
+        return (
+            f"Not worth it for {name}: {predicted:.2f} times the plain speed was predicted for transformers on this "
+            f"machine with {_tokens(length)} a step, and real decoding did not gain."
+        )
+    need = "no acceptance rate would make up for that"
+    if break_even is not None:
+        need = f"{break_even:.2f} would be needed to break even"
+        if break_even <= accepted:
+            need = f"{break_even:.2f} would do in long texts whose tokens all have the same chance"
+    return (
+        f"Not worth it for {name}: even the best draft length ({length}) is predicted to reach {predicted:.2f} times "
+        f"the plain speed in transformers on this machine. A {drafting}; of single drafted tokens {accepted:.2f} are "
+        f"accepted, and {need}."
     )
 
 

@@ -423,13 +423,13 @@ class SpeculationReport:
         return from_plain(cls, data, where)
 
     @classmethod
-    def from_json(cls, text: str, where: str = "report") -> "SpeculationReport":
+    def from_json(cls, text: str) -> "SpeculationReport":
         """Read `to_json()`'s text.
 
         Raises:
             ValueError: Not JSON, or as `from_dict`.
         """
-        return cls.from_dict(read_json(text, where), where)
+        return cls.from_dict(read_json(text, "report"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SpeculationReport":

@@ -14,12 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from hf_draftkd.acceptance import (
-    DRAFT_LENGTHS,
-    accepted_given_output,
-    expected_target_calls,
-    token_acceptance_rate,
-)
+from hf_draftkd.acceptance import DRAFT_LENGTHS, accepted_given_output, expected_target_calls, token_acceptance_rate
 from hf_draftkd.acceptance.tensors import only_listed
 from hf_draftkd.data.parallel import attention_mask_for
 from hf_draftkd.decoding.processors import logits_processors, process_logits, transformers_draft_processors
@@ -428,7 +423,8 @@ class _Reader:
             return_dict=True,
         ).logits.unflatten(1, (len(bases), steps))
         self.cache.crop(-len(base))
-        # The block of base t says at its j-th mask token what comes after position t + j.
+        # The block of base t says at its j-th mask token what comes after position t + j. So what is said behind a
+        # position at depth j + 1 stands in the block that began j before it.
         positions = torch.arange(begin, end, device=self.device)[:, None]
         jumps = torch.arange(steps, device=self.device)
         places = (positions - jumps - 1 - bases[0]).clamp(min=0)

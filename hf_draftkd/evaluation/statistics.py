@@ -25,17 +25,11 @@ from hf_draftkd.evaluation.recommendation import (
     measured_run,
     way_latency,
 )
-from hf_draftkd.evaluation.report import (
-    AssistedResult,
-    LatencyResult,
-    PairedDifference,
-    ParallelResult,
-    SettingResult,
-)
+from hf_draftkd.evaluation.report import AssistedResult, LatencyResult, PairedDifference, ParallelResult, SettingResult
 from hf_draftkd.evaluation.scoring import AS_TRANSFORMERS, TextSums, in_one_pass
 from hf_draftkd.evaluation.timing import DecodingRun
 
-# Of a hopeless draft nothing may be accepted in so few texts, and an interval of equal counts has no width. Where five
+# In so few texts a hopeless draft may have nothing accepted, and an interval of equal counts has no width. Where five
 # acceptances are expected, none comes up in less than one run of a hundred.
 _MAY_BE_MISSED = 5
 

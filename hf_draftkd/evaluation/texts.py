@@ -16,19 +16,14 @@ from hf_draftkd.data.messages import turn_end_id
 from hf_draftkd.data.prompts import fitting_rows, load_prompts
 from hf_draftkd.data.rows import authors, other_authors, render_prompts, with_token_ids
 from hf_draftkd.data.sources import row_numbers
-from hf_draftkd.decoding.setting import (
-    SETTING_COLUMNS,
-    DecodingSetting,
-    end_token_ids,
-    left_out_warning,
-    own_penalty,
-)
+from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting, end_token_ids, left_out_warning, own_penalty
 from hf_draftkd.evaluation.config import EvaluationConfig
 from hf_draftkd.evaluation.report import PromptInfo
 from hf_draftkd.evaluation.scoring import Text
 from hf_draftkd.models.identity import ModelIdentity, identity_of
 from hf_draftkd.models.pairing import context_length
 from hf_draftkd.models.parallel import parallel_draft
+from hf_draftkd.utils.fields import given_fields
 from hf_draftkd.utils.hashing import sha256
 
 # Below this share of tokens that the target could have written, a text was written by something else: rounding in
@@ -172,9 +167,9 @@ def _given_texts(
         )
         return other_texts(dataset, tokenizer, asked), [warning]
     as_recorded = settings is None and config.temperatures is None
-    for name in ("top_p", "top_k", "repetition_penalty") if as_recorded else ():
+    for name in given_fields(config, ("top_p", "top_k", "repetition_penalty")):
         # Recorded answers were written under the settings in their rows, whatever is asked for beside them.
-        if getattr(config, name) != getattr(EvaluationConfig, name):
+        if as_recorded:
             raise ValueError(
                 f"`{name}` would do nothing: the data records the settings its answers were written under. "
                 "Leave it out, or let the target answer again (`--regenerate`, or give `prompts`)."

@@ -7,7 +7,7 @@ from importlib.resources import files
 from hf_draftkd.evaluation.report import SpeculationReport
 from hf_draftkd.hub.provenance import TrainingSummary
 
-# Whose gradient needs no target: all others are distillation as DistillSpec describes it.
+# These losses need no target. All others are distillation as DistillSpec describes it.
 _PLAIN = (None, "cross_entropy")
 
 

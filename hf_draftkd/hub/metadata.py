@@ -102,13 +102,11 @@ def benchmark_entries(report: SpeculationReport | None, task_id: str) -> list[Ev
             "Evaluate on the benchmark's data set by its id, or leave the task out."
         )
     length = shown_length(report)
-    settings = [setting for setting in report.settings if at_length(setting.block_efficiency, length)]
-    if not settings:
+    found = [(each, estimate) for each in report.settings if (estimate := at_length(each.block_efficiency, length))]
+    if not found:
         raise ValueError("The report holds no block efficiency, which is what a leaderboard result says.")
     # Greedy decoding is what benchmarks of speculative decoding compare; other settings are in the model index.
-    setting = min(settings, key=lambda setting: setting.decoding.temperature)
-    estimate = at_length(setting.block_efficiency, length)
-    assert estimate is not None
+    setting, estimate = min(found, key=lambda pair: pair[0].decoding.temperature)
     notes = f"tokens per target call, {setting.decoding}, {setting.verification}, draft length {length}"
     return [
         EvalResultEntry(dataset_id=report.prompts.source, task_id=task_id, value=estimate.value, notes=one_line(notes))

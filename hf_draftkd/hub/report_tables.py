@@ -5,12 +5,7 @@ from typing import TypeVar
 
 from hf_draftkd.acceptance import Estimate
 from hf_draftkd.evaluation.recommendation import real_decoding
-from hf_draftkd.evaluation.report import (
-    HardwareInfo,
-    PairedDifference,
-    SettingResult,
-    SpeculationReport,
-)
+from hf_draftkd.evaluation.report import HardwareInfo, PairedDifference, SettingResult, SpeculationReport
 from hf_draftkd.hub.markdown import Markdown, code, estimate_text, records, table
 
 Entry = TypeVar("Entry", SettingResult, PairedDifference)

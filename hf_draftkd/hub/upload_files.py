@@ -24,12 +24,8 @@ from hf_draftkd.evaluation.recommendation import PARALLEL
 from hf_draftkd.evaluation.report import Recommendation, SpeculationReport
 from hf_draftkd.hub.access import redacted
 from hf_draftkd.hub.provenance import Provenance, TrainingSummary, tuned_length
-from hf_draftkd.models.draft_length import (
-    derived_generation_config,
-    draft_length_settings,
-    recorded_parallel_length,
-)
-from hf_draftkd.models.identity import count_parameters, weight_files, weights_checksum
+from hf_draftkd.models.draft_length import derived_generation_config, draft_length_settings, recorded_parallel_length
+from hf_draftkd.models.identity import stored_parameters, weight_files, weights_checksum
 from hf_draftkd.models.resolve import TOKENIZER_FILES, Checkpoint, resolve
 
 REPORT_FILE = "report.json"
@@ -100,7 +96,7 @@ def look_at_folder(folder: str | Path, report: str | Path | SpeculationReport | 
     """
     checkpoint = _check_folder(folder)
     path = Path(checkpoint.name)
-    parameters, checksum = count_parameters(path), weights_checksum(path)
+    parameters, checksum = stored_parameters(path), weights_checksum(path)
     provenance = Provenance.load(path) or Provenance()
     contradictions = []
     if provenance.weights_sha256 not in (None, checksum):

@@ -16,10 +16,4 @@ from hf_draftkd.losses.divergences import (
     tvd_plus_plus,
 )
 from hf_draftkd.losses.objective import DistillationLoss, distillation_loss
-from hf_draftkd.losses.sparse import (
-    SampledTarget,
-    SparseTarget,
-    acceptance_upper_bound,
-    sample_target,
-    top_k_target,
-)
+from hf_draftkd.losses.sparse import SampledTarget, SparseTarget, acceptance_upper_bound, sample_target, top_k_target

@@ -181,6 +181,7 @@ class _ChunkedLossFunction(torch.autograd.Function):
         with torch.autocast(inputs.device.type, enabled=False):
             for chunk in chunks:
                 logits = logits_of(source, chunk, memory)
+                # The soft-cap's slope needs them, and the divergence writes over them.
                 capped = logits.clone() if head is not None and head.softcap is not None and any(wanted) else None
                 twin = chunk_loss(chunk, logits, any(wanted))
                 values.append(twin.values)

@@ -168,6 +168,7 @@ def _kl_and_probs(
     z: torch.Tensor, y: torch.Tensor, p_out: torch.Tensor, q_out: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return KL(p‖q), p and q; overwrites y, which may be the place of q."""
+    # Σ p (log p − log q) = Σ p (y − z) − log_z_p + log_z_q, since Σ p = 1: no logarithm of [n, V] is taken.
     p, log_z_p = softmax(y, p_out)
     products = y.sub_(z).mul_(p)
     expected_gap = products.sum(dim=-1)
@@ -181,6 +182,7 @@ def _kl_and_probs(
 def _reverse_kl(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool, memory: Reused) -> Twin:
     q, log_z_q = softmax(z, memory.take("q", z))
     p, log_z_p = softmax(y, memory.take("p", y))
+    # As in `_kl_and_probs`: log q − log p = z − y + shift.
     gap = z.sub_(torch.maximum(y, (log_z_p + LOG_FLOOR).unsqueeze(-1), out=y))
     shift = log_z_p - log_z_q
     values = _dot(q, gap, y) + shift
@@ -212,7 +214,7 @@ def _generalized_jsd(
 
 def _total_variation(z: torch.Tensor, y: torch.Tensor, gradient: bool, acceptance: bool, memory: Reused) -> Twin:
     q = _probs(z, memory.take("q", z))
-    difference = torch.sub(q, _probs(y, z), out=y)
+    difference = torch.sub(q, _probs(y, z), out=y)  # p lies in z, which nothing reads any more
     values = 0.5 * _norm(difference, z)
     return Twin(values, _tv_gradient(q, difference, z) if gradient else None, _rate(values) if acceptance else None)
 

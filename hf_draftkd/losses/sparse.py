@@ -104,6 +104,7 @@ def sample_target(logits: torch.Tensor, num_draws: int, generator: torch.Generat
     whole_number("num_draws", num_draws)
     rows = at_least_float32(logits).softmax(dim=-1).reshape(-1, logits.shape[-1])
     drawn = rows.multinomial(num_draws, replacement=True, generator=generator).sort(dim=-1).values
+    # Sorted, equal draws stand side by side: each new token gets the next place, where its draws are counted.
     first = torch.ones_like(drawn, dtype=torch.bool)
     first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
     place = first.cumsum(dim=-1) - 1

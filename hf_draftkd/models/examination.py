@@ -58,7 +58,7 @@ class ModelFacts:
 
     @property
     def _bits(self) -> int:
-        """Of a number as it is loaded: by the config, else as most of them are stored."""
+        """Bits of a number as it is loaded: by the config, else as most of them are stored."""
         if self.config.dtype is not None:
             return torch.finfo(self.config.dtype).bits
         return _bits_of(max(self.stored, key=self.stored.__getitem__)) if self.stored else 32
@@ -196,6 +196,6 @@ def _memory(target: ModelFacts | None, draft_parameters: int) -> dict[str, int]:
 
 
 def _bits_of(number_format: str) -> int:
-    """Of a number in one of the formats of safetensors, such as F32, BF16 or F8_E4M3."""
+    """Bits of a number in one of the formats of safetensors, such as F32, BF16 or F8_E4M3."""
     found = re.search(r"\d+", number_format)
     return int(found[0]) if found else 8  # BOOL

@@ -89,6 +89,8 @@ def head_arithmetic(model: nn.Module) -> HeadArithmetic | None:
     # A module has a `forward` among its variables where accelerate moves its weights.
     if type(head) is not nn.Linear or "forward" in vars(head) or head.weight.numel() == 0 or head._forward_hooks:
         return None
+    # Numbers of both signs over ten powers of ten. A soft-cap leaves the smallest alone, which show the scale, and the
+    # largest become the cap itself, where tanh is 1. Those between must follow from the two, or something else is done.
     probe = torch.logspace(-4, 6, head.weight.shape[0], device=head.weight.device)
     probe[::2] *= -1
     with evaluating(inner), _instead_of_head(head, lambda _: probe[None, None].clone()):

@@ -137,8 +137,8 @@ def weight_files(folder: Path) -> list[Path]:
     return [*(folder / name for name in names), index]
 
 
-def count_parameters(folder: Path) -> int:
-    """The number of parameters stored; a `ValueError` if weights are damaged, quantised, or of an adapter."""
+def stored_parameters(folder: Path) -> int:
+    """The number of parameters in a folder; a `ValueError` if weights are damaged, quantised, or of an adapter."""
     total = 0
     for path, name, file in _tensors(folder):
         piece = file.get_slice(name)

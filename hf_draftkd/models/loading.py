@@ -165,12 +165,6 @@ def _advise_on_threads() -> None:
         logger.warning(advice)
 
 
-@cache
-def _advise_on_bfloat16() -> None:
-    if advice := emulated_bfloat16():
-        logger.warning(advice)
-
-
 def _load(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
     _advise_on_threads()
     dtype = options["dtype"]
@@ -187,8 +181,8 @@ def _load(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
         # Loading changes a config.
         model = _load_plain(checkpoint, options | {"config": copy.deepcopy(config), "gguf_file": checkpoint.gguf_file})
     remember_checkpoint(model, checkpoint)
-    if model.dtype == torch.bfloat16 and model.device.type == "cpu":
-        _advise_on_bfloat16()
+    if model.dtype == torch.bfloat16 and model.device.type == "cpu" and (advice := emulated_bfloat16()):
+        logger.warning_once(advice)
     return model
 
 

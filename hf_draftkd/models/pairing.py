@@ -175,7 +175,7 @@ def copy_special_ids(draft_model: PreTrainedModel, target_model: PreTrainedModel
             setattr(draft_part, name, list(value) if isinstance(value, list) else value)
         pad = draft_part.pad_token_id
         if pad is not None and not 0 <= pad < _vocab_size(draft_model):
-            # Of a target published with -1, or with an added pad token: a draft saved with it could not be loaded.
+            # The target was published with -1, or with an added pad token. A draft saved with it could not be loaded.
             draft_part.pad_token_id = None
 
 

@@ -3,7 +3,7 @@
     checkpoint = resolve("org/name")    # lists its files and pins the commit
     checkpoint.config                   # its config; a ValueError says why this is not a usable causal LM
     checkpoint.tokenizer
-    load_target(checkpoint)             # as are the config and the tokenizer, the files are not looked up again
+    load_target(checkpoint)             # nothing is looked up again
 
 Everything that can be seen without the weights is checked here, so that a long run never starts with a bad name.
 """
@@ -173,7 +173,7 @@ class Checkpoint:
 
     @cached_property
     def _config(self) -> PreTrainedConfig:
-        # Of a truncated GGUF file both parsers say only that bytes are missing.
+        # Where a GGUF file was cut off, both parsers say only that bytes are missing.
         other = () if self.gguf_file is None else (ValueError, struct.error)
         try:
             return AutoConfig.from_pretrained(

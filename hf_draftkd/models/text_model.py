@@ -1,6 +1,6 @@
 """The language model inside a multimodal checkpoint, as an ordinary causal LM.
 
-    text = extract_text_model("org/vision-language")    # of `loading`, which loads the whole; `text_model_of` has one
+    text = extract_text_model("org/vision-language")    # in `loading`; `text_model_of` takes a model in memory
     text.save_pretrained("text-only")
 
 Gemma 3, Mistral 3, Llava, SmolVLM, Qwen3-VL and similar models are a causal LM with a vision or audio tower beside it.

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
 
 from hf_draftkd.data.parallel import check_reads_mask_tokens
 from hf_draftkd.models.forward import unwrapped
@@ -20,10 +19,8 @@ logger = logging.getLogger(__name__)
 PLOT = "training.png"
 
 
-def with_acceptance(callbacks: list[TrainerCallback] | None, args: Any, *, evaluates: bool) -> list[TrainerCallback]:
-    """The callbacks, with one for acceptance; held-out data, if there is some, is used."""
-    if evaluates and args.eval_strategy == IntervalStrategy.NO:
-        args.eval_strategy = IntervalStrategy.EPOCH
+def with_acceptance(callbacks: list[TrainerCallback] | None) -> list[TrainerCallback]:
+    """The callbacks, with one for acceptance."""
     given = callbacks or []
     # Trainer takes a class as well, and makes one.
     is_given = any(each is AcceptanceCallback or isinstance(each, AcceptanceCallback) for each in given)

@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from hf_draftkd.training.config import DraftDistillConfig
+from hf_draftkd.training.config import DraftDistillConfig, plain_options
 from hf_draftkd.utils.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> tuple[str | None, list[s
 
 def record_options(checkpoint: str | Path, args: DraftDistillConfig) -> None:
     """Write into a checkpoint what it was trained with."""
-    write_text(Path(checkpoint) / _OPTIONS_FILE, json.dumps(_options(args) | {"save_only_model": args.save_only_model}))
+    write_text(Path(checkpoint) / _OPTIONS_FILE, json.dumps(plain_options(args, (*_KEPT, "save_only_model"))))
 
 
 def check_options(checkpoint: str | Path, args: DraftDistillConfig, *, has_adapter: bool) -> None:
@@ -95,17 +95,12 @@ def check_options(checkpoint: str | Path, args: DraftDistillConfig, *, has_adapt
             f"{str(checkpoint)!r} holds weights alone (`save_only_model`): the optimizer would start anew, and the "
             "learning rate at its first step. Resume from another one, or begin a new run with this one as `model`."
         )
-    for name, value in _options(args).items():
+    for name, value in plain_options(args, _KEPT).items():
         if name in recorded and recorded[name] != value:
             raise ValueError(
                 f"{str(checkpoint)!r} was trained with `{name}={recorded[name]!r}`, and this run asks for {value!r}. "
                 "Resume with the same, name another `output_dir`, or start again (`--overwrite_output_dir`)."
             )
-
-
-def _options(args: DraftDistillConfig) -> dict[str, Any]:
-    # Enumerations of transformers are strings underneath.
-    return {name: getattr(value, "value", value) for name in _KEPT for value in [getattr(args, name)]}
 
 
 def _recorded(checkpoint: Path) -> dict[str, Any]:
@@ -119,8 +114,9 @@ def _recorded(checkpoint: Path) -> dict[str, Any]:
 def checkpoint_to_resume(output_dir: str | Path, *, warns: bool) -> str:
     """The newest complete checkpoint, or a `ValueError`; what was passed over is logged where `warns`."""
     checkpoint, skipped = last_complete_checkpoint(output_dir)
-    for reason in skipped if warns else ():
-        logger.warning("Not resumed from %s", reason)
+    if warns:
+        for reason in skipped:
+            logger.warning("Not resumed from %s", reason)
     if checkpoint is None:
         raise ValueError(
             f"`resume_from_checkpoint=True`, but {str(output_dir)!r} holds no complete checkpoint"

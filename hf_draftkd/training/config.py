@@ -1,7 +1,9 @@
 """What a distillation run is made of: `SFTConfig` plus the few values that distilling adds."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +17,7 @@ from hf_draftkd.decoding.setting import DecodingSetting
 from hf_draftkd.losses import DIVERGENCES, get_divergence, reads_target
 from hf_draftkd.training.token_selection import TOKEN_SELECTIONS
 from hf_draftkd.utils.checks import in_range, one_of, whole_number
-from hf_draftkd.utils.fields import option
+from hf_draftkd.utils.fields import given_fields, option
 
 # Inherited options that would silently do nothing here, or harm, each with what to use instead, or why. A value other
 # than the default is refused by name.
@@ -40,6 +42,12 @@ _OPTIONS_OF_LOSSES = {
     "selected_share": ("token_selection", "adaspec"),
 }
 _OPTIONS_OF_WRITING = ("max_new_tokens", "generation_temperature", "generation_top_p", "generation_top_k")
+
+
+def plain_options(args: "DraftDistillConfig", names: Iterable[str]) -> dict[str, Any]:
+    """Options by name, as JSON has them. (`to_dict` writes into the dictionaries among them.)"""
+    values = {name: getattr(args, name) for name in names}
+    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
 
 def bf16_is_usable() -> bool:
@@ -282,18 +290,16 @@ class DraftDistillConfig(SFTConfig):
 
     def refuse_idle_loss_options(self) -> None:
         """A `ValueError` for an option of the loss that none of ours would read."""
-        for name, (other, value) in _OPTIONS_OF_LOSSES.items():
-            if self._is_given(name) and getattr(self, other) != value:
+        for name in given_fields(self, _OPTIONS_OF_LOSSES):
+            other, value = _OPTIONS_OF_LOSSES[name]
+            if getattr(self, other) != value:
                 raise ValueError(f'`{name}` would do nothing without `{other}="{value}"`. Leave it out, or add that.')
-
-    def _is_given(self, name: str) -> bool:
-        return getattr(self, name) != type(self).__dataclass_fields__[name].default
 
     def _check_parallel(self) -> None:
         whole_number("parallel_tokens", self.parallel_tokens, 1, DRAFT_LENGTHS[-1])
         one_of("`parallel_weights`", self.parallel_weights, ("uniform", "confidence"))
         if self.parallel_tokens == 1:
-            if self._is_given("parallel_weights"):
+            if given_fields(self, ["parallel_weights"]):
                 raise ValueError("`parallel_weights` would do nothing without `parallel_tokens`. Leave it out.")
             return
         if self.packing or self.padding_free:
@@ -320,8 +326,8 @@ class DraftDistillConfig(SFTConfig):
             _ = self.generation_setting
         except ValueError as error:
             raise ValueError(f"`generation_temperature`, `generation_top_p`, `generation_top_k`: {error}") from error
-        for name in () if self.writes_completions else _OPTIONS_OF_WRITING:
-            if self._is_given(name):
+        for name in given_fields(self, _OPTIONS_OF_WRITING):
+            if not self.writes_completions:
                 raise ValueError(
                     f"`{name}` would do nothing: with `lmbda=0` and no `seq_kd` nothing is written while training. "
                     "Leave it out, or set one of these."

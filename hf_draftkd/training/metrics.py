@@ -14,16 +14,16 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hf_draftkd.acceptance import expected_target_calls
 from hf_draftkd.acceptance.tensors import only_listed
-from hf_draftkd.data.collator import SETTING_COLUMN, UNKNOWN_SETTING, rows_by_setting
-from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.data.collator import SETTING_COLUMN, UNKNOWN_SETTING, rows_by_setting, setting_feature
+from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
 from hf_draftkd.losses import DistillationLoss
 from hf_draftkd.losses.chunked import scan
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.signals import TextSignal, Written
 
-# The first columns of `EvaluationSums.of_batch`, in order. For each temperature follow rated tokens and their Σα, then
-# target calls at each draft length.
-_COLUMNS = ("tokens", "loss", "foreign_rows", "temperature", "top_p", "top_k", "repetition_penalty")
+# The first columns of `EvaluationSums.of_batch`. For each temperature follow rated tokens and their Σα, then target
+# calls at each draft length.
+_COLUMNS = ("tokens", "loss", "foreign_rows", *SETTING_COLUMNS)
 _SETTING = slice(3, 7)
 # Stands for a probability that cannot be told.
 _UNTOLD = -1.0
@@ -60,9 +60,7 @@ class FilledUp(IterableDataset):
     accelerate would repeat rows from its beginning instead: it could not drop them again, since a stream's length is
     unknown; or it would shard by file, and wait forever where some processes have more rows.
 
-    Args:
-        rows: The stream.
-        multiple: What the number of rows becomes a multiple of: the rows of one batch on all processes together.
+    The number of rows becomes a multiple of `multiple`, the rows of one batch on all processes together.
     """
 
     def __init__(self, rows: Any, multiple: int) -> None:
@@ -129,8 +127,43 @@ class EvaluationSums:
         setting_of_row = torch.full(keep.shape[:1], -1, device=keep.device)
         for index, rows in enumerate(settings.values()):
             setting_of_row[rows] = index
-        setting_of_token = setting_of_row[written.rows]
-        losses = torch.zeros(written.tokens.shape, device=keep.device)
+        of_tokens = self._of_tokens(draft, target, written, list(settings), setting_of_row[written.rows], loss)
+        # Not every accelerator has float64, so sums are taken here.
+        losses, accepted, *rates = (values.cpu().double() for values in of_tokens)
+        row_of_token, lengths = written.rows.cpu(), keep.sum(1).cpu()
+
+        def by_row(values: Tensor) -> Tensor:
+            return torch.zeros(len(lengths), dtype=torch.float64).index_add_(0, row_of_token, values)
+
+        # Tokens are in row-major order, so each row's own stand together.
+        padded = pad_sequence(accepted.split(lengths.tolist()), batch_first=True)
+        valid = torch.arange(padded.shape[1]) < lengths[:, None]
+        exact = (setting_of_row.cpu() >= 0) & ~((padded == _UNTOLD) & valid).any(1)
+        decoded = torch.full((len(lengths), len(SETTING_COLUMNS)), math.nan, dtype=torch.float64)
+        for setting, rows in settings.items():
+            decoded[rows] = torch.tensor(setting_feature(setting), dtype=torch.float64)
+        columns = [lengths.double(), by_row(losses), ((lengths > 0) & ~exact).double(), *decoded.T]
+        for rate in rates:
+            is_told = not (rate == _UNTOLD).any()
+            columns += [lengths.double() * is_told, by_row(rate) * is_told]
+        calls = torch.zeros(len(lengths), len(self.draft_lengths), dtype=torch.float64)
+        calls[exact] = expected_target_calls(padded[exact], self.draft_lengths, valid[exact])
+        return torch.cat([torch.stack(columns, 1), calls], 1)
+
+    def _of_tokens(
+        self,
+        draft: Any,
+        target: Any,
+        written: Written,
+        settings: Sequence[DecodingSetting],
+        setting_of_token: Tensor,
+        loss: TokenLoss,
+    ) -> list[Tensor]:
+        """[N] each: the tokens' losses, their a_t, and their α at each temperature; `_UNTOLD` where it cannot be told.
+
+        `setting_of_token` [N] are the places of their texts' settings in `settings`, -1 where none is known.
+        """
+        losses = torch.zeros(written.tokens.shape, device=written.tokens.device)
         accepted = torch.full_like(losses, _UNTOLD)
         rates = {temperature: torch.zeros_like(losses) for temperature in self.temperatures}
 
@@ -146,33 +179,10 @@ class EvaluationSums:
                     # Indexing copies: what decoding does to logits may be done to these.
                     there = None if against is None else against[chosen]
                     found = self._signal.accepted(draft_logits[chosen], there, written.at(rows).at(chosen), setting)
-                    accepted[rows][chosen] = _UNTOLD if found is None else found.to(accepted)
+                    accepted[rows][chosen] = _UNTOLD if found is None else found.to(accepted)  # a slice is a view
 
         scan((draft, target), look)
-
-        # Not every accelerator has float64, so sums are taken here.
-        row_of_token, lengths = written.rows.cpu(), keep.sum(1).cpu()
-        sums = self._total.new_zeros(len(lengths), len(self._total))
-        calls = sums[:, sums.shape[1] - len(self.draft_lengths) :]
-        sums[:, 0] = lengths
-        sums[:, 1].index_add_(0, row_of_token, losses.cpu().double())
-        sums[:, 2] = lengths > 0
-        sums[:, _SETTING] = math.nan
-        for setting, rows in settings.items():
-            sums[rows, _SETTING] = torch.tensor(list(setting.to_dict().values()), dtype=torch.float64)
-        for index, rate in enumerate(rates.values()):
-            column = len(_COLUMNS) + 2 * index
-            rate = rate.cpu().double()
-            if not (rate == _UNTOLD).any():
-                sums[:, column] = lengths
-                sums[:, column + 1].index_add_(0, row_of_token, rate)
-        # Tokens are in row-major order, so each row's own stand together.
-        by_row = pad_sequence(accepted.cpu().double().split(lengths.tolist()), batch_first=True)
-        valid = torch.arange(by_row.shape[1]) < lengths[:, None]
-        exact = (setting_of_row.cpu() >= 0) & ~((by_row == _UNTOLD) & valid).any(1)
-        sums[exact, 2] = 0
-        calls[exact] = expected_target_calls(by_row[exact], self.draft_lengths, valid[exact])
-        return sums
+        return [losses, accepted, *rates.values()]
 
     def add(self, sums: Tensor) -> None:
         """Add the rows of one batch, gathered over processes."""
@@ -208,9 +218,9 @@ class EvaluationSums:
                 metrics[self._rate_name(temperature)] = acceptance / rated
         if self.foreign_rows == 0:
             metrics |= self._block_efficiencies(self._total, "")
-        for setting, total in sorted(self._by_setting.items(), key=lambda item: tuple(item[0].to_dict().values())):
+        for setting in sorted(self._by_setting):
             if setting.temperature in self._chosen:
-                metrics |= self._block_efficiencies(total, setting.log_suffix)
+                metrics |= self._block_efficiencies(self._by_setting[setting], setting.log_suffix)
         return metrics
 
     def _block_efficiencies(self, total: Tensor, suffix: str) -> dict[str, float]:

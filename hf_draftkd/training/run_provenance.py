@@ -9,13 +9,13 @@ from datasets import Dataset
 
 from hf_draftkd.data.columns import distinct, row_lengths
 from hf_draftkd.data.rows import authors
-from hf_draftkd.decoding.setting import DecodingSetting
+from hf_draftkd.decoding.setting import SETTING_COLUMNS, DecodingSetting
 from hf_draftkd.evaluation.environment import hardware_info
 from hf_draftkd.hub.provenance import PairFacts, Provenance, TrainingSummary
 from hf_draftkd.models.forward import unwrapped
 from hf_draftkd.models.identity import ModelIdentity, model_revision
 from hf_draftkd.models.sizing import loaded_parameters
-from hf_draftkd.training.config import DraftDistillConfig
+from hf_draftkd.training.config import DraftDistillConfig, plain_options
 from hf_draftkd.utils.versions import package_versions
 
 # Arguments that shape the weights. A list of what may be shown, since others hold tokens and paths.
@@ -49,6 +49,7 @@ _SHOWN = (
     "generation_top_p",
     "generation_top_k",
 )
+_METRICS = ("eval_loss", "eval_acceptance_rate", "eval_acceptance_rate_upper_bound", "eval_block_efficiency")
 
 
 def author(datasets: Iterable[Any]) -> ModelIdentity | None:
@@ -81,12 +82,10 @@ def data_facts(dataset: Any, target: ModelIdentity | None) -> dict[str, Any]:
         facts["scenarios"] = sorted(row["scenario"] for row in distinct(dataset, ["scenario"]) if row["scenario"])
     if "completion_ids" in columns:
         facts["num_tokens"] = int(row_lengths(dataset, "completion_ids").sum())
-    names = list(DecodingSetting().to_dict())
-    if set(names) <= columns:
-        settings = [tuple(row[name] for name in names) for row in distinct(dataset, names)]
+    if set(SETTING_COLUMNS) <= columns:
         # Text that a person wrote was decoded under none.
-        known = sorted(values for values in settings if None not in values)
-        facts["sampling"] = [DecodingSetting(*values) for values in known] or None
+        known = [row for row in distinct(dataset, SETTING_COLUMNS) if None not in row.values()]
+        facts["sampling"] = sorted(DecodingSetting(**row) for row in known) or None
     return facts
 
 
@@ -184,13 +183,8 @@ def _hardware(draft: Any, num_processes: int) -> str:
     return f"{num_processes} process{'es' if num_processes > 1 else ''} on {info.name}{threads}"
 
 
-_METRICS = ("eval_loss", "eval_acceptance_rate", "eval_acceptance_rate_upper_bound", "eval_block_efficiency")
-
-
 def _changed(args: DraftDistillConfig) -> dict[str, Any]:
-    fields = DraftDistillConfig.__dataclass_fields__
-    # Enumerations of transformers are strings underneath.
-    shown = {name: getattr(value, "value", value) for name in _SHOWN for value in [getattr(args, name)]}
+    fields, shown = DraftDistillConfig.__dataclass_fields__, plain_options(args, _SHOWN)
     # TRL's default of None stands for a choice by machine, and False is what an ordinary CPU gets.
     shown["bf16"] = shown["bf16"] or None
     return {name: value for name, value in shown.items() if value is not None and value != fields[name].default}

@@ -1,4 +1,4 @@
-"""Everything that is checked, loaded and repaired before a trainer is built."""
+"""Everything that is checked, loaded, repaired and placed before training begins."""
 
 import logging
 import warnings
@@ -36,7 +36,6 @@ from hf_draftkd.models.pairing import (
     check_own_tokenizer,
     check_weights_apart,
     fit_vocabulary,
-    shared_context,
     shared_vocab_size,
 )
 from hf_draftkd.models.resolve import Checkpoint, check_config, resolve
@@ -133,7 +132,6 @@ def check_datasets(
         )
     if args.eval_packing:
         raise ValueError("`eval_packing=True` would cut texts apart, but metrics are sums over whole texts.")
-    args.eval_packing = False
     return datasets
 
 
@@ -298,7 +296,8 @@ def fit_to_data(
 
 def prepare_reference(
     reference_model: str | PreTrainedModel | None,
-    pair: list[Any],
+    draft: Any,
+    target: PreTrainedModel | None,
     args: DraftDistillConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel | None:
@@ -308,7 +307,7 @@ def prepare_reference(
     """
     if reference_model is None:
         return None
-    if any(reference_model is model for model in pair if model is not None):
+    if reference_model is draft or reference_model is target:
         raise ValueError(
             "`reference_model` is the same object as the draft or the target, and could tell nothing new. Give a "
             "copy of the draft that was distilled before."
@@ -317,14 +316,14 @@ def prepare_reference(
     check_own_tokenizer(reference, tokenizer)
     if isinstance(reference, Checkpoint):
         reference = load_draft(reference, dtype="float32")
-    needed = shared_vocab_size(unwrapped(pair[0]), unwrapped(pair[0] if pair[1] is None else pair[1]), tokenizer)
+    needed = shared_vocab_size(unwrapped(draft), unwrapped(draft if target is None else target), tokenizer)
     rows = shared_vocab_size(reference, reference, tokenizer)
     if rows < needed:
         raise ValueError(
             f"`reference_model` predicts {rows} tokens, but draft and target share {needed}. Give a copy of the draft "
             "that was distilled from this target."
         )
-    check_weights_apart(pair[0], reference, "`reference_model`")
+    check_weights_apart(draft, reference, "`reference_model`")
     return reference.eval().requires_grad_(False)
 
 
@@ -356,14 +355,20 @@ def warn_of_unread_caches(datasets: dict[str, Any]) -> None:
             )
 
 
-def restore_forward(draft: PreTrainedModel, own: Any) -> None:
-    """Take TRL's fused head off again: it is bound to this very model, so a copy of it would run the original.
+def undo_sft_changes(draft: PreTrainedModel, own_forward: Any) -> None:
+    """Take off again what SFTTrainer puts on a draft for losses of its own.
 
-    `own` is what the attribute was before: accelerate puts one on a model that is spread over devices.
+    `own_forward` is what the attribute was before: accelerate puts one on a model that is spread over devices.
     """
+    # TRL's fused head is bound to this very model, so a copy of it would run the original.
     vars(draft).pop("forward", None)
-    if own is not None:
-        draft.forward = own
+    if own_forward is not None:
+        draft.forward = own_forward
+    # A load-balancing loss is no part of ours. Saved with the draft, this would have it computed while decoding, where
+    # transformers fails at a padded prompt.
+    config = draft.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
 
 
 def check_whole_rows(trainer: Any) -> None:
@@ -455,9 +460,8 @@ def draft_arithmetic(trainer: Any) -> HeadArithmetic | None:
     return arithmetic_of(trainer.model, "draft", obstacle)
 
 
-def check_dataset_fits(datasets: dict[str, Any], models: list[Any], args: DraftDistillConfig) -> None:
-    """Refuse prepared data of which every token is masked, or with a row that exceeds the context of a model."""
-    context = shared_context(*models)
+def check_dataset_fits(datasets: dict[str, Any], context: int, args: DraftDistillConfig) -> None:
+    """Refuse prepared data of which every token is masked, or with a row that exceeds the models' shared `context`."""
     for name, dataset in datasets.items():
         if is_transformed(dataset):  # its rows are made as they are asked for
             continue

@@ -182,7 +182,7 @@ class LiveTarget(TextSignal):
     def distributions(self, batch: dict[str, Any], keep: Tensor) -> Tensor | Unprojected:
         lies_on = unwrapped(self.model).get_output_embeddings().weight.device
         if self.head_arithmetic is not None and lies_on != keep.device:
-            # From another device it hands over logits: moving its head in each step would cost more.
+            # A target on another device hands over logits: to move its head in each step would cost more.
             self.head_arithmetic = None
             logger.warning(_WHOLE_LOGITS, "target", f"it lies on {lies_on}, the draft on {keep.device}")
         if self.head_arithmetic is None:

@@ -50,6 +50,7 @@ def token_metrics(
     target: Any,
     reference: Any,
     tokens: Tensor,
+    *,
     keep: Tensor,
     position_ids: Tensor | None,
     loss: Callable[[Tensor, Any, Tensor], DistillationLoss],
@@ -70,14 +71,15 @@ def token_metrics(
     device = (draft if isinstance(draft, Tensor) else draft.hidden).device
     likeliest = torch.zeros_like(tokens)
     values, reference_values, rates = (torch.zeros(tokens.shape, device=device) for _ in range(3))
-    known = [target is not None]
+    has_rates = target is not None
 
     def look(rows: slice, logits: Tensor, against: Any, other: Tensor | None) -> None:
+        nonlocal has_rates
         likeliest[rows] = only_listed(logits, vocabulary).argmax(-1)
         found = loss(logits, against, tokens[rows])
         values[rows] = found.token_losses.to(values)
         if found.acceptance is None:
-            known[0] = False
+            has_rates = False
         else:
             rates[rows] = found.acceptance.to(rates)
         if other is not None:
@@ -89,7 +91,7 @@ def token_metrics(
         tokens=tokens,
         likeliest=likeliest,
         losses=values,
-        acceptance=rates if known[0] else None,
+        acceptance=rates if has_rates else None,
         reference_losses=None if reference is None else reference_values,
         completions=completions,
         positions=positions,

@@ -23,7 +23,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, PredictionOutput
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
@@ -53,12 +53,7 @@ from hf_draftkd.models.identity import identity_of, weights_checksum
 from hf_draftkd.models.pairing import copy_special_ids, shared_context, shared_vocab_size
 from hf_draftkd.training import setup
 from hf_draftkd.training.callbacks import BeforeFirstStep, asked_metrics, with_acceptance
-from hf_draftkd.training.checkpoints import (
-    batches_read,
-    check_options,
-    checkpoint_to_resume,
-    record_options,
-)
+from hf_draftkd.training.checkpoints import batches_read, check_options, checkpoint_to_resume, record_options
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.finite import StopOnNonFiniteGradient, check_loss, check_weights
 from hf_draftkd.training.metrics import EvaluationSums, FilledUp, TrainingSums, check_best_metric, not_exact
@@ -170,7 +165,7 @@ class DraftDistillTrainer(SFTTrainer):
         if not isinstance(args, DraftDistillConfig):
             given = type(args).__name__
             raise ValueError(f"`args` must be a `DraftDistillConfig`, got a `{given}`. It takes the same, and more.")
-        args = copy.copy(args)  # what is settled here is of this trainer: the user's may serve for another one
+        args = copy.copy(args)  # they are changed below, and the user's may serve for another trainer
         trains = train_dataset is not None
         # SFTTrainer prepares the training data first, and evaluation data may be named `train` too.
         self._training_data_is_next, self._mix_dataset = trains, mix_dataset
@@ -181,6 +176,9 @@ class DraftDistillTrainer(SFTTrainer):
         known = formatting_func is None
         check_mix(train_dataset, mix_dataset, args)
         datasets = setup.check_datasets(train_dataset, eval_dataset, mix_dataset, args, format_known=known)
+        args.eval_packing = False  # whatever `packing` is: metrics are sums over whole texts
+        if eval_dataset is not None and args.eval_strategy == IntervalStrategy.NO:
+            args.eval_strategy = IntervalStrategy.EPOCH
         if trains and known:
             train_dataset = as_messages(train_dataset)  # `assistant_only_loss` asks SFTTrainer for a chat
         if data_collator is None:
@@ -216,7 +214,7 @@ class DraftDistillTrainer(SFTTrainer):
         )
         setup.fit_to_data(draft, datasets, facts, processing_class)
         self.parallel = parallel_training(unwrapped(draft), args, processing_class) if trains else None
-        reference = setup.prepare_reference(reference_model, [draft, target], args, processing_class)
+        reference = setup.prepare_reference(reference_model, draft, target, args, processing_class)
         self.draft_name = setup.model_name(unwrapped(draft))
         # Where the target is not at hand, the data names it.
         given = setup.named_datasets(train_dataset, eval_dataset)
@@ -236,7 +234,7 @@ class DraftDistillTrainer(SFTTrainer):
                 train_dataset=train_dataset if trains else stand_in,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
-                callbacks=with_acceptance(callbacks, args, evaluates=eval_dataset is not None),
+                callbacks=with_acceptance(callbacks),
                 optimizers=optimizers,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
                 peft_config=peft_config,
@@ -244,14 +242,9 @@ class DraftDistillTrainer(SFTTrainer):
             )
         finally:
             args.model_init_kwargs = model_init_kwargs
-        setup.restore_forward(unwrapped(self.model), own_forward)
+        setup.undo_sft_changes(unwrapped(self.model), own_forward)
         setup.check_whole_rows(self)
         check_saving(self)
-        config = unwrapped(self.model).config.get_text_config()
-        if getattr(config, "output_router_logits", False):
-            # SFTTrainer turns it on for a load-balancing loss, which is no part of ours. Saved with the draft, it would
-            # have that loss computed while decoding, where transformers fails at a padded prompt.
-            config.output_router_logits = False
         if not trains:
             self.train_dataset = None
         # Rows bring two columns more than SFTTrainer's.
@@ -285,14 +278,15 @@ class DraftDistillTrainer(SFTTrainer):
         self.head_arithmetic = setup.draft_arithmetic(self)
 
         # What shows only now is checked, before anything is trained.
-        setup.check_dataset_fits(setup.named_datasets(self.train_dataset, self.eval_dataset), models, args)
-        context = shared_context(*models)
+        self._shared_context = shared_context(*models)
+        given = setup.named_datasets(self.train_dataset, self.eval_dataset)
+        setup.check_dataset_fits(given, self._shared_context, args)
         if trains:
             check_adapter(self.model, loads_best=args.load_best_model_at_end)
             setup.check_optimizer(self)
             if not isinstance(model, str):
                 setup.warn_of_lost_updates(self)
-            check_writing(self, context, get_dataset_column_names(train_dataset))
+            check_writing(self, self._shared_context, get_dataset_column_names(train_dataset))
             if isinstance(self.data_collator, DraftDistillCollator):
                 asked = asked_metrics(self.callback_handler.callbacks, args.eval_num_assistant_tokens)
                 check_best_metric(args, self.eval_dataset, self.signal, asked)
@@ -306,12 +300,12 @@ class DraftDistillTrainer(SFTTrainer):
                 tokenizer=processing_class,
                 vocab_size=self._shared_vocab,
                 vocabulary=self._vocabulary,
-                context=context,
+                context=self._shared_context,
             )
         self._training_sums = TrainingSums()
         self._evaluation_sums: EvaluationSums | None = None
         self._explained: set[str] = set()  # evaluation sets already warned about
-        self._step_batches: Sequence[dict[str, Any]] = ()  # that the next optimizer step learns from
+        self._step_batches: Sequence[dict[str, Any]] = ()  # what the next optimizer step learns from
         self._saving_checkpoint = False
         # Checksum of the weights as they were last saved; None once they have been trained further.
         self.weights_sha256: str | None = None
@@ -475,8 +469,16 @@ class DraftDistillTrainer(SFTTrainer):
             if self._weighs_tokens:
                 # Only the head is passed twice: hidden states are at hand.
                 with torch.no_grad():
-                    rest = keep, inputs.get("position_ids"), self._distillation_loss, self._vocabulary
-                    metrics = token_metrics(draft, target, reference, tokens, *rest)
+                    metrics = token_metrics(
+                        draft,
+                        target,
+                        reference,
+                        tokens,
+                        keep=keep,
+                        position_ids=inputs.get("position_ids"),
+                        loss=self._distillation_loss,
+                        vocabulary=self._vocabulary,
+                    )
                     weights = check_token_weights(self.token_weights(metrics), metrics)
             result = self._distillation_loss(draft, lesson.target, lesson.tokens, lesson.num_items, weights)
             return result, result.loss
@@ -568,11 +570,16 @@ class DraftDistillTrainer(SFTTrainer):
         if isinstance(self.data_collator, DraftDistillCollator):
             setup.check_unpacked(datasets, args)
         if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            prepared = self._prepare_dataset
-            rest = self.processing_class, args, False, self._formatting_func
-            datasets = {name: prepared(dataset, *rest, name) for name, dataset in datasets.items()}
-        models = [self.model, *([] if self.target_model is None else [self.target_model])]
-        setup.check_dataset_fits(datasets, [unwrapped(model) for model in models], args)
+            for name, dataset in datasets.items():
+                datasets[name] = self._prepare_dataset(
+                    dataset,
+                    self.processing_class,
+                    args,
+                    packing=False,
+                    formatting_func=self._formatting_func,
+                    dataset_name=name,
+                )
+        setup.check_dataset_fits(datasets, self._shared_context, args)
         return dict(zip(given, datasets.values(), strict=True)) if isinstance(given, dict) else datasets["eval"]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -608,7 +615,7 @@ class DraftDistillTrainer(SFTTrainer):
             target = self.signal.distributions(inputs, keep)
 
             def sums_of(draft: Tensor | Unprojected) -> tuple[Tensor, Tensor]:
-                # Of all tokens alike, whichever are selected for training.
+                # All tokens count alike, whichever are selected for training.
                 sums = evaluation.of_batch(draft, target, inputs, keep, self._distillation_loss)
                 return sums, draft.new_zeros(0) if isinstance(draft, Tensor) else draft.hidden[:0]
 
@@ -663,7 +670,7 @@ class DraftDistillTrainer(SFTTrainer):
             try:
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
-                self.control.should_save = False  # which an interrupted save leaves on: no card would be written
+                self.control.should_save = False  # an interrupted save leaves it on, and no card would be written
         if self.args.dataloader_drop_last and not self.state.global_step:
             raise ValueError(
                 "No step was taken: the rows do not fill one batch of each process, and `dataloader_drop_last` leaves "
@@ -677,7 +684,7 @@ class DraftDistillTrainer(SFTTrainer):
         What is logged is counted anew.
         """
         found = super()._init_training_state(*args)
-        # Of an attempt that was interrupted, or that ran out of memory.
+        # What is left of an attempt that was interrupted, or that ran out of memory, does not count.
         self._training_sums = TrainingSums()
         if self._writer is not None:
             self._writer.close_log_entry()
@@ -715,7 +722,7 @@ class DraftDistillTrainer(SFTTrainer):
         trained, token = self.model, self.args.hub_token
         if is_peft_model(trained) and not self._saving_checkpoint:
             if self.is_deepspeed_enabled:
-                # On all processes. Of ZeRO-3 shards transformers has collected the adapter without what it adapts.
+                # On all processes: from ZeRO-3's shards transformers has collected the adapter alone.
                 state_dict = self.accelerator.get_state_dict(self.deepspeed)
             if not self.args.should_save:
                 return

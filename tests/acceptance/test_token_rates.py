@@ -3,12 +3,7 @@
 import pytest
 import torch
 
-from hf_draftkd.acceptance import (
-    VERIFICATION_RULES,
-    accepted_given_output,
-    token_acceptance_rate,
-    token_logprob,
-)
+from hf_draftkd.acceptance import VERIFICATION_RULES, accepted_given_output, token_acceptance_rate, token_logprob
 
 INF = float("inf")
 

@@ -7,7 +7,7 @@ import torch
 from transformers import CompileConfig, PreTrainedModel
 
 from hf_draftkd import SpeculativeDecoding
-from hf_draftkd.decoding import speculative
+from hf_draftkd.decoding import verification
 from hf_draftkd.models.draft_length import draft_length_settings, store_draft_settings
 from hf_draftkd.models.parallel import choose_mask_token, parallel_draft, store_parallel_draft
 from tests.tiny import ARCHITECTURES, tiny_llama, tiny_pair, tiny_prompts, tiny_tokenizer
@@ -75,8 +75,8 @@ def test_other_lengths_and_penalties_that_look_back(gamma: Any) -> None:
 def test_sampling_verifies_with_the_distribution_of_each_depth(monkeypatch: pytest.MonkeyPatch) -> None:
     draft, target = parallel_pair()
     seen = []
-    verify = speculative.verify_sampled
-    monkeypatch.setattr(speculative, "verify_sampled", lambda *a, **o: seen.append(a) or verify(*a, **o))
+    verify = verification.verify_sampled
+    monkeypatch.setattr(verification, "verify_sampled", lambda *a, **o: seen.append(a) or verify(*a, **o))
     decoding = SpeculativeDecoding(draft, 4, draft_vocabulary=list(range(3, 290)))
     target.generate(PROMPTS[1], do_sample=True, temperature=0.7, max_new_tokens=12, custom_generate=decoding, top_k=0)
     drafted, _, q = seen[0]

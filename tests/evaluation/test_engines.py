@@ -21,12 +21,7 @@ from hf_draftkd.evaluation.engines import ENGINES, launch, measure
 from hf_draftkd.evaluation.engines.config import EngineConfig
 from hf_draftkd.evaluation.engines.launch import launched
 from hf_draftkd.evaluation.engines.llama_cpp import LlamaCpp
-from hf_draftkd.evaluation.engines.measure import (
-    check_settings,
-    evaluate_in_engine,
-    recommend_in_engine,
-    written_texts,
-)
+from hf_draftkd.evaluation.engines.measure import check_settings, evaluate_in_engine, recommend_in_engine, written_texts
 from hf_draftkd.evaluation.engines.protocol import Engine, EngineAnswer, ServedPair
 from hf_draftkd.evaluation.html import render_page
 from hf_draftkd.evaluation.plots import speed_by_length_figure

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from hf_draftkd.hub.provenance import Provenance
-from hf_draftkd.models.identity import count_parameters, loaded_checksum
+from hf_draftkd.models.identity import loaded_checksum, stored_parameters
 from hf_draftkd.models.loading import load_draft
 from tests.hub import samples
 from tests.hub.conftest import replaced, write_report
@@ -89,7 +89,7 @@ class TestBadInput:
         tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
         save_file(tensors, draft_folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match="quantised"):
-            count_parameters(draft_folder)
+            stored_parameters(draft_folder)
 
     def test_an_index_that_leads_out_of_the_folder(self, draft_folder: Path):
         """Catches `../../.ssh/id_rsa` in a weight map."""

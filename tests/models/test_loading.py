@@ -535,7 +535,6 @@ class TestGGUF:
 def test_emulated_bfloat16_is_advised_against_once(saved, caplog, monkeypatch):
     """A model saved in bfloat16, several times slower than it need be on a CPU without instructions for it."""
     monkeypatch.setattr(loading, "emulated_bfloat16", lambda: "slow here")
-    loading._advise_on_bfloat16.cache_clear()
     load_target(saved, dtype="float32")
     assert "slow here" not in caplog.text
     for _ in range(2):

@@ -7,10 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from hf_draftkd import OnlineDistillConfig
-from tests.online.serving import (
-    distiller_for,
-    request,
-)
+from tests.online.serving import distiller_for, request
 from tests.tiny import tiny_pair, tiny_prompts
 
 

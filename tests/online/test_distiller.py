@@ -95,6 +95,12 @@ def test_stop_strings_use_the_distillers_tokenizer(pair, tokenizer):
     assert torch.equal(distiller.generate(**options), pair[1].generate(**options))
 
 
+def assert_kept_is_said(one, target):
+    rows = torch.empty(len(one.completion_ids), VOCAB_SIZE, dtype=torch.float64)
+    rows.scatter_(1, one.target.token_ids.long(), one.target.logprobs.double())
+    torch.testing.assert_close(rows, target_rows(target, one), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_what_is_kept_are_the_targets_raw_distributions_of_the_written_tokens(any_pair, tokenizer, options):
     """Unshifted logits; rows of rejected tokens; logits that temperature and top-p have been applied to in place."""
@@ -103,9 +109,7 @@ def test_what_is_kept_are_the_targets_raw_distributions_of_the_written_tokens(an
     served = kept_by(distiller)
     assert len(served) == 3
     for one in served:
-        rows = torch.empty(len(one.completion_ids), VOCAB_SIZE, dtype=torch.float64)
-        rows.scatter_(1, one.target.token_ids.long(), one.target.logprobs.double())
-        torch.testing.assert_close(rows, target_rows(any_pair[1], one), atol=1e-4, rtol=1e-4)
+        assert_kept_is_said(one, any_pair[1])
         assert one.target.tail_logprob.isneginf().all()
 
 
@@ -119,9 +123,7 @@ def test_requests_of_several_threads_are_learned_from_as_they_were_served(pair, 
     assert all(torch.equal(output, outputs[k % 4]) for k, output in enumerate(outputs))
     assert len(kept_by(distiller)) == 8
     for one in kept_by(distiller):
-        rows = torch.empty(len(one.completion_ids), VOCAB_SIZE, dtype=torch.float64)
-        rows.scatter_(1, one.target.token_ids.long(), one.target.logprobs.double())
-        torch.testing.assert_close(rows, target_rows(pair[1], one), atol=1e-4, rtol=1e-4)
+        assert_kept_is_said(one, pair[1])
 
 
 def test_what_is_kept_equals_output_logits(pair, tokenizer):

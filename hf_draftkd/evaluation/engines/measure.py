@@ -293,13 +293,13 @@ def _measure(
         result.plain_tokens_per_second = sum(plain_tokens) / sum(plain_seconds)
         result.speedup = bootstrap_paired_ratio_quotient(tokens, seconds, plain_tokens, plain_seconds)
         result.target_step_seconds = target_step
-        result.recommendation = recommend_in_engine(result, efficiency)
-        for other in _STEP_TIME_LENGTHS if config.launch else ():
-            if other != length and other in (efficiency or ()):
-                with served(replace(pair, num_assistant_tokens=other)) as url:
-                    questions.ask(url, 0)
-                    answers = [[questions.ask(url, place, place)] for place in range(len(prompts[:_STEP_TIME_PROMPTS]))]
-                    result.call_seconds[other] = questions.step_seconds(url, answers, "num_spec_steps")
+        result.recommendation = recommend_in_engine(result, efficiency)  # it stays where a later server does not start
+        others = set(_STEP_TIME_LENGTHS) & set(efficiency or ()) - {length} if config.launch else set[int]()
+        for other in sorted(others):
+            with served(replace(pair, num_assistant_tokens=other)) as url:
+                questions.ask(url, 0)
+                answers = [[questions.ask(url, place, place)] for place in range(len(prompts[:_STEP_TIME_PROMPTS]))]
+                result.call_seconds[other] = questions.step_seconds(url, answers, "num_spec_steps")
         result.recommendation = recommend_in_engine(result, efficiency)
         result.call_seconds = dict(sorted(result.call_seconds.items()))
     return result
