@@ -200,6 +200,18 @@ def test_bad_usage_is_one_message_and_exit_code_2(files, tmp_path, capsys, chang
     assert not (tmp_path / "out").exists()
 
 
+def test_prompts_may_stand_in_conversations_of_another_column(files, tmp_path):
+    """Fault: `draftkd generate` could read such data, and `evaluate`, of the same data's test split, could not."""
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}] for text in TEXT[:2]]
+    files["dataset"].write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(files["target_model"])
+    words = ["--no_measure_speed", "--prompt_column", "messages", "--drop_last_answer"]
+    assert dispatch(options(files, tmp_path / "out", *words, temperatures=0)) == 0
+    assert SpeculationReport.load(tmp_path / "out" / "report.json").prompts.count == 2
+
+
 def test_missing_options_are_named(capsys):
     assert dispatch(["evaluate", "--model", "x"]) == 2
     assert "--target_model, --dataset, --output_dir" in capsys.readouterr().err
