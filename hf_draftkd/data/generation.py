@@ -35,7 +35,7 @@ from hf_draftkd.decoding.setting import DecodingSetting, left_out_warning, own_p
 from hf_draftkd.models.loading import load_draft, load_target, require_loaded
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, context_length
 from hf_draftkd.models.resolve import Checkpoint
-from hf_draftkd.models.tokenizers import tokenizer_size
+from hf_draftkd.models.tokenizers import require_tokenizer, tokenizer_size
 from hf_draftkd.utils.hashing import derived_seed, list_hash
 from hf_draftkd.utils.versions import package_versions
 
@@ -102,6 +102,7 @@ def generate_alignment_data(
     _check_arguments(target_model, config, endpoint_options, continuous_batching_config)
     if draft_model is not None:
         config.refuse_beside_draft()
+    require_tokenizer(tokenizer)
     if isinstance(target_model, PreTrainedModel):
         require_loaded(target_model)
     if config.cache is not None:
