@@ -163,6 +163,11 @@ def _texts(options: EvaluateOptions) -> dict[str, Any]:
     assert options.dataset is not None
     rows = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
     if is_answered(rows) and not options.regenerate:
+        if options.prompt_column != "prompt" or options.drop_last_answer:
+            raise UsageError(
+                "`--prompt_column` and `--drop_last_answer` would do nothing: the data holds the target's answers. "
+                "Leave them out."
+            )
         return {"dataset": rows if options.limit is None else rows.take(whole_number("limit", options.limit))}
     rows = spec_bench_prompts(rows) if is_spec_bench(rows) else rows
     how: dict[str, Any] = {"column": options.prompt_column, "drop_last_answer": options.drop_last_answer}
