@@ -313,9 +313,7 @@ def test_an_engine_drafts_as_many_tokens_as_suit_its_way(files, tmp_path, capsys
     assert "drafts 2 tokens in one pass at most" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "change", [{"top_p": 0.9}, {"top_k": 5}, {"repetition_penalty": 1.2}, {"prompt_column": "a"}]
-)
+@pytest.mark.parametrize("change", [{"top_p": 0.9}, {"top_k": 5}, {"repetition_penalty": 1.2}, {"prompt_column": "a"}])
 def test_a_setting_beside_recorded_answers_is_refused(files, tmp_path, capsys, change, pair, tokenizer):
     """It was left out silently: the answers have been written."""
     rows = generate_alignment_data(pair[1], tokenizer, PROMPTS[:2], max_new_tokens=4)
