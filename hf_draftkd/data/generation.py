@@ -61,6 +61,12 @@ def generate_alignment_data(
 ) -> Dataset:
     """Have the target answer every prompt.
 
+    Example:
+    ```python
+    rows = generate_alignment_data(target, tokenizer, "prompts.jsonl", temperatures=(0.0, 1.0), max_new_tokens=128)
+    rows = generate_alignment_data(target, tokenizer, prompts, cache_distributions="top_k=64", output_dir="data")
+    ```
+
     The rows follow from the arguments alone: prompts are cut into fixed shards, and each shard is seeded from `seed`,
     its number and the decoding setting. With `output_dir` each shard is written as soon as it is done, and the same
     call resumes where a killed one stopped. Started by `accelerate launch` or `torchrun`, every process takes whole

@@ -87,6 +87,14 @@ def evaluate_draft(
     `measure_speed`, step times are taken and real decoding is timed: plainly, with `assistant_model=draft` and with
     `custom_generate=SpeculativeDecoding(draft)`, in turns.
 
+    Example:
+    ```python
+    report = evaluate_draft(draft, target, tokenizer, "prompts.jsonl", baseline=stock_draft, max_new_tokens=128)
+    print(report.recommendation.reason)
+    print(report.settings[0].acceptance_rate)
+    report.save("report.json")
+    ```
+
     Args:
         draft_model: The draft, or several: they are ranked, each with its difference to the best, and the report's
             own results are those of the best. A draft whose vocabulary is only padded differently is aligned in place,
