@@ -30,6 +30,7 @@ from tests.cli.run import ROOT
 GUIDES = sorted((ROOT / "examples" / "guides").glob("*.md"))
 NOTEBOOK = ROOT / "examples" / "distill_a_draft.ipynb"
 PAGES = [ROOT / "README.md", *GUIDES, NOTEBOOK]
+RESULTS = [ROOT / "examples" / name / "README.md" for name in ("", "configs", "smollm2", "claims")]
 NOT_RUN = "# not run in the tests: "
 # What stands here for what a page says: runs are cut short.
 STAND_INS = {
@@ -160,7 +161,7 @@ def test_a_page_runs_from_top_to_bottom(page, models, tmp_path, monkeypatch):
             assert block.language in ("json", "text"), f"{page.name}:{block.line}: a block of what?"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     """A guide that was renamed, a section that was reworded."""
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
@@ -171,6 +172,15 @@ def test_links_lead_somewhere(page):
             headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
             anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in anchors, f"{page.name} links to {target}"
+
+
+def test_the_table_of_draft_sizes_is_what_its_lines_print(capsys):
+    page = ROOT / "examples" / "guides" / "new_draft.md"
+    (block,) = (block for block in blocks(page) if "best_draft_length" in block.text)
+    exec(block.text, {})
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 6
+    assert printed in page.read_text(encoding="utf-8")
 
 
 def test_the_readme_names_every_guide():

@@ -50,7 +50,7 @@ def run(argv: list[str]) -> int:
         if len(argv) > place and not argv[place].startswith("-"):
             argv = [*argv[:place], name, *argv[place:]]
     about = "Look at a target, and at a draft for it, before anything is downloaded: do they fit, and what next?"
-    (options,) = parse("doctor", [DoctorOptions], argv, about)
+    (options,) = parse("doctor", [DoctorOptions], argv, about, "TARGET [DRAFT]")
     required(target_model=options.target_model)
     with usage_errors():
         trusted = {"trust_remote_code": options.trust_remote_code}
@@ -110,7 +110,9 @@ def _model(facts: ModelFacts) -> str:
 
 
 def _pair(draft: ModelFacts, target: ModelFacts, refused: bool) -> Iterator[str]:
-    yield f"the draft has {draft.num_parameters / target.num_parameters:.1%} of the target's parameters"
+    share = draft.num_parameters / target.num_parameters
+    swapped = ": are they the wrong way round? The target comes first" if share > 1 else ""
+    yield f"the draft has {share:.1%} of the target's parameters{swapped}"
     if not refused:
         repair = "padded to other sizes: `train` and `init --model` repair the draft"
         yield f"the same tokenizer, {'the same number of rows' if draft.rows == target.rows else repair}"

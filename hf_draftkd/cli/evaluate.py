@@ -53,6 +53,8 @@ class EvaluateOptions:
     baseline: str | None = option(None, "Another draft to compare with on the same texts, usually the stock one.")
     dataset_config: str | None = option(None, "Configuration (subset) of a Hub dataset.")
     dataset_split: str | None = option(None, "Split of the dataset; `train` by default.")
+    prompt_column: str = option("prompt", "Column with the prompts, strings or lists of messages.")
+    drop_last_answer: bool = option(False, "Drop a conversation's last answer; the target answers instead.")
     limit: int | None = option(None, "Use only this many rows from the start (prompts, with --regenerate).")
     regenerate: bool = option(False, "Let the target answer the prompts of alignment data again.")
     html: bool = option(False, "Write report.html as well: one page with plots.")
@@ -74,7 +76,8 @@ class EvaluateOptions:
 
 def run(argv: list[str]) -> int:
     about = "Measure drafts, and say whether they are worth using."
-    options, config, engine = parse("evaluate", (EvaluateOptions, EvaluationConfig, EngineConfig), argv, about)
+    usage = "--model DRAFT --target_model TARGET --dataset PROMPTS --output_dir REPORT"
+    options, config, engine = parse("evaluate", (EvaluateOptions, EvaluationConfig, EngineConfig), argv, about, usage)
     required(**{name: getattr(options, name) for name in ("model", "target_model", "dataset", "output_dir")})
     with usage_errors():
         # Its own files are replaced, nothing else is touched.
@@ -163,9 +166,15 @@ def _texts(options: EvaluateOptions) -> dict[str, Any]:
     assert options.dataset is not None
     rows = open_dataset(options.dataset, split=options.dataset_split, config=options.dataset_config)
     if is_answered(rows) and not options.regenerate:
+        if options.prompt_column != "prompt" or options.drop_last_answer:
+            raise UsageError(
+                "`--prompt_column` and `--drop_last_answer` would do nothing: the data holds the target's answers. "
+                "Leave them out."
+            )
         return {"dataset": rows if options.limit is None else rows.take(whole_number("limit", options.limit))}
     rows = spec_bench_prompts(rows) if is_spec_bench(rows) else rows
-    return {"prompts": load_prompts(rows, limit=options.limit)}
+    how: dict[str, Any] = {"column": options.prompt_column, "drop_last_answer": options.drop_last_answer}
+    return {"prompts": load_prompts(rows, limit=options.limit, **how)}
 
 
 def _check_parallel_draft(draft: PreTrainedModel, config: EvaluationConfig) -> None:

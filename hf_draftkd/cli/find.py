@@ -35,7 +35,7 @@ class FindOptions:
 def run(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-"):
         argv = ["--target_model", *argv]
-    (options,) = parse("find", [FindOptions], argv, "Find draft models for a target on the Hugging Face Hub.")
+    (options,) = parse("find", [FindOptions], argv, "Find draft models for a target on the Hugging Face Hub.", "TARGET")
     required(target_model=options.target_model)
     with usage_errors():
         found = find_drafts(

@@ -46,6 +46,7 @@ def run(argv: list[str]) -> int:
         argv,
         "Have the target answer prompts: the data that a draft learns from. Every field of AlignmentDataConfig is an "
         "option.",
+        "--target_model TARGET --dataset PROMPTS --output_dir DATA",
     )
     _check(options, config)
     start = perf_counter()

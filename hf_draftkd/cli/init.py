@@ -42,7 +42,8 @@ class InitOptions:
 
 
 def run(argv: list[str]) -> int:
-    (options,) = parse("init", (InitOptions,), argv, "Make a draft that fits a target.")
+    usage = "--target_model TARGET (--num_layers N | --share S | --model DRAFT | ...) --output_dir NEW_DRAFT"
+    (options,) = parse("init", (InitOptions,), argv, "Make a draft that fits a target.", usage)
     ways = ("model", "num_layers", "layers", "share", "draft_config", "text_of")
     chosen = [name for name in ways if getattr(options, name) is not None]
     if len(chosen) != 1:

@@ -21,12 +21,17 @@ class _Parser(TrlParser):
         raise UsageError(message)  # argparse would print the usage of a hundred options in front of it
 
 
-def parse(command: str, dataclass_types: Sequence[type], argv: list[str], description: str) -> tuple[Any, ...]:
+def parse(
+    command: str, dataclass_types: Sequence[type], argv: list[str], description: str, usage: str = ""
+) -> tuple[Any, ...]:
     """One instance of each dataclass, from `argv` and the YAML file it may name.
+
+    `usage` holds the options that one cannot do without, for the first line of the help: argparse would list them all.
 
     A `UsageError` names a value that is refused, or an option that does not exist and the nearest one.
     """
-    parser = _Parser(dataclass_types, prog=f"draftkd {command}", description=description, allow_abbrev=False)
+    usage = " ".join(filter(None, ["draftkd", command, usage, "[options]"]))
+    parser = _Parser(dataclass_types, usage=usage, description=description, allow_abbrev=False)
     file_parser = _Parser(add_help=False, allow_abbrev=False)
     for each in (parser, file_parser):
         each.add_argument("--config", metavar="FILE", help="YAML file with options; the command line wins over it.")

@@ -38,7 +38,8 @@ class PushOptions:
 
 
 def run(argv: list[str]) -> int:
-    (options,) = parse("push", [PushOptions], argv, "Publish a draft model on the Hugging Face Hub.")
+    about = "Publish a draft model on the Hugging Face Hub."
+    (options,) = parse("push", [PushOptions], argv, about, "--model DRAFT --repo_id USER/NAME")
     required(model=options.model, repo_id=options.repo_id)
     given = vars(options)
     folder, repo_id = given.pop("model"), given.pop("repo_id")

@@ -56,7 +56,9 @@ def run(argv: list[str]) -> int:
         "train",
         (TrainOptions, DraftDistillConfig, ModelConfig),
         argv,
-        "Distil a target into a draft. Every field of DraftDistillConfig is an option.",
+        "Distil a target into a draft. Every field of DraftDistillConfig is an option: first those of trl's SFTConfig, "
+        "then, from --divergence on, those of distilling.",
+        "--model DRAFT --target_model TARGET --dataset DATA --output_dir OUT",
     )
     required(model=options.model, dataset=options.dataset)
     if model_config.model_name_or_path is not None:

@@ -26,7 +26,8 @@ class VocabularyOptions:
 
 
 def run(argv: list[str]) -> int:
-    (options,) = parse("vocabulary", [VocabularyOptions], argv, "Choose the tokens that a draft proposes.")
+    about = "Choose the tokens that a draft proposes."
+    (options,) = parse("vocabulary", [VocabularyOptions], argv, about, "--model DRAFT --dataset DATA --size N")
     required(model=options.model, dataset=options.dataset, size=options.size)
     folder = whole_draft(options.model, "`draftkd vocabulary`")
     with usage_errors():

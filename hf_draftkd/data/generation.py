@@ -35,7 +35,7 @@ from hf_draftkd.decoding.setting import DecodingSetting, left_out_warning, own_p
 from hf_draftkd.models.loading import load_draft, load_target, require_loaded
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, context_length
 from hf_draftkd.models.resolve import Checkpoint
-from hf_draftkd.models.tokenizers import tokenizer_size
+from hf_draftkd.models.tokenizers import require_tokenizer, tokenizer_size
 from hf_draftkd.utils.hashing import derived_seed, list_hash
 from hf_draftkd.utils.versions import package_versions
 
@@ -60,6 +60,12 @@ def generate_alignment_data(
     **options: Any,
 ) -> Dataset:
     """Have the target answer every prompt.
+
+    Example:
+    ```python
+    rows = generate_alignment_data(target, tokenizer, "prompts.jsonl", temperatures=(0.0, 1.0), max_new_tokens=128)
+    rows = generate_alignment_data(target, tokenizer, prompts, cache_distributions="top_k=64", output_dir="data")
+    ```
 
     The rows follow from the arguments alone: prompts are cut into fixed shards, and each shard is seeded from `seed`,
     its number and the decoding setting. With `output_dir` each shard is written as soon as it is done, and the same
@@ -102,6 +108,7 @@ def generate_alignment_data(
     _check_arguments(target_model, config, endpoint_options, continuous_batching_config)
     if draft_model is not None:
         config.refuse_beside_draft()
+    require_tokenizer(tokenizer)
     if isinstance(target_model, PreTrainedModel):
         require_loaded(target_model)
     if config.cache is not None:

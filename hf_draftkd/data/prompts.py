@@ -10,7 +10,7 @@ from transformers.utils import logging
 from hf_draftkd.data.columns import column_values
 from hf_draftkd.data.sources import open_dataset, row_numbers
 from hf_draftkd.decoding.setting import SETTING_COLUMNS
-from hf_draftkd.utils.checks import one_of, whole_number
+from hf_draftkd.utils.checks import did_you_mean, whole_number
 
 logger = logging.get_logger(__name__)
 
@@ -44,7 +44,8 @@ def load_prompts(
             (with their row numbers, counted from 0).
     """
     dataset = open_dataset(source, split=split, config=config, text_column=column)
-    one_of("column", column, dataset.column_names)
+    if column not in dataset.column_names:
+        raise ValueError(_no_column(column, dataset.column_names, _name(source)))
     if column == "prompt" and is_answered(dataset):
         dataset = _each_prompt_once(dataset, _name(source))
     if column != "prompt":
@@ -62,6 +63,15 @@ def load_prompts(
             )
         dataset = dataset.map(_without_last_answer)
     return _check_prompts(dataset, _name(source), skip_invalid)
+
+
+def _no_column(column: str, given: Sequence[str], name: str) -> str:
+    advice = "Name the one with the prompts: `--prompt_column`, in Python `column` of `load_prompts`."
+    if "messages" in given:
+        advice = (
+            "Of conversations take the questions: `--prompt_column messages --drop_last_answer`, or the like in Python."
+        )
+    return f"{name} has no column {column!r}.{did_you_mean(column, given)} It has: {', '.join(given)}. {advice}"
 
 
 def is_answered(dataset: Dataset) -> bool:

@@ -56,6 +56,7 @@ from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, shared_context, shared_vocab_size
 from hf_draftkd.models.parallel import parallel_draft
 from hf_draftkd.models.sizing import is_mixture, loaded_parameters
+from hf_draftkd.models.tokenizers import require_tokenizer
 from hf_draftkd.utils.versions import package_versions
 
 _DEFAULT_LENGTH = 5
@@ -80,6 +81,14 @@ def evaluate_draft(
     setting the target wrote them under. One pass of each model over these texts gives the exact rates; then, with
     `measure_speed`, step times are taken and real decoding is timed: plainly, with `assistant_model=draft` and with
     `custom_generate=SpeculativeDecoding(draft)`, in turns.
+
+    Example:
+    ```python
+    report = evaluate_draft(draft, target, tokenizer, "prompts.jsonl", baseline=stock_draft, max_new_tokens=128)
+    print(report.recommendation.reason)
+    print(report.settings[0].acceptance_rate)
+    report.save("report.json")
+    ```
 
     Args:
         draft_model: The draft, or several: they are ranked, each with its difference to the best, and the report's
@@ -109,6 +118,7 @@ def evaluate_draft(
     candidates = list(draft_model) if is_list else [draft_model]
     drafts = [*candidates, *([] if baseline is None else [baseline])]
     require_loaded(target_model, *drafts)
+    require_tokenizer(tokenizer)
     config = replace(config or EvaluationConfig(), **options)
     _check_arguments(prompts, dataset, settings, config)
     _check_models(drafts, target_model, tokenizer, config)
@@ -226,6 +236,12 @@ class _Evaluation:
             "seed": config.seed,
         }
         self.warnings = texts.warnings
+        for draft, ratio in zip(drafts, self.parameter_ratios, strict=True):
+            if ratio > 1:
+                self.warnings.append(
+                    f"The draft {draft.name_or_path!r} has {ratio:.2g} times the parameters of its target: are the two "
+                    "the wrong way round?"
+                )
         if is_mixture(target_model.config):
             self.warnings.append(
                 "The target is a mixture of experts, which reads only some of its parameters for a token. MBSU counts "

@@ -370,7 +370,12 @@ class SelfCheck:
 
 @dataclass(kw_only=True)
 class SpeculationReport:
-    """Everything measured about a draft under a target."""
+    """Everything measured about a draft under a target.
+
+    [`evaluate_draft`] makes it. `report.recommendation.reason` is the verdict in words (there is none without speed),
+    `rich.print(ReportTable(report))` shows the table, `report.save(path)` and `SpeculationReport.load(path)` are for
+    files. What was not measured is None here and absent from the file.
+    """
 
     schema_version: int = key("Version of this format.", default=SCHEMA_VERSION)
     target: ModelInfo = key("The target.")

@@ -284,4 +284,6 @@ def _inherited_license(api: HfApi, base_model: Any) -> dict[str, str]:
         except (HTTPError, ConnectionError) as error:
             said = redacted(error, api.token).splitlines()[0]
             reason = f"the model {base_model} could not be asked ({type(error).__name__}: {said})"
-    raise ValueError(f"Which licence? {reason[0].upper()}{reason[1:]}. Pass `license`, for instance 'apache-2.0'.")
+    raise ValueError(
+        f"Which licence? {reason[0].upper()}{reason[1:]}. Pass `license` (`--license`), for instance 'apache-2.0'."
+    )

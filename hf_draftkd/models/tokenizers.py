@@ -33,6 +33,15 @@ def listed_ids(ids: int | Iterable[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
+def require_tokenizer(tokenizer: Any, argument: str = "tokenizer") -> None:
+    """Refuse what is no tokenizer, such as the prompts where it was left out, by the name of the `argument`."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"`{argument}` must be the tokenizer that draft and target share, got a `{type(tokenizer).__name__}`. Load "
+            "it with `load_tokenizer`; a processor has it as `.tokenizer`."
+        )
+
+
 def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the largest id the tokenizer knows; added tokens included, holes counted."""
     return max(tokenizer.get_vocab().values()) + 1

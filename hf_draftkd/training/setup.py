@@ -39,7 +39,8 @@ from hf_draftkd.models.pairing import (
     shared_vocab_size,
 )
 from hf_draftkd.models.resolve import Checkpoint, check_config, resolve
-from hf_draftkd.models.tokenizers import pad_id, tokenizer_size
+from hf_draftkd.models.sizing import loaded_parameters
+from hf_draftkd.models.tokenizers import pad_id, require_tokenizer, tokenizer_size
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.signals import arithmetic_of
 
@@ -80,11 +81,8 @@ def check_arguments(model: Any, target_model: Any, reference_model: Any, tokeniz
             raise ValueError(
                 f"`{name}` must be a model, or its id or path as text, got a `{type(given).__name__}`.{instead}"
             )
-    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
-        raise ValueError(
-            "`processing_class` must be the tokenizer that draft and target share, got a "
-            f"`{type(tokenizer).__name__}`. Load it with `load_tokenizer`; a processor has it as `.tokenizer`."
-        )
+    if tokenizer is not None:
+        require_tokenizer(tokenizer, "processing_class")
 
 
 def check_datasets(
@@ -226,6 +224,11 @@ def prepare_pair(
     if target is not None:
         if learns_itself:
             check_weights_apart(draft, target)
+        if (ratio := loaded_parameters(unwrapped(draft)) / loaded_parameters(target)) > 1:
+            logger.warning(
+                f"The draft has {ratio:.2g} times the parameters of its target: are the two the wrong way round? "
+                "`model` is the small one, which learns."
+            )
         target.eval().requires_grad_(False)
         align_vocabulary(unwrapped(draft), target, tokenizer)
     drop_idle_sampling(unwrapped(draft).generation_config)  # without a target too: it could not be saved

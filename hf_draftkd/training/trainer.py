@@ -688,6 +688,8 @@ class DraftDistillTrainer(SFTTrainer):
         self._training_sums = TrainingSums()
         if self._writer is not None:
             self._writer.close_log_entry()
+        if self.state.global_step >= args[0]:  # a run that was finished, of which transformers takes one step more
+            return args[2], 0
         in_stream = isinstance(self.train_dataset, IterableDataset) and found[1] > 0
         return batches_read(args[3], self.args.gradient_accumulation_steps) if in_stream else found
 

@@ -8,9 +8,14 @@ from typing import Any
 
 
 def nearest(name: object, valid: Iterable[str]) -> str | None:
-    """The valid name that was probably meant, or None: `"jsd"` → `"generalized_jsd"`, `"--modle"` → `"--model"`."""
+    """The valid name that was probably meant, or None: `"jsd"` → `"generalized_jsd"`, `"--modle"` → `"--model"`.
+
+    Initials count as a name: `"--lr"` → `"--learning_rate"`.
+    """
     names = list(valid)
-    near = get_close_matches(str(name), names, n=1, cutoff=0.6)
+    initials = {each: "".join(word[:1] for word in each.strip("-").split("_")) for each in names if "_" in each}
+    near = [each for each in initials if initials[each] == str(name).strip("-")][:1]
+    near = near or get_close_matches(str(name), names, n=1, cutoff=0.6)
     # A short form is far from its name in letters, but part of it.
     near = near or [each for each in names if str(name) and str(name) in each]
     near = near or get_close_matches(str(name), names, n=1, cutoff=0.4)

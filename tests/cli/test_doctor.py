@@ -40,6 +40,16 @@ def test_a_pair_and_what_to_do_next(free, tmp_path, tokenizer, capsys, monkeypat
         assert all(word in known for word in words if word.startswith("--"))
 
 
+def test_a_pair_the_wrong_way_round_is_said(tmp_path, tokenizer, capsys):
+    """Fault: `draftkd doctor DRAFT TARGET` found nothing amiss, and its next commands trained the target."""
+    for name, layers in (("draft", 1), ("target", 3)):
+        tiny.tiny_llama(num_layers=layers).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    for first, second in (("target", "draft"), ("draft", "target")):
+        assert dispatch(["doctor", str(tmp_path / first), str(tmp_path / second)]) == 0
+        assert ("the wrong way round" in " ".join(capsys.readouterr().out.split())) is (first == "draft")
+
+
 def test_a_pair_that_will_be_refused_is_exit_code_2(saved_pair, tmp_path, capsys):
     """A shell that goes on with the next command."""
     draft, target = saved_pair

@@ -200,6 +200,18 @@ def test_bad_usage_is_one_message_and_exit_code_2(files, tmp_path, capsys, chang
     assert not (tmp_path / "out").exists()
 
 
+def test_prompts_may_stand_in_conversations_of_another_column(files, tmp_path):
+    """Fault: `draftkd generate` could read such data, and `evaluate`, of the same data's test split, could not."""
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}] for text in TEXT[:2]]
+    files["dataset"].write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(files["target_model"])
+    words = ["--no_measure_speed", "--prompt_column", "messages", "--drop_last_answer"]
+    assert dispatch(options(files, tmp_path / "out", *words, temperatures=0)) == 0
+    assert SpeculationReport.load(tmp_path / "out" / "report.json").prompts.count == 2
+
+
 def test_missing_options_are_named(capsys):
     assert dispatch(["evaluate", "--model", "x"]) == 2
     assert "--target_model, --dataset, --output_dir" in capsys.readouterr().err
@@ -301,14 +313,16 @@ def test_an_engine_drafts_as_many_tokens_as_suit_its_way(files, tmp_path, capsys
     assert "drafts 2 tokens in one pass at most" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"top_p": 0.9}, {"top_k": 5}, {"repetition_penalty": 1.2}])
+@pytest.mark.parametrize("change", [{"top_p": 0.9}, {"top_k": 5}, {"repetition_penalty": 1.2}, {"prompt_column": "a"}])
 def test_a_setting_beside_recorded_answers_is_refused(files, tmp_path, capsys, change, pair, tokenizer):
     """It was left out silently: the answers have been written."""
     rows = generate_alignment_data(pair[1], tokenizer, PROMPTS[:2], max_new_tokens=4)
     rows.to_json(tmp_path / "rows.jsonl")
     files["dataset"] = tmp_path / "rows.jsonl"
     assert dispatch(options({**files, **change}, tmp_path / "out")) == 2
-    assert f"`{next(iter(change))}` would do nothing" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{next(iter(change))}` " in said
+    assert "would do nothing" in said
 
 
 def test_other_files_in_the_output_directory_are_left_alone(files, tmp_path):

@@ -41,6 +41,18 @@ def test_every_command_has_a_module_and_a_public_name_a_home():
         hf_draftkd.DraftDistilTrainer  # noqa: B018
 
 
+@pytest.mark.parametrize("command", [name for name in main.COMMANDS if name != "completion"])
+def test_a_help_begins_with_the_options_that_one_needs(command, capsys):
+    """Fault: the help of `draftkd train` began with 105 lines of usage that named every option."""
+    with pytest.raises(SystemExit, match="0"):
+        main.dispatch([command, "--help"])
+    first, second, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"usage: draftkd {command} ")
+    assert first.endswith("[options]")
+    assert second == ""
+    assert "options:" in lines
+
+
 def test_commands_and_options_are_completed(capsys, tmp_path):
     """An option that a shell does not know of, or half of one that is written with a dash as well."""
     assert main.dispatch(["completion"]) == 0

@@ -32,6 +32,12 @@ def by_hand(model, ids, new_tokens, end=()):
     return text[len(ids) :]
 
 
+def test_a_tokenizer_and_a_target_that_changed_places_are_named(pair, tokenizer):
+    """Fault: "TokenizersBackend has no attribute get_text_config"."""
+    with pytest.raises(ValueError, match="`tokenizer` must be the tokenizer that draft and target share, got a `Llama"):
+        generate_alignment_data(tokenizer, pair[1], ["a"])
+
+
 def test_greedy_rows_are_exact_in_batches_of_unequal_prompts(target, tokenizer):
     """Left padding, length sorting and cutting must not change one token, nor the order of the rows."""
     data = generate_alignment_data(target, tokenizer, TEXTS, max_new_tokens=8, batch_size=4)

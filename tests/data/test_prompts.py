@@ -181,6 +181,16 @@ def test_an_unknown_column_names_the_nearest():
         load_prompts([{"prompt": "a", "domain": "b"}], column="promt")
 
 
+@pytest.mark.parametrize(
+    ("column", "advice"),
+    [("question", "Name the one with the prompts: `--prompt_column`"), ("messages", "--drop_last_answer")],
+)
+def test_prompts_in_another_column_are_said_how_to_read(column, advice):
+    """Fault: "Unknown column 'prompt'. Choose one of: question." says neither where nor how to choose."""
+    with pytest.raises(ValueError, match=rf"no column 'prompt'\. It has: {column}\. .*{advice}"):
+        load_prompts([{column: "a"}])
+
+
 def test_a_broken_line_is_named_by_its_number(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n\n{"prompt": "b"\n')

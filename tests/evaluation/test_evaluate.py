@@ -90,6 +90,22 @@ def test_the_report_is_complete_and_survives_its_own_json(measured):
     assert report.warnings == []
 
 
+def test_models_the_wrong_way_round_are_said(tokenizer):
+    """Fault: the report called the large model a poor draft, and nothing said that it was given as the draft."""
+    small, large = tiny_llama(num_layers=1), tiny_llama(num_layers=3)
+    said = [
+        " ".join(evaluate_draft(*models, tokenizer, PROMPTS[:1], **QUICK).warnings)
+        for models in ((small, large), (large, small))
+    ]
+    assert ["the wrong way round" in each for each in said] == [False, True]
+
+
+def test_prompts_in_the_place_of_the_tokenizer_are_named(pair):
+    """Fault: "Give `prompts`" to a user who gave them and left out the tokenizer."""
+    with pytest.raises(ValueError, match="`tokenizer` must be the tokenizer that draft and target share, got a `list`"):
+        evaluate_draft(*pair, PROMPTS[:1], **QUICK)
+
+
 def test_the_models_are_as_they_were(measured):
     """A draft left in eval mode, or with a fixed draft length it did not have; weights that were aligned or trained."""
     _, (draft, target), before = measured

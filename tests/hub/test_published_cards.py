@@ -146,7 +146,7 @@ class TestCardOnTheHub:
         assert push(draft_folder, dry_run=True).card.data.base_model == "org/stock-draft"
 
     def test_licence_is_inherited_or_asked_for(self, hub: FakeHub, draft_folder: Path):
-        with pytest.raises(ValueError, match=r"Which licence.*Pass `license`"):
+        with pytest.raises(ValueError, match=r"Which licence.*Pass `license` .`--license`"):
             push(draft_folder, license=None)
         hub.add(samples.TARGET, {"README.md": "---\nlicense: gemma\n---\n"})
         push(draft_folder, license=None)

@@ -37,6 +37,14 @@ def finished(untouched, tmp_path):
     return Path(shutil.copytree(untouched, tmp_path / "run"))
 
 
+def test_a_finished_run_is_not_trained_further(finished, pair, tokenizer):
+    """Fault: each time that `draftkd train` was started again, a run of `max_steps` took one step more."""
+    trainer = build(finished, pair, tokenizer, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+    assert_same(weights(trainer.model), load_file(finished / "checkpoint-6" / "model.safetensors"))
+
+
 def train_until_killed(out):
     def deadly(thing, file, *args, save=torch.save, **kwargs):
         if "checkpoint-4" in str(file) and "optimizer" in str(file):

@@ -22,7 +22,7 @@ from hf_draftkd import (
 from hf_draftkd.models.pairing import check_weights_apart
 from hf_draftkd.models.resolve import resolve
 from hf_draftkd.training import setup
-from tests.tiny import tiny_pair, tiny_tokenizer
+from tests.tiny import tiny_llama, tiny_pair, tiny_tokenizer
 from tests.training.rows import alignment_rows
 from tests.training.trainers import build, config, weights
 
@@ -37,6 +37,15 @@ def test_a_frozen_draft_is_refused_where_it_is_to_learn(tmp_path, pair, tokenize
         build(tmp_path, pair, tokenizer, rows)
     assert build(tmp_path, pair, tokenizer, eval_rows=rows).evaluate()["eval_loss"] > 0
     build(tmp_path, pair, tokenizer, rows, peft=LORA).train()
+
+
+def test_models_the_wrong_way_round_are_said(tmp_path, tokenizer, caplog):
+    """Fault: the target was trained, in silence, to speak like its draft."""
+    rows = alignment_rows(tiny_llama(), tokenizer, count=2)
+    for draft_layers, target_layers in ((1, 3), (3, 1)):
+        pair = tiny_llama(num_layers=draft_layers), tiny_llama(num_layers=target_layers)
+        build(tmp_path, pair, tokenizer, rows)
+        assert ("the wrong way round" in caplog.text) is (draft_layers == 3)
 
 
 def test_a_draft_that_shares_weights_with_its_target_is_refused(tmp_path, pair, tokenizer):

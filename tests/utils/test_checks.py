@@ -19,6 +19,12 @@ def test_typing_errors_and_short_forms_find_the_name_that_was_meant(given: str, 
     assert did_you_mean(given, DIVERGENCES) == (f" Did you mean {meant!r}?" if meant else "")
 
 
+def test_initials_are_a_name():
+    """Fault: `--lr`, which many scripts have, was taken for `--lora_r`."""
+    names = ["--model", "--learning_rate", "--lora_r", "--lr_scheduler_type"]
+    assert nearest("--lr", names) == "--learning_rate"
+
+
 def test_one_of_returns_a_valid_value_and_lists_the_others():
     assert one_of("divergence", "forward_kl", DIVERGENCES) == "forward_kl"
     with pytest.raises(ValueError, match=r"'foward_kl'.*Did you mean 'forward_kl'\?.*reverse_kl, generalized_jsd"):
