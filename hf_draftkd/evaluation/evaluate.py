@@ -55,7 +55,7 @@ from hf_draftkd.models.identity import loaded_checksum
 from hf_draftkd.models.loading import require_loaded
 from hf_draftkd.models.pairing import align_vocabulary, check_own_tokenizer, shared_context, shared_vocab_size
 from hf_draftkd.models.parallel import parallel_draft
-from hf_draftkd.models.sizing import is_mixture, loaded_parameters
+from hf_draftkd.models.sizing import is_mixture, larger_than_target, loaded_parameters
 from hf_draftkd.models.tokenizers import require_tokenizer
 from hf_draftkd.utils.versions import package_versions
 
@@ -236,12 +236,7 @@ class _Evaluation:
             "seed": config.seed,
         }
         self.warnings = texts.warnings
-        for draft, ratio in zip(drafts, self.parameter_ratios, strict=True):
-            if ratio > 1:
-                self.warnings.append(
-                    f"The draft {draft.name_or_path!r} has {ratio:.2g} times the parameters of its target: are the two "
-                    "the wrong way round?"
-                )
+        self.warnings += [warning for draft in drafts if (warning := larger_than_target(draft, target_model))]
         if is_mixture(target_model.config):
             self.warnings.append(
                 "The target is a mixture of experts, which reads only some of its parameters for a token. MBSU counts "

@@ -275,3 +275,14 @@ def _check_embeddings_fit(text: PreTrainedConfig, budget: float, share: float) -
             f"tokens alone take {embeddings:,} at the narrowest width ({narrowest}). Ask for a larger share, or pass a "
             f"`config`{hint}."
         )
+
+
+def larger_than_target(draft: PreTrainedModel, target: PreTrainedModel) -> str | None:
+    """A warning where the draft has more parameters than its target, else None."""
+    ratio = loaded_parameters(draft) / loaded_parameters(target)
+    if ratio <= 1:
+        return None
+    return (
+        f"The draft {draft.name_or_path!r} has {ratio:.3g} times the parameters of its target: are the two the "
+        "wrong way round?"
+    )

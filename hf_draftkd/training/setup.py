@@ -39,7 +39,7 @@ from hf_draftkd.models.pairing import (
     shared_vocab_size,
 )
 from hf_draftkd.models.resolve import Checkpoint, check_config, resolve
-from hf_draftkd.models.sizing import loaded_parameters
+from hf_draftkd.models.sizing import larger_than_target
 from hf_draftkd.models.tokenizers import pad_id, require_tokenizer, tokenizer_size
 from hf_draftkd.training.config import DraftDistillConfig
 from hf_draftkd.training.signals import arithmetic_of
@@ -224,11 +224,8 @@ def prepare_pair(
     if target is not None:
         if learns_itself:
             check_weights_apart(draft, target)
-        if (ratio := loaded_parameters(unwrapped(draft)) / loaded_parameters(target)) > 1:
-            logger.warning(
-                f"The draft has {ratio:.2g} times the parameters of its target: are the two the wrong way round? "
-                "`model` is the small one, which learns."
-            )
+        if warning := larger_than_target(unwrapped(draft), target):
+            logger.warning(f"{warning} `model` is the small one, which learns.")
         target.eval().requires_grad_(False)
         align_vocabulary(unwrapped(draft), target, tokenizer)
     drop_idle_sampling(unwrapped(draft).generation_config)  # without a target too: it could not be saved
